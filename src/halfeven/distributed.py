@@ -1,0 +1,54 @@
+"""What one process knows of the others: rank, number of processes, and the averages taken over all of them."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def is_distributed() -> bool:
+    """Whether several processes work together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world_size() -> int:
+    """Number of processes that work together."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+@torch.no_grad()
+def average(tensors: Iterable[Tensor]) -> None:
+    """Replace each floating-point tensor by its mean over all processes, in one exchange for each dtype."""
+    if not is_distributed():
+        return
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    for group in groups.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorm modules of a model that keep running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+
+
+def average_batchnorm(model: nn.Module) -> None:
+    """Give all processes the same BatchNorm statistics: the mean of what each has seen of its share of the data."""
+    statistics = [(module.running_mean, module.running_var) for module in batchnorms(model).values()]
+    average(tensor for pair in statistics for tensor in pair if tensor is not None)

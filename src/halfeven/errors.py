@@ -1,0 +1,45 @@
+"""Every error that halfeven raises on purpose.
+
+    HalfevenError
+    ├── ConfigError         an experiment, option or argument that cannot be used
+    ├── CaptureError        a model that torch.export cannot turn into a graph
+    ├── PlacementError      a scheme or rule that the target or the model cannot follow
+    ├── CalibrationError    data or ranges that no scale can be made of
+    ├── CheckpointError     a file that does not belong to the model
+    ├── ExportError         a model that cannot be written for the target
+    └── VerificationError   a deployed file that cannot be compared with the model
+
+Each message says what happened, why it matters and what to do. The command line prints it and exits with code 2.
+"""
+
+
+class HalfevenError(Exception):
+    """Root of all errors that a user can cause and mend."""
+
+
+class ConfigError(HalfevenError, ValueError):
+    """An experiment, option or argument that cannot be used."""
+
+
+class CaptureError(HalfevenError, RuntimeError):
+    """A model that torch.export cannot turn into a graph."""
+
+
+class PlacementError(HalfevenError, ValueError):
+    """A scheme or rule that the target or the model cannot follow."""
+
+
+class CalibrationError(HalfevenError, ValueError):
+    """Data or ranges that no scale can be made of."""
+
+
+class CheckpointError(HalfevenError, ValueError):
+    """A file that does not belong to the model."""
+
+
+class ExportError(HalfevenError, RuntimeError):
+    """A model that cannot be written for the target."""
+
+
+class VerificationError(HalfevenError, RuntimeError):
+    """A deployed file that cannot be compared with the model."""

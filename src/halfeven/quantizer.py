@@ -1,0 +1,203 @@
+"""The quantizer: a module that fake-quantizes one tensor, with an observed or a learned range."""
+
+import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfeven.arithmetic import effective_scale, fake_quantize, scale_and_zero_point
+from halfeven.errors import CalibrationError
+from halfeven.observers import Observer, finite_extremes, make_observer
+from halfeven.scheme import Scheme
+
+RANGE_MOMENTUM = 0.01
+"""Weight of a training batch in the moving average of an observed activation range (the seed recipe's constant)."""
+
+
+class Mode(enum.Enum):
+    """What a quantizer does with its tensor."""
+
+    QUANTIZE = "quantize"
+    FLOAT = "float"
+    CALIBRATE = "calibrate"
+
+
+class Quantizer(nn.Module):
+    """Fake-quantizes one tensor.
+
+    An observed range follows the data while `observing`: of a weight with observer "minmax" it is that of the present weight, of an
+    activation the moving average over training batches. It never moves in `eval()`. A learned range is the parameter `scale`
+    (LSQ), used by its absolute value; its zero point stays as calibrated.
+
+    State, with final shapes from the start ([] or [channels]): `scale` (buffer, or parameter when learned), `zero_point` (int32),
+    `observing` (uint8), and for observed activations `low`, `high`. `scale` is NaN until a range is set.
+
+    Args:
+        scheme: the integer grid and its granularity.
+        channels: size of the scheme's axis; None for one scale per tensor.
+        observer: estimator that calibration uses, a name of `halfeven.observers.OBSERVERS`.
+        learned: whether the scale is a trainable parameter.
+        weight: whether the tensor is a weight, which is at hand at every step and needs no moving average.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    observing: Tensor
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        *,
+        channels: int | None = None,
+        observer: str = "minmax",
+        learned: bool = False,
+        weight: bool = False,
+    ) -> None:
+        super().__init__()
+        shape = () if channels is None else (channels,)
+        self.scheme, self.observer_name, self.learned, self.weight = scheme, observer, learned, weight
+        self.name = ""
+        self.mode = Mode.QUANTIZE
+        self.observer: Observer | None = None
+        self.calibrated = False
+        unset = torch.full(shape, float("nan"))
+        if learned:
+            self.scale = nn.Parameter(unset)
+        else:
+            self.register_buffer("scale", unset)
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        self.follows = not learned and (not weight or observer == "minmax")
+        self.register_buffer("observing", torch.tensor(self.follows, dtype=torch.uint8))
+        self._observing = self.follows  # the buffer's value, readable without waiting for a device
+        if not learned and not weight:
+            self.register_buffer("low", unset.clone())
+            self.register_buffer("high", unset.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize `x`; shape and dtype stay. Raises CalibrationError when no range has been set."""
+        if self.mode is Mode.FLOAT or (self.mode is Mode.CALIBRATE and not self._calibrate(x)):
+            return x
+        if self._observing and self.weight:
+            scale, zero_point = scale_and_zero_point(*self._rows(x).aminmax(dim=-1), self.scheme)
+            scale, zero_point = scale.reshape(self.scale.shape), zero_point.reshape(self.scale.shape)
+            if self.training:
+                self._store(scale, zero_point)
+            return fake_quantize(x, scale, zero_point, self.scheme)
+        if self._observing and self.training:
+            self._follow(x)
+        if not self.calibrated:
+            raise CalibrationError(
+                f"The quantizer {self.name or '(unnamed)'} has no range yet, so its integers mean nothing. "
+                "Run halfeven.calibrate(qmodel, loader) first, or load a checkpoint."
+            )
+        factor = self._gradient_factor(x) if self.learned else 1.0
+        scale = effective_scale(self.scale) if self.learned else self.scale  # an observed one is stored snapped
+        return fake_quantize(x, scale, self.zero_point, self.scheme, factor)
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Set scale and zero point from a float range, each end of shape [], [1] or [channels]."""
+        low, high = low.reshape(self.scale.shape), high.reshape(self.scale.shape)
+        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+            raise CalibrationError(
+                f"The range of {self.name or 'a quantizer'} is not finite (low {low.tolist()}, high {high.tolist()}), so no "
+                "scale can be made of it. Look for NaN or infinity in the weights and in the calibration data."
+            )
+        if not self.learned and not self.weight:
+            self.low.copy_(low)
+            self.high.copy_(high)
+        self._store(*scale_and_zero_point(low, high, self.scheme))
+
+    @torch.no_grad()
+    def _store(self, scale: Tensor, zero_point: Tensor) -> None:
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.calibrated = True
+
+    def set_observing(self, on: bool) -> None:
+        """Whether training batches move an observed range; a range that is learned or chosen once never moves."""
+        self._observing = on and self.follows
+        self.observing.fill_(self._observing)
+
+    def start_calibration(self) -> None:
+        """Pass the tensor through unchanged and collect its statistics until `finish_calibration`."""
+        self.mode, self.observer = Mode.CALIBRATE, make_observer(self.observer_name, self.scheme)
+
+    def finish_calibration(self) -> None:
+        """Set the range from what was seen; raises CalibrationError, naming the tensor, when nothing was."""
+        observer, self.mode, self.observer = self.observer, Mode.QUANTIZE, None
+        assert observer is not None
+        with self._named():
+            self.set_range(*observer.range())
+
+    def _calibrate(self, x: Tensor) -> bool:
+        """Collect statistics; whether the tensor may be quantized already (a weight, whose range is known at once)."""
+        assert self.observer is not None
+        if self.weight and self.calibrated:
+            return True
+        with self._named():
+            self.observer.update(self._rows(x))
+            if self.weight:
+                self.set_range(*self.observer.range())
+        return self.weight
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        with self._named():
+            low, high = finite_extremes(self._rows(x))
+        low, high = low.reshape(self.low.shape), high.reshape(self.high.shape)
+        # The first batch sets the range: blending it with nothing would leave NaN.
+        self.low.copy_(torch.lerp(self.low, low, RANGE_MOMENTUM) if self.calibrated else low)
+        self.high.copy_(torch.lerp(self.high, high, RANGE_MOMENTUM) if self.calibrated else high)
+        self._store(*scale_and_zero_point(self.low, self.high, self.scheme))
+
+    def _gradient_factor(self, x: Tensor) -> float:
+        """LSQ's 1 / sqrt(N * quant_max); N is the weights that share a scale, or the features of one sample."""
+        if self.weight:
+            elements = x.numel() // max(self.scale.numel(), 1)
+        else:
+            elements = x.numel() // max(x.shape[0], 1)
+        return float((max(elements, 1) * self.scheme.quant_max) ** -0.5)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        x = x.detach()
+        return x.reshape(1, -1) if self.scheme.axis is None else x.movedim(self.scheme.axis, 0).flatten(1)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"No range can be set for {self.name or 'a tensor'}: {error}. A scale made of it would spoil every result. "
+                "Look at the calibration data and at the model's float outputs on it."
+            ) from error
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        self.calibrated = bool(torch.isfinite(self.scale).all())
+        self._observing = bool(self.observing)
+
+    def extra_repr(self) -> str:
+        return f"{self.scheme}, {'learned' if self.learned else self.observer_name}"
+
+
+def quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """All quantizers of a model by the names of their modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
+
+
+def set_observing(model: nn.Module, on: bool) -> None:
+    """Let training batches move the observed ranges of a model, or keep them as they are."""
+    for quantizer in quantizers(model).values():
+        quantizer.set_observing(on)
+
+
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Put all quantizers of a model in one mode, for example `Mode.FLOAT` to see the model without quantization."""
+    for quantizer in quantizers(model).values():
+        quantizer.mode = mode

@@ -1,0 +1,58 @@
+"""The optimizer's parameter groups and the learning rate of every step, as plain functions of the options."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfeven.quantizer import quantizers
+from halfeven.training.options import TrainingOptions
+
+NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[str, Any]]:
+    """Parameters with and without weight decay.
+
+    A quantizer's scale never decays: decay would pull the step size to zero whatever the loss says.
+    """
+    scales = {id(p) for quantizer in quantizers(model).values() for p in quantizer.parameters(recurse=False)}
+    norms = {id(p) for m in model.modules() if isinstance(m, NORMALIZATIONS) for p in m.parameters(recurse=False)}
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        small = id(parameter) in norms or name.rpartition(".")[2] == "bias"
+        keeps = id(parameter) in scales or (small and not options.decay_norms_and_biases)
+        (free if keeps else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
+    """The optimizer that the options name, over all parameters of the model that require gradients."""
+    groups = parameter_groups(model, options)
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum)
+    return torch.optim.AdamW(groups, lr=options.learning_rate)
+
+
+def learning_rate(step: int, total_steps: int, steps_per_epoch: int, options: TrainingOptions) -> float:
+    """Learning rate of the optimizer step `step`, counted from 0."""
+    if step < options.warmup_steps:
+        return options.learning_rate * (step + 1) / (options.warmup_steps + 1)
+    epoch = step // steps_per_epoch
+    if options.schedule == "cosine":
+        if options.schedule_by == "epoch":
+            done, whole = epoch, math.ceil(total_steps / steps_per_epoch)
+        else:
+            done, whole = step - options.warmup_steps, total_steps - options.warmup_steps
+        return options.learning_rate * 0.5 * (1 + math.cos(math.pi * done / max(whole, 1)))
+    if options.schedule == "step":
+        passed = sum(epoch >= milestone for milestone in options.step_epochs)
+        return float(options.learning_rate * options.step_factor**passed)
+    return options.learning_rate

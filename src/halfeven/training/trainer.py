@@ -1,0 +1,242 @@
+"""The training loop on Accelerate: one process or many, float or quantized models, interrupted and resumed exactly."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from halfeven.distributed import average_batchnorm, rank, world_size
+from halfeven.errors import ConfigError
+from halfeven.training.optimization import learning_rate, make_optimizer
+from halfeven.training.options import TrainingOptions
+from halfeven.training.progress import RunLog
+from halfeven.training.sampling import TrainingBatches, mix
+from halfeven.training.state import STATE_FILE, TrainingState, check_position, load_state, save_state, write_atomically
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Callbacks:
+    """What the trainer calls, and knows nothing of."""
+
+    validate: Callable[[nn.Module], Metrics]
+    """Accuracy of the model, called by every process after each epoch; "top1" decides which is best."""
+    save: Callable[[nn.Module, Path, dict[str, Any]], None]
+    """Writes a checkpoint of the model to a path, with facts about it; called by the first process."""
+    before_step: Sequence[Callable[[nn.Module, float], None]] = ()
+    """Called with the share of the run that is done before each step, after `model.train()`: here layers are frozen."""
+    before_validation: Sequence[Callable[[nn.Module], None]] = ()
+    """Called by every process before each validation: here BatchNorm is re-estimated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where and how a run takes place."""
+
+    folder: Path
+    """Where its state, checkpoints and logs go."""
+    accelerator: Accelerator
+    console: Console = field(default_factory=Console)
+    seed: int = 0
+    workers: int = 0
+    name: str = "int8"
+    """What the trained model's accuracy is called in the logs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run reached."""
+
+    best: Metrics
+    last: Metrics
+    steps: int
+
+
+class _Objective(nn.Module):
+    """Model and loss together, so that what Accelerate wraps for mixed precision and DDP is never the model itself."""
+
+    def __init__(self, model: nn.Module, label_smoothing: float) -> None:
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(images).float(), labels, label_smoothing=self.label_smoothing)
+
+
+class Trainer:
+    """Trains `model` in place on (image, label) pairs.
+
+    Args:
+        header: JSON-able facts that the caller needs, besides the training state, to make the model anew for a
+        resumption.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Any,
+        options: TrainingOptions,
+        callbacks: Callbacks,
+        run: Run,
+        header: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.options, self.callbacks, self.where = model, options, callbacks, run
+        self.header = json.dumps(header or {})
+        self.batches = TrainingBatches(images, options, seed=run.seed, workers=run.workers)
+        self.steps_per_epoch = -(-len(self.batches) // options.accumulation)
+        whole = options.epochs * self.steps_per_epoch
+        self.total_steps = min(options.max_steps, whole) if options.max_steps else whole
+        self.step, self.best, self.last = 0, Metrics(), Metrics()
+        self.accelerator = run.accelerator
+        model.to(self.accelerator.device)
+        self.optimizer = self.accelerator.prepare(make_optimizer(model, options))
+        # The number of images is part of the order: one more, and every epoch is shuffled otherwise.
+        self.position = {
+            "seed": run.seed,
+            "images": len(images),
+            "batch_size": options.batch_size,
+            "accumulation": options.accumulation,
+            "processes": world_size(),
+        }
+
+    def run(self, *, resume: bool = False) -> Outcome:
+        """Train to the end, from the start or from the state in the folder.
+
+        Raises:
+            CheckpointError: a state that cannot be resumed.
+            ConfigError: a loss that is not finite.
+        """
+        if resume:
+            self._resume()
+        self.objective = self.accelerator.prepare(_Objective(self.model, self.options.label_smoothing))
+        place, console = self.where, self.where.console
+        self.log = RunLog(
+            place.folder,
+            f"Training {place.name}",
+            total=self.total_steps,
+            step=self.step,
+            console=console,
+            main=self.accelerator.is_main_process,
+        )
+        try:
+            if not resume:
+                self._save_state()
+            while self.step < self.total_steps:
+                self._train_epoch(self.step // self.steps_per_epoch)
+        finally:
+            self.log.close()
+        return Outcome(best=self.best, last=self.last, steps=self.step)
+
+    def _train_epoch(self, epoch: int) -> None:
+        self.model.train()
+        start = self.step % self.steps_per_epoch * self.options.accumulation
+        for group in self._groups(self.batches.epoch(epoch, start)):
+            loss, rate = self._take_step(group)
+            self.step += 1
+            self.log.advance(self.step, sum(len(labels) for _, labels in group) * world_size())
+            if self.step % self.options.log_every == 0 or self.step == self.total_steps:
+                self._log_loss(epoch, loss, rate)
+            # The end of an epoch is saved after its validation, which a resumed run must not skip.
+            if self.step == self.total_steps or self.step % self.steps_per_epoch == 0:
+                break
+            if self.step % self.options.save_every == 0:
+                self._save_state()
+        self._finish_epoch(epoch)
+
+    def _groups(self, batches: Iterator[Any]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Batches that share an optimizer step; the last group of an epoch may be smaller."""
+        group: list[tuple[Tensor, Tensor]] = []
+        for images, labels in batches:
+            group.append((images, labels))
+            if len(group) == self.options.accumulation:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _take_step(self, group: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, float]:
+        """One optimizer step on the mean gradient of a group of batches; gives its loss and learning rate."""
+        torch.manual_seed(mix(self.where.seed, self.step, rank()))
+        for hook in self.callbacks.before_step:
+            hook(self.model, self.step / self.total_steps)
+        rate = learning_rate(self.step, self.total_steps, self.steps_per_epoch, self.options)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
+        total = torch.zeros((), device=self.accelerator.device)
+        for i, (images, labels) in enumerate(group):
+            # Gradients are exchanged between processes once, with the last batch of the group.
+            last = i == len(group) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
+                device = self.accelerator.device
+                loss = self.objective(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+                self.accelerator.backward(loss / len(group))
+            total += loss.detach() / len(group)
+        if self.options.clip_norm > 0:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, rate
+
+    def _log_loss(self, epoch: int, loss: Tensor, rate: float) -> None:
+        value = float(self.accelerator.reduce(loss, "mean"))
+        if value != value or value in (float("inf"), float("-inf")):
+            raise ConfigError(
+                f"The loss became {value} at step {self.step} (learning rate {rate:g}); all weights after it would be "
+                "NaN. "
+                "Lower training.learning_rate, set training.clip_norm or training.warmup_steps, or look at the data."
+            )
+        self.log.training(self.step, epoch, value, rate)
+
+    def _finish_epoch(self, epoch: int) -> None:
+        average_batchnorm(self.model)
+        for hook in self.callbacks.before_validation:
+            hook(self.model)
+        self.last = self.callbacks.validate(self.model)
+        self.log.validation(self.step, epoch, self.where.name, self.last)
+        better = not self.best or self.last["top1"] > self.best["top1"]
+        self.best = self.last if better else self.best
+        for name in ("last", "best") if better else ("last",):
+            if self.accelerator.is_main_process:
+                facts = {"step": self.step, "epoch": epoch, self.where.name: self.last}
+                write_atomically(
+                    self.where.folder / f"{name}.safetensors",
+                    lambda path, facts=facts: self.callbacks.save(self.model, path, facts),  # type: ignore[misc]
+                )
+        self._save_state()
+
+    def _save_state(self) -> None:
+        average_batchnorm(self.model)
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = TrainingState(
+                model=self.model.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                scaler=scaler.state_dict() if scaler is not None else {},
+                step=self.step,
+                best=self.best,
+                last=self.last,
+                position=self.position,
+                header=self.header,
+            )
+            save_state(state, self.where.folder / STATE_FILE)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        path = self.where.folder / STATE_FILE
+        state = load_state(path)
+        check_position(state.position, self.position, path)
+        self.model.load_state_dict(state.model)
+        self.optimizer.load_state_dict(state.optimizer)
+        if self.accelerator.scaler is not None and state.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        self.step, self.best, self.last = state.step, state.best, state.last
+        self.where.console.print(f"Resumed {path} at step {self.step} of {self.total_steps}.", highlight=False)

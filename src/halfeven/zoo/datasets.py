@@ -1,0 +1,229 @@
+"""Labelled images: scikit-learn's digits, Fashion-MNIST, a folder of images, or a function of yours.
+
+Each gives images for training, for calibration (a seeded part of the training images, seen as in evaluation) and for
+validation.
+"""
+
+import gzip
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from halfeven.errors import ConfigError
+from halfeven.zoo.models import import_function
+
+FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"
+"""Where Debian's package dataset-fashion-mnist puts its files."""
+FASHION_MNIST_MEAN, FASHION_MNIST_STD = 0.2860, 0.3530
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DIGITS_MEAN, DIGITS_STD = 0.3053, 0.3236
+DIGITS_VALIDATION = 360
+"""Of 1,797 digits, those that nothing is trained or calibrated on."""
+
+
+class Images(Protocol):
+    """A dataset of known length whose items are (image, label)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which images, and how they are read."""
+
+    source: Literal["digits", "fashion_mnist", "image_folder", "callable"] = "image_folder"
+    """Kind of data; "callable": your own function, which returns a `Datasets`."""
+    root: str = ""
+    """Folder of the data; "" for the place where it is usually installed (not for "image_folder")."""
+    function: str = ""
+    """For "callable": "package.module:function", called with these options."""
+    image_size: int = 224
+    """Side of the images of "image_folder" after cropping."""
+    resize: int = 256
+    """Short side to which "image_folder" scales evaluation images before the centre crop."""
+    calibration_images: int = 512
+    """Training images, drawn once with the seed, that set the ranges."""
+    calibration_seed: int = 0
+    """Seed of that draw."""
+    workers: int = 2
+    """Processes that load images; 0 to load them in the main one."""
+    evaluation_batch_size: int = 128
+    """Images at a time in validation and calibration."""
+
+    def __post_init__(self) -> None:
+        if self.calibration_images < 1 or self.evaluation_batch_size < 1 or self.workers < 0:
+            raise ConfigError(
+                f"data.calibration_images={self.calibration_images}, "
+                f"data.evaluation_batch_size={self.evaluation_batch_size} "
+                f"and data.workers={self.workers} leave nothing to load. The first two must be at least 1, workers 0 "
+                "or more."
+            )
+        if self.source == "image_folder" and not 1 <= self.image_size <= self.resize:
+            raise ConfigError(
+                f"data.image_size={self.image_size} cannot be cropped out of images whose short side is "
+                f"data.resize={self.resize}. Set data.resize to at least data.image_size."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Datasets:
+    """The three parts of the data, and how many classes their labels have."""
+
+    train: Images
+    calibration: Images
+    validation: Images
+    num_classes: int
+
+    def example(self) -> Tensor:
+        """Two validation images as a batch, to capture a model with."""
+        return torch.stack([self.validation[index][0] for index in range(min(2, len(self.validation)))])
+
+
+def load_datasets(options: DataOptions) -> Datasets:
+    """Open the data that the options name.
+
+    Raises:
+        ConfigError: it is not where the options say, or not what they say.
+    """
+    loaders: dict[str, Callable[[DataOptions], Datasets]] = {
+        "digits": digits,
+        "fashion_mnist": fashion_mnist,
+        "image_folder": image_folder,
+        "callable": _from_callable,
+    }
+    datasets = loaders[options.source](options)
+    for part in ("train", "calibration", "validation"):
+        if len(getattr(datasets, part)) == 0:
+            raise ConfigError(
+                f"The {part} part of the data {options.source} is empty: nothing can be done with it. Add images."
+            )
+    return datasets
+
+
+def calibration_subset(images: Images, options: DataOptions) -> Images:
+    """Draw the calibration images, always the same ones for a seed."""
+    count = min(options.calibration_images, len(images))
+    order = np.random.default_rng(options.calibration_seed).permutation(len(images))[:count]
+    return Subset(images, sorted(order.tolist()))  # type: ignore[arg-type]
+
+
+def digits(options: DataOptions) -> Datasets:
+    """scikit-learn's 1,797 handwritten digits of 8x8, enlarged to 32x32."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.tensor(data.images / 16.0, dtype=torch.float32).unsqueeze(1)
+    images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
+    images = (images - DIGITS_MEAN) / DIGITS_STD
+    labels = torch.tensor(data.target, dtype=torch.int64)
+    order = torch.tensor(np.random.default_rng(0).permutation(len(labels)))
+    validation, train = order[:DIGITS_VALIDATION], order[DIGITS_VALIDATION:]
+    train_images: Dataset[tuple[Tensor, ...]] = TensorDataset(images[train], labels[train])
+    return Datasets(
+        train=train_images,  # type: ignore[arg-type]
+        calibration=calibration_subset(train_images, options),  # type: ignore[arg-type]
+        validation=TensorDataset(images[validation], labels[validation]),
+        num_classes=10,
+    )
+
+
+def fashion_mnist(options: DataOptions) -> Datasets:
+    """Zalando's 70,000 grey images of clothes, padded from 28x28 to 32x32."""
+    root = Path(options.root or FASHION_MNIST_ROOT)
+    parts = {}
+    for part, stem, count in (("train", "train", 60000), ("validation", "t10k", 10000)):
+        pixels = read_idx(root / f"{stem}-images-idx3-ubyte.gz")
+        labels = read_idx(root / f"{stem}-labels-idx1-ubyte.gz")
+        if pixels.shape != (count, 28, 28) or labels.shape != (count,):
+            raise ConfigError(
+                f"The {stem} files in {root} hold images of shape {pixels.shape} and labels of shape {labels.shape}; "
+                f"Fashion-MNIST has {count} of 28x28. Another data set under these names would be misread. Give its "
+                "own folder."
+            )
+        images = F.pad(torch.from_numpy(pixels).unsqueeze(1).float() / 255, (2, 2, 2, 2))
+        images = (images - FASHION_MNIST_MEAN) / FASHION_MNIST_STD
+        parts[part] = TensorDataset(images, torch.from_numpy(labels).long())
+    calibration = calibration_subset(parts["train"], options)
+    return Datasets(train=parts["train"], calibration=calibration, validation=parts["validation"], num_classes=10)
+
+
+def read_idx(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Read a gzip-compressed IDX file of unsigned bytes: two zeros, type 8, number of axes, big-endian sizes, the bytes."""
+    if not path.is_file():
+        raise ConfigError(
+            f"There is no file {path}, so Fashion-MNIST cannot be read. Install Debian's package dataset-fashion-mnist "
+            "(apt-get install dataset-fashion-mnist), or set data.root to the folder of the four .gz files."
+        )
+    try:
+        content = gzip.decompress(path.read_bytes())
+        zero, kind, axes = struct.unpack(">HBB", content[:4])
+        shape = struct.unpack(f">{axes}I", content[4 : 4 + 4 * axes])
+        values = np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
+    except (OSError, EOFError, struct.error, ValueError) as error:
+        raise ConfigError(
+            f"The file {path} is not a whole IDX file: {error}. Its images cannot be read; fetch it again."
+        ) from error
+    if (zero, kind) != (0, 8):
+        raise ConfigError(
+            f"The file {path} is not an IDX file of bytes (it starts with {zero}, {kind}). Fetch it again."
+        )
+    return values
+
+
+def image_folder(options: DataOptions) -> Datasets:
+    """ImageNet's layout, root/train and root/val with a folder per class, and its usual preprocessing at 224 pixels."""
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import InterpolationMode
+
+    root = Path(options.root)
+    for part in ("train", "val"):
+        if not options.root or not (root / part).is_dir():
+            raise ConfigError(
+                f"There is no folder {root / part if options.root else 'data.root'}, so there are no images. Set "
+                "data.root to a "
+                "folder with train/CLASS/IMAGE and val/CLASS/IMAGE (ImageNet as usually unpacked)."
+            )
+    finish = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    bilinear = InterpolationMode.BILINEAR
+    crop = transforms.RandomResizedCrop(options.image_size, interpolation=bilinear, antialias=True)
+    training = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *finish])
+    scale = transforms.Resize(options.resize, interpolation=bilinear, antialias=True)
+    evaluation = transforms.Compose([scale, transforms.CenterCrop(options.image_size), *finish])
+    try:
+        train = ImageFolder(root / "train", transform=training)
+        seen_as_in_evaluation = ImageFolder(root / "train", transform=evaluation)
+        validation = ImageFolder(root / "val", transform=evaluation)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"The images under {root} cannot be used: {error} Put one folder per class in train and in val."
+        ) from error
+    if train.classes != validation.classes:
+        odd = sorted(set(train.classes) ^ set(validation.classes))
+        raise ConfigError(
+            f"The class folders of {root / 'train'} and {root / 'val'} differ ({', '.join(odd[:6])}), so their labels "
+            "would not "
+            "mean the same. Make the same folders in both."
+        )
+    calibration = calibration_subset(seen_as_in_evaluation, options)
+    return Datasets(train=train, calibration=calibration, validation=validation, num_classes=len(train.classes))
+
+
+def _from_callable(options: DataOptions) -> Datasets:
+    datasets = import_function(options.function, "data.function")(options)
+    if not isinstance(datasets, Datasets):
+        raise ConfigError(
+            f"{options.function} returned a {type(datasets).__name__}, whose parts are unknown. "
+            "It must return a halfeven.zoo.datasets.Datasets."
+        )
+    return datasets

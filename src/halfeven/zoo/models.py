@@ -1,0 +1,139 @@
+"""Float models by name: from timm, from torchvision, or from any function of yours, with their weights."""
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from torch import nn
+
+from halfeven.errors import ConfigError
+from halfeven.zoo.weights import load_weights
+
+PRETRAINED = "pretrained"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which float model, and its weights."""
+
+    source: Literal["timm", "torchvision", "callable"] = "timm"
+    """Library that makes the model; "callable": your own function."""
+    name: str = "resnet18"
+    """Name of the model in that library; for "callable", "package.module:function"."""
+    weights: str = ""
+    """Float weights: "pretrained" (the library's own), the path of a file, or "" for random ones."""
+    num_classes: int = 1000
+    """Classes of the head (timm and torchvision)."""
+    in_chans: int = 3
+    """Channels of the input image (timm; torchvision's models take 3)."""
+    arguments: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Further keyword arguments of the model's function."""
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1 or self.in_chans < 1:
+            raise ConfigError(
+                f"model.num_classes={self.num_classes} and model.in_chans={self.in_chans} cannot make a model: both "
+                "must be "
+                "at least 1. Set them to the data's number of classes and of image channels."
+            )
+
+
+def create_model(options: ModelOptions) -> nn.Module:
+    """Make the float model and load its weights.
+
+    Raises:
+        ConfigError: no such model, or arguments that it does not take.
+        CheckpointError: a weights file that is not this model's.
+    """
+    makers = {"timm": _from_timm, "torchvision": _from_torchvision, "callable": _from_callable}
+    pretrained = options.weights == PRETRAINED
+    try:
+        model = makers[options.source](options, pretrained)
+    except TypeError as error:
+        raise ConfigError(
+            f"{options.source} cannot make {options.name} with model.arguments={options.arguments}: {error}. "
+            "There is no model to train. Leave out the arguments that it does not take."
+        ) from error
+    if options.weights and not pretrained:
+        load_weights(model, options.weights)
+    return model
+
+
+def _from_timm(options: ModelOptions, pretrained: bool) -> nn.Module:
+    import timm
+
+    if not timm.is_model(options.name):
+        near = timm.list_models(f"*{options.name[:6]}*")[:6] or ["timm.list_models() shows all"]
+        raise ConfigError(
+            f'timm has no model "{options.name}", so there is nothing to quantize. Names like it: {", ".join(near)}.'
+        )
+    sizes = {"num_classes": options.num_classes, "in_chans": options.in_chans}
+    try:
+        return cast(nn.Module, timm.create_model(options.name, pretrained=pretrained, **sizes, **options.arguments))
+    except (OSError, RuntimeError) as error:
+        raise _no_model(options, pretrained, error) from error
+
+
+def _from_torchvision(options: ModelOptions, pretrained: bool) -> nn.Module:
+    from torchvision import models
+
+    if options.in_chans != 3:
+        raise ConfigError(
+            f"model.in_chans={options.in_chans} was asked of torchvision, whose models take 3 channels. "
+            'Use model.source="timm", or repeat the channel in your data.'
+        )
+    if options.name not in models.list_models():
+        near = [name for name in models.list_models() if options.name[:4] in name][:6]
+        raise ConfigError(
+            f'torchvision has no model "{options.name}", so there is nothing to quantize. '
+            f"Names like it: {', '.join(near) or 'torchvision.models.list_models() shows all'}."
+        )
+    weights = "DEFAULT" if pretrained else None
+    try:
+        return cast(
+            nn.Module,
+            models.get_model(options.name, weights=weights, num_classes=options.num_classes, **options.arguments),
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _no_model(options, pretrained, error) from error
+
+
+def _from_callable(options: ModelOptions, pretrained: bool) -> nn.Module:
+    if pretrained:
+        raise ConfigError(
+            'model.weights="pretrained" was asked of your own function, which has no library of weights behind it. '
+            "Let the function load them, or give the path of a file."
+        )
+    model = import_function(options.name, "model.name")(**options.arguments)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"{options.name} returned a {type(model).__name__}, which cannot be quantized. It must return a "
+            "torch.nn.Module."
+        )
+    return model
+
+
+def _no_model(options: ModelOptions, pretrained: bool, error: Exception) -> ConfigError:
+    way_out = "give model.weights the path of a file, if they cannot be downloaded here" if pretrained else "look at it"
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ConfigError(
+        f"{options.source} could not make {options.name}{' with its own weights' if pretrained else ''}: {reason} "
+        f"There is no model to train; {way_out}."
+    )
+
+
+def import_function(name: str, option: str) -> Any:
+    """The function that "package.module:function" names; `option` is the setting to blame.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    module_name, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f'{option}="{name}" names no function that can be imported: {error}. Write "package.module:function" and '
+            "put "
+            "the module beside the config, in the current folder or in an installed package."
+        ) from error
