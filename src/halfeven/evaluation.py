@@ -1,4 +1,4 @@
-"""Run a model (float, simulated or deployed) over labelled images, in one process or many, and count what it gets right."""
+"""Run a model (float, simulated or deployed) over labelled images, in one process or many: its accuracy."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -49,7 +49,7 @@ def evaluate(
 
 @contextmanager
 def _evaluating(model: Model) -> Iterator[None]:
-    """Put a module in eval() and give each of its submodules its own mode back: some may be frozen in a training one."""
+    """Put a module in eval() and give each submodule its own mode back: some may be frozen in a training one."""
     modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
     try:
         if isinstance(model, nn.Module):
@@ -61,7 +61,7 @@ def _evaluating(model: Model) -> Iterator[None]:
 
 
 def evaluation_loader(images: Any, batch_size: int, workers: int = 0, *, shared: bool = True) -> DataLoader[Any]:
-    """Batches in order. In a distributed run each process gets its share, every image once; all of them if not `shared`."""
+    """Batches in order; in a distributed run each process gets its share, every image once, or all if not `shared`."""
     if shared and world_size() > 1:
         images = Subset(images, range(rank(), len(images), world_size()))
     return DataLoader(images, batch_size=batch_size, num_workers=workers, pin_memory=torch.cuda.is_available())

@@ -158,7 +158,7 @@ def fashion_mnist(options: DataOptions) -> Datasets:
 
 
 def read_idx(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Read a gzip-compressed IDX file of unsigned bytes: two zeros, type 8, number of axes, big-endian sizes, the bytes."""
+    """Read a gzipped IDX file of unsigned bytes: two zeros, type 8, number of axes, big-endian sizes, the bytes."""
     if not path.is_file():
         raise ConfigError(
             f"There is no file {path}, so Fashion-MNIST cannot be read. Install Debian's package dataset-fashion-mnist "
