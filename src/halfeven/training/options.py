@@ -45,9 +45,9 @@ class TrainingOptions:
     label_smoothing: float = 0.0
     """Share of a label's probability that is spread over all classes."""
     base_batch_size: int = 256
-    """Batch over all processes that `learning_rate` is meant for; --auto-scale-lr scales the rate to the actual one."""
+    """Batch over all processes that `learning_rate` is meant for; --auto-scale-lr fits the rate to the actual one."""
     save_every: int = 200
-    """Optimizer steps between saves of the training state, from which a run can be resumed; every epoch's end is saved too."""
+    """Optimizer steps between saves of the state that --resume goes on from; every epoch's end is saved too."""
     log_every: int = 10
     """Optimizer steps between lines of the log."""
 

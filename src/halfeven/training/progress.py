@@ -60,7 +60,7 @@ class RunLog:
         self._progress.start()
 
     def _forget(self, step: int) -> None:
-        """Drop the lines of steps after `step`, which a resumed run takes again, and all of them when it starts anew."""
+        """Drop the lines of steps after `step`, which a resumed run takes again; all of them when it starts anew."""
         if not self._path.is_file():
             return
         kept = []

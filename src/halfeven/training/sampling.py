@@ -1,4 +1,4 @@
-"""Which images come when, and with which random numbers: pure functions of the seed, so that a resumed run sees the same ones.
+"""Which images come when, and with which random numbers: pure functions of the seed, the same in a resumed run.
 
 Nothing here depends on what was drawn before: the order is a function of (seed, epoch), an image's augmentation of
 (seed, epoch,
@@ -27,7 +27,7 @@ def mix(*numbers: int) -> int:
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Run a block with the random generators of torch (CPU), Python and NumPy seeded, and give them back as they were."""
+    """Run a block with the generators of torch (CPU), Python and NumPy seeded, and give them back as they were."""
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()
     seed = mix(*numbers)
     torch.random.default_generator.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The state of a training run in one file, written atomically, from which the run goes on exactly as if never interrupted."""
+"""The state of a training run in one file, written atomically; the run goes on from it as if never interrupted."""
 
 import os
 import pickle
@@ -17,7 +17,7 @@ FORMAT = 1
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """All that a run needs to go on. There is no random generator in it: every draw is a function of seed and position."""
+    """All that a run needs to go on. It holds no random generator: every draw is a function of seed and position."""
 
     model: dict[str, Any]
     optimizer: dict[str, Any]
@@ -43,6 +43,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     write(partial)
+    mask = os.umask(0)
+    os.umask(mask)
+    partial.chmod(0o666 & ~mask)  # some writers make files that only their owner can read
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
