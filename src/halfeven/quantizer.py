@@ -71,6 +71,7 @@ class Quantizer(nn.Module):
         else:
             self.register_buffer("scale", unset)
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        self.calibrates = True
         self.follows = not learned and (not weight or observer == "minmax")
         self.register_buffer("observing", torch.tensor(self.follows, dtype=torch.uint8))
         self._observing = self.follows  # the buffer's value, readable without waiting for a device
@@ -83,8 +84,7 @@ class Quantizer(nn.Module):
         if self.mode is Mode.FLOAT or (self.mode is Mode.CALIBRATE and not self._calibrate(x)):
             return x
         if self._observing and self.weight:
-            scale, zero_point = scale_and_zero_point(*self._rows(x).aminmax(dim=-1), self.scheme)
-            scale, zero_point = scale.reshape(self.scale.shape), zero_point.reshape(self.scale.shape)
+            scale, zero_point = self._present_range(x)
             if self.training:
                 self._store(scale, zero_point)
             return fake_quantize(x, scale, zero_point, self.scheme)
@@ -123,6 +123,20 @@ class Quantizer(nn.Module):
         self._observing = on and self.follows
         self.observing.fill_(self._observing)
 
+    def fix_range(self, bounds: tuple[float, float] | None) -> None:
+        """Keep a range that is known beforehand, as that of a softmax is; None does nothing."""
+        if bounds is not None:
+            self.set_range(*(torch.full_like(self.scale, bound) for bound in bounds))
+            self.follows = self.calibrates = False
+            self.set_observing(False)
+
+    def used_scale(self, x: Tensor) -> Tensor:
+        """The scale that `forward` uses for `x`, without its gradient."""
+        with torch.no_grad():
+            if self._observing and self.weight:
+                return self._present_range(x)[0]
+            return effective_scale(self.scale) if self.learned else self.scale
+
     def start_calibration(self) -> None:
         """Pass the tensor through unchanged and collect its statistics until `finish_calibration`."""
         self.mode, self.observer = Mode.CALIBRATE, make_observer(self.observer_name, self.scheme)
@@ -154,6 +168,10 @@ class Quantizer(nn.Module):
         self.low.copy_(torch.lerp(self.low, low, RANGE_MOMENTUM) if self.calibrated else low)
         self.high.copy_(torch.lerp(self.high, high, RANGE_MOMENTUM) if self.calibrated else high)
         self._store(*scale_and_zero_point(self.low, self.high, self.scheme))
+
+    def _present_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale, zero_point = scale_and_zero_point(*self._rows(x).aminmax(dim=-1), self.scheme)
+        return scale.reshape(self.scale.shape), zero_point.reshape(self.scale.shape)
 
     def _gradient_factor(self, x: Tensor) -> float:
         """LSQ's 1 / sqrt(N * quant_max); N is the weights that share a scale, or the features of one sample."""

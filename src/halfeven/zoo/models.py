@@ -1,6 +1,8 @@
 """Float models by name: from timm, from torchvision, or from any function of yours, with their weights."""
 
+import difflib
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -63,9 +65,9 @@ def _from_timm(options: ModelOptions, pretrained: bool) -> nn.Module:
     import timm
 
     if not timm.is_model(options.name):
-        near = timm.list_models(f"*{options.name[:6]}*")[:6] or ["timm.list_models() shows all"]
         raise ConfigError(
-            f'timm has no model "{options.name}", so there is nothing to quantize. Names like it: {", ".join(near)}.'
+            f'timm has no model "{options.name}", so there is nothing to quantize. '
+            f"{_nearest(options.name, timm.list_models())}"
         )
     sizes = {"num_classes": options.num_classes, "in_chans": options.in_chans}
     try:
@@ -83,10 +85,9 @@ def _from_torchvision(options: ModelOptions, pretrained: bool) -> nn.Module:
             'Use model.source="timm", or repeat the channel in your data.'
         )
     if options.name not in models.list_models():
-        near = [name for name in models.list_models() if options.name[:4] in name][:6]
         raise ConfigError(
             f'torchvision has no model "{options.name}", so there is nothing to quantize. '
-            f"Names like it: {', '.join(near) or 'torchvision.models.list_models() shows all'}."
+            f"{_nearest(options.name, models.list_models())}"
         )
     weights = "DEFAULT" if pretrained else None
     try:
@@ -111,6 +112,11 @@ def _from_callable(options: ModelOptions, pretrained: bool) -> nn.Module:
             "torch.nn.Module."
         )
     return model
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=4)
+    return f"Did you mean {' or '.join(near)}?" if near else "Look at the library's list of models."
 
 
 def _no_model(options: ModelOptions, pretrained: bool, error: Exception) -> ConfigError:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -80,7 +81,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             '.safetensors or .pth file, "pretrained" for the library\'s own weights, or "" to start from random ones.'
         )
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file: {error}. There is nothing to give the model. Fetch or write "
+                "it again."
+            ) from error
     if path.suffix not in {".pth", ".pt", ".tar", ".bin"}:
         raise CheckpointError(
             f"The weights file {path} ends with {path.suffix or 'nothing'!r}, which says nothing of its format. "

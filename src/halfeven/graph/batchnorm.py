@@ -1,0 +1,72 @@
+"""Folding BatchNorm into the layer before it (white paper, section 2.3.1). gamma is never divided by: it may be zero."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from halfeven.graph.operators import WEIGHTED, OperatorKind, kind_of, module_of
+from halfeven.graph.restoration import CapturedModule
+
+
+def folding(norm: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Factor on the weight's output channels and the new bias, each [channels], that do what a BatchNorm does in eval mode.
+
+    `norm(conv(x) + bias) = factor * conv(x) + new_bias` with factor = gamma / sqrt(var + eps).
+    """
+    factor = torch.rsqrt(norm.running_var.double() + norm.eps)
+    mean = norm.running_mean.double()
+    if norm.weight is not None:
+        factor = factor * norm.weight.detach().double()
+    shift = factor * ((0.0 if bias is None else bias.detach().double()) - mean)
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    return factor, shift.float()
+
+
+def foldable(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
+    """Pairs (layer, BatchNorm) in which the BatchNorm alone reads the layer, and both are modules used once."""
+    calls: dict[Any, int] = {}
+    for node in graph.nodes:
+        calls[node.target] = calls.get(node.target, 0) + (node.op == "call_module")
+    pairs = []
+    for node in graph.nodes:
+        if node.op != "call_module" or kind_of(node) is not OperatorKind.BATCH_NORM:
+            continue
+        layer = node.all_input_nodes[0]
+        if layer.op != "call_module" or kind_of(layer) not in WEIGHTED or len(layer.users) != 1:
+            continue
+        grouped_transposed = kind_of(layer) is OperatorKind.TRANSPOSED_CONVOLUTION and module_of(layer).groups != 1
+        if calls[layer.target] == calls[node.target] == 1 and not grouped_transposed:
+            pairs.append((layer, node))
+    return pairs
+
+
+def output_axis(layer: fx.Node) -> int:
+    """The axis of a layer's weight that its output channels lie on."""
+    return 1 if kind_of(layer) is OperatorKind.TRANSPOSED_CONVOLUTION else 0
+
+
+def fold(region: CapturedModule) -> int:
+    """Fold every BatchNorm that can be into the float layer before it, in place; how many were."""
+    pairs = foldable(region.graph)
+    for layer, node in pairs:
+        module: Any = module_of(layer)
+        factor, bias = folding(module_of(node), module.bias)
+        shape = [1] * module.weight.ndim
+        shape[output_axis(layer)] = -1
+        with torch.no_grad():
+            module.weight.copy_((module.weight.double() * factor.reshape(shape)).float())
+        module.bias = nn.Parameter(bias.to(module.weight))
+        remove(region, node)
+    region.recompile()
+    return len(pairs)
+
+
+def remove(region: CapturedModule, node: fx.Node) -> None:
+    """Take a module that passes its input on out of the graph, and out of the model where nothing else calls it."""
+    node.replace_all_uses_with(node.all_input_nodes[0])
+    region.graph.erase_node(node)
+    if not any(other.target == node.target for other in region.graph.nodes if other.op == "call_module"):
+        assert isinstance(node.target, str)
+        region.delete_submodule(node.target)

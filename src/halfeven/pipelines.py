@@ -1,0 +1,81 @@
+"""The ways to a quantized model: the steps in their order, nothing else."""
+
+import copy
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from halfeven.graph.batchnorm import fold
+from halfeven.graph.capture import Example, capture
+from halfeven.graph.lowering import lower_attention
+from halfeven.placement.insertion import insert
+from halfeven.placement.plan import Plan, QuantizationOptions
+from halfeven.placement.planning import make_plan, regions
+from halfeven.ptq.calibration import calibrate, inputs_of
+
+
+def prepare(
+    model: nn.Module, example: Example, options: QuantizationOptions | None = None, **changes: Any
+) -> nn.Module:
+    """Make a quantized model of a float one: an ordinary `nn.Module` with quantizers whose ranges are not yet set.
+
+    The float model is not changed; the result has its own parameters. Follow with `calibrate`, then train it like any
+    module, or use it as it is.
+
+    Args:
+        model: any module.
+        example: an input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments.
+        options: how to quantize.
+        changes: fields of `QuantizationOptions` to set on top of `options`, for example `scheme="w4a8"`.
+
+    Raises:
+        CaptureError: nothing of the model could be captured.
+        PlacementError: the target cannot do the scheme, or a rule held for nothing.
+    """
+    options = dataclasses.replace(options or QuantizationOptions(), **changes)
+    captured, notes = _captured(model, example, options)
+    return insert(captured, make_plan(captured, options, notes))
+
+
+def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
+    """Make the quantized model that a plan describes, for a checkpoint to be loaded into."""
+    captured, _ = _captured(model, example, plan.options)
+    return insert(captured, plan)
+
+
+def _captured(
+    model: nn.Module, example: Example, options: QuantizationOptions
+) -> tuple[nn.Module, tuple[str, ...]]:
+    captured, report = capture(copy.deepcopy(model), example, options.leave_out)
+    for region in regions(captured).values():
+        lower_attention(region)
+        if options.batchnorm == "fold":
+            fold(region)
+    captured.train(model.training)
+    return captured, tuple(f"Stays Python, in float: {left}" for left in report.left)
+
+
+def quantize(
+    model: nn.Module,
+    loader: Iterable[Any],
+    options: QuantizationOptions | None = None,
+    *,
+    batches: int | None = None,
+    **changes: Any,
+) -> nn.Module:
+    """Post-training quantization: prepare with the loader's first batch as the example, and calibrate.
+
+    Args:
+        model: any module.
+        loader: calibration batches, as `calibrate` takes them; it is iterated twice.
+        options, changes: as for `prepare`.
+        batches: how many batches to calibrate on; None: all.
+
+    Returns:
+        The quantized model in eval mode.
+    """
+    args, kwargs = inputs_of(next(iter(loader)))
+    qmodel = prepare(model, kwargs or args, options, **changes)
+    return calibrate(qmodel, loader, batches).eval()

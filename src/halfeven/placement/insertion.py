@@ -1,0 +1,124 @@
+"""Inserting a plan's quantizers into a captured model. Each is inserted once; none is inserted to be deleted."""
+
+from typing import Any
+
+from torch import fx, nn
+
+from halfeven.errors import PlacementError
+from halfeven.graph.operators import OperatorKind, kind_of, module_of, tensor_names
+from halfeven.graph.restoration import CapturedModule, place
+from halfeven.placement.layers import QUANTIZED_LAYERS
+from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight
+from halfeven.placement.planning import qualified, regions
+from halfeven.quantizer import Quantizer
+
+
+def insert(model: nn.Module, plan: Plan) -> nn.Module:
+    """Put the plan's quantizers, their ranges not yet set, into a captured model; it is changed and returned.
+
+    Raises:
+        PlacementError: the plan names a tensor that the model does not have.
+    """
+    found: dict[str, tuple[CapturedModule, fx.Node]] = {}
+    for prefix, region in regions(model).items():
+        for name, node in tensor_names(region.graph).items():
+            found[qualified(prefix, name)] = (region, node)
+    missing = [name for name in _names(plan) if name not in found]
+    if missing:
+        raise PlacementError(
+            f"The plan was made for another model: this one has no {', '.join(missing[:5])}"
+            f"{' and others' if len(missing) > 5 else ''}. Use the model (and the versions of torch and timm) it was made with."
+        )
+    for weight in plan.weights:
+        _insert_weight(*found[weight.name], weight)
+    for tensor in plan.tensors:
+        _insert_tensor([found[name] for name in tensor.places], tensor)
+    for region in regions(model).values():
+        region.graph.lint()
+        region.recompile()
+        _link_inputs(region)
+    model.halfeven_plan = plan  # type: ignore[assignment]
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan of a model that `prepare` or `load` returned.
+
+    Raises:
+        PlacementError: the model has no plan.
+    """
+    plan = getattr(model, "halfeven_plan", None)
+    if not isinstance(plan, Plan):
+        raise PlacementError(
+            f"This {type(model).__name__} has no plan: it is not a quantized model. Make one with halfeven.prepare(model, example)."
+        )
+    return plan
+
+
+def _names(plan: Plan) -> list[str]:
+    return [weight.name for weight in plan.weights] + [name for tensor in plan.tensors for name in tensor.places]
+
+
+def _insert_weight(region: CapturedModule, node: fx.Node, planned: PlannedWeight) -> None:
+    quantizer = Quantizer(
+        planned.scheme, channels=planned.channels, observer=planned.observer, learned=planned.learned, weight=True
+    )
+    quantizer.name = f"the weight of {planned.name}"
+    quantizer.train(region.training)
+    if node.op == "call_module":
+        module: Any = module_of(node)
+        # The class is exchanged in place: parameters, hooks and references to the layer stay what they are.
+        module.__class__ = QUANTIZED_LAYERS[type(module)]
+        module.weight_quantizer = quantizer.to(module.weight.device)
+        return
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    path = _place(region, quantizer, f"{planned.name}_weight")
+    with region.graph.inserting_after(weight):
+        quantized = region.graph.call_module(path, (weight,))
+    quantized.meta = dict(weight.meta)
+    node.update_arg(1, quantized)
+
+
+def _insert_tensor(places: list[tuple[CapturedModule, fx.Node]], planned: PlannedTensor) -> None:
+    quantizer = Quantizer(planned.scheme, observer=planned.observer, learned=planned.learned)
+    quantizer.name = " = ".join(planned.places)
+    quantizer.fix_range(planned.fixed_range)
+    region = places[0][0]
+    quantizer.train(region.training)
+    path = _place(region, quantizer, planned.name)
+    for _, node in places:
+        after = node
+        while after.next.op == "placeholder":
+            after = after.next
+        with region.graph.inserting_after(after):
+            quantized = region.graph.call_module(path, (node,))
+        quantized.meta = dict(node.meta)
+        node.replace_all_uses_with(quantized, delete_user_cb=lambda user, own=quantized: user is not own)
+
+
+def _place(region: CapturedModule, quantizer: Quantizer, name: str) -> str:
+    tensor = next((p for p in region.parameters()), None)
+    path = f"quantizers.{name.replace('.', '_').replace(':', '_')}"
+    place(region, path, quantizer if tensor is None else quantizer.to(tensor.device))
+    return path
+
+
+def _link_inputs(region: CapturedModule) -> None:
+    """Tell each quantized layer the quantizer of its input, whose scale makes integers of it again (see `layers`)."""
+    for node in region.graph.nodes:
+        if node.op != "call_module" or type(layer := module_of(node)) not in QUANTIZED_LAYERS.values():
+            continue
+        source = quantizer_of(node.all_input_nodes[0])
+        # In a tuple, so that the quantizer does not become a submodule of the layer.
+        layer.input_quantizers = () if source is None else (source,)  # type: ignore[assignment]
+
+
+def quantizer_of(node: fx.Node) -> Quantizer | None:
+    """The quantizer on whose grid a node's values lie, or None."""
+    while kind_of(node) in (OperatorKind.SAME_SCALE, OperatorKind.IDENTITY, OperatorKind.CONCAT):
+        node = node.all_input_nodes[0]
+    if node.op != "call_module" or not isinstance(module := module_of(node), Quantizer):
+        return None
+    return module
+

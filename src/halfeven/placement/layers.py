@@ -1,0 +1,144 @@
+"""Layers with a quantized weight: the standard layers, their weight read through a quantizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from halfeven.arithmetic import effective_scale, per_channel
+from halfeven.quantizer import Mode, Quantizer
+
+FP16_HEADROOM = 2.0**-10
+"""Factor on integer weights under float16, whose largest number is 65504; a power of two, so the integers stay exact."""
+
+
+def run_quantized(
+    layer: Any, x: Tensor, axis: int, compute: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+) -> Tensor:
+    """Run `compute(input, weight, bias)` with the layer's quantized weight.
+
+    Where the device multiplies with fewer than float32's bits (TF32, float16, bfloat16), it multiplies integers instead, which
+    stay exact there, and the scales follow after; the usual form has 1 to 11 % wrong integers in a layer.
+
+    Args:
+        layer: a layer of `QUANTIZED_LAYERS`.
+        x: its input.
+        axis: axis of the output's channels, for the scales.
+        compute: the layer's operation.
+    """
+    weight = layer.weight_quantizer(layer.weight)
+    if not (layer.input_quantizers and _low_precision(x)):
+        return compute(x, weight, layer.bias)
+    (quantizer,) = layer.input_quantizers
+    if Mode.QUANTIZE is not quantizer.mode or Mode.QUANTIZE is not layer.weight_quantizer.mode:
+        return compute(x, weight, layer.bias)
+    # Both scales cancel: what they are is no matter for the gradient, so neither takes part in it.
+    scale_x = effective_scale(quantizer.scale.detach())
+    scale_w = layer.weight_quantizer.used_scale(layer.weight)
+    headroom = FP16_HEADROOM if _compute_dtype(x) is torch.float16 else 1.0
+    integer_weight = weight / per_channel(scale_w, layer.weight_quantizer.scheme.axis, weight.ndim) * headroom
+    result = compute(x / scale_x, integer_weight, None)
+    result = result * per_channel(scale_x * scale_w / headroom, axis if scale_w.ndim else None, result.ndim).to(x.device)
+    if layer.bias is not None:
+        result = result + per_channel(layer.bias, axis, result.ndim)
+    return result.to(_compute_dtype(x))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def _low_precision(x: Tensor) -> bool:
+    if _compute_dtype(x) in (torch.float16, torch.bfloat16):
+        return True
+    return x.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+
+
+class QuantizedConv1d(nn.Conv1d):
+    """`nn.Conv1d` with a quantized weight."""
+
+    weight_quantizer: Quantizer
+    input_quantizers: tuple[Quantizer, ...] = ()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return run_quantized(self, input, 1, self._conv_forward)
+
+
+class QuantizedConv2d(nn.Conv2d):
+    """`nn.Conv2d` with a quantized weight."""
+
+    weight_quantizer: Quantizer
+    input_quantizers: tuple[Quantizer, ...] = ()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return run_quantized(self, input, 1, self._conv_forward)
+
+
+class QuantizedConv3d(nn.Conv3d):
+    """`nn.Conv3d` with a quantized weight."""
+
+    weight_quantizer: Quantizer
+    input_quantizers: tuple[Quantizer, ...] = ()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return run_quantized(self, input, 1, self._conv_forward)
+
+
+def _transpose(layer: Any, operation: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    return lambda x, weight, bias: operation(
+        x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+    )
+
+
+class QuantizedConvTranspose1d(nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d` with a quantized weight."""
+
+    weight_quantizer: Quantizer
+    input_quantizers: tuple[Quantizer, ...] = ()
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return run_quantized(self, input, 1, _transpose(self, F.conv_transpose1d))
+
+
+class QuantizedConvTranspose2d(nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` with a quantized weight."""
+
+    weight_quantizer: Quantizer
+    input_quantizers: tuple[Quantizer, ...] = ()
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return run_quantized(self, input, 1, _transpose(self, F.conv_transpose2d))
+
+
+class QuantizedConvTranspose3d(nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d` with a quantized weight."""
+
+    weight_quantizer: Quantizer
+    input_quantizers: tuple[Quantizer, ...] = ()
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return run_quantized(self, input, 1, _transpose(self, F.conv_transpose3d))
+
+
+class QuantizedLinear(nn.Linear):
+    """`nn.Linear` with a quantized weight."""
+
+    weight_quantizer: Quantizer
+    input_quantizers: tuple[Quantizer, ...] = ()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return run_quantized(self, input, -1, F.linear)
+
+
+QUANTIZED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+    nn.ConvTranspose1d: QuantizedConvTranspose1d,
+    nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.ConvTranspose3d: QuantizedConvTranspose3d,
+    nn.Linear: QuantizedLinear,
+}
+"""Float layer -> the same layer with a quantized weight."""

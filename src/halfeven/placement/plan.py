@@ -1,0 +1,176 @@
+"""The plan: what is quantized, how, what is not and why, decided before anything is inserted."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from halfeven.errors import ConfigError
+from halfeven.observers import OBSERVERS
+from halfeven.scheme import Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A user's exception for some operators: other bits, or float.
+
+    A rule holds for the operators whose name matches `pattern` and, where one is given, whose kind is `kind`. Where several
+    rules hold, the last one wins, field by field.
+    """
+
+    pattern: str = "*"
+    """Name with the wildcards of `fnmatch`: "layer1.*", "fc", "x" (an input)."""
+    kind: str | None = None
+    """Operator kind, for example "convolution", "linear" or "average"; None: any."""
+    weight_bits: int | None = None
+    """Bits of the operator's weight."""
+    activation_bits: int | None = None
+    """Bits of the operator's output."""
+    quantize: bool = True
+    """False: the operator computes in float."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationOptions:
+    """How a model is quantized.
+
+    Raises:
+        ConfigError: a field that is not one of its choices.
+    """
+
+    target: str = "openvino"
+    """Runtime whose rules place the quantizers."""
+    scheme: str = "w8a8"
+    """Bits of weights and activations, for every layer that no rule excepts."""
+    ranges: str = "observed"
+    """"observed": ranges follow the data; "learned": scales are parameters, trained with the weights (LSQ)."""
+    weight_observer: str = "minmax"
+    """Estimator of weight ranges."""
+    activation_observer: str = "mse"
+    """Estimator of activation ranges in calibration."""
+    batchnorm: str = "keep"
+    """"keep": BatchNorm stays live in training and is folded at export; "fold": folded before, as per-tensor weights need."""
+    per_channel: bool = True
+    """Weights have one scale per output channel."""
+    rules: tuple[Rule, ...] = ()
+    """Exceptions by name pattern or operator kind."""
+    leave_out: tuple[str, ...] = ()
+    """Submodules that stay Python, in float."""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "ranges": ("observed", "learned"),
+            "batchnorm": ("keep", "fold"),
+            "weight_observer": tuple(OBSERVERS),
+            "activation_observer": tuple(OBSERVERS),
+        }
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ConfigError(f'{name}="{value}" is not known. Choose one of {", ".join(allowed)}.')
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTensor:
+    """An activation that is quantized: one quantizer, called where each of `places` is produced."""
+
+    name: str
+    places: tuple[str, ...]
+    """Names of the tensors, "region:tensor" where the model has several regions."""
+    scheme: Scheme
+    learned: bool
+    observer: str
+    fixed_range: tuple[float, float] | None = None
+    consumers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedWeight:
+    """A weight that is quantized."""
+
+    name: str
+    """Name of the layer, as in `PlannedTensor.places`."""
+    scheme: Scheme
+    channels: int | None
+    learned: bool
+    observer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftInFloat:
+    """A tensor or operator that is not quantized."""
+
+    name: str
+    operator: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All decisions about a model, in the order of its graph."""
+
+    options: QuantizationOptions
+    tensors: tuple[PlannedTensor, ...]
+    weights: tuple[PlannedWeight, ...]
+    left: tuple[LeftInFloat, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "Plan":
+        """The plan that `to_dict` wrote (lists stand for tuples after a round trip through JSON)."""
+        options = dict(values["options"])
+        options["rules"] = tuple(Rule(**rule) for rule in options["rules"])
+        options["leave_out"] = tuple(options["leave_out"])
+        tensors = [_with_scheme(t) for t in values["tensors"]]
+        for tensor in tensors:
+            tensor["places"], tensor["consumers"] = tuple(tensor["places"]), tuple(tensor["consumers"])
+            tensor["fixed_range"] = tuple(tensor["fixed_range"]) if tensor["fixed_range"] else None
+        return Plan(
+            options=QuantizationOptions(**options),
+            tensors=tuple(PlannedTensor(**t) for t in tensors),
+            weights=tuple(PlannedWeight(**_with_scheme(w)) for w in values["weights"]),
+            left=tuple(LeftInFloat(**left) for left in values["left"]),
+            notes=tuple(values["notes"]),
+        )
+
+    def __str__(self) -> str:
+        """Three tables: quantized activations, quantized weights, and what stays in float with the reason."""
+        options = self.options
+        parts = [
+            f"Plan for {options.target}, {options.scheme}, {options.ranges} ranges, BatchNorm {options.batchnorm}: "
+            f"{len(self.weights)} layers with quantized weights, {len(self.tensors)} quantized activations.",
+            _table(
+                ("activation", "scheme", "range", "read by"),
+                [(" = ".join(t.places), str(t.scheme), _range(t), ", ".join(t.consumers)) for t in self.tensors],
+            ),
+            _table(
+                ("weight of", "scheme", "range"),
+                [(w.name, str(w.scheme), "learned" if w.learned else w.observer) for w in self.weights],
+            ),
+            _table(
+                ("output in float", "operator", "because"), [(one.name, one.operator, one.reason) for one in self.left]
+            ),
+            *self.notes,
+        ]
+        return "\n\n".join(part for part in parts if part)
+
+
+def _range(tensor: PlannedTensor) -> str:
+    if tensor.fixed_range:
+        return f"fixed {list(tensor.fixed_range)}"
+    return "learned" if tensor.learned else tensor.observer
+
+
+def _with_scheme(values: dict[str, Any]) -> dict[str, Any]:
+    return {**values, "scheme": Scheme(**values["scheme"])}
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,0 +1,90 @@
+"""The rules of the runtimes, as data: one row per target."""
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from halfeven.errors import PlacementError
+from halfeven.graph.operators import OperatorKind, kind_of
+
+K = OperatorKind
+
+
+class Grid(enum.Enum):
+    """What an operator asks of the integers that come in."""
+
+    ANY = "any zero point"
+    NO_ZERO_POINT = "no zero point"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a runtime executes in integers, and where it wants quantizers.
+
+    `inputs` names the kinds that take integers; placement quantizes their inputs at the operators that produce them. An
+    addition is a case of its own: `residual_branch_in_float` leaves a convolution that is added to a skip connection unquantized.
+    """
+
+    name: str
+    weight_bits: range
+    activation_bits: range
+    inputs: Mapping[OperatorKind, Callable[[fx.Node], Grid]]
+    residual_branch_in_float: bool
+
+
+def _any(node: fx.Node) -> Grid:
+    return Grid.ANY
+
+
+def _no_zero_point(node: fx.Node) -> Grid:
+    return Grid.NO_ZERO_POINT
+
+
+def _average(node: fx.Node) -> Grid:
+    """OpenVINO pads an average pool with level 0, which is not zero where there is a zero point."""
+    pads = node.target in _PADDED_POOLS and len(node.args) > 3 and any(_numbers(node.args[3]))
+    counted = len(node.args) <= 5 or bool(node.args[5])
+    return Grid.NO_ZERO_POINT if pads and counted else Grid.ANY
+
+
+def _numbers(value: object) -> list[object]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+_PADDED_POOLS = (
+    torch.ops.aten.avg_pool1d.default,
+    torch.ops.aten.avg_pool2d.default,
+    torch.ops.aten.avg_pool3d.default,
+)
+
+OPENVINO = Target(
+    name="openvino",
+    weight_bits=range(2, 9),
+    activation_bits=range(2, 9),  # 16-bit FakeQuantize operators are removed by the plugin, clipping included
+    inputs={
+        K.CONVOLUTION: _any,
+        K.LINEAR: _any,
+        K.TRANSPOSED_CONVOLUTION: _no_zero_point,  # with one, the deconvolution runs in float
+        K.MATMUL: _no_zero_point,  # with one, the whole attention runs in float
+        K.AVERAGE: _average,
+    },
+    residual_branch_in_float=True,  # the plugin drops the rounding of a quantizer between a convolution and a fused sum
+)
+
+TARGETS: dict[str, Target] = {target.name: target for target in (OPENVINO,)}
+
+
+def target_named(name: str) -> Target:
+    """A target by its name; raises PlacementError for one that does not exist."""
+    if name not in TARGETS:
+        raise PlacementError(f'There is no target "{name}". Choose one of {", ".join(TARGETS)}.')
+    return TARGETS[name]
+
+
+def wanted_grid(target: Target, node: fx.Node) -> Grid | None:
+    """The grid that the operator takes its inputs on; None where it computes in float."""
+    rule = target.inputs.get(kind_of(node))
+    return None if rule is None else rule(node)

@@ -1,0 +1,72 @@
+"""Calibration: samples run through the model so that every range is set (white paper, section 3.1)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfeven.errors import CalibrationError
+from halfeven.quantizer import Mode, quantizers
+
+
+def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a batch: a tensor, a sequence whose first item is the input, or a dict of inputs."""
+    if isinstance(batch, dict):
+        return (), {key: value for key, value in batch.items() if key not in ("label", "labels")}
+    if isinstance(batch, list | tuple):
+        return (batch[0],), {}
+    return (batch,), {}
+
+
+@torch.no_grad()
+def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = None) -> nn.Module:
+    """Set the ranges of all quantizers from data.
+
+    Weights are quantized with their ranges first; the ranges of activations are those of the model with quantized weights. The
+    model computes in eval mode and comes back in the mode it was in; nothing else of it changes.
+
+    Args:
+        qmodel: a model from `prepare`.
+        loader: batches: tensors, sequences whose first item is the input (labels are not looked at), or dicts of inputs.
+        batches: how many to take; None: all.
+
+    Raises:
+        CalibrationError: no batch came, a tensor was never reached, or one held NaN or infinity; it is named. Ranges that were
+            set before stay.
+    """
+    found = [q for q in quantizers(qmodel).values() if q.calibrates]
+    before = {q: {k: v.clone() for k, v in q.state_dict().items()} for q in found}
+    training = {module: module.training for module in qmodel.modules()}
+    device = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
+    qmodel.eval()
+    try:
+        for quantizer in found:
+            quantizer.start_calibration()
+        _run(qmodel, loader, batches, device)
+        for quantizer in found:
+            quantizer.finish_calibration()
+    except BaseException:
+        for quantizer in found:
+            quantizer.mode, quantizer.observer = Mode.QUANTIZE, None
+            quantizer.load_state_dict(before[quantizer])
+        raise
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return qmodel
+
+
+def _run(qmodel: nn.Module, loader: Iterable[Any], batches: int | None, device: torch.device) -> None:
+    count = 0
+    for batch in loader:
+        if batches is not None and count >= batches:
+            break
+        args, kwargs = inputs_of(batch)
+        qmodel(*(a.to(device) for a in args), **{k: v.to(device) for k, v in kwargs.items()})
+        count += 1
+    if not count:
+        raise CalibrationError(
+            "Calibration got no batch, so no range can be set. Give a loader with at least one batch (an iterator that was used "
+            "up before looks empty), and batches of at least 1."
+        )
