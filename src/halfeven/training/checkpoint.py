@@ -1,6 +1,7 @@
-"""Checkpoints of quantized models: safetensors with the plan as JSON, so that a model is made anew without running a file's code."""
+"""Checkpoints of quantized models: safetensors with the plan as JSON; no code of a file is ever run."""
 
 import json
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from halfeven.errors import CheckpointError
-from halfeven.graph.capture import Example
-from halfeven.placement.insertion import plan_of, rebuild
+from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import Plan
 from halfeven.training.state import write_atomically
 from halfeven.zoo.weights import differences
@@ -30,12 +30,11 @@ def save(qmodel: nn.Module, path: str | Path, extra: dict[str, Any] | None = Non
     write_tensors(qmodel.state_dict(), Path(path), facts)
 
 
-def load(path: str | Path, model: nn.Module, example: Example) -> nn.Module:
-    """Make the quantized model of a checkpoint from the float model it came from.
+def restore(path: str | Path, rebuild: Callable[[Plan], nn.Module]) -> nn.Module:
+    """Make the quantized model of a checkpoint.
 
     Args:
-        model: the float model, with any weights; the result shares no tensors with it.
-        example: one input, as for `prepare`.
+        rebuild: makes the quantized model of a plan, with any weights, for the checkpoint's to be loaded into.
 
     Raises:
         CheckpointError: a file of something else, or of another model; the message lists what differs.
@@ -44,9 +43,10 @@ def load(path: str | Path, model: nn.Module, example: Example) -> nn.Module:
     if "plan" not in facts:
         raise CheckpointError(
             f"{path} holds weights without a plan, so nothing says how they are quantized. Give a checkpoint that "
-            "halfeven.save or a training run wrote (best.safetensors, last.safetensors); for float weights set model.weights."
+            "halfeven.save or a training run wrote (best.safetensors, last.safetensors); for float weights set "
+            "model.weights."
         )
-    qmodel = rebuild(model, example, Plan.from_dict(json.loads(facts["plan"])))
+    qmodel = rebuild(Plan.from_dict(json.loads(facts["plan"])))
     load_strictly(qmodel, state, path)
     return qmodel
 
@@ -98,7 +98,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The JSON metadata of a safetensors file that halfeven wrote."""
     if not path.is_file():
         raise CheckpointError(
-            f"There is no checkpoint {path}. Without it there is no quantized model. Give the path of a best.safetensors "
+            f"There is no checkpoint {path}. Without it there is no quantized model. Give the path of a "
+            "best.safetensors "
             "or last.safetensors in the --work-dir of a training run."
         )
     try:
@@ -111,7 +112,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         ) from error
     if metadata.get("format") not in (FORMAT, "pt", None):
         raise CheckpointError(
-            f"{path} has format {metadata['format']}, written by halfeven {metadata.get('halfeven', '?')}; this version reads "
+            f"{path} has format {metadata['format']}, written by halfeven {metadata.get('halfeven', '?')}; this "
+            "version reads "
             f"format {FORMAT}. Its parts would be misread. Load it with that version of halfeven."
         )
     return metadata

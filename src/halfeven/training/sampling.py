@@ -72,13 +72,12 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         if self.batches == 0:
             raise ConfigError(
                 f"{self.length} training images on {world_size()} process(es) do not fill one batch of "
-                f"{self.batch_size}, "
-                "so no step would be taken. Set training.batch_size lower, or training.drop_last=False."
+                f"{self.batch_size}: "
+                "no step would be taken. Set training.batch_size lower, or training.drop_last=False."
             )
         if not drop_last and self.share % self.batch_size == 1 and self.batch_size > 1:
             raise ConfigError(
-                f"The last batch of an epoch would hold one image ({self.share} images in batches of "
-                f"{self.batch_size}), "
+                f"An epoch's last batch would hold one image ({self.share} images in batches of {self.batch_size}), "
                 "of which BatchNorm cannot take a variance. Set training.drop_last=True or another training.batch_size."
             )
 

@@ -194,19 +194,19 @@ class Trainer:
                 "NaN. "
                 "Lower training.learning_rate, set training.clip_norm or training.warmup_steps, or look at the data."
             )
-        self.log.training(self.step, epoch, value, rate)
+        self.log.training(self.step, epoch + 1, value, rate)
 
     def _finish_epoch(self, epoch: int) -> None:
         average_batchnorm(self.model)
         for hook in self.callbacks.before_validation:
             hook(self.model)
         self.last = self.callbacks.validate(self.model)
-        self.log.validation(self.step, epoch, self.where.name, self.last)
+        self.log.validation(self.step, epoch + 1, self.where.name, self.last)
         better = not self.best or self.last["top1"] > self.best["top1"]
         self.best = self.last if better else self.best
         for name in ("last", "best") if better else ("last",):
             if self.accelerator.is_main_process:
-                facts = {"step": self.step, "epoch": epoch, self.where.name: self.last}
+                facts = {"step": self.step, "epoch": epoch + 1, self.where.name: self.last}
                 write_atomically(
                     self.where.folder / f"{name}.safetensors",
                     lambda path, facts=facts: self.callbacks.save(self.model, path, facts),  # type: ignore[misc]

@@ -1,0 +1,60 @@
+"""Accuracy of modules and functions; the model's modes are given back."""
+
+import pytest
+import torch
+from torch import nn
+
+from halfeven.evaluation import evaluate, evaluation_loader
+
+
+class Table(nn.Module):
+    """Logits that are the input itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(10)
+        self.drop = nn.Dropout()
+
+    def forward(self, x):
+        assert not self.drop.training
+        return x
+
+
+def pairs(classes=10):
+    """Ten rows whose label has rank 1, 2, ... 10 among the logits."""
+    logits = torch.stack([torch.arange(classes, dtype=torch.float32).roll(shift) for shift in range(classes)])
+    return [(row, torch.tensor(classes - 1)) for row in logits]
+
+
+def test_top1_and_top5():
+    assert evaluate(Table(), evaluation_loader(pairs(), 3), 10) == {"top1": 10.0, "top5": 50.0}
+
+
+def test_few_classes_have_no_top5():
+    assert evaluate(lambda x: x, evaluation_loader(pairs(4), 3), 4) == {"top1": 25.0}
+
+
+def test_modes_are_given_back():
+    model = Table().train()
+    model.norm.eval()
+    evaluate(model, evaluation_loader(pairs(), 5), 10)
+    assert (model.training, model.norm.training, model.drop.training) == (True, False, True)
+
+
+def test_modes_are_given_back_after_an_error():
+    model = nn.Sequential(nn.Linear(3, 3)).train()
+    with pytest.raises(RuntimeError):
+        evaluate(model, evaluation_loader(pairs(), 5), 10)
+    assert model.training
+
+
+def test_no_gradients_and_progress():
+    model, seen = nn.Linear(10, 10), []
+
+    def call(x):
+        y = model(x)
+        assert not y.requires_grad
+        return y
+
+    evaluate(call, evaluation_loader(pairs(), 4), 10, on_batch=seen.append)
+    assert seen == [4, 4, 2]

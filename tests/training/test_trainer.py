@@ -1,0 +1,226 @@
+"""The loop on small float models: it learns, logs, keeps the best, accumulates and resumes exactly."""
+
+import io
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from rich.console import Console
+from torch import nn
+from torch.nn import functional as F
+
+from halfeven.errors import CheckpointError, ConfigError
+from halfeven.evaluation import evaluate, evaluation_loader
+from halfeven.training.accelerator import DeviceOptions, make_accelerator
+from halfeven.training.checkpoint import save_weights
+from halfeven.training.options import TrainingOptions
+from halfeven.training.trainer import Callbacks, Run, Trainer
+
+OPTIONS = TrainingOptions(epochs=3, batch_size=8, learning_rate=0.1, save_every=3, log_every=1)
+
+
+def images(count=48):
+    """Two classes told apart by the sign of their mean, with a little noise in each draw."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(count, 1, 4, 4, generator=generator)
+    labels = torch.arange(count) % 2
+    return [(v + 2 * float(y) - 1, y) for v, y in zip(values, labels, strict=True)]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x):
+        return self.head(self.drop(F.relu(self.norm(self.conv(x))).mean((2, 3))))
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def trainer(folder, options=OPTIONS, *, before_step=(), data=None, console=None, **run):
+    torch.manual_seed(0)
+    data = data or images()
+    callbacks = Callbacks(
+        validate=lambda model: evaluate(model, evaluation_loader(data, 16), 2),
+        save=save_weights,
+        before_step=before_step,
+    )
+    run = {"accelerator": make_accelerator(DeviceOptions(kind="cpu")), **run} if "accelerator" not in run else run
+    place = Run(folder=folder, console=console or Console(file=io.StringIO()), **run)
+    return Trainer(Net(), data, options, callbacks, place)
+
+
+def weights(one):
+    return {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_and_logs(tmp_path):
+    out = io.StringIO()
+    one = trainer(tmp_path, console=Console(file=out, width=120), name="float")
+    outcome = one.run()
+    assert outcome.steps == 18
+    assert outcome.last["top1"] > 90
+    records = log(tmp_path)
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) == 18
+    assert losses[-1] < 0.5 * losses[0]
+    assert [record["step"] for record in records if "float" in record] == [6, 12, 18]
+    assert records[-1]["float"] == outcome.last
+    assert list((tmp_path / "tensorboard").glob("events.out.*"))
+    assert out.getvalue().count("float: top1") == 3
+
+
+def test_best_is_the_best(tmp_path):
+    values = iter([50.0, 80.0, 70.0])
+    one = trainer(tmp_path)
+    kept = []
+    one.callbacks = Callbacks(
+        validate=lambda model: {"top1": next(values)},
+        save=lambda m, path, facts: (kept.append((path.name, facts)), path.touch()),
+    )
+    outcome = one.run()
+    assert (outcome.best, outcome.last) == ({"top1": 80.0}, {"top1": 70.0})
+    assert [facts["epoch"] for name, facts in kept if "best" in name] == [1, 2]
+    assert [facts["epoch"] for name, facts in kept if "last" in name] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 6, 7, 17])
+def test_resumed_equals_uninterrupted(tmp_path, step):
+    whole = trainer(tmp_path / "whole")
+    whole.run()
+
+    def kill(model, done):
+        if round(done * 18) == step:
+            raise Killed
+
+    cut = trainer(tmp_path / "cut", before_step=[kill])
+    with pytest.raises(Killed):
+        cut.run()
+    resumed = trainer(tmp_path / "cut")
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        outcome = resumed.run(resume=True)
+    assert equal(weights(resumed), weights(whole))
+    assert (outcome.best, outcome.last) == (whole.best, whole.last)
+
+    def strip(records):
+        return [{k: v for k, v in record.items() if k not in ("time", "images_per_second")} for record in records]
+
+    assert strip(log(tmp_path / "cut")) == strip(log(tmp_path / "whole")), (
+        "the log tells of one run, without repetition"
+    )
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    first = trainer(tmp_path)
+    outcome = first.run()
+    again = trainer(tmp_path)
+    assert again.run(resume=True) == outcome
+    assert equal(weights(again), weights(first))
+
+
+def test_resuming_with_another_batch_size_is_refused(tmp_path):
+    trainer(tmp_path).run()
+    with pytest.raises(CheckpointError, match="batch_size 8 then, 4 now"):
+        trainer(tmp_path, TrainingOptions(epochs=3, batch_size=4)).run(resume=True)
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    """Without BatchNorm and dropout the mean gradient of two halves is that of the whole."""
+
+    def run(name, options):
+        one = trainer(tmp_path / name, options)
+        one.model.norm, one.model.drop = nn.Identity(), nn.Identity()
+        one = Trainer(one.model, images(), options, one.callbacks, one.where)
+        one.run()
+        return weights(one)
+
+    small = run("small", TrainingOptions(epochs=2, batch_size=8, accumulation=2, learning_rate=0.1))
+    large = run("large", TrainingOptions(epochs=2, batch_size=16, learning_rate=0.1))
+    for name, tensor in small.items():
+        torch.testing.assert_close(tensor, large[name])
+
+
+def test_max_steps_cuts_the_run_and_its_schedule(tmp_path):
+    one = trainer(tmp_path, TrainingOptions(epochs=3, batch_size=8, max_steps=4, learning_rate=1.0, log_every=1))
+    assert one.run().steps == 4
+    rates = [record["learning_rate"] for record in log(tmp_path) if "loss" in record]
+    assert len(rates) == 4
+    assert rates[2] == pytest.approx(0.5)
+
+
+def test_clipping_bounds_the_step(tmp_path):
+    options = TrainingOptions(
+        epochs=1,
+        batch_size=8,
+        max_steps=1,
+        learning_rate=1.0,
+        momentum=0,
+        weight_decay=0,
+        clip_norm=0.01,
+        schedule="constant",
+    )
+    one = trainer(tmp_path, options)
+    before = [parameter.detach().clone() for parameter in one.model.parameters()]
+    one.run()
+    moved = torch.cat([(a - b).flatten() for a, b in zip(one.model.parameters(), before, strict=True)])
+    assert float(moved.detach().norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_hooks_survive_the_trainers_own_train_calls(tmp_path):
+    seen = []
+
+    def freeze(model, done):
+        assert model.training
+        model.norm.eval()
+        seen.append(done)
+
+    one = trainer(tmp_path, before_step=[freeze])
+    before = one.model.norm.running_mean.clone()
+    one.run()
+    assert torch.equal(one.model.norm.running_mean, before)
+    assert seen == pytest.approx([step / 18 for step in range(18)])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(ConfigError, match="loss became nan at step 1"):
+        trainer(tmp_path, data=[(image * float("nan"), label) for image, label in images()]).run()
+
+
+@pytest.fixture
+def bfloat16():
+    """An accelerator in mixed precision; Accelerate keeps one state for the whole process, which is put back after."""
+    AcceleratorState._reset_state()
+    yield make_accelerator(DeviceOptions(kind="cpu", precision="bfloat16"))
+    AcceleratorState._reset_state()
+
+
+def test_mixed_precision_computes_in_bfloat16_and_leaves_the_model_alone(tmp_path, bfloat16):
+    dtypes = set()
+    one = trainer(tmp_path, accelerator=bfloat16)
+    one.model.conv.register_forward_hook(lambda module, args, output: dtypes.add((module.training, output.dtype)))
+    before = weights(one)
+    one.run()
+    assert (True, torch.bfloat16) in dtypes
+    assert "forward" not in vars(one.model), "the model's own forward is not wrapped"
+    after = weights(one)
+    assert after["conv.weight"].dtype == torch.float32
+    assert not torch.equal(after["conv.weight"], before["conv.weight"])
+
+
+def test_float16_on_the_cpu_is_refused():
+    with pytest.raises(ConfigError, match="loses small gradients"):
+        make_accelerator(DeviceOptions(kind="cpu", precision="float16"))

@@ -1,0 +1,155 @@
+"""Weights under timm's, torchvision's and OpenMMLab's names give the same outputs; anything else is refused."""
+
+import pickle
+from collections import OrderedDict
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from halfeven.errors import CheckpointError
+from halfeven.zoo.weights import differences, load_weights, read_weights
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def trained_like(model):
+    """A model whose statistics are not the initial ones, so that a swapped or forgotten tensor shows."""
+    generator = torch.Generator().manual_seed(1)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.1 + 0.05)
+    return model.eval()
+
+
+def as_openmmlab_resnet(state):
+    return OrderedDict((f"head.{k}" if k.startswith("fc.") else f"backbone.{k}", v) for k, v in state.items())
+
+
+def as_openmmlab_mobilenet(state):
+    """torchvision's MobileNetV2 in OpenMMLab's names, written out by position as mmpretrain's class nests them."""
+    stages = [(stage + 1, block) for stage, n in enumerate((1, 2, 3, 4, 3, 3, 1)) for block in range(n)]
+    result = OrderedDict()
+    for key, value in state.items():
+        parts = key.split(".")
+        if parts[0] == "classifier":
+            result[f"head.fc.{parts[-1]}"] = value
+        elif parts[1] in ("0", "18"):
+            conv = "conv1" if parts[1] == "0" else "conv2"
+            result[f"backbone.{conv}.{'conv' if parts[2] == '0' else 'bn'}.{parts[-1]}"] = value
+        else:
+            stage, block = stages[int(parts[1]) - 1]
+            if len(parts) == 6:  # features.N.conv.I.{0,1}.leaf: convolution, BatchNorm and ReLU6 together
+                position, kind = parts[3], ("conv", "bn")[int(parts[4])]
+            else:  # features.N.conv.I.leaf: the linear projection and its BatchNorm
+                first = 1 if stage == 1 else 2
+                position, kind = str(first), "conv" if int(parts[3]) == first else "bn"
+            result[f"backbone.layer{stage}.{block}.conv.{position}.{kind}.{parts[-1]}"] = value
+    return result
+
+
+def test_torchvision_mobilenet_in_timm(tmp_path, images):
+    source = trained_like(torchvision.models.mobilenet_v2(num_classes=7))
+    torch.save({"model": source.state_dict(), "epoch": 3}, tmp_path / "m.pth")
+    model = timm.create_model("mobilenetv2_100", num_classes=7).eval()
+    load_weights(model, tmp_path / "m.pth")
+    torch.testing.assert_close(model(images), source(images))
+
+
+def test_timm_mobilenet_in_torchvision(tmp_path, images):
+    source = trained_like(timm.create_model("mobilenetv2_100", num_classes=7))
+    save_file(source.state_dict(), tmp_path / "m.safetensors")
+    model = torchvision.models.mobilenet_v2(num_classes=7).eval()
+    load_weights(model, tmp_path / "m.safetensors")
+    torch.testing.assert_close(model(images), source(images))
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_openmmlab_resnet(tmp_path, images, library):
+    source = trained_like(torchvision.models.resnet18(num_classes=7))
+    meta = {"epoch": 100, "CLASSES": ("a", "b"), "config": "model = dict()"}
+    torch.save({"meta": meta, "state_dict": as_openmmlab_resnet(source.state_dict())}, tmp_path / "m.pth")
+    make = {"timm": timm.create_model, "torchvision": torchvision.models.get_model}[library]
+    model = make("resnet18", num_classes=7).eval()
+    load_weights(model, tmp_path / "m.pth")
+    torch.testing.assert_close(model(images), source(images))
+
+
+def test_openmmlab_mobilenet(tmp_path, images):
+    source = trained_like(torchvision.models.mobilenet_v2(num_classes=7))
+    torch.save({"state_dict": as_openmmlab_mobilenet(source.state_dict())}, tmp_path / "m.pth")
+    for model in (timm.create_model("mobilenetv2_100", num_classes=7), torchvision.models.mobilenet_v2(num_classes=7)):
+        load_weights(model.eval(), tmp_path / "m.pth")
+        torch.testing.assert_close(model(images), source(images))
+
+
+def test_old_checkpoint_without_batch_counters(tmp_path):
+    source = trained_like(torchvision.models.resnet18(num_classes=2))
+    state = {k: v for k, v in source.state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "m.pth")
+    model = torchvision.models.resnet18(num_classes=2)
+    load_weights(model, tmp_path / "m.pth")
+    assert torch.equal(model.bn1.running_var, source.bn1.running_var)
+
+
+def test_other_head_is_refused_and_named(tmp_path):
+    torch.save(torchvision.models.resnet18(num_classes=5).state_dict(), tmp_path / "m.pth")
+    model = torchvision.models.resnet18(num_classes=10)
+    before = model.conv1.weight.clone()
+    with pytest.raises(CheckpointError, match=r"another shape \(2\): fc.weight \(5, 512\) instead of \(10, 512\)"):
+        load_weights(model, tmp_path / "m.pth")
+    assert torch.equal(model.conv1.weight, before), "a refused file must not be loaded in part"
+
+
+def test_missing_and_unexpected_are_listed():
+    one, two = torch.zeros(1), torch.zeros(2)
+    assert differences({"a": one, "b": one}, {"a": two, "c": one}).splitlines() == [
+        "  missing (1): c",
+        "  unexpected (1): b",
+        "  another shape (1): a (1,) instead of (2,)",
+    ]
+    assert differences({"a": one}, {"a": one}) == ""
+
+
+class Bomb:
+    """Unpickling this would run code."""
+
+    def __reduce__(self):
+        return (open, ("/tmp/halfeven-was-here", "w"))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_code_in_a_file_is_never_run(tmp_path):
+    torch.save({"state_dict": {"w": torch.zeros(1)}, "meta": Bomb()}, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match="halfeven never runs"):
+        read_weights(tmp_path / "m.pth")
+    (tmp_path / "n.pt").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CheckpointError):
+        read_weights(tmp_path / "n.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.pth", None, "no weights file"),
+        ("weights.bin2", b"", "says nothing of its format"),
+        ("cut.pth", b"PK\x03\x04", "cannot be read as tensors"),
+        ("cut.safetensors", b"\x09\x00", "not a whole safetensors file"),
+    ],
+)
+def test_unreadable_files(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_weights(tmp_path / name)
+
+
+def test_file_without_state_dict(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match="no state_dict"):
+        read_weights(tmp_path / "m.pth")
