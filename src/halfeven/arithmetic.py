@@ -215,7 +215,10 @@ def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as one kernel of torch.compile; as it stands while a whole model is compiled or where no compiler is."""
     if torch.compiler.is_compiling() or not compiler_works():
         return function
-    return _compiled(function)
+    # A kernel is compiled anew for each requires_grad and for each tensor that views another (its base is looked at too): with
+    # learned scales that passes the compiler's limit of eight, an error. What autograd knows of the tensors is not needed here.
+    kernel = _compiled(function)
+    return lambda *arguments: kernel(*(a.data if isinstance(a, Tensor) else a for a in arguments))
 
 
 def compiler_works() -> bool:
