@@ -1,0 +1,8 @@
+"""The same as `halfeven export`."""
+
+import sys
+
+from halfeven.cli import main
+
+if __name__ == "__main__":
+    main(["export", *sys.argv[1:]])

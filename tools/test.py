@@ -1,0 +1,8 @@
+"""The same as `halfeven test`."""
+
+import sys
+
+from halfeven.cli import main
+
+if __name__ == "__main__":
+    main(["test", *sys.argv[1:]])

@@ -1,0 +1,8 @@
+"""The same as `halfeven train`."""
+
+import sys
+
+from halfeven.cli import main
+
+if __name__ == "__main__":
+    main(["train", *sys.argv[1:]])
