@@ -14,20 +14,26 @@ FP16_HEADROOM = 2.0**-10
 """Factor on integer weights under float16, whose largest number is 65504; a power of two, so the integers stay exact."""
 
 
-def run_quantized(
-    layer: Any, x: Tensor, axis: int, compute: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-) -> Tensor:
-    """Run `compute(input, weight, bias)` with the layer's quantized weight.
+def operation(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """What a layer computes of (input, weight, bias), with its own stride, padding and groups."""
+    if isinstance(layer, nn.Linear):
+        return F.linear
+    if not layer.transposed:
+        convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor] = layer._conv_forward
+        return convolve
+    transpose: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[layer.weight.ndim - 3]
+    return lambda x, weight, bias: transpose(
+        x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+    )
+
+
+def run_quantized(layer: Any, x: Tensor) -> Tensor:
+    """Run a layer of `QUANTIZED_LAYERS` with its quantized weight.
 
     Where the device multiplies with fewer than float32's bits (TF32, float16, bfloat16), it multiplies integers instead, which
     stay exact there, and the scales follow after; the usual form has 1 to 11 % wrong integers in a layer.
-
-    Args:
-        layer: a layer of `QUANTIZED_LAYERS`.
-        x: its input.
-        axis: axis of the output's channels, for the scales.
-        compute: the layer's operation.
     """
+    compute = operation(layer)
     weight = layer.weight_quantizer(layer.weight)
     if not (layer.input_quantizers and _low_precision(x)):
         return compute(x, weight, layer.bias)
@@ -39,6 +45,7 @@ def run_quantized(
     scale_w = layer.weight_quantizer.used_scale(layer.weight)
     headroom = FP16_HEADROOM if _compute_dtype(x) is torch.float16 else 1.0
     integer_weight = weight / per_channel(scale_w, layer.weight_quantizer.scheme.axis, weight.ndim) * headroom
+    axis = -1 if isinstance(layer, nn.Linear) else 1
     result = compute(x / scale_x, integer_weight, None)
     result = result * per_channel(scale_x * scale_w / headroom, axis if scale_w.ndim else None, result.ndim).to(x.device)
     if layer.bias is not None:
@@ -63,7 +70,7 @@ class QuantizedConv1d(nn.Conv1d):
     input_quantizers: tuple[Quantizer, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
-        return run_quantized(self, input, 1, self._conv_forward)
+        return run_quantized(self, input)
 
 
 class QuantizedConv2d(nn.Conv2d):
@@ -73,7 +80,7 @@ class QuantizedConv2d(nn.Conv2d):
     input_quantizers: tuple[Quantizer, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
-        return run_quantized(self, input, 1, self._conv_forward)
+        return run_quantized(self, input)
 
 
 class QuantizedConv3d(nn.Conv3d):
@@ -83,13 +90,7 @@ class QuantizedConv3d(nn.Conv3d):
     input_quantizers: tuple[Quantizer, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
-        return run_quantized(self, input, 1, self._conv_forward)
-
-
-def _transpose(layer: Any, operation: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    return lambda x, weight, bias: operation(
-        x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
-    )
+        return run_quantized(self, input)
 
 
 class QuantizedConvTranspose1d(nn.ConvTranspose1d):
@@ -99,7 +100,7 @@ class QuantizedConvTranspose1d(nn.ConvTranspose1d):
     input_quantizers: tuple[Quantizer, ...] = ()
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return run_quantized(self, input, 1, _transpose(self, F.conv_transpose1d))
+        return run_quantized(self, input)
 
 
 class QuantizedConvTranspose2d(nn.ConvTranspose2d):
@@ -109,7 +110,7 @@ class QuantizedConvTranspose2d(nn.ConvTranspose2d):
     input_quantizers: tuple[Quantizer, ...] = ()
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return run_quantized(self, input, 1, _transpose(self, F.conv_transpose2d))
+        return run_quantized(self, input)
 
 
 class QuantizedConvTranspose3d(nn.ConvTranspose3d):
@@ -119,7 +120,7 @@ class QuantizedConvTranspose3d(nn.ConvTranspose3d):
     input_quantizers: tuple[Quantizer, ...] = ()
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return run_quantized(self, input, 1, _transpose(self, F.conv_transpose3d))
+        return run_quantized(self, input)
 
 
 class QuantizedLinear(nn.Linear):
@@ -129,7 +130,7 @@ class QuantizedLinear(nn.Linear):
     input_quantizers: tuple[Quantizer, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
-        return run_quantized(self, input, -1, F.linear)
+        return run_quantized(self, input)
 
 
 QUANTIZED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {

@@ -1,0 +1,112 @@
+"""The deployed form of a quantized model: BatchNorm folded, weights on their integer grids, nothing left that only trains.
+
+Both exporters write it and the exact simulation computes it, so that all three agree by construction.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from halfeven.arithmetic import dequantize, quantize, snap
+from halfeven.errors import CalibrationError
+from halfeven.graph.batchnorm import foldable, folding, output_axis, remove
+from halfeven.graph.operators import OperatorKind, kind_of, module_of
+from halfeven.graph.restoration import CapturedModule
+from halfeven.placement.planning import regions
+from halfeven.quantizer import Quantizer, quantizers
+
+
+@torch.no_grad()
+def deployed(qmodel: nn.Module) -> nn.Module:
+    """A copy of a quantized model in the form that runs: eval mode, on the CPU, BatchNorm folded, weights on their grids.
+
+    A BatchNorm after a layer with quantized weights multiplies that layer's scales (white paper, section 4.2 c): the integers
+    stay what they were, but for the sign where gamma is negative. The result still simulates in float.
+
+    Raises:
+        CalibrationError: a quantizer has no range yet.
+    """
+    for name, quantizer in quantizers(qmodel).items():
+        if not quantizer.calibrated and not (quantizer.weight and quantizer.follows):
+            raise CalibrationError(
+                f"The quantizer {name} has no range yet, so there are no integers to deploy. "
+                "Run halfeven.calibrate(qmodel, loader) first, or load a checkpoint."
+            )
+    model = copy.deepcopy(qmodel).cpu().float().eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for region in regions(model).values():
+        _remove_identities(region)
+        norms = dict(foldable(region.graph))
+        calls = [node for node in region.graph.nodes if node.op == "call_module"]
+        for node in [call for call in calls if hasattr(module_of(call), "weight_quantizer")]:
+            _settle(region, node, norms.get(node))
+        region.recompile()
+    for quantizer in quantizers(model).values():
+        if not (quantizer.weight and quantizer.follows):
+            freeze(quantizer)
+    return model
+
+
+def freeze(quantizer: Quantizer) -> None:
+    """Fix a quantizer's range as it is: an ordinary buffer that nothing moves."""
+    scale = quantizer.used_scale(torch.empty(0)).clone()
+    if quantizer.learned:
+        del quantizer.scale
+        quantizer.register_buffer("scale", scale)
+    quantizer.learned = quantizer.follows = False
+    quantizer.scale.copy_(scale)
+    quantizer.set_observing(False)
+
+
+def _remove_identities(region: CapturedModule) -> None:
+    for node in list(region.graph.nodes):
+        if kind_of(node) is not OperatorKind.IDENTITY:
+            continue
+        if node.op == "call_module":
+            remove(region, node)
+        else:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            region.graph.erase_node(node)
+
+
+def _settle(region: CapturedModule, node: fx.Node, norm: fx.Node | None) -> None:
+    """Put a layer's weight on its grid, and fold the BatchNorm that follows it."""
+    layer: Any = module_of(node)
+    if getattr(layer, "settled", False):  # a layer that is used more than once
+        return
+    quantizer: Quantizer = layer.weight_quantizer
+    scale = quantizer.used_scale(layer.weight)
+    integers = quantize(layer.weight, scale, torch.zeros_like(scale), quantizer.scheme)
+    scheme = quantizer.scheme
+    if norm is not None:
+        factor, bias = folding(module_of(norm), layer.bias)
+        axis = output_axis(node)
+        scale, integers = _scaled(scale, integers, factor, axis)
+        scheme = dataclasses.replace(scheme, axis=axis)
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+        remove(region, norm)
+    else:
+        scale = snap(scale)
+    frozen = Quantizer(scheme, channels=None if scheme.axis is None else scale.numel(), weight=True, observer="mse")
+    frozen.name = quantizer.name
+    frozen._store(scale, torch.zeros_like(scale, dtype=torch.int32))
+    frozen.set_observing(False)
+    layer.weight_quantizer = frozen.eval()
+    layer.weight = nn.Parameter(dequantize(integers, scale, torch.zeros_like(scale), scheme), requires_grad=False)
+    layer.settled = True
+
+
+def _scaled(scale: Tensor, integers: Tensor, factor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Scale and integers of a weight whose output channels a BatchNorm multiplies by `factor`, which may be 0 or negative."""
+    shape = [1] * integers.ndim
+    shape[axis] = -1
+    folded = snap((scale.double() * factor.abs()).float())
+    dead = folded < torch.finfo(torch.float32).tiny
+    # A channel that gamma = 0 silences has no integers left; any positive scale represents it.
+    folded = torch.where(dead, torch.ones_like(folded), folded)
+    sign = torch.where(dead, 0.0, torch.sign(factor).float())
+    return folded, integers * sign.reshape(shape)

@@ -1,0 +1,95 @@
+"""OpenVINO: writing a deployed model as IR with int8 weights."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+WEIGHT_SUFFIX = ".weight_quantizer"
+
+ACCURACY = {"EXECUTION_MODE_HINT": "ACCURACY"}
+"""Without it the plugin computes in bfloat16 what is not integer, and nothing can be compared."""
+
+
+def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
+    """An `openvino.Model` of an exported program whose quantizers are `halfeven::fake_quantize` operators.
+
+    Each FakeQuantize bears its quantizer's name from `names`, and each layer with a quantized weight the layer's, so that what runs
+    can be found again in the file and in the runtime.
+    """
+    import openvino
+    from openvino.frontend.pytorch import ConversionExtension
+
+    extension = ConversionExtension("halfeven.fake_quantize.default", lambda context: _fake_quantize(context, names))
+    model = openvino.convert_model(program, extension=[extension])
+    # The front end forgets which sizes are fixed; the plugin's kernels are faster when it knows.
+    sizes = zip(model.inputs, _inputs(program), strict=True)
+    model.reshape({port: openvino.PartialShape(_sizes(value)) for port, value in sizes})
+    model.validate_nodes_and_infer_types()
+    _name_layers(model)
+    return model
+
+
+def _inputs(program: torch.export.ExportedProgram) -> list[torch.Tensor]:
+    names = program.graph_signature.user_inputs
+    return [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+
+
+def _sizes(value: torch.Tensor) -> list[int]:
+    return [size if isinstance(size, int) else -1 for size in value.shape]
+
+
+def _fake_quantize(context: Any, names: Sequence[str]) -> list[Any]:
+    """One FakeQuantize whose ends are grid points: the plugin recovers scale and zero point from them."""
+    from openvino import opset13 as opset
+
+    x = context.get_input(0)
+    scale, zero_point = (_constant(context.get_input(i)).astype(np.float32) for i in (1, 2))
+    quant_min, quant_max, axis, number = (int(_constant(context.get_input(i))) for i in (3, 4, 5, 6))
+    low, high = (quant_min - zero_point) * scale, (quant_max - zero_point) * scale
+    if axis >= 0:
+        shape = np.ones(x.get_partial_shape().rank.get_length(), dtype=np.int64)
+        shape[axis] = -1
+        low, high = low.reshape(shape), high.reshape(shape)
+    ends = [opset.constant(end.astype(np.float32)) for end in (low, high)]
+    node = opset.fake_quantize(x, *ends, *ends, levels=quant_max - quant_min + 1)
+    node.set_friendly_name(names[number])
+    return list(node.outputs())
+
+
+def _constant(output: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(output.get_node().get_data())
+
+
+LAYER_TYPES = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul")
+
+
+def _name_layers(model: Any) -> None:
+    """Name each layer after its weight: "<layer>.weight_quantizer" leads through reshapes to the layer."""
+    used: dict[str, int] = {}
+    for node in model.get_ordered_ops():
+        name = node.get_friendly_name()
+        if not name.endswith(WEIGHT_SUFFIX):
+            continue
+        layer = name.removesuffix(WEIGHT_SUFFIX)
+        for reader in _readers(node):
+            count = used[layer] = used.get(layer, 0) + 1
+            reader.set_friendly_name(layer if count == 1 else f"{layer}_{count - 1}")
+
+
+def _readers(node: Any) -> Iterator[Any]:
+    for port in node.output(0).get_target_inputs():
+        reader = port.get_node()
+        if reader.get_type_name() in LAYER_TYPES:
+            yield reader
+        elif reader.get_type_name() in ("Reshape", "Transpose", "Convert", "Multiply", "FakeQuantize"):
+            yield from _readers(reader)
+
+
+def save(model: Any, path: Path) -> None:
+    """Write an IR (.xml and .bin); float constants keep their 32 bits, so that they are what was simulated."""
+    import openvino
+
+    openvino.save_model(model, path, compress_to_fp16=False)

@@ -1,0 +1,87 @@
+"""Quantizers in the form that exporters translate: one operator with the grid written out."""
+
+import torch
+from torch import Tensor, nn
+
+from halfeven.arithmetic import per_channel
+from halfeven.graph.operators import OperatorKind, kind_of, module_of
+from halfeven.placement.planning import regions
+from halfeven.quantizer import Quantizer
+
+NATIVE_BITS = (4, 8)
+"""Widths for which OpenVINO has integer kernels; others are carried in 8 bits with the same scale."""
+
+PER_TENSOR = -1
+"""`axis` of an operator with one scale."""
+
+
+@torch.library.custom_op("halfeven::fake_quantize", mutates_args=())
+def fake_quantize_operator(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int, number: int
+) -> Tensor:
+    """Quantize and dequantize on a written-out grid; `axis` -1 is one scale for the tensor, `number` says which quantizer it is."""
+    channels = None if axis == PER_TENSOR else axis
+    scale, zero_point = per_channel(scale, channels, x.ndim), per_channel(zero_point, channels, x.ndim)
+    return (torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale
+
+
+@fake_quantize_operator.register_fake
+def _(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int, number: int
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+class ExportedQuantizer(nn.Module):
+    """A frozen quantizer as that operator.
+
+    A grid that the runtime has no kernels for is widened to 8 bits with the same scale and zero point; a clamp keeps an activation inside
+    its own grid, a weight lies on it already.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: Quantizer, name: str, number: int, container: bool) -> None:
+        super().__init__()
+        self.name, self.number, self.weight = name, number, quantizer.weight
+        scheme = quantizer.scheme
+        self.axis = PER_TENSOR if scheme.axis is None else scheme.axis
+        self.quant_min, self.quant_max = scheme.quant_min, scheme.quant_max
+        self.register_buffer("scale", quantizer.scale)
+        self.register_buffer("zero_point", quantizer.zero_point)
+        self.bounds: tuple[float, float] | None = None
+        if scheme.bits == 8 or (scheme.bits in NATIVE_BITS and not container):
+            return
+        if not quantizer.weight:
+            steps = torch.tensor([scheme.quant_min, scheme.quant_max]) - quantizer.zero_point
+            low, high = (steps * quantizer.scale).tolist()
+            self.bounds = (low, high)
+        self.quant_min, self.quant_max = (-127 if scheme.narrow else -128, 127) if scheme.signed else (0, 255)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bounds is not None:
+            x = torch.clamp(x, *self.bounds)
+        result: Tensor = fake_quantize_operator(
+            x, self.scale, self.zero_point, self.quant_min, self.quant_max, self.axis, self.number
+        )
+        return result
+
+
+def with_exported_quantizers(model: nn.Module) -> list[ExportedQuantizer]:
+    """Exchange all quantizers of a deployed model, in place; all of them, in the order of their numbers."""
+    exported: list[ExportedQuantizer] = []
+    linear = {
+        module_of(node)
+        for region in regions(model).values()
+        for node in region.graph.nodes
+        if node.op == "call_module" and kind_of(node) is OperatorKind.LINEAR
+    }
+    for path, module in list(model.named_modules()):
+        for attribute, child in list(module.named_children()):
+            if isinstance(child, Quantizer):
+                name = f"{path}.{attribute}" if path else attribute
+                # A linear layer with 4-bit constants would take OpenVINO's weight-compression path, in float.
+                exported.append(ExportedQuantizer(child, name, len(exported), container=module in linear))
+                setattr(module, attribute, exported[-1])
+    return exported
