@@ -100,11 +100,26 @@ def _settle(region: CapturedModule, node: fx.Node, norm: fx.Node | None) -> None
     layer.settled = True
 
 
+def recoverable(scale: Tensor, steps: int = 254) -> Tensor:
+    """The nearest scale that survives being written as the ends of a FakeQuantize: (high - low) / steps gives it back.
+
+    A scale that a BatchNorm multiplies is not snapped to 16 bits: that would move every output of its channel by up to 1 / 131072
+    and so change integers that the trained model rounds otherwise.
+    """
+    for _ in range(4):
+        end = scale * (steps // 2)
+        found = (end + end) / steps
+        if torch.equal(found, scale):
+            return scale
+        scale = found
+    return snap(scale)
+
+
 def _scaled(scale: Tensor, integers: Tensor, factor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Scale and integers of a weight whose output channels a BatchNorm multiplies by `factor`, which may be 0 or negative."""
     shape = [1] * integers.ndim
     shape[axis] = -1
-    folded = snap((scale.double() * factor.abs()).float())
+    folded = recoverable((scale.double() * factor.abs()).float())
     dead = folded < torch.finfo(torch.float32).tiny
     # A channel that gamma = 0 silences has no integers left; any positive scale represents it.
     folded = torch.where(dead, torch.ones_like(folded), folded)

@@ -22,25 +22,29 @@ EXACT_IN_FLOAT32 = 2.0**24
 """Integer sums below this are exact in float32; layers that could exceed it are summed in float64."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ends:
-    """A quantizer as OpenVINO keeps it: the ends of a FakeQuantize in float32, and what the plugin makes of them."""
+    """A quantizer as OpenVINO keeps it: the ends of a FakeQuantize in float32, and what the plugin makes of them.
+
+    Levels count from 0. A grid whose zero is level 128 of 256 is kept as signed bytes where its readers take them: then the rounding
+    happens before 128 is added.
+    """
 
     low: Tensor
     high: Tensor
     steps: int
+    signed: bool = False
 
     @staticmethod
-    def of(quantizer: ExportedQuantizer) -> "Ends":
+    def of(quantizer: ExportedQuantizer, signed_readers: bool) -> "Ends":
         scale, zero_point = quantizer.scale, quantizer.zero_point.float()
-        return Ends(
-            (quantizer.quant_min - zero_point) * scale,
-            (quantizer.quant_max - zero_point) * scale,
-            quantizer.quant_max - quantizer.quant_min,
-        )
+        steps = quantizer.quant_max - quantizer.quant_min
+        symmetric = steps == 255 and int(zero_point) - quantizer.quant_min == 128
+        low, high = (quantizer.quant_min - zero_point) * scale, (quantizer.quant_max - zero_point) * scale
+        return Ends(low, high, steps, symmetric and signed_readers)
 
     def in_units_of(self, scale: Tensor) -> "Ends":
-        return Ends(self.low / scale, self.high / scale, self.steps)
+        return Ends(self.low / scale, self.high / scale, self.steps, self.signed)
 
     @property
     def scale(self) -> Tensor:
@@ -51,12 +55,24 @@ class Ends:
         """The level that stands for 0."""
         return torch.round(-self.low / self.scale)
 
-    def levels(self, x: Tensor) -> Tensor:
-        """Levels 0 to `steps` of real values: one fused multiply-add, then rounding, then the clip."""
-        slope = self.steps / (self.high - self.low)
-        offset = (-self.low * self.steps) / (self.high - self.low)
-        fused = (x.double() * slope.double() + offset.double()).float()
-        return torch.round(fused).clamp(0, self.steps)
+    @property
+    def first(self) -> float:
+        """The byte that stands for level 0."""
+        return -128.0 if self.signed else 0.0
+
+    def levels(self, x: Tensor, fused: bool) -> Tensor:
+        """Levels 0 to `steps` of real values: one fused multiply-add, then rounding, then the clip.
+
+        `fused`: the values come straight from a layer, whose kernel divides by a destination scale where there is no shift.
+        """
+        # Tensor by tensor: a number divided by a tensor is a reciprocal and a product in PyTorch, which rounds twice.
+        steps, one = torch.full_like(self.low, self.steps), torch.ones_like(self.low)
+        slope = steps / (self.high - self.low)
+        offset = (-self.low * steps) / (self.high - self.low) + self.first
+        if fused and self.steps == 255 and not bool(offset):
+            slope = one / (one / slope)  # the kernel is given 1 / slope, and multiplies by its reciprocal
+        multiplied = (x.double() * slope.double() + offset.double()).float()
+        return (torch.round(multiplied) - self.first).clamp(0, self.steps)
 
 
 @dataclass(frozen=True)
@@ -84,19 +100,21 @@ class InUnits:
 class ExactModel(nn.Module):
     """A deployed model whose captured regions compute as the target does; called like the model.
 
-    After a call, `levels` holds the integers of every quantizer, by its name.
+    After a call, `levels` holds the integers of every quantizer, by its name. What `given` holds under a quantizer's name is handed
+    on in place of what was computed, so that each layer can be compared alone.
     """
 
     def __init__(self, exported: nn.Module) -> None:
         super().__init__()
         self.levels: dict[str, Tensor] = {}
+        self.given: dict[str, Tensor] = {}
         found = regions(exported)
         if "" in found:
-            exported = _ExactRegion(found[""], self.levels)
+            exported = _ExactRegion(found[""], self.levels, self.given)
         else:
             for name, region in found.items():
                 parent, _, attribute = name.rpartition(".")
-                setattr(exported.get_submodule(parent), attribute, _ExactRegion(region, self.levels))
+                setattr(exported.get_submodule(parent), attribute, _ExactRegion(region, self.levels, self.given))
         self.model = exported
 
     @torch.no_grad()
@@ -106,10 +124,10 @@ class ExactModel(nn.Module):
 
 
 class _ExactRegion(nn.Module):
-    def __init__(self, region: CapturedModule, levels: dict[str, Tensor]) -> None:
+    def __init__(self, region: CapturedModule, levels: dict[str, Tensor], given: dict[str, Tensor]) -> None:
         super().__init__()
         self.region = region
-        self.interpreter = [_Interpreter(region, levels)]  # in a list: it is no submodule
+        self.interpreter = [_Interpreter(region, levels, given)]  # in a list: it is no submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         codegen = self.region.graph._codegen
@@ -119,9 +137,10 @@ class _ExactRegion(nn.Module):
 
 
 class _Interpreter(fx.Interpreter):
-    def __init__(self, region: CapturedModule, levels: dict[str, Tensor]) -> None:
+    def __init__(self, region: CapturedModule, levels: dict[str, Tensor], given: dict[str, Tensor]) -> None:
         super().__init__(region)
-        self.found = levels
+        self.found, self.given = levels, given
+        self.ends: dict[ExportedQuantizer, Ends] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -130,7 +149,7 @@ class _Interpreter(fx.Interpreter):
         if n.op == "output":
             return pytree.tree_map(_real, args[0], is_leaf=_is_special)
         if n.op == "call_module" and isinstance(quantizer := module_of(n), ExportedQuantizer):
-            return self._quantize(quantizer, args[0])
+            return self._quantize(n, quantizer, args[0])
         kind = kind_of(n)
         if kind in WEIGHTED and n.op == "call_module" and isinstance(args[0], Levels):
             layer = module_of(n)
@@ -150,27 +169,35 @@ class _Interpreter(fx.Interpreter):
         args, kwargs = pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special)
         return getattr(super(), n.op)(n.target, args, kwargs)
 
-    def _quantize(self, quantizer: ExportedQuantizer, x: Any) -> Any:
+    def _quantize(self, node: fx.Node, quantizer: ExportedQuantizer, x: Any) -> Any:
         if quantizer.weight:
             return quantizer(x)
-        ends = _ends(quantizer)
+        if quantizer not in self.ends:  # one object for a shared quantizer: concatenation compares grids by identity
+            self.ends[quantizer] = Ends.of(quantizer, signed_readers=not _read_by_convolution(node))
+        ends = self.ends[quantizer]
         if quantizer.bounds is not None:
             x = torch.clamp(_real(x), *quantizer.bounds)
         if isinstance(x, InUnits):
-            levels = ends.in_units_of(x.unit).levels(x.values)
+            levels = ends.in_units_of(x.unit).levels(x.values, fused=True)
         else:
-            levels = ends.levels(_real(x))
+            levels = ends.levels(_real(x), fused=_from_layer(node.all_input_nodes[0]))
         self.found[quantizer.name] = levels
-        return Levels(levels, ends)
+        return Levels(self.given.get(quantizer.name, levels), ends)
 
 
-def _ends(quantizer: ExportedQuantizer) -> Ends:
-    """The same object at every call: concatenation compares grids by identity."""
-    cached = getattr(quantizer, "exact_ends", None)
-    if cached is None:
-        cached = quantizer.exact_ends = Ends.of(quantizer)  # type: ignore[assignment]
-    assert isinstance(cached, Ends)
-    return cached
+def _read_by_convolution(node: fx.Node) -> bool:
+    """Whether a convolution takes the tensor, directly or through operators that keep the scale: it wants unsigned bytes."""
+    return any(
+        kind_of(user) is OperatorKind.CONVOLUTION
+        or (kind_of(user) in (*TRANSPARENT, OperatorKind.CONCAT) and _read_by_convolution(user))
+        for user in node.users
+    )
+
+
+def _from_layer(node: fx.Node) -> bool:
+    while kind_of(node) is OperatorKind.ACTIVATION:
+        node = node.all_input_nodes[0]
+    return kind_of(node) in WEIGHTED
 
 
 def _is_special(value: Any) -> bool:
@@ -212,6 +239,7 @@ def _fused_sum(node: fx.Node, args: Any) -> InUnits | None:
             continue
         if kind_of(source) is OperatorKind.CONVOLUTION and branch.shape == skip.values.shape:
             unit = skip.ends.scale
-            scaled = (branch - skip.ends.zero_level * unit) * (1.0 / unit)
-            return InUnits(scaled + skip.values, unit)
+            zero = skip.ends.zero_level + skip.ends.first
+            scaled = (branch - zero * unit) * (torch.ones_like(unit) / unit)
+            return InUnits(scaled + (skip.values + skip.ends.first), unit)
     return None
