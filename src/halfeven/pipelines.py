@@ -3,17 +3,20 @@
 import copy
 import dataclasses
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from halfeven.graph.batchnorm import fold
-from halfeven.graph.capture import Example, capture
+from halfeven.graph.capture import Example, as_arguments, batched, capture
 from halfeven.graph.lowering import lower_attention
 from halfeven.placement.insertion import insert
 from halfeven.placement.plan import Plan, QuantizationOptions
 from halfeven.placement.planning import make_plan, regions
 from halfeven.ptq.calibration import calibrate, inputs_of
+from halfeven.training.checkpoint import restore
 
 
 def prepare(
@@ -36,13 +39,38 @@ def prepare(
     """
     options = dataclasses.replace(options or QuantizationOptions(), **changes)
     captured, notes = _captured(model, example, options)
-    return insert(captured, make_plan(captured, options, notes))
+    return _with_example(insert(captured, make_plan(captured, options, notes)), example)
 
 
 def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
     """Make the quantized model that a plan describes, for a checkpoint to be loaded into."""
     captured, _ = _captured(model, example, plan.options)
-    return insert(captured, plan)
+    return _with_example(insert(captured, plan), example)
+
+
+def load(path: str | Path, model: nn.Module, example: Example) -> nn.Module:
+    """The quantized model of a checkpoint that `save` wrote, in eval mode.
+
+    Args:
+        path: the `.safetensors` file.
+        model: the float model, with any weights; it is not changed.
+        example: an input, as for `prepare`.
+
+    Raises:
+        CheckpointError: a file of something else, or of another model; the message lists what differs.
+    """
+    return restore(path, lambda plan: rebuild(model, example, plan)).eval()
+
+
+def _with_example(qmodel: nn.Module, example: Example) -> nn.Module:
+    """Keep two samples of the example with the model: exporting traces it again."""
+    args, kwargs = batched(*as_arguments(example))
+
+    def two(x: Any) -> Any:
+        return x[:2].detach().cpu() if isinstance(x, Tensor) and x.ndim else x
+
+    qmodel.halfeven_example = pytree.tree_map(two, (args, kwargs))  # type: ignore[assignment]
+    return qmodel
 
 
 def _captured(

@@ -1,0 +1,7 @@
+"""Writing a quantized model for its runtime, and proving that the file computes what was trained."""
+
+from halfeven.export.exporting import export
+from halfeven.export.runtime import load_deployed
+from halfeven.export.verify import Report, verify
+
+__all__ = ["Report", "export", "load_deployed", "verify"]

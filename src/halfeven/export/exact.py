@@ -4,6 +4,7 @@ Products of integers are summed exactly; the requantization follows the runtime'
 formulas of OpenVINO's CPU plugin were found by experiment on each operator and are checked against the runtime by the tests.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,8 @@ class InUnits:
 
     values: Tensor
     unit: Tensor
+    unsigned_skip: bool
+    """The skip's bytes have no zero point: only then does the kernel use a destination scale."""
 
     def real(self) -> Tensor:
         return self.values * self.unit
@@ -165,7 +168,7 @@ class _Interpreter(fx.Interpreter):
         if kind is OperatorKind.ADD and (fused := _fused_sum(n, args)) is not None:
             return fused
         if kind is OperatorKind.ACTIVATION and isinstance(args[0], InUnits) and n.target is torch.ops.aten.relu.default:
-            return InUnits(torch.relu(args[0].values), args[0].unit)
+            return dataclasses.replace(args[0], values=torch.relu(args[0].values))
         args, kwargs = pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special)
         return getattr(super(), n.op)(n.target, args, kwargs)
 
@@ -178,7 +181,7 @@ class _Interpreter(fx.Interpreter):
         if quantizer.bounds is not None:
             x = torch.clamp(_real(x), *quantizer.bounds)
         if isinstance(x, InUnits):
-            levels = ends.in_units_of(x.unit).levels(x.values, fused=True)
+            levels = ends.in_units_of(x.unit).levels(x.values, fused=x.unsigned_skip)
         else:
             levels = ends.levels(_real(x), fused=_from_layer(node.all_input_nodes[0]))
         self.found[quantizer.name] = levels
@@ -241,5 +244,6 @@ def _fused_sum(node: fx.Node, args: Any) -> InUnits | None:
             unit = skip.ends.scale
             zero = skip.ends.zero_level + skip.ends.first
             scaled = (branch - zero * unit) * (torch.ones_like(unit) / unit)
-            return InUnits(scaled + (skip.values + skip.ends.first), unit)
+            unsigned = not skip.ends.signed and not bool(skip.ends.zero_level)
+            return InUnits(scaled + (skip.values + skip.ends.first), unit, unsigned)
     return None

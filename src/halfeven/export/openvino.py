@@ -1,5 +1,8 @@
 """OpenVINO: writing a deployed model as IR with int8 weights."""
 
+import os
+import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-WEIGHT_SUFFIX = ".weight_quantizer"
+from halfeven.export.operators import PER_TENSOR, ExportedQuantizer
 
-ACCURACY = {"EXECUTION_MODE_HINT": "ACCURACY"}
-"""Without it the plugin computes in bfloat16 what is not integer, and nothing can be compared."""
+WEIGHT_SUFFIX = ".weight_quantizer"
 
 
 def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
@@ -28,7 +30,7 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     sizes = zip(model.inputs, _inputs(program), strict=True)
     model.reshape({port: openvino.PartialShape(_sizes(value)) for port, value in sizes})
     model.validate_nodes_and_infer_types()
-    _name_layers(model)
+    name_layers(model)
     return model
 
 
@@ -49,7 +51,7 @@ def _fake_quantize(context: Any, names: Sequence[str]) -> list[Any]:
     scale, zero_point = (_constant(context.get_input(i)).astype(np.float32) for i in (1, 2))
     quant_min, quant_max, axis, number = (int(_constant(context.get_input(i))) for i in (3, 4, 5, 6))
     low, high = (quant_min - zero_point) * scale, (quant_max - zero_point) * scale
-    if axis >= 0:
+    if axis != PER_TENSOR:
         shape = np.ones(x.get_partial_shape().rank.get_length(), dtype=np.int64)
         shape[axis] = -1
         low, high = low.reshape(shape), high.reshape(shape)
@@ -66,11 +68,13 @@ def _constant(output: Any) -> np.ndarray[Any, Any]:
 LAYER_TYPES = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul")
 
 
-def _name_layers(model: Any) -> None:
-    """Name each layer after its weight: "<layer>.weight_quantizer" leads through reshapes to the layer."""
+def name_layers(model: Any) -> None:
+    """Name each layer after its weight, "<layer>.weight_quantizer", and the tensors after their quantizers."""
     used: dict[str, int] = {}
     for node in model.get_ordered_ops():
         name = node.get_friendly_name()
+        if node.get_type_name() == "FakeQuantize":
+            node.output(0).get_tensor().set_names({name})
         if not name.endswith(WEIGHT_SUFFIX):
             continue
         layer = name.removesuffix(WEIGHT_SUFFIX)
@@ -88,8 +92,15 @@ def _readers(node: Any) -> Iterator[Any]:
             yield from _readers(reader)
 
 
-def save(model: Any, path: Path) -> None:
+def write(program: torch.export.ExportedProgram, quantizers: list[ExportedQuantizer], path: Path) -> None:
     """Write an IR (.xml and .bin); float constants keep their 32 bits, so that they are what was simulated."""
     import openvino
 
-    openvino.save_model(model, path, compress_to_fp16=False)
+    model = convert(program, [quantizer.name for quantizer in quantizers])
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        openvino.save_model(model, whole, compress_to_fp16=False)
+        whole.write_text(re.sub(r">\s+<", "><", whole.read_text()))  # a third of the file is indentation
+        # The weights first: a new .xml must never stand beside an old .bin.
+        os.replace(whole.with_suffix(".bin"), path.with_suffix(".bin"))
+        os.replace(whole, path)

@@ -64,7 +64,7 @@ def capture(model: nn.Module, example: Example, leave_out: Sequence[str] = ()) -
             f"leave_out names {', '.join(missing)}, and the model has no such submodule. "
             "Print `[name for name, _ in model.named_modules()]` for the names there are."
         )
-    args, kwargs = _batched(*as_arguments(example))
+    args, kwargs = batched(*as_arguments(example))
     report = CaptureReport()
     was_training = {module: module.training for module in model.modules()}
     model.eval()
@@ -84,7 +84,7 @@ def as_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example), {}) if isinstance(example, list | tuple) else ((example,), {})
 
 
-def _batched(args: Any, kwargs: Any) -> tuple[Any, Any]:
+def batched(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The arguments with at least two samples: torch.export takes a batch of one for a constant."""
 
     def double(x: Any) -> Any:

@@ -41,7 +41,7 @@ class CapturedModule(fx.GraphModule):
         result = super().__deepcopy__(memo)
         assert isinstance(result, CapturedModule)
         adopt(result, self, lambda value: copy.deepcopy(value, memo))
-        for name in ("halfeven_plan", "halfeven_capture"):
+        for name in ("halfeven_plan", "halfeven_example"):
             if hasattr(self, name):
                 setattr(result, name, getattr(self, name))
         return result

@@ -1,0 +1,89 @@
+"""export: one door for all file formats."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from halfeven.errors import ConfigError, ExportError
+from halfeven.export import onnx, openvino
+from halfeven.export.deployment import deployed
+from halfeven.export.operators import ExportedQuantizer, with_exported_quantizers
+
+WRITERS: dict[str, Callable[[torch.export.ExportedProgram, list[ExportedQuantizer], Path], None]] = {
+    ".xml": openvino.write,
+    ".onnx": onnx.write,
+}
+"""File ending -> what writes it."""
+
+
+def export(qmodel: nn.Module, path: str | Path) -> Path:
+    """Write a quantized model for its runtime: BatchNorm folded, weights as integers, any batch size.
+
+    Args:
+        qmodel: a calibrated model from `prepare` or `load`; it is not changed.
+        path: `.xml` for OpenVINO IR (a `.bin` with the weights lies beside it), `.onnx` for ONNX with QuantizeLinear and
+            DequantizeLinear, opset 19. The file appears when it is complete.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: another file ending.
+        CalibrationError: a range is not set yet.
+        ExportError: the exporter of the format cannot write an operator of the model.
+    """
+    path = Path(path)
+    if path.suffix not in WRITERS:
+        raise ConfigError(
+            f'The file "{path}" ends with "{path.suffix}", and nothing writes such files. '
+            f"Name it with one of {', '.join(WRITERS)}."
+        )
+    model, quantizers = exportable(qmodel)
+    program = exported_program(model, *example_of(qmodel))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        WRITERS[path.suffix](program, quantizers, path)
+    except Exception as error:  # converters raise many kinds; whichever it is, there is no file
+        raise ExportError(
+            f"{path} could not be written: {type(error).__name__}: {str(error).strip().splitlines()[-1]}\n"
+            "So the model cannot be deployed in this form. Leave the submodule with that operator out with leave_out=[...], "
+            "or write it with other operators."
+        ) from error
+    return path
+
+
+def exportable(qmodel: nn.Module) -> tuple[nn.Module, list[ExportedQuantizer]]:
+    """The deployed form of a quantized model with its quantizers written as operators, and these in order."""
+    model = deployed(qmodel)
+    return model, with_exported_quantizers(model)
+
+
+def example_of(qmodel: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example input, on the CPU, that a quantized model was prepared with."""
+    example = getattr(qmodel, "halfeven_example", None)
+    if example is None:
+        raise ExportError(
+            "This model carries no example input, so it cannot be traced. Export what halfeven.prepare or halfeven.load returned."
+        )
+    result: tuple[tuple[Any, ...], dict[str, Any]] = example
+    return result
+
+
+def exported_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """The model as an ATen program whose first axes are free."""
+
+    def free_batch(x: Any) -> Any:
+        return {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.ndim else None
+
+    shapes = pytree.tree_map(free_batch, (args, tuple(kwargs.values())))
+    names = dict(zip(kwargs, shapes[1], strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(
+            model, args, kwargs, dynamic_shapes=names if kwargs else shapes[0], strict=False
+        )

@@ -1,0 +1,353 @@
+"""verify: does the file compute the integers that were trained, does it compute in integers, and how fast?"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfeven.errors import VerificationError
+from halfeven.export import openvino
+from halfeven.export.exact import ExactModel, Ends
+from halfeven.export.exporting import example_of, exportable, exported_program
+from halfeven.export.operators import ExportedQuantizer
+from halfeven.export.runtime import (
+    Executed,
+    compile_model,
+    executed_layers,
+    read,
+    run_compiled,
+    stored_integers,
+    with_outputs,
+)
+from halfeven.ptq.calibration import inputs_of
+from halfeven.quantizer import Mode, Quantizer, quantizers, set_mode
+
+LATENCY_PAIRS = 12
+
+
+@dataclass
+class TensorParity:
+    """Integers of one activation: how many were compared, how many differ, by how much at most."""
+
+    name: str
+    count: int = 0
+    different: int = 0
+    """From the exact simulation of the whole model."""
+    different_alone: int = 0
+    """From the exact simulation of this tensor's own layer, given the runtime's integers before it."""
+    different_float: int = 0
+    """From the float simulation of the whole model."""
+    largest: int = 0
+
+    def add(self, found: Tensor, exact: Tensor, alone: Tensor, simulated: Tensor) -> None:
+        """Count one batch of integers."""
+        distance = (found - exact).abs()
+        self.count += found.numel()
+        self.different += int((distance > 0).sum())
+        self.different_alone += int((found != alone).sum())
+        self.different_float += int((found != simulated).sum())
+        self.largest = max(self.largest, int(distance.max()))
+
+
+@dataclass
+class Report:
+    """What `verify` found; `str(report)` is a table, `to_dict()` plain values.
+
+    Shares are between 0 and 1; a difference is in units of the tensor's scale (LSB).
+    """
+
+    path: str
+    samples: int
+    integer_match: float
+    """Share of activation integers equal in the runtime and in the exact simulation."""
+    last_integer_match: float
+    """The same for the last quantized activation alone."""
+    float_simulation_match: float
+    """Share of activation integers equal in the runtime and in the float simulation, which is what was trained."""
+    max_lsb_difference: int
+    """Largest difference of an integer from the exact simulation."""
+    weights_match: bool
+    """All integer weights in the file are those of the model."""
+    integer_layers: int
+    """Layers that the runtime executed with integer kernels."""
+    quantizable_layers: int
+    """Layers with quantized weights."""
+    float_layers: list[str]
+    """Layers with quantized weights that ran in float, with what the runtime says of them."""
+    top1_agreement: float
+    """Share of samples whose largest output is the same in the runtime and in the exact simulation."""
+    float_simulation_top1_agreement: float
+    """The same for the float simulation."""
+    accuracy: dict[str, float]
+    """Top-1 in percent of float (where given), simulated and deployed model, where the batches came with labels."""
+    latency_ms: dict[str, float]
+    """Median milliseconds of a batch of `latency_batch` samples: float and deployed, timed in turn, both without bfloat16."""
+    latency_batch: int
+    latency_ratio: float
+    """Deployed over float."""
+    first_difference: str
+    """The first activation, in the order of the graph, whose integers differ from the exact simulation; "" if none."""
+    tensors: list[TensorParity] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            ("integers equal to the exact simulation", _percent(self.integer_match)),
+            ("  of the last feature map", _percent(self.last_integer_match)),
+            ("  largest difference", f"{self.max_lsb_difference} LSB"),
+            ("  first difference", self.first_difference or "none"),
+            ("integers equal to the float simulation", _percent(self.float_simulation_match)),
+            ("integer weights equal", "yes" if self.weights_match else "NO"),
+            ("layers executed in integers", f"{self.integer_layers} of {self.quantizable_layers}"),
+            *(("  in float", name) for name in self.float_layers),
+            ("same top-1 as the exact simulation", _percent(self.top1_agreement)),
+            ("same top-1 as the float simulation", _percent(self.float_simulation_top1_agreement)),
+            *((f"top-1 {name}", f"{value:.2f} %") for name, value in self.accuracy.items()),
+            *((f"latency {name}, batch {self.latency_batch}", f"{v:.2f} ms") for name, v in self.latency_ms.items()),
+            ("latency deployed / float", f"{self.latency_ratio:.2f}"),
+        ]
+        width = max(len(name) for name, _ in rows)
+        title = f"{self.path} in OpenVINO, {self.samples} samples"
+        return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4f} %"
+
+
+def verify(
+    qmodel: nn.Module, path: str | Path, batches: Iterable[Any], float_model: nn.Module | None = None
+) -> Report:
+    """Run a deployed file in OpenVINO and compare its integers with those of the model.
+
+    The *exact* simulation computes as OpenVINO does, layer by layer; the *float* one is the model itself, as it was trained.
+
+    Args:
+        qmodel: the model that the file was written from.
+        path: the `.xml` or `.onnx` file.
+        batches: inputs, as for `calibrate`; with labels, `(inputs, labels)`, accuracies are reported too.
+        float_model: the original model, for its accuracy.
+
+    Raises:
+        VerificationError: no batch, a file that cannot be read, or one that was not written from this model.
+    """
+    batches = list(batches)
+    if not batches:
+        raise VerificationError("verify got no batch, so nothing can be compared. Give at least one.")
+    quantized = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
+    model, exported = exportable(qmodel)
+    comparison = _Comparison(qmodel, model, exported, Path(path))
+    rows = _compare(comparison, batches, quantized, float_model)
+    layers = executed_layers(compile_model(read(path)), comparison.layers)
+    milliseconds = _latency(qmodel, Path(path), inputs_of(batches[0]))
+    total = sum(tensor.count for tensor in comparison.tensors) or 1
+    first = next((t.name for t in comparison.tensors if t.different), "")
+    last = comparison.tensors[-1] if comparison.tensors else TensorParity("", 1)
+    return Report(
+        path=str(path),
+        samples=rows.samples,
+        integer_match=1 - sum(t.different for t in comparison.tensors) / total,
+        last_integer_match=1 - last.different / max(last.count, 1),
+        float_simulation_match=1 - sum(t.different_float for t in comparison.tensors) / total,
+        max_lsb_difference=max((t.largest for t in comparison.tensors), default=0),
+        weights_match=comparison.weights_match(),
+        integer_layers=sum(layer.integer for layer in layers),
+        quantizable_layers=len(layers),
+        float_layers=[_in_float(layer) for layer in layers if not layer.integer],
+        top1_agreement=rows.same_exact / rows.samples,
+        float_simulation_top1_agreement=rows.same_float / rows.samples,
+        accuracy=rows.accuracy(),
+        latency_ms=milliseconds,
+        latency_batch=_size(inputs_of(batches[0])),
+        latency_ratio=milliseconds["deployed"] / milliseconds["float"],
+        first_difference=first,
+        tensors=comparison.tensors,
+    )
+
+
+def _in_float(layer: Executed) -> str:
+    return f"{layer.layer} ({layer.precision} {layer.kernel})".replace(" )", ")")
+
+
+class _Comparison:
+    """The file, opened with all its integers as outputs, and the two simulations of it."""
+
+    def __init__(self, qmodel: nn.Module, model: nn.Module, exported: list[ExportedQuantizer], path: Path) -> None:
+        self.path = path
+        self.weights = [q for q in exported if q.weight]
+        self.layers = [q.name.removesuffix(openvino.WEIGHT_SUFFIX) for q in self.weights]
+        self.exact = ExactModel(model)
+        self.modules = dict(model.named_modules())
+        self.qmodel = qmodel
+        opened = read(path)
+        self.outputs = len(opened.outputs)
+        activations = {q.name: q for q in exported if not q.weight}
+        self.names = with_outputs(opened, list(activations))
+        missing = set(activations) - set(self.names)
+        if missing:
+            raise VerificationError(
+                f"{path} lacks the quantized tensors {', '.join(sorted(missing)[:3])}, so it was not written from this model. "
+                "Export the model again, then verify."
+            )
+        self.compiled = compile_model(opened)
+        self.ends = {name: Ends.of(activations[name], signed_readers=False) for name in self.names}
+        self.tensors = [TensorParity(name.removeprefix("quantizers.")) for name in self.names]
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """First output of the file and of the exact simulation; the integers of all activations are compared."""
+        deployed_outputs = run_compiled(self.compiled, inputs)
+        reals = dict(zip(self.names, deployed_outputs[self.outputs :], strict=True))
+        found = {name: torch.round((real - self.ends[name].low) / self.ends[name].scale) for name, real in reals.items()}
+        exact_output = _first(self.exact(*inputs))
+        exact = dict(self.exact.levels)
+        self.exact.given.update(found)
+        self.exact(*inputs)
+        alone = dict(self.exact.levels)
+        self.exact.given.clear()
+        simulated = self.simulated_levels
+        for tensor, name in zip(self.tensors, self.names, strict=True):
+            tensor.add(found[name], exact[name], alone[name], simulated[name])
+        return deployed_outputs[0], exact_output
+
+    def simulate(self, args: Sequence[Tensor], kwargs: dict[str, Tensor]) -> Tensor:
+        """First output of the float simulation; its levels are kept in `simulated_levels`."""
+        self.simulated_levels: dict[str, Tensor] = {}
+        handles = []
+        for name, quantizer in quantizers(self.qmodel).items():
+            if name in self.ends:
+                handles.append(quantizer.register_forward_hook(self._keep_levels(name)))
+        try:
+            with torch.no_grad():
+                return _first(self.qmodel(*args, **kwargs)).cpu()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep_levels(self, name: str) -> Any:
+        ends = self.ends[name]
+
+        def hook(module: Quantizer, inputs: Any, output: Tensor) -> None:
+            self.simulated_levels[name] = torch.round((output.cpu().float() - ends.low) / ends.scale)
+
+        return hook
+
+    def weights_match(self) -> bool:
+        """Whether the file holds the model's integer weights, all of them."""
+        stored = stored_integers(read(self.path), self.layers)
+        for quantizer, layer in zip(self.weights, self.layers, strict=True):
+            module = self.modules.get(layer)
+            if module is None or not isinstance(module.weight, Tensor):
+                continue  # a weight that is computed in the graph has no constant of its own
+            shape = [1] * module.weight.ndim
+            if quantizer.scale.ndim:
+                shape[quantizer.axis] = -1
+            integers = torch.round(module.weight / quantizer.scale.reshape(shape))
+            if layer not in stored or not torch.equal(stored[layer].flatten(), integers.flatten()):
+                return False
+        return True
+
+
+@dataclass
+class _Rows:
+    samples: int = 0
+    same_exact: int = 0
+    same_float: int = 0
+    labelled: int = 0
+    right: dict[str, int] = field(default_factory=dict)
+
+    def accuracy(self) -> dict[str, float]:
+        return {name: 100 * count / self.labelled for name, count in self.right.items()} if self.labelled else {}
+
+
+def _compare(
+    comparison: _Comparison, batches: list[Any], device: torch.device, float_model: nn.Module | None
+) -> _Rows:
+    rows = _Rows()
+    models = [comparison.qmodel] + ([float_model] if float_model is not None else [])
+    training = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        for batch in batches:
+            _compare_batch(comparison, batch, device, float_model, rows)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return rows
+
+
+def _compare_batch(
+    comparison: _Comparison, batch: Any, device: torch.device, float_model: nn.Module | None, rows: _Rows
+) -> None:
+    args, kwargs = inputs_of(batch)
+    simulated = comparison.simulate([a.to(device) for a in args], {k: v.to(device) for k, v in kwargs.items()})
+    inputs = [x.cpu() for x in (*args, *kwargs.values())]
+    found, exact = comparison.run(inputs)
+    choices = {"simulated": _choice(simulated), "deployed": _choice(found)}
+    rows.samples += len(found)
+    rows.same_exact += int((choices["deployed"] == _choice(exact)).flatten(1).all(1).sum())
+    rows.same_float += int((choices["deployed"] == choices["simulated"]).flatten(1).all(1).sum())
+    labels = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
+    if not isinstance(labels, Tensor) or labels.shape != choices["deployed"].squeeze(1).shape:
+        return
+    if float_model is not None:
+        where = next((p.device for p in float_model.parameters()), device)
+        with torch.no_grad():
+            floats = float_model(*(a.to(where) for a in args), **{k: v.to(where) for k, v in kwargs.items()})
+        choices = {"float": _choice(_first(floats).cpu()), **choices}
+    rows.labelled += len(labels)
+    for name, choice in choices.items():
+        rows.right[name] = rows.right.get(name, 0) + int((choice.squeeze(1) == labels.cpu()).sum())
+
+
+def _choice(output: Tensor) -> Tensor:
+    """Index of the largest value over the class axis, [samples, 1, ...]."""
+    return output.argmax(1, keepdim=True) if output.ndim > 1 else output.round().unsqueeze(1)
+
+
+def _first(output: Any) -> Tensor:
+    from torch.utils import _pytree as pytree
+
+    first: Tensor = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+    return first
+
+
+def _size(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
+    return len(next(x for x in (*inputs[0], *inputs[1].values()) if isinstance(x, Tensor)))
+
+
+def _latency(qmodel: nn.Module, path: Path, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, float]:
+    """Median milliseconds of the float model and of the file on one batch, timed in turn so that drift hits both alike."""
+    floating = deployed_in_float(qmodel)
+    program = exported_program(floating, *example_of(qmodel))
+    with tempfile.TemporaryDirectory() as folder:
+        float_path = Path(folder) / "float.xml"
+        openvino.write(program, [], float_path)
+        models = {"float": compile_model(read(float_path)), "deployed": compile_model(read(path))}
+        tensors = [x.cpu() for x in (*inputs[0], *inputs[1].values())]
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for turn in range(LATENCY_PAIRS + 2):
+            for name, compiled in models.items():
+                start = time.perf_counter()
+                run_compiled(compiled, tensors)
+                if turn >= 2:  # the first runs allocate
+                    times[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(values) for name, values in times.items()}
+
+
+def deployed_in_float(qmodel: nn.Module) -> nn.Module:
+    """The float counterpart of a quantized model, for its latency: same layers, no quantizers, BatchNorm left to the runtime."""
+    import copy
+
+    model = copy.deepcopy(qmodel).cpu().float().eval()
+    set_mode(model, Mode.FLOAT)
+    return model
