@@ -1,7 +1,7 @@
 """The whole way in a few minutes on two cores, without a download.
 
-Trains a float ResNet-18 on scikit-learn's 1,437 training digits, quantizes it to 8 bits, trains that (QAT), exports it to OpenVINO
-and verifies that the runtime computes the integers that were trained.
+Trains a float ResNet-18 on scikit-learn's 1,437 training digits, quantizes it to 8 bits, trains that (QAT),
+exports it to OpenVINO and verifies that the runtime computes the integers that were trained.
 """
 
 from halfeven.config import DeviceOptions, Experiment

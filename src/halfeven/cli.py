@@ -18,7 +18,7 @@ from halfeven.zoo.models import ModelOptions
 
 Config = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG")]
 Checkpoint = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
-Fields = Annotated[Experiment, tyro.conf.arg(name="")]
+Fields = Annotated[Experiment, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,3 +135,7 @@ def parse(command: str, arguments: list[str]) -> Any:
         default=COMMANDS[command](experiment=experiment, **required),
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
     )
+
+
+if __name__ == "__main__":
+    main()

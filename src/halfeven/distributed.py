@@ -52,3 +52,25 @@ def average_batchnorm(model: nn.Module) -> None:
     """Give all processes the same BatchNorm statistics: the mean of what each has seen of its share of the data."""
     statistics = [(module.running_mean, module.running_var) for module in batchnorms(model).values()]
     average(tensor for pair in statistics for tensor in pair if tensor is not None)
+
+
+@torch.no_grad()
+def differing(model: nn.Module) -> list[str]:
+    """Names of the model's tensors that are not the same, bit for bit, in all processes: [] when all agree."""
+    if not is_distributed():
+        return []
+    state = model.state_dict()
+    sums = torch.stack([_checksum(tensor) for tensor in state.values()])
+    low, high = sums.clone(), sums.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    return [name for name, same in zip(state, (low == high).tolist(), strict=True) if not same]
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """A number made of all bits of a tensor: its bytes, each row of eight as one integer, weighted by position."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    padded = torch.nn.functional.pad(data, (0, -len(data) % 8)).view(torch.int64)
+    # Integer overflow wraps around, which loses nothing here; odd weights tell places apart.
+    weights = torch.arange(1, 2 * len(padded), 2, dtype=torch.int64, device=padded.device)
+    return (padded * weights).sum()

@@ -13,8 +13,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from halfeven.distributed import average_batchnorm, rank, world_size
-from halfeven.errors import ConfigError
+from halfeven.distributed import average_batchnorm, differing, rank, world_size
+from halfeven.errors import CheckpointError, ConfigError
 from halfeven.training.optimization import learning_rate, make_optimizer
 from halfeven.training.options import TrainingOptions
 from halfeven.training.progress import RunLog
@@ -215,6 +215,12 @@ class Trainer:
 
     def _save_state(self) -> None:
         average_batchnorm(self.model)
+        if different := differing(self.model):
+            raise CheckpointError(
+                f"After step {self.step} the processes of this run hold different models ({', '.join(different[:5])}), so none "
+                "can be saved for all. Something in the model or the callbacks is not the same everywhere, such as a "
+                "module that keeps statistics without exchanging them. Find it in the list, or train on one process."
+            )
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = TrainingState(

@@ -1,0 +1,109 @@
+"""Configs are Python files that end with an experiment; mistakes in them are named."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from halfeven.config import Experiment, ExportOptions, load_experiment
+from halfeven.errors import ConfigError
+from halfeven.training.options import TrainingOptions
+from halfeven.zoo.datasets import DataOptions
+from halfeven.zoo.models import ModelOptions
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+HEAD = """
+from halfeven.config import *
+from halfeven.zoo.models import ModelOptions
+from halfeven.zoo.datasets import DataOptions
+"""
+
+
+def write(folder, text, name="c.py"):
+    path = folder / name
+    path.write_text(HEAD + text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.py")), ids=lambda path: path.stem)
+def test_every_config_loads_and_explains_itself(path):
+    assert isinstance(load_experiment(path), Experiment)
+    assert path.read_text().startswith('"""')
+
+
+def test_the_seed_recipe():
+    experiment = load_experiment(CONFIGS / "qat" / "qat_openvino_resnet18_10e_8xb32_in1k.py")
+    training = experiment.training
+    assert (training.optimizer, training.learning_rate, training.momentum, training.weight_decay) == (
+        "sgd",
+        1e-4,
+        0.9,
+        1e-4,
+    )
+    assert (training.schedule, training.warmup_steps, training.clip_norm, training.label_smoothing) == (
+        "constant",
+        0,
+        0,
+        0,
+    )
+    assert (training.epochs, training.batch_size, training.base_batch_size) == (10, 32, 256)
+    assert training.decay_norms_and_biases
+    assert (experiment.data.resize, experiment.data.image_size) == (256, 224)
+    assert (experiment.schedule.freeze_batchnorm_after, experiment.schedule.stop_observing_after) == (1, 1)
+
+
+def test_lsq_recipes():
+    ten = load_experiment(CONFIGS / "qat" / "lsq_openvino_resnet18_8xb32_10e_in1k.py")
+    hundred = load_experiment(CONFIGS / "qat" / "lsq_openvino_resnet18_8xb32_100e_in1k.py")
+    assert ten.quantization.ranges == hundred.quantization.ranges == "learned"
+    assert ten.schedule.freeze_batchnorm_after == 0
+    assert (ten.training.epochs, ten.training.schedule) == (10, "constant")
+    assert (hundred.training.epochs, hundred.training.schedule, hundred.training.schedule_by) == (
+        100,
+        "cosine",
+        "epoch",
+    )
+
+
+def test_a_config_derives_from_another(tmp_path):
+    write(
+        tmp_path,
+        'experiment = Experiment(model=ModelOptions(weights="w.pth"), data=DataOptions(), seed=3)',
+        "first_of_two.py",
+    )
+    text = "import dataclasses\nfrom first_of_two import experiment as base\nexperiment = dataclasses.replace(base, seed=base.seed + 1)"
+    assert load_experiment(write(tmp_path, text)).seed == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", "must end with `experiment = Experiment"),
+        ("experiment = {}", "there is a dict"),
+        ("1 / 0", r"line 5\): ZeroDivisionError"),
+        ("experiment = (", "SyntaxError"),
+        ("experiment = TrainingOptions(epohcs=3)", "Did you mean epochs?"),
+        ("experiment = TrainingOptions(zzz=3)", "TrainingOptions has epochs"),
+        ("experiment = TrainingOptions(epochs=-3)", r"epochs=-3 \(at least 0\)"),
+        ("import no_such_module", "ModuleNotFoundError"),
+    ],
+)
+def test_mistakes_in_a_config(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(write(tmp_path, text))
+
+
+def test_a_missing_config_names_the_nearest(tmp_path):
+    write(tmp_path, "", "digits.py")
+    with pytest.raises(ConfigError, match=r"Did you mean digits\.py"):
+        load_experiment(tmp_path / "digit.py")
+
+
+def test_fields_that_contradict_each_other():
+    base = Experiment(model=ModelOptions(weights="w.pth"), data=DataOptions())
+    with pytest.raises(ConfigError, match="only one of them can be meant"):
+        dataclasses.replace(base, pretraining=TrainingOptions(epochs=1))
+    with pytest.raises(ConfigError, match="leaves the quantized model untrained"):
+        dataclasses.replace(base, training=TrainingOptions(epochs=0))
+    with pytest.raises(ConfigError, match="Name a format"):
+        ExportOptions(formats=())
