@@ -5,6 +5,7 @@ for `(integer - zero_point) * scale` ("A White Paper on Neural Network Quantizat
 """
 
 import functools
+import inspect
 import logging
 import os
 import threading
@@ -202,13 +203,20 @@ def _columns(scale: Tensor, zero_point: Tensor, axis: int | None) -> tuple[Tenso
     return (scale.reshape(-1, 1), zero_point.reshape(-1, 1)) if axis is not None else (scale, zero_point)
 
 
+KERNELS = 64
+"""Variants of one function that may be compiled, where this torch lets a limit be given."""
+
 _compiler_lock = threading.Lock()
 _compiler_works: bool | None = None if os.environ.get("HALFEVEN_COMPILE", "1") != "0" else False
 
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    # Each rank, dtype, device, autocast or inference mode and number of threads needs a kernel of its own: more than the compiler's
+    # limit of eight in ordinary use. Past it a call runs unfused, and torch says so; with fullgraph=True it would raise.
+    known = "recompile_limit" in inspect.signature(torch.compile).parameters
+    options: dict[str, Any] = {"recompile_limit": KERNELS} if known else {}
+    return torch.compile(function, dynamic=True, **options)
 
 
 def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
