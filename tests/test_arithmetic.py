@@ -185,9 +185,7 @@ def test_fake_quantize_twice_is_once(scheme, seed, size):
 def test_integers_are_the_definition(scheme, seed, size):
     x = spread(seed, 64, size)
     scale, zero_point = scale_and_zero_point(x.min(), x.max(), scheme)
-    expected = np.clip(
-        np.rint(x.numpy() / scale.numpy()) + zero_point.numpy(), scheme.quant_min, scheme.quant_max
-    )
+    expected = np.clip(np.rint(x.numpy() / scale.numpy()) + zero_point.numpy(), scheme.quant_min, scheme.quant_max)
     found = quantize(x, scale, zero_point, scheme)
     assert np.array_equal(found.numpy(), expected)
     assert found.dtype is torch.float32
@@ -292,9 +290,7 @@ def test_the_gradient_factor_scales_only_the_scales_gradient():
 
 def test_learned_step_size_gradients_per_channel():
     scheme = Scheme(bits=4, signed=True, axis=0)
-    y, dx, ds = gradients(
-        [[-1.0, 0.26, 3.0], [0.5, -0.52, 0.1]], [0.1, 0.05], int32(0, 0), scheme
-    )
+    y, dx, ds = gradients([[-1.0, 0.26, 3.0], [0.5, -0.52, 0.1]], [0.1, 0.05], int32(0, 0), scheme)
     torch.testing.assert_close(y, torch.tensor([[-0.8, 0.3, 0.7], [0.35, -0.4, 0.1]]))
     assert dx.tolist() == [[0, 1, 0], [0, 0, 1]]
     torch.testing.assert_close(ds, torch.tensor([-0.6, -1.0]), rtol=1e-4, atol=1e-4)

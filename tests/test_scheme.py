@@ -46,7 +46,10 @@ def test_frozen_and_hashable():
 
 def test_print():
     assert str(Scheme()) == "u8 asymmetric per tensor"
-    assert str(Scheme(bits=4, signed=True, symmetric=True, narrow=True, axis=0)) == "s4 symmetric narrow per channel (axis 0)"
+    assert (
+        str(Scheme(bits=4, signed=True, symmetric=True, narrow=True, axis=0))
+        == "s4 symmetric narrow per channel (axis 0)"
+    )
 
 
 @pytest.mark.parametrize(("name", "bits"), [("w8a8", (8, 8)), ("w4a8", (4, 8)), ("W6A16", (6, 16)), ("w2a4", (2, 4))])

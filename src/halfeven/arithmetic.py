@@ -1,6 +1,7 @@
 """The arithmetic of uniform quantization, as pure functions on tensors.
 
-An integer is `clamp(round(x / scale) + zero_point, quant_min, quant_max)`, rounded to nearest with ties to even, and stands
+An integer is `clamp(round(x / scale) + zero_point, quant_min, quant_max)`, rounded to nearest with ties to even, and
+stands
 for `(integer - zero_point) * scale` ("A White Paper on Neural Network Quantization", arXiv 2106.08295, section 2.2).
 """
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from halfeven.scheme import Scheme
 
 SIGNIFICAND_BITS = 16
-"""Scales keep this many significand bits, so that (scale, zero_point) -> (low, high) -> scale is lossless in float32."""
+"""Scales keep this many significand bits, so that (scale, zero_point) -> (low, high) -> scale is lossless in "
+"float32."""
 
 SMALLEST_SCALE = 2.0**-40
 """No scale is smaller: products of two scales and their reciprocals stay normal float32 numbers."""
@@ -36,9 +38,10 @@ def snap(scale: Tensor) -> Tensor:
 
 
 def effective_scale(scale: Tensor) -> Tensor:
-    """The scale that is used for a stored one: its absolute value, at least `SMALLEST_SCALE`, snapped to 16 significand bits.
+    """The scale that is used for a stored one: its absolute value, at least `SMALLEST_SCALE`, snapped to 16 bits.
 
-    The absolute value keeps a learned scale positive without a dead zone: one that crosses zero is reflected, and its gradient
+    The absolute value keeps a learned scale positive without a dead zone: one that crosses zero is reflected, and its
+    gradient
     with it. Snapping passes the gradient through.
     """
     result = _EffectiveScale.apply(scale)
@@ -61,7 +64,8 @@ class _EffectiveScale(torch.autograd.Function):
 def scale_and_zero_point(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Scale and zero point of a float range; zero lies exactly on the grid, the zero point is an integer inside it.
 
-    A dead channel (an empty range at zero) takes the largest scale of its neighbours, or 1 / quant_max where all are dead.
+    A dead channel (an empty range at zero) takes the largest scale of its neighbours, or 1 / quant_max where all are
+    dead.
 
     Args:
         low, high: ends of the range, shape [] or [channels], float32; widened to contain 0.
@@ -108,9 +112,7 @@ def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor, scheme: Sche
     return (integers - per_channel(zero_point, scheme.axis, integers.ndim)) * scale
 
 
-def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme, gradient_factor: float = 1.0
-) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme, gradient_factor: float = 1.0) -> Tensor:
     """Quantize and dequantize, with the gradients of learned step size quantization (LSQ, arXiv 1902.08153).
 
     x gets the gradient inside the grid and 0 outside (straight-through). The scale gets `round(x/s) - x/s` inside and
@@ -133,9 +135,7 @@ def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) 
     return ((integers - zero_point) * scale).to(x.dtype)
 
 
-def _backward_input(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int
-) -> Tensor:
+def _backward_input(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
     rounded = torch.round(x.float() / scale) + zero_point
     return torch.where((rounded >= low) & (rounded <= high), grad, 0.0)
 
@@ -212,25 +212,29 @@ _compiler_works: bool | None = None if os.environ.get("HALFEVEN_COMPILE", "1") !
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Each rank, dtype, device, autocast or inference mode and number of threads needs a kernel of its own: more than the compiler's
-    # limit of eight in ordinary use. Past it a call runs unfused, and torch says so; with fullgraph=True it would raise.
+    # Each rank, dtype, device, autocast or inference mode and number of threads needs a kernel of its own: more than
+    # the compiler's limit of eight in ordinary use. Past it a call runs unfused, and torch says so; with fullgraph=True
+    # it would raise.
     known = "recompile_limit" in inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {"recompile_limit": KERNELS} if known else {}
     return torch.compile(function, dynamic=True, **options)
 
 
 def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as one kernel of torch.compile; as it stands while a whole model is compiled or where no compiler is."""
+    """The function as one kernel of torch.compile; as it stands while a whole model is compiled or where no "
+    "compiler is."""
     if torch.compiler.is_compiling() or not compiler_works():
         return function
-    # A kernel is compiled anew for each requires_grad and for each tensor that views another (its base is looked at too): with
-    # learned scales that passes the compiler's limit of eight, an error. What autograd knows of the tensors is not needed here.
+    # A kernel is compiled anew for each requires_grad and for each tensor that views another (its base is looked at
+    # too): with learned scales that passes the compiler's limit of eight, an error. What autograd knows of the tensors
+    # is not needed here.
     kernel = _compiled(function)
     return lambda *arguments: kernel(*(a.data if isinstance(a, Tensor) else a for a in arguments))
 
 
 def compiler_works() -> bool:
-    """Whether torch.compile can build kernels here; tried once on a small tensor. HALFEVEN_COMPILE=0 says no at once."""
+    """Whether torch.compile can build kernels here; tried once on a small tensor. HALFEVEN_COMPILE=0 says no at "
+    "once."""
     global _compiler_works
     with _compiler_lock:
         if _compiler_works is None:
@@ -245,7 +249,8 @@ def _try_compiler() -> bool:
     except Exception as error:  # whatever a missing or broken toolchain raises: it is said, and nothing depends on it
         logger.warning(
             "torch.compile cannot build kernels here (%s), so fake-quantization runs unfused and training steps take "
-            "longer; results are the same. Install a C++ compiler such as g++, or set HALFEVEN_COMPILE=0 to silence this.",
+            "longer; results are the same. Install a C++ compiler such as g++, or set HALFEVEN_COMPILE=0 to silence "
+            "this.",
             str(error).strip().splitlines()[0],
         )
         return False

@@ -140,12 +140,15 @@ def _with_scaled_rates(work: Work) -> Work:
         return dataclasses.replace(options, learning_rate=options.learning_rate * batch / options.base_batch_size)
 
     names = ("training", "pretraining")
-    rates = {name: scaled(getattr(work.experiment, name)) for name in names}
-    for name, options in rates.items():
-        if options.epochs:
-            before = getattr(work.experiment, name).learning_rate
-            work.say(f"{name}.learning_rate: {before:g} scaled to {options.learning_rate:g}.")
-    return dataclasses.replace(work, experiment=dataclasses.replace(work.experiment, **rates))
+    experiment = work.experiment
+    for name in names:
+        before: TrainingOptions = getattr(experiment, name)
+        changes: dict[str, Any] = {name: scaled(before)}
+        experiment = dataclasses.replace(experiment, **changes)
+        if before.epochs:
+            rate = changes[name].learning_rate
+            work.say(f"{name}.learning_rate: {before.learning_rate:g} scaled to {rate:g}.")
+    return dataclasses.replace(work, experiment=experiment)
 
 
 def _open_folder(work: Work, *, resume: bool, overwrite: bool) -> None:
@@ -279,7 +282,9 @@ def run_export(experiment: Experiment, *, config: Path, checkpoint: Path, work_d
     _write_json(folder / "verification.json", {path.name: report.to_dict() for path, report in reports.items()})
 
 
-def run_test(experiment: Experiment, *, config: Path, checkpoint: Path, json_file: str = "", deployed: str = "") -> None:
+def run_test(
+    experiment: Experiment, *, config: Path, checkpoint: Path, json_file: str = "", deployed: str = ""
+) -> None:
     """Accuracy of the float, the simulated and the deployed model in one table."""
     facts = read_facts(checkpoint)
     if deployed and not Path(deployed).is_file():

@@ -35,7 +35,7 @@ def average(tensors: Iterable[Tensor]) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in group])
         dist.all_reduce(flat)
         flat /= world_size()
-        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+        for tensor, part in zip(group, torch.split(flat, [tensor.numel() for tensor in group]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 

@@ -26,8 +26,7 @@ def evaluate(
     """Accuracy in percent: `top1`, and `top5` where there are more than 5 classes.
 
     In a distributed run every process must call this, each with its own share of the images (`evaluation_loader`); all
-    get the
-    accuracy over all images. A module is put in `eval()` and given back as it was.
+    get the accuracy over all images. A module is put in `eval()` and given back as it was.
 
     Args:
         model: a module, or any function from a batch of images to logits.

@@ -1,7 +1,7 @@
 """Observers see the batches of a tensor and propose its range (white paper, section 3.1).
 
-An observer works on rows: [1, elements] for a tensor with one scale, [channels, elements] for one scale per channel. All
-statistics accumulate over all batches; the range is chosen once, at the end.
+An observer works on rows: [1, elements] for a tensor with one scale, [channels, elements] for one scale per channel.
+All statistics accumulate over all batches; the range is chosen once, at the end.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,8 @@ class Observer(Protocol):
 
 
 def finite_extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each row, reduced over all processes; raises CalibrationError on NaN or infinity."""
+    """Smallest and largest value of each row, reduced over all processes; raises CalibrationError on NaN or "
+    "infinity."""
     low, high = rows.detach().float().aminmax(dim=-1)
     # An average or a plain minimum would differ from rank to rank; the union of what all ranks saw does not.
     low = -all_reduce(-low, dist.ReduceOp.MAX)
@@ -85,8 +86,8 @@ class MovingAverageObserver:
 class HistogramObserver:
     """A histogram of everything seen, from which `select` chooses the range.
 
-    The bins double their width when a batch leaves them, which merges pairs of bins exactly, so that the result does not
-    depend on the order of equal batches and every batch counts the same.
+    The bins double their width when a batch leaves them, which merges pairs of bins exactly, so that the result does
+    not depend on the order of equal batches and every batch counts the same.
     """
 
     def __init__(self, scheme: Scheme, select: Callable[["HistogramObserver"], tuple[Tensor, Tensor]]) -> None:
@@ -160,9 +161,7 @@ def mse_range(histogram: HistogramObserver, power: float = 2.0) -> tuple[Tensor,
     """
     scheme, low, high = histogram.scheme, histogram.smallest, histogram.largest
     centers, counts = histogram.centers, histogram.counts
-    rows = Scheme(
-        bits=scheme.bits, signed=scheme.signed, symmetric=scheme.symmetric, narrow=scheme.narrow, axis=0
-    )
+    rows = Scheme(bits=scheme.bits, signed=scheme.signed, symmetric=scheme.symmetric, narrow=scheme.narrow, axis=0)
 
     def error(low: Tensor, high: Tensor) -> Tensor:
         scale, zero_point = scale_and_zero_point(low, high, rows)
@@ -183,9 +182,7 @@ def _around(fractions: list[float]) -> list[float]:
     return [1.0] + [0.5 + f for f in fractions]
 
 
-def _best(
-    error: Callable[[Tensor, Tensor], Tensor], candidates: list[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
+def _best(error: Callable[[Tensor, Tensor], Tensor], candidates: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The candidate with the least error, chosen row by row; the first wins a tie."""
     best_low, best_high = candidates[0]
     least = error(best_low, best_high)
@@ -200,8 +197,8 @@ def _best(
 def entropy_range(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
     """The range whose quantized distribution has the least Kullback-Leibler divergence from the clipped one seen.
 
-    The clipped reference puts its tails into the outermost bins; the quantized distribution spreads the mass of each of the
-    grid's levels evenly over the bins that were not empty (Migacz, "8-bit inference with TensorRT", GTC 2017).
+    The clipped reference puts its tails into the outermost bins; the quantized distribution spreads the mass of each
+    of the grid's levels evenly over the bins that were not empty (Migacz, "8-bit inference with TensorRT", GTC 2017).
     """
     lows, highs = [], []
     for row in range(histogram.counts.shape[0]):
@@ -218,9 +215,7 @@ def entropy_range(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
     return torch.tensor(lows, device=device), torch.tensor(highs, device=device)
 
 
-def _entropy_of_row(
-    counts: Tensor, centers: Tensor, low: float, high: float, scheme: Scheme
-) -> tuple[float, float]:
+def _entropy_of_row(counts: Tensor, centers: Tensor, low: float, high: float, scheme: Scheme) -> tuple[float, float]:
     best, least = (low, high), float("inf")
     for fraction in torch.linspace(1.0, 0.1, CANDIDATES).tolist():
         edges = torch.tensor([low * fraction]), torch.tensor([high * fraction])

@@ -31,7 +31,8 @@ def prepare(
         model: any module.
         example: an input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments.
         options: how to quantize.
-        changes: fields of `QuantizationOptions` to set on top of `options`, for example `scheme="w4a8"`.
+        changes: fields of `QuantizationOptions` to set on top of `options`, for example
+        `scheme="w4a8"`.
 
     Raises:
         CaptureError: nothing of the model could be captured.
@@ -69,13 +70,11 @@ def _with_example(qmodel: nn.Module, example: Example) -> nn.Module:
     def two(x: Any) -> Any:
         return x[:2].detach().cpu() if isinstance(x, Tensor) and x.ndim else x
 
-    qmodel.halfeven_example = pytree.tree_map(two, (args, kwargs))  # type: ignore[assignment]
+    qmodel.halfeven_example = pytree.tree_map(two, (args, kwargs))
     return qmodel
 
 
-def _captured(
-    model: nn.Module, example: Example, options: QuantizationOptions
-) -> tuple[nn.Module, tuple[str, ...]]:
+def _captured(model: nn.Module, example: Example, options: QuantizationOptions) -> tuple[nn.Module, tuple[str, ...]]:
     captured, report = capture(copy.deepcopy(model), example, options.leave_out)
     for region in regions(captured).values():
         lower_attention(region)

@@ -28,12 +28,13 @@ class Mode(enum.Enum):
 class Quantizer(nn.Module):
     """Fake-quantizes one tensor.
 
-    An observed range follows the data while `observing`: of a weight with observer "minmax" it is that of the present weight, of an
-    activation the moving average over training batches. It never moves in `eval()`. A learned range is the parameter `scale`
-    (LSQ), used by its absolute value; its zero point stays as calibrated.
+    An observed range follows the data while `observing`: of a weight with observer "minmax" it is that of the present
+    weight, of an activation the moving average over training batches. It never moves in `eval()`. A learned range is
+    the parameter `scale` (LSQ), used by its absolute value; its zero point stays as calibrated.
 
-    State, with final shapes from the start ([] or [channels]): `scale` (buffer, or parameter when learned), `zero_point` (int32),
-    `observing` (uint8), and for observed activations `low`, `high`. `scale` is NaN until a range is set.
+    State, with final shapes from the start ([] or [channels]): `scale` (buffer, or parameter when learned),
+    `zero_point` (int32), `observing` (uint8), and for observed activations `low`, `high`. `scale` is NaN until a range
+    is set.
 
     Args:
         scheme: the integer grid and its granularity.
@@ -104,7 +105,8 @@ class Quantizer(nn.Module):
         low, high = low.reshape(self.scale.shape), high.reshape(self.scale.shape)
         if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
             raise CalibrationError(
-                f"The range of {self.name or 'a quantizer'} is not finite (low {low.tolist()}, high {high.tolist()}), so no "
+                f"The range of {self.name or 'a quantizer'} is not finite (low {low.tolist()}, high "
+                f"{high.tolist()}), so no "
                 "scale can be made of it. Look for NaN or infinity in the weights and in the calibration data."
             )
         if not self.learned and not self.weight:
@@ -175,10 +177,8 @@ class Quantizer(nn.Module):
 
     def _gradient_factor(self, x: Tensor) -> float:
         """LSQ's 1 / sqrt(N * quant_max); N is the weights that share a scale, or the features of one sample."""
-        if self.weight:
-            elements = x.numel() // max(self.scale.numel(), 1)
-        else:
-            elements = x.numel() // max(x.shape[0], 1)
+        sharing = self.scale.numel() if self.weight else x.shape[0]
+        elements = x.numel() // max(sharing, 1)
         return float((max(elements, 1) * self.scheme.quant_max) ** -0.5)
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -191,12 +191,13 @@ class Quantizer(nn.Module):
             yield
         except CalibrationError as error:
             raise CalibrationError(
-                f"No range can be set for {self.name or 'a tensor'}: {error}. A scale made of it would spoil every result. "
+                f"No range can be set for {self.name or 'a tensor'}: {error}. A scale made of it would spoil every "
+                f"result. "
                 "Look at the calibration data and at the model's float outputs on it."
             ) from error
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.calibrated = bool(torch.isfinite(self.scale).all())
         self._observing = bool(self.observing)
 

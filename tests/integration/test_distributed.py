@@ -11,7 +11,7 @@ import timm
 import torch
 from conftest import environment
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "qat"
 
@@ -80,10 +80,13 @@ def test_both_processes_end_with_the_same_model(config, images, weights, tmp_pat
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different
-    start = timm.create_model("resnet18", num_classes=2)
-    start.load_state_dict({k: v for k, v in first.items() if k in start.state_dict()}, strict=False)
-    trained = [name for name in first if name.endswith("running_mean")]
-    assert any(not torch.equal(first[name], torch.zeros_like(first[name])) for name in trained)
+    start = load_file(weights)
+    still = [name for name in start if name.endswith(".weight") and torch.equal(first[name], start[name])]
+    assert not still, "every layer was trained"
+    moved = not torch.equal(first["bn1.running_mean"], start["bn1.running_mean"])
+    assert moved is config.startswith("qat"), (
+        "BatchNorm follows the batches in the QAT recipe, and is frozen in the LSQ one"
+    )
     lines = [json.loads(line) for line in (tmp_path / "work" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "int8" in line] == [3]
     assert "scaled to 0.000234375" in done.stdout, (

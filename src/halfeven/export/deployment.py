@@ -1,4 +1,4 @@
-"""The deployed form of a quantized model: BatchNorm folded, weights on their integer grids, nothing left that only trains.
+"""The deployed form of a quantized model: BatchNorm folded, weights on their integer grids, training forgotten.
 
 Both exporters write it and the exact simulation computes it, so that all three agree by construction.
 """
@@ -21,10 +21,10 @@ from halfeven.quantizer import Quantizer, quantizers
 
 @torch.no_grad()
 def deployed(qmodel: nn.Module) -> nn.Module:
-    """A copy of a quantized model in the form that runs: eval mode, on the CPU, BatchNorm folded, weights on their grids.
+    """A copy of a quantized model in the form that runs: in eval mode, BatchNorm folded, weights on their grids.
 
-    A BatchNorm after a layer with quantized weights multiplies that layer's scales (white paper, section 4.2 c): the integers
-    stay what they were, but for the sign where gamma is negative. The result still simulates in float.
+    A BatchNorm after a layer with quantized weights multiplies that layer's scales (white paper, section 4.2 c): the
+    integers stay what they were, but for the sign where gamma is negative. The result still simulates in float.
 
     Raises:
         CalibrationError: a quantizer has no range yet.
@@ -103,7 +103,8 @@ def _settle(region: CapturedModule, node: fx.Node, norm: fx.Node | None) -> None
 def recoverable(scale: Tensor, steps: int = 254) -> Tensor:
     """The nearest scale that survives being written as the ends of a FakeQuantize: (high - low) / steps gives it back.
 
-    A scale that a BatchNorm multiplies is not snapped to 16 bits: that would move every output of its channel by up to 1 / 131072
+    A scale that a BatchNorm multiplies is not snapped to 16 bits: that would move every output of its channel by up to
+    1 / 131072
     and so change integers that the trained model rounds otherwise.
     """
     for _ in range(4):
@@ -116,7 +117,8 @@ def recoverable(scale: Tensor, steps: int = 254) -> Tensor:
 
 
 def _scaled(scale: Tensor, integers: Tensor, factor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Scale and integers of a weight whose output channels a BatchNorm multiplies by `factor`, which may be 0 or negative."""
+    """Scale and integers of a weight whose output channels a BatchNorm multiplies by `factor`, which may be 0 or "
+    "negative."""
     shape = [1] * integers.ndim
     shape[axis] = -1
     folded = recoverable((scale.double() * factor.abs()).float())

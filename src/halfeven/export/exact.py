@@ -1,7 +1,9 @@
 """The exact simulation: a deployed model computed with the target's own integer arithmetic.
 
-Products of integers are summed exactly; the requantization follows the runtime's formulas, in its order of float32 operations. The
-formulas of OpenVINO's CPU plugin were found by experiment on each operator and are checked against the runtime by the tests.
+Products of integers are summed exactly; the requantization follows the runtime's formulas, in its order of float32
+operations. The
+formulas of OpenVINO's CPU plugin were found by experiment on each operator and are checked against the runtime by the
+tests.
 """
 
 import dataclasses
@@ -27,8 +29,8 @@ EXACT_IN_FLOAT32 = 2.0**24
 class Ends:
     """A quantizer as OpenVINO keeps it: the ends of a FakeQuantize in float32, and what the plugin makes of them.
 
-    Levels count from 0. A grid whose zero is level 128 of 256 is kept as signed bytes where its readers take them: then the rounding
-    happens before 128 is added.
+    Levels count from 0. A grid whose zero is level 128 of 256 is kept as signed bytes where its readers take them:
+    then the rounding happens before 128 is added.
     """
 
     low: Tensor
@@ -64,7 +66,7 @@ class Ends:
     def levels(self, x: Tensor, fused: bool) -> Tensor:
         """Levels 0 to `steps` of real values: one fused multiply-add, then rounding, then the clip.
 
-        `fused`: the values come straight from a layer, whose kernel divides by a destination scale where there is no shift.
+        `fused`: the values come from a layer, whose kernel divides by a destination scale where there is no shift.
         """
         # Tensor by tensor: a number divided by a tensor is a reciprocal and a product in PyTorch, which rounds twice.
         steps, one = torch.full_like(self.low, self.steps), torch.ones_like(self.low)
@@ -103,8 +105,8 @@ class InUnits:
 class ExactModel(nn.Module):
     """A deployed model whose captured regions compute as the target does; called like the model.
 
-    After a call, `levels` holds the integers of every quantizer, by its name. What `given` holds under a quantizer's name is handed
-    on in place of what was computed, so that each layer can be compared alone.
+    After a call, `levels` holds the integers of every quantizer, by its name. What `given` holds under a quantizer's
+    name is handed on in place of what was computed, so that each layer can be compared alone.
     """
 
     def __init__(self, exported: nn.Module) -> None:
@@ -189,7 +191,8 @@ class _Interpreter(fx.Interpreter):
 
 
 def _read_by_convolution(node: fx.Node) -> bool:
-    """Whether a convolution takes the tensor, directly or through operators that keep the scale: it wants unsigned bytes."""
+    """Whether a convolution takes the tensor, directly or through operators that keep the scale: it wants unsigned "
+    "bytes."""
     return any(
         kind_of(user) is OperatorKind.CONVOLUTION
         or (kind_of(user) in (*TRANSPARENT, OperatorKind.CONCAT) and _read_by_convolution(user))

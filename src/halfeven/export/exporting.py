@@ -26,7 +26,8 @@ def export(qmodel: nn.Module, path: str | Path) -> Path:
 
     Args:
         qmodel: a calibrated model from `prepare` or `load`; it is not changed.
-        path: `.xml` for OpenVINO IR (a `.bin` with the weights lies beside it), `.onnx` for ONNX with QuantizeLinear and
+        path: `.xml` for OpenVINO IR (a `.bin` with the weights lies beside it), `.onnx` for ONNX with QuantizeLinear
+        and
             DequantizeLinear, opset 19. The file appears when it is complete.
 
     Returns:
@@ -51,7 +52,8 @@ def export(qmodel: nn.Module, path: str | Path) -> Path:
     except Exception as error:  # converters raise many kinds; whichever it is, there is no file
         raise ExportError(
             f"{path} could not be written: {type(error).__name__}: {str(error).strip().splitlines()[-1]}\n"
-            "So the model cannot be deployed in this form. Leave the submodule with that operator out with leave_out=[...], "
+            "So the model cannot be deployed in this form. Leave the submodule with that operator out with "
+            "leave_out=[...], "
             "or write it with other operators."
         ) from error
     return path
@@ -68,7 +70,8 @@ def example_of(qmodel: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     example = getattr(qmodel, "halfeven_example", None)
     if example is None:
         raise ExportError(
-            "This model carries no example input, so it cannot be traced. Export what halfeven.prepare or halfeven.load returned."
+            "This model carries no example input, so it cannot be traced. Export what halfeven.prepare or "
+            "halfeven.load returned."
         )
     result: tuple[tuple[Any, ...], dict[str, Any]] = example
     return result
@@ -84,6 +87,4 @@ def exported_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     names = dict(zip(kwargs, shapes[1], strict=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.export.export(
-            model, args, kwargs, dynamic_shapes=names if kwargs else shapes[0], strict=False
-        )
+        return torch.export.export(model, args, kwargs, dynamic_shapes=names if kwargs else shapes[0], strict=False)

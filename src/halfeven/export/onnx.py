@@ -11,7 +11,8 @@ import torch
 from halfeven.export.operators import PER_TENSOR, ExportedQuantizer
 
 OPSET = 19
-"""The oldest opset with all that 8 bits need; 21 and later trip ONNX Runtime on signed activations (its issue 25526)."""
+"""The oldest opset with all that 8 bits need; 21 and later trip ONNX Runtime on signed activations (its issue "
+"25526)."""
 
 WIDE_ENOUGH = 8
 """Grids of fewer bits are written in 8-bit types: opset 19 has no smaller ones."""
@@ -103,7 +104,9 @@ def _rename(node: Any, name: str, readers: dict[str, list[Any]]) -> None:
     readers[name] = readers.pop(old, [])
 
 
-def _fold_weight(graph: Any, constants: dict[str, Any], node: Any, dequantize: Any, quantizer: ExportedQuantizer) -> None:
+def _fold_weight(
+    graph: Any, constants: dict[str, Any], node: Any, dequantize: Any, quantizer: ExportedQuantizer
+) -> None:
     from onnx import numpy_helper
 
     if node.input[0] not in constants:  # a weight that is computed from others

@@ -18,8 +18,8 @@ WEIGHT_SUFFIX = ".weight_quantizer"
 def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     """An `openvino.Model` of an exported program whose quantizers are `halfeven::fake_quantize` operators.
 
-    Each FakeQuantize bears its quantizer's name from `names`, and each layer with a quantized weight the layer's, so that what runs
-    can be found again in the file and in the runtime.
+    Each FakeQuantize bears its quantizer's name from `names`, and each layer with a quantized weight the layer's, so
+    that what runs can be found again in the file and in the runtime.
     """
     import openvino
     from openvino.frontend.pytorch import ConversionExtension

@@ -19,24 +19,23 @@ PER_TENSOR = -1
 def fake_quantize_operator(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int, number: int
 ) -> Tensor:
-    """Quantize and dequantize on a written-out grid; `axis` -1 is one scale for the tensor, `number` says which quantizer it is."""
+    """Quantize and dequantize on a written-out grid; `axis` -1 is one scale for the tensor, `number` says which "
+    "quantizer it is."""
     channels = None if axis == PER_TENSOR else axis
     scale, zero_point = per_channel(scale, channels, x.ndim), per_channel(zero_point, channels, x.ndim)
     return (torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale
 
 
 @fake_quantize_operator.register_fake
-def _(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int, number: int
-) -> Tensor:
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int, number: int) -> Tensor:
     return torch.empty_like(x)
 
 
 class ExportedQuantizer(nn.Module):
     """A frozen quantizer as that operator.
 
-    A grid that the runtime has no kernels for is widened to 8 bits with the same scale and zero point; a clamp keeps an activation inside
-    its own grid, a weight lies on it already.
+    A grid that the runtime has no kernels for is widened to 8 bits with the same scale and zero point; a clamp keeps
+    an activation inside its own grid, a weight lies on it already.
     """
 
     scale: Tensor

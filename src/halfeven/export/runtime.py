@@ -47,7 +47,8 @@ def read(path: str | Path) -> Any:
         return openvino.Core().read_model(path)
     except RuntimeError as error:
         raise VerificationError(
-            f"OpenVINO cannot read {path}: {str(error).strip().splitlines()[-1]} The file is damaged or of another kind: "
+            f"OpenVINO cannot read {path}: {str(error).strip().splitlines()[-1]} The file is damaged or of another "
+            f"kind: "
             "write it again with halfeven.export(qmodel, path)."
         ) from error
 
@@ -120,5 +121,6 @@ def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _layer(name: str) -> str:
-    """The layer that an operator is part of: the plugin and the ONNX front end add "/DequantizationMultiply" and the like."""
+    """The layer that an operator is part of: the plugin and the ONNX front end add "/DequantizationMultiply" and "
+    "the like."""
     return name.split("/")[0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from halfeven.errors import VerificationError
 from halfeven.export import openvino
-from halfeven.export.exact import ExactModel, Ends
+from halfeven.export.exact import Ends, ExactModel
 from halfeven.export.exporting import example_of, exportable, exported_program
 from halfeven.export.operators import ExportedQuantizer
 from halfeven.export.runtime import (
@@ -87,7 +87,8 @@ class Report:
     accuracy: dict[str, float]
     """Top-1 in percent of float (where given), simulated and deployed model, where the batches came with labels."""
     latency_ms: dict[str, float]
-    """Median milliseconds of a batch of `latency_batch` samples: float and deployed, timed in turn, both without bfloat16."""
+    """Median milliseconds of a batch of `latency_batch` samples: float and deployed, timed in turn, both without "
+    "bfloat16."""
     latency_batch: int
     latency_ratio: float
     """Deployed over float."""
@@ -124,12 +125,11 @@ def _percent(share: float) -> str:
     return f"{100 * share:.4f} %"
 
 
-def verify(
-    qmodel: nn.Module, path: str | Path, batches: Iterable[Any], float_model: nn.Module | None = None
-) -> Report:
+def verify(qmodel: nn.Module, path: str | Path, batches: Iterable[Any], float_model: nn.Module | None = None) -> Report:
     """Run a deployed file in OpenVINO and compare its integers with those of the model.
 
-    The *exact* simulation computes as OpenVINO does, layer by layer; the *float* one is the model itself, as it was trained.
+    The *exact* simulation computes as OpenVINO does, layer by layer; the *float* one is the model itself, as it was
+    trained.
 
     Args:
         qmodel: the model that the file was written from.
@@ -195,7 +195,8 @@ class _Comparison:
         missing = set(activations) - set(self.names)
         if missing:
             raise VerificationError(
-                f"{path} lacks the quantized tensors {', '.join(sorted(missing)[:3])}, so it was not written from this model. "
+                f"{path} lacks the quantized tensors {', '.join(sorted(missing)[:3])}, so it was not written from "
+                f"this model. "
                 "Export the model again, then verify."
             )
         self.compiled = compile_model(opened)
@@ -206,7 +207,9 @@ class _Comparison:
         """First output of the file and of the exact simulation; the integers of all activations are compared."""
         deployed_outputs = run_compiled(self.compiled, inputs)
         reals = dict(zip(self.names, deployed_outputs[self.outputs :], strict=True))
-        found = {name: torch.round((real - self.ends[name].low) / self.ends[name].scale) for name, real in reals.items()}
+        found = {
+            name: torch.round((real - self.ends[name].low) / self.ends[name].scale) for name, real in reals.items()
+        }
         exact_output = _first(self.exact(*inputs))
         exact = dict(self.exact.levels)
         self.exact.given.update(found)
@@ -268,9 +271,7 @@ class _Rows:
         return {name: 100 * count / self.labelled for name, count in self.right.items()} if self.labelled else {}
 
 
-def _compare(
-    comparison: _Comparison, batches: list[Any], device: torch.device, float_model: nn.Module | None
-) -> _Rows:
+def _compare(comparison: _Comparison, batches: list[Any], device: torch.device, float_model: nn.Module | None) -> _Rows:
     rows = _Rows()
     models = [comparison.qmodel] + ([float_model] if float_model is not None else [])
     training = {module: module.training for model in models for module in model.modules()}
@@ -326,7 +327,8 @@ def _size(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
 
 
 def _latency(qmodel: nn.Module, path: Path, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, float]:
-    """Median milliseconds of the float model and of the file on one batch, timed in turn so that drift hits both alike."""
+    """Median milliseconds of the float model and of the file on one batch, timed in turn so that drift hits both "
+    "alike."""
     floating = deployed_in_float(qmodel)
     program = exported_program(floating, *example_of(qmodel))
     with tempfile.TemporaryDirectory() as folder:
@@ -345,7 +347,8 @@ def _latency(qmodel: nn.Module, path: Path, inputs: tuple[tuple[Any, ...], dict[
 
 
 def deployed_in_float(qmodel: nn.Module) -> nn.Module:
-    """The float counterpart of a quantized model, for its latency: same layers, no quantizers, BatchNorm left to the runtime."""
+    """The float counterpart of a quantized model, for its latency: same layers, no quantizers, BatchNorm left to "
+    "the runtime."""
     import copy
 
     model = copy.deepcopy(qmodel).cpu().float().eval()

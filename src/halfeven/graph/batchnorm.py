@@ -1,4 +1,5 @@
-"""Folding BatchNorm into the layer before it (white paper, section 2.3.1). gamma is never divided by: it may be zero."""
+"""Folding BatchNorm into the layer before it (white paper, section 2.3.1). gamma is never divided by: it may be "
+"zero."""
 
 from typing import Any
 
@@ -10,7 +11,7 @@ from halfeven.graph.restoration import CapturedModule
 
 
 def folding(norm: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Factor on the weight's output channels and the new bias, each [channels], that do what a BatchNorm does in eval mode.
+    """Factor on the weight's output channels and the new bias, each [channels], that do what BatchNorm does in eval.
 
     `norm(conv(x) + bias) = factor * conv(x) + new_bias` with factor = gamma / sqrt(var + eps).
     """

@@ -1,9 +1,9 @@
 """Capture: an unchanged model becomes a graph whose layers are real modules under their own names.
 
-The model is exported in eval mode by `torch.export`; then convolutions, linear layers, normalization and dropout are put back as
-standard modules around the model's own parameters (`graph.restoration`), so that the result has `train()` and `eval()`,
-the float model's state dict, and any batch size. Where a model cannot be exported whole, its largest exportable submodules
-are, and the rest stays Python.
+The model is exported in eval mode by `torch.export`; then convolutions, linear layers, normalization and dropout are
+put back as standard modules around the model's own parameters (`graph.restoration`), so that the result has `train()`
+and `eval()`, the float model's state dict, and any batch size. Where a model cannot be exported whole, its largest
+exportable submodules are, and the rest stays Python.
 """
 
 import copy
@@ -47,7 +47,8 @@ def capture(model: nn.Module, example: Example, leave_out: Sequence[str] = ()) -
 
     Args:
         model: any module; it is left in the mode it was in.
-        example: one input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments. The first
+        example: one input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments. The
+        first
             axis of its tensors is the batch and stays free.
         leave_out: names of submodules that shall stay Python, for example `["head"]`.
 
@@ -151,7 +152,8 @@ def _recorded_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, tupl
             model(*args, **kwargs)
     except Exception as error:
         raise CaptureError(
-            f"The model does not run on the example input: {error}\nPass an example that `model(...)` takes: a tensor, a "
+            f"The model does not run on the example input: {error}\nPass an example that `model(...)` takes: a "
+            f"tensor, a "
             "tuple of positional arguments or a dict of keyword arguments."
         ) from error
     finally:
@@ -214,13 +216,15 @@ def _check_same(model: nn.Module, captured: nn.Module, args: Any, kwargs: Any) -
         with torch.no_grad():
             try:
                 expected = pytree.tree_leaves(model(*a, **k))
-            except Exception:  # noqa: S112 - the model itself takes no other batch size
+            except Exception:
                 continue
             found = pytree.tree_leaves(captured(*a, **k))
         for e, f in zip(expected, found, strict=True):
             if isinstance(e, Tensor) and not torch.allclose(e, f, rtol=1e-4, atol=1e-5, equal_nan=True):
                 raise CaptureError(
                     f"The captured model computes something else than the original on {what} (largest difference "
-                    f"{float((e - f).abs().max()):.3g}), so its quantization would prove nothing. A value that is changed in "
-                    "place through a view, or a shape fixed at capture, does this: leave the submodule out with leave_out=[...]."
+                    f"{float((e - f).abs().max()):.3g}), so its quantization would prove nothing. A value that is "
+                    f"changed in "
+                    "place through a view, or a shape fixed at capture, does this: leave the submodule out with "
+                    "leave_out=[...]."
                 )

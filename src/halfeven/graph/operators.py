@@ -1,7 +1,7 @@
 """The table of operators: what each does to scales.
 
-A row maps a module type or an ATen operator to its kind. Placement and algorithms speak of kinds only, so that a new operator
-is a new row. Operators without a row run in float, and the plan says so.
+A row maps a module type or an ATen operator to its kind. Placement and algorithms speak of kinds only, so that a new
+operator is a new row. Operators without a row run in float, and the plan says so.
 """
 
 import enum
@@ -266,8 +266,8 @@ def operator_name(node: fx.Node) -> str:
 def tensor_names(graph: fx.Graph) -> dict[str, fx.Node]:
     """Names by which tensors are known to users, each with its node.
 
-    A layer's output has the layer's path; a function's result the path of the module that calls it and the operator's name,
-    numbered where there are several; an input its own name.
+    A layer's output has the layer's path; a function's result the path of the module that calls it and the operator's
+    name, numbered where there are several; an input its own name.
     """
     names: dict[str, fx.Node] = {}
     for node in graph.nodes:

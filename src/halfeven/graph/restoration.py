@@ -38,13 +38,13 @@ class CapturedModule(fx.GraphModule):
     """A graph module that also keeps, and copies, parameters that its graph does not use."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModule":
-        result = super().__deepcopy__(memo)
-        assert isinstance(result, CapturedModule)
+        result: Any = super().__deepcopy__(memo)
         adopt(result, self, lambda value: copy.deepcopy(value, memo))
         for name in ("halfeven_plan", "halfeven_example"):
             if hasattr(self, name):
                 setattr(result, name, getattr(self, name))
-        return result
+        copied: CapturedModule = result
+        return copied
 
 
 @torch.library.custom_op("halfeven::leaf", mutates_args=())
@@ -91,10 +91,9 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule) -> CapturedModule:
     for node in graph.nodes:
         if node.op == "get_attr" and not _has(root, node.target):  # a constant that export lifted out of the code
             owner, attribute = _owner(root, node.target)
-            value = unlifted
+            value: Any = unlifted
             for part in node.target.split("."):
                 value = getattr(value, part)
-            assert isinstance(value, Tensor)
             owner.register_buffer(attribute, value.detach(), persistent=False)
     root.graph = graph
     graph.eliminate_dead_code()
@@ -263,7 +262,9 @@ def _batch_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
     assert isinstance(node.args[0], fx.Node)
     build: Any = BATCH_NORMS[node.args[0].meta["val"].ndim]
     # The momentum of the operator is that of eval mode; a module with momentum=None keeps a cumulative average.
-    module = build(mean.numel(), a["eps"], getattr(was, "momentum", a["momentum"]), affine=weight is not None, device="meta")
+    module = build(
+        mean.numel(), a["eps"], getattr(was, "momentum", a["momentum"]), affine=weight is not None, device="meta"
+    )
     module.running_mean, module.running_var = mean, was.running_var
     module.num_batches_tracked = getattr(was, "num_batches_tracked", None)
     if weight is not None:

@@ -1,5 +1,7 @@
 """Inserting a plan's quantizers into a captured model. Each is inserted once; none is inserted to be deleted."""
 
+import operator
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -27,7 +29,8 @@ def insert(model: nn.Module, plan: Plan) -> nn.Module:
     if missing:
         raise PlacementError(
             f"The plan was made for another model: this one has no {', '.join(missing[:5])}"
-            f"{' and others' if len(missing) > 5 else ''}. Use the model (and the versions of torch and timm) it was made with."
+            f"{' and others' if len(missing) > 5 else ''}. Use the model (and the versions of torch and timm) it was "
+            f"made with."
         )
     for weight in plan.weights:
         _insert_weight(*found[weight.name], weight)
@@ -50,7 +53,8 @@ def plan_of(model: nn.Module) -> Plan:
     plan = getattr(model, "halfeven_plan", None)
     if not isinstance(plan, Plan):
         raise PlacementError(
-            f"This {type(model).__name__} has no plan: it is not a quantized model. Make one with halfeven.prepare(model, example)."
+            f"This {type(model).__name__} has no plan: it is not a quantized model. Make one with "
+            f"halfeven.prepare(model, example)."
         )
     return plan
 
@@ -94,7 +98,7 @@ def _insert_tensor(places: list[tuple[CapturedModule, fx.Node]], planned: Planne
         with region.graph.inserting_after(after):
             quantized = region.graph.call_module(path, (node,))
         quantized.meta = dict(node.meta)
-        node.replace_all_uses_with(quantized, delete_user_cb=lambda user, own=quantized: user is not own)
+        node.replace_all_uses_with(quantized, delete_user_cb=partial(operator.is_not, quantized))
 
 
 def _place(region: CapturedModule, quantizer: Quantizer, name: str) -> str:
@@ -121,4 +125,3 @@ def quantizer_of(node: fx.Node) -> Quantizer | None:
     if node.op != "call_module" or not isinstance(module := module_of(node), Quantizer):
         return None
     return module
-

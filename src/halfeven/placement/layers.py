@@ -11,7 +11,8 @@ from halfeven.arithmetic import effective_scale, per_channel
 from halfeven.quantizer import Mode, Quantizer
 
 FP16_HEADROOM = 2.0**-10
-"""Factor on integer weights under float16, whose largest number is 65504; a power of two, so the integers stay exact."""
+"""Factor on integer weights under float16, whose largest number is 65504; a power of two, so the integers stay "
+"exact."""
 
 
 def operation(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -30,8 +31,9 @@ def operation(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
 def run_quantized(layer: Any, x: Tensor) -> Tensor:
     """Run a layer of `QUANTIZED_LAYERS` with its quantized weight.
 
-    Where the device multiplies with fewer than float32's bits (TF32, float16, bfloat16), it multiplies integers instead, which
-    stay exact there, and the scales follow after; the usual form has 1 to 11 % wrong integers in a layer.
+    Where the device multiplies with fewer than float32's bits (TF32, float16, bfloat16), it multiplies integers
+    instead, which stay exact there, and the scales follow after; the usual form has 1 to 11 % wrong integers in a
+    layer.
     """
     compute = operation(layer)
     weight = layer.weight_quantizer(layer.weight)
@@ -47,7 +49,9 @@ def run_quantized(layer: Any, x: Tensor) -> Tensor:
     integer_weight = weight / per_channel(scale_w, layer.weight_quantizer.scheme.axis, weight.ndim) * headroom
     axis = -1 if isinstance(layer, nn.Linear) else 1
     result = compute(x / scale_x, integer_weight, None)
-    result = result * per_channel(scale_x * scale_w / headroom, axis if scale_w.ndim else None, result.ndim).to(x.device)
+    result = result * per_channel(scale_x * scale_w / headroom, axis if scale_w.ndim else None, result.ndim).to(
+        x.device
+    )
     if layer.bias is not None:
         result = result + per_channel(layer.bias, axis, result.ndim)
     return result.to(_compute_dtype(x))

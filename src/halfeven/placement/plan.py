@@ -14,8 +14,8 @@ from halfeven.scheme import Scheme
 class Rule:
     """A user's exception for some operators: other bits, or float.
 
-    A rule holds for the operators whose name matches `pattern` and, where one is given, whose kind is `kind`. Where several
-    rules hold, the last one wins, field by field.
+    A rule holds for the operators whose name matches `pattern` and, where one is given, whose kind is `kind`. Where
+    several rules hold, the last one wins, field by field.
     """
 
     pattern: str = "*"
@@ -49,7 +49,8 @@ class QuantizationOptions:
     activation_observer: str = "mse"
     """Estimator of activation ranges in calibration."""
     batchnorm: str = "keep"
-    """"keep": BatchNorm stays live in training and is folded at export; "fold": folded before, as per-tensor weights need."""
+    """"keep": BatchNorm stays live in training and is folded at export; "fold": folded before, as per-tensor "
+    "weights need."""
     per_channel: bool = True
     """Weights have one scale per output channel."""
     rules: tuple[Rule, ...] = ()

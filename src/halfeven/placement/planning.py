@@ -1,8 +1,8 @@
 """Deciding a plan: graph, target and options in, plan out; nothing is changed.
 
-A tensor is quantized because an operator wants to read integers. The demand travels up through operators that keep the scale to
-the operator that produced the tensor, past the BatchNorm and activation that a runtime fuses into it, and there one quantizer serves
-all consumers.
+A tensor is quantized because an operator wants to read integers. The demand travels up through operators that keep the
+scale to the operator that produced the tensor, past the BatchNorm and activation that a runtime fuses into it, and
+there one quantizer serves all consumers.
 """
 
 import difflib
@@ -38,7 +38,8 @@ def regions(model: nn.Module) -> dict[str, CapturedModule]:
 
 
 def qualified(region: str, name: str) -> str:
-    """The name of a tensor or layer in a model: "region:name", or the name alone where the whole model is one region."""
+    """The name of a tensor or layer in a model: "region:name", or the name alone where the whole model is one "
+    "region."""
     return f"{region}:{name}" if region else name
 
 
@@ -94,7 +95,9 @@ class RuleBook:
             if index not in self.used:
                 near = difflib.get_close_matches(rule.pattern, names, n=3, cutoff=0.4)
                 hint = f" The nearest names are {', '.join(near)}." if near else ""
-                raise PlacementError(f"The rule {rule} holds for no operator of this model, so it would do nothing.{hint}")
+                raise PlacementError(
+                    f"The rule {rule} holds for no operator of this model, so it would do nothing.{hint}"
+                )
 
 
 def make_plan(model: nn.Module, options: QuantizationOptions, notes: tuple[str, ...] = ()) -> Plan:
@@ -121,12 +124,11 @@ def make_plan(model: nn.Module, options: QuantizationOptions, notes: tuple[str, 
     rules.check_all_used(known)
     if not weights:
         raise PlacementError(
-            "No layer of this model would be quantized: it has no convolution or linear layer that was captured, or the rules "
+            "No layer of this model would be quantized: it has no convolution or linear layer that was captured, or "
+            "the rules "
             "leave all of them in float. Look at the rules and at leave_out."
         )
-    return Plan(
-        options=options, tensors=tuple(tensors), weights=tuple(weights), left=tuple(left), notes=notes
-    )
+    return Plan(options=options, tensors=tuple(tensors), weights=tuple(weights), left=tuple(left), notes=notes)
 
 
 def _check_bits(target: Target, options: QuantizationOptions, weight_bits: int, activation_bits: int) -> None:
@@ -137,7 +139,8 @@ def _check_bits(target: Target, options: QuantizationOptions, weight_bits: int, 
     for what, bits, allowed in asked:
         if bits not in allowed:
             raise PlacementError(
-                f"{target.name} cannot run {what} of {bits} bits in integers (it can from {allowed[0]} to {allowed[-1]}), so "
+                f"{target.name} cannot run {what} of {bits} bits in integers (it can from {allowed[0]} to "
+                f"{allowed[-1]}), so "
                 "such a model would not be what runs. Choose other bits."
             )
 
@@ -187,8 +190,8 @@ def _sources(node: fx.Node) -> Iterator[fx.Node]:
 def _addition_operands(node: fx.Node, target: Target, region: _Region) -> list[fx.Node]:
     """The operands of an addition that shall be integers.
 
-    A convolution that is added to a skip connection is fused with the addition: its result stays as it is, the skip is quantized.
-    Additions that no convolution leads to (the residual stream of a transformer) stay in float.
+    A convolution that is added to a skip connection is fused with the addition: its result stays as it is, the skip is
+    quantized. Additions that no convolution leads to (the residual stream of a transformer) stay in float.
     """
     operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and is_float_tensor(a)]
     if len(operands) < 2 or any(kind_of(o) is K.CONSTANT for o in operands):
@@ -207,7 +210,8 @@ def _same_shape(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _convolution_branch(node: fx.Node) -> list[fx.Node] | None:
-    """The nodes from a convolution, through BatchNorm, to an addition that alone reads them; None if it is no such branch."""
+    """The nodes from a convolution, through BatchNorm, to an addition that alone reads them; None if it is no such "
+    "branch."""
     passed = []
     while len(node.users) == 1 and kind_of(node) in (K.IDENTITY, K.BATCH_NORM):
         passed.append(node)

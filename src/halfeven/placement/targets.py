@@ -25,7 +25,8 @@ class Target:
     """What a runtime executes in integers, and where it wants quantizers.
 
     `inputs` names the kinds that take integers; placement quantizes their inputs at the operators that produce them. An
-    addition is a case of its own: `residual_branch_in_float` leaves a convolution that is added to a skip connection unquantized.
+    addition is a case of its own: `residual_branch_in_float` leaves a convolution that is added to a skip connection
+    unquantized.
     """
 
     name: str

@@ -11,7 +11,8 @@ from halfeven.quantizer import Mode, quantizers
 
 
 def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a batch: a tensor, a sequence whose first item is the input, or a dict of inputs."""
+    """Positional and keyword arguments of a batch: a tensor, a sequence whose first item is the input, or a dict of "
+    "inputs."""
     if isinstance(batch, dict):
         return (), {key: value for key, value in batch.items() if key not in ("label", "labels")}
     if isinstance(batch, list | tuple):
@@ -23,16 +24,18 @@ def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = None) -> nn.Module:
     """Set the ranges of all quantizers from data.
 
-    Weights are quantized with their ranges first; the ranges of activations are those of the model with quantized weights. The
-    model computes in eval mode and comes back in the mode it was in; nothing else of it changes.
+    Weights are quantized with their ranges first; the ranges of activations are those of the model with quantized
+    weights. The model computes in eval mode and comes back in the mode it was in; nothing else of it changes.
 
     Args:
         qmodel: a model from `prepare`.
-        loader: batches: tensors, sequences whose first item is the input (labels are not looked at), or dicts of inputs.
+        loader: batches: tensors, sequences whose first item is the input (labels are not looked at), or dicts of
+        inputs.
         batches: how many to take; None: all.
 
     Raises:
-        CalibrationError: no batch came, a tensor was never reached, or one held NaN or infinity; it is named. Ranges that were
+        CalibrationError: no batch came, a tensor was never reached, or one held NaN or infinity; it is named. Ranges
+        that were
             set before stay.
     """
     found = [q for q in quantizers(qmodel).values() if q.calibrates]
@@ -67,6 +70,7 @@ def _run(qmodel: nn.Module, loader: Iterable[Any], batches: int | None, device: 
         count += 1
     if not count:
         raise CalibrationError(
-            "Calibration got no batch, so no range can be set. Give a loader with at least one batch (an iterator that was used "
+            "Calibration got no batch, so no range can be set. Give a loader with at least one batch (an iterator "
+            "that was used "
             "up before looks empty), and batches of at least 1."
         )

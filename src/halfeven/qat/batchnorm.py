@@ -1,10 +1,8 @@
 """BatchNorm while quantization is learned: freeze its statistics late, and re-estimate them before they are used.
 
 Freezing: white paper, section 5.2 (arXiv:2106.08295). Re-estimation: Nagel et al., "Overcoming Oscillations in
-Quantization-Aware
-Training", section 3.3 (arXiv:2203.11086): while weights flip between two integers, running averages describe none of
-the
-networks that were seen, so the statistics are taken anew from the final weights.
+Quantization-Aware Training", section 3.3 (arXiv:2203.11086): while weights flip between two integers, running averages
+describe none of the networks that were seen, so the statistics are taken anew from the final weights.
 """
 
 from collections.abc import Callable, Iterable
@@ -85,8 +83,7 @@ def re_estimate(model: nn.Module, loader: Iterable[Any], batches: int = 50) -> N
     """Set BatchNorm's running statistics to the mean of single batches' means and variances under the present weights.
 
     Everything else stays in `eval()`; momentum, batch counters and modes are as before afterwards. In a distributed
-    run all
-    processes must call this; the statistics are averaged over them.
+    run all processes must call this; the statistics are averaged over them.
 
     Raises:
         CalibrationError: the loader is empty.
@@ -103,7 +100,7 @@ def re_estimate(model: nn.Module, loader: Iterable[Any], batches: int = 50) -> N
         for layer in layers:
             # Without momentum, PyTorch takes the plain mean over all batches since the reset.
             layer.num_batches_tracked = torch.zeros((), dtype=torch.long, device=device)
-            layer.momentum = None  # type: ignore[assignment]
+            layer.momentum = None
             layer.train()
         for batch in islice(loader, batches):
             _run(model, batch, device)

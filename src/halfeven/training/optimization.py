@@ -19,7 +19,8 @@ def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[st
     """
     scales = {id(p) for quantizer in quantizers(model).values() for p in quantizer.parameters(recurse=False)}
     norms = {id(p) for m in model.modules() if isinstance(m, NORMALIZATIONS) for p in m.parameters(recurse=False)}
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

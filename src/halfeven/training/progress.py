@@ -45,7 +45,7 @@ class RunLog:
         self._lines = self._path.open("a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._curves = SummaryWriter(str(folder / "tensorboard"), purge_step=step)  # type: ignore[no-untyped-call]
+        self._curves = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -92,7 +92,7 @@ class RunLog:
             {"step": step, "epoch": epoch, "loss": loss, "learning_rate": learning_rate, "images_per_second": rate}
         )
         for name, value in (("loss", loss), ("learning_rate", learning_rate), ("images_per_second", rate)):
-            self._curves.add_scalar(f"training/{name}", value, step)  # type: ignore[no-untyped-call]
+            self._curves.add_scalar(f"training/{name}", value, step)
         state = f"loss {loss:.4f} · {rate:.0f} images/s"
         self._progress.update(self._task, state=state)
         now = time.monotonic()
@@ -107,7 +107,7 @@ class RunLog:
             return
         self._write({"step": step, "epoch": epoch, name: metrics})
         for metric, value in metrics.items():
-            self._curves.add_scalar(f"{name}/{metric}", value, step)  # type: ignore[no-untyped-call]
+            self._curves.add_scalar(f"{name}/{metric}", value, step)
         self.console.print(
             f"epoch {epoch} · step {step} of {self.total} · {name}: {described(metrics)}", highlight=False
         )
@@ -121,4 +121,4 @@ class RunLog:
         if self.main:
             self._progress.stop()
             self._lines.close()
-            self._curves.close()  # type: ignore[no-untyped-call]
+            self._curves.close()

@@ -1,9 +1,8 @@
 """Which images come when, and with which random numbers: pure functions of the seed, the same in a resumed run.
 
 Nothing here depends on what was drawn before: the order is a function of (seed, epoch), an image's augmentation of
-(seed, epoch,
-index), and the model's own random numbers (dropout) of (seed, step, process). So workers, interruptions and
-resumptions do not matter.
+(seed, epoch, index), and the model's own random numbers (dropout) of (seed, step, process). So workers, interruptions
+and resumptions do not matter.
 """
 
 import random
@@ -30,7 +29,7 @@ def seeded(*numbers: int) -> Iterator[None]:
     """Run a block with the generators of torch (CPU), Python and NumPy seeded, and give them back as they were."""
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()
     seed = mix(*numbers)
-    torch.random.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     try:

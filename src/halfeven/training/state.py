@@ -35,7 +35,7 @@ class TrainingState:
     format: int = FORMAT
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, and put it in its place once it is whole and on the disk.
 
     Whoever reads `path`, at whatever moment the writer is killed, finds the old content or the new one.

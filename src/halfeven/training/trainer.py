@@ -217,9 +217,10 @@ class Trainer:
         average_batchnorm(self.model)
         if different := differing(self.model):
             raise CheckpointError(
-                f"After step {self.step} the processes of this run hold different models ({', '.join(different[:5])}), so none "
-                "can be saved for all. Something in the model or the callbacks is not the same everywhere, such as a "
-                "module that keeps statistics without exchanging them. Find it in the list, or train on one process."
+                f"After step {self.step} the processes of this run hold different models ("
+                f"{', '.join(different[:5])}), so none can be saved for all. Something in the model or "
+                "the callbacks is not the same everywhere, such as a module that keeps statistics without "
+                "exchanging them. Find it in the list, or train on one process."
             )
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
