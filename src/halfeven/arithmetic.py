@@ -1,8 +1,8 @@
 """The arithmetic of uniform quantization, as pure functions on tensors.
 
 An integer is `clamp(round(x / scale) + zero_point, quant_min, quant_max)`, rounded to nearest with ties to even, and
-stands
-for `(integer - zero_point) * scale` ("A White Paper on Neural Network Quantization", arXiv 2106.08295, section 2.2).
+stands for `(integer - zero_point) * scale` ("A White Paper on Neural Network Quantization", arXiv 2106.08295, section
+2.2).
 """
 
 import functools
@@ -41,8 +41,7 @@ def effective_scale(scale: Tensor) -> Tensor:
     """The scale that is used for a stored one: its absolute value, at least `SMALLEST_SCALE`, snapped to 16 bits.
 
     The absolute value keeps a learned scale positive without a dead zone: one that crosses zero is reflected, and its
-    gradient
-    with it. Snapping passes the gradient through.
+    gradient with it. Snapping passes the gradient through.
     """
     result = _EffectiveScale.apply(scale)
     assert isinstance(result, Tensor)

@@ -31,8 +31,7 @@ def prepare(
         model: any module.
         example: an input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments.
         options: how to quantize.
-        changes: fields of `QuantizationOptions` to set on top of `options`, for example
-        `scheme="w4a8"`.
+        changes: fields of `QuantizationOptions` to set on top of `options`, for example `scheme="w4a8"`.
 
     Raises:
         CaptureError: nothing of the model could be captured.
@@ -58,7 +57,8 @@ def load(path: str | Path, model: nn.Module, example: Example) -> nn.Module:
         example: an input, as for `prepare`.
 
     Raises:
-        CheckpointError: a file of something else, or of another model; the message lists what differs.
+        CheckpointError: a file of something else, or of a model of other shapes; the message lists what differs.
+        PlacementError: the file's plan names layers that this model does not have.
     """
     return restore(path, lambda plan: rebuild(model, example, plan)).eval()
 
@@ -97,8 +97,9 @@ def quantize(
     Args:
         model: any module.
         loader: calibration batches, as `calibrate` takes them; it is iterated twice.
-        options, changes: as for `prepare`.
+        options: as for `prepare`.
         batches: how many batches to calibrate on; None: all.
+        changes: as for `prepare`.
 
     Returns:
         The quantized model in eval mode.

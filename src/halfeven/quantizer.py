@@ -190,10 +190,10 @@ class Quantizer(nn.Module):
         try:
             yield
         except CalibrationError as error:
+            where = "float model's weights" if self.weight else "calibration data and at the float model's outputs on it"
             raise CalibrationError(
                 f"No range can be set for {self.name or 'a tensor'}: {error}. A scale made of it would spoil every "
-                f"result. "
-                "Look at the calibration data and at the model's float outputs on it."
+                f"result. Look at the {where}."
             ) from error
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

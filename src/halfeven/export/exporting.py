@@ -27,8 +27,7 @@ def export(qmodel: nn.Module, path: str | Path) -> Path:
     Args:
         qmodel: a calibrated model from `prepare` or `load`; it is not changed.
         path: `.xml` for OpenVINO IR (a `.bin` with the weights lies beside it), `.onnx` for ONNX with QuantizeLinear
-        and
-            DequantizeLinear, opset 19. The file appears when it is complete.
+            and DequantizeLinear, opset 19. The file appears when it is complete.
 
     Returns:
         The path.

@@ -48,8 +48,7 @@ def capture(model: nn.Module, example: Example, leave_out: Sequence[str] = ()) -
     Args:
         model: any module; it is left in the mode it was in.
         example: one input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments. The
-        first
-            axis of its tensors is the batch and stays free.
+            first axis of its tensors is the batch and stays free.
         leave_out: names of submodules that shall stay Python, for example `["head"]`.
 
     Returns:

@@ -30,13 +30,12 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
     Args:
         qmodel: a model from `prepare`.
         loader: batches: tensors, sequences whose first item is the input (labels are not looked at), or dicts of
-        inputs.
+            inputs.
         batches: how many to take; None: all.
 
     Raises:
         CalibrationError: no batch came, a tensor was never reached, or one held NaN or infinity; it is named. Ranges
-        that were
-            set before stay.
+            that were set before stay.
     """
     found = [q for q in quantizers(qmodel).values() if q.calibrates]
     before = {q: {k: v.clone() for k, v in q.state_dict().items()} for q in found}
