@@ -190,7 +190,9 @@ class Quantizer(nn.Module):
         try:
             yield
         except CalibrationError as error:
-            where = "float model's weights" if self.weight else "calibration data and at the float model's outputs on it"
+            where = (
+                "float model's weights" if self.weight else "calibration data and at the float model's outputs on it"
+            )
             raise CalibrationError(
                 f"No range can be set for {self.name or 'a tensor'}: {error}. A scale made of it would spoil every "
                 f"result. Look at the {where}."
