@@ -59,7 +59,7 @@ def test_parse_bits(name, bits):
 
 @pytest.mark.parametrize("name", ["", "int8", "w8", "a8w8", "w8a8 ", "w-8a8", "w8a8x"])
 def test_unreadable_names(name):
-    with pytest.raises(ConfigError, match="cannot be read.*w8a8"):
+    with pytest.raises(ConfigError, match=r"cannot be read.*w8a8"):
         parse_bits(name)
 
 
