@@ -71,7 +71,8 @@ def test_a_config_derives_from_another(tmp_path):
         'experiment = Experiment(model=ModelOptions(weights="w.pth"), data=DataOptions(), seed=3)',
         "first_of_two.py",
     )
-    text = "import dataclasses\nfrom first_of_two import experiment as base\nexperiment = dataclasses.replace(base, seed=base.seed + 1)"
+    text = "import dataclasses\nfrom first_of_two import experiment as base\n"
+    text += "experiment = dataclasses.replace(base, seed=base.seed + 1)"
     assert load_experiment(write(tmp_path, text)).seed == 4
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ halfeven COMMAND [CONFIG] --help lists all options, with the config's values."""
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exit with code 2 and a message on input that cannot be used, 130 on an interruption."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # torch.compile looks for CUDA's compiler and warns where only the CPU is there, which is nothing to mend.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         _run(arguments)
     except HalfevenError as error:

@@ -3,9 +3,8 @@
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,14 @@ from halfeven.distributed import world_size
 from halfeven.errors import ConfigError
 from halfeven.evaluation import evaluate, evaluation_loader
 from halfeven.export import export, load_deployed, verify
-from halfeven.pipelines import prepare, rebuild
+from halfeven.pipelines import load, prepare, rebuild
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import Plan
 from halfeven.ptq.calibration import calibrate
 from halfeven.qat.batchnorm import needs_re_estimation, re_estimate, schedule
 from halfeven.training.accelerator import make_accelerator, mixed_precision
-from halfeven.training.checkpoint import read_facts, restore, save, save_weights
+from halfeven.training.checkpoint import read_facts, save, save_weights
 from halfeven.training.options import TrainingOptions
-from halfeven.training.progress import described
 from halfeven.training.state import STATE_FILE, load_state, write_atomically
 from halfeven.training.trainer import Callbacks, Metrics, Run, Trainer
 from halfeven.zoo.datasets import Datasets, load_datasets
@@ -193,10 +191,8 @@ def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, di
         _train_float(work, model, resume=resume and (work.folder / FLOAT_FOLDER / STATE_FILE).is_file())
         qmodel = prepare(model, example, options)
     float_metrics = work.accuracy(model)
-    work.say(f"float: {described(float_metrics)}")
     calibrate(qmodel.to(work.accelerator.device), work.loader(work.datasets.calibration, shared=False))
     calibrated = work.accuracy(qmodel)
-    work.say(f"int8, calibrated on {len(work.datasets.calibration)} images: {described(calibrated)}")
     return qmodel, {"plan": plan_of(qmodel).to_dict(), "float": float_metrics, "calibrated": calibrated}
 
 
@@ -228,6 +224,7 @@ def _train_quantized(work: Work, qmodel: nn.Module, header: dict[str, Any], *, r
         save=lambda model, path, facts: save(model, path, facts | {"float": header["float"]}),
         before_step=(schedule(experiment.schedule),),
         before_validation=hooks,
+        known={"float": header["float"], "int8, calibrated": header["calibrated"]},
     )
     run = Run(
         folder=work.folder,
@@ -242,7 +239,7 @@ def _train_quantized(work: Work, qmodel: nn.Module, header: dict[str, Any], *, r
 def _deliver(work: Work, model: nn.Module, float_metrics: Metrics) -> None:
     """Export the best checkpoint, verify the files, and show the accuracy of all three models."""
     best = work.folder / BEST
-    qmodel = restore(best, partial(rebuild, model.cpu(), work.datasets.example()))
+    qmodel = load(best, model.cpu(), work.datasets.example())
     reports = _export_verified(work, qmodel, work.folder, model)
     rows = {"float": float_metrics, "simulated": work.accuracy(qmodel)}
     files = {"simulated": best}
@@ -277,7 +274,7 @@ def run_export(experiment: Experiment, *, config: Path, checkpoint: Path, work_d
     read_facts(checkpoint)  # a wrong path shows before the data is read
     work = open_work(experiment, folder)
     model, has_weights = _float_model(experiment, checkpoint)
-    qmodel = restore(checkpoint, partial(rebuild, model, work.datasets.example()))
+    qmodel = load(checkpoint, model, work.datasets.example())
     reports = _export_verified(work, qmodel, folder, model if has_weights else None)
     _write_json(folder / "verification.json", {path.name: report.to_dict() for path, report in reports.items()})
 
@@ -295,7 +292,7 @@ def run_test(
         )
     work = open_work(experiment, checkpoint.parent)
     model, has_weights = _float_model(experiment, checkpoint)
-    qmodel = restore(checkpoint, partial(rebuild, model, work.datasets.example()))
+    qmodel = load(checkpoint, model, work.datasets.example())
     rows: dict[str, Metrics] = {}
     if has_weights:
         rows["float"] = work.accuracy(model)
@@ -309,7 +306,7 @@ def run_test(
             export(qmodel.cpu().eval(), path)
         rows["deployed"] = work.accuracy(load_deployed(path), "cpu")
         if work.accelerator.is_main_process:
-            show(work, rows, {"simulated": checkpoint, "deployed": path})
+            show(work, rows, {"simulated": checkpoint, "deployed": deployed or "exported for this test"})
     if json_file and work.accelerator.is_main_process:
         _write_json(Path(json_file), rows)
 
@@ -324,7 +321,7 @@ def _float_model(experiment: Experiment, checkpoint: Path) -> tuple[nn.Module, b
     return create_model(options), bool(options.weights)
 
 
-def show(work: Work, rows: dict[str, Metrics], files: dict[str, Path]) -> None:
+def show(work: Work, rows: dict[str, Metrics], files: Mapping[str, object]) -> None:
     """Print the accuracies as one table."""
     table = Table(title=f"{len(work.datasets.validation)} validation images", title_justify="left")
     table.add_column("model")

@@ -1,11 +1,9 @@
 """A small experiment that takes seconds: a residual network with dropout on a part of the digits."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from running import halfeven
 
 NET = '''
 """A residual network with everything that makes resuming hard: BatchNorm, dropout, a shortcut."""
@@ -25,12 +23,12 @@ class Net(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.drop = nn.Dropout(0.1)
-        self.fc = nn.Linear(width, 10)
+        self.fc = nn.Linear(16 * width, 10)
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(x + self.bn2(self.conv2(x)))
-        return self.fc(self.drop(x.mean((2, 3))))
+        return self.fc(self.drop(F.avg_pool2d(x, 4).flatten(1)))
 
 
 def digits(options):
@@ -61,21 +59,18 @@ experiment = Experiment(
 """
 
 
-@pytest.fixture
-def config(tmp_path) -> Path:
-    folder = tmp_path / "configs"
-    folder.mkdir()
+@pytest.fixture(scope="session")
+def config(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("configs")
     (folder / "tiny_net.py").write_text(NET)
     (folder / "tiny.py").write_text(CONFIG)
     return folder / "tiny.py"
 
 
-def environment() -> dict[str, str]:
-    """Without fused kernels, whose compilation takes longer than these runs; without the threads of other tests."""
-    return {**os.environ, "HALFEVEN_COMPILE": "0", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-
-
-def halfeven(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "halfeven.cli", *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
+@pytest.fixture(scope="session")
+def trained(config, tmp_path_factory) -> tuple[Path, str]:
+    """The work folder of a whole, uninterrupted run of the small experiment, and what the run said."""
+    folder = tmp_path_factory.mktemp("trained") / "work"
+    done = halfeven("train", config, "--work-dir", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import environment
 from PIL import Image
+from running import environment
 from safetensors.torch import load_file, save_file
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "qat"

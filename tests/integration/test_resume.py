@@ -7,7 +7,7 @@ import sys
 import time
 
 import torch
-from conftest import environment, halfeven
+from running import environment, halfeven
 from safetensors.torch import load_file
 
 from halfeven.training.state import load_state
@@ -31,11 +31,8 @@ def kill_after(process, condition, delay):
     return running
 
 
-def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = halfeven("train", config, "--work-dir", whole)
-    assert done.returncode == 0, done.stderr
-
+def test_killed_and_resumed_equals_uninterrupted(config, trained, tmp_path):
+    whole, cut = trained[0], tmp_path / "cut"
     moments = random.Random()
     float_state, state = cut / "float" / "state.pt", cut / "state.pt"
     killed = [

@@ -108,9 +108,8 @@ class RunLog:
         self._write({"step": step, "epoch": epoch, name: metrics})
         for metric, value in metrics.items():
             self._curves.add_scalar(f"{name}/{metric}", value, step)
-        self.console.print(
-            f"epoch {epoch} · step {step} of {self.total} · {name}: {described(metrics)}", highlight=False
-        )
+        place = f"epoch {epoch} · step {step} of {self.total} · " if step else ""
+        self.console.print(f"{place}{name}: {described(metrics)}", highlight=False)
 
     def _write(self, record: dict[str, Any]) -> None:
         self._lines.write(json.dumps(record | {"time": round(time.time(), 3)}) + "\n")

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class Callbacks:
     """Accuracy of the model, called by every process after each epoch; "top1" decides which is best."""
     save: Callable[[nn.Module, Path, dict[str, Any]], None]
     """Writes a checkpoint of the model to a path, with facts about it; called by the first process."""
+    known: Mapping[str, Metrics] = field(default_factory=dict)
+    """Accuracies measured before, by name, to be logged at step 0: that of the float model."""
     before_step: Sequence[Callable[[nn.Module, float], None]] = ()
     """Called with the share of the run that is done before each step, after `model.train()`: here layers are frozen."""
     before_validation: Sequence[Callable[[nn.Module], None]] = ()
@@ -129,6 +131,8 @@ class Trainer:
         )
         try:
             if not resume:
+                for name, metrics in self.callbacks.known.items():
+                    self.log.validation(0, 0, name, metrics)
                 self._save_state()
             while self.step < self.total_steps:
                 self._train_epoch(self.step // self.steps_per_epoch)

@@ -1,0 +1,93 @@
+"""train, test and export, from a config to a deployed file that the runtime reads."""
+
+import json
+import shutil
+
+from running import halfeven
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+
+def test_train_delivers_and_shows_everything(trained):
+    folder, said = trained
+    for name in (
+        "best.safetensors",
+        "last.safetensors",
+        "state.pt",
+        "model.xml",
+        "model.bin",
+        "log.jsonl",
+        "experiment.json",
+    ):
+        assert (folder / name).is_file(), name
+    assert "Plan for openvino, w8a8" in said
+    assert said.index("Plan for") < said.index("float: top1"), "the plan is shown before the work"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["float"]["top1"] > 50, "the small network learns"
+    assert abs(results["deployed"]["top1"] - results["float"]["top1"]) < 10
+    verification = results["verification"]["model.xml"]
+    assert verification["integer_layers"] == verification["quantizable_layers"] == 3
+    for row in ("float", "simulated", "deployed"):
+        assert f"{results[row]['top1']:.2f}" in said
+
+
+def test_the_log_tells_of_both_models(trained):
+    lines = [json.loads(line) for line in (trained[0] / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if "int8" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines if "float" in line] == [0], "the float model is evaluated once"
+    assert [line["step"] for line in lines if "loss" in line] == [10, 20, 30, 40, 48]
+
+
+def test_the_checkpoint_says_what_it_is(trained):
+    with safe_open(trained[0] / "best.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert {"plan", "halfeven", "torch", "format"} <= metadata.keys()
+    assert json.loads(metadata["extra"])["float"]["top1"] > 50
+
+
+def test_test_writes_the_three_accuracies(config, trained, tmp_path):
+    done = halfeven("test", config, trained[0] / "best.safetensors", "--json", tmp_path / "t.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "t.json").read_text())
+    results = json.loads((trained[0] / "results.json").read_text())
+    assert found == {row: results[row] for row in ("float", "simulated", "deployed")}
+    assert list(found) == ["float", "simulated", "deployed"]
+
+
+def test_test_needs_no_float_weights(config, trained, tmp_path):
+    checkpoint = shutil.copy(trained[0] / "best.safetensors", tmp_path)
+    options = ["--deployed", trained[0] / "model.xml", "--json", tmp_path / "t.json"]
+    done = halfeven("test", config, checkpoint, *options)
+    assert done.returncode == 0, done.stderr
+    assert "recorded in the checkpoint" in done.stdout
+    results = json.loads((trained[0] / "results.json").read_text())
+    assert json.loads((tmp_path / "t.json").read_text())["float"] == results["float"]
+
+
+def test_export_writes_both_formats(config, trained, tmp_path):
+    formats = ["--export.formats", "xml", "onnx"]
+    done = halfeven("export", config, trained[0] / "best.safetensors", "--work-dir", tmp_path, *formats)
+    assert done.returncode == 0, done.stderr
+    reports = json.loads((tmp_path / "verification.json").read_text())
+    assert reports.keys() == {"model.xml", "model.onnx"}
+    for name, report in reports.items():
+        assert (tmp_path / name).is_file()
+        assert report["integer_layers"] == 3
+
+
+def test_a_checkpoint_of_another_model_is_refused(config, trained, tmp_path):
+    checkpoint = shutil.copy(
+        trained[0] / "best.safetensors", tmp_path
+    )  # away from the float weights, which do not fit either
+    for command in ("test", "export"):
+        done = halfeven(command, config, checkpoint, "--model.arguments", "width", "4")
+        assert done.returncode == 2
+        assert "is not a checkpoint of this model" in done.stderr
+        assert "conv1.weight (8, 1, 3, 3) instead of (4, 1, 3, 3)" in done.stderr
+
+
+def test_float_weights_are_no_quantized_checkpoint(config, trained, tmp_path):
+    save_file(load_file(trained[0] / "float" / "best.safetensors"), tmp_path / "float.safetensors")
+    done = halfeven("test", config, tmp_path / "float.safetensors")
+    assert done.returncode == 2
+    assert "weights without a plan" in done.stderr
