@@ -19,8 +19,8 @@ from torch import Tensor
 from halfeven.scheme import Scheme
 
 SIGNIFICAND_BITS = 16
-"""Scales keep this many significand bits, so that (scale, zero_point) -> (low, high) -> scale is lossless in "
-"float32."""
+"""Scales keep this many significand bits, so that (scale, zero_point) -> (low, high) -> scale is lossless in
+float32."""
 
 SMALLEST_SCALE = 2.0**-40
 """No scale is smaller: products of two scales and their reciprocals stay normal float32 numbers."""
@@ -220,8 +220,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as one kernel of torch.compile; as it stands while a whole model is compiled or where no "
-    "compiler is."""
+    """The function as one kernel of torch.compile; as it stands while a whole model is compiled or where no
+    compiler is."""
     if torch.compiler.is_compiling() or not compiler_works():
         return function
     # A kernel is compiled anew for each requires_grad and for each tensor that views another (its base is looked at
@@ -232,8 +232,8 @@ def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compiler_works() -> bool:
-    """Whether torch.compile can build kernels here; tried once on a small tensor. HALFEVEN_COMPILE=0 says no at "
-    "once."""
+    """Whether torch.compile can build kernels here; tried once on a small tensor. HALFEVEN_COMPILE=0 says no at
+    once."""
     global _compiler_works
     with _compiler_lock:
         if _compiler_works is None:

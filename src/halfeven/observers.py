@@ -37,8 +37,8 @@ class Observer(Protocol):
 
 
 def finite_extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each row, reduced over all processes; raises CalibrationError on NaN or "
-    "infinity."""
+    """Smallest and largest value of each row, reduced over all processes; raises CalibrationError on NaN or
+    infinity."""
     low, high = rows.detach().float().aminmax(dim=-1)
     # An average or a plain minimum would differ from rank to rank; the union of what all ranks saw does not. A reduction
     # may lose NaN, never infinity: all ranks must raise, or one waits for the others for ever.

@@ -117,8 +117,8 @@ def recoverable(scale: Tensor, steps: int = 254) -> Tensor:
 
 
 def _scaled(scale: Tensor, integers: Tensor, factor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Scale and integers of a weight whose output channels a BatchNorm multiplies by `factor`, which may be 0 or "
-    "negative."""
+    """Scale and integers of a weight whose output channels a BatchNorm multiplies by `factor`, which may be 0 or
+    negative."""
     shape = [1] * integers.ndim
     shape[axis] = -1
     folded = recoverable((scale.double() * factor.abs()).float())

@@ -191,8 +191,8 @@ class _Interpreter(fx.Interpreter):
 
 
 def _read_by_convolution(node: fx.Node) -> bool:
-    """Whether a convolution takes the tensor, directly or through operators that keep the scale: it wants unsigned "
-    "bytes."""
+    """Whether a convolution takes the tensor, directly or through operators that keep the scale: it wants unsigned
+    bytes."""
     return any(
         kind_of(user) is OperatorKind.CONVOLUTION
         or (kind_of(user) in (*TRANSPARENT, OperatorKind.CONCAT) and _read_by_convolution(user))

@@ -11,8 +11,8 @@ import torch
 from halfeven.export.operators import PER_TENSOR, ExportedQuantizer
 
 OPSET = 19
-"""The oldest opset with all that 8 bits need; 21 and later trip ONNX Runtime on signed activations (its issue "
-"25526)."""
+"""The oldest opset with all that 8 bits need; 21 and later trip ONNX Runtime on signed activations (its issue
+25526)."""
 
 WIDE_ENOUGH = 8
 """Grids of fewer bits are written in 8-bit types: opset 19 has no smaller ones."""

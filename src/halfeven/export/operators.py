@@ -19,8 +19,8 @@ PER_TENSOR = -1
 def fake_quantize_operator(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int, number: int
 ) -> Tensor:
-    """Quantize and dequantize on a written-out grid; `axis` -1 is one scale for the tensor, `number` says which "
-    "quantizer it is."""
+    """Quantize and dequantize on a written-out grid; `axis` -1 is one scale for the tensor, `number` says which
+    quantizer it is."""
     channels = None if axis == PER_TENSOR else axis
     scale, zero_point = per_channel(scale, channels, x.ndim), per_channel(zero_point, channels, x.ndim)
     return (torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale

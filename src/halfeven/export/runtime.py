@@ -121,6 +121,6 @@ def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _layer(name: str) -> str:
-    """The layer that an operator is part of: the plugin and the ONNX front end add "/DequantizationMultiply" and "
-    "the like."""
+    """The layer that an operator is part of: the plugin and the ONNX front end add "/DequantizationMultiply" and
+    the like."""
     return name.split("/")[0]

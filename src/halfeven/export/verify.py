@@ -87,8 +87,8 @@ class Report:
     accuracy: dict[str, float]
     """Top-1 in percent of float (where given), simulated and deployed model, where the batches came with labels."""
     latency_ms: dict[str, float]
-    """Median milliseconds of a batch of `latency_batch` samples: float and deployed, timed in turn, both without "
-    "bfloat16."""
+    """Median milliseconds of a batch of `latency_batch` samples: float and deployed, timed in turn, both without
+    bfloat16."""
     latency_batch: int
     latency_ratio: float
     """Deployed over float."""
@@ -327,8 +327,8 @@ def _size(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
 
 
 def _latency(qmodel: nn.Module, path: Path, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, float]:
-    """Median milliseconds of the float model and of the file on one batch, timed in turn so that drift hits both "
-    "alike."""
+    """Median milliseconds of the float model and of the file on one batch, timed in turn so that drift hits both
+    alike."""
     floating = deployed_in_float(qmodel)
     program = exported_program(floating, *example_of(qmodel))
     with tempfile.TemporaryDirectory() as folder:
@@ -347,8 +347,8 @@ def _latency(qmodel: nn.Module, path: Path, inputs: tuple[tuple[Any, ...], dict[
 
 
 def deployed_in_float(qmodel: nn.Module) -> nn.Module:
-    """The float counterpart of a quantized model, for its latency: same layers, no quantizers, BatchNorm left to "
-    "the runtime."""
+    """The float counterpart of a quantized model, for its latency: same layers, no quantizers, BatchNorm left to
+    the runtime."""
     import copy
 
     model = copy.deepcopy(qmodel).cpu().float().eval()

@@ -1,5 +1,5 @@
-"""Folding BatchNorm into the layer before it (white paper, section 2.3.1). gamma is never divided by: it may be "
-"zero."""
+"""Folding BatchNorm into the layer before it (white paper, section 2.3.1). gamma is never divided by: it may be
+zero."""
 
 from typing import Any
 

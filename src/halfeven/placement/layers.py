@@ -11,8 +11,8 @@ from halfeven.arithmetic import effective_scale, per_channel
 from halfeven.quantizer import Mode, Quantizer
 
 FP16_HEADROOM = 2.0**-10
-"""Factor on integer weights under float16, whose largest number is 65504; a power of two, so the integers stay "
-"exact."""
+"""Factor on integer weights under float16, whose largest number is 65504; a power of two, so the integers stay
+exact."""
 
 
 def operation(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:

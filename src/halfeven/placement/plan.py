@@ -49,8 +49,8 @@ class QuantizationOptions:
     activation_observer: str = "mse"
     """Estimator of activation ranges in calibration."""
     batchnorm: str = "keep"
-    """"keep": BatchNorm stays live in training and is folded at export; "fold": folded before, as per-tensor "
-    "weights need."""
+    """"keep": BatchNorm stays live in training and is folded at export; "fold": folded before, as per-tensor
+    weights need."""
     per_channel: bool = True
     """Weights have one scale per output channel."""
     rules: tuple[Rule, ...] = ()

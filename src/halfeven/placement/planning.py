@@ -38,8 +38,8 @@ def regions(model: nn.Module) -> dict[str, CapturedModule]:
 
 
 def qualified(region: str, name: str) -> str:
-    """The name of a tensor or layer in a model: "region:name", or the name alone where the whole model is one "
-    "region."""
+    """The name of a tensor or layer in a model: "region:name", or the name alone where the whole model is one
+    region."""
     return f"{region}:{name}" if region else name
 
 
@@ -210,8 +210,8 @@ def _same_shape(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _convolution_branch(node: fx.Node) -> list[fx.Node] | None:
-    """The nodes from a convolution, through BatchNorm, to an addition that alone reads them; None if it is no such "
-    "branch."""
+    """The nodes from a convolution, through BatchNorm, to an addition that alone reads them; None if it is no such
+    branch."""
     passed = []
     while len(node.users) == 1 and kind_of(node) in (K.IDENTITY, K.BATCH_NORM):
         passed.append(node)

@@ -11,8 +11,8 @@ from halfeven.quantizer import Mode, quantizers
 
 
 def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a batch: a tensor, a sequence whose first item is the input, or a dict of "
-    "inputs."""
+    """Positional and keyword arguments of a batch: a tensor, a sequence whose first item is the input, or a dict of
+    inputs."""
     if isinstance(batch, dict):
         return (), {key: value for key, value in batch.items() if key not in ("label", "labels")}
     if isinstance(batch, list | tuple):
