@@ -106,6 +106,9 @@ def _capture_largest(
             report.left.append(LeftInPython(name, "left out at your request"))
             return
         prefix = f"{name}." if name else ""
+        if not any(called == name or called.startswith(prefix) for called in inputs):
+            report.left.append(LeftInPython(name, "the example input does not lead to it"))
+            return
         if name in inputs and not any(out.startswith(prefix) for out in leave_out):
             try:
                 replaced[name] = _export(module, *inputs[name])
@@ -195,7 +198,7 @@ def _reason(error: Exception) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename and not frame.filename.endswith("halfeven/graph/capture.py")
+        if "/torch/" not in frame.filename and "/halfeven/graph/" not in frame.filename
     ]
     where = f" at {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
     return f"{type(error).__name__}: {text[0]}{where}"

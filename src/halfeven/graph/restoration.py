@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from halfeven.errors import CaptureError
+
 aten = torch.ops.aten
 
 Arguments = dict[str, Any]
@@ -31,6 +33,9 @@ DROPOUTS: dict[Any, type[nn.Module]] = {
     aten.feature_dropout.default: nn.Dropout2d,
     aten.feature_dropout_.default: nn.Dropout2d,
 }
+RUNNING_STATISTICS = {aten.batch_norm.default: "training", aten.instance_norm.default: "use_input_stats"}
+"""Operators that compute otherwise in training mode, with the argument that says so."""
+
 CHECKS = ("_assert", "sym_constrain", "_guards")
 
 
@@ -84,6 +89,7 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule) -> CapturedModule:
         elif node.op == "call_function":
             _make_functional(node)
             _restore(node, original, modules)
+            _check_mode_is_free(node)
     root = CapturedModule(nn.Module(), fx.Graph())
     for name in sorted(modules, key=lambda name: name.count(".")):
         place(root, name, modules[name])
@@ -99,6 +105,16 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule) -> CapturedModule:
     graph.eliminate_dead_code()
     root.recompile()
     return root
+
+
+def _check_mode_is_free(node: fx.Node) -> None:
+    """Raise CaptureError for a normalization that stayed a function: it would compute as in eval mode for ever."""
+    flag = RUNNING_STATISTICS.get(node.target)
+    if node.op == "call_function" and flag is not None and not arguments(node)[flag]:
+        raise CaptureError(
+            f"the running statistics {arguments(node)['running_mean']} belong to no module inside of it, so train() would not "
+            "reach them"
+        )
 
 
 def _make_functional(node: fx.Node) -> None:
