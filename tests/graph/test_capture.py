@@ -98,7 +98,7 @@ def assert_same(model, captured, args=(), kwargs=None, batches=2):
         if parameter.grad is not None:
             assert torch.equal(gradients[name].grad, parameter.grad), name
     state = captured.state_dict()
-    assert list(state.keys()) and set(state) == set(model.state_dict())
+    assert set(state) == set(model.state_dict())
     for name, value in model.state_dict().items():
         assert torch.equal(state[name], value), name
 
