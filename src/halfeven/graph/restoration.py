@@ -33,7 +33,10 @@ DROPOUTS: dict[Any, type[nn.Module]] = {
     aten.feature_dropout.default: nn.Dropout2d,
     aten.feature_dropout_.default: nn.Dropout2d,
 }
-RUNNING_STATISTICS = {aten.batch_norm.default: "training", aten.instance_norm.default: "use_input_stats"}
+RUNNING_STATISTICS: dict[Any, str] = {
+    aten.batch_norm.default: "training",
+    aten.instance_norm.default: "use_input_stats",
+}
 """Operators that compute otherwise in training mode, with the argument that says so."""
 
 CHECKS = ("_assert", "sym_constrain", "_guards")
@@ -112,8 +115,8 @@ def _check_mode_is_free(node: fx.Node) -> None:
     flag = RUNNING_STATISTICS.get(node.target)
     if node.op == "call_function" and flag is not None and not arguments(node)[flag]:
         raise CaptureError(
-            f"the running statistics {arguments(node)['running_mean']} belong to no module inside of it, so train() would not "
-            "reach them"
+            f"the running statistics {arguments(node)['running_mean']} belong to no module inside of it, so train() "
+            "would not reach them"
         )
 
 
