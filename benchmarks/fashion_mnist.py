@@ -94,6 +94,7 @@ def main() -> None:
             rows.setdefault("calibrated", []).append(top1(qmodel, *test)) if ranges == options.ranges[0] else None
             train(qmodel, *training, seed)
             rows.setdefault(f"QAT, {ranges} ranges", []).append(top1(qmodel, *test))
+            print({name: values[-1] for name, values in rows.items()}, flush=True)
     for name, values in rows.items():
         print(f"{options.model} {options.scheme} {name:24} {statistics.median(values):6.2f}  {values}", flush=True)
     result: dict[str, object] = {"model": options.model, "scheme": options.scheme, "top1": rows}

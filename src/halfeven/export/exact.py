@@ -59,6 +59,11 @@ class Ends:
         return torch.round(-self.low / self.scale)
 
     @property
+    def shift(self) -> Tensor:
+        """The zero level as float32 arithmetic finds it, sometimes 120.99999 for 121: a fused sum subtracts it so."""
+        return (-self.low * torch.full_like(self.low, self.steps)) / (self.high - self.low)
+
+    @property
     def first(self) -> float:
         """The byte that stands for level 0."""
         return -128.0 if self.signed else 0.0
@@ -245,7 +250,7 @@ def _fused_sum(node: fx.Node, args: Any) -> InUnits | None:
             continue
         if kind_of(source) is OperatorKind.CONVOLUTION and branch.shape == skip.values.shape:
             unit = skip.ends.scale
-            zero = skip.ends.zero_level + skip.ends.first
+            zero = torch.zeros_like(unit) if skip.ends.signed else skip.ends.shift
             scaled = (branch - zero * unit) * (torch.ones_like(unit) / unit)
             unsigned = not skip.ends.signed and not bool(skip.ends.zero_level)
             return InUnits(scaled + (skip.values + skip.ends.first), unit, unsigned)
