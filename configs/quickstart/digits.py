@@ -14,5 +14,6 @@ experiment = Experiment(
     data=DataOptions(source="digits", calibration_images=256, workers=0),
     pretraining=TrainingOptions(epochs=5, batch_size=64, learning_rate=0.02, weight_decay=5e-4, warmup_steps=10),
     training=TrainingOptions(epochs=2, batch_size=64, learning_rate=2e-3, weight_decay=5e-4),
-    device=DeviceOptions(kind="cpu"),
+    # One thread: the network is so small that more gain nothing, and on a busy machine they wait for each other.
+    device=DeviceOptions(kind="cpu", threads=1),
 )
