@@ -150,7 +150,7 @@ class _Interpreter(fx.Interpreter):
     def __init__(self, region: CapturedModule, levels: dict[str, Tensor], given: dict[str, Tensor]) -> None:
         super().__init__(region)
         self.found, self.given = levels, given
-        self.ends: dict[ExportedQuantizer, Ends] = {}
+        self.ends: dict[int, Ends] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -182,9 +182,9 @@ class _Interpreter(fx.Interpreter):
     def _quantize(self, node: fx.Node, quantizer: ExportedQuantizer, x: Any) -> Any:
         if quantizer.weight:
             return quantizer(x)
-        if quantizer not in self.ends:  # one object for a shared quantizer: concatenation compares grids by identity
-            self.ends[quantizer] = Ends.of(quantizer, signed_readers=not _read_by_convolution(node))
-        ends = self.ends[quantizer]
+        if quantizer.grid not in self.ends:  # one object for a shared grid: concatenation compares by identity
+            self.ends[quantizer.grid] = Ends.of(quantizer, signed_readers=not _read_by_convolution(node))
+        ends = self.ends[quantizer.grid]
         if quantizer.bounds is not None:
             x = torch.clamp(_real(x), *quantizer.bounds)
         if isinstance(x, InUnits):

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,20 +83,31 @@ def _name_and_fold(model: Any, quantizers: dict[str, ExportedQuantizer]) -> None
         node.name, dequantize.name = f"{quantizer.name}.quantize", quantizer.name
         if quantizer.weight:
             _fold_weight(graph, constants, node, dequantize, quantizer)
-            for reader in readers[dequantize.output[0]]:
-                if reader.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
-                    reader.name = quantizer.name.removesuffix(".weight_quantizer")
+            for reader in _layers(dequantize, readers):
+                reader.name = quantizer.name.removesuffix(".weight_quantizer")
         else:
-            _rename(dequantize, quantizer.name, readers)
+            _rename(graph, dequantize, quantizer.name, readers)
     _drop_unused(graph)
     for described in (*graph.node, *graph.initializer, *graph.value_info, graph, model):
         del described.metadata_props[:]  # the tracer's notes, a quarter of a small file
     del graph.value_info[:]
 
 
-def _rename(node: Any, name: str, readers: dict[str, list[Any]]) -> None:
+def _layers(node: Any, readers: dict[str, list[Any]]) -> Iterator[Any]:
+    """The layers that read a weight, as it is or transposed."""
+    for reader in readers.get(node.output[0], []):
+        if reader.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
+            yield reader
+        elif reader.op_type in ("Transpose", "Reshape"):
+            yield from _layers(reader, readers)
+
+
+def _rename(graph: Any, node: Any, name: str, readers: dict[str, list[Any]]) -> None:
     """Give a node's only output another name."""
     old = node.output[0]
+    for output in graph.output:
+        if output.name == old:
+            output.name = name
     for reader in readers.get(old, []):
         for index, given in enumerate(reader.input):
             if given == old:

@@ -1,15 +1,15 @@
 """Quantizers in the form that exporters translate: one operator with the grid written out."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from halfeven.arithmetic import per_channel
-from halfeven.graph.operators import OperatorKind, kind_of, module_of
+from halfeven.graph.operators import module_of
+from halfeven.graph.restoration import CapturedModule, place
 from halfeven.placement.planning import regions
 from halfeven.quantizer import Quantizer
-
-NATIVE_BITS = (4, 8)
-"""Widths for which OpenVINO has integer kernels; others are carried in 8 bits with the same scale."""
 
 PER_TENSOR = -1
 """`axis` of an operator with one scale."""
@@ -34,23 +34,26 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: i
 class ExportedQuantizer(nn.Module):
     """A frozen quantizer as that operator.
 
-    A grid that the runtime has no kernels for is widened to 8 bits with the same scale and zero point; a clamp keeps
-    an activation inside its own grid, a weight lies on it already.
+    A grid of fewer than 8 bits is carried in 8 with the same scale and zero point, because OpenVINO runs 4-bit weights
+    in float and has no kernels for other widths: a clamp keeps an activation inside its own grid, a weight lies on it
+    already.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, quantizer: Quantizer, name: str, number: int, container: bool) -> None:
+    def __init__(self, quantizer: Quantizer, name: str, number: int) -> None:
         super().__init__()
         self.name, self.number, self.weight = name, number, quantizer.weight
+        self.grid = number
+        """Number of the quantizer that this one shares scale and zero point with."""
         scheme = quantizer.scheme
         self.axis = PER_TENSOR if scheme.axis is None else scheme.axis
         self.quant_min, self.quant_max = scheme.quant_min, scheme.quant_max
         self.register_buffer("scale", quantizer.scale)
         self.register_buffer("zero_point", quantizer.zero_point)
         self.bounds: tuple[float, float] | None = None
-        if scheme.bits == 8 or (scheme.bits in NATIVE_BITS and not container):
+        if scheme.bits == 8:
             return
         if not quantizer.weight:
             steps = torch.tensor([scheme.quant_min, scheme.quant_max]) - quantizer.zero_point
@@ -70,17 +73,28 @@ class ExportedQuantizer(nn.Module):
 def with_exported_quantizers(model: nn.Module) -> list[ExportedQuantizer]:
     """Exchange all quantizers of a deployed model, in place; all of them, in the order of their numbers."""
     exported: list[ExportedQuantizer] = []
-    linear = {
-        module_of(node)
-        for region in regions(model).values()
-        for node in region.graph.nodes
-        if node.op == "call_module" and kind_of(node) is OperatorKind.LINEAR
-    }
     for path, module in list(model.named_modules()):
         for attribute, child in list(module.named_children()):
             if isinstance(child, Quantizer):
                 name = f"{path}.{attribute}" if path else attribute
-                # A linear layer with 4-bit constants would take OpenVINO's weight-compression path, in float.
-                exported.append(ExportedQuantizer(child, name, len(exported), container=module in linear))
+                exported.append(ExportedQuantizer(child, name, len(exported)))
                 setattr(module, attribute, exported[-1])
+    for region in regions(model).values():
+        _separate_calls(region, exported)
     return exported
+
+
+def _separate_calls(region: CapturedModule, exported: list[ExportedQuantizer]) -> None:
+    """Give every tensor of a shared quantizer one of its own, so that each has its own name in a file."""
+    calls: dict[int, int] = {}
+    for node in region.graph.nodes:
+        if node.op != "call_module" or not isinstance(quantizer := module_of(node), ExportedQuantizer):
+            continue
+        count = calls[quantizer.number] = calls.get(quantizer.number, 0) + 1
+        if count > 1:
+            twin = copy.deepcopy(quantizer)  # on the same grid, which `grid` says
+            twin.name, twin.number = f"{quantizer.name}_call_{count}", len(exported)
+            exported.append(twin)
+            node.target = f"{node.target}_call_{count}"
+            place(region, node.target, twin)
+    region.recompile()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halfeven.errors import VerificationError
-from halfeven.export.openvino import LAYER_TYPES
+from halfeven.export.openvino import LAYER_TYPES, WEIGHT_SUFFIX
 
 ACCURACY = {"EXECUTION_MODE_HINT": "ACCURACY"}
 """Without it the plugin computes in bfloat16 what is not integer, and nothing can be compared."""
@@ -109,13 +109,16 @@ def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
     """The integer weights that a file holds for the named layers."""
     found: dict[str, Tensor] = {}
     for node in model.get_ordered_ops():
-        layer = _layer(node.get_friendly_name())
-        if node.get_type_name() not in LAYER_TYPES or layer not in layers:
+        if node.get_type_name() not in LAYER_TYPES:
             continue
+        names = [_layer(node.get_friendly_name())]
         source = node.input_value(1).get_node()
         while source.get_type_name() != "Constant" and source.get_input_size():
+            # The ONNX front end gives a transposed convolution a name of its own; its weight keeps the one it was given.
+            names.append(source.get_friendly_name().removesuffix(WEIGHT_SUFFIX))
             source = source.input_value(0).get_node()
-        if source.get_type_name() == "Constant" and source.get_element_type().is_integral_number():
+        layer = next((name for name in names if name in layers), None)
+        if layer and source.get_type_name() == "Constant" and source.get_element_type().is_integral_number():
             found[layer] = torch.from_numpy(np.array(source.get_data()).astype(np.float32))
     return found
 

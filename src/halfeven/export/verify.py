@@ -25,6 +25,8 @@ from halfeven.export.runtime import (
     stored_integers,
     with_outputs,
 )
+from halfeven.graph.operators import module_of
+from halfeven.placement.planning import regions
 from halfeven.ptq.calibration import inputs_of
 from halfeven.quantizer import Mode, Quantizer, quantizers, set_mode
 
@@ -185,12 +187,11 @@ class _Comparison:
         self.path = path
         self.weights = [q for q in exported if q.weight]
         self.layers = [q.name.removesuffix(openvino.WEIGHT_SUFFIX) for q in self.weights]
+        activations = in_graph_order(model)
         self.exact = ExactModel(model)
         self.modules = dict(model.named_modules())
         self.qmodel = qmodel
         opened = read(path)
-        self.outputs = len(opened.outputs)
-        activations = {q.name: q for q in exported if not q.weight}
         self.names = with_outputs(opened, list(activations))
         missing = set(activations) - set(self.names)
         if missing:
@@ -199,14 +200,21 @@ class _Comparison:
                 f"this model. "
                 "Export the model again, then verify."
             )
+        # Where the model returns a tensor that is quantized, that output is the tensor's.
+        named = [(name, index) for index, port in enumerate(opened.outputs) for name in port.get_names()]
+        self.outputs = {name: index for name, index in named if name in activations}
         self.compiled = compile_model(opened)
         self.ends = {name: Ends.of(activations[name], signed_readers=False) for name in self.names}
+        first = {q.number: q.name for q in exported}
+        self.calls: dict[str, list[str]] = {}  # of a quantizer of the model, its tensors in the order of the graph
+        for name, quantizer in activations.items():
+            self.calls.setdefault(first[quantizer.grid], []).append(name)
         self.tensors = [TensorParity(name.removeprefix("quantizers.")) for name in self.names]
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """First output of the file and of the exact simulation; the integers of all activations are compared."""
         deployed_outputs = run_compiled(self.compiled, inputs)
-        reals = dict(zip(self.names, deployed_outputs[self.outputs :], strict=True))
+        reals = {name: deployed_outputs[index] for name, index in self.outputs.items()}
         found = {
             name: torch.round((real - self.ends[name].low) / self.ends[name].scale) for name, real in reals.items()
         }
@@ -226,8 +234,8 @@ class _Comparison:
         self.simulated_levels: dict[str, Tensor] = {}
         handles = []
         for name, quantizer in quantizers(self.qmodel).items():
-            if name in self.ends:
-                handles.append(quantizer.register_forward_hook(self._keep_levels(name)))
+            if name in self.calls:
+                handles.append(quantizer.register_forward_hook(self._keep_levels(self.calls[name])))
         try:
             with torch.no_grad():
                 return _first(self.qmodel(*args, **kwargs)).cpu()
@@ -235,11 +243,11 @@ class _Comparison:
             for handle in handles:
                 handle.remove()
 
-    def _keep_levels(self, name: str) -> Any:
-        ends = self.ends[name]
+    def _keep_levels(self, names: list[str]) -> Any:
+        ends, waiting = self.ends[names[0]], iter(names)
 
         def hook(module: Quantizer, inputs: Any, output: Tensor) -> None:
-            self.simulated_levels[name] = torch.round((output.cpu().float() - ends.low) / ends.scale)
+            self.simulated_levels[next(waiting)] = torch.round((output.cpu().float() - ends.low) / ends.scale)
 
         return hook
 
@@ -257,6 +265,12 @@ class _Comparison:
             if layer not in stored or not torch.equal(stored[layer].flatten(), integers.flatten()):
                 return False
         return True
+
+
+def in_graph_order(model: nn.Module) -> dict[str, ExportedQuantizer]:
+    """The quantizers of activations by name, in the order in which they are computed."""
+    calls = [module_of(n) for region in regions(model).values() for n in region.graph.nodes if n.op == "call_module"]
+    return {q.name: q for q in calls if isinstance(q, ExportedQuantizer) and not q.weight}
 
 
 @dataclass
