@@ -1,4 +1,4 @@
-"""All tests: one thread, which is fastest for tiny models, and the same random numbers in every test whatever ran before it."""
+"""All tests: one thread, which is fastest for tiny models, and the same random numbers whatever ran before."""
 
 import pytest
 import torch

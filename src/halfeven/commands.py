@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -165,12 +165,42 @@ def _open_folder(work: Work, *, resume: bool, overwrite: bool) -> None:
             "another "
             "--work-dir to keep it, or --overwrite to start anew."
         )
+    if resume:
+        _check_same_experiment(json.loads(record.read_text(encoding="utf-8")), work)
     if work.accelerator.is_main_process:
         for name in (STATE_FILE, BEST, f"{FLOAT_FOLDER}/{STATE_FILE}", f"{FLOAT_FOLDER}/{BEST}") if not resume else ():
             (work.folder / name).unlink(missing_ok=True)
         text = json.dumps(as_dict(work.experiment), indent=2) + "\n"
         write_atomically(record, lambda path: path.write_text(text, encoding="utf-8"))
     work.accelerator.wait_for_everyone()
+
+
+MAY_CHANGE = ("device", "export", "data.workers", "data.root", "training.log_every", "training.save_every")
+"""Fields that a resumed run may have otherwise: they do not change what it ends with."""
+
+
+def _check_same_experiment(recorded: dict[str, Any], work: Work) -> None:
+    """Raise ConfigError where a run shall be resumed with other options: its result would be that of neither."""
+    present = json.loads(json.dumps(as_dict(work.experiment)))
+    differing = [
+        f"{name} was {json.dumps(was)} and is {json.dumps(now)}"
+        for name, was, now in _differences("", recorded, present)
+        if not name.startswith(MAY_CHANGE)
+    ]
+    if differing:
+        raise ConfigError(
+            f"The run in {work.folder} was started with other options: {'; '.join(differing)}. Resumed with these, it "
+            "would end as neither of the two runs would. Give the options it was started with, or --overwrite to start "
+            "anew."
+        )
+
+
+def _differences(name: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in {**was, **now}:
+            yield from _differences(f"{name}.{key}" if name else key, was.get(key), now.get(key))
+    elif was != now:
+        yield name, was, now
 
 
 def _continue(work: Work, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:

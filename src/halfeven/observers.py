@@ -40,8 +40,8 @@ def finite_extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each row, reduced over all processes; raises CalibrationError on NaN or
     infinity."""
     low, high = rows.detach().float().aminmax(dim=-1)
-    # An average or a plain minimum would differ from rank to rank; the union of what all ranks saw does not. A reduction
-    # may lose NaN, never infinity: all ranks must raise, or one waits for the others for ever.
+    # An average or a plain minimum would differ from rank to rank; the union of what all ranks saw does not. A
+    # reduction may lose NaN, never infinity: all ranks must raise, or one waits for the others for ever.
     low = -all_reduce(torch.where(torch.isfinite(low), -low, torch.inf), dist.ReduceOp.MAX)
     high = all_reduce(torch.where(torch.isfinite(high), high, torch.inf), dist.ReduceOp.MAX)
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
@@ -95,8 +95,8 @@ class HistogramObserver:
     """A histogram of everything seen, from which `select` chooses the range.
 
     Bins are a power of two wide and their edges are multiples of it, so that doubling the width merges pairs of bins
-    exactly: the histogram is that of all values at once, whatever the order and size of the batches and the process that
-    saw them.
+    exactly: the histogram is that of all values at once, whatever the order and size of the batches and the process
+    that saw them.
     """
 
     def __init__(self, scheme: Scheme, select: Callable[["HistogramObserver"], tuple[Tensor, Tensor]]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from halfeven.errors import ConfigError
 from halfeven.graph.batchnorm import fold
 from halfeven.graph.capture import Example, as_arguments, batched, capture
 from halfeven.graph.lowering import lower_attention
@@ -35,11 +37,21 @@ def prepare(
 
     Raises:
         CaptureError: nothing of the model could be captured.
+        ConfigError: a field that does not exist, or a value that it cannot have.
         PlacementError: the target cannot do the scheme, or a rule held for nothing.
     """
-    options = dataclasses.replace(options or QuantizationOptions(), **changes)
+    options = _changed(options or QuantizationOptions(), changes)
     captured, notes = _captured(model, example, options)
     return _with_example(insert(captured, make_plan(captured, options, notes)), example)
+
+
+def _changed(options: QuantizationOptions, changes: dict[str, Any]) -> QuantizationOptions:
+    names = [field.name for field in dataclasses.fields(options)]
+    for unknown in [name for name in changes if name not in names]:
+        near = difflib.get_close_matches(unknown, names, n=1)
+        meant = f"Did you mean {near[0]}?" if near else f"There are {', '.join(names)}."
+        raise ConfigError(f'Quantization has no option "{unknown}", so it would be without effect. {meant}')
+    return dataclasses.replace(options, **changes)
 
 
 def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:

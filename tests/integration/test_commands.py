@@ -45,6 +45,17 @@ def test_the_checkpoint_says_what_it_is(trained):
     assert json.loads(metadata["extra"])["float"]["top1"] > 50
 
 
+def test_a_run_is_not_resumed_with_other_options(config, trained):
+    folder = trained[0]
+    recorded, checkpoint = (folder / "experiment.json").read_text(), (folder / "last.safetensors").read_bytes()
+    done = halfeven("train", config, "--work-dir", folder, "--resume", "--quantization.scheme", "w4a8")
+    assert done.returncode == 2
+    assert 'quantization.scheme was "w8a8" and is "w4a8"' in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert (folder / "experiment.json").read_text() == recorded
+    assert (folder / "last.safetensors").read_bytes() == checkpoint
+
+
 def test_test_writes_the_three_accuracies(config, trained, tmp_path):
     done = halfeven("test", config, trained[0] / "best.safetensors", "--json", tmp_path / "t.json")
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,5 @@
 """export: one door for all file formats."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from halfeven.errors import ConfigError, ExportError
 from halfeven.export import onnx, openvino
 from halfeven.export.deployment import deployed
 from halfeven.export.operators import ExportedQuantizer, with_exported_quantizers
+from halfeven.graph.capture import quiet
 
 WRITERS: dict[str, Callable[[torch.export.ExportedProgram, list[ExportedQuantizer], Path], None]] = {
     ".xml": openvino.write,
@@ -44,11 +44,13 @@ def export(qmodel: nn.Module, path: str | Path) -> Path:
             f"Name it with one of {', '.join(WRITERS)}."
         )
     model, quantizers = exportable(qmodel)
-    program = exported_program(model, *example_of(qmodel))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        program = exported_program(model, *example_of(qmodel))
         WRITERS[path.suffix](program, quantizers, path)
-    except Exception as error:  # converters raise many kinds; whichever it is, there is no file
+    except ExportError:
+        raise
+    except Exception as error:  # tracers and converters raise many kinds; whichever it is, there is no file
         raise ExportError(
             f"{path} could not be written: {type(error).__name__}: {str(error).strip().splitlines()[-1]}\n"
             "So the model cannot be deployed in this form. Leave the submodule with that operator out with "
@@ -84,6 +86,5 @@ def exported_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
     shapes = pytree.tree_map(free_batch, (args, tuple(kwargs.values())))
     names = dict(zip(kwargs, shapes[1], strict=True))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         return torch.export.export(model, args, kwargs, dynamic_shapes=names if kwargs else shapes[0], strict=False)

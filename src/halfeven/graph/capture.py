@@ -7,9 +7,11 @@ exportable submodules are, and the rest stays Python.
 """
 
 import copy
+import logging
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +77,20 @@ def capture(model: nn.Module, example: Example, leave_out: Sequence[str] = ()) -
         for module, training in was_training.items():
             module.training = training
     return captured, report
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch.export says of its own inner life; its errors are raised all the same."""
+    chatty = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = chatty.level
+    chatty.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        chatty.setLevel(level)
 
 
 def as_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -176,8 +192,7 @@ def _export(module: nn.Module, args: Any, kwargs: Any) -> fx.GraphModule:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel hides the attention's layers
     try:
-        with leaf_markers(module), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with leaf_markers(module), quiet():
             program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
             unlifted = program.module()
     finally:

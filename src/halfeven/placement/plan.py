@@ -26,8 +26,8 @@ class Rule:
     """Bits of the operator's weight."""
     activation_bits: int | None = None
     """Bits of the operator's output."""
-    quantize: bool = True
-    """False: the operator computes in float."""
+    quantize: bool | None = None
+    """False: the operator computes in float; True: it does not, whatever an earlier rule says."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,7 +86,7 @@ class RuleBook:
             self.used.add(index)
             weight_bits = rule.weight_bits or weight_bits
             activation_bits = rule.activation_bits or activation_bits
-            quantize = rule.quantize
+            quantize = quantize if rule.quantize is None else rule.quantize
         return Rule(weight_bits=weight_bits, activation_bits=activation_bits, quantize=quantize)
 
     def check_all_used(self, names: list[str]) -> None:
