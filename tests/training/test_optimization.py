@@ -26,17 +26,24 @@ def names(model, group):
 
 def test_scales_never_decay():
     model = net()
-    decayed, free = parameter_groups(model, TrainingOptions(weight_decay=0.1, decay_norms_and_biases=True))
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    decayed, learned = parameter_groups(model, TrainingOptions(weight_decay=0.1, decay_norms_and_biases=True))
+    assert (decayed["weight_decay"], learned["weight_decay"]) == (0.1, 0.0)
     assert names(model, decayed) == {"0.weight", "0.bias", "1.weight", "1.bias", "2.weight"}
-    assert names(model, free) == {"quantizer.scale"}
+    assert names(model, learned) == {"quantizer.scale"}
+
+
+def test_scales_learn_more_slowly_under_sgd_alone():
+    sgd = TrainingOptions(learning_rate=0.1, scale_rate=0.05)
+    assert parameter_groups(net(), sgd)[-1]["lr"] == pytest.approx(0.005)
+    adam = TrainingOptions(optimizer="adamw", learning_rate=0.1, scale_rate=0.05)
+    assert parameter_groups(net(), adam)[-1]["lr"] == pytest.approx(0.1)
 
 
 def test_norms_and_biases_are_spared_unless_asked():
     model = net()
-    decayed, free = parameter_groups(model, TrainingOptions())
+    decayed, free, _ = parameter_groups(model, TrainingOptions())
     assert names(model, decayed) == {"0.weight", "2.weight"}
-    assert names(model, free) == {"0.bias", "1.weight", "1.bias", "quantizer.scale"}
+    assert names(model, free) == {"0.bias", "1.weight", "1.bias"}
 
 
 def test_frozen_parameters_are_left_out():

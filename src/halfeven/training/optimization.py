@@ -13,23 +13,28 @@ NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn
 
 
 def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay.
+    """Parameters with and without weight decay, and the learned scales of quantizers, at their own rate.
 
-    A quantizer's scale never decays: decay would pull the step size to zero whatever the loss says.
+    A scale never decays: decay would pull the step size to zero whatever the loss says. Under SGD it learns more slowly
+    than the weights (white paper, section 4.4): BatchNorm forgives a weight any length, a scale that moved as far would
+    clip.
     """
     scales = {id(p) for quantizer in quantizers(model).values() for p in quantizer.parameters(recurse=False)}
     norms = {id(p) for m in model.modules() if isinstance(m, NORMALIZATIONS) for p in m.parameters(recurse=False)}
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
+    learned: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         small = id(parameter) in norms or name.rpartition(".")[2] == "bias"
-        keeps = id(parameter) in scales or (small and not options.decay_norms_and_biases)
-        (free if keeps else decayed).append(parameter)
+        keeps = small and not options.decay_norms_and_biases
+        (learned if id(parameter) in scales else free if keeps else decayed).append(parameter)
+    factor = options.scale_rate if options.optimizer == "sgd" else 1.0
     groups = [
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": free, "weight_decay": 0.0},
+        {"params": learned, "weight_decay": 0.0, "lr": options.learning_rate * factor, "rate": factor},
     ]
     return [group for group in groups if group["params"]]
 

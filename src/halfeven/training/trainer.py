@@ -174,7 +174,7 @@ class Trainer:
             hook(self.model, self.step / self.total_steps)
         rate = learning_rate(self.step, self.total_steps, self.steps_per_epoch, self.options)
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate
+            parameters["lr"] = rate * parameters.get("rate", 1.0)
         total = torch.zeros((), device=self.accelerator.device)
         for i, (images, labels) in enumerate(group):
             # Gradients are exchanged between processes once, with the last batch of the group.
