@@ -142,6 +142,7 @@ class Quantizer(nn.Module):
     def start_calibration(self) -> None:
         """Pass the tensor through unchanged and collect its statistics until `finish_calibration`."""
         self.mode, self.observer = Mode.CALIBRATE, make_observer(self.observer_name, self.scheme)
+        self.calibrated = self.calibrated and not self.weight  # a weight is seen once, and anew each time
 
     def finish_calibration(self) -> None:
         """Set the range from what was seen; raises CalibrationError, naming the tensor, when nothing was."""
