@@ -175,6 +175,16 @@ def test_a_weight_is_quantized_while_activations_calibrate():
     assert torch.equal(quantizer.eval()(x), seen)
 
 
+@pytest.mark.parametrize("observer", ["minmax", "mse"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_calibrating_again_sees_the_present_tensor(learned, observer):
+    for quantizer in (weight(observer=observer, learned=learned), activation(observer=observer, learned=learned)):
+        x = torch.randn(3, 200)
+        once = calibrated(quantizer, x).scale.clone()
+        again = calibrated(quantizer, x * 4).scale.clone()
+        torch.testing.assert_close(again, once * 4, rtol=1e-3, atol=0)
+
+
 def test_a_learned_scale_is_trained_towards_less_error():
     x = torch.randn(1000)
     quantizer = calibrated(

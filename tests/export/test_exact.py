@@ -1,0 +1,376 @@
+"""Parity on the real runtime: OpenVINO's integers equal the exact simulation's, for every row of the operator table."""
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import halfeven as he
+from export.parity import deployed, quantized
+from halfeven.export.exact import EXACT_IN_FLOAT32, ExactModel
+from halfeven.export.exporting import exportable
+from halfeven.quantizer import quantizers as he_quantizers
+
+
+@pytest.fixture(autouse=True)
+def _untimed(monkeypatch):
+    """Latency is no matter here, and measuring it takes as long as the rest."""
+    verify = importlib.import_module("halfeven.export.verify")  # the package's attribute is the function
+    monkeypatch.setattr(verify, "_latency", lambda *_: {"float": 1.0, "deployed": 1.0})
+
+
+class Function(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *x):
+        return self.function(*x)
+
+
+def conv(inputs=8, outputs=8, kernel=3, **options):
+    return nn.Conv2d(inputs, outputs, kernel, **({"padding": kernel // 2} | options))
+
+
+def body(*middle, last=8):
+    """A convolution and ReLU, what is to be tested, and a convolution that reads its integers."""
+    return nn.Sequential(conv(3), nn.ReLU(), *middle, conv(last, 4))
+
+
+def activated(activation):
+    return nn.Sequential(conv(3), activation, conv(), activation, conv(8, 4))
+
+
+class Residual(nn.Module):
+    """A residual block: `order` is how the addition is written, `down` a convolution on the skip connection."""
+
+    def __init__(self, order="skip last", down=False, act=F.relu, norm=True, signed=False):
+        super().__init__()
+        self.stem, self.conv1 = conv(3), conv(8, 8, stride=2 if down else 1)
+        self.conv2, self.norm = conv(bias=not norm), nn.BatchNorm2d(8) if norm else nn.Identity()
+        self.down = nn.Sequential(conv(8, 8, 1, stride=2), nn.BatchNorm2d(8)) if down else nn.Identity()
+        self.last = conv(8, 4)
+        self.order, self.act, self.signed = order, act, signed
+
+    def forward(self, x):
+        x = self.stem(x) if self.signed else F.relu(self.stem(x))
+        y = self.norm(self.conv2(F.relu(self.conv1(x))))
+        skip = self.down(x)
+        y = skip + y if self.order == "skip first" else y + skip
+        return self.last(self.act(y))
+
+
+class Concat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b, self.last = conv(3), conv(), conv(8, 4, 1), conv(20, 4)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        return self.last(torch.cat([F.relu(self.a(x)), x, self.b(x)], 1))
+
+
+class Excite(nn.Module):
+    """Squeeze and excitation."""
+
+    def __init__(self, gate=torch.sigmoid):
+        super().__init__()
+        self.stem, self.reduce, self.expand, self.last = conv(3), conv(8, 4, 1), conv(4, 8, 1), conv(8, 4)
+        self.gate = gate
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        y = x.mean((2, 3), keepdim=True)
+        return self.last(x * self.gate(self.expand(F.relu(self.reduce(y)))))
+
+
+class Split(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = conv(3), conv(4, 4), conv(4, 4)
+
+    def forward(self, x):
+        a, b = F.relu(self.stem(x)).chunk(2, 1)
+        return torch.cat([self.a(a), self.b(b)], 1)
+
+
+class Block(nn.Module):
+    """A transformer's block."""
+
+    def __init__(self, width=16, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(query, key, value)
+        x = x + self.proj(y.transpose(1, 2).reshape(batch, tokens, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Features(nn.Module):
+    """Returns what it also reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last = conv(3), conv()
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        return self.last(x), x
+
+
+class Dense(nn.Module):
+    """Concatenations of concatenations, as in DenseNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b, self.c = conv(3), conv(8, 4), conv(12, 4), conv(16, 4)
+        self.norm = nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.cat([x, self.a(F.relu(x))], 1)
+        x = torch.cat([x, self.b(F.relu(x))], 1)
+        return self.c(F.relu(self.norm(x)))
+
+
+class Reused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.last = conv(3), conv(), conv(8, 4)
+
+    def forward(self, x):
+        x = F.relu(self.conv(F.relu(self.stem(x))))
+        return self.last(F.relu(self.conv(x)))
+
+
+IMAGE = (4, 3, 10, 10)
+MODELS = {
+    # name: (model, input shape)
+    "conv": (lambda: body(), IMAGE),
+    "conv, batch norm": (lambda: nn.Sequential(conv(3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), conv()), IMAGE),
+    "conv, batch norm, no activation": (lambda: nn.Sequential(conv(3), nn.BatchNorm2d(8), conv(), conv()), IMAGE),
+    "strided": (lambda: body(conv(stride=2), nn.ReLU()), IMAGE),
+    "dilated": (lambda: body(conv(dilation=2, padding=2), nn.ReLU()), IMAGE),
+    "depthwise": (lambda: body(conv(groups=8), nn.ReLU()), IMAGE),
+    "depthwise, batch norm, relu6": (lambda: body(conv(groups=8), nn.BatchNorm2d(8), nn.ReLU6()), IMAGE),
+    "grouped": (lambda: body(conv(groups=2), nn.ReLU()), IMAGE),
+    "1x1": (lambda: body(conv(8, 8, 1), nn.ReLU()), IMAGE),
+    "5x5": (lambda: body(conv(8, 8, 5), nn.ReLU()), IMAGE),
+    "conv1d": (
+        lambda: nn.Sequential(
+            nn.Conv1d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 8, 3), nn.ReLU(), nn.Conv1d(8, 4, 1)
+        ),
+        (4, 3, 20),
+    ),
+    "conv3d": (
+        lambda: nn.Sequential(
+            nn.Conv3d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, 8, 3), nn.ReLU(), nn.Conv3d(8, 4, 1)
+        ),
+        (2, 2, 6, 6, 6),
+    ),
+    "transposed": (lambda: body(nn.ConvTranspose2d(8, 8, 2, 2), nn.ReLU()), IMAGE),
+    "transposed, signed input": (
+        lambda: nn.Sequential(conv(3), nn.ConvTranspose2d(8, 8, 3, 2, 1, 1), nn.ReLU(), conv()),
+        IMAGE,
+    ),
+    "linear": (
+        lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)),
+        (8, 16),
+    ),
+    "linear, 3-D": (
+        lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)),
+        (4, 5, 16),
+    ),
+    "linear, batch norm": (
+        lambda: nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4)),
+        (8, 16),
+    ),
+    "linear without activation": (
+        lambda: nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 4)),
+        (8, 16),
+    ),
+    "relu6": (lambda: activated(nn.ReLU6()), IMAGE),
+    "silu": (lambda: activated(nn.SiLU()), IMAGE),
+    "hardswish": (lambda: activated(nn.Hardswish()), IMAGE),
+    "gelu": (lambda: activated(nn.GELU()), IMAGE),
+    "sigmoid": (lambda: activated(nn.Sigmoid()), IMAGE),
+    "hardsigmoid": (lambda: activated(nn.Hardsigmoid()), IMAGE),
+    "tanh": (lambda: activated(nn.Tanh()), IMAGE),
+    "elu": (lambda: activated(nn.ELU()), IMAGE),
+    "mish": (lambda: activated(nn.Mish()), IMAGE),
+    "leaky": (lambda: activated(nn.LeakyReLU(0.1)), IMAGE),
+    "prelu": (lambda: activated(nn.PReLU(8)), IMAGE),
+    "no activation": (lambda: nn.Sequential(conv(3), conv(), conv()), IMAGE),
+    "residual": (lambda: Residual(), IMAGE),
+    "residual, skip first": (lambda: Residual("skip first"), IMAGE),
+    "residual, downsampled": (lambda: Residual(down=True), IMAGE),
+    "residual, downsampled, skip first": (lambda: Residual("skip first", down=True), IMAGE),
+    "residual, no batch norm": (lambda: Residual(norm=False), IMAGE),
+    "residual, no activation": (lambda: Residual(act=lambda x: x), IMAGE),
+    "residual, silu": (lambda: Residual(act=F.silu), IMAGE),
+    "residual, signed": (lambda: Residual(signed=True), IMAGE),
+    "residual, signed, no activation": (lambda: Residual(act=lambda x: x, signed=True), IMAGE),
+    "concat": (lambda: Concat(), IMAGE),
+    "split": (lambda: Split(), IMAGE),
+    "max pool": (lambda: body(nn.MaxPool2d(3, 2, 1)), IMAGE),
+    "average pool": (lambda: body(nn.AvgPool2d(2)), IMAGE),
+    "average pool, padded": (lambda: body(nn.AvgPool2d(3, 2, 1)), IMAGE),
+    "average pool, padded, not counted": (lambda: body(nn.AvgPool2d(3, 2, 1, count_include_pad=False)), IMAGE),
+    "average pool, padded, signed": (lambda: nn.Sequential(conv(3), nn.AvgPool2d(3, 2, 1), conv()), IMAGE),
+    "average pool, signed": (lambda: nn.Sequential(conv(3), nn.AvgPool2d(2), conv()), IMAGE),
+    "global average pool": (
+        lambda: nn.Sequential(conv(3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+        IMAGE,
+    ),
+    "mean": (lambda: nn.Sequential(conv(3), nn.ReLU(), Function(lambda x: x.mean((2, 3))), nn.Linear(8, 4)), IMAGE),
+    "pad": (lambda: body(nn.ZeroPad2d(1)), IMAGE),
+    "reflection pad": (lambda: body(nn.ReflectionPad2d(1)), IMAGE),
+    "nearest": (lambda: body(nn.Upsample(scale_factor=2)), IMAGE),
+    "bilinear": (lambda: body(nn.Upsample(scale_factor=2, mode="bilinear")), IMAGE),
+    "bilinear, corners aligned": (lambda: body(nn.UpsamplingBilinear2d(size=(19, 17))), IMAGE),
+    "pixel shuffle": (lambda: body(nn.PixelShuffle(2), last=2), IMAGE),
+    "squeeze and excitation": (lambda: Excite(), IMAGE),
+    "squeeze and excitation, hard": (lambda: Excite(F.hardsigmoid), IMAGE),
+    "multiplication": (lambda: body(Function(lambda x: x * x.flip(1))), IMAGE),
+    "attention": (lambda: Block(), (4, 6, 16)),
+    "layer norm": (lambda: nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4)), (4, 6, 16)),
+    "group norm": (lambda: body(nn.GroupNorm(2, 8), nn.ReLU()), IMAGE),
+    "reused layer": (lambda: Reused(), IMAGE),
+    "returned tensor": (lambda: Features(), IMAGE),
+    "concat of concats": (lambda: Dense(), IMAGE),
+}
+
+NOT_EXACT = {
+    # Transcendental functions, interpolation and normalization: float32 operations whose last bit is the plugin's own.
+    *("silu", "hardswish", "gelu", "sigmoid", "hardsigmoid", "tanh", "elu", "mish", "residual, silu"),
+    *(
+        "squeeze and excitation",
+        "squeeze and excitation, hard",
+        "multiplication",
+        "attention",
+        "layer norm",
+        "group norm",
+    ),
+    *("bilinear", "bilinear, corners aligned"),
+}
+AS_ONNX = (
+    *(
+        "conv, batch norm",
+        "depthwise, batch norm, relu6",
+        "transposed",
+        "transposed, signed input",
+        "linear",
+        "linear, 3-D",
+    ),
+    *("residual, downsampled", "residual, signed", "concat", "split", "average pool, padded, signed", "mean"),
+    *("squeeze and excitation", "attention", "reused layer", "returned tensor", "nearest"),
+)
+
+
+def assert_parity(report, exact=True):
+    assert report.weights_match
+    assert report.float_layers == []
+    assert report.integer_layers == report.quantizable_layers > 0
+    assert sum(tensor.count for tensor in report.tensors) > 500
+    if exact:
+        assert report.integer_match == 1.0, report.first_difference
+        assert report.max_lsb_difference == 0
+        assert report.first_difference == ""
+    else:
+        assert report.integer_match >= 0.9995
+        assert report.max_lsb_difference <= 1
+    assert report.float_simulation_match >= 0.99
+    assert report.top1_agreement == 1.0
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_openvino_ir(name, tmp_path):
+    build, shape = MODELS[name]
+    assert_parity(deployed(build(), shape, tmp_path / "model.xml"), exact=name not in NOT_EXACT)
+
+
+@pytest.mark.parametrize("name", AS_ONNX)
+def test_onnx(name, tmp_path):
+    build, shape = MODELS[name]
+    assert_parity(deployed(build(), shape, tmp_path / "model.onnx"), exact=name not in NOT_EXACT)
+
+
+@pytest.mark.parametrize(
+    "options", [{"signed": True}, {"signed": True, "down": True}, {"act": lambda x: x, "signed": True}]
+)
+def test_fused_sums_on_more_data(options, tmp_path):
+    """A skip connection with an odd zero point shows one wrong integer in fifty thousand; small batches hide it."""
+    report = deployed(Residual(**options), (8, 3, 40, 40), tmp_path / "model.xml")
+    assert_parity(report)
+    assert sum(tensor.count for tensor in report.tensors) > 600_000
+
+
+def test_sums_beyond_float32s_integers(tmp_path):
+    model = nn.Sequential(nn.Linear(3000, 16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.no_grad():
+        model[0].weight.uniform_(0.5, 1.0)
+    qmodel = he.calibrate(he.prepare(model, torch.rand(4, 3000)), [torch.rand(4, 3000)]).eval()
+    he.export(qmodel, tmp_path / "model.xml")
+    report = he.verify(qmodel, tmp_path / "model.xml", [torch.rand(8, 3000) for _ in range(3)])
+    levels = 3000 * 127 * 127 * 0.7  # about what one sum amounts to
+    assert levels > EXACT_IN_FLOAT32
+    assert report.integer_match == 1.0
+    assert report.integer_layers == 2
+
+
+def test_ties_fall_as_in_the_runtime(tmp_path):
+    """Values that land half-way: the zero point is added before rounding, so that odd ones turn ties over."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.Conv2d(1, 1, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(127 / 128)
+        model[1].weight.fill_(1.0)
+    qmodel = he.prepare(model, torch.randn(2, 1, 8, 8), weight_observer="mse")
+    steps = {"0.weight": 1 / 128, "1.weight": 1 / 127, "input": 1 / 16, "0": 127 / 512}
+    for name, quantizer in he_quantizers(qmodel).items():
+        key = name.replace("_quantizer", "").replace("quantizers.", "")
+        quantizer._store(torch.full_like(quantizer.scale, steps[key]), torch.full_like(quantizer.zero_point, 0))
+        if not quantizer.weight:
+            quantizer.zero_point.fill_(101)
+    qmodel.eval()
+    he.export(qmodel, tmp_path / "model.xml")
+    x = torch.arange(-64, 64).float().reshape(2, 1, 8, 8) / 16
+    report = he.verify(qmodel, tmp_path / "model.xml", [x])
+    assert report.integer_match == 1.0
+    assert report.float_simulation_match < 0.95, "no ties were made"
+
+
+@pytest.mark.parametrize("leave_out", [("last",), ("stem", "last")])
+def test_a_model_of_several_regions(leave_out, tmp_path):
+    report = deployed(Residual(), IMAGE, tmp_path / "model.xml", leave_out=leave_out)
+    assert report.weights_match
+    assert report.integer_match == 1.0
+    assert report.quantizable_layers == 4 - len(leave_out)
+
+
+def test_the_exact_simulation_keeps_structured_outputs():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.last = conv(3), conv()
+
+        def forward(self, x):
+            x = F.relu(self.stem(x))
+            return {"logits": self.last(x), "more": [x]}
+
+    qmodel, (x, *_) = quantized(Heads(), IMAGE)
+    model, _ = exportable(qmodel)
+    expected = qmodel(x)
+    found = ExactModel(model)(x)
+    assert set(found) == {"logits", "more"}
+    torch.testing.assert_close(found["logits"], expected["logits"], rtol=0.02, atol=0.02)
