@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from running import halfeven
+
+from .running import halfeven
 
 NET = '''
 """A residual network with everything that makes resuming hard: BatchNorm, dropout, a shortcut."""

@@ -3,9 +3,10 @@
 import json
 import shutil
 
-from running import halfeven
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from .running import halfeven
 
 
 def test_train_delivers_and_shows_everything(trained):

@@ -10,8 +10,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from running import environment
 from safetensors.torch import load_file, save_file
+
+from .running import environment
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "qat"
 

@@ -7,10 +7,11 @@ import sys
 import time
 
 import torch
-from running import environment, halfeven
 from safetensors.torch import load_file
 
 from halfeven.training.state import load_state
+
+from .running import environment, halfeven
 
 
 def start(config, folder, *options):
