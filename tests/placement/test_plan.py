@@ -1,0 +1,89 @@
+"""The plan as a value: its print, its way to JSON and back, and what options refuse."""
+
+import dataclasses
+import json
+
+import pytest
+from torch import nn
+
+from halfeven.errors import ConfigError
+from halfeven.placement.plan import Plan, QuantizationOptions, Rule
+from placement.parts import Attention, Residual, conv, plan
+
+
+def test_print():
+    model = nn.Sequential(conv(3), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4), nn.AdaptiveAvgPool2d(1))
+    assert (
+        str(plan(model, scheme="w4a8"))
+        == """\
+Plan for openvino, w4a8, observed ranges, BatchNorm keep: 2 layers with quantized weights, 3 quantized activations.
+
+activation  scheme                    range  read by
+----------  ------------------------  -----  ---------------------
+input       u8 asymmetric per tensor  mse    0
+2.relu      u8 symmetric per tensor   mse    3
+3           u8 asymmetric per tensor  mse    4.adaptive_avg_pool2d
+
+weight of  scheme                                    range
+---------  ----------------------------------------  ------
+0          s4 symmetric narrow per channel (axis 0)  minmax
+3          s4 symmetric narrow per channel (axis 0)  minmax
+
+output in float        operator             because
+---------------------  -------------------  ----------------------
+4.adaptive_avg_pool2d  adaptive_avg_pool2d  an output of the model"""
+    )
+
+
+def test_print_says_what_is_learned_fixed_and_noted():
+    planned = plan(Attention(), (2, 5, 16), ranges="learned")
+    text = str(dataclasses.replace(planned, notes=("Stays Python, in float: head: a reason",)))
+    assert "learned ranges" in text
+    assert "fixed [0.0, 1.0]" in text
+    assert text.endswith("Stays Python, in float: head: a reason")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ranges": "learned", "scheme": "w4a6", "per_channel": False},
+        {"rules": (Rule(pattern="conv1", weight_bits=4), Rule(kind="linear", quantize=False, pattern="*"))},
+        {"leave_out": ("last",), "activation_observer": "entropy", "weight_observer": "mse", "batchnorm": "fold"},
+    ],
+)
+def test_json_and_back(options):
+    class Net(Residual):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.fc(super().forward(x).mean((2, 3)))
+
+    planned = plan(Net(), **options)
+    again = Plan.from_dict(json.loads(json.dumps(planned.to_dict())))
+    assert again == planned
+    assert hash(again.options) == hash(planned.options)
+    assert str(again) == str(planned)
+
+
+def test_json_and_back_with_a_fixed_range():
+    planned = plan(Attention(), (2, 5, 16))
+    assert any(tensor.fixed_range for tensor in planned.tensors)
+    assert Plan.from_dict(json.loads(json.dumps(planned.to_dict()))) == planned
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ranges", "static"),
+        ("batchnorm", "fuse"),
+        ("weight_observer", "histogram"),
+        ("activation_observer", "max"),
+    ],
+)
+def test_unknown_choices_list_the_known(field, value):
+    with pytest.raises(ConfigError, match=f'{field}="{value}" is not known. Choose one of') as caught:
+        QuantizationOptions(**{field: value})
+    assert {"ranges": "learned", "batchnorm": "keep"}.get(field, "minmax") in str(caught.value)
