@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from halfeven.errors import ConfigError
+from halfeven.errors import CalibrationError, ConfigError
 from halfeven.graph.batchnorm import fold
-from halfeven.graph.capture import Example, as_arguments, batched, capture
+from halfeven.graph.capture import Example, as_arguments, batched, capture, inputs_of
 from halfeven.graph.lowering import lower_attention
 from halfeven.placement.insertion import insert
 from halfeven.placement.plan import Plan, QuantizationOptions
 from halfeven.placement.planning import make_plan, regions
-from halfeven.ptq.calibration import calibrate, inputs_of
+from halfeven.ptq.calibration import calibrate
 from halfeven.training.checkpoint import restore
 
 
@@ -116,6 +116,12 @@ def quantize(
     Returns:
         The quantized model in eval mode.
     """
-    args, kwargs = inputs_of(next(iter(loader)))
+    first = next(iter(loader), None)
+    if first is None:
+        raise CalibrationError(
+            "The loader gave no batch, so there is nothing to capture the model with and to set ranges from. "
+            "Give a loader that can be iterated twice and holds at least one batch."
+        )
+    args, kwargs = inputs_of(first)
     qmodel = prepare(model, kwargs or args, options, **changes)
     return calibrate(qmodel, loader, batches).eval()

@@ -25,9 +25,9 @@ from halfeven.export.runtime import (
     stored_integers,
     with_outputs,
 )
+from halfeven.graph.capture import inputs_of
 from halfeven.graph.operators import module_of
 from halfeven.placement.planning import regions
-from halfeven.ptq.calibration import inputs_of
 from halfeven.quantizer import Mode, Quantizer, quantizers, set_mode
 
 LATENCY_PAIRS = 12

@@ -100,6 +100,16 @@ def as_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example), {}) if isinstance(example, list | tuple) else ((example,), {})
 
 
+def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a batch: a tensor, a sequence whose first item is the input, or a dict of
+    inputs."""
+    if isinstance(batch, dict):
+        return (), {key: value for key, value in batch.items() if key not in ("label", "labels")}
+    if isinstance(batch, list | tuple):
+        return (batch[0],), {}
+    return (batch,), {}
+
+
 def batched(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The arguments with at least two samples: torch.export takes a batch of one for a constant."""
 

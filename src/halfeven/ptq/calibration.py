@@ -7,17 +7,8 @@ import torch
 from torch import nn
 
 from halfeven.errors import CalibrationError
+from halfeven.graph.capture import inputs_of
 from halfeven.quantizer import Mode, quantizers
-
-
-def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a batch: a tensor, a sequence whose first item is the input, or a dict of
-    inputs."""
-    if isinstance(batch, dict):
-        return (), {key: value for key, value in batch.items() if key not in ("label", "labels")}
-    if isinstance(batch, list | tuple):
-        return (batch[0],), {}
-    return (batch,), {}
 
 
 @torch.no_grad()
