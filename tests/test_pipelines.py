@@ -1,4 +1,4 @@
-"""prepare, quantize, save and load, as a user calls them."""
+"""prepare, quantize and load: the ways to a quantized model."""
 
 import copy
 
@@ -7,119 +7,168 @@ import torch
 from torch import nn
 
 import halfeven as he
-from halfeven.errors import CheckpointError, ConfigError, PlacementError
+from halfeven.errors import CalibrationError, CaptureError, ConfigError
 from halfeven.quantizer import quantizers
 
-
-@pytest.fixture
-def net():
-    torch.manual_seed(0)
-    layers = nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)
-    )
-    layers[1].running_mean.normal_()
-    layers[1].running_var.uniform_(0.5, 2)
-    return layers.eval()
+IMAGE = (2, 3, 8, 8)
 
 
-X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.drop, self.fc = nn.Dropout(0.2), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x)))
+        return self.fc(self.drop(x).mean((2, 3)))
 
 
-def test_the_float_model_is_not_touched(net):
-    before, parameters = copy.deepcopy(net.state_dict()), {id(p) for p in net.parameters()}
-    qmodel = he.quantize(net, [X])
-    torch.optim.SGD(qmodel.parameters(), 0.1)
-    qmodel.train()(X).sum().backward()
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    assert not parameters & {id(p) for p in qmodel.parameters()}
-    assert all(p.grad is None for p in net.parameters())
+def loader(count=3):
+    generator = torch.Generator().manual_seed(4)
+    return [(torch.randn(IMAGE, generator=generator), torch.zeros(2, dtype=torch.long)) for _ in range(count)]
 
 
-def test_the_quantized_model_has_the_float_models_keys(net):
-    qmodel = he.quantize(net, [X])
-    assert set(net.state_dict()) <= set(qmodel.state_dict())
+def test_prepare_leaves_the_float_model_alone():
+    model = Net().train()
+    before, names = copy.deepcopy(model.state_dict()), [name for name, _ in model.named_modules()]
+    qmodel = he.prepare(model, torch.randn(IMAGE))
+    he.calibrate(qmodel, loader())
+    with torch.no_grad():
+        for parameter in qmodel.parameters():
+            parameter.zero_()
+    assert [name for name, _ in model.named_modules()] == names
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_eight_bits_change_little_and_two_much(net):
-    expected = net(X).detach()
-    error = {
-        s: float((he.quantize(net, [X], scheme=s)(X).detach() - expected).norm() / expected.norm())
-        for s in ("w8a8", "w2a8")
-    }
-    assert 0 < error["w8a8"] < 0.02 < 0.1 < error["w2a8"]
+@pytest.mark.parametrize("training", [True, False])
+def test_prepare_keeps_the_mode(training):
+    assert he.prepare(Net().train(training), torch.randn(IMAGE)).training is training
 
 
-def test_folding_before_takes_batchnorm_out(net):
-    kept, folded = he.quantize(net, [X]), he.quantize(net, [X], batchnorm="fold")
-    assert any(isinstance(m, nn.BatchNorm2d) for m in kept.modules())
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    torch.testing.assert_close(kept(X), folded(X), atol=0.05, rtol=0.05)
+def test_prepare_takes_options_and_changes_to_them():
+    options = he.QuantizationOptions(scheme="w4a8", ranges="learned")
+    plan = he.plan_of(he.prepare(Net(), torch.randn(IMAGE), options, scheme="w6a6"))
+    assert plan.options == he.QuantizationOptions(scheme="w6a6", ranges="learned")
+    assert options.scheme == "w4a8"
+    assert {w.scheme.bits for w in plan.weights} == {6}
 
 
-def test_training_moves_weights_and_learned_scales(net):
-    qmodel = he.calibrate(he.prepare(net, X, ranges="learned"), [X]).train()
-    before = copy.deepcopy(qmodel.state_dict())
-    optimizer = torch.optim.SGD(qmodel.parameters(), 0.05)
-    nn.functional.cross_entropy(qmodel(X), torch.arange(8) % 4).backward()
-    optimizer.step()
-    moved = [k for k, v in qmodel.state_dict().items() if not torch.equal(v, before[k])]
-    assert {
-        "0.weight",
-        "4.weight",
-        "0.weight_quantizer.scale",
-        "4.weight_quantizer.scale",
-        "quantizers.input.scale",
-    } <= set(moved)
-    assert not [k for k in moved if k.endswith("zero_point")]
+def test_an_option_that_does_not_exist_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"per_chanel.*per_channel"):
+        he.prepare(Net(), torch.randn(IMAGE), per_chanel=False)
 
 
-def test_save_and_load_give_the_same_model(net, tmp_path):
-    qmodel = he.quantize(net, [X], scheme="w4a8", ranges="learned")
+def test_the_quantized_model_trains_like_any_module():
+    qmodel = he.prepare(Net(), torch.randn(IMAGE), ranges="learned")
+    he.calibrate(qmodel, loader())
+    x, y = torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))
+    optimizer = torch.optim.Adam(qmodel.parameters(), lr=3e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(qmodel.train()(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_training_without_calibration_is_an_error():
+    qmodel = he.prepare(Net(), torch.randn(IMAGE), ranges="learned")
+    with pytest.raises(CalibrationError, match="calibrate"):
+        qmodel.train()(torch.randn(IMAGE))
+
+
+def test_batchnorm_is_kept_or_folded():
+    kept = he.prepare(Net(), torch.randn(IMAGE))
+    folded = he.prepare(Net(), torch.randn(IMAGE), batchnorm="fold")
+    assert isinstance(kept.norm, nn.BatchNorm2d)
+    assert "norm.weight" not in folded.state_dict()
+    assert "conv.bias" in folded.state_dict()
+
+
+def test_8_bits_are_close_to_float():
+    model = Net().eval()
+    model.norm.running_var.fill_(0.3)
+    qmodel = he.quantize(model, loader())
+    x = torch.randn(32, 3, 8, 8)
+    expected = model(x)
+    noise = (qmodel(x) - expected).square().mean() / expected.var()
+    assert 1e-9 < noise < 2e-3
+
+
+def test_quantize_is_prepare_and_calibrate():
+    model = Net().eval()
+    one = he.quantize(model, loader(), scheme="w4a8", batches=2)
+    other = he.prepare(model, loader()[0][0], scheme="w4a8")
+    he.calibrate(other, loader(), batches=2)
+    assert not one.training
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    assert he.plan_of(one) == he.plan_of(other)
+
+
+def test_quantize_takes_dicts():
+    class Keyword(Net):
+        def forward(self, pixels):
+            return {"logits": super().forward(pixels)}
+
+    batches = [{"pixels": x, "labels": y} for x, y in loader()]
+    qmodel = he.quantize(Keyword().eval(), batches)
+    assert qmodel(pixels=torch.randn(IMAGE))["logits"].shape == (2, 4)
+
+
+def test_quantize_of_no_batches_is_an_error():
+    with pytest.raises(CalibrationError, match="no batch"):
+        he.quantize(Net(), [])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"ranges": "learned", "scheme": "w4a8"}, {"batchnorm": "fold"}, {"leave_out": ("fc",)}]
+)
+def test_save_and_load(options, tmp_path):
+    model = Net().eval()
+    qmodel = he.quantize(model, loader(), **options)
     he.save(qmodel, tmp_path / "q.safetensors")
-    again = he.load(tmp_path / "q.safetensors", copy.deepcopy(net), X)
-    assert torch.equal(again(X), qmodel(X))
-    assert str(he.plan_of(again)) == str(he.plan_of(qmodel))
+    other = Net()  # another float model: its weights come from the file
+    loaded = he.load(tmp_path / "q.safetensors", other, torch.randn(IMAGE))
+    x = torch.randn(5, 3, 8, 8)
+    assert not loaded.training
+    assert torch.equal(loaded(x), qmodel(x))
+    assert he.plan_of(loaded) == he.plan_of(qmodel)
+    assert not torch.equal(other.fc.weight, loaded.state_dict()["fc.weight"])
+    assert all(q.calibrated for q in quantizers(loaded).values())
+    he.export(loaded, tmp_path / "model.onnx")
 
 
-def test_loading_into_another_model_says_what_differs(net, tmp_path):
-    he.save(he.quantize(net, [X]), tmp_path / "q.safetensors")
-    other = nn.Sequential(nn.Conv2d(3, 9, 3, bias=False), nn.BatchNorm2d(9), nn.ReLU(), nn.Flatten(), nn.Linear(324, 4))
-    with pytest.raises(CheckpointError, match=r"0\.weight"):
-        he.load(tmp_path / "q.safetensors", other, X)
+def test_the_example_that_is_kept_is_small_and_on_the_cpu():
+    qmodel = he.prepare(Net(), torch.randn(16, 3, 8, 8))
+    args, kwargs = qmodel.halfeven_example
+    assert [tuple(x.shape) for x in args] == [(2, 3, 8, 8)]
+    assert kwargs == {}
 
 
-def test_a_plain_model_has_no_plan(net):
-    with pytest.raises(PlacementError, match="has no plan"):
-        he.plan_of(net)
+def test_what_cannot_be_captured_is_said_in_the_plan():
+    class Branching(Net):
+        def forward(self, x):
+            return super().forward(x) if x.mean() > 100 else super().forward(-x)
+
+    qmodel = he.prepare(Branching(), torch.randn(IMAGE))
+    text = str(he.plan_of(qmodel))
+    assert "Stays Python, in float: (the model itself)" in text
+    assert "x.mean() > 100" in text
+    he.calibrate(qmodel, loader())
+    assert qmodel(torch.randn(IMAGE)).shape == (2, 4)
 
 
-def test_an_unknown_option_names_the_nearest(net):
-    with pytest.raises(ConfigError, match="Did you mean scheme"):
-        he.prepare(net, X, schem="w4a8")
+def test_an_example_that_does_not_run_is_an_error():
+    with pytest.raises(CaptureError, match="does not run on the example"):
+        he.prepare(Net(), torch.randn(2, 4, 8, 8))
 
 
-def test_a_gamma_of_zero_trains_and_deploys(net, tmp_path):
-    net[1].weight.data[:4] = 0
-    qmodel = he.quantize(net, [X]).train()
-    nn.functional.cross_entropy(qmodel(X), torch.arange(8) % 4).backward()
-    assert all(torch.isfinite(p.grad).all() for p in qmodel.parameters())
-    qmodel.eval()
-    report = he.verify(qmodel, he.export(qmodel, tmp_path / "m.xml"), [X])
-    assert report.integer_match == 1.0
-
-
-@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_low_precision_multiplies_integers(net, precision):
-    """Integers are exact in 16 bits, real numbers are not: the error must be smaller than the usual form makes."""
-    qmodel = he.quantize(net, [X])
-    linear = qmodel.get_submodule("4")
-    x = quantizers(qmodel)["quantizers.2_relu"](torch.rand(64, 288) * 3)
-    expected = linear(x)
-
-    def error():
-        with torch.autocast("cpu", precision):
-            return float((linear(x).float() - expected).abs().mean())
-
-    integers = error()
-    linear.input_quantizers = ()
-    assert integers < 0.9 * error()
+def test_the_model_compiles_whole():
+    qmodel = he.quantize(Net().eval(), loader())
+    x = torch.randn(IMAGE)
+    compiled = torch.compile(qmodel, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), qmodel(x))
