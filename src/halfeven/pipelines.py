@@ -88,12 +88,18 @@ def _with_example(qmodel: nn.Module, example: Example) -> nn.Module:
 
 def _captured(model: nn.Module, example: Example, options: QuantizationOptions) -> tuple[nn.Module, tuple[str, ...]]:
     captured, report = capture(copy.deepcopy(model), example, options.leave_out)
+    notes = [f"Stays Python, in float: {left}" for left in report.left]
+    lowered = sum(lower_attention(region) for region in regions(captured).values())
+    if lowered:
+        notes.append(
+            f"{lowered} attention operators are written out as products and softmax. Dropout inside of them, if there "
+            "was any, takes no part in training: the model is captured in eval mode, where it is 0."
+        )
     for region in regions(captured).values():
-        lower_attention(region)
         if options.batchnorm == "fold":
             fold(region)
     captured.train(model.training)
-    return captured, tuple(f"Stays Python, in float: {left}" for left in report.left)
+    return captured, tuple(notes)
 
 
 def quantize(

@@ -114,7 +114,7 @@ def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
         names = [_layer(node.get_friendly_name())]
         source = node.input_value(1).get_node()
         while source.get_type_name() != "Constant" and source.get_input_size():
-            # The ONNX front end gives a transposed convolution a name of its own; its weight keeps the one it had.
+            # The ONNX front end names a transposed convolution anew; its weight keeps the name it had.
             names.append(source.get_friendly_name().removesuffix(WEIGHT_SUFFIX))
             source = source.input_value(0).get_node()
         layer = next((name for name in names if name in layers), None)
