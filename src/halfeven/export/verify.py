@@ -1,8 +1,5 @@
 """verify: does the file compute the integers that were trained, does it compute in integers, and how fast?"""
 
-import statistics
-import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from halfeven.errors import VerificationError
 from halfeven.export import openvino
 from halfeven.export.exact import Ends, ExactModel
-from halfeven.export.exporting import example_of, exportable, exported_program
+from halfeven.export.exporting import exportable
+from halfeven.export.latency import latency
 from halfeven.export.operators import ExportedQuantizer
 from halfeven.export.runtime import (
     Executed,
@@ -28,9 +27,7 @@ from halfeven.export.runtime import (
 from halfeven.graph.capture import inputs_of
 from halfeven.graph.operators import module_of
 from halfeven.placement.planning import regions
-from halfeven.quantizer import Mode, Quantizer, quantizers, set_mode
-
-LATENCY_PAIRS = 12
+from halfeven.quantizer import Quantizer, quantizers
 
 
 @dataclass
@@ -150,7 +147,7 @@ def verify(qmodel: nn.Module, path: str | Path, batches: Iterable[Any], float_mo
     comparison = _Comparison(qmodel, model, exported, Path(path))
     rows = _compare(comparison, batches, quantized, float_model)
     layers = executed_layers(compile_model(read(path)), comparison.layers)
-    milliseconds = _latency(qmodel, Path(path), inputs_of(batches[0]))
+    milliseconds = latency(qmodel, Path(path), inputs_of(batches[0]))
     total = sum(tensor.count for tensor in comparison.tensors) or 1
     first = next((t.name for t in comparison.tensors if t.different), "")
     last = comparison.tensors[-1] if comparison.tensors else TensorParity("", 1)
@@ -330,41 +327,9 @@ def _choice(output: Tensor) -> Tensor:
 
 
 def _first(output: Any) -> Tensor:
-    from torch.utils import _pytree as pytree
-
     first: Tensor = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
     return first
 
 
 def _size(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
     return len(next(x for x in (*inputs[0], *inputs[1].values()) if isinstance(x, Tensor)))
-
-
-def _latency(qmodel: nn.Module, path: Path, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, float]:
-    """Median milliseconds of the float model and of the file on one batch, timed in turn so that drift hits both
-    alike."""
-    floating = deployed_in_float(qmodel)
-    program = exported_program(floating, *example_of(qmodel))
-    with tempfile.TemporaryDirectory() as folder:
-        float_path = Path(folder) / "float.xml"
-        openvino.write(program, [], float_path)
-        models = {"float": compile_model(read(float_path)), "deployed": compile_model(read(path))}
-        tensors = [x.cpu() for x in (*inputs[0], *inputs[1].values())]
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for turn in range(LATENCY_PAIRS + 2):
-            for name, compiled in models.items():
-                start = time.perf_counter()
-                run_compiled(compiled, tensors)
-                if turn >= 2:  # the first runs allocate
-                    times[name].append(time.perf_counter() - start)
-    return {name: 1000 * statistics.median(values) for name, values in times.items()}
-
-
-def deployed_in_float(qmodel: nn.Module) -> nn.Module:
-    """The float counterpart of a quantized model, for its latency: same layers, no quantizers, BatchNorm left to
-    the runtime."""
-    import copy
-
-    model = copy.deepcopy(qmodel).cpu().float().eval()
-    set_mode(model, Mode.FLOAT)
-    return model

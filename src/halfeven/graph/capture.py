@@ -7,6 +7,7 @@ exportable submodules are, and the rest stays Python.
 """
 
 import copy
+import inspect
 import logging
 import traceback
 import warnings
@@ -212,8 +213,6 @@ def _export(module: nn.Module, args: Any, kwargs: Any) -> fx.GraphModule:
 
 
 def _by_parameter(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    import inspect
-
     return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from halfeven.distributed import average_batchnorm, batchnorms
 from halfeven.errors import CalibrationError, ConfigError
+from halfeven.graph.capture import inputs_of
 from halfeven.quantizer import quantizers, set_observing
 
 
@@ -103,7 +104,8 @@ def re_estimate(model: nn.Module, loader: Iterable[Any], batches: int = 50) -> N
             layer.momentum = None
             layer.train()
         for batch in islice(loader, batches):
-            _run(model, batch, device)
+            args, kwargs = inputs_of(batch)
+            model(*(a.to(device) for a in args), **{name: value.to(device) for name, value in kwargs.items()})
             seen += 1
     finally:
         for layer, momentum, tracked in kept:
@@ -116,11 +118,3 @@ def re_estimate(model: nn.Module, loader: Iterable[Any], batches: int = 50) -> N
             "Give a loader of calibration images."
         )
     average_batchnorm(model)
-
-
-def _run(model: nn.Module, batch: Any, device: torch.device) -> None:
-    """Call the model on a batch: a dict of keyword inputs, an (input, label) pair, or the input alone."""
-    if isinstance(batch, dict):
-        model(**{name: value.to(device) for name, value in batch.items()})
-    else:
-        model((batch[0] if isinstance(batch, list | tuple) else batch).to(device))
