@@ -320,7 +320,7 @@ def test_scale_gradient_is_the_finite_difference_with_rounding_held(scheme, seed
         return
     variable = scale.clone().requires_grad_()
     fake_quantize(x, variable, zero_point, scheme).sum().backward()
-    step = s * 1e-7 / scheme.levels
+    step = s * 0.05 / scheme.levels  # the slope is constant until an element changes sides
     assert variable.grad.item() == pytest.approx(slope(s, step).item(), rel=1e-3, abs=1e-2)
 
 

@@ -240,7 +240,7 @@ def test_distributed_data_parallel(tmp_path):
     try:
         model = settle(Net())
         captured = whole(copy.deepcopy(model), image())
-        wrapped = DistributedDataParallel(captured, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(captured)
         x = image()
         torch.manual_seed(1)
         wrapped.train()(x).sum().backward()
