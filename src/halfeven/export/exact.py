@@ -226,19 +226,40 @@ def _same_scale(node: fx.Node, run: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _layer(layer: Any, x: Levels) -> Tensor:
-    """y = sum * (s_x * s_w) + bias, multiplied and then added in float32; the sum of integer products is exact."""
+    """y = sum * (s_x * s_w) + bias, multiplied and then added in float32; the sum is exact."""
     quantizer: ExportedQuantizer = layer.weight_quantizer
     axis = None if quantizer.scale.ndim == 0 else quantizer.axis
     integers = torch.round(layer.weight / per_channel(quantizer.scale, axis, layer.weight.ndim))
     zero = x.ends.zero_level
     centered = x.values - zero
-    largest = integers.abs().flatten(1).sum(1).max() * max(float(zero), x.ends.steps - float(zero))
-    dtype = torch.float32 if float(largest) < EXACT_IN_FLOAT32 else torch.float64
     channel = -1 if isinstance(layer, nn.Linear) else 1
-    total = operation(layer)(centered.to(dtype), integers.to(dtype), None).float()
+    total = _exact_sum(layer, centered, integers, max(float(zero), x.ends.steps - float(zero))).float()
     scale = per_channel(x.ends.scale * quantizer.scale, None if axis is None else channel, total.ndim)
     result: Tensor = total * scale
     return result if layer.bias is None else result + per_channel(layer.bias, channel, total.ndim)
+
+
+def _exact_sum(layer: Any, x: Tensor, weight: Tensor, largest: float) -> Tensor:
+    """The layer's sums of integer products: in float32 over as many channels as that is exact for, then in float64.
+
+    `largest` bounds the absolute values of `x`.
+    """
+    compute = operation(layer)
+    axis = 0 if getattr(layer, "transposed", False) else 1
+    others = [a for a in range(weight.ndim) if a > 1]
+    by_channel = weight.abs().sum(others) if others else weight.abs()
+    bounds = by_channel.amax(1 - axis) * largest  # what an input channel can add to any output, at most
+    if float(bounds.sum()) < EXACT_IN_FLOAT32:
+        return compute(x, weight, None)
+    if getattr(layer, "groups", 1) != 1 or float(bounds.max()) >= EXACT_IN_FLOAT32:
+        return compute(x.double(), weight.double(), None)
+    total, start = torch.zeros((), dtype=torch.float64), 0
+    inputs = -1 if isinstance(layer, nn.Linear) else 1
+    while start < len(bounds):
+        fits = int((bounds[start:].cumsum(0) < EXACT_IN_FLOAT32).sum())
+        part = compute(x.narrow(inputs, start, fits), weight.narrow(axis, start, fits), None)
+        total, start = total + part.double(), start + fits
+    return total
 
 
 def _fused_sum(node: fx.Node, args: Any) -> InUnits | None:
