@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 import halfeven as he
 from export.parity import deployed, quantized
-from halfeven.export.exact import EXACT_IN_FLOAT32, ExactModel
+from halfeven.arithmetic import snap
+from halfeven.export.exact import EXACT_IN_FLOAT32, Ends, ExactModel
 from halfeven.export.exporting import exportable
 from halfeven.quantizer import quantizers as he_quantizers
 
@@ -314,6 +315,52 @@ def test_fused_sums_on_more_data(options, tmp_path):
     report = deployed(Residual(**options), (8, 3, 40, 40), tmp_path / "model.xml")
     assert_parity(report)
     assert sum(tensor.count for tensor in report.tensors) > 600_000
+
+
+@pytest.mark.parametrize("name", ["conv, batch norm, no activation", "depthwise, batch norm, relu6", "no activation"])
+def test_layers_on_more_data(name, tmp_path):
+    """One wrong rounding of a scale changes one integer in a hundred thousand."""
+    report = deployed(MODELS[name][0](), (12, 3, 64, 64), tmp_path / "model.xml")
+    assert_parity(report)
+    assert sum(tensor.count for tensor in report.tensors) > 2_000_000
+
+
+class Branches(nn.Module):
+    """Many tensors, each with its own scale and zero point, with and without ReLU."""
+
+    def __init__(self, count=16):
+        super().__init__()
+        self.stem = conv(3)
+        self.wide = nn.ModuleList(conv(8, 8, 1) for _ in range(count))
+        self.narrow = nn.ModuleList(conv(8, 2, 1) for _ in range(count))
+
+    def forward(self, x):
+        x = self.stem(x)
+        results = []
+        for index, (wide, narrow) in enumerate(zip(self.wide, self.narrow, strict=True)):
+            y = wide(x) * 1.0 if index % 4 == 3 else wide(x)  # every fourth is quantized on its own, not by the kernel
+            results.append(narrow(F.relu(y) if index % 2 else y))
+        return torch.cat(results, 1)
+
+
+def test_many_scales(tmp_path):
+    """Whether a kernel multiplies by a reciprocal, and whether it rounds a zero point, shows at some scales only."""
+    report = deployed(Branches(), (12, 3, 64, 64), tmp_path / "model.xml")
+    assert_parity(report)
+    assert sum(tensor.count for tensor in report.tensors) > 20_000_000
+
+
+def test_a_zero_point_survives_its_ends():
+    """The level of zero is an integer, though float32's quotient of the ends is not always one."""
+    scales = snap(torch.logspace(-6, 3, 400))
+    quotients = []
+    for scale in scales:
+        low, high = -121 * scale, 134 * scale
+        ends = Ends(low, high, 255)
+        assert ends.zero_level == 121
+        assert ends.levels(torch.zeros(1), fused=False) == 121
+        quotients.append((-low * 255) / (high - low))  # which a fused sum takes as it is
+    assert any(quotient != 121 for quotient in quotients)
 
 
 def test_sums_beyond_float32s_integers(tmp_path):
