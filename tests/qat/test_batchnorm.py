@@ -84,7 +84,10 @@ def test_an_empty_loader_is_refused_and_nothing_changed():
 
 
 def test_a_model_without_batchnorm_needs_nothing():
-    re_estimate(nn.Linear(2, 2), [])
+    model = nn.Linear(2, 2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    re_estimate(model, [])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_schedule_freezes_when_due():

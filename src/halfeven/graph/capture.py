@@ -242,7 +242,7 @@ def _check_same(model: nn.Module, captured: nn.Module, args: Any, kwargs: Any) -
         with torch.no_grad():
             try:
                 expected = pytree.tree_leaves(model(*a, **k))
-            except Exception:
+            except Exception:  # the example ran before: it is the model itself that takes no other batch size
                 continue
             found = pytree.tree_leaves(captured(*a, **k))
         for e, f in zip(expected, found, strict=True):
@@ -250,7 +250,6 @@ def _check_same(model: nn.Module, captured: nn.Module, args: Any, kwargs: Any) -
                 raise CaptureError(
                     f"The captured model computes something else than the original on {what} (largest difference "
                     f"{float((e - f).abs().max()):.3g}), so its quantization would prove nothing. A value that is "
-                    f"changed in "
-                    "place through a view, or a shape fixed at capture, does this: leave the submodule out with "
-                    "leave_out=[...]."
+                    "changed in place through a view, or a shape fixed at capture, does this: leave the "
+                    "submodule out with leave_out=[...]."
                 )
