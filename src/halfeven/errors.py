@@ -43,3 +43,7 @@ class ExportError(HalfevenError, RuntimeError):
 
 class VerificationError(HalfevenError, RuntimeError):
     """A deployed file that cannot be compared with the model."""
+
+
+class AlgorithmError(HalfevenError):
+    """An algorithm cannot be applied to a model, or would have changed what the model computes."""
