@@ -5,6 +5,7 @@
     ├── CaptureError        a model that torch.export cannot turn into a graph
     ├── PlacementError      a scheme or rule that the target or the model cannot follow
     ├── CalibrationError    data or ranges that no scale can be made of
+    ├── AlgorithmError      an algorithm that does not apply, or that would change what the model computes
     ├── CheckpointError     a file that does not belong to the model
     ├── ExportError         a model that cannot be written for the target
     └── VerificationError   a deployed file that cannot be compared with the model
@@ -45,5 +46,5 @@ class VerificationError(HalfevenError, RuntimeError):
     """A deployed file that cannot be compared with the model."""
 
 
-class AlgorithmError(HalfevenError):
+class AlgorithmError(HalfevenError, RuntimeError):
     """An algorithm cannot be applied to a model, or would have changed what the model computes."""
