@@ -45,6 +45,10 @@ CHECKS = ("_assert", "sym_constrain", "_guards")
 class CapturedModule(fx.GraphModule):
     """A graph module that also keeps, and copies, parameters that its graph does not use."""
 
+    def flat_inputs(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The values of the graph's placeholders, in order, for a call with these arguments."""
+        return list(self.graph._codegen.process_inputs(*args, **kwargs))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModule":
         result: Any = super().__deepcopy__(memo)
         adopt(result, self, lambda value: copy.deepcopy(value, memo))
