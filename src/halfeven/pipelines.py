@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from halfeven.errors import CalibrationError, ConfigError
-from halfeven.graph.batchnorm import fold
+from halfeven.graph.batchnorm import fold, forget_statistics
 from halfeven.graph.capture import Example, as_arguments, batched, capture, inputs_of
 from halfeven.graph.lowering import lower_attention
+from halfeven.placement.changes import apply_changes
 from halfeven.placement.insertion import insert
 from halfeven.placement.plan import Plan, QuantizationOptions
 from halfeven.placement.planning import make_plan, regions
@@ -57,7 +58,8 @@ def _changed(options: QuantizationOptions, changes: dict[str, Any]) -> Quantizat
 def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
     """Make the quantized model that a plan describes, for a checkpoint to be loaded into."""
     captured, _ = _captured(model, example, plan.options)
-    return _with_example(insert(captured, plan), example)
+    forget_statistics(captured)  # of the weights given here, not of those that the checkpoint brings
+    return _with_example(apply_changes(insert(captured, plan), plan.changes), example)
 
 
 def load(path: str | Path, model: nn.Module, example: Example) -> nn.Module:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from halfeven.graph.batchnorm import fold, foldable, folding
+from halfeven.graph.batchnorm import fold, foldable, folding, forget_statistics
 from halfeven.graph.capture import capture
 from halfeven.graph.operators import describe
 
@@ -99,3 +99,18 @@ def test_a_grouped_transposed_convolution_is_not_folded():
     layers = nn.ConvTranspose2d(4, 6, 3, groups=2), trained(nn.BatchNorm2d(6))
     captured = captured_of(*layers, shape=(2, 4, 5, 5))
     assert fold(captured) == 0
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_layer_keeps_what_batchnorm_knew_of_its_outputs(affine):
+    norm = nn.BatchNorm2d(6, affine=affine)
+    if affine:
+        trained(norm)
+    region = captured_of(nn.Conv2d(3, 6, 3), norm, shape=(2, 3, 7, 7))
+    fold(region)
+    mean, std = region.get_submodule("0").output_statistics
+    assert torch.equal(mean, norm.bias.detach() if affine else torch.zeros(6))
+    assert torch.equal(std, norm.weight.detach().abs() if affine else torch.ones(6))
+    assert set(region.state_dict()) == {"0.weight", "0.bias"}
+    forget_statistics(region)
+    assert not hasattr(region.get_submodule("0"), "output_statistics")

@@ -25,6 +25,17 @@ def folding(norm: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return factor, shift.float()
 
 
+def statistics(norm: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel after a BatchNorm in eval mode, each [channels] in float32.
+
+    Its input is normalized, so they are beta and |gamma|: gamma may be negative.
+    """
+    ones = torch.ones_like(norm.running_mean)
+    mean = torch.zeros_like(ones) if norm.bias is None else norm.bias.detach()
+    std = ones if norm.weight is None else norm.weight.detach().abs()
+    return mean.float().clone(), std.float().clone()
+
+
 def foldable(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
     """Pairs (layer, BatchNorm) in which the BatchNorm alone reads the layer, and both are modules used once."""
     calls: dict[Any, int] = {}
@@ -49,7 +60,11 @@ def output_axis(layer: fx.Node) -> int:
 
 
 def fold(region: CapturedModule) -> int:
-    """Fold every BatchNorm that can be into the float layer before it, in place; how many were."""
+    """Fold every BatchNorm that can be into the float layer before it, in place; how many were.
+
+    The layer keeps what the BatchNorm knew of its outputs as `output_statistics` (see `statistics`): algorithms that
+    have no data go by it, and those that scale or shift the outputs scale and shift it too.
+    """
     pairs = foldable(region.graph)
     for layer, node in pairs:
         module: Any = module_of(layer)
@@ -59,9 +74,17 @@ def fold(region: CapturedModule) -> int:
         with torch.no_grad():
             module.weight.copy_((module.weight.double() * factor.reshape(shape)).float())
         module.bias = nn.Parameter(bias.to(module.weight))
+        module.output_statistics = statistics(module_of(node))
         remove(region, node)
     region.recompile()
     return len(pairs)
+
+
+def forget_statistics(model: nn.Module) -> None:
+    """Drop what folding kept of BatchNorm, where it says nothing of the weights any more."""
+    for module in model.modules():
+        if hasattr(module, "output_statistics"):
+            del module.output_statistics
 
 
 def remove(region: CapturedModule, node: fx.Node) -> None:

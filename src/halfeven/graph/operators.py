@@ -267,13 +267,16 @@ def tensor_names(graph: fx.Graph) -> dict[str, fx.Node]:
     """Names by which tensors are known to users, each with its node.
 
     A layer's output has the layer's path; a function's result the path of the module that calls it and the operator's
-    name, numbered where there are several; an input its own name.
+    name, numbered where there are several; an input its own name. An operator that took another's place keeps the
+    name, which is in its `meta["halfeven_name"]`.
     """
     names: dict[str, fx.Node] = {}
     for node in graph.nodes:
         if node.op in ("output", "get_attr"):
             continue
-        if node.op == "call_function":
+        if "halfeven_name" in node.meta:
+            name = str(node.meta["halfeven_name"])
+        elif node.op == "call_function":
             stack = list((node.meta.get("nn_module_stack") or {}).values())
             path = str(stack[-1][0]) if stack else ""
             name = f"{path}.{operator_name(node)}" if path else operator_name(node)

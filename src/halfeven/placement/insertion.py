@@ -7,11 +7,11 @@ from typing import Any
 from torch import fx, nn
 
 from halfeven.errors import PlacementError
-from halfeven.graph.operators import OperatorKind, kind_of, module_of, tensor_names
+from halfeven.graph.operators import OperatorKind, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule, place
 from halfeven.placement.layers import QUANTIZED_LAYERS
 from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight
-from halfeven.placement.planning import qualified, regions
+from halfeven.placement.planning import named_nodes, regions
 from halfeven.quantizer import Quantizer
 
 
@@ -21,10 +21,7 @@ def insert(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         PlacementError: the plan names a tensor that the model does not have.
     """
-    found: dict[str, tuple[CapturedModule, fx.Node]] = {}
-    for prefix, region in regions(model).items():
-        for name, node in tensor_names(region.graph).items():
-            found[qualified(prefix, name)] = (region, node)
+    found = named_nodes(model)
     missing = [name for name in _names(plan) if name not in found]
     if missing:
         raise PlacementError(

@@ -106,6 +106,23 @@ class LeftInFloat:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GraphChanges:
+    """What algorithms changed in the graph after the plan was made; loading a checkpoint makes the changes again."""
+
+    unclipped: tuple[str, ...] = ()
+    """ReLU6 and clamp operators whose upper bound was taken away: they are ReLU now."""
+    given_biases: tuple[str, ...] = ()
+    """Layers without a bias that were given one."""
+
+    def __str__(self) -> str:
+        said = {
+            "No longer clipped above (ReLU now)": self.unclipped,
+            "Layers that were given a bias": self.given_biases,
+        }
+        return "\n".join(f"{what}: {', '.join(names)}" for what, names in said.items() if names)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """All decisions about a model, in the order of its graph."""
 
@@ -114,6 +131,7 @@ class Plan:
     weights: tuple[PlannedWeight, ...]
     left: tuple[LeftInFloat, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    changes: GraphChanges = field(default=GraphChanges())
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, for JSON."""
@@ -135,6 +153,7 @@ class Plan:
             weights=tuple(PlannedWeight(**_with_scheme(w)) for w in values["weights"]),
             left=tuple(LeftInFloat(**left) for left in values["left"]),
             notes=tuple(values["notes"]),
+            changes=GraphChanges(**{name: tuple(names) for name, names in values.get("changes", {}).items()}),
         )
 
     def __str__(self) -> str:
@@ -155,6 +174,7 @@ class Plan:
                 ("output in float", "operator", "because"), [(one.name, one.operator, one.reason) for one in self.left]
             ),
             *self.notes,
+            str(self.changes),
         ]
         return "\n\n".join(part for part in parts if part)
 

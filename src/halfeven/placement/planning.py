@@ -43,6 +43,15 @@ def qualified(region: str, name: str) -> str:
     return f"{region}:{name}" if region else name
 
 
+def named_nodes(model: nn.Module) -> dict[str, tuple[CapturedModule, fx.Node]]:
+    """All tensors of a model by their qualified names, each with its region and the node that makes it."""
+    return {
+        qualified(prefix, name): (region, node)
+        for prefix, region in regions(model).items()
+        for name, node in tensor_names(region.graph).items()
+    }
+
+
 @dataclass
 class _Demand:
     """A tensor that shall be quantized, and what its readers ask."""
