@@ -1,11 +1,13 @@
 """The command line finds mistakes before any work, says what is wrong, and exits with code 2."""
 
 import dataclasses
+import json
 
 import pytest
 
 from halfeven import cli
-from halfeven.config import Experiment
+from halfeven.config import Experiment, as_dict, load_experiment
+from halfeven.ptq.options import PTQOptions
 from halfeven.zoo.models import ModelOptions
 
 DIGITS = """
@@ -44,11 +46,48 @@ def refused(capsys):
     return run
 
 
+SAME_IMAGES = """
+from halfeven.zoo import datasets
+
+def images(options):
+    data = datasets.digits(options)
+    return datasets.Datasets(train=data.train, calibration=data.validation, validation=data.validation, num_classes=10)
+"""
+
+
+@pytest.mark.parametrize("command", ["train", "ptq"])
+def test_calibration_on_the_validation_images_is_refused(refused, config, tmp_path, monkeypatch, command):
+    (tmp_path / "same_images.py").write_text(SAME_IMAGES)
+    monkeypatch.syspath_prepend(tmp_path)
+    data = ["--data.source", "callable", "--data.function", "same_images:images"]
+    said = refused(command, config, *data, "--work-dir", tmp_path / "w")
+    assert "360 of the 360 calibration images are validation images too" in said
+    assert not (tmp_path / "w").exists(), "nothing is written before the mistake is found"
+
+
+def test_ptq_runs_in_one_process(refused, config, tmp_path, monkeypatch):
+    monkeypatch.setattr("halfeven.commands.ptq.world_size", lambda: 2)
+    assert "started with 2 processes" in refused("ptq", config, "--work-dir", tmp_path / "w")
+
+
+def test_a_run_is_resumed_by_its_own_command(refused, config, tmp_path):
+    record = {"command": "train", **as_dict(load_experiment(config))}
+    (tmp_path / "experiment.json").write_text(json.dumps(record))
+    said = refused("ptq", config, "--resume", "--work-dir", tmp_path)
+    assert 'command was "train" and is "ptq"' in said
+
+
+def test_steps_of_ptq_are_switched_on_the_command_line(config):
+    parsed = cli.parse("ptq", [config, "--ptq.reconstruct", "blocks", "--ptq.equalize", "off", "--resume"])
+    assert parsed.experiment.ptq == PTQOptions(reconstruct="blocks", equalize="off")
+    assert parsed.resume
+
+
 def test_unknown_command(refused):
     assert 'no command "tran". Did you mean train?' in refused("tran")
 
 
-@pytest.mark.parametrize("command", ["train", "test", "export"])
+@pytest.mark.parametrize("command", ["train", "ptq", "test", "export"])
 def test_a_config_is_required(refused, command):
     assert "CONFIG" in refused(command)
 
@@ -86,8 +125,9 @@ def test_classes_that_do_not_fit(refused, config, tmp_path):
     assert not (tmp_path / "w").exists(), "nothing is written before the mistakes are found"
 
 
-def test_random_weights_are_not_quantized(refused, config):
-    assert "random numbers would be quantized" in refused("train", config, "--pretraining.epochs", "0")
+@pytest.mark.parametrize("command", ["train", "ptq"])
+def test_random_weights_are_not_quantized(refused, config, command):
+    assert "random numbers would be quantized" in refused(command, config, "--pretraining.epochs", "0")
 
 
 def test_missing_weights(refused, config, tmp_path):
@@ -95,13 +135,15 @@ def test_missing_weights(refused, config, tmp_path):
     assert "no weights file" in refused("train", config, *options)
 
 
-def test_nothing_to_resume(refused, config, tmp_path):
-    assert "nothing can be resumed" in refused("train", config, "--resume", "--work-dir", tmp_path / "w")
+@pytest.mark.parametrize("command", ["train", "ptq"])
+def test_nothing_to_resume(refused, config, tmp_path, command):
+    assert "nothing can be resumed" in refused(command, config, "--resume", "--work-dir", tmp_path / "w")
 
 
-def test_a_run_is_not_overwritten(refused, config, tmp_path):
+@pytest.mark.parametrize("command", ["train", "ptq"])
+def test_a_run_is_not_overwritten(refused, config, tmp_path, command):
     (tmp_path / "experiment.json").write_text("{}")
-    assert "holds a run already" in refused("train", config, "--work-dir", tmp_path)
+    assert "holds a run already" in refused(command, config, "--work-dir", tmp_path)
 
 
 def test_missing_checkpoint(refused, config, tmp_path):
@@ -114,7 +156,7 @@ def test_a_training_state_is_no_checkpoint(refused, config, tmp_path):
     assert "not a whole safetensors file" in refused("test", config, tmp_path / "state.pt")
 
 
-@pytest.mark.parametrize("command", ["train", "test", "export"])
+@pytest.mark.parametrize("command", ["train", "ptq", "test", "export"])
 def test_help_lists_every_field(command, config, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, config, "--help"])

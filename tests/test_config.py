@@ -7,6 +7,7 @@ import pytest
 
 from halfeven.config import Experiment, ExportOptions, load_experiment
 from halfeven.errors import ConfigError
+from halfeven.ptq.options import PTQOptions
 from halfeven.training.options import TrainingOptions
 from halfeven.zoo.datasets import DataOptions
 from halfeven.zoo.models import ModelOptions
@@ -63,6 +64,19 @@ def test_lsq_recipes():
         "cosine",
         "epoch",
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("resnet18", "resnet18.tv_in1k"), ("resnet50", "resnet50.tv_in1k"), ("mbv2", "mobilenetv2_100.ra_in1k")],
+)
+def test_ptq_recipes(name, model):
+    experiment = load_experiment(CONFIGS / "ptq" / f"ptq_openvino_{name}_8xb32_in1k_calib32xb32.py")
+    assert (experiment.model.name, experiment.model.weights) == (model, "pretrained")
+    assert (experiment.data.calibration_images, experiment.data.evaluation_batch_size) == (1024, 32)
+    assert (experiment.data.resize, experiment.data.image_size) == (256, 224)
+    assert (experiment.quantization.target, experiment.quantization.scheme) == ("openvino", "w8a8")
+    assert experiment.ptq == PTQOptions(), "the steps are the pipeline's to choose"
 
 
 def test_a_config_derives_from_another(tmp_path):

@@ -38,7 +38,7 @@ def commands():
         lines = "\n".join(blocks(page, "sh")).splitlines() + re.findall(r"`([^`\n]+)`", page.read_text())
         for line in lines:
             for part in line.split("&&"):
-                found = re.search(r"(?:halfeven|tools/(?=\w+\.py)) ?(train|test|export)(?:\.py)? (\S.*)", part)
+                found = re.search(r"(?:halfeven|tools/(?=\w+\.py)) ?(train|ptq|test|export)(?:\.py)? (\S.*)", part)
                 if found:
                     yield pytest.param([found[1], *shlex.split(found[2])], id=f"{page.stem}: {part.strip()}")
 

@@ -1,4 +1,4 @@
-"""The command line: halfeven train, test and export. It reads arguments and shows errors; `commands` does the work."""
+"""The command line: train, ptq, test and export. It reads arguments and shows errors; `commands` does the work."""
 
 import dataclasses
 import difflib
@@ -42,13 +42,28 @@ class TrainArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PtqArguments:
+    """Post-training quantization: a float model becomes a verified integer one without training."""
+
+    config: Config
+    """Python file that ends with `experiment = Experiment(...)`."""
+    experiment: Fields
+    work_dir: str = ""
+    """Folder for the checkpoint and the exported files; "" for work_dirs/<name of the config>."""
+    resume: bool = False
+    """Go on with the interrupted run in the work folder; what it has reconstructed is not done again."""
+    overwrite: bool = False
+    """Start anew in a work folder that holds a run already."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TestArguments:
     """Accuracy of the float, the simulated and the deployed model of a checkpoint, in one table."""
 
     config: Config
     """Python file that ends with `experiment = Experiment(...)`."""
     checkpoint: Checkpoint
-    """best.safetensors or last.safetensors of a training run."""
+    """best.safetensors or last.safetensors of a run."""
     experiment: Fields
     json_file: Annotated[str, tyro.conf.arg(name="json")] = ""
     """File for the same figures as JSON, with the keys float, simulated and deployed."""
@@ -63,17 +78,23 @@ class ExportArguments:
     config: Config
     """Python file that ends with `experiment = Experiment(...)`."""
     checkpoint: Checkpoint
-    """best.safetensors or last.safetensors of a training run."""
+    """best.safetensors or last.safetensors of a run."""
     experiment: Fields
     work_dir: str = ""
     """Folder for the files; "" for that of the checkpoint."""
 
 
-COMMANDS: dict[str, type[Any]] = {"train": TrainArguments, "test": TestArguments, "export": ExportArguments}
+COMMANDS: dict[str, type[Any]] = {
+    "train": TrainArguments,
+    "ptq": PtqArguments,
+    "test": TestArguments,
+    "export": ExportArguments,
+}
 
 USAGE = """usage: halfeven COMMAND CONFIG ... [OPTIONS]
 
   halfeven train CONFIG          train a float model's quantized form, export and verify it
+  halfeven ptq CONFIG            quantize a float model without training, export and verify it
   halfeven test CONFIG CKPT      float, simulated and deployed accuracy in one table
   halfeven export CONFIG CKPT    deployable files, verified
 
@@ -92,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("Interrupted. `--resume` goes on with a training run from its last saved step.", file=sys.stderr)
+        print("Interrupted. `--resume` goes on with a run from what it has saved.", file=sys.stderr)
         sys.exit(130)
 
 
@@ -112,6 +133,7 @@ def _run(arguments: list[str]) -> None:
     options = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(parsed) if f.name != "experiment"}
     run: dict[str, Callable[..., None]] = {
         "train": commands.run_training,
+        "ptq": commands.run_ptq,
         "test": commands.run_test,
         "export": commands.run_export,
     }
@@ -130,7 +152,8 @@ def parse(command: str, arguments: list[str]) -> Any:
         experiment = load_experiment(path)
     else:  # only --help can be answered without a config
         experiment = Experiment(model=ModelOptions(weights="pretrained"), data=DataOptions())
-    required = {"config": tyro.MISSING} | ({} if command == "train" else {"checkpoint": tyro.MISSING})
+    fields = {field.name for field in dataclasses.fields(COMMANDS[command])}
+    required = {name: tyro.MISSING for name in ("config", "checkpoint") if name in fields}
     return tyro.cli(
         COMMANDS[command],
         prog=f"halfeven {command}",

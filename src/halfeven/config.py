@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from halfeven.errors import ConfigError, HalfevenError
 from halfeven.placement.plan import QuantizationOptions, Rule
+from halfeven.ptq.options import PTQOptions
 from halfeven.qat.batchnorm import ScheduleOptions
 from halfeven.training.accelerator import DeviceOptions
 from halfeven.training.options import TrainingOptions
@@ -50,6 +51,8 @@ class Experiment:
     """The images."""
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
     """What is quantized, and how."""
+    ptq: PTQOptions = field(default_factory=PTQOptions)
+    """The steps of post-training quantization (`halfeven ptq`)."""
     training: TrainingOptions = field(default_factory=TrainingOptions)
     """Training of the quantized model."""
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
@@ -81,7 +84,7 @@ class Experiment:
 OPTIONS = {
     cls.__name__: cls
     for cls in (
-        *(Experiment, ModelOptions, DataOptions, QuantizationOptions, Rule),
+        *(Experiment, ModelOptions, DataOptions, QuantizationOptions, Rule, PTQOptions),
         *(TrainingOptions, ScheduleOptions, ExportOptions, DeviceOptions),
     )
 }

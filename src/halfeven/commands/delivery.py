@@ -1,0 +1,51 @@
+"""From a checkpoint to verified files: the end that training and post-training quantization share."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from halfeven.commands.work import BEST, RESULTS, Work, show, write_json
+from halfeven.evaluation import evaluation_loader
+from halfeven.export import export, load_deployed, verify
+from halfeven.pipelines import load
+from halfeven.training.trainer import Metrics
+
+
+def deliver(work: Work, model: nn.Module, float_metrics: Metrics, facts: dict[str, Any] | None = None) -> None:
+    """Export the best checkpoint, verify the files, and show the accuracy of all three models.
+
+    Args:
+        model: the float model.
+        float_metrics: its accuracy.
+        facts: what else `results.json` shall hold.
+    """
+    best = work.folder / BEST
+    qmodel = load(best, model.cpu(), work.datasets.example())
+    reports = export_verified(work, qmodel, work.folder, model)
+    rows = {"float": float_metrics, "simulated": work.accuracy(qmodel)}
+    files = {"simulated": best}
+    for path in reports:
+        name = "deployed" if len(reports) == 1 else f"deployed {path.suffix}"
+        rows[name], files[name] = work.accuracy(load_deployed(path), "cpu"), path
+    show(work, rows, files)
+    verification = {path.name: report.to_dict() for path, report in reports.items()}
+    write_json(work.folder / RESULTS, {**rows, **(facts or {}), "verification": verification})
+
+
+def export_verified(work: Work, qmodel: nn.Module, folder: Path, float_model: nn.Module | None) -> dict[Path, Any]:
+    """Write the files that the experiment names, and print what the runtime says of each."""
+    options, images = work.experiment.export, work.datasets.validation
+    qmodel = qmodel.cpu().eval()
+    folder.mkdir(parents=True, exist_ok=True)
+    reports = {}
+    for suffix in options.formats:
+        path = folder / f"model.{suffix}"
+        work.say(f"Exporting {path}, verifying it on {min(options.verify_images, len(images))} images ...")
+        export(qmodel, path)
+        loader = evaluation_loader(images, options.verify_batch_size, work.experiment.data.workers)
+        batches = [batch[0] for batch in islice(loader, -(-options.verify_images // options.verify_batch_size))]
+        reports[path] = verify(qmodel, path, batches, float_model=float_model)
+        work.say(f"{reports[path]}\n")
+    return reports

@@ -1,0 +1,125 @@
+"""Quantization-aware training: float model, plan, calibration, training, and the verified files."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from halfeven.commands.delivery import deliver
+from halfeven.commands.float_model import check_has_weights, train_float
+from halfeven.commands.work import BEST, FLOAT_FOLDER, Work, default_folder, open_folder, open_work
+from halfeven.config import Experiment
+from halfeven.distributed import world_size
+from halfeven.pipelines import prepare, rebuild
+from halfeven.placement.insertion import plan_of
+from halfeven.placement.plan import Plan
+from halfeven.ptq.calibration import calibrate
+from halfeven.qat.batchnorm import needs_re_estimation, re_estimate, schedule
+from halfeven.training.accelerator import mixed_precision
+from halfeven.training.checkpoint import save
+from halfeven.training.options import TrainingOptions
+from halfeven.training.state import STATE_FILE, load_state
+from halfeven.training.trainer import Callbacks, Run, Trainer
+from halfeven.zoo.models import create_model
+from halfeven.zoo.weights import load_weights
+
+
+def run_training(
+    experiment: Experiment,
+    *,
+    config: Path,
+    work_dir: str = "",
+    resume: bool = False,
+    overwrite: bool = False,
+    amp: bool = False,
+    auto_scale_lr: bool = False,
+) -> None:
+    """Float model, plan, calibration, training, export, verification; then one table."""
+    folder = default_folder(config, work_dir)
+    check_has_weights(experiment)
+    if amp:
+        device = dataclasses.replace(experiment.device, precision=mixed_precision())
+        experiment = dataclasses.replace(experiment, device=device)
+    work = open_work(experiment, folder)
+    if auto_scale_lr:
+        work = _with_scaled_rates(work)
+    open_folder(work, "train", resume=resume, overwrite=overwrite)
+    model = create_model(experiment.model)
+    resume_training = resume and (folder / STATE_FILE).is_file()
+    if resume_training:
+        qmodel, header = _continue(work, model)
+    else:
+        qmodel, header = _start(work, model, resume=resume)
+    _train_quantized(work, qmodel, header, resume=resume_training)
+    main = work.accelerator.is_main_process
+    work.accelerator.end_training()  # what follows is the first process's alone
+    if main:
+        deliver(work, model, header["float"])
+
+
+def _with_scaled_rates(work: Work) -> Work:
+    """Learning rates meant for `base_batch_size` images, for the batch over all processes."""
+
+    def scaled(options: TrainingOptions) -> TrainingOptions:
+        batch = options.batch_size * options.accumulation * world_size()
+        return dataclasses.replace(options, learning_rate=options.learning_rate * batch / options.base_batch_size)
+
+    names = ("training", "pretraining")
+    experiment = work.experiment
+    for name in names:
+        before: TrainingOptions = getattr(experiment, name)
+        changes: dict[str, Any] = {name: scaled(before)}
+        experiment = dataclasses.replace(experiment, **changes)
+        if before.epochs:
+            rate = changes[name].learning_rate
+            work.say(f"{name}.learning_rate: {before.learning_rate:g} scaled to {rate:g}.")
+    return dataclasses.replace(work, experiment=experiment)
+
+
+def _continue(work: Work, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The quantized model as it was when the training was interrupted, but for its weights, which the trainer loads."""
+    header: dict[str, Any] = json.loads(load_state(work.folder / STATE_FILE).header)
+    trained = work.folder / FLOAT_FOLDER / BEST
+    if work.experiment.pretraining.epochs:
+        load_weights(model, trained)
+    return rebuild(model, work.datasets.example(), Plan.from_dict(header["plan"])), header
+
+
+def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The quantized model, calibrated, and what is known of it. Its plan is shown before any long work."""
+    example, options = work.datasets.example(), work.experiment.quantization
+    qmodel = prepare(model, example, options)
+    work.say(f"{plan_of(qmodel)}\n")
+    if work.experiment.pretraining.epochs:
+        train_float(work, model, resume=resume)
+        qmodel = prepare(model, example, options)
+    float_metrics = work.accuracy(model)
+    calibrate(qmodel.to(work.accelerator.device), work.loader(work.datasets.calibration, shared=False))
+    calibrated = work.accuracy(qmodel)
+    return qmodel, {"plan": plan_of(qmodel).to_dict(), "float": float_metrics, "calibrated": calibrated}
+
+
+def _train_quantized(work: Work, qmodel: nn.Module, header: dict[str, Any], *, resume: bool) -> None:
+    experiment = work.experiment
+    hooks: list[Callable[[nn.Module], None]] = []
+    if needs_re_estimation(qmodel, experiment.schedule):
+        batches = experiment.schedule.re_estimate_batches
+        hooks.append(lambda model: re_estimate(model, work.loader(work.datasets.calibration, shared=False), batches))
+    callbacks = Callbacks(
+        validate=work.accuracy,
+        save=lambda model, path, facts: save(model, path, facts | {"float": header["float"]}),
+        before_step=(schedule(experiment.schedule),),
+        before_validation=hooks,
+        known={"float": header["float"], "int8, calibrated": header["calibrated"]},
+    )
+    run = Run(
+        folder=work.folder,
+        accelerator=work.accelerator,
+        console=work.console,
+        seed=experiment.seed,
+        workers=experiment.data.workers,
+    )
+    Trainer(qmodel, work.datasets.train, experiment.training, callbacks, run, header).run(resume=resume)

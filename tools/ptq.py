@@ -1,0 +1,8 @@
+"""The same as `halfeven ptq`."""
+
+import sys
+
+from halfeven.cli import main
+
+if __name__ == "__main__":
+    main(["ptq", *sys.argv[1:]])
