@@ -20,7 +20,7 @@ FLOORS = [
     {"observers"},
     {"arithmetic"},
     {"scheme"},
-    {"errors", "distributed"},
+    {"errors", "distributed", "files"},
 ]
 """From the roof to the ground; rooms on one floor do not import each other."""
 

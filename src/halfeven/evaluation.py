@@ -37,7 +37,7 @@ def evaluate(
         {name: MulticlassAccuracy(num_classes, top_k=k, average="micro") for name, k in ranks.items()},
         compute_groups=False,
     ).to(device)
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for images, labels in loader:
             logits = model(images.to(device, non_blocking=True))
             metrics.update(logits.float(), labels.to(device, non_blocking=True))
@@ -47,7 +47,7 @@ def evaluate(
 
 
 @contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
+def evaluating(model: Callable[..., Any]) -> Iterator[None]:
     """Put a module in eval() and give each submodule its own mode back: some may be frozen in a training one."""
     modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
     try:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from halfeven.errors import CheckpointError
-from halfeven.training.state import TrainingState, check_position, load_state, save_state, write_atomically
+from halfeven.files import write_atomically
+from halfeven.training.state import TrainingState, check_position, load_state, save_state
 
 
 def state(**changes):

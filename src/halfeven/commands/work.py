@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from halfeven.config import Experiment, as_dict
 from halfeven.errors import ConfigError
 from halfeven.evaluation import evaluate, evaluation_loader
+from halfeven.files import write_atomically
 from halfeven.training.accelerator import make_accelerator
-from halfeven.training.state import STATE_FILE, write_atomically
+from halfeven.training.state import STATE_FILE
 from halfeven.training.trainer import Metrics
 from halfeven.zoo.datasets import Datasets, load_datasets
 from halfeven.zoo.splits import check_apart

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from halfeven.errors import CalibrationError
+from halfeven.evaluation import evaluating
 from halfeven.graph.capture import inputs_of
 from halfeven.quantizer import Mode, quantizers
 
@@ -30,13 +31,12 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
     """
     found = [q for q in quantizers(qmodel).values() if q.calibrates]
     before = {q: {k: v.clone() for k, v in q.state_dict().items()} for q in found}
-    training = {module: module.training for module in qmodel.modules()}
     device = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
-    qmodel.eval()
     try:
         for quantizer in found:
             quantizer.start_calibration()
-        _run(qmodel, loader, batches, device)
+        with evaluating(qmodel):
+            _run(qmodel, loader, batches, device)
         for quantizer in found:
             quantizer.finish_calibration()
     except BaseException:
@@ -44,9 +44,6 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
             quantizer.mode, quantizer.observer = Mode.QUANTIZE, None
             quantizer.load_state_dict(before[quantizer])
         raise
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     return qmodel
 
 

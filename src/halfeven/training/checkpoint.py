@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from halfeven.errors import CheckpointError
+from halfeven.files import write_atomically
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import Plan
-from halfeven.training.state import write_atomically
 from halfeven.zoo.weights import differences
 
 FORMAT = "1"

@@ -1,8 +1,6 @@
 """The state of a training run in one file, written atomically; the run goes on from it as if never interrupted."""
 
-import os
 import pickle
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import torch
 
 from halfeven.errors import CheckpointError
+from halfeven.files import write_atomically
 
 STATE_FILE = "state.pt"
 FORMAT = 1
@@ -33,28 +32,6 @@ class TrainingState:
     header: str = ""
     """JSON of what the caller needs to make the model anew: the plan, for a quantized one."""
     format: int = FORMAT
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, and put it in its place once it is whole and on the disk.
-
-    Whoever reads `path`, at whatever moment the writer is killed, finds the old content or the new one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    mask = os.umask(0)
-    os.umask(mask)
-    partial.chmod(0o666 & ~mask)  # some writers make files that only their owner can read
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def save_state(state: TrainingState, path: Path) -> None:

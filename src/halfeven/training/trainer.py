@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from halfeven.distributed import average_batchnorm, differing, rank, world_size
 from halfeven.errors import CheckpointError, ConfigError
+from halfeven.files import write_atomically
 from halfeven.training.optimization import learning_rate, make_optimizer
 from halfeven.training.options import TrainingOptions
 from halfeven.training.progress import RunLog
 from halfeven.training.sampling import TrainingBatches, mix
-from halfeven.training.state import STATE_FILE, TrainingState, check_position, load_state, save_state, write_atomically
+from halfeven.training.state import STATE_FILE, TrainingState, check_position, load_state, save_state
 
 Metrics = dict[str, float]
 
