@@ -1,0 +1,201 @@
+"""Cross-layer equalization: consecutive layers share the work of scaling, so that their channels get equal ranges.
+
+Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", sections 4.1 and 4.2
+(arXiv:1906.04721); white paper, section 3.2 (arXiv:2106.08295). For f(s x) = s f(x), s > 0, dividing a channel by s
+before f and multiplying the weights that read it by s changes nothing but the ranges of both weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from halfeven.graph.operators import module_of
+from halfeven.placement.changes import clipping, record_changes
+from halfeven.placement.planning import named_nodes
+from halfeven.ptq.links import (
+    Link,
+    input_ranges,
+    is_depthwise,
+    links,
+    output_channels,
+    output_ranges,
+    rewritable_layers,
+    weight_by_channel,
+)
+from halfeven.ptq.preservation import preserving_the_float_function
+
+DEAD = 1e-6
+"""Channels whose range is below this share of their layer's largest count as dead and keep their scale: a factor
+that lifts rounding noise to a range would multiply their bias as much."""
+
+
+def equalizing_factors(ranges: Sequence[Tensor]) -> Tensor:
+    """Factors between consecutive layers that make all ranges of a channel equal.
+
+    With g the geometric mean of a channel's ranges r_0 ... r_n, the factor between layers i and i + 1 is
+    s_i = (r_0 ... r_i) / g^(i+1): layer i, divided by s_i and multiplied by s_(i-1), has the range g. For a pair it is
+    sqrt(r_0 / r_1), for a depthwise triple r_0 / g and g / r_2.
+
+    Args:
+        ranges: of n + 1 layers, [channels] each.
+
+    Returns:
+        [n, channels] in float64; 1 for channels that are dead, or not finite, in one of the layers.
+    """
+    r = torch.stack(list(ranges)).double()
+    finite = torch.where(torch.isfinite(r), r, 0.0)
+    live = (finite > DEAD * finite.amax(1, keepdim=True)).all(0)
+    logs = torch.where(live, r, 1.0).log()
+    return (logs - logs.mean(0)).cumsum(0)[:-1].exp()
+
+
+def divide_outputs(layer: Any, factor: Tensor) -> None:
+    """Divide a layer's output channels, [outputs], in weight, bias and what it knows of its outputs' distribution."""
+    weight = weight_by_channel(layer)
+    factor = factor.to(weight)
+    weight.div_(_along(factor, weight, 1))
+    if layer.bias is not None:
+        layer.bias.div_(factor)
+    if hasattr(layer, "output_statistics"):
+        layer.output_statistics = tuple(values / factor.to(values) for values in layer.output_statistics)
+
+
+def multiply_inputs(layer: Any, factor: Tensor) -> None:
+    """Multiply the weights that read each of a layer's input channels, [inputs]."""
+    weight = weight_by_channel(layer, len(factor))
+    weight.mul_(_along(factor.to(weight), weight, 2))
+
+
+def _along(values: Tensor, weight: Tensor, axis: int) -> Tensor:
+    """Values of channels, shaped to broadcast with a weight by channel along its axis 1 (outputs) or 2 (inputs)."""
+    shape = [len(weight), *(1,) * (weight.ndim - 1)]
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Linked layers whose ranges are made equal together: all but the first and the last are depthwise."""
+
+    names: tuple[str, ...]
+    layers: tuple[nn.Module, ...]
+
+    def ranges(self) -> list[Tensor]:
+        """The range of each channel in each layer, [channels]."""
+        first, *rest = self.layers
+        channels = output_channels(first)
+        return [output_ranges(weight_by_channel(first))] + [
+            input_ranges(weight_by_channel(layer, channels)) for layer in rest
+        ]
+
+    def equalize(self) -> float:
+        """Make the ranges equal, in place; the largest factor's distance from 1."""
+        factors = equalizing_factors(self.ranges())
+        for factor, producer, consumer in zip(factors, self.layers, self.layers[1:], strict=False):
+            divide_outputs(producer, factor)
+            multiply_inputs(consumer, factor)
+        return float((factors - 1).abs().max())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EqualizationReport:
+    """What `equalize` did."""
+
+    chains: tuple[tuple[str, ...], ...]
+    """Names of the layers that were equalized together."""
+    sweeps: int
+    """Times that all chains were gone through."""
+    converged: bool
+    """Whether no factor of the last sweep was further from 1 than the tolerance."""
+    spread: dict[str, tuple[float, float]]
+    """Largest over smallest range of a layer's output channels, before and after, dead channels aside."""
+    left: tuple[str, ...] = ()
+    """Layers that could not take part, with the reason."""
+
+    def __str__(self) -> str:
+        if not self.chains:
+            return "Equalization: no two layers are linked, so nothing was changed."
+        ended = "converged" if self.converged else "not converged"
+        lines = [
+            f"Equalization: {len(self.chains)} chains, {self.sweeps} sweeps, {ended}. Ranges must be set anew.",
+            *(f"  {' -> '.join(chain)}" for chain in self.chains),
+            "  largest / smallest channel range of a weight:",
+            *(f"    {name}: {before:.1f} -> {after:.1f}" for name, (before, after) in self.spread.items()),
+        ]
+        return "\n".join(lines + [f"  left alone: {name}" for name in self.left])
+
+
+@torch.no_grad()
+def equalize(qmodel: nn.Module, *, max_sweeps: int = 20, tolerance: float = 1e-3) -> EqualizationReport:
+    """Make the channel ranges of linked layers equal, in place; the float function stays.
+
+    Chains share layers, so they are gone through until the factors settle. ReLU6 ends a chain: see `unclip_relu6`.
+    Ranges of weights and activations that were set before must be set anew.
+
+    Args:
+        qmodel: a model from `prepare` with `batchnorm="fold"`.
+        max_sweeps: how often all chains are gone through at most.
+        tolerance: distance of all factors from 1 at which it ends.
+
+    Raises:
+        AlgorithmError: the float function did not stay; the weights are as before.
+    """
+    layers, left = rewritable_layers(qmodel)
+    chains = find_chains(layers)
+    members = {name: layer for chain in chains for name, layer in zip(chain.names, chain.layers, strict=True)}
+    before = {name: _spread(layer) for name, layer in members.items()}
+    sweeps, converged = 0, not chains
+    with preserving_the_float_function(qmodel, "Equalization"):
+        while not converged and sweeps < max_sweeps:
+            converged = max(chain.equalize() for chain in chains) <= tolerance
+            sweeps += 1
+    return EqualizationReport(
+        chains=tuple(chain.names for chain in chains),
+        sweeps=sweeps,
+        converged=converged,
+        spread={name: (before[name], _spread(layer)) for name, layer in members.items()},
+        left=left,
+    )
+
+
+def find_chains(layers: dict[str, fx.Node]) -> list[Chain]:
+    """All chains among the layers of `rewritable_layers`, in the order of the graph."""
+    linked: dict[fx.Node, Link] = {link.producer: link for link in links(layers)}
+    consumers = {link.consumer for link in linked.values()}
+    names = {node: name for name, node in layers.items()}
+    chains = []
+    for node in linked:
+        if node in consumers and is_depthwise(module_of(node)):
+            continue  # inside of a chain
+        chain = [node, linked[node].consumer]
+        while chain[-1] in linked and is_depthwise(module_of(chain[-1])):
+            chain.append(linked[chain[-1]].consumer)
+        chains.append(Chain(tuple(names[one] for one in chain), tuple(module_of(one) for one in chain)))
+    return chains
+
+
+def _spread(layer: nn.Module) -> float:
+    ranges = output_ranges(weight_by_channel(layer))
+    live = ranges[ranges > DEAD * ranges.max()]
+    return float(live.max() / live.min()) if live.numel() else 1.0
+
+
+def unclip_relu6(qmodel: nn.Module) -> tuple[str, ...]:
+    """Make ReLU of the ReLU6 and clamp operators that separate two layers which would be linked; their names.
+
+    This changes what the float model computes, for values above the bound: compare its accuracy before and after. The
+    change is recorded in the plan. Bounded operators elsewhere, as inside of a hard-swish, stay.
+    """
+    layers, _ = rewritable_layers(qmodel)
+    clips = {
+        node
+        for link in links(layers, through_clips=True)
+        for node in link.between
+        if (bounds := clipping(node)) is not None and bounds[1] < float("inf")
+    }
+    names = tuple(name for name, (_, node) in named_nodes(qmodel).items() if node in clips)
+    record_changes(qmodel, unclipped=names)
+    return names
