@@ -1,16 +1,20 @@
 """Range estimators against brute force, and what they do with bad data."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch import nn
 
 from halfeven.arithmetic import fake_quantize, scale_and_zero_point
 from halfeven.errors import CalibrationError, ConfigError
-from halfeven.observers import BINS, OBSERVERS, HistogramObserver, make_observer, percentile_range
+from halfeven.observers import BINS, OBSERVERS, HistogramObserver, logits, make_observer, percentile_range
 from halfeven.scheme import Scheme
 
-HISTOGRAMS = ("percentile", "mse", "entropy")
+HISTOGRAMS = ("percentile", "mse", "lp", "entropy")
+BY_CHANNEL = sorted(set(OBSERVERS) - {"cross_entropy"})
 PER_TENSOR = Scheme()
 WEIGHT = Scheme(signed=True, symmetric=True, narrow=True)
 
@@ -28,9 +32,9 @@ def batches(count=4, rows=1, elements=500):
     return [torch.randn(rows, elements, generator=generator) * (1 + i) + i for i in range(count)]
 
 
-def error(x, low, high, scheme):
+def error(x, low, high, scheme, power=2.0):
     scale, zero_point = scale_and_zero_point(low, high, scheme)
-    return ((fake_quantize(x, scale, zero_point, scheme) - x) ** 2).sum().item()
+    return ((fake_quantize(x, scale, zero_point, scheme) - x).abs() ** power).sum().item()
 
 
 def test_min_max_is_the_extremes():
@@ -104,7 +108,7 @@ def test_the_histogram_is_that_of_all_values_at_once(series):
         assert observer.width <= max(4 * extent / BINS, everything.abs().max() * 2**-23)
 
 
-@pytest.mark.parametrize("name", sorted(OBSERVERS))
+@pytest.mark.parametrize("name", BY_CHANNEL)
 @pytest.mark.parametrize("scheme", [PER_TENSOR, WEIGHT, Scheme(bits=4, signed=True)])
 def test_per_channel_is_channel_by_channel(name, scheme):
     data = batches(3, rows=3)
@@ -146,22 +150,23 @@ def test_percentile_of_one_sided_data_keeps_its_end_at_zero():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("kind", ["gauss", "outlier", "laplace", "relu"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_mse_finds_the_brute_force_optimum(bits, kind, symmetric):
+@pytest.mark.parametrize(("name", "power"), [("mse", 2.0), ("lp", 2.4)])
+def test_the_search_finds_the_brute_force_optimum(bits, kind, symmetric, name, power):
     x = torch.randn(1, 4000)
     x = {"gauss": x, "outlier": x, "laplace": x * x.abs(), "relu": x.relu()}[kind].clone()
     if kind == "outlier":
         x[0, 0] = 30.0
     scheme = Scheme(bits=bits, signed=kind != "relu" and symmetric, symmetric=symmetric)
-    low, high = observe("mse", [x], scheme)
-    found = error(x, low[0], high[0], scheme)
+    low, high = observe(name, [x], scheme)
+    found = error(x, low[0], high[0], scheme, power)
     grid = torch.linspace(0.01, 1.0, 40).tolist()
     if symmetric or kind == "relu":
         candidates = [(x.min() * f, x.max() * f) for f in grid]
     else:
         candidates = [(x.min() * f, x.max() * g) for f in grid for g in grid]
-    least = min(error(x, a, b, scheme) for a, b in candidates)
+    least = min(error(x, a, b, scheme, power) for a, b in candidates)
     assert found <= 1.03 * least
-    assert found <= error(x, x.min(), x.max(), scheme)
+    assert found <= error(x, x.min(), x.max(), scheme, power)
 
 
 def test_mse_clips_an_outlier_where_bits_are_few():
@@ -170,6 +175,24 @@ def test_mse_clips_an_outlier_where_bits_are_few():
     _, high = observe("mse", [x], scheme)
     assert high.item() < 8
     assert error(x, -high[0], high[0], scheme) < 0.2 * error(x, torch.tensor(-40.0), torch.tensor(40.0), scheme)
+
+
+def test_a_higher_power_clips_less():
+    x = torch.randn(1, 20000)
+    scheme = Scheme(bits=3, signed=True, symmetric=True)
+    assert observe("lp", [x], scheme)[1] > 1.02 * observe("mse", [x], scheme)[1]
+
+
+@pytest.mark.parametrize("few", [5, 9, 300])
+def test_a_search_over_few_weights_is_that_over_all_bins(few):
+    """Rows of different numbers of occupied bins: those that are left out are empty."""
+    data = torch.randn(3, few)
+    data[1, 2:] = data[1, 0]
+    for name in ("mse", "lp"):
+        low, high = observe(name, [data], WEIGHT)
+        for row in range(3):
+            alone = observe(name, [data[row : row + 1]], WEIGHT)
+            assert (low[row], high[row]) == (alone[0][0], alone[1][0])
 
 
 def test_entropy_clips_a_long_tail_and_keeps_the_mass():
@@ -181,6 +204,77 @@ def test_entropy_clips_a_long_tail_and_keeps_the_mass():
     assert high.item() > 0.95
 
 
+def class_batches(count=6, classes=10):
+    """Logits with one that stands out, [samples, classes]."""
+    generator = torch.Generator().manual_seed(3)
+    batches = [torch.randn(20, classes, generator=generator) for _ in range(count)]
+    for batch in batches:
+        batch[torch.arange(20), torch.randint(classes, (20,), generator=generator)] += 6
+    return batches
+
+
+def cross_entropy(values, low, high, scheme):
+    """By PyTorch's own loss, with the first distribution as the target."""
+    scale, zero_point = scale_and_zero_point(low, high, scheme)
+    quantized = fake_quantize(values, scale, zero_point, scheme)
+    return nn.functional.cross_entropy(quantized, values.softmax(-1), reduction="sum").item()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("scheme", [Scheme(), Scheme(signed=True, symmetric=True)])
+def test_cross_entropy_finds_the_brute_force_optimum(bits, scheme):
+    scheme = dataclasses.replace(scheme, bits=bits)
+    data = class_batches()
+    values = torch.cat(data)
+    low, high = observe("cross_entropy", [batch[None] for batch in data], scheme)
+    found = cross_entropy(values, low[0], high[0], scheme)
+    grid = torch.linspace(0.02, 1.0, 30).tolist()
+    ends = [(f, f) for f in grid] if scheme.symmetric else [(f, g) for f in grid for g in grid]
+    least = min(cross_entropy(values, values.min() * f, values.max() * g, scheme) for f, g in ends)
+    entropy = nn.functional.cross_entropy(values, values.softmax(-1), reduction="sum").item()
+    assert found - entropy <= 1.05 * (least - entropy) + 1e-3
+
+
+def test_cross_entropy_keeps_the_large_logits_that_squared_error_clips():
+    """Many logits near 0 outweigh the one that decides, in squared error and not in the probabilities."""
+    values = torch.randn(100, 1000)
+    values[:, 0] = 8
+    scheme = Scheme(bits=2, signed=True, symmetric=True)
+    ranges = [observe(name, [values[None]], scheme) for name in ("mse", "cross_entropy")]
+    losses = [cross_entropy(values, low[0], high[0], scheme) for low, high in ranges]
+    assert ranges[1][1] > 1.5 * ranges[0][1]
+    assert losses[1] < 0.7 * losses[0]
+
+
+def test_cross_entropy_keeps_a_bounded_choice_that_batching_does_not_change(monkeypatch):
+    monkeypatch.setattr(logits, "KEPT", 200)
+    values = torch.cat(class_batches())
+    kept = []
+    for size in (7, 20, len(values)):
+        observer = make_observer("cross_entropy", Scheme(bits=4))
+        for batch in values.split(size):
+            observer.update(batch[None])
+        assert observer.logits.shape == (20, 10)
+        kept.append((observer.logits, *observer.range()))
+    for other in kept[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(kept[0], other, strict=True))
+    places = [int((values == row).all(1).nonzero()[0, 0]) for row in kept[0][0]]
+    assert len(set(places)) == 20
+    assert max(places) > 80  # not the first that came
+    assert min(places) < 40
+
+
+def test_classes_lie_on_the_last_axis_whatever_comes_before():
+    values = class_batches(1)[0]
+    flat = observe("cross_entropy", [values[None]])
+    assert observe("cross_entropy", [values.reshape(1, 4, 5, 10)]) == flat
+
+
+def test_logits_have_one_scale():
+    with pytest.raises(ConfigError, match="one scale per channel"):
+        make_observer("cross_entropy", Scheme(axis=0))
+
+
 @pytest.mark.parametrize("name", sorted(OBSERVERS))
 @pytest.mark.parametrize("value", [0.0, 3.0, -2.0])
 def test_constant_tensors(name, value):
@@ -190,7 +284,7 @@ def test_constant_tensors(name, value):
     assert torch.allclose(found, torch.full((1, 4), value), rtol=0.02)
 
 
-@pytest.mark.parametrize("name", sorted(OBSERVERS))
+@pytest.mark.parametrize("name", BY_CHANNEL)
 def test_a_dead_channel_leaves_the_others_alone(name):
     data = torch.randn(3, 200)
     data[1] = 0
@@ -220,7 +314,7 @@ def test_nothing_seen_is_an_error(name):
 
 
 def test_an_unknown_name_lists_the_known():
-    with pytest.raises(ConfigError, match="minmax, moving_average, percentile, mse, entropy"):
+    with pytest.raises(ConfigError, match="minmax, moving_average, percentile, mse, lp, entropy, cross_entropy"):
         make_observer("histogram", PER_TENSOR)
 
 
@@ -231,7 +325,8 @@ def _rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         mine = [batch[:, rank::2] for batch in batches(3, rows=2)]
-        results = {name: observe(name, mine) for name in sorted(OBSERVERS)}
+        results = {name: observe(name, mine) for name in BY_CHANNEL}
+        results["cross_entropy"] = observe("cross_entropy", [batch[None, rank::2] for batch in class_batches()])
         bad = torch.zeros(1, 4)
         if rank == 1:
             bad[0, 0] = float("nan")
@@ -252,7 +347,8 @@ def test_two_processes_agree_on_the_range_of_all_data(tmp_path, monkeypatch):
     for name in sorted(OBSERVERS):
         assert torch.equal(first[name][0], second[name][0]), name
         assert torch.equal(first[name][1], second[name][1]), name
-        alone = observe(name, batches(3, rows=2))
+        logits = name == "cross_entropy"
+        alone = observe(name, [batch[None] for batch in class_batches()] if logits else batches(3, rows=2))
         for found, expected in zip(first[name], alone, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, msg=name)
     # A NaN that one process meets stops both: the other would wait for it for ever.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from halfeven.arithmetic import effective_scale, fake_quantize, scale_and_zero_point
 from halfeven.errors import CalibrationError
-from halfeven.observers import Observer, finite_extremes, make_observer
+from halfeven.observers import Observer, finite_extremes, make_observer, rows
 from halfeven.scheme import Scheme
 
 RANGE_MOMENTUM = 0.01
@@ -157,7 +157,7 @@ class Quantizer(nn.Module):
         if self.weight and self.calibrated:
             return True
         with self._named():
-            self.observer.update(self._rows(x))
+            self.observer.update(self._channels_first(x))
             if self.weight:
                 self.set_range(*self.observer.range())
         return self.weight
@@ -165,7 +165,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
         with self._named():
-            low, high = finite_extremes(self._rows(x))
+            low, high = finite_extremes(self._channels_first(x))
         low, high = low.reshape(self.low.shape), high.reshape(self.high.shape)
         # The first batch sets the range: blending it with nothing would leave NaN.
         self.low.copy_(torch.lerp(self.low, low, RANGE_MOMENTUM) if self.calibrated else low)
@@ -173,7 +173,7 @@ class Quantizer(nn.Module):
         self._store(*scale_and_zero_point(self.low, self.high, self.scheme))
 
     def _present_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scale, zero_point = scale_and_zero_point(*self._rows(x).aminmax(dim=-1), self.scheme)
+        scale, zero_point = scale_and_zero_point(*rows(self._channels_first(x)).aminmax(dim=-1), self.scheme)
         return scale.reshape(self.scale.shape), zero_point.reshape(self.scale.shape)
 
     def _gradient_factor(self, x: Tensor) -> float:
@@ -182,9 +182,9 @@ class Quantizer(nn.Module):
         elements = x.numel() // max(sharing, 1)
         return float((max(elements, 1) * self.scheme.quant_max) ** -0.5)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        x = x.detach()
-        return x.reshape(1, -1) if self.scheme.axis is None else x.movedim(self.scheme.axis, 0).flatten(1)
+    def _channels_first(self, x: Tensor) -> Tensor:
+        """[channels, ...], or [1, ...] for one scale: what observers take."""
+        return x.detach()[None] if self.scheme.axis is None else x.detach().movedim(self.scheme.axis, 0)
 
     @contextmanager
     def _named(self) -> Iterator[None]:

@@ -397,6 +397,26 @@ def test_ties_fall_as_in_the_runtime(tmp_path):
     assert report.float_simulation_match < 0.95, "no ties were made"
 
 
+OUTPUTS = {
+    "linear": (nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 7)), (4, 8)),
+    "linear, tokens, sigmoid": (nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 7), nn.Sigmoid()), (4, 5, 8)),
+    "pool": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.AdaptiveAvgPool2d(1)), (4, 3, 8, 8)),
+    "convolution": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3)), (4, 3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a4"])
+@pytest.mark.parametrize("ending", ["xml", "onnx"])
+@pytest.mark.parametrize("name", sorted(OUTPUTS))
+def test_quantized_outputs(name, ending, scheme, tmp_path):
+    model, shape = OUTPUTS[name]
+    options = {"quantize_outputs": True, "activation_observer": "mse", "scheme": scheme}
+    report = deployed(model, shape, tmp_path / f"model.{ending}", **options)
+    assert report.integer_match == report.last_integer_match == 1.0
+    assert report.integer_layers == report.quantizable_layers == 2
+    assert len(report.tensors) == 3 + (name == "pool")
+
+
 @pytest.mark.parametrize("leave_out", [("last",), ("stem", "last")])
 def test_a_model_of_several_regions(leave_out, tmp_path):
     report = deployed(Residual(), IMAGE, tmp_path / "model.xml", leave_out=leave_out)

@@ -49,6 +49,7 @@ def test_print_says_what_is_learned_fixed_and_noted():
         {},
         {"ranges": "learned", "scheme": "w4a6", "per_channel": False},
         {"rules": (Rule(pattern="conv1", weight_bits=4), Rule(kind="linear", quantize=False, pattern="*"))},
+        {"quantize_outputs": True, "activation_observer": "lp"},
         {"leave_out": ("last",), "activation_observer": "entropy", "weight_observer": "mse", "batchnorm": "fold"},
     ],
 )
@@ -81,6 +82,8 @@ def test_json_and_back_with_a_fixed_range():
         ("batchnorm", "fuse"),
         ("weight_observer", "histogram"),
         ("activation_observer", "max"),
+        ("activation_observer", "cross_entropy"),  # of no tensor but the scores of classes
+        ("weight_observer", "cross_entropy"),
     ],
 )
 def test_unknown_choices_list_the_known(field, value):

@@ -418,3 +418,68 @@ def test_planning_changes_nothing():
     before = model.code, list(model.state_dict())
     assert make_plan(model, QuantizationOptions()) == make_plan(model, QuantizationOptions())
     assert (model.code, list(model.state_dict())) == before
+
+
+# Outputs
+
+SCORES = {
+    "a linear layer": nn.Sequential(conv(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
+    "a pool": nn.Sequential(conv(3), nn.ReLU(), conv(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+}
+NO_SCORES = {
+    "a map": nn.Sequential(conv(3), nn.ReLU(), conv()),
+    "an activation": nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.Sigmoid()),
+    "one number": nn.Sequential(nn.Flatten(), nn.Linear(192, 1)),
+    "tokens": nn.Sequential(nn.Flatten(2), nn.Linear(64, 5)),
+}
+
+
+def of_the_output(model, **options):
+    """What is planned for the tensor that the model returns."""
+    (tensor,) = [t for t in plan(model, quantize_outputs=True, **options).tensors if "the output" in t.consumers]
+    return tensor
+
+
+@pytest.mark.parametrize("observer", ["mse", "lp"])
+@pytest.mark.parametrize("name", sorted(SCORES))
+def test_the_range_of_scores_is_chosen_by_cross_entropy(name, observer):
+    tensor = of_the_output(SCORES[name], activation_observer=observer)
+    assert tensor.observer == "cross_entropy"
+    assert tensor.consumers == ("the output",)
+    assert "cross_entropy" in str(plan(SCORES[name], quantize_outputs=True))
+
+
+@pytest.mark.parametrize("name", sorted(NO_SCORES))
+def test_other_outputs_have_the_range_of_all_activations(name):
+    assert of_the_output(NO_SCORES[name], activation_observer="lp").observer == "lp"
+
+
+def test_extremes_are_the_extremes_of_the_output_too():
+    assert of_the_output(SCORES["a linear layer"], activation_observer="minmax").observer == "minmax"
+
+
+def test_outputs_stay_in_float_unless_asked_for():
+    assert not any("the output" in t.consumers for t in plan(SCORES["a linear layer"]).tensors)
+
+
+def test_every_output_is_quantized_once():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.b = conv(3), conv(), conv(8, 5)
+
+        def forward(self, x):
+            x = F.relu(self.stem(x))
+            return {"features": x, "both": [torch.cat([self.a(x), x], 1), self.b(x)], "size": x.shape[2]}
+
+    planned = plan(Net(), quantize_outputs=True)
+    assert places(planned) == [("x",), ("relu", "a"), ("b",)]
+    assert planned.tensors[1].consumers == ("a", "b", "the output")
+    rule = Rule(pattern="b", quantize=False)
+    assert places(plan(Net(), quantize_outputs=True, rules=(rule,))) == [("x",), ("relu", "a")]
+
+
+def test_outputs_that_python_makes_cannot_be_quantized():
+    model = nn.Sequential(conv(3), nn.ReLU(), conv())
+    with pytest.raises(PlacementError, match=r"captured in parts \(0\).*quantize_outputs=False"):
+        plan(model, quantize_outputs=True, leave_out=("2",))

@@ -40,7 +40,7 @@ def assert_equal(one, other):
         assert all(torch.equal(a, b) for a, b in zip(one[name], other[name], strict=True)), name
 
 
-@pytest.mark.parametrize("observer", ["minmax", "moving_average", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize("observer", ["minmax", "moving_average", "percentile", "mse", "lp", "entropy"])
 @pytest.mark.parametrize("learned", ["observed", "learned"])
 def test_sets_every_range(observer, learned):
     qmodel = prepared(activation_observer=observer, ranges=learned)
@@ -217,3 +217,28 @@ def test_nothing_is_left_for_autograd():
     he.calibrate(qmodel, batches())
     assert all(parameter.grad is None for parameter in qmodel.parameters())
     assert all(parameter.requires_grad for parameter in qmodel.parameters())
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a3"])
+def test_the_range_of_class_scores_is_that_of_the_least_cross_entropy(scheme):
+    """The model's own logits, through the quantizer: no other range of a grid of candidates serves them better."""
+    qmodel = prepared(quantize_outputs=True, scheme=scheme)
+    he.calibrate(qmodel, batches())
+    qmodel.eval()
+    last = list(quantizers(qmodel).values())[-1]
+    assert last.observer_name == "cross_entropy"
+
+    def loss():
+        return sum(torch.nn.functional.cross_entropy(last(x), x.softmax(-1)).item() for x in logits)
+
+    logits = []
+    with torch.no_grad():
+        handle = last.register_forward_pre_hook(lambda _, inputs: logits.append(inputs[0]))
+        for batch in batches():
+            qmodel(batch)
+        handle.remove()
+        found, low, high = loss(), last.low.clone(), last.high.clone()
+        for a in (0.7, 0.85, 1.0, 1.2):
+            for b in (0.7, 0.85, 1.0, 1.2):
+                last.set_range(low * a, high * b)
+                assert found <= loss() + 1e-3

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfeven.errors import ConfigError
-from halfeven.observers import OBSERVERS
+from halfeven.observers import LOGITS, OBSERVERS
 from halfeven.scheme import Scheme
 
 
@@ -48,6 +48,9 @@ class QuantizationOptions:
     """Estimator of weight ranges."""
     activation_observer: str = "mse"
     """Estimator of activation ranges in calibration."""
+    quantize_outputs: bool = False
+    """The model's outputs are quantized too, so that the last layer writes integers. Ranges of class scores are then
+    estimated by "cross_entropy" where the other activations' are by "mse" or "lp"."""
     batchnorm: str = "keep"
     """"keep": BatchNorm stays live in training and is folded at export; "fold": folded before, as per-tensor
     weights need."""
@@ -62,8 +65,8 @@ class QuantizationOptions:
         choices = {
             "ranges": ("observed", "learned"),
             "batchnorm": ("keep", "fold"),
-            "weight_observer": tuple(OBSERVERS),
-            "activation_observer": tuple(OBSERVERS),
+            "weight_observer": tuple(name for name in OBSERVERS if name != LOGITS),
+            "activation_observer": tuple(name for name in OBSERVERS if name != LOGITS),
         }
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:

@@ -5,8 +5,6 @@ scale to the operator that produced the tensor, past the BatchNorm and activatio
 there one quantizer serves all consumers.
 """
 
-import difflib
-import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -25,11 +23,16 @@ from halfeven.graph.operators import (
     tensor_names,
 )
 from halfeven.graph.restoration import CapturedModule
-from halfeven.placement.plan import LeftInFloat, Plan, PlannedTensor, PlannedWeight, QuantizationOptions, Rule
+from halfeven.observers import LOGITS
+from halfeven.placement.plan import LeftInFloat, Plan, PlannedTensor, PlannedWeight, QuantizationOptions
+from halfeven.placement.rules import RuleBook
 from halfeven.placement.targets import Grid, Target, target_named, wanted_grid
 from halfeven.scheme import Scheme, parse_bits
 
 K = OperatorKind
+
+OUTPUT = "the output"
+"""Who reads a tensor that the model returns."""
 
 
 def regions(model: nn.Module) -> dict[str, CapturedModule]:
@@ -72,43 +75,6 @@ class _Region:
     branches: set[fx.Node] = field(default_factory=set)
 
 
-class RuleBook:
-    """The user's rules, and which of them held for something."""
-
-    def __init__(self, rules: tuple[Rule, ...]) -> None:
-        self.rules = rules
-        self.used: set[int] = set()
-        kinds = {kind.value for kind in OperatorKind}
-        for rule in rules:
-            if rule.kind is not None and rule.kind not in kinds:
-                raise PlacementError(
-                    f'The rule {rule} names the operator kind "{rule.kind}", which does not exist. '
-                    f"Choose one of: {', '.join(sorted(kinds))}."
-                )
-
-    def for_operator(self, name: str, kind: OperatorKind) -> Rule:
-        """All rules that hold for an operator, merged; later ones win."""
-        weight_bits, activation_bits, quantize = None, None, True
-        for index, rule in enumerate(self.rules):
-            if rule.kind not in (None, kind.value) or not fnmatch.fnmatchcase(name, rule.pattern):
-                continue
-            self.used.add(index)
-            weight_bits = rule.weight_bits or weight_bits
-            activation_bits = rule.activation_bits or activation_bits
-            quantize = quantize if rule.quantize is None else rule.quantize
-        return Rule(weight_bits=weight_bits, activation_bits=activation_bits, quantize=quantize)
-
-    def check_all_used(self, names: list[str]) -> None:
-        """Raise PlacementError for a rule that held for nothing: it is a mistake, and the user believes it works."""
-        for index, rule in enumerate(self.rules):
-            if index not in self.used:
-                near = difflib.get_close_matches(rule.pattern, names, n=3, cutoff=0.4)
-                hint = f" The nearest names are {', '.join(near)}." if near else ""
-                raise PlacementError(
-                    f"The rule {rule} holds for no operator of this model, so it would do nothing.{hint}"
-                )
-
-
 def make_plan(model: nn.Module, options: QuantizationOptions, notes: tuple[str, ...] = ()) -> Plan:
     """Decide what to quantize in a captured model.
 
@@ -122,11 +88,14 @@ def make_plan(model: nn.Module, options: QuantizationOptions, notes: tuple[str, 
     weights: list[PlannedWeight] = []
     left: list[LeftInFloat] = []
     known: list[str] = []
+    _check_outputs(model, options)
     for prefix, module in regions(model).items():
         names = {node: qualified(prefix, name) for name, node in tensor_names(module.graph).items()}
         region = _Region(prefix, module.graph, names)
         known += names.values()
         _collect_demands(region, target, rules)
+        if options.quantize_outputs:
+            _demand_outputs(region, rules)
         tensors += _planned_tensors(region, options, rules, activation_bits)
         weights += _planned_weights(region, options, rules, weight_bits)
         left += _left(region, rules)
@@ -154,6 +123,15 @@ def _check_bits(target: Target, options: QuantizationOptions, weight_bits: int, 
             )
 
 
+def _check_outputs(model: nn.Module, options: QuantizationOptions) -> None:
+    if options.quantize_outputs and "" not in regions(model):
+        raise PlacementError(
+            "quantize_outputs=True was asked for, and this model was captured in parts "
+            f"({', '.join(regions(model))}): its outputs come from Python, where no quantizer can be. Set "
+            "quantize_outputs=False, or capture the model whole."
+        )
+
+
 # Who wants integers
 
 
@@ -172,14 +150,22 @@ def _collect_demands(region: _Region, target: Target, rules: RuleBook) -> None:
                 _demand(region, operand, grid, node)
 
 
+def _demand_outputs(region: _Region, rules: RuleBook) -> None:
+    (output,) = [node for node in region.graph.nodes if node.op == "output"]
+    for result in output.all_input_nodes:
+        made_by = [_head(source) for source in _sources(result)]
+        if all(rules.for_operator(region.names.get(node, ""), kind_of(node)).quantize for node in made_by):
+            _demand(region, result, Grid.ANY, output)
+
+
 def _demand(region: _Region, operand: object, grid: Grid, reader: fx.Node) -> None:
     assert isinstance(operand, fx.Node)
     sources = [node for node in _sources(operand) if is_float_tensor(node) and kind_of(node) is not K.CONSTANT]
     for source in sources:
         demand = region.demands.setdefault(source, _Demand())
         demand.tied_to.update(sources)
-        if region.names[reader] not in demand.consumers:
-            demand.consumers.append(region.names[reader])
+        if (name := region.names.get(reader, OUTPUT)) not in demand.consumers:
+            demand.consumers.append(name)
         if grid is Grid.NO_ZERO_POINT:
             demand.grid = grid
 
@@ -256,10 +242,23 @@ def _planned_tensors(
             places=tuple(region.names[n] for n in places),
             scheme=_activation_scheme(region, places, rule.activation_bits or bits),
             learned=options.ranges == "learned" and fixed is None,
-            observer=options.activation_observer,
+            observer=LOGITS if _logits(region, places, options) else options.activation_observer,
             fixed_range=fixed,
             consumers=tuple(consumers),
         )
+
+
+def _logits(region: _Region, places: list[fx.Node], options: QuantizationOptions) -> bool:
+    """Whether a tensor is the scores of classes, [samples, classes], and nothing but an output of the model.
+
+    Their range is chosen by cross-entropy where that of the others is by an error; a user who wants the extremes, say,
+    wants them of all tensors.
+    """
+    (node, *others) = places
+    if others or region.demands[node].consumers != [OUTPUT] or options.activation_observer not in ("mse", "lp"):
+        return False
+    classes, *rest = node.meta["val"].shape[1:] or (1,)
+    return kind_of(node) in (K.LINEAR, K.AVERAGE) and classes > 1 and all(size == 1 for size in rest)
 
 
 def _tied(region: _Region, node: fx.Node) -> set[fx.Node]:

@@ -1,94 +1,24 @@
-"""Observers see the batches of a tensor and propose its range (white paper, section 3.1).
-
-An observer works on rows: [1, elements] for a tensor with one scale, [channels, elements] for one scale per channel.
-All statistics accumulate over all batches; the range is chosen once, at the end.
-"""
+"""Observers that keep a histogram of everything seen, and the ranges that can be read from it."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from halfeven.arithmetic import dequantize, quantize, scale_and_zero_point
-from halfeven.errors import CalibrationError, ConfigError
+from halfeven.observers.extremes import all_reduce, finite_extremes, rows, seen
+from halfeven.observers.search import CANDIDATES, best, by_parts, least_error
 from halfeven.scheme import Scheme
 
 BINS = 4096
-CANDIDATES = 100
 
 SMALLEST_EXPONENT = -126
 """Of the width of a bin: its reciprocal is a float32 number too."""
 
 AT_ONCE = 2**21
 """Numbers that a search over candidate ranges holds at a time."""
-
-
-class Observer(Protocol):
-    """What calibration asks of a range estimator."""
-
-    def update(self, rows: Tensor) -> None:
-        """See one batch, shape [channels or 1, elements]; raises CalibrationError on NaN or infinity."""
-
-    def range(self) -> tuple[Tensor, Tensor]:
-        """The proposed (low, high), each of shape [channels or 1]; raises CalibrationError when nothing was seen."""
-
-
-def finite_extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each row, reduced over all processes; raises CalibrationError on NaN or
-    infinity."""
-    low, high = rows.detach().float().aminmax(dim=-1)
-    # An average or a plain minimum would differ from rank to rank; the union of what all ranks saw does not. A
-    # reduction may lose NaN, never infinity: all ranks must raise, or one waits for the others for ever.
-    low = -all_reduce(torch.where(torch.isfinite(low), -low, torch.inf), dist.ReduceOp.MAX)
-    high = all_reduce(torch.where(torch.isfinite(high), high, torch.inf), dist.ReduceOp.MAX)
-    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-        raise CalibrationError("a batch holds NaN or infinite values")
-    return low, high
-
-
-def all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-    """The reduction over all processes of a run; the values themselves in a run of one."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return values
-    values = values.clone()
-    dist.all_reduce(values, op=operation)
-    return values
-
-
-class MinMaxObserver:
-    """The extremes of everything seen: nothing is clipped."""
-
-    def __init__(self, scheme: Scheme) -> None:
-        self.low: Tensor | None = None
-        self.high: Tensor | None = None
-
-    def update(self, rows: Tensor) -> None:
-        low, high = finite_extremes(rows)
-        self.low = low if self.low is None else torch.minimum(self.low, low)
-        self.high = high if self.high is None else torch.maximum(self.high, high)
-
-    def range(self) -> tuple[Tensor, Tensor]:
-        return _seen(self.low), _seen(self.high)
-
-
-class MovingAverageObserver:
-    """Exponential moving average of the extremes of the batches; the first batch sets it."""
-
-    def __init__(self, scheme: Scheme, momentum: float = 0.1) -> None:
-        self.momentum = momentum
-        self.low: Tensor | None = None
-        self.high: Tensor | None = None
-
-    def update(self, rows: Tensor) -> None:
-        low, high = finite_extremes(rows)
-        self.low = low if self.low is None else torch.lerp(self.low, low, self.momentum)
-        self.high = high if self.high is None else torch.lerp(self.high, high, self.momentum)
-
-    def range(self) -> tuple[Tensor, Tensor]:
-        return _seen(self.low), _seen(self.high)
 
 
 class HistogramObserver:
@@ -108,20 +38,19 @@ class HistogramObserver:
         self.smallest = torch.empty(0)
         self.largest = torch.empty(0)
 
-    def update(self, rows: Tensor) -> None:
-        rows = rows.detach().float()
-        low, high = finite_extremes(rows)
+    def update(self, values: Tensor) -> None:
+        low, high = finite_extremes(values)
         if self.counts.numel():
             low, high = torch.minimum(self.smallest, low), torch.maximum(self.largest, high)
         first, exponent = _bins(low, high)
         if self.counts.numel():
             self._widen(first, exponent)
         else:
-            self.counts = torch.zeros(rows.shape[0], BINS, dtype=torch.float64, device=rows.device)
+            self.counts = torch.zeros(len(low), BINS, dtype=torch.float64, device=low.device)
         self.first, self.exponent, self.smallest, self.largest = first, exponent, low, high
         # A power of two and indices below 2^24: exact in float32.
-        bins = (torch.floor(rows * _power_of_two(-exponent)[:, None]) - first[:, None]).long()
-        bins += torch.arange(rows.shape[0], device=rows.device)[:, None] * BINS
+        bins = (torch.floor(rows(values) * _power_of_two(-exponent)[:, None]) - first[:, None]).long()
+        bins += torch.arange(len(bins), device=bins.device)[:, None] * BINS
         self.counts += torch.bincount(bins.flatten(), minlength=self.counts.numel()).view_as(self.counts)
 
     def _widen(self, first: Tensor, exponent: Tensor) -> None:
@@ -132,7 +61,7 @@ class HistogramObserver:
 
     def range(self) -> tuple[Tensor, Tensor]:
         if not self.counts.numel():
-            _seen(None)
+            seen(None)
         self.counts = all_reduce(self.counts, dist.ReduceOp.SUM)
         return self.select(self)
 
@@ -188,35 +117,27 @@ def percentile_range(histogram: HistogramObserver, percentile: float = 99.99) ->
 def mse_range(histogram: HistogramObserver, power: float = 2.0) -> tuple[Tensor, Tensor]:
     """The range with the least error sum |x - fake_quantize(x)|^power over all values seen (white paper, equation 16).
 
-    For one-sided and symmetric grids a search over the extent; else the extents of both ends are searched in turn.
+    A higher power gives the large errors of clipping more weight against the small ones of rounding.
     """
-    scheme, low, high = histogram.scheme, histogram.smallest, histogram.largest
-    centers, counts = histogram.centers, histogram.counts
-    rows = dataclasses.replace(scheme, axis=0)
+    scheme = dataclasses.replace(histogram.scheme, axis=0)
+    centers, counts = _occupied(histogram)
 
     def errors(lows: Tensor, highs: Tensor) -> Tensor:
-        scale, zero_point = scale_and_zero_point(lows.flatten(), highs.flatten(), rows)
+        scale, zero_point = scale_and_zero_point(lows.flatten(), highs.flatten(), scheme)
         x = centers.repeat(len(lows), 1)
-        distance = (dequantize(quantize(x, scale, zero_point, rows), scale, zero_point, rows) - x).abs_()
+        distance = (dequantize(quantize(x, scale, zero_point, scheme), scale, zero_point, scheme) - x).abs_()
         return (distance.pow_(power).view(len(lows), *counts.shape).double() * counts).sum(-1)
 
-    fractions = torch.linspace(1.0, 1.0 / CANDIDATES, CANDIDATES, device=low.device)[:, None]
-    # Factors from 1/2 to 3/2, the present value first so that it wins a tie.
-    around = torch.cat([torch.ones_like(fractions[:1]), 0.5 + fractions])
-    low, high = _best(errors, low * fractions, high * fractions)
-    if not scheme.symmetric:
-        for _ in range(2):  # the optimum of one end moves little with the other: two turns settle it
-            low, high = _best(errors, low * around, high.expand(len(around), -1))
-            low, high = _best(errors, low.expand(len(around), -1), high * around)
-    return low, high
+    bounded = by_parts(errors, max(1, AT_ONCE // counts.numel()))
+    return least_error(bounded, histogram.smallest, histogram.largest, scheme.symmetric)
 
 
-def _best(errors: Callable[[Tensor, Tensor], Tensor], lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
-    """The candidate with the least error, of [candidates, rows], chosen row by row; the first wins a tie."""
-    size = max(1, AT_ONCE // (BINS * lows.shape[1]))
-    found = [errors(low, high) for low, high in zip(torch.split(lows, size), torch.split(highs, size), strict=True)]
-    best = torch.cat(found).argmin(0, keepdim=True)
-    return lows.gather(0, best)[0], highs.gather(0, best)[0]
+def _occupied(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
+    """Centers and counts of the bins that are not empty, [rows, the most that a row has]: a filter has few weights."""
+    counts = histogram.counts
+    most = int((counts > 0).sum(1).amax())
+    filled = (counts > 0).int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return histogram.centers.gather(1, filled), counts.gather(1, filled)
 
 
 def entropy_range(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
@@ -235,7 +156,8 @@ def entropy_range(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
         return _divergence(histogram.counts.repeat(len(lows), 1), level, inside, scheme.levels).view_as(lows)
 
     fractions = torch.linspace(1.0, 0.1, CANDIDATES, device=histogram.smallest.device)[:, None]
-    return _best(divergences, histogram.smallest * fractions, histogram.largest * fractions)
+    bounded = by_parts(divergences, max(1, AT_ONCE // histogram.counts.numel()))
+    return best(bounded, histogram.smallest * fractions, histogram.largest * fractions)
 
 
 def _divergence(counts: Tensor, level: Tensor, inside: Tensor, levels: int) -> Tensor:
@@ -255,26 +177,3 @@ def _divergence(counts: Tensor, level: Tensor, inside: Tensor, levels: int) -> T
     # A bin that only clipping filled has no mass in the quantized distribution: a small floor keeps its price finite.
     q = (quantized / quantized.sum(1, keepdim=True).clamp(min=1)).clamp(min=1e-12)
     return torch.where(inside.any(1), (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(1), torch.inf)
-
-
-def _seen(value: Tensor | None) -> Tensor:
-    if value is None:
-        raise CalibrationError("no batch reached it during calibration")
-    return value
-
-
-OBSERVERS: dict[str, Callable[[Scheme], Observer]] = {
-    "minmax": MinMaxObserver,
-    "moving_average": MovingAverageObserver,
-    "percentile": lambda scheme: HistogramObserver(scheme, percentile_range),
-    "mse": lambda scheme: HistogramObserver(scheme, mse_range),
-    "entropy": lambda scheme: HistogramObserver(scheme, entropy_range),
-}
-"""Range estimators by their names in options."""
-
-
-def make_observer(name: str, scheme: Scheme) -> Observer:
-    """An observer by its name; raises ConfigError for a name that does not exist."""
-    if name not in OBSERVERS:
-        raise ConfigError(f'There is no observer "{name}". Choose one of {", ".join(OBSERVERS)}.')
-    return OBSERVERS[name](scheme)
