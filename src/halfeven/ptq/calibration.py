@@ -1,6 +1,7 @@
 """Calibration: samples run through the model so that every range is set (white paper, section 3.1)."""
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -31,12 +32,11 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
     """
     found = [q for q in quantizers(qmodel).values() if q.calibrates]
     before = {q: {k: v.clone() for k, v in q.state_dict().items()} for q in found}
-    device = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
     try:
         for quantizer in found:
             quantizer.start_calibration()
         with evaluating(qmodel):
-            _run(qmodel, loader, batches, device)
+            run_batches(qmodel, loader, batches)
         for quantizer in found:
             quantizer.finish_calibration()
     except BaseException:
@@ -47,17 +47,20 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
     return qmodel
 
 
-def _run(qmodel: nn.Module, loader: Iterable[Any], batches: int | None, device: torch.device) -> None:
+def run_batches(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = None) -> None:
+    """Run batches through a model as it stands, for what its modules see of them.
+
+    Raises:
+        CalibrationError: no batch came.
+    """
+    device = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
     count = 0
-    for batch in loader:
-        if batches is not None and count >= batches:
-            break
+    for batch in islice(loader, batches):
         args, kwargs = inputs_of(batch)
         qmodel(*(a.to(device) for a in args), **{k: v.to(device) for k, v in kwargs.items()})
         count += 1
     if not count:
         raise CalibrationError(
-            "Calibration got no batch, so no range can be set. Give a loader with at least one batch (an iterator "
-            "that was used "
-            "up before looks empty), and batches of at least 1."
+            "Calibration got no batch, so no range can be set and no statistics taken. Give a loader with at least one "
+            "batch (an iterator that was used up before looks empty), and batches of at least 1."
         )

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from halfeven.errors import AlgorithmError
-from halfeven.quantizer import Mode, quantizers
+from halfeven.evaluation import evaluating
+from halfeven.quantizer import Mode, quantizers, set_mode
 
 TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest output, that float32's rounding may explain."""
@@ -18,18 +19,14 @@ TOLERANCE = 1e-4
 @contextmanager
 def float_function(qmodel: nn.Module) -> Iterator[None]:
     """Within: the model in eval mode with all quantizers off. Afterwards every mode is as it was."""
-    training = {module: module.training for module in qmodel.modules()}
     modes = {quantizer: quantizer.mode for quantizer in quantizers(qmodel).values()}
-    qmodel.eval()
     try:
-        for quantizer in modes:
-            quantizer.mode = Mode.FLOAT
-        yield
+        set_mode(qmodel, Mode.FLOAT)
+        with evaluating(qmodel):
+            yield
     finally:
         for quantizer, mode in modes.items():
             quantizer.mode = mode
-        for module, was in training.items():
-            module.training = was
 
 
 @torch.no_grad()
