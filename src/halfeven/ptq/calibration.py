@@ -10,6 +10,7 @@ from torch import nn
 from halfeven.errors import CalibrationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.capture import inputs_of
+from halfeven.ptq.preservation import float_function, run_example
 from halfeven.quantizer import Mode, quantizers
 
 
@@ -64,3 +65,28 @@ def run_batches(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = 
             "Calibration got no batch, so no range can be set and no statistics taken. Give a loader with at least one "
             "batch (an iterator that was used up before looks empty), and batches of at least 1."
         )
+
+
+@torch.no_grad()
+def set_weight_ranges(qmodel: nn.Module, *, missing_only: bool = False) -> None:
+    """Set the ranges of weights as `calibrate` does, without data; those of activations stay.
+
+    Args:
+        qmodel: a model from `prepare`.
+        missing_only: leave alone what has a range already.
+
+    Raises:
+        CalibrationError: a weight holds NaN or infinity, or is not used; it is named.
+    """
+    found = [q for q in quantizers(qmodel).values() if q.weight and q.calibrates]
+    found = [q for q in found if not (missing_only and q.calibrated)]
+    with float_function(qmodel):
+        try:
+            for quantizer in found:
+                quantizer.start_calibration()
+            run_example(qmodel)
+            for quantizer in found:
+                quantizer.finish_calibration()
+        finally:
+            for quantizer in found:
+                quantizer.observer = None

@@ -24,23 +24,25 @@ aten = torch.ops.aten
 # Weights by channel
 
 
-def weight_by_channel(layer: Any, inputs: int | None = None) -> Tensor:
+def weight_by_channel(layer: Any, inputs: int | None = None, *, weight: Tensor | None = None) -> Tensor:
     """A layer's weight as [groups, outputs of a group, inputs of a group, *window]: a view, so it can be written to.
 
     Args:
         layer: a convolution, transposed convolution or linear module.
         inputs: channels that a linear layer reads, where they were flattened to several features each: the window is
             then the features of a channel. None: one feature each.
+        weight: a tensor that lies as the layer's weight does, to take in its place.
     """
+    weight = layer.weight if weight is None else weight
     if isinstance(layer, nn.Linear):
-        return _split(layer.weight, 1, inputs or layer.in_features)[None]
-    grouped = _split(layer.weight, 0, layer.groups)
+        return _split(weight, 1, inputs or layer.in_features)[None]
+    grouped = _split(weight, 0, layer.groups)
     return grouped.transpose(1, 2) if layer.transposed else grouped
 
 
 def _split(weight: Tensor, axis: int, parts: int) -> Tensor:
     """A view with an axis of so many parts before what is left of the axis."""
-    shape = weight.shape
+    shape = tuple(weight.shape)
     return weight.view(*shape[:axis], parts, shape[axis] // parts, *shape[axis + 1 :])
 
 

@@ -29,14 +29,19 @@ def float_function(qmodel: nn.Module) -> Iterator[None]:
             quantizer.mode = mode
 
 
-@torch.no_grad()
-def float_outputs(qmodel: nn.Module) -> list[Tensor]:
-    """What the float function makes of the two samples that the model was captured with: all its output tensors."""
+def run_example(qmodel: nn.Module) -> Any:
+    """What the model, as it stands, makes of the two samples that it was captured with."""
     args, kwargs = qmodel.halfeven_example  # type: ignore[misc]
     device = next(qmodel.parameters()).device
     args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (args, kwargs))
+    return qmodel(*args, **kwargs)
+
+
+@torch.no_grad()
+def float_outputs(qmodel: nn.Module) -> list[Tensor]:
+    """All output tensors that the float function makes of the two samples that the model was captured with."""
     with float_function(qmodel):
-        found = pytree.tree_leaves(qmodel(*args, **kwargs))
+        found = pytree.tree_leaves(run_example(qmodel))
     return [x for x in found if isinstance(x, Tensor) and x.is_floating_point()]
 
 
