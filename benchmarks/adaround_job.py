@@ -48,19 +48,21 @@ def in_aimet(model: nn.Module, images: Tensor, iterations: int, bits: int) -> tu
 
 
 def in_halfeven(model: nn.Module, images: Tensor, iterations: int, bits: int) -> tuple[nn.Module, float]:
-    """The model with rounded weights, and the seconds that capturing, weight ranges and AdaRound took."""
+    """The model with rounded weights, and the seconds that capturing, ranges and AdaRound took."""
     import halfeven as he
     from halfeven.ptq.options import PTQOptions
     from halfeven.ptq.reconstruction import adaround
     from halfeven.quantizer import Mode, quantizers
 
-    options = PTQOptions(iterations=iterations, batch_size=BATCH, bias_rate=0.0)
+    options = PTQOptions(iterations=iterations, batch_size=BATCH)
     start = time.perf_counter()
     qmodel = he.prepare(model, images[:2], scheme=f"w{bits}a8", batchnorm="fold", weight_observer="mse")
+    batches = list(images.split(BATCH))
+    he.calibrate(qmodel, batches, 1)
     for name, quantizer in quantizers(qmodel).items():
-        if name.startswith("quantizers."):
+        if name.startswith("quantizers."):  # activations stay in float
             quantizer.mode = Mode.FLOAT
-    adaround(qmodel, list(images.split(BATCH)), options=options)
+    adaround(qmodel, batches, options=options)
     return qmodel, time.perf_counter() - start
 
 

@@ -10,8 +10,9 @@ photograph ten views are taken: centre and corners of the photograph at 256 pixe
 
 ImageNet's labels are not at hand, so the rows say how near the quantized model comes to the float one: views with the
 same top-1, the signal-to-noise ratio (SQNR) of the logits in dB, and views whose label is right. Where a step changes
-the float function (ReLU6 becomes ReLU so that equalization reaches across it; bias absorption is inexact at zero
-padding), the column "float" shows how many views keep their top-1 when all quantizers are off.
+the float function (bias absorption is inexact at zero padding), the column "float" shows how many views keep their
+top-1 when all quantizers are off. ReLU6 stays, so that equalization reaches only across layers without it; the last row
+shows what it costs to make ReLU of it.
 """
 
 import argparse
@@ -22,13 +23,13 @@ from pathlib import Path
 
 import timm
 import torch
-from halfeven.ptq.absorption import absorb_biases
-from halfeven.ptq.bias_correction import correct_biases
 from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
 import halfeven as he
+from halfeven.ptq.absorption import absorb_biases
+from halfeven.ptq.bias_correction import correct_biases
 from halfeven.ptq.equalization import equalize, unclip_relu6
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.reconstruction import adaround
@@ -79,9 +80,11 @@ def share(right: Tensor) -> float:
     return round(100 * float(right.float().mean()), 1)
 
 
-def quantized(model: nn.Module, calibration: list[Tensor], before: list[Step], after: list[Step]) -> nn.Module:
+def quantized(
+    model: nn.Module, calibration: list[Tensor], observer: str, before: list[Step], after: list[Step]
+) -> nn.Module:
     """The model after steps before and after the ranges are set."""
-    observers = {"weight_observer": "minmax", "activation_observer": "minmax"}
+    observers = {"weight_observer": observer, "activation_observer": observer}
     qmodel = he.prepare(model, calibration[0][:2], per_channel=False, batchnorm="fold", **observers)
     for step in before:
         print(step(qmodel, calibration))
@@ -105,10 +108,22 @@ def measured(qmodel: nn.Module, images: Tensor, labels: Tensor, expected: Tensor
     )
 
 
-def cross_layer(qmodel: nn.Module, calibration: list[Tensor]) -> object:
-    """Equalization, across ReLU6 too."""
+def equalization(qmodel: nn.Module, calibration: list[Tensor]) -> object:
+    """Equalization of the chains without ReLU6."""
+    return equalize(qmodel)
+
+
+def equalization_without_relu6(qmodel: nn.Module, calibration: list[Tensor]) -> object:
+    """Equalization across what was ReLU6."""
     unclip_relu6(qmodel)
     return equalize(qmodel)
+
+
+def correction(qmodel: nn.Module, calibration: list[Tensor]) -> object:
+    """Bias correction, after which the ranges of activations are set anew."""
+    report = correct_biases(qmodel, calibration)
+    he.calibrate(qmodel, calibration)
+    return report
 
 
 def rounding(iterations: int) -> Step:
@@ -127,6 +142,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--photographs", type=Path, required=True, help="folder of the photographs scored")
     parser.add_argument("--calibration", type=Path, required=True, help="folder of other photographs")
+    parser.add_argument("--observer", default="minmax", help="of weights and activations")
     parser.add_argument("--iterations", type=int, default=500, help="steps of AdaRound a layer")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -138,15 +154,17 @@ def main() -> None:
     print(f"{len(images)} views, {sum(map(len, calibration))} for calibration; float: "
           f"{share((expected.argmax(1) == labels)[labels >= 0])} % right")  # fmt: skip
     recipes: dict[str, tuple[list[Step], list[Step]]] = {
-        "min-max": ([], []),
-        "+ equalization": ([cross_layer], []),
-        "+ bias absorption": ([cross_layer, absorb_biases], []),
-        "+ bias correction": ([cross_layer, absorb_biases], [correct_biases]),
-        "+ AdaRound": ([cross_layer, absorb_biases], [rounding(options.iterations)]),
+        f"ranges alone ({options.observer})": ([], []),
+        "+ equalization": ([equalization], []),
+        "+ bias absorption": ([equalization, absorb_biases], []),
+        "+ bias correction": ([equalization, absorb_biases], [correction]),
+        "AdaRound in its place": ([equalization, absorb_biases], [rounding(options.iterations)]),
+        "equalization, ReLU for ReLU6": ([equalization_without_relu6], []),
     }
     rows = {}
     for name, (before, after) in recipes.items():
-        rows[name] = measured(quantized(model, calibration, before, after), images, labels, expected)
+        qmodel = quantized(model, calibration, options.observer, before, after)
+        rows[name] = measured(qmodel, images, labels, expected)
         print(f"{name}: {rows[name]}", flush=True)
     print("\n| steps | same top-1, % | SQNR, dB | right, % | float, % |\n|---|---|---|---|---|")
     for name, row in rows.items():
