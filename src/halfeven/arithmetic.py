@@ -162,7 +162,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.scheme, ctx.gradient_factor = scheme, gradient_factor
         rows, restore = _rows(x, scheme.axis)
         column = _columns(scale, zero_point, scheme.axis)
-        return restore(_fused(_forward)(rows, *column, scheme.quant_min, scheme.quant_max))
+        return restore(fused(_forward)(rows, *column, scheme.quant_min, scheme.quant_max))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -172,8 +172,8 @@ class _FakeQuantize(torch.autograd.Function):
         grad = _rows(_laid_out_like(gradients[0], x), scheme.axis)[0]
         arguments = (grad, rows, *_columns(scale, zero_point, scheme.axis), scheme.quant_min, scheme.quant_max)
         if not ctx.needs_input_grad[1]:
-            return restore(_fused(_backward_input)(*arguments)), None, None, None, None
-        grad_rows, grad_scale = _fused(_backward_all)(*arguments)
+            return restore(fused(_backward_input)(*arguments)), None, None, None, None
+        grad_rows, grad_scale = fused(_backward_all)(*arguments)
         return restore(grad_rows), grad_scale.reshape(scale.shape) * ctx.gradient_factor, None, None, None
 
 
@@ -219,7 +219,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, **options)
 
 
-def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as one kernel of torch.compile; as it stands while a whole model is compiled or where no
     compiler is."""
     if torch.compiler.is_compiling() or not compiler_works():

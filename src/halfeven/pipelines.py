@@ -3,7 +3,8 @@
 import copy
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from halfeven.graph.batchnorm import fold, forget_statistics
 from halfeven.graph.capture import Example, as_arguments, batched, capture, inputs_of
 from halfeven.graph.lowering import lower_attention
 from halfeven.placement.changes import apply_changes
-from halfeven.placement.insertion import insert
+from halfeven.placement.insertion import insert, plan_of
 from halfeven.placement.plan import Plan, QuantizationOptions
 from halfeven.placement.planning import make_plan, regions
-from halfeven.ptq.calibration import calibrate
+from halfeven.ptq.options import PTQOptions
+from halfeven.ptq.recipe import choose
+from halfeven.ptq.steps import take_steps
 from halfeven.training.checkpoint import restore
 
 
@@ -106,30 +109,75 @@ def _captured(model: nn.Module, example: Example, options: QuantizationOptions) 
 
 def quantize(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Iterable[Any] | None = None,
     options: QuantizationOptions | None = None,
+    ptq: PTQOptions | None = None,
     *,
+    example: Example | None = None,
     batches: int | None = None,
+    say: Callable[[str], None] | None = None,
+    state: Path | None = None,
     **changes: Any,
 ) -> nn.Module:
-    """Post-training quantization: prepare with the loader's first batch as the example, and calibrate.
+    """Post-training quantization: the steps that suit the model, the bits and the data (white paper, figure 8).
+
+    BatchNorm is folded first. Which steps are taken is decided by `halfeven.ptq.recipe.choose` and told to `say` with
+    the reasons; `ptq` switches each of them.
 
     Args:
-        model: any module.
-        loader: calibration batches, as `calibrate` takes them; it is iterated twice.
-        options: as for `prepare`.
-        batches: how many batches to calibrate on; None: all.
-        changes: as for `prepare`.
+        model: any module; it is not changed.
+        loader: calibration batches, as `calibrate` takes them; some 500 samples of the training data, seen as in
+            evaluation. None: the data-free path, which needs `example`.
+        options: how to quantize.
+        ptq: which steps to take, and how.
+        example: an input, as for `prepare`; None: the loader's first batch.
+        batches: how many of the loader's batches to take; None: all.
+        say: told the plan, the choices and what each step did, for example `print`.
+        state: folder in which a reconstruction keeps finished layers, to go on from after an interruption.
+        changes: fields of `QuantizationOptions` or `PTQOptions` to set on top of the two.
 
     Returns:
         The quantized model in eval mode.
+
+    Raises:
+        CalibrationError: the loader gave nothing, or NaN.
+        ConfigError: neither a loader nor an example, or an option that does not exist.
+        CaptureError, PlacementError, AlgorithmError: as the steps raise them.
     """
-    first = next(iter(loader), None)
-    if first is None:
-        raise CalibrationError(
-            "The loader gave no batch, so there is nothing to capture the model with and to set ranges from. "
-            "Give a loader that can be iterated twice and holds at least one batch."
+    options, ptq = _split(options or QuantizationOptions(), ptq or PTQOptions(), changes)
+    say = say or (lambda text: None)
+    data = None if loader is None else _at_hand(loader, batches)
+    if data is None and example is None:
+        raise ConfigError(
+            "Neither data nor an example input was given, so the model cannot be run even once. Give a loader of "
+            "calibration batches or, for the data-free path, example=an input of the right shape."
         )
-    args, kwargs = inputs_of(first)
-    qmodel = prepare(model, kwargs or args, options, **changes)
-    return calibrate(qmodel, loader, batches).eval()
+    if example is None and data:
+        args, kwargs = data[0]
+        example = kwargs or args
+    assert example is not None
+    qmodel = prepare(model, example, options, batchnorm="fold").eval()
+    recipe = choose(qmodel, ptq, data=data is not None)
+    say(f"{plan_of(qmodel)}\n\n{recipe}\n")
+    qmodel = take_steps(qmodel, [kwargs or args for args, kwargs in data or ()], recipe, ptq, say, state)
+    return qmodel.eval()
+
+
+def _at_hand(loader: Iterable[Any], batches: int | None) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The model's arguments of all batches: the steps go over them many times, and reading images costs more."""
+    found = [inputs_of(batch) for batch in islice(loader, batches)]
+    if not found:
+        raise CalibrationError(
+            "The loader gave no batch, so there is nothing to capture the model with and to set ranges from. Give a "
+            "loader with at least one batch; an iterator that was used up before looks empty."
+        )
+    return found
+
+
+def _split(
+    options: QuantizationOptions, ptq: PTQOptions, changes: dict[str, Any]
+) -> tuple[QuantizationOptions, PTQOptions]:
+    """Both kinds of options with the changes that are theirs."""
+    steps = {field.name for field in dataclasses.fields(ptq)}
+    others = {name: value for name, value in changes.items() if name not in steps}
+    return _changed(options, others), dataclasses.replace(ptq, **{n: v for n, v in changes.items() if n in steps})

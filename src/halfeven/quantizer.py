@@ -132,6 +132,16 @@ class Quantizer(nn.Module):
             self.follows = self.calibrates = False
             self.set_observing(False)
 
+    def fix_scale(self, scale: Tensor) -> None:
+        """Keep a scale for good, the zero point staying: neither data nor a later calibration moves it."""
+        if not self.learned and not self.weight:
+            low = -self.scheme.quant_max if self.scheme.symmetric and self.scheme.signed else self.scheme.quant_min
+            self.low.copy_((low - self.zero_point) * scale)
+            self.high.copy_((self.scheme.quant_max - self.zero_point) * scale)
+        self._store(scale.reshape(self.scale.shape), self.zero_point)
+        self.follows = self.calibrates = False
+        self.set_observing(False)
+
     def used_scale(self, x: Tensor) -> Tensor:
         """The scale that `forward` uses for `x`, without its gradient."""
         with torch.no_grad():

@@ -44,8 +44,8 @@ class QuantizationOptions:
     """Bits of weights and activations, for every layer that no rule excepts."""
     ranges: str = "observed"
     """"observed": ranges follow the data; "learned": scales are parameters, trained with the weights (LSQ)."""
-    weight_observer: str = "minmax"
-    """Estimator of weight ranges."""
+    weight_observer: str = "auto"
+    """Estimator of weight ranges; "auto": "minmax" for 8 bits, "mse" below, where clipping outliers pays."""
     activation_observer: str = "mse"
     """Estimator of activation ranges in calibration."""
     quantize_outputs: bool = False
@@ -65,7 +65,7 @@ class QuantizationOptions:
         choices = {
             "ranges": ("observed", "learned"),
             "batchnorm": ("keep", "fold"),
-            "weight_observer": tuple(name for name in OBSERVERS if name != LOGITS),
+            "weight_observer": ("auto", *(name for name in OBSERVERS if name != LOGITS)),
             "activation_observer": tuple(name for name in OBSERVERS if name != LOGITS),
         }
         for name, allowed in choices.items():

@@ -300,8 +300,14 @@ def _planned_weights(
             scheme=Scheme(bits=rule.weight_bits or bits, signed=True, symmetric=True, narrow=True, axis=axis),
             channels=None if axis is None else shape[axis],
             learned=options.ranges == "learned",
-            observer=options.weight_observer,
+            observer=_weight_observer(options, rule.weight_bits or bits),
         )
+
+
+def _weight_observer(options: QuantizationOptions, bits: int) -> str:
+    if options.weight_observer != "auto":
+        return options.weight_observer
+    return "minmax" if bits >= 8 else "mse"
 
 
 def weight_shape(node: fx.Node) -> tuple[int, ...]:

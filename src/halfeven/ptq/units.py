@@ -4,9 +4,9 @@ A unit is a run of consecutive nodes. Units follow each other in the order of ex
 what one needs has been computed by those before it.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise, takewhile
 from typing import Literal
 
 from torch import Tensor, fx
@@ -71,8 +71,8 @@ def _name(layers: Sequence[fx.Node]) -> str:
 
 def _shared_path(layers: Sequence[fx.Node]) -> str:
     """The module of the float model that holds all the layers; "" for the model itself."""
-    paths = [str(layer.target).split(".") for layer in layers]
-    return ".".join(os.path.commonprefix(paths))  # type: ignore[type-var]
+    steps = zip(*(str(layer.target).split(".") for layer in layers), strict=False)
+    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, steps))
 
 
 # Blocks
@@ -81,7 +81,7 @@ def _shared_path(layers: Sequence[fx.Node]) -> str:
 def _block_starts(nodes: Sequence[fx.Node], layers: Sequence[int]) -> list[int]:
     cuts = _cuts(nodes)
     starts = [0]
-    for before, layer in zip(layers, layers[1:], strict=False):
+    for before, layer in pairwise(layers):
         # The last one: activation and quantizer of a layer stay with it, its successor's normalization does not.
         if between := [cut for cut in cuts if before < cut <= layer]:
             starts.append(between[-1])

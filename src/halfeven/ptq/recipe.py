@@ -1,0 +1,148 @@
+"""Which steps post-training quantization takes, and why: decided from the model, the bits and the data at hand.
+
+White paper, figure 8, with what came after it; each choice is a value with its reason, printed before it is acted upon.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from halfeven.placement.changes import clipped_relus
+from halfeven.placement.insertion import plan_of
+from halfeven.ptq.equalization import find_chains
+from halfeven.ptq.links import rewritable_layers
+from halfeven.ptq.norms import norm_sites
+from halfeven.ptq.options import PTQOptions
+from halfeven.scheme import parse_bits
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A step that is taken or left out."""
+
+    taken: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The choices, in the order of the steps."""
+
+    equalize: Choice
+    relu6: Choice
+    absorb: Choice
+    smooth: Choice
+    reparametrize: Choice
+    reconstruct: Choice
+    correct_biases: Choice
+    blocks: bool
+    """Whether reconstruction goes by blocks; by layers otherwise."""
+    data: bool
+
+    def __str__(self) -> str:
+        rows = {
+            "cross-layer equalization": self.equalize,
+            "ReLU6 to ReLU": self.relu6,
+            "bias absorption": self.absorb,
+            "activation smoothing": self.smooth,
+            "LayerNorm reparametrization": self.reparametrize,
+            "reconstruction": self.reconstruct,
+            "bias correction": self.correct_biases,
+        }
+        lines = [f"  {name:27}  {'yes' if c.taken else 'no ':3}  {c.reason}" for name, c in rows.items()]
+        return "\n".join(["Steps of post-training quantization:", *lines])
+
+
+def choose(qmodel: nn.Module, options: PTQOptions, *, data: bool) -> Recipe:
+    """Decide the steps for a prepared model.
+
+    Args:
+        data: whether calibration data is at hand.
+    """
+    plan = plan_of(qmodel)
+    weight_bits, activation_bits = parse_bits(plan.options.scheme)
+    equalize = _equalize(qmodel, options, per_channel=plan.options.per_channel)
+    reconstruct = _reconstruct(options, weight_bits, activation_bits, data=data)
+    return Recipe(
+        equalize=equalize,
+        relu6=_relu6(qmodel, options, equalize, data=data),
+        absorb=_follows(options.absorb, equalize, "equalization makes large biases", "there is no equalization"),
+        smooth=_smooth(qmodel, options, activation_bits, data=data),
+        reparametrize=_reparametrize(qmodel, options, activation_bits, data=data),
+        reconstruct=reconstruct,
+        correct_biases=_correct_biases(options, reconstruct, data=data),
+        blocks=options.reconstruct != "layers",
+        data=data,
+    )
+
+
+def _switched(value: str) -> Choice | None:
+    """The user's choice, or None where it is left to us."""
+    return None if value == "auto" else Choice(value not in ("off", "keep"), "as the options say")
+
+
+def _equalize(qmodel: nn.Module, options: PTQOptions, *, per_channel: bool) -> Choice:
+    if chosen := _switched(options.equalize):
+        return chosen
+    if per_channel:
+        return Choice(False, "each weight channel has a scale of its own")
+    if not find_chains(rewritable_layers(qmodel)[0]) and not clipped_relus(qmodel):
+        return Choice(False, "no two layers follow each other without a branch between them")
+    return Choice(True, "one scale serves all channels of a weight, so they need equal ranges")
+
+
+def _relu6(qmodel: nn.Module, options: PTQOptions, equalize: Choice, *, data: bool) -> Choice:
+    clipped = len(clipped_relus(qmodel))
+    if not clipped:
+        return Choice(False, "the model has none")
+    if chosen := _switched(options.relu6):
+        return chosen
+    if not equalize.taken:
+        return Choice(False, "there is no equalization, which alone gains by it")
+    if not data:
+        return Choice(True, f"{clipped} of them stop the equalization; without data the gain cannot be tried")
+    return Choice(True, f"{clipped} of them stop the equalization; kept if the quantized model gains, see below")
+
+
+def _follows(value: str, first: Choice, yes: str, no: str) -> Choice:
+    return _switched(value) or Choice(first.taken, yes if first.taken else no)
+
+
+def _smooth(qmodel: nn.Module, options: PTQOptions, activation_bits: int, *, data: bool) -> Choice:
+    if not norm_sites(qmodel)[0]:
+        return Choice(False, "no LayerNorm is read by linear layers alone")
+    if not data:
+        return Choice(False, "it needs data")
+    return _switched(options.smooth) or Choice(True, "outliers after LayerNorm spoil a scale per tensor")
+
+
+def _reparametrize(qmodel: nn.Module, options: PTQOptions, activation_bits: int, *, data: bool) -> Choice:
+    if not norm_sites(qmodel)[0]:
+        return Choice(False, "no LayerNorm is read by linear layers alone")
+    if not data:
+        return Choice(False, "it needs data")
+    if chosen := _switched(options.reparametrize):
+        return chosen
+    if activation_bits < 8:
+        return Choice(True, "below 8 bits each channel after LayerNorm needs a range of its own")
+    return Choice(False, "smoothing serves 8-bit activations")
+
+
+def _reconstruct(options: PTQOptions, weight_bits: int, activation_bits: int, *, data: bool) -> Choice:
+    if not data:
+        return Choice(False, "it needs data")
+    if options.reconstruct != "auto":
+        return Choice(options.reconstruct != "off", "as the options say")
+    if min(weight_bits, activation_bits) < 8:
+        return Choice(True, "below 8 bits rounding to nearest costs accuracy; it learns by blocks")
+    return Choice(False, "at 8 bits rounding to nearest costs next to nothing")
+
+
+def _correct_biases(options: PTQOptions, reconstruct: Choice, *, data: bool) -> Choice:
+    if chosen := _switched(options.correct_biases):
+        return chosen
+    if not data:
+        return Choice(True, "analytic: the means come from the folded BatchNorm")
+    if reconstruct.taken:
+        return Choice(False, "reconstruction leaves no mean shift to correct")
+    return Choice(True, "it costs one pass over the data and nothing at run time")
