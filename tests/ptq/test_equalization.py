@@ -12,7 +12,7 @@ import halfeven as he
 from halfeven.errors import AlgorithmError
 from halfeven.ptq import equalization
 from halfeven.ptq.equalization import equalize, equalizing_factors, find_chains, unclip_relu6
-from halfeven.ptq.links import apply_to_constant, rewritable_layers, weight_by_channel
+from halfeven.ptq.links import apply_to_constant, input_ranges, output_ranges, rewritable_layers, weight_by_channel
 from halfeven.ptq.preservation import float_outputs
 from halfeven.quantizer import Mode, set_mode
 from ptq.nets import IMAGE, NETS, prepared, uneven
@@ -78,8 +78,9 @@ def test_chains_are_equalized_and_the_function_stays(name):
     for found, e in zip(float_outputs(qmodel), expected, strict=True):
         assert (found - e).abs().max() <= 1e-5 * e.abs().max()
     for chain in find_chains(rewritable_layers(qmodel)[0]):
-        first, *rest = chain.ranges()
-        for other in rest:
+        first, *rest = chain.layers
+        first = output_ranges(weight_by_channel(first))
+        for other in (input_ranges(weight_by_channel(layer, len(first))) for layer in rest):
             torch.testing.assert_close(other, first, rtol=5e-3, atol=0)
 
 

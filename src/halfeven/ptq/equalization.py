@@ -56,7 +56,7 @@ def divide_outputs(layer: Any, factor: Tensor) -> None:
     """Divide a layer's output channels, [outputs], in weight, bias and what it knows of its outputs' distribution."""
     weight = weight_by_channel(layer)
     factor = factor.to(weight)
-    weight.div_(_along(factor, weight, 1))
+    weight.div_(along(factor, weight, 1))
     if layer.bias is not None:
         layer.bias.div_(factor)
     if hasattr(layer, "output_statistics"):
@@ -66,10 +66,10 @@ def divide_outputs(layer: Any, factor: Tensor) -> None:
 def multiply_inputs(layer: Any, factor: Tensor) -> None:
     """Multiply the weights that read each of a layer's input channels, [inputs]."""
     weight = weight_by_channel(layer, len(factor))
-    weight.mul_(_along(factor.to(weight), weight, 2))
+    weight.mul_(along(factor.to(weight), weight, 2))
 
 
-def _along(values: Tensor, weight: Tensor, axis: int) -> Tensor:
+def along(values: Tensor, weight: Tensor, axis: int) -> Tensor:
     """Values of channels, shaped to broadcast with a weight by channel along its axis 1 (outputs) or 2 (inputs)."""
     shape = [len(weight), *(1,) * (weight.ndim - 1)]
     shape[axis] = -1
@@ -83,21 +83,42 @@ class Chain:
     names: tuple[str, ...]
     layers: tuple[nn.Module, ...]
 
-    def ranges(self) -> list[Tensor]:
-        """The range of each channel in each layer, [channels]."""
-        first, *rest = self.layers
-        channels = output_channels(first)
-        return [output_ranges(weight_by_channel(first))] + [
-            input_ranges(weight_by_channel(layer, channels)) for layer in rest
-        ]
 
-    def equalize(self) -> float:
-        """Make the ranges equal, in place; the largest factor's distance from 1."""
-        factors = equalizing_factors(self.ranges())
-        for factor, producer, consumer in zip(factors, self.layers, self.layers[1:], strict=False):
-            divide_outputs(producer, factor)
-            multiply_inputs(consumer, factor)
-        return float((factors - 1).abs().max())
+class _Scaled:
+    """A layer while its factors are sought: they settle on one number for each pair of channels, the weights wait."""
+
+    def __init__(self, layer: Any, inputs: int | None) -> None:
+        weight = weight_by_channel(layer, inputs).abs()
+        self.layer = layer
+        self.largest = weight.flatten(3).amax(3) if weight.ndim > 3 else weight
+        self.divisor = torch.ones_like(output_ranges(self.largest), dtype=torch.float64)
+        self.factor = torch.ones_like(input_ranges(self.largest), dtype=torch.float64)
+
+    def divide(self, divisor: Tensor) -> None:
+        self.divisor *= divisor
+        self.largest /= along(divisor.to(self.largest), self.largest, 1)
+
+    def multiply(self, factor: Tensor) -> None:
+        self.factor *= factor
+        self.largest *= along(factor.to(self.largest), self.largest, 2)
+
+    def apply(self) -> None:
+        divide_outputs(self.layer, self.divisor)
+        multiply_inputs(self.layer, self.factor)
+
+
+def _sweep(chains: Sequence[Sequence[_Scaled]]) -> float:
+    """Make the ranges of each chain equal in turn; the largest factor's distance from 1."""
+    worst = 0.0
+    for chain in chains:
+        factors = equalizing_factors(
+            [output_ranges(chain[0].largest), *(input_ranges(scaled.largest) for scaled in chain[1:])]
+        )
+        for factor, producer, consumer in zip(factors, chain, chain[1:], strict=False):
+            producer.divide(factor)
+            consumer.multiply(factor)
+        worst = max(worst, float((factors - 1).abs().max()))
+    return worst
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +168,14 @@ def equalize(qmodel: nn.Module, *, max_sweeps: int = 20, tolerance: float = 1e-3
     chains = find_chains(layers)
     members = {name: layer for chain in chains for name, layer in zip(chain.names, chain.layers, strict=True)}
     before = {name: _spread(layer) for name, layer in members.items()}
+    scaled = _scaled(chains)
     sweeps, converged = 0, not chains
+    while not converged and sweeps < max_sweeps:
+        converged = _sweep([[scaled[layer] for layer in chain.layers] for chain in chains]) <= tolerance
+        sweeps += 1
     with preserving_the_float_function(qmodel, "Equalization"):
-        while not converged and sweeps < max_sweeps:
-            converged = max(chain.equalize() for chain in chains) <= tolerance
-            sweeps += 1
+        for one in scaled.values():
+            one.apply()
     return EqualizationReport(
         chains=tuple(chain.names for chain in chains),
         sweeps=sweeps,
@@ -175,6 +199,16 @@ def find_chains(layers: dict[str, fx.Node]) -> list[Chain]:
             chain.append(linked[chain[-1]].consumer)
         chains.append(Chain(tuple(names[one] for one in chain), tuple(module_of(one) for one in chain)))
     return chains
+
+
+def _scaled(chains: Sequence[Chain]) -> dict[nn.Module, _Scaled]:
+    """The layers of all chains; one that reads another's channels has its weight seen by those."""
+    read = {
+        consumer: output_channels(producer)
+        for chain in chains
+        for producer, consumer in zip(chain.layers, chain.layers[1:], strict=False)
+    }
+    return {layer: _Scaled(layer, read.get(layer)) for chain in chains for layer in chain.layers}
 
 
 def _spread(layer: nn.Module) -> float:
