@@ -1,7 +1,9 @@
 """Post-training quantization: float model, the pipeline with its choices, and the verified files."""
 
+import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -12,8 +14,7 @@ from halfeven.config import Experiment
 from halfeven.distributed import world_size
 from halfeven.errors import ConfigError
 from halfeven.pipelines import quantize
-from halfeven.training.checkpoint import save
-from halfeven.training.trainer import Metrics
+from halfeven.training.checkpoint import read_facts, save
 from halfeven.zoo.models import create_model
 
 
@@ -25,14 +26,12 @@ def run_ptq(
     work = open_work(experiment, default_folder(config, work_dir))
     _check_alone()
     open_folder(work, "ptq", resume=resume, overwrite=overwrite)
-    model = create_model(experiment.model)
+    model, facts = create_model(experiment.model), _finished(work, resume=resume)
     if experiment.pretraining.epochs:
         train_float(work, model, resume=resume)
-    float_metrics = work.accuracy(model)
-    work.say("float: " + ", ".join(f"{name} {value:.2f} %" for name, value in float_metrics.items()))
-    model.to(work.accelerator.device)
-    seconds = _quantize(work, model, float_metrics)
-    deliver(work, model, float_metrics, {"quantization_seconds": round(seconds, 1)})
+    if facts is None:
+        facts = _quantize(work, model)
+    deliver(work, model, facts["float"], {"quantization_seconds": facts["quantization_seconds"]})
 
 
 def _check_alone() -> None:
@@ -43,18 +42,27 @@ def _check_alone() -> None:
         )
 
 
-def _quantize(work: Work, model: nn.Module, float_metrics: Metrics) -> float:
-    """Quantize, and write the checkpoint; the seconds that the quantization took."""
-    start = time.perf_counter()
+def _finished(work: Work, *, resume: bool) -> dict[str, Any] | None:
+    """What is known of the quantized model, if the run that is resumed got so far."""
+    best = work.folder / BEST
+    found: dict[str, Any] | None = read_facts(best)["extra"] if resume and best.is_file() else None
+    return found
+
+
+def _quantize(work: Work, model: nn.Module) -> dict[str, Any]:
+    """Quantize, and write the checkpoint with what is known of it: the float accuracy, and the seconds it took."""
+    start, state = time.perf_counter(), work.folder / PTQ_STATE
     qmodel = quantize(
-        model,
+        model.to(work.accelerator.device),
         work.loader(work.datasets.calibration),
         work.experiment.quantization,
         work.experiment.ptq,
         say=work.say,
-        state=work.folder / PTQ_STATE,
+        state=state,
     )
     seconds = time.perf_counter() - start
     work.say(f"Quantized in {seconds:.0f} s.\n")
-    save(qmodel, work.folder / BEST, {"float": float_metrics})
-    return seconds
+    facts = {"float": work.accuracy(model), "quantization_seconds": round(seconds, 1)}
+    save(qmodel, work.folder / BEST, facts)
+    shutil.rmtree(state, ignore_errors=True)  # the checkpoint has it all now
+    return facts

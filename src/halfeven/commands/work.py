@@ -135,7 +135,10 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-MAY_CHANGE = ("device", "export", "data.workers", "data.root", "training.log_every", "training.save_every")
+MAY_CHANGE = (
+    *("device", "export", "data.workers", "data.root", "training.log_every", "training.save_every"),
+    *("ptq.memory", "ptq.cache_folder"),
+)
 """Fields that a resumed run may have otherwise: they do not change what it ends with."""
 
 
