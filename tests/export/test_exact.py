@@ -10,8 +10,9 @@ from torch.nn import functional as F
 import halfeven as he
 from export.parity import deployed, quantized
 from halfeven.arithmetic import snap
-from halfeven.export.exact import EXACT_IN_FLOAT32, Ends, ExactModel
+from halfeven.export.exact import Ends, ExactModel
 from halfeven.export.exporting import exportable
+from halfeven.export.integer_layers import EXACT_IN_FLOAT32
 from halfeven.quantizer import quantizers as he_quantizers
 
 

@@ -1,6 +1,9 @@
 """verify must see what is wrong: each test here breaks something."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -12,7 +15,11 @@ from torch import nn
 import halfeven as he
 from export.parity import quantized
 from halfeven.errors import VerificationError
+from halfeven.export import load_deployed
+from halfeven.export.exact import ExactModel
+from halfeven.export.runtime import compile_model, read, request_with
 from halfeven.export.verify import Report
+from halfeven.quantizer import Mode, Quantizer, quantizers
 
 IMAGE = (4, 3, 8, 8)
 
@@ -270,3 +277,65 @@ def test_a_quantized_tensor_that_is_shared_is_compared_at_each_place(tmp_path):
         qmodel.get_submodule("b").bias += 0.1
     report = he.verify(qmodel, path, batches)
     assert [t.different > 0 for t in report.tensors] == [False, False, True]
+
+
+def test_each_weight_is_quantized_once_and_then_as_before(deployed, monkeypatch):
+    qmodel, path, batches = deployed
+    calls = []
+    forward = Quantizer.forward
+
+    def counted(self, x):
+        if self.weight and self.mode is Mode.QUANTIZE:  # off while the float model is traced for its latency
+            calls.append(self)
+        return forward(self, x)
+
+    monkeypatch.setattr(Quantizer, "forward", counted)
+    he.verify(qmodel, path, batches)
+    assert len(calls) == 3
+    assert all("forward" not in vars(quantizer) for quantizer in quantizers(qmodel).values())
+    with torch.no_grad():
+        before = qmodel(batches[0])
+        qmodel.get_submodule("3").weight.mul_(0.5)
+        assert not torch.equal(qmodel(batches[0]), before)
+
+
+def test_layers_alone_are_computed_only_where_integers_differ(deployed, monkeypatch):
+    qmodel, path, batches = deployed
+    runs = []
+    forward = ExactModel.forward
+    monkeypatch.setattr(
+        ExactModel, "forward", lambda self, *args: runs.append(dict(self.given)) or forward(self, *args)
+    )
+    report = he.verify(qmodel, path, batches)
+    assert runs == [{}] * len(batches)
+    assert all(tensor.different_alone == 0 for tensor in report.tensors)
+
+
+def test_nothing_is_reported_over_the_network(tmp_path):
+    """In a process of its own, which is no job of continuous integration."""
+    code = """
+import os
+from openvino_telemetry.utils.sender import TelemetrySender
+sent = []
+TelemetrySender.send = lambda self, backend, message: sent.append(message)
+import torch, halfeven as he
+from halfeven.export import load_deployed
+from torch import nn
+qmodel = he.quantize(nn.Linear(3, 4), [torch.randn(2, 3)])
+load_deployed(he.export(qmodel, "model.xml"))(torch.randn(2, 3))
+assert "CI" not in os.environ
+print(len(sent), "messages")
+"""
+    ours = {name: value for name, value in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL")}
+    ours |= {"HOME": str(tmp_path), "HALFEVEN_COMPILE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ours, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("0 messages")
+    assert not (tmp_path / "intel").exists()  # where it would keep who it is
+
+
+def test_latency_times_the_model_alone(deployed):
+    _, path, batches = deployed
+    request = request_with(compile_model(read(path)), [batches[0]])
+    request.infer(share_inputs=True, share_outputs=True)
+    assert torch.equal(torch.from_numpy(request.get_output_tensor(0).data), load_deployed(path)(batches[0]))

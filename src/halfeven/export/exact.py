@@ -14,15 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from halfeven.arithmetic import per_channel
+from halfeven.export.integer_layers import IntegerLayer
 from halfeven.export.operators import ExportedQuantizer
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule
-from halfeven.placement.layers import operation
 from halfeven.placement.planning import regions
-
-EXACT_IN_FLOAT32 = 2.0**24
-"""Integer sums below this are exact in float32; layers that could exceed it are summed in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +147,7 @@ class _Interpreter(fx.Interpreter):
         super().__init__(region)
         self.found, self.given = levels, given
         self.ends: dict[int, Ends] = {}
+        self.layers: dict[fx.Node, IntegerLayer] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -164,7 +161,7 @@ class _Interpreter(fx.Interpreter):
         if kind in WEIGHTED and n.op == "call_module" and isinstance(args[0], Levels):
             layer = module_of(n)
             if isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
-                return _layer(layer, args[0])
+                return self._layer(n, layer, args[0])
         if kind in TRANSPARENT and isinstance(args[0], Levels):
             return _same_scale(n, super(), args, kwargs)
         if kind is OperatorKind.CONCAT and all(isinstance(a, Levels) for a in args[0]):
@@ -178,6 +175,11 @@ class _Interpreter(fx.Interpreter):
             return dataclasses.replace(args[0], values=torch.relu(args[0].values))
         args, kwargs = pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special)
         return getattr(super(), n.op)(n.target, args, kwargs)
+
+    def _layer(self, node: fx.Node, layer: nn.Module, x: Levels) -> Tensor:
+        if node not in self.layers:  # its weight, and the grid of what it reads, are the same for all batches
+            self.layers[node] = IntegerLayer.of(layer, x.ends.scale, x.ends.zero_level, x.ends.steps)
+        return self.layers[node](x.values)
 
     def _quantize(self, node: fx.Node, quantizer: ExportedQuantizer, x: Any) -> Any:
         if quantizer.weight:
@@ -223,43 +225,6 @@ def _same_scale(node: fx.Node, run: Any, args: Any, kwargs: Any) -> Any:
     x: Levels = args[0]
     result = getattr(run, node.op)(node.target, (x.values, *args[1:]), kwargs)
     return pytree.tree_map(lambda values: Levels(values, x.ends), result)
-
-
-def _layer(layer: Any, x: Levels) -> Tensor:
-    """y = sum * (s_x * s_w) + bias, multiplied and then added in float32; the sum is exact."""
-    quantizer: ExportedQuantizer = layer.weight_quantizer
-    axis = None if quantizer.scale.ndim == 0 else quantizer.axis
-    integers = torch.round(layer.weight / per_channel(quantizer.scale, axis, layer.weight.ndim))
-    zero = x.ends.zero_level
-    centered = x.values - zero
-    channel = -1 if isinstance(layer, nn.Linear) else 1
-    total = _exact_sum(layer, centered, integers, max(float(zero), x.ends.steps - float(zero))).float()
-    scale = per_channel(x.ends.scale * quantizer.scale, None if axis is None else channel, total.ndim)
-    result: Tensor = total * scale
-    return result if layer.bias is None else result + per_channel(layer.bias, channel, total.ndim)
-
-
-def _exact_sum(layer: Any, x: Tensor, weight: Tensor, largest: float) -> Tensor:
-    """The layer's sums of integer products: in float32 over as many channels as that is exact for, then in float64.
-
-    `largest` bounds the absolute values of `x`.
-    """
-    compute = operation(layer)
-    axis = 0 if getattr(layer, "transposed", False) else 1
-    others = [a for a in range(weight.ndim) if a > 1]
-    by_channel = weight.abs().sum(others) if others else weight.abs()
-    bounds = by_channel.amax(1 - axis) * largest  # what an input channel can add to any output, at most
-    if float(bounds.sum()) < EXACT_IN_FLOAT32:
-        return compute(x, weight, None)
-    if getattr(layer, "groups", 1) != 1 or float(bounds.max()) >= EXACT_IN_FLOAT32:
-        return compute(x.double(), weight.double(), None)
-    total, start = torch.zeros((), dtype=torch.float64), 0
-    inputs = -1 if isinstance(layer, nn.Linear) else 1
-    while start < len(bounds):
-        fits = int((bounds[start:].cumsum(0) < EXACT_IN_FLOAT32).sum())
-        part = compute(x.narrow(inputs, start, fits), weight.narrow(axis, start, fits), None)
-        total, start = total + part.double(), start + fits
-    return total
 
 
 def _fused_sum(node: fx.Node, args: Any) -> InUnits | None:

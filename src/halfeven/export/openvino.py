@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from halfeven.export.operators import PER_TENSOR, ExportedQuantizer
+from halfeven.export.telemetry import silently
 
 WEIGHT_SUFFIX = ".weight_quantizer"
 
 
+@silently()
 def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     """An `openvino.Model` of an exported program whose quantizers are `halfeven::fake_quantize` operators.
 
@@ -92,6 +94,7 @@ def _readers(node: Any) -> Iterator[Any]:
             yield from _readers(reader)
 
 
+@silently()
 def write(program: torch.export.ExportedProgram, quantizers: list[ExportedQuantizer], path: Path) -> None:
     """Write an IR (.xml and .bin); float constants keep their 32 bits, so that they are what was simulated."""
     import openvino

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from halfeven.errors import VerificationError
 from halfeven.export.openvino import LAYER_TYPES, WEIGHT_SUFFIX
+from halfeven.export.telemetry import silently
 
 ACCURACY = {"EXECUTION_MODE_HINT": "ACCURACY"}
 """Without it the plugin computes in bfloat16 what is not integer, and nothing can be compared."""
@@ -32,6 +33,7 @@ class Executed:
         return self.precision in INTEGER_TYPES and "i8" in self.kernel.lower()
 
 
+@silently()
 def read(path: str | Path) -> Any:
     """The `openvino.Model` of a file.
 
@@ -53,6 +55,7 @@ def read(path: str | Path) -> Any:
         ) from error
 
 
+@silently()
 def compile_model(model: Any, config: dict[str, str] | None = None) -> Any:
     """A model ready to run on the CPU, in float32 where it is not integer unless `config` says otherwise."""
     import openvino
@@ -82,6 +85,16 @@ def run_compiled(compiled: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
     """All outputs of a compiled model as tensors of their own."""
     result = compiled([np.ascontiguousarray(x.detach().cpu().numpy()) for x in inputs])
     return [torch.from_numpy(np.array(result[i])) for i in range(len(compiled.outputs))]
+
+
+def request_with(compiled: Any, inputs: Sequence[Tensor]) -> Any:
+    """An `openvino.InferRequest` whose inputs are set already: `request.infer()` does nothing but compute."""
+    import openvino
+
+    request = compiled.create_infer_request()
+    for index, x in enumerate(inputs):
+        request.set_input_tensor(index, openvino.Tensor(np.array(x.detach().numpy(), order="C")))
+    return request
 
 
 def with_outputs(model: Any, names: Sequence[str]) -> list[str]:
