@@ -113,11 +113,11 @@ def test_zero_padding_is_inexact_at_the_borders_and_can_be_left_out(padding):
     model = centred(net(*between, consumer=consumer))
     qmodel = prepared(model)
     before = float_outputs(qmodel)[0]
-    report = absorb_biases(qmodel)
+    report = absorb_biases(qmodel, across_padding=True)
     difference = (float_outputs(qmodel)[0] - before).abs()
     assert difference[..., 1:-1, 1:-1].max() < 1e-3 < difference.max()
     assert report.sqnr < 40
-    careful = absorb_biases(prepared(model), across_padding=False)
+    careful = absorb_biases(prepared(model))
     assert careful.absorbed == {}
     assert careful.sqnr == float("inf")
     assert "pads with zeros" in careful.left[0]
@@ -146,7 +146,7 @@ def test_with_data_every_kind_of_link_is_exact_without_padding(name):
     qmodel = prepared(model, shape)
     equalize(qmodel)
     x = qmodel.halfeven_example[0][0]
-    report = absorb_biases(qmodel, [x], across_padding=False)
+    report = absorb_biases(qmodel, [x])
     assert report.sqnr > 90
     if name not in ("flattened", "one dimension"):
         assert max(report.absorbed.values(), default=0) > 0.1
