@@ -11,7 +11,7 @@ from torch import nn
 import halfeven as he
 from halfeven.errors import AlgorithmError
 from halfeven.ptq import equalization
-from halfeven.ptq.equalization import equalize, equalizing_factors, find_chains, unclip_relu6
+from halfeven.ptq.equalization import equalize, equalizing_factors, find_chains, unclip_relu6, unclipping_sqnr
 from halfeven.ptq.links import apply_to_constant, input_ranges, output_ranges, rewritable_layers, weight_by_channel
 from halfeven.ptq.preservation import float_outputs
 from halfeven.quantizer import Mode, set_mode
@@ -207,6 +207,30 @@ def test_relu6_is_replaced_where_it_separates_layers_and_nowhere_else(tmp_path):
     he.save(qmodel, tmp_path / "q.safetensors")
     loaded = he.load(tmp_path / "q.safetensors", HardSwish(), torch.randn(IMAGE))
     assert torch.equal(loaded(x), qmodel(x))
+
+
+def clipped_net(mean, std):
+    """conv, BatchNorm of such a distribution, ReLU6, conv."""
+    norm = nn.BatchNorm2d(8)
+    nn.init.constant_(norm.bias, mean)
+    nn.init.constant_(norm.weight, std)
+    return nn.Sequential(nn.Conv2d(3, 8, 1), norm, nn.ReLU6(), nn.Conv2d(8, 4, 1)).eval()
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 3.0), (4.0, 1.0), (-1.0, 2.5)])
+def test_what_a_bound_does_is_known_from_batchnorm(mean, std):
+    x = mean + std * torch.randn(1_000_000)
+    expected = 10 * torch.log10(x.clamp(0, 6).square().sum() / (x - 6).clamp(min=0).square().sum())
+    found = unclipping_sqnr(prepared(clipped_net(mean, std)))
+    assert found == {"2.hardtanh": pytest.approx(float(expected), abs=0.3)}
+
+
+def test_only_bounds_that_do_little_are_taken_away_where_a_least_is_given():
+    harmful, harmless = (prepared(clipped_net(mean, 1.0)) for mean in (6.0, 0.0))
+    assert unclip_relu6(harmful, least_sqnr=30.0) == ()
+    assert he.plan_of(harmful).changes.unclipped == ()
+    assert unclip_relu6(harmless, least_sqnr=30.0) == ("2.hardtanh",)
+    assert unclip_relu6(harmful) == ("2.hardtanh",)
 
 
 def test_equalized_models_run_on_the_real_runtime(tmp_path):

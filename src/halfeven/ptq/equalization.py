@@ -5,6 +5,7 @@ Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Corre
 before f and multiplying the weights that read it by s changes nothing but the ranges of both weights.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from halfeven.graph.operators import module_of
 from halfeven.placement.changes import clipping, record_changes
-from halfeven.placement.planning import named_nodes
+from halfeven.placement.planning import named_nodes, regions
+from halfeven.ptq.distributions import Distribution, clipped, through
 from halfeven.ptq.links import (
     Link,
     input_ranges,
@@ -26,6 +28,7 @@ from halfeven.ptq.links import (
     weight_by_channel,
 )
 from halfeven.ptq.preservation import preserving_the_float_function
+from halfeven.ptq.propagation import propagated
 
 DEAD = 1e-6
 """Channels whose range is below this share of their layer's largest count as dead and keep their scale: a factor
@@ -217,19 +220,48 @@ def _spread(layer: nn.Module) -> float:
     return float(live.max() / live.min()) if live.numel() else 1.0
 
 
-def unclip_relu6(qmodel: nn.Module) -> tuple[str, ...]:
+def unclip_relu6(qmodel: nn.Module, *, least_sqnr: float | None = None) -> tuple[str, ...]:
     """Make ReLU of the ReLU6 and clamp operators that separate two layers which would be linked; their names.
 
     This changes what the float model computes, for values above the bound: compare its accuracy before and after. The
     change is recorded in the plan. Bounded operators elsewhere, as inside of a hard-swish, stay.
+
+    Args:
+        qmodel: a model from `prepare` with `batchnorm="fold"`.
+        least_sqnr: where given, only operators whose values stay to at least so many dB are changed, see
+            `unclipping_sqnr`.
     """
-    layers, _ = rewritable_layers(qmodel)
-    clips = {
-        node
-        for link in links(layers, through_clips=True)
-        for node in link.between
-        if (bounds := clipping(node)) is not None and bounds[1] < float("inf")
-    }
-    names = tuple(name for name, (_, node) in named_nodes(qmodel).items() if node in clips)
+    found = unclipping_sqnr(qmodel)
+    names = tuple(name for name, sqnr in found.items() if least_sqnr is None or sqnr >= least_sqnr)
     record_changes(qmodel, unclipped=names)
     return names
+
+
+@torch.no_grad()
+def unclipping_sqnr(qmodel: nn.Module) -> dict[str, float]:
+    """How well the values of the operators that `unclip_relu6` may change would stay, in dB, by name.
+
+    That is E[clip(x)^2] / E[(relu(x) - clip(x))^2] for the distribution of x that BatchNorm measured. Where nothing is
+    known of x, it is minus infinity.
+    """
+    layers, _ = rewritable_layers(qmodel)
+    clips = {node: bounds for link in links(layers, through_clips=True) for node, bounds in _clips(link).items()}
+    known = {node: x for region in regions(qmodel).values() for node, x in propagated(region).items()}
+    return {
+        name: _kept(known.get(node.all_input_nodes[0]), clips[node][1])
+        for name, (_, node) in named_nodes(qmodel).items()
+        if node in clips
+    }
+
+
+def _clips(link: Link) -> dict[fx.Node, tuple[float, float]]:
+    bounds = {node: clipping(node) for node in link.between}
+    return {node: ends for node, ends in bounds.items() if ends is not None and ends[1] < float("inf")}
+
+
+def _kept(x: Distribution | None, bound: float) -> float:
+    if x is None:
+        return float("-inf")
+    kept, lost = clipped(x, 0.0, bound), through(x, lambda values: (values - bound).clamp(min=0))
+    signal, noise = (float((y.mean**2 + y.std**2).sum()) for y in (kept, lost))
+    return 10 * math.log10(signal / noise) if signal and noise else float("inf")
