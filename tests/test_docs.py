@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 import halfeven
 from halfeven import cli
 from halfeven.config import Experiment
+from halfeven.ptq.options import PTQOptions
+from halfeven.ptq.recipe import choose
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -191,6 +194,14 @@ def test_the_quickstart_runs_and_prints_the_plan_it_shows(tmp_path, monkeypatch,
     (plan,) = blocks(page, "text")
     assert plan.strip() in said
     assert os.path.getsize("model.bin") > 0
+
+
+def test_the_choices_shown_are_those_that_are_made():
+    """The page shows what the pipeline decides for MobileNetV2 at 8 bits."""
+    (shown,) = blocks(ROOT / "docs/ptq.md", "text")
+    model = timm.create_model("mobilenetv2_100", in_chans=1, num_classes=10).eval()
+    qmodel = halfeven.prepare(model, torch.randn(2, 1, 32, 32), batchnorm="fold")
+    assert shown.strip() == str(choose(qmodel, PTQOptions(), data=True))
 
 
 @pytest.mark.usefixtures("unfused")
