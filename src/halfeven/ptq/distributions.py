@@ -21,7 +21,10 @@ REACH = 8.0
 
 @dataclass(frozen=True)
 class Distribution:
-    """Mean, standard deviation, and the extent [low, high] that a range should cover: [channels] each, in float64."""
+    """Mean, standard deviation, and the extent [low, high] that a range should cover: [channels] each, in float64.
+
+    They lie on the CPU, wherever the model is: there are few numbers.
+    """
 
     mean: Tensor
     std: Tensor
@@ -35,7 +38,7 @@ class Distribution:
 
 def gaussian(mean: Tensor, std: Tensor, alpha: float, axis: int | None, measured: bool) -> Distribution:
     """A Gaussian whose extent reaches `alpha` standard deviations to both sides (white paper, section 3.1)."""
-    mean, std = mean.double(), std.double()
+    mean, std = mean.detach().double().cpu(), std.detach().double().cpu()
     return Distribution(mean, std, mean - alpha * std, mean + alpha * std, axis, measured)
 
 
@@ -69,12 +72,12 @@ def clipped(x: Distribution, low: float, high: float) -> Distribution:
 
 def through(x: Distribution, function: Callable[[Tensor], Tensor]) -> Distribution:
     """The distribution after any elementwise function, [points, channels] -> [points, channels], by quadrature."""
-    z = torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64, device=x.mean.device)[:, None]
+    z = torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64)[:, None]
     weight = _density(z) / _density(z).sum()
     y = function(x.mean + x.std * z)
     mean = (weight * y).sum(0)
     std = (weight * (y - mean) ** 2).sum(0).sqrt()
-    share = torch.linspace(0, 1, POINTS, dtype=torch.float64, device=x.mean.device)[:, None]
+    share = torch.linspace(0, 1, POINTS, dtype=torch.float64)[:, None]
     extent = function(x.low + (x.high - x.low) * share)
     return replace(x, mean=mean, std=std, low=extent.amin(0), high=extent.amax(0))
 
@@ -106,7 +109,7 @@ def multiplied(a: Distribution, b: Distribution) -> Distribution:
 
 def constant(value: float | Tensor) -> Distribution:
     """A number, or all elements of a tensor, as one channel."""
-    values = torch.as_tensor(value).detach().double().reshape(1, -1)
+    values = torch.as_tensor(value).detach().double().cpu().reshape(1, -1)
     return Distribution(values.mean(1), values.std(1, correction=0), values.amin(1), values.amax(1))
 
 

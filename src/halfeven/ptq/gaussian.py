@@ -29,7 +29,7 @@ def mean_shift(layer: Any, quantized_weight: Tensor, mean: Tensor) -> Tensor:
     3.3); borders with zero padding are left aside.
     """
     error = weight_by_channel(layer, weight=quantized_weight - layer.weight).double()
-    return apply_to_constant(error, mean.double()) * transposed_share(layer)
+    return apply_to_constant(error, mean.to(error)) * transposed_share(layer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,10 +106,10 @@ class _Walk:
             mean, std = statistics(module)
             return gaussian(mean, std, self.alpha, 1, True)
         if kind is K.NORMALIZATION and module.weight is not None:
-            mean = torch.zeros_like(module.weight) if module.bias is None else module.bias.detach()
+            mean = torch.zeros_like(module.weight) if module.bias is None else module.bias
             axis = 1 if isinstance(module, nn.GroupNorm) else _ndim(node) - 1
             one_axis = module.weight.ndim == 1
-            return gaussian(mean, module.weight.detach().abs(), self.alpha, axis, True) if one_axis else None
+            return gaussian(mean, module.weight.abs(), self.alpha, axis, True) if one_axis else None
         return self._of_layer(node, module, x) if kind in WEIGHTED else None
 
     def _of_layer(self, node: fx.Node, layer: Any, x: Distribution) -> Distribution:
@@ -168,7 +168,7 @@ class _Walk:
         value: Any = self.region
         for part in str(argument.target).split("."):
             value = getattr(value, part)
-        return value.detach()
+        return value.detach().cpu()
 
 
 def layer_moments(layer: Any, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,11 +177,11 @@ def layer_moments(layer: Any, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor
     E[W x + b] = W E[x] + b and Var[W x + b] = W^2 Var[x], summed over the kernel's window. Borders are left aside; of a
     transposed convolution, the outputs between two inputs are averaged.
     """
-    weight = weight_by_channel(layer).detach().double()
+    weight = weight_by_channel(layer).detach().double().cpu()
     share = transposed_share(layer)
     first = apply_to_constant(weight, mean.double()) * share
     variance = apply_to_constant(weight**2, std.double() ** 2) * share
-    return first if layer.bias is None else first + layer.bias.detach().double(), variance.sqrt()
+    return first if layer.bias is None else first + layer.bias.detach().double().cpu(), variance.sqrt()
 
 
 def transposed_share(layer: Any) -> float:
