@@ -234,6 +234,59 @@ def test_the_deployed_file_computes_it(method, tmp_path):
     assert all(tensor.different_alone <= 2e-3 * tensor.count for tensor in report.tensors)
 
 
+class Last(nn.Module):
+    """A transformer's block with LayerNorm last: the residual stream reads what the LayerNorm puts out."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.up, self.down, self.head = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, x):
+        x = self.norm1(x)
+        return self.head(self.norm2(self.down(F.gelu(self.up(x))) + x))
+
+
+def last():
+    generator = torch.Generator().manual_seed(6)
+    batches = [torch.randn(6, 7, WIDTH, generator=generator) for _ in range(3)]
+    model = with_outliers(Last())
+    return model, he.prepare(copy.deepcopy(model), batches[0], activation_observer="minmax"), batches
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_residual_stream_is_given_what_it_was(method, tmp_path):
+    model, qmodel, batches = last()
+    expected = float_outputs(qmodel)
+    report = METHODS[method](qmodel, batches)
+    assert report.readers == {"norm1": ("up",), "norm2": ("head",)}
+    assert relative_difference(float_outputs(qmodel)[0], expected[0]) < 1e-5
+    assert plan_of(qmodel).changes.rescaled == ("norm1",)
+    reparametrize(smoothed := copy.deepcopy(qmodel), batches)  # on top of it
+    assert relative_difference(float_outputs(smoothed)[0], expected[0]) < 1e-5
+    he.calibrate(qmodel, batches).eval()
+    he.save(qmodel, tmp_path / "q.safetensors")
+    loaded = he.load(tmp_path / "q.safetensors", model, batches[0])
+    assert torch.equal(loaded(batches[1]), qmodel(batches[1]))
+    assert "Read by additions through a factor" in str(plan_of(loaded))
+    parity = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches)
+    assert parity.integer_layers == parity.quantizable_layers == 3
+    assert all(tensor.different_alone <= 2e-3 * tensor.count for tensor in parity.tensors)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_integers_serve_a_residual_stream_better(method):
+    model, plain, batches = last()
+    better = copy.deepcopy(plain)
+    METHODS[method](better, batches)
+    ratios = []
+    for qmodel in (plain, better):
+        he.calibrate(qmodel, batches).eval()
+        with torch.no_grad():
+            ratios.append(sqnr([qmodel(x) for x in batches], [model(x) for x in batches]))
+    assert ratios[1] > ratios[0] + 6
+
+
 class Windows(nn.Module):
     """Channels stay on the last axis through what shifted windows do to a map."""
 
@@ -275,7 +328,8 @@ def tied(model):
 
 
 LEFT = {
-    "norm (read by add)": Function(lambda m, x: (y := m.norm(x)) + m.layer(y)),
+    "norm (read by add)": Function(lambda m, x: m.layer(m.norm(x) + x)),
+    "norm (read by mul)": Function(lambda m, x: (y := m.norm(x)) * m.layer(y)),
     "norm (read by output)": Function(lambda m, x: (y := m.norm(x), m.layer(y))),
     "norm (read by transpose)": Function(lambda m, x: m.layer(m.norm(x).transpose(1, 2))),
     "norm (read by gelu)": Function(lambda m, x: m.layer(F.gelu(m.norm(x)))),
@@ -305,8 +359,8 @@ def test_what_cannot_be_folded_is_left_alone_and_named(reason, method):
 def test_a_mistake_is_an_error_and_undone(method, monkeypatch):
     right = smoothing.move
 
-    def wrong(norm, readers, r, c):
-        right(norm, readers, r, c)
+    def wrong(norm, readers, rescaling, r, c):
+        right(norm, readers, rescaling, r, c)
         readers[-1].weight[0] += 0.1
 
     monkeypatch.setattr(smoothing, "move", wrong)

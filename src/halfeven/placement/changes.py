@@ -12,6 +12,7 @@ from halfeven.graph.restoration import CapturedModule, arguments
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import GraphChanges
 from halfeven.placement.planning import named_nodes
+from halfeven.placement.rescaling import insert_rescaling
 
 aten = torch.ops.aten
 
@@ -60,20 +61,27 @@ def apply_changes(model: nn.Module, changes: GraphChanges) -> nn.Module:
         _unclip(name, _found(found, name)[1])
     for name in changes.given_biases:
         _give_bias(name, _found(found, name)[1])
+    for name in changes.rescaled:
+        insert_rescaling(*_found(found, name), name)
     for region in {region for region, _ in found.values()}:
         region.recompile()
     return model
 
 
 def record_changes(
-    qmodel: nn.Module, *, unclipped: tuple[str, ...] = (), given_biases: tuple[str, ...] = ()
+    qmodel: nn.Module,
+    *,
+    unclipped: tuple[str, ...] = (),
+    given_biases: tuple[str, ...] = (),
+    rescaled: tuple[str, ...] = (),
 ) -> GraphChanges:
     """Make changes in a quantized model, in place, and record them in its plan; all changes recorded so far."""
     plan = plan_of(qmodel)
-    apply_changes(qmodel, GraphChanges(unclipped=unclipped, given_biases=given_biases))
+    apply_changes(qmodel, GraphChanges(unclipped=unclipped, given_biases=given_biases, rescaled=rescaled))
     changes = GraphChanges(
         unclipped=tuple(dict.fromkeys((*plan.changes.unclipped, *unclipped))),
         given_biases=tuple(dict.fromkeys((*plan.changes.given_biases, *given_biases))),
+        rescaled=tuple(dict.fromkeys((*plan.changes.rescaled, *rescaled))),
     )
     qmodel.halfeven_plan = dataclasses.replace(plan, changes=changes)  # type: ignore[assignment]
     return changes

@@ -116,11 +116,14 @@ class GraphChanges:
     """ReLU6 and clamp operators whose upper bound was taken away: they are ReLU now."""
     given_biases: tuple[str, ...] = ()
     """Layers without a bias that were given one."""
+    rescaled: tuple[str, ...] = ()
+    """LayerNorms that additions read through a factor and an offset of each channel, in float."""
 
     def __str__(self) -> str:
         said = {
             "No longer clipped above (ReLU now)": self.unclipped,
             "Layers that were given a bias": self.given_biases,
+            "Read by additions through a factor and an offset of each channel": self.rescaled,
         }
         return "\n".join(f"{what}: {', '.join(names)}" for what, names in said.items() if names)
 

@@ -1,4 +1,4 @@
-"""LayerNorms whose channels linear layers alone read: their factors and offsets can move into those layers' weights."""
+"""LayerNorms whose channels linear layers read: their factors and offsets can move into those layers' weights."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from halfeven.graph.operators import OperatorKind, kind_of, module_of, operator_name
 from halfeven.graph.restoration import arguments
 from halfeven.placement.planning import named_nodes
+from halfeven.placement.rescaling import ChannelAffine, readers
 from halfeven.ptq.links import rewritable_layers
 from halfeven.quantizer import Quantizer
 
@@ -19,12 +20,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class NormSite:
-    """A LayerNorm, and the linear layers that alone read it."""
+    """A LayerNorm, and the linear layers that read it."""
 
     name: str
     norm: nn.LayerNorm
     names: tuple[str, ...]
     readers: tuple[nn.Linear, ...]
+    added: bool
+    """Additions read it too, as the residual stream of a transformer with its LayerNorms last."""
 
     @property
     def offset(self) -> Tensor | None:
@@ -46,23 +49,31 @@ def norm_sites(qmodel: nn.Module) -> tuple[list[NormSite], tuple[str, ...]]:
         if not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
             left.append(f"{name} (no LayerNorm over the last axis with a factor of its own)")
             continue
-        ends = list(_ends(node, layers))
-        others = dict.fromkeys(operator_name(end) for end in ends if end not in layers)
-        if others:
-            left.append(f"{name} (read by {', '.join(others)})")
+        ends = list(_ends(node))
+        linear = [end for end in ends if end in layers]
+        others = [end for end in ends if end not in layers]
+        if others and not (linear and _only_additions(node, others)):
+            left.append(f"{name} (read by {', '.join(dict.fromkeys(operator_name(end) for end in others))})")
         elif calls[id(norm)] > 1 or any(owners[id(p)] > 1 for p in norm.parameters()):
             left.append(f"{name} (used more than once)")
-        elif ends:
-            readers: Any = tuple(module_of(end) for end in ends)
-            sites.append(NormSite(name, norm, tuple(layers[end] for end in ends), readers))
+        elif linear:
+            modules: Any = tuple(module_of(end) for end in linear)
+            sites.append(NormSite(name, norm, tuple(layers[end] for end in linear), modules, bool(others)))
     return sites, tuple(left)
 
 
-def _ends(node: fx.Node, layers: dict[fx.Node, str]) -> Iterator[fx.Node]:
-    """What reads a tensor at last: linear layers of `layers`, and anything else that mixes or bends its channels."""
+def _only_additions(node: fx.Node, others: list[fx.Node]) -> bool:
+    """Whether these readers are additions that read a tensor directly: they can be given it as it was."""
+    direct = readers(node)
+    rescaled = [end for end in others if end.op == "call_module" and isinstance(module_of(end), ChannelAffine)]
+    return all(end in direct and (end in rescaled or kind_of(end) is OperatorKind.ADD) for end in others)
+
+
+def _ends(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a tensor at last: linear layers, and anything else that mixes or bends its channels."""
     for reader in node.users:
         if _passes(reader):
-            yield from _ends(reader, layers)
+            yield from _ends(reader)
         else:
             yield reader
 

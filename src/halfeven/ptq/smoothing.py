@@ -6,6 +6,7 @@ So X = r X' + c, with numbers r > 0 and c for each channel, moves from the one t
 
     gamma' = gamma / r,   beta' = (beta - c) / r,   W' = W r,   b' = b + W c
 
+Where the residual stream reads the LayerNorm too, as in BERT, it reads r X' + c, in float.
 SmoothQuant chooses r so that activations and weights share the difficulty (Xiao et al., arXiv 2211.10438, section 4).
 RepQ-ViT chooses r and c so that all channels of the activations get one range (Li et al., arXiv 2212.08254,
 section 3.2).
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 from halfeven.errors import AlgorithmError
 from halfeven.observers import make_observer
-from halfeven.placement.changes import give_bias
+from halfeven.placement.changes import give_bias, record_changes
+from halfeven.placement.planning import named_nodes
+from halfeven.placement.rescaling import ChannelAffine, rescaling_of
 from halfeven.ptq.calibration import run_batches
 from halfeven.ptq.norms import NormSite, norm_sites
 from halfeven.ptq.preservation import float_function, preserving_the_float_function
@@ -78,8 +81,14 @@ def _live(extent: Tensor) -> Tensor:
     return torch.isfinite(extent) & (finite > DEAD * finite.amax())
 
 
-def move(norm: nn.LayerNorm, readers: Iterable[nn.Linear], r: Tensor, c: Tensor) -> None:
-    """Move X = r X' + c, [channels] each, out of a LayerNorm and into the linear layers that read it."""
+def move(
+    norm: nn.LayerNorm, readers: Iterable[nn.Linear], rescaling: ChannelAffine | None, r: Tensor, c: Tensor
+) -> None:
+    """Move X = r X' + c, [channels] each, out of a LayerNorm and into all that reads it: weights, and a rescaling."""
+    if rescaling is not None:
+        factor = rescaling.factor.double()
+        rescaling.offset.copy_(rescaling.offset.double() + factor * c)
+        rescaling.factor.copy_(factor * r)
     for layer in readers:
         weight = layer.weight.double()
         if layer.bias is not None:
@@ -107,7 +116,7 @@ class SmoothingReport:
 
     def __str__(self) -> str:
         if not self.spread:
-            lines = [f"{self.method}: no LayerNorm is read by linear layers alone, so nothing was changed."]
+            lines = [f"{self.method}: no LayerNorm is read by linear layers, so nothing was changed."]
         else:
             lines = [
                 f"{self.method}: {len(self.spread)} LayerNorms. Ranges must be set anew.",
@@ -145,13 +154,14 @@ def smooth(
         )
     sites, left = norm_sites(qmodel)
     ranges = channel_ranges(qmodel, sites, loader, "minmax", batches)
+    rescalings = give_rescalings(qmodel, sites)
     spread = {}
     with preserving_the_float_function(qmodel, "Smoothing"):
-        for site, (low, high) in zip(sites, ranges, strict=True):
+        for site, rescaling, (low, high) in zip(sites, rescalings, ranges, strict=True):
             activations = torch.maximum(-low, high)
             weights = torch.stack([layer.weight.abs().amax(0) for layer in site.readers]).amax(0)
             r = smoothing_factors(activations, weights, strength)
-            move(site.norm, site.readers, r, torch.zeros_like(r))
+            move(site.norm, site.readers, rescaling, r, torch.zeros_like(r))
             spread[site.name] = (_spread(high - low), _spread((high - low) / r))
     return SmoothingReport("Smoothing", spread, {site.name: site.names for site in sites}, left)
 
@@ -177,19 +187,27 @@ def reparametrize(
     """
     sites, left = norm_sites(qmodel)
     ranges = channel_ranges(qmodel, sites, loader, observer, batches)
+    rescalings = give_rescalings(qmodel, sites)
     for site in sites:
         for name in site.names:
             give_bias(qmodel, name)
     spread = {}
     with preserving_the_float_function(qmodel, "Reparametrization"):
-        for site, (low, high) in zip(sites, ranges, strict=True):
+        for site, rescaling, (low, high) in zip(sites, rescalings, ranges, strict=True):
             if site.offset is None:  # a range that is even about 0 needs no offset
                 high = torch.maximum(-low, high)
                 low = -high
             r, c = to_one_range(low, high)
-            move(site.norm, site.readers, r, c)
+            move(site.norm, site.readers, rescaling, r, c)
             spread[site.name] = (_spread(high - low), _spread((high - low) / r))
     return SmoothingReport("Reparametrization", spread, {site.name: site.names for site in sites}, left)
+
+
+def give_rescalings(qmodel: nn.Module, sites: list[NormSite]) -> list[ChannelAffine | None]:
+    """What gives the additions that read each LayerNorm its output as it was; recorded in the plan."""
+    record_changes(qmodel, rescaled=tuple(site.name for site in sites if site.added))
+    nodes = named_nodes(qmodel)
+    return [rescaling_of(nodes[site.name][1]) for site in sites]
 
 
 def _spread(extent: Tensor) -> float:
