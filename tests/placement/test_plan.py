@@ -25,9 +25,9 @@ input       u8 asymmetric per tensor  mse    0
 3           u8 asymmetric per tensor  mse    4.adaptive_avg_pool2d
 
 weight of  scheme                                    range
----------  ----------------------------------------  ------
-0          s4 symmetric narrow per channel (axis 0)  minmax
-3          s4 symmetric narrow per channel (axis 0)  minmax
+---------  ----------------------------------------  -----
+0          s4 symmetric narrow per channel (axis 0)  mse
+3          s4 symmetric narrow per channel (axis 0)  mse
 
 output in float        operator             because
 ---------------------  -------------------  ----------------------

@@ -16,7 +16,7 @@ from halfeven.graph.operators import OperatorKind, kind_of, module_of
 from halfeven.placement.changes import give_bias
 from halfeven.placement.planning import qualified, regions
 from halfeven.ptq.options import PTQOptions
-from halfeven.ptq.streams import Cache, Stream, in_float, rebatched, streams
+from halfeven.ptq.streams import Cache, Stream, check_float_weights, in_float, rebatched, streams
 from halfeven.ptq.units import Unit, units
 
 
@@ -44,7 +44,12 @@ class BiasCorrectionReport:
 
 @torch.no_grad()
 def correct_biases(
-    qmodel: nn.Module, loader: Iterable[Any], *, options: PTQOptions | None = None, batches: int | None = None
+    qmodel: nn.Module,
+    loader: Iterable[Any],
+    *,
+    reference: nn.Module | None = None,
+    options: PTQOptions | None = None,
+    batches: int | None = None,
 ) -> BiasCorrectionReport:
     """Correct the bias of every layer with a quantized weight; a layer without one is given it.
 
@@ -53,50 +58,67 @@ def correct_biases(
     Args:
         qmodel: a calibrated model; it is changed in place.
         loader: batches as for `calibrate`; 500 to 1,000 samples suffice.
+        reference: a copy of `qmodel` with the float weights, for a model whose rounding was learned and which has
+            only rounded ones; None: `qmodel` itself.
         options: batch size and memory bound.
         batches: how many of the loader's batches to take; None: all.
 
     Raises:
+        AlgorithmError: the rounding was learned, and there is no `reference`.
         CalibrationError: the loader gave nothing, or a range is not set.
     """
     options = options or PTQOptions()
+    if reference is None:
+        check_float_weights(qmodel, "Bias correction")
     inputs = rebatched(loader, options.batch_size, batches)
     cache = Cache(options.memory * 1e9, options.cache_folder)
     shifts: dict[str, float] = {}
-    with evaluating(qmodel):
+    exact = qmodel if reference is None else reference
+    with evaluating(qmodel), evaluating(exact):
         for prefix, region in regions(qmodel).items():
-            floats, quantized = streams(qmodel, prefix, inputs, cache)
-            parts = units(region, "layers")
-            for index, unit in enumerate(parts):
+            floats, _ = streams(exact, prefix, inputs, cache)
+            _, quantized = streams(qmodel, prefix, inputs, cache)
+            pairs = list(zip(units(regions(exact)[prefix], "layers"), units(region, "layers"), strict=True))
+            for index, (wanted, unit) in enumerate(pairs):
                 if unit.layers:
-                    shifts[qualified(prefix, unit.name)] = _correct(qmodel, prefix, unit, floats, quantized)
+                    means = _float_means(wanted, floats)
+                    shifts[qualified(prefix, unit.name)] = _correct(qmodel, prefix, unit, means, quantized)
+                else:
+                    with in_float(wanted):
+                        floats.advance(wanted)
                 quantized.advance(unit)
-                for stream in (floats, quantized):
-                    stream.forget(parts[: index + 1])
+                floats.forget(pair[0] for pair in pairs[: index + 1])
+                quantized.forget(pair[1] for pair in pairs[: index + 1])
     return BiasCorrectionReport(shifts)
 
 
-def _correct(qmodel: nn.Module, prefix: str, unit: Unit, floats: Stream, quantized: Stream) -> float:
-    """Correct the layer of a unit; the float stream goes on, the quantized one stays before the unit."""
-    (node,) = unit.layers
-    layer: Any = module_of(node)
-    axis = -1 if kind_of(node) is OperatorKind.LINEAR else 1
+def _float_means(unit: Unit, floats: Stream) -> Tensor:
+    """What the float layer of a unit gives in the mean, [channels]; the stream goes on."""
+    means = _Means(unit)
     with in_float(unit):
-        wanted = _Means(layer, axis)
-        floats.advance(unit, wanted)
-    found = _Means(layer, axis)
+        floats.advance(unit, means)
+    return means.mean
+
+
+def _correct(qmodel: nn.Module, prefix: str, unit: Unit, wanted: Tensor, quantized: Stream) -> float:
+    """Correct the layer of a unit; the stream stays before the unit."""
+    found = _Means(unit)
     quantized.visit(unit, found)
-    shift = wanted.mean - found.mean
+    shift = wanted - found.mean
+    (node,) = unit.layers
     give_bias(qmodel, qualified(prefix, str(node.target)))
+    layer: Any = module_of(node)
     layer.bias.add_(shift.to(layer.bias))
-    return float(shift.norm() / wanted.mean.norm().clamp(min=1e-12))
+    return float(shift.norm() / wanted.norm().clamp(min=1e-12))
 
 
 class _Means:
-    """Runs the modules of a unit, and takes the mean of what one of them gives, channel by channel."""
+    """Runs the modules of a unit, and takes the mean of what its layer gives, channel by channel."""
 
-    def __init__(self, layer: nn.Module, axis: int) -> None:
-        self.layer, self.axis = layer, axis
+    def __init__(self, unit: Unit) -> None:
+        (node,) = unit.layers
+        self.layer = module_of(node)
+        self.axis = -1 if kind_of(node) is OperatorKind.LINEAR else 1
         self.total: Tensor | float = 0.0
         self.samples = 0
 

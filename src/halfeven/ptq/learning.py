@@ -53,7 +53,7 @@ def learn(unit: Unit, floats: Stream, quantized: Stream, options: PTQOptions, se
     before = error(unit, floats, quantized, powers)
     learned = _Learned(unit, options)
     give_back = learned.nearest()
-    if before > 0:
+    if before > 0 and (learned.roundings or learned.groups):
         _descend(unit, floats, quantized, options, learned, {n: p * before for n, p in powers.items()}, seed)
     undecided = max((r.undecided for r in learned.roundings.values()), default=0.0)
     learned.decide()
@@ -254,7 +254,7 @@ class _Dropping:
         return self._choose(x, quantized) if module.calibrates and not module.weight else quantized
 
     def _choose(self, kept: Any, quantized: Any) -> Any:
-        if not self.probability or kept is quantized or not _is_real(quantized):
+        if not self.probability or not _is_real(quantized):
             return quantized
         return torch.where(self._mask(quantized), kept, quantized)
 

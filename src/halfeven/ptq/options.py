@@ -39,18 +39,19 @@ class PTQOptions:
     """Steps of the reconstruction of a layer or block; 0: chosen from the bits."""
     batch_size: int = 32
     """Images in a step of the reconstruction."""
-    rounding_rate: float = 1e-2
+    rounding_rate: float = 3e-2
     """Learning rate of the rounding variables."""
     scale_rate: float = 1e-3
     """Learning rate of activation and weight scales, relative to their size."""
-    bias_rate: float = 1e-3
-    """Learning rate of biases, relative to the spread of the outputs that they shift; 0: biases stay."""
+    bias_rate: float = 0.0
+    """Learning rate of biases, relative to the size of their layer's weights; 0: biases stay."""
     learn_weight_scales: bool = False
     """Whether the weights' scales are learned with their rounding (Genie)."""
     drop: float = 0.5
     """Probability with which an activation stays in float while blocks are reconstructed (QDrop)."""
-    regularization: float = 0.01
-    """Weight of the term that drives the rounding to 0 or 1, relative to the loss at the start."""
+    regularization: float = 20.0
+    """Weight of the term that drives the rounding to 0 or 1: the mean of 1 - |2h - 1|^beta over a unit's weights, where
+    1 is the unit's error with weights rounded to nearest."""
     warm_start: float = 0.2
     """Share of the steps before that term sets in."""
     memory: float = 4.0

@@ -145,4 +145,4 @@ def _correct_biases(options: PTQOptions, reconstruct: Choice, *, data: bool) -> 
         return Choice(True, "analytic: the means come from the folded BatchNorm")
     if reconstruct.taken:
         return Choice(False, "reconstruction leaves no mean shift to correct")
-    return Choice(True, "it costs one pass over the data and nothing at run time")
+    return Choice(True, "tried, and kept if the quantized model gains, see below")

@@ -24,7 +24,7 @@ from halfeven.placement.planning import qualified, regions
 from halfeven.ptq.learning import Outcome, learn, sqnr
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.resumption import Saved
-from halfeven.ptq.streams import Cache, in_float, rebatched, streams
+from halfeven.ptq.streams import Cache, check_float_weights, in_float, rebatched, streams
 from halfeven.ptq.units import Granularity, Unit, units
 from halfeven.quantizer import quantizers
 
@@ -92,6 +92,7 @@ def adaround(
         say: told of each layer when it is done.
 
     Raises:
+        AlgorithmError: the rounding was learned before.
         CalibrationError: the loader gave nothing, or a range is not set.
         CheckpointError: `state` belongs to another run.
     """
@@ -126,6 +127,7 @@ def _reconstruct(
     say: Say | None,
 ) -> ReconstructionReport:
     options = dataclasses.replace(options, iterations=options.iterations or ITERATIONS)
+    check_float_weights(qmodel, "Reconstruction")
     _check_calibrated(qmodel)
     cache = Cache(options.memory * 1e9, options.cache_folder)
     reports: list[UnitReport] = []

@@ -23,7 +23,9 @@ from halfeven.ptq.reconstruction import adaround, reconstruct
 from halfeven.ptq.smoothing import reparametrize, smooth
 
 TRIAL_SAMPLES = 64
-"""Samples on which two forms of a model are compared, to choose one."""
+"""Samples on which two forms of a model are compared, to choose one before ranges are set."""
+GAIN_SAMPLES = 256
+"""Samples on which the last step's gain is measured."""
 
 Say = Callable[[str], None]
 Batches = Sequence[Any]
@@ -51,15 +53,38 @@ def take_steps(
     if not recipe.data:
         return _without_data(qmodel, recipe, say)
     calibrate(qmodel, batches)
+    both = recipe.reconstruct.taken and recipe.correct_biases.taken
+    reference = copy.deepcopy(qmodel) if both else None
     if recipe.reconstruct.taken:
         learn = reconstruct if recipe.blocks else adaround
         report = learn(qmodel, batches, options=options, state=state, say=say)
         say(f"Reconstructed {len(report.units)} units in {sum(unit.seconds for unit in report.units):.0f} s.")
+        if not recipe.blocks:
+            calibrate(qmodel, batches)  # the weights have moved, and the activations with them
     if recipe.correct_biases.taken:
-        say(str(correct_biases(qmodel, batches, options=options)))
-    if recipe.correct_biases.taken or (recipe.reconstruct.taken and not recipe.blocks):
-        calibrate(qmodel, batches)  # the weights have moved, and the activations with them
+        qmodel = _corrected(qmodel, reference, batches, options, say)
     return qmodel
+
+
+def _corrected(
+    qmodel: nn.Module, reference: nn.Module | None, batches: Batches, options: PTQOptions, say: Say
+) -> nn.Module:
+    """The model with corrected biases; the one it was where the options leave it open and nothing is gained."""
+    corrected = copy.deepcopy(qmodel)
+    report = correct_biases(corrected, batches, reference=reference, options=options)
+    calibrate(corrected, batches)
+    say(str(report))
+    if options.correct_biases == "on":
+        return corrected
+    trial = _trial(batches, GAIN_SAMPLES)
+    wanted = _float_outputs(reference or qmodel, trial)
+    without, with_ = (sqnr(_outputs(model, trial), wanted) for model in (qmodel, corrected))
+    kept = with_ > without
+    say(
+        f"The quantized outputs have an SQNR of {with_:.2f} dB with the correction, {without:.2f} dB without, so it is "
+        f"{'kept' if kept else 'undone'}."
+    )
+    return corrected if kept else qmodel
 
 
 def _without_data(qmodel: nn.Module, recipe: Recipe, say: Say) -> nn.Module:
@@ -105,14 +130,14 @@ def _equalize(qmodel: nn.Module, batches: Batches, recipe: Recipe, say: Say, *, 
     return qmodel
 
 
-def _trial(batches: Batches) -> Batches:
+def _trial(batches: Batches, enough: int = TRIAL_SAMPLES) -> Batches:
     """The first batches that hold enough samples to compare two models on."""
     found: list[Any] = []
     samples = 0
     for batch in batches:
         found.append(batch)
         samples += max((x.shape[0] for x in pytree.tree_leaves(inputs_of(batch)) if isinstance(x, Tensor)), default=1)
-        if samples >= TRIAL_SAMPLES:
+        if samples >= enough:
             break
     return found
 
@@ -130,6 +155,7 @@ def _float_outputs(qmodel: nn.Module, trial: Batches) -> list[Tensor]:
 
 @torch.no_grad()
 def _outputs(model: nn.Module, trial: Batches) -> list[Tensor]:
+    """All real-valued outputs of a model in eval mode."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     found: list[Tensor] = []
     for batch in trial:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from halfeven.errors import CalibrationError
+from halfeven.errors import AlgorithmError, CalibrationError
 from halfeven.graph.capture import inputs_of
 from halfeven.graph.operators import module_of
 from halfeven.graph.restoration import CapturedModule
 from halfeven.ptq.units import Unit
-from halfeven.quantizer import Mode, Quantizer, set_mode
+from halfeven.quantizer import Mode, Quantizer, quantizers, set_mode
 
 Values = dict[fx.Node, Any]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -234,6 +234,18 @@ def _seen_inputs(
         set_mode(qmodel, Mode.QUANTIZE)
         hook.remove()
     return seen
+
+
+def check_float_weights(qmodel: nn.Module, algorithm: str) -> None:
+    """Raise AlgorithmError for a model whose rounding was learned: its float weights are gone, and the target with
+    them."""
+    decided = [name for name, q in quantizers(qmodel).items() if q.weight and not q.calibrates]
+    if decided:
+        raise AlgorithmError(
+            f"{algorithm} compares the quantized model with the float one, and the float weights of {len(decided)} "
+            f"layers ({decided[0]} for one) are gone: their rounding was learned before. Quantize the float model "
+            "anew, with the step in its place (halfeven.quantize knows the order)."
+        )
 
 
 @contextmanager

@@ -96,9 +96,9 @@ def _block_starts(nodes: Sequence[fx.Node], layers: Sequence[int]) -> list[int]:
 def _cuts(nodes: Sequence[fx.Node]) -> list[int]:
     """Indices before which at most one tensor that a layer had a part in is still to be read."""
     index_of = {node: index for index, node in enumerate(nodes)}
-    last_read = {n: max((index_of.get(user, len(nodes)) for user in n.users), default=-1) for n in nodes}
     computed = _behind_layers(nodes)
-    cuts, live = [], set[fx.Node]()
+    last_read = {n: max((index_of.get(user, len(nodes)) for user in n.users), default=-1) for n in computed}
+    cuts, live = [], {node for node in computed if node.op == "placeholder"}
     for index, node in enumerate(nodes):
         live = {one for one in live if last_read[one] >= index}
         if len(live) <= 1:
@@ -109,12 +109,18 @@ def _cuts(nodes: Sequence[fx.Node]) -> list[int]:
 
 
 def _behind_layers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Nodes whose values depend on a quantized layer: masks and position tables do not."""
+    """Nodes whose values depend on a quantized layer, or that are added to one: masks and position tables are not."""
     found: set[fx.Node] = set()
     for node in nodes:
         if is_quantized_layer(node) or any(i in found for i in node.all_input_nodes):
             found.add(node)
+            shape = _shape(node)
+            found.update(i for i in node.all_input_nodes if _joins_branches(node) and _shape(i) == shape)
     return found
+
+
+def _shape(node: fx.Node) -> object:
+    return getattr(node.meta.get("val"), "shape", None)
 
 
 def _joined_chains(nodes: Sequence[fx.Node], starts: Sequence[int]) -> list[int]:

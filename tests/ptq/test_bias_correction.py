@@ -1,0 +1,94 @@
+"""Empirical bias correction gives every layer the mean of its float outputs."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import halfeven as he
+from halfeven.errors import AlgorithmError, CalibrationError
+from halfeven.ptq.bias_correction import channel_means, correct_biases
+from halfeven.ptq.options import PTQOptions
+from halfeven.ptq.preservation import float_function
+from halfeven.ptq.reconstruction import adaround
+
+from .nets import Residual, prepared
+
+
+def data(seed=1):
+    return torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).split(16)
+
+
+def calibrated(model=None, scheme="w4a8", **options):
+    torch.manual_seed(0)
+    qmodel = prepared((model or Residual()).eval(), scheme=scheme, weight_observer="minmax", **options)
+    return he.calibrate(qmodel, data()).eval()
+
+
+@torch.no_grad()
+def output_means(qmodel, *, floats=False):
+    """Mean of what each layer gives, [channels], over the data."""
+    found, hooks = {}, []
+    for name, module in qmodel.named_modules():
+        if hasattr(module, "weight_quantizer"):
+            axis = -1 if isinstance(module, nn.Linear) else 1
+            hooks.append(module.register_forward_hook(
+                lambda m, a, out, name=name, axis=axis: found.setdefault(name, []).append(channel_means(out, axis))))  # fmt: skip
+    for x in data():
+        if floats:
+            with float_function(qmodel):
+                qmodel(x)
+        else:
+            qmodel(x)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.stack(values).mean(0) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "w3a4"])
+def test_every_layer_has_the_mean_of_its_float_form(scheme):
+    qmodel = calibrated(scheme=scheme)
+    wanted, before = output_means(qmodel, floats=True), output_means(qmodel)
+    report = correct_biases(qmodel, data(), options=PTQOptions(batch_size=16))
+    after = output_means(qmodel)
+    for name, mean in wanted.items():
+        assert torch.allclose(after[name], mean, atol=2e-6), name
+        assert (before[name] - mean).abs().max() > 1e-4
+    assert set(report.shifts) == set(wanted)
+    assert "largest shift" in str(report)
+
+
+def test_layers_without_a_bias_are_given_one_that_is_saved(tmp_path):
+    class NoBias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, 2, bias=False)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).relu().mean((2, 3)))
+
+    model = NoBias()
+    qmodel = calibrated(model)
+    correct_biases(qmodel, data())
+    assert he.plan_of(qmodel).changes.given_biases == ("conv", "fc")
+    he.save(qmodel, tmp_path / "q.safetensors")
+    loaded = he.load(tmp_path / "q.safetensors", model, torch.zeros(2, 3, 8, 8))
+    x = data(3)[0]
+    assert torch.equal(loaded(x), qmodel(x))
+
+
+def test_after_a_learned_rounding_it_needs_the_float_model():
+    qmodel = calibrated()
+    reference = copy.deepcopy(qmodel)
+    wanted = output_means(reference, floats=True)
+    adaround(qmodel, data(), options=PTQOptions(iterations=10))
+    with pytest.raises(AlgorithmError, match="float weights"):
+        correct_biases(qmodel, data())
+    correct_biases(qmodel, data(), reference=reference)
+    assert all(torch.allclose(mean, wanted[name], atol=2e-6) for name, mean in output_means(qmodel).items())
+
+
+def test_no_data_is_an_error():
+    with pytest.raises(CalibrationError, match="no batch"):
+        correct_biases(calibrated(), [])

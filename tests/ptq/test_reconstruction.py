@@ -1,0 +1,202 @@
+"""Reconstruction gains, keeps to the grid, stays as it was decided, and goes on after an interruption."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import halfeven as he
+from halfeven.arithmetic import quantize
+from halfeven.errors import AlgorithmError, CalibrationError, CheckpointError
+from halfeven.ptq.options import PTQOptions
+from halfeven.ptq.preservation import float_function, sqnr
+from halfeven.ptq.reconstruction import adaround, reconstruct
+from halfeven.quantizer import quantizers
+
+OPTIONS = PTQOptions(iterations=100, batch_size=16, rounding_rate=0.05)
+
+
+class Net(nn.Module):
+    """A stem, a residual block and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv1 = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+        self.conv2, self.fc = nn.Conv2d(12, 12, 3, padding=1), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(x + self.conv2(F.relu(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+def images(count=128, seed=1):
+    low = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(low, size=(8, 8), mode="bilinear")  # neighbours are alike, as in photographs
+
+
+def calibrated(scheme="w4a8", model=None, **options):
+    torch.manual_seed(0)
+    qmodel = he.prepare((model or Net()).eval(), images(2), scheme=scheme, batchnorm="fold", **options)
+    return he.calibrate(qmodel, images().split(16)).eval()
+
+
+def float_reference(scheme):
+    qmodel = calibrated(scheme)
+    with torch.no_grad(), float_function(qmodel):
+        return qmodel(images(64, seed=2))
+
+
+@pytest.mark.parametrize(("algorithm", "scheme"), [(adaround, "w4a8"), (reconstruct, "w4a8"), (reconstruct, "w4a4")])
+def test_it_gains_on_images_that_it_has_not_seen(algorithm, scheme):
+    wanted = float_reference(scheme)
+    qmodel = calibrated(scheme)
+    x = images(64, seed=2)
+    with torch.no_grad():
+        before = sqnr([qmodel(x)], [wanted])
+        report = algorithm(qmodel, images().split(16), options=OPTIONS)
+        after = sqnr([qmodel(x)], [wanted])
+    assert after > before + 0.5, report
+    assert all(unit.after >= unit.before for unit in report.units)
+    assert "SQNR" in str(report)
+
+
+def test_weights_lie_on_their_grids_and_a_later_calibration_leaves_them():
+    qmodel = calibrated()
+    adaround(qmodel, images().split(16), options=OPTIONS)
+    weights = {name: p.detach().clone() for name, p in qmodel.named_parameters()}
+    he.calibrate(qmodel, images(seed=3).split(16))
+    for name, module in qmodel.named_modules():
+        if hasattr(module, "weight_quantizer"):
+            quantizer = module.weight_quantizer
+            integers = quantize(module.weight, quantizer.scale, quantizer.zero_point, quantizer.scheme)
+            assert integers.abs().max() <= 7
+            assert torch.equal(quantizer(module.weight), module.weight), name
+            assert torch.equal(module.weight, weights[f"{name}.weight"])
+
+
+def test_adaround_learns_the_rounding_alone():
+    qmodel, other = calibrated(), calibrated()
+    adaround(qmodel, images().split(16), options=OPTIONS)
+    for name, quantizer in quantizers(qmodel).items():
+        assert torch.equal(quantizer.scale, quantizers(other)[name].scale)
+    for name, parameter in other.named_parameters():
+        found = qmodel.get_parameter(name)
+        if name.endswith("bias"):
+            assert torch.equal(found, parameter)
+        elif name.endswith("weight"):
+            scale = other.get_submodule(name.rpartition(".")[0]).weight_quantizer.used_scale(parameter)
+            steps = (found - parameter).abs() / scale.reshape(-1, *[1] * (parameter.ndim - 1))
+            assert steps[parameter.abs() < 7 * scale.reshape(-1, *[1] * (parameter.ndim - 1))].max() < 1
+
+
+def test_the_model_comes_back_as_it_was_but_for_what_was_learned():
+    qmodel = calibrated().train()
+    asked = {name: p.requires_grad for name, p in qmodel.named_parameters()}
+    reconstruct(qmodel, images().split(16), options=OPTIONS)
+    assert all(module.training for module in qmodel.modules())
+    assert asked == {name: p.requires_grad for name, p in qmodel.named_parameters()}
+    qmodel(images(4)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options", [{"learn_weight_scales": True}, {"drop": 0.0}, {"bias_rate": 1e-3}, {"memory": 1e-6}]
+)
+def test_options(options):
+    qmodel = calibrated("w4a4")
+    report = reconstruct(qmodel, images().split(16), options=dataclasses.replace(OPTIONS, **options))
+    assert report.units[0].after > report.units[0].before
+    assert (report.bytes_on_disk > 0) == ("memory" in options)
+
+
+def test_it_is_the_same_every_time_whatever_the_memory():
+    runs = []
+    for memory in (4.0, 4.0, 1e-6):
+        qmodel = calibrated("w4a4")
+        reconstruct(qmodel, images().split(16), options=dataclasses.replace(OPTIONS, memory=memory))
+        runs.append(qmodel.state_dict())
+    assert all(torch.equal(runs[0][key], other[key]) for other in runs[1:] for key in runs[0])
+
+
+@pytest.mark.parametrize("algorithm", [adaround, reconstruct])
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(algorithm, tmp_path):
+    whole = calibrated("w4a4")
+    algorithm(whole, images().split(16), options=OPTIONS)
+    killed = []
+
+    def kill(text):
+        killed.append(text)
+        if len(killed) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        algorithm(calibrated("w4a4"), images().split(16), options=OPTIONS, state=tmp_path / "state", say=kill)
+    resumed, said = calibrated("w4a4"), []
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "state").glob("*.safetensors")}
+    assert len(times) == 2
+    report = algorithm(resumed, images().split(16), options=OPTIONS, state=tmp_path / "state", say=said.append)
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items()), "finished units were learned again"
+    assert len(said) == len(report.units) > 2
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
+    he.calibrate(resumed, images(seed=3).split(16))
+    assert torch.equal(resumed.get_parameter("stem.weight"), whole.get_parameter("stem.weight"))
+
+
+@pytest.mark.parametrize("change", ["options", "images", "weights"])
+def test_the_state_of_another_run_is_refused(change, tmp_path):
+    reconstruct(calibrated(), images().split(16), options=OPTIONS, state=tmp_path)
+    qmodel, options, x = calibrated(), OPTIONS, images()
+    if change == "options":
+        options = dataclasses.replace(OPTIONS, seed=1)
+    elif change == "images":
+        x = images(seed=9)
+    else:
+        qmodel.get_parameter("fc.weight").data[0, 0] += 1
+    with pytest.raises(CheckpointError, match="another reconstruction"):
+        reconstruct(qmodel, x.split(16), options=options, state=tmp_path)
+
+
+def test_a_rounding_is_learned_once():
+    qmodel = calibrated()
+    adaround(qmodel, images().split(16), options=OPTIONS)
+    with pytest.raises(AlgorithmError, match="float weights"):
+        reconstruct(qmodel, images().split(16), options=OPTIONS)
+
+
+def test_ranges_must_be_set():
+    qmodel = he.prepare(Net().eval(), images(2))
+    with pytest.raises(CalibrationError, match="no range yet"):
+        reconstruct(qmodel, images().split(16), options=OPTIONS)
+
+
+def test_the_deployed_file_holds_the_learned_rounding(tmp_path):
+    qmodel = calibrated()
+    reconstruct(qmodel, images().split(16), options=OPTIONS)
+    path = he.export(qmodel, tmp_path / "model.xml")
+    report = he.verify(qmodel, path, images(32, seed=2).split(16))
+    assert report.integer_match == 1
+    assert report.weights_match
+    assert report.integer_layers == report.quantizable_layers == 4
+
+
+class Twice(nn.Module):
+    """One convolution at two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(self.conv(F.relu(self.conv(x))))
+        return self.last(x)
+
+
+def test_a_layer_that_is_used_twice_is_decided_once():
+    qmodel = calibrated("w4a8", Twice())
+    report = adaround(qmodel, images().split(16), options=OPTIONS)
+    weight, quantizer = qmodel.conv.weight, qmodel.conv.weight_quantizer
+    assert torch.equal(quantizer(weight), weight)
+    assert len(report.units) == 4
