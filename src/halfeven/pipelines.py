@@ -49,10 +49,12 @@ def prepare(
     return _with_example(insert(captured, make_plan(captured, options, notes)), example)
 
 
-def _changed(options: QuantizationOptions, changes: dict[str, Any]) -> QuantizationOptions:
+def _changed(
+    options: QuantizationOptions, changes: dict[str, Any], others: tuple[str, ...] = ()
+) -> QuantizationOptions:
     names = [field.name for field in dataclasses.fields(options)]
     for unknown in [name for name in changes if name not in names]:
-        near = difflib.get_close_matches(unknown, names, n=1)
+        near = difflib.get_close_matches(unknown, [*names, *others], n=1)
         meant = f"Did you mean {near[0]}?" if near else f"There are {', '.join(names)}."
         raise ConfigError(f'Quantization has no option "{unknown}", so it would be without effect. {meant}')
     return dataclasses.replace(options, **changes)
@@ -178,6 +180,7 @@ def _split(
     options: QuantizationOptions, ptq: PTQOptions, changes: dict[str, Any]
 ) -> tuple[QuantizationOptions, PTQOptions]:
     """Both kinds of options with the changes that are theirs."""
-    steps = {field.name for field in dataclasses.fields(ptq)}
-    others = {name: value for name, value in changes.items() if name not in steps}
-    return _changed(options, others), dataclasses.replace(ptq, **{n: v for n, v in changes.items() if n in steps})
+    names = tuple(field.name for field in dataclasses.fields(ptq))
+    steps = {name: value for name, value in changes.items() if name in names}
+    others = {name: value for name, value in changes.items() if name not in names}
+    return _changed(options, others, names), dataclasses.replace(ptq, **steps)

@@ -17,6 +17,10 @@ RANGE_MOMENTUM = 0.01
 """Weight of a training batch in the moving average of an observed activation range (the seed recipe's constant)."""
 
 
+FIXED = 2
+"""Value of the buffer `observing` for a range that nothing moves any more, calibration included."""
+
+
 class Mode(enum.Enum):
     """What a quantizer does with its tensor."""
 
@@ -33,8 +37,8 @@ class Quantizer(nn.Module):
     the parameter `scale` (LSQ), used by its absolute value; its zero point stays as calibrated.
 
     State, with final shapes from the start ([] or [channels]): `scale` (buffer, or parameter when learned),
-    `zero_point` (int32), `observing` (uint8), and for observed activations `low`, `high`. `scale` is NaN until a range
-    is set.
+    `zero_point` (int32), `observing` (uint8: 0 no, 1 yes, 2 fixed for good), and for observed activations `low`,
+    `high`. `scale` is NaN until a range is set.
 
     Args:
         scheme: the integer grid and its granularity.
@@ -123,14 +127,17 @@ class Quantizer(nn.Module):
     def set_observing(self, on: bool) -> None:
         """Whether training batches move an observed range; a range that is learned or chosen once never moves."""
         self._observing = on and self.follows
-        self.observing.fill_(self._observing)
+        self.observing.fill_(self._observing if self.calibrates else FIXED)
+
+    def _fix(self) -> None:
+        self.follows = self.calibrates = False
+        self.set_observing(False)
 
     def fix_range(self, bounds: tuple[float, float] | None) -> None:
         """Keep a range that is known beforehand, as that of a softmax is; None does nothing."""
         if bounds is not None:
             self.set_range(*(torch.full_like(self.scale, bound) for bound in bounds))
-            self.follows = self.calibrates = False
-            self.set_observing(False)
+            self._fix()
 
     def fix_scale(self, scale: Tensor) -> None:
         """Keep a scale for good, the zero point staying: neither data nor a later calibration moves it."""
@@ -139,8 +146,7 @@ class Quantizer(nn.Module):
             self.low.copy_((low - self.zero_point) * scale)
             self.high.copy_((self.scheme.quant_max - self.zero_point) * scale)
         self._store(scale.reshape(self.scale.shape), self.zero_point)
-        self.follows = self.calibrates = False
-        self.set_observing(False)
+        self._fix()
 
     def used_scale(self, x: Tensor) -> Tensor:
         """The scale that `forward` uses for `x`, without its gradient."""
@@ -212,7 +218,9 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.calibrated = bool(torch.isfinite(self.scale).all())
-        self._observing = bool(self.observing)
+        self._observing = bool(self.observing == 1)
+        if bool(self.observing == FIXED):
+            self.follows = self.calibrates = False
 
     def extra_repr(self) -> str:
         return f"{self.scheme}, {'learned' if self.learned else self.observer_name}"

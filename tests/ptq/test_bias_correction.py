@@ -1,6 +1,7 @@
 """Empirical bias correction gives every layer the mean of its float outputs."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,10 @@ def calibrated(model=None, scheme="w4a8", **options):
     return he.calibrate(qmodel, data()).eval()
 
 
+def append_means(means, axis, module, args, output):
+    means.append(channel_means(output, axis))
+
+
 @torch.no_grad()
 def output_means(qmodel, *, floats=False):
     """Mean of what each layer gives, [channels], over the data."""
@@ -33,8 +38,8 @@ def output_means(qmodel, *, floats=False):
     for name, module in qmodel.named_modules():
         if hasattr(module, "weight_quantizer"):
             axis = -1 if isinstance(module, nn.Linear) else 1
-            hooks.append(module.register_forward_hook(
-                lambda m, a, out, name=name, axis=axis: found.setdefault(name, []).append(channel_means(out, axis))))  # fmt: skip
+            means = found.setdefault(name, [])
+            hooks.append(module.register_forward_hook(partial(append_means, means, axis)))
     for x in data():
         if floats:
             with float_function(qmodel):

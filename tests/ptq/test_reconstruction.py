@@ -77,6 +77,20 @@ def test_weights_lie_on_their_grids_and_a_later_calibration_leaves_them():
             assert torch.equal(module.weight, weights[f"{name}.weight"])
 
 
+def test_a_loaded_checkpoint_keeps_its_rounding_too(tmp_path):
+    qmodel = calibrated()
+    adaround(qmodel, images().split(16), options=OPTIONS)
+    he.save(qmodel, tmp_path / "q.safetensors")
+    loaded = he.load(tmp_path / "q.safetensors", Net(), images(2))
+    he.calibrate(loaded, images(seed=3).split(16))
+    for name, parameter in qmodel.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter)
+    x = images(8, seed=4)
+    weights = [m for m in loaded.modules() if hasattr(m, "weight_quantizer")]
+    assert all(torch.equal(m.weight_quantizer(m.weight), m.weight) for m in weights)
+    assert loaded(x).isfinite().all()
+
+
 def test_adaround_learns_the_rounding_alone():
     qmodel, other = calibrated(), calibrated()
     adaround(qmodel, images().split(16), options=OPTIONS)

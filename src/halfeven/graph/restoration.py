@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from halfeven.errors import CaptureError
 
@@ -47,7 +48,9 @@ class CapturedModule(fx.GraphModule):
 
     def flat_inputs(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The values of the graph's placeholders, in order, for a call with these arguments."""
-        return list(self.graph._codegen.process_inputs(*args, **kwargs))
+        codegen: Any = self.graph._codegen
+        keywords = codegen.pytree_info.in_spec.child(1).context  # in the order of the placeholders
+        return pytree.tree_leaves((args, {name: kwargs[name] for name in keywords}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModule":
         result: Any = super().__deepcopy__(memo)

@@ -1,0 +1,77 @@
+"""The steps that are chosen, and the reasons that are given."""
+
+import pytest
+import torch
+from torch import nn
+
+import halfeven as he
+from halfeven.ptq.options import PTQOptions
+from halfeven.ptq.recipe import choose
+
+
+def net(act=nn.ReLU6):
+    return nn.Sequential(nn.Conv2d(3, 4, 1), act(), nn.Conv2d(4, 4, 3, groups=4), act(), nn.Conv2d(4, 2, 1)).eval()
+
+
+class Tokens(nn.Module):
+    """LayerNorm that a linear layer reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(self.norm(x))
+
+
+def steps(model=None, shape=(2, 3, 8, 8), data=True, ptq=None, **options):
+    qmodel = he.prepare(model or net(), torch.randn(shape), batchnorm="fold", **options)
+    recipe = choose(qmodel, ptq or PTQOptions(), data=data)
+    names = ["equalize", "relu6", "absorb", "smooth", "reparametrize", "reconstruct", "correct_biases"]
+    return {name for name in names if getattr(recipe, name).taken}, recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"correct_biases"}),
+        ({"scheme": "w4a8"}, {"reconstruct"}),
+        ({"scheme": "w8a4"}, {"reconstruct"}),
+        ({"per_channel": False}, {"equalize", "relu6", "absorb", "correct_biases"}),
+        ({"per_channel": False, "scheme": "w4a8"}, {"equalize", "relu6", "absorb", "reconstruct"}),
+        ({"scheme": "w4a8", "data": False}, {"correct_biases"}),
+        ({"per_channel": False, "data": False}, {"equalize", "relu6", "absorb", "correct_biases"}),
+        ({"per_channel": False, "model": net(nn.ReLU)}, {"equalize", "absorb", "correct_biases"}),
+        ({"model": Tokens().eval(), "shape": (2, 5, 8)}, {"smooth", "correct_biases"}),
+        ({"model": Tokens().eval(), "shape": (2, 5, 8), "scheme": "w4a4"}, {"smooth", "reparametrize", "reconstruct"}),
+        ({"model": Tokens().eval(), "shape": (2, 5, 8), "data": False}, {"correct_biases"}),
+    ],
+    ids=str,
+)
+def test_choices(options, expected):
+    assert steps(**options)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("ptq", "options", "expected"),
+    [
+        ({"reconstruct": "off", "correct_biases": "off"}, {"scheme": "w4a4"}, set()),
+        ({"equalize": "on", "relu6": "keep", "absorb": "off", "correct_biases": "off"}, {}, {"equalize"}),
+        ({"relu6": "replace", "correct_biases": "off"}, {}, {"relu6"}),
+        ({"reconstruct": "layers", "correct_biases": "on"}, {}, {"reconstruct", "correct_biases"}),
+    ],
+    ids=str,
+)
+def test_every_step_can_be_switched(ptq, options, expected):
+    found, recipe = steps(ptq=PTQOptions(**ptq), **options)
+    assert found == expected
+    assert recipe.blocks == (ptq.get("reconstruct") != "layers")
+
+
+def test_every_choice_is_printed_with_its_reason():
+    _, recipe = steps(per_channel=False)
+    lines = str(recipe).splitlines()
+    assert len(lines) == 8
+    assert "one scale serves all channels" in lines[1]
+    assert all(line.split()[-1] for line in lines)
+    assert sum(" yes " in line for line in lines) == 4
