@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, required=True, help="folder of the photographs scored")
     parser.add_argument("--calibration", type=Path, required=True, help="folder of other photographs")
     parser.add_argument("--observer", default="minmax", help="of weights and activations")
-    parser.add_argument("--iterations", type=int, default=500, help="steps of AdaRound a layer")
+    parser.add_argument("--iterations", type=int, default=200, help="steps of AdaRound a layer")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
