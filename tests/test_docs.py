@@ -80,7 +80,7 @@ def test_options_and_fields_exist(page):
     code = re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))
     for span in code:
         for option in re.findall(r"(?<!\S)--[a-z][\w.-]*", span):
-            foreign = span.startswith(("pip", "accelerate", "torchrun", "mkdocs"))
+            foreign = span.startswith(("pip", "accelerate", "torchrun", "mkdocs", "opt_in_out"))
             # `--epochs` is named as the mistake that it is.
             assert foreign or option == "--epochs" or option.replace("_", "-") in options(), option
         if field := re.fullmatch(rf"({'|'.join(PARTS)})\.(?!xml|bin|onnx|safetensors)(\w+)(=.*)?", span):
