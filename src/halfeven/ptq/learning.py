@@ -34,7 +34,7 @@ class Outcome:
     """Share of the roundings that the regularizer had not driven to 0 or 1."""
 
 
-def sqnr(error: float) -> float:
+def decibels(error: float) -> float:
     """Signal to quantization noise ratio in dB of a relative error."""
     return -10 * math.log10(max(error, 1e-30))
 

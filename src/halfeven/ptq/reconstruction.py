@@ -21,7 +21,7 @@ from torch import nn
 from halfeven.errors import CalibrationError
 from halfeven.evaluation import evaluating
 from halfeven.placement.planning import qualified, regions
-from halfeven.ptq.learning import Outcome, learn, sqnr
+from halfeven.ptq.learning import Outcome, decibels, learn
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.resumption import Saved
 from halfeven.ptq.streams import Cache, check_float_weights, in_float, rebatched, streams
@@ -168,7 +168,7 @@ def _walk(
         for stream in (floats, quantized):
             stream.forget(parts[: index + 1])
         layers, seconds = len(unit.layers), time.perf_counter() - begin
-        yield UnitReport(name, layers, sqnr(outcome.before), sqnr(outcome.after), outcome.undecided, seconds)
+        yield UnitReport(name, layers, decibels(outcome.before), decibels(outcome.after), outcome.undecided, seconds)
 
 
 def _check_calibrated(qmodel: nn.Module) -> None:
