@@ -175,6 +175,46 @@ def test_channels_that_are_moved_about_become_one():
     assert len(collapsed(flat).mean) == 1
 
 
+class Misleading(nn.Module):
+    """As many columns as channels, a tensor joined with itself, and BatchNorm behind what nothing is known of."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc, self.act = nn.BatchNorm2d(8), nn.Linear(8, 3), nn.PReLU(8)
+        self.after, self.last = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = self.norm(x)
+        x = self.act(x.transpose(1, 2))
+        return self.fc(x), torch.cat([x, x], 1), self.last(self.after(torch.cumsum(x, 1)))
+
+
+def test_axes_are_not_mistaken():
+    x = images((8, 8, 8))
+    model = measured(Misleading(), x)
+    found = seen(model, x)
+    mean, value = found["fc"][0].mean.float(), found["fc"][1]
+    torch.testing.assert_close(mean, value.mean((0, 1, 2)), atol=0.1, rtol=0.1)
+    assert_moments(found["cat"][0], found["cat"][1], 0.1)
+    assert found["cumsum"][0] is found["after"][0] is None
+    torch.testing.assert_close(found["last"][0].mean.float(), model.last.bias.detach())
+
+
+def test_a_tensor_joined_with_itself_has_twice_the_channels():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            x = self.norm(x)
+            return torch.cat([x, x], 1)
+
+    found, value = seen(measured(Twice(), images()), images())["cat"]
+    assert len(found.mean) == 6
+    assert_moments(found, value, 0.02)
+
+
 def test_inputs_as_given():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LayerNorm(8), nn.GroupNorm(2, 4)).eval()
     with torch.no_grad():

@@ -18,7 +18,7 @@ from halfeven.placement.planning import regions
 from halfeven.ptq.calibration import set_weight_ranges
 from halfeven.ptq.distributions import Distribution
 from halfeven.ptq.links import apply_to_constant, rewritable_layers, weight_by_channel
-from halfeven.ptq.propagation import NORMALIZED, Inputs, input_channels, propagated, transposed_share
+from halfeven.ptq.propagation import NORMALIZED, Inputs, input_moments, propagated, transposed_share
 from halfeven.quantizer import Quantizer
 
 
@@ -137,11 +137,8 @@ def correct_biases_analytically(qmodel: nn.Module, *, inputs: Inputs = NORMALIZE
         if (x := known.get(node.all_input_nodes[0])) is None:
             unknown.append(f"{name} (nothing is known of its input)")
             continue
-        quantizer: Quantizer = layer.weight_quantizer
-        rounded = fake_quantize(
-            layer.weight, quantizer.used_scale(layer.weight), quantizer.zero_point, quantizer.scheme
-        )
-        shift = mean_shift(layer, rounded, input_channels(layer, x.mean))
+        mean, _ = input_moments(node, x)
+        shift = mean_shift(layer, _quantized_weight(layer), mean)
         give_bias(qmodel, name).sub_(shift.to(layer.weight))
         shifts[name] = float(shift.abs().max())
     return AnalyticCorrectionReport(shifts=shifts, left=left + tuple(unknown))

@@ -135,12 +135,12 @@ def links(layers: Mapping[str, fx.Node], *, through_clips: bool = False) -> list
 
 
 def _link_from(producer: fx.Node, layers: set[fx.Node], through_clips: bool) -> Link | None:
-    node, axis = producer, _channel_axis(producer, producer)
+    node, axis = producer, channel_axis(producer, producer)
     between: list[fx.Node] = []
     while len(node.users) == 1:
         (reader,) = node.users
         if reader in layers:
-            fits = axis == _channel_axis(reader, node)
+            fits = axis == channel_axis(reader, node)
             return Link(producer, reader, tuple(between)) if fits else None
         after = _axis_after(reader, node, axis, through_clips)
         if after is None:
@@ -150,7 +150,7 @@ def _link_from(producer: fx.Node, layers: set[fx.Node], through_clips: bool) -> 
     return None
 
 
-def _channel_axis(layer: fx.Node, tensor: fx.Node) -> int:
+def channel_axis(layer: fx.Node, tensor: fx.Node) -> int:
     """The axis of a layer's input or output, `tensor`, on which its channels lie."""
     module: Any = module_of(layer)
     ndim = len(_shape(tensor))

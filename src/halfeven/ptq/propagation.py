@@ -27,7 +27,7 @@ from halfeven.ptq.distributions import (
     scaled,
     through,
 )
-from halfeven.ptq.links import PASSED, apply_to_constant, weight_by_channel
+from halfeven.ptq.links import PASSED, apply_to_constant, channel_axis, weight_by_channel
 from halfeven.quantizer import Quantizer
 
 K = OperatorKind
@@ -92,16 +92,18 @@ class _Walk:
         if kind is K.CONCAT:
             return self._joined(node)
         x = self.found.get(node.all_input_nodes[0]) if node.all_input_nodes else None
-        if x is None:
-            return None
         if node.op == "call_module":
             return self._of_module(node, module_of(node), x)
-        return self._of_function(node, kind, x)
+        return None if x is None else self._of_function(node, kind, x)
 
-    def _of_module(self, node: fx.Node, module: Any, x: Distribution) -> Distribution | None:
+    def _of_module(self, node: fx.Node, module: Any, x: Distribution | None) -> Distribution | None:
+        """What a module puts out. A normalization says it by itself, whatever comes in."""
         kind = kind_of(node)
         if kind is K.IDENTITY or isinstance(module, Quantizer):
             return x
+        if hasattr(module, "output_statistics"):
+            mean, std = module.output_statistics
+            return gaussian(mean, std, self.alpha, channel_axis(node, node), True)
         if kind is K.BATCH_NORM:
             mean, std = statistics(module)
             return gaussian(mean, std, self.alpha, 1, True)
@@ -110,22 +112,17 @@ class _Walk:
             axis = 1 if isinstance(module, nn.GroupNorm) else _ndim(node) - 1
             one_axis = module.weight.ndim == 1
             return gaussian(mean, module.weight.abs(), self.alpha, axis, True) if one_axis else None
-        return self._of_layer(node, module, x) if kind in WEIGHTED else None
-
-    def _of_layer(self, node: fx.Node, layer: Any, x: Distribution) -> Distribution:
-        axis = _ndim(node) - 1 if isinstance(layer, nn.Linear) else _ndim(node) - layer.weight.ndim + 1
-        if hasattr(layer, "output_statistics"):
-            mean, std = layer.output_statistics
-            return gaussian(mean, std, self.alpha, axis, True)
-        mean, std = layer_moments(layer, input_channels(layer, x.mean), input_channels(layer, x.std))
-        return gaussian(mean, std, self.alpha, axis, False)
+        if kind not in WEIGHTED or x is None:
+            return None
+        mean, std = layer_moments(module, *input_moments(node, x))
+        return gaussian(mean, std, self.alpha, channel_axis(node, node), False)
 
     def _of_function(self, node: fx.Node, kind: OperatorKind, x: Distribution) -> Distribution | None:
         if (bounds := clipping(node)) is not None:
             return clipped(x, *bounds)
         if kind is K.ACTIVATION:
             function: Any = node.target
-            rest = [self._value(argument) for argument in node.args[1:]]
+            rest = [_for_channels(self._value(argument), len(x.mean)) for argument in node.args[1:]]
             return through(x, lambda values: function(values.float(), *rest, **node.kwargs).double())
         if kind in (K.SAME_SCALE, K.IDENTITY, K.AVERAGE, K.PAD, K.INTERPOLATION):
             return _moved(node, x)
@@ -153,10 +150,11 @@ class _Walk:
         return collapsed(x) if x is not None and _ndim(operand) != _ndim(node) else x
 
     def _joined(self, node: fx.Node) -> Distribution | None:
-        parts = [self.found[i] for i in node.all_input_nodes if i in self.found]
-        if len(parts) < len(node.all_input_nodes):
+        given = arguments(node)
+        parts = [self.found[i] for i in given["tensors"] if i in self.found]
+        if len(parts) < len(given["tensors"]):
             return None
-        axis = arguments(node)["dim"] % _ndim(node)
+        axis = given["dim"] % _ndim(node)
         if all(part.axis == axis for part in parts):
             return joined(parts, axis)
         return collapsed(joined([collapsed(part) for part in parts], None))
@@ -189,9 +187,18 @@ def transposed_share(layer: Any) -> float:
     return 1 / math.prod(layer.stride) if getattr(layer, "transposed", False) else 1.0
 
 
-def input_channels(layer: Any, values: Tensor) -> Tensor:
-    """Values of a layer's input channels, [inputs], where one may stand for all."""
-    return values.expand(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)
+def input_moments(node: fx.Node, x: Distribution) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel that a layer reads, [inputs], of a tensor with this distribution."""
+    layer: Any = module_of(node)
+    if x.axis != channel_axis(node, node.all_input_nodes[0]):
+        x = collapsed(x)
+    channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    return x.mean.expand(channels), x.std.expand(channels)
+
+
+def _for_channels(value: Any, channels: int) -> Any:
+    """A function's parameter for each channel; their mean, where one channel stands for all."""
+    return value.mean().reshape(1) if isinstance(value, Tensor) and value.numel() != channels else value
 
 
 def _moved(node: fx.Node, x: Distribution) -> Distribution:
