@@ -9,8 +9,12 @@ from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.recipe import choose
 
 
-def net(act=nn.ReLU6):
-    return nn.Sequential(nn.Conv2d(3, 4, 1), act(), nn.Conv2d(4, 4, 3, groups=4), act(), nn.Conv2d(4, 2, 1)).eval()
+def net(act=nn.ReLU6, gain=1):
+    """Linked layers; a large gain lets ReLU6 clip most of what comes."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 1), act(), nn.Conv2d(4, 4, 3, groups=4), act(), nn.Conv2d(4, 2, 1)]
+    layers[0].weight.data *= gain
+    return nn.Sequential(*layers).eval()
 
 
 class Tokens(nn.Module):
@@ -40,10 +44,12 @@ def steps(model=None, shape=(2, 3, 8, 8), data=True, ptq=None, **options):
         ({"per_channel": False}, {"equalize", "relu6", "absorb", "correct_biases"}),
         ({"per_channel": False, "scheme": "w4a8"}, {"equalize", "relu6", "absorb", "reconstruct"}),
         ({"scheme": "w4a8", "data": False}, {"correct_biases"}),
-        ({"per_channel": False, "data": False}, {"equalize", "absorb", "correct_biases"}),
+        ({"per_channel": False, "data": False}, {"equalize", "relu6", "absorb", "correct_biases"}),
+        ({"per_channel": False, "data": False, "model": net(gain=40)}, {"equalize", "absorb", "correct_biases"}),
         ({"per_channel": False, "model": net(nn.ReLU)}, {"equalize", "absorb", "correct_biases"}),
         ({"model": Tokens().eval(), "shape": (2, 5, 8)}, {"smooth"}),
-        ({"model": Tokens().eval(), "shape": (2, 5, 8), "scheme": "w4a4"}, {"smooth", "reparametrize", "reconstruct"}),
+        ({"model": Tokens().eval(), "shape": (2, 5, 8), "scheme": "w4a4"}, {"reconstruct"}),
+        ({"model": Tokens().eval(), "shape": (2, 5, 8), "scheme": "w8a4"}, {"smooth", "reparametrize", "reconstruct"}),
         ({"model": Tokens().eval(), "shape": (2, 5, 8), "data": False}, {"correct_biases"}),
     ],
     ids=str,
