@@ -53,19 +53,21 @@ def _advance(
     v: Tensor,
     first: Tensor,
     second: Tensor,
+    soft: Tensor,
     grad: Tensor,
     floor: Tensor,
     scale: Tensor,
     numbers: Tensor,
-    low: int,
-    high: int,
-) -> Tensor:
-    """One step of Adam on V, in place in `v`, `first` and `second`; the new soft weight.
+    grid: tuple[int, int],
+    pushed: bool,
+) -> None:
+    """One step of Adam on V, in place in `v`, `first`, `second` and `soft`; all [rows, elements].
 
     Args:
         grad: gradient of the loss with respect to the soft weight.
-        numbers: rate, weight of the regularizer, beta, and Adam's two corrections: tensors, so that no value of them
+        numbers: rate, weight of the regularizer, beta, and Adam's two corrections: a tensor, so that no value of them
             is compiled in.
+        pushed: whether the regularizer takes part.
     """
     rate, weight, beta, correction1, correction2 = numbers.unbind()
     sigmoid = torch.sigmoid(v)
@@ -73,16 +75,19 @@ def _advance(
     step = torch.clamp(stretched, 0.0, 1.0)
     slope = torch.where((stretched > 0) & (stretched < 1), STRETCH * sigmoid * (1 - sigmoid), 0.0)
     level = floor + step
-    decided = 2 * step - 1
-    push = -2 * beta * torch.sign(decided) * torch.exp((beta - 1) * torch.log(decided.abs().clamp(min=1e-12)))
-    total = (torch.where((level >= low) & (level <= high), grad * scale, 0.0) + weight * push) * slope
+    total = torch.where((level >= grid[0]) & (level <= grid[1]), grad * scale, 0.0)
+    if pushed:
+        decided = 2 * step - 1
+        power = torch.exp((beta - 1) * torch.log(decided.abs().clamp(min=1e-12)))
+        total = total - 2 * weight * beta * torch.sign(decided) * power
+    total = total * slope
     mean = torch.lerp(first, total, 1 - BETA1)
     square = torch.lerp(second, total * total, 1 - BETA2)
     new = v - rate * (mean / correction1) / (torch.sqrt(square / correction2) + EPSILON)
     first.copy_(mean)
     second.copy_(square)
     v.copy_(new)
-    return soft_weight(new, floor, scale, low, high)
+    soft.copy_(soft_weight(new, floor, scale, *grid))
 
 
 @dataclass
@@ -93,12 +98,14 @@ class Rounding:
     scale: Tensor
     """[rows, 1]."""
     floor: Tensor
-    """floor(W / s), [rows, elements]."""
+    """floor(W / s), [rows, elements], int8; what lies beyond the grid is kept just beyond it."""
     v: Tensor
     first: Tensor
     second: Tensor
+    rows: Tensor
+    """The soft weight, [rows, elements]."""
     soft: Tensor
-    """The soft weight, shaped like the weight: a leaf that gradients come to."""
+    """The same numbers shaped like the weight: a leaf that gradients come to."""
     steps: int = 0
 
     @staticmethod
@@ -109,16 +116,15 @@ class Rounding:
             weight: any shape, float32.
             scale: [] or [channels].
         """
-        rows = _rows(weight.detach(), scheme.axis)
+        low, high = scheme.quant_min, scheme.quant_max
         column = scale.detach().reshape(-1, 1).clone()
-        ratio = rows / column
+        ratio = _rows(weight.detach(), scheme.axis) / column
         floor = torch.floor(ratio)
         v = inverse_soft_step((ratio - floor).clamp(0.0, 1 - 1e-6))
-        zeros = torch.zeros_like(v)
-        soft = weight.detach().clone().requires_grad_()
-        result = Rounding(scheme, column, floor, v, zeros, zeros.clone(), soft)
-        result._take(soft_weight(v, floor, column, scheme.quant_min, scheme.quant_max))
-        return result
+        floor = floor.clamp(low - 1, high).to(torch.int8)
+        rows = soft_weight(v, floor, column, low, high)
+        soft = _shaped(rows, weight.shape, scheme.axis).detach().requires_grad_()
+        return Rounding(scheme, column, floor, v, torch.zeros_like(v), torch.zeros_like(v), rows, soft)
 
     def step(self, rate: float, weight: float, beta: float) -> None:
         """Move the rounding by the gradient that has come to the soft weight.
@@ -133,16 +139,16 @@ class Rounding:
         numbers = torch.tensor([rate, weight, beta, *corrections], device=self.v.device)
         assert self.soft.grad is not None
         grad = _rows(self.soft.grad, self.scheme.axis)
-        state = (self.v, self.first, self.second, grad, self.floor, self.scale.detach(), numbers)
+        state = (self.v, self.first, self.second, self.rows, grad, self.floor, self.scale.detach(), numbers)
         with torch.no_grad():
-            self._take(fused(_advance)(*state, self.scheme.quant_min, self.scheme.quant_max))
+            fused(_advance)(*state, (self.scheme.quant_min, self.scheme.quant_max), weight > 0)
         self.soft.grad = None
 
     def scale_gradient(self) -> None:
         """Give the scale its gradient, where it is learned: that of the soft weight times its integers (Genie)."""
         if self.scale.requires_grad and self.soft.grad is not None:
-            grad, soft = (_rows(t, self.scheme.axis) for t in (self.soft.grad, self.soft.detach()))
-            self.scale.grad = (grad * soft / self.scale.detach()).sum(1, keepdim=True)
+            grad = _rows(self.soft.grad, self.scheme.axis)
+            self.scale.grad = (grad * self.rows / self.scale.detach()).sum(1, keepdim=True)
 
     @property
     def integers(self) -> Tensor:
@@ -155,10 +161,6 @@ class Rounding:
         """Share of the elements whose h(V) is neither 0 nor 1."""
         step = soft_step(self.v)
         return float(((step > 0) & (step < 1)).float().mean())
-
-    def _take(self, rows: Tensor) -> None:
-        with torch.no_grad():
-            self.soft.copy_(_shaped(rows, self.soft.shape, self.scheme.axis))
 
 
 def _rows(x: Tensor, axis: int | None) -> Tensor:
