@@ -10,8 +10,9 @@ from torch import nn
 import halfeven as he
 from halfeven.errors import CalibrationError
 from halfeven.placement.planning import regions
+from halfeven.ptq.cache import Cache, store_inputs
 from halfeven.ptq.preservation import float_function
-from halfeven.ptq.streams import Cache, in_float, rebatched, streams
+from halfeven.ptq.streams import in_float, streams
 from halfeven.ptq.units import units
 
 from .nets import Residual, prepared
@@ -25,9 +26,10 @@ def calibrated(model=None):
     return he.calibrate(qmodel, [torch.randn(16, 3, 8, 8)]).eval()
 
 
-def walked(qmodel, batches, cache, granularity="layers"):
+def walked(qmodel, images, cache, granularity="layers", size=4):
     """Outputs of the last unit in both streams, per batch, after all of it was let go but that."""
     result = []
+    batches = store_inputs([images], size, cache)
     for prefix, region in regions(qmodel).items():
         floats, quantized = streams(qmodel, prefix, batches, cache)
         parts = units(region, granularity)
@@ -48,8 +50,7 @@ def walked(qmodel, batches, cache, granularity="layers"):
 def test_both_streams_end_where_the_model_does(granularity):
     qmodel = calibrated()
     x = torch.randn(10, 3, 8, 8)
-    batches = rebatched([x], 4)
-    (found,) = walked(qmodel, batches, Cache(PLENTY), granularity)
+    (found,) = walked(qmodel, x, Cache(PLENTY), granularity)
     with torch.no_grad():
         quantized = qmodel(x)
         with float_function(qmodel):
@@ -60,14 +61,14 @@ def test_both_streams_end_where_the_model_does(granularity):
 
 
 def test_the_bound_of_memory_holds_and_changes_nothing(tmp_path):
-    qmodel, batches = calibrated(), rebatched([torch.randn(12, 3, 8, 8)], 4)
+    qmodel, images = calibrated(), torch.randn(12, 3, 8, 8)
     free = Cache(PLENTY)
-    (expected,) = walked(qmodel, batches, free)
+    (expected,) = walked(qmodel, images, free)
     bound = Cache(3000, str(tmp_path))
     most = []
     store = bound.store
     bound.store = lambda value: (store(value), most.append(bound.used))[0]
-    (found,) = walked(qmodel, batches, bound)
+    (found,) = walked(qmodel, images, bound)
     assert max(most) <= 3000
     assert bound.on_disk > 0
     assert free.on_disk == 0
@@ -97,9 +98,10 @@ def test_values_go_with_what_stands_for_them(tmp_path):
 
 def test_what_is_read_no_more_is_let_go():
     qmodel = calibrated()
-    batches = rebatched([torch.randn(4, 3, 8, 8)], 4)
+    cache = Cache(PLENTY)
+    batches = store_inputs([torch.randn(4, 3, 8, 8)], 4, cache)
     (region,) = regions(qmodel).values()
-    floats, _ = streams(qmodel, "", batches, Cache(PLENTY))
+    floats, _ = streams(qmodel, "", batches, cache)
     parts = units(region, "layers")
     alive = []
     for index, unit in enumerate(parts):
@@ -109,16 +111,16 @@ def test_what_is_read_no_more_is_let_go():
     assert max(alive) <= 2 < len(parts)
 
 
-def test_rebatched():
+def test_inputs_are_cut_to_size():
     batches = [(torch.arange(5.0)[:, None], torch.zeros(5)), {"x": torch.ones(2, 3), "labels": torch.zeros(2), "k": 7}]
-    found = rebatched(batches, 2)
+    found = [stored.load() for stored in store_inputs(batches, 2, Cache(PLENTY))]
     assert [args[0].flatten().tolist() for args, _ in found[:3]] == [[0, 1], [2, 3], [4]]
     assert found[3][1]["k"] == 7
     assert found[3][1]["x"].shape == (2, 3)
     assert set(found[3][1]) == {"x", "k"}
-    assert len(rebatched(batches, 2, batches=1)) == 3
+    assert len(store_inputs(batches, 2, Cache(PLENTY), batches=1)) == 3
     with pytest.raises(CalibrationError, match="no batch"):
-        rebatched(iter(()), 2)
+        store_inputs(iter(()), 2, Cache(PLENTY))
 
 
 class Halves(nn.Module):
@@ -139,7 +141,7 @@ def test_regions_get_what_the_python_between_them_makes():
     qmodel = calibrated(Halves())
     assert len(regions(qmodel)) == 2
     x = torch.randn(6, 3, 8, 8)
-    found = walked(qmodel, rebatched([x], 3), Cache(PLENTY))
+    found = walked(qmodel, x, Cache(PLENTY), size=3)
     with torch.no_grad():
         expected = qmodel(x)
     assert torch.equal(torch.cat([q for _, q in found[-1]]), expected)

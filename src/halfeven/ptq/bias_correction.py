@@ -15,8 +15,9 @@ from halfeven.evaluation import evaluating
 from halfeven.graph.operators import OperatorKind, kind_of, module_of
 from halfeven.placement.changes import give_bias
 from halfeven.placement.planning import qualified, regions
+from halfeven.ptq.cache import Cache, store_inputs
 from halfeven.ptq.options import PTQOptions
-from halfeven.ptq.streams import Cache, Stream, check_float_weights, in_float, rebatched, streams
+from halfeven.ptq.streams import Stream, check_float_weights, in_float, streams
 from halfeven.ptq.units import Unit, units
 
 
@@ -70,8 +71,8 @@ def correct_biases(
     options = options or PTQOptions()
     if reference is None:
         check_float_weights(qmodel, "Bias correction")
-    inputs = rebatched(loader, options.batch_size, batches)
     cache = Cache(options.memory * 1e9, options.cache_folder)
+    inputs = store_inputs(loader, options.batch_size, cache, batches)
     shifts: dict[str, float] = {}
     exact = qmodel if reference is None else reference
     with evaluating(qmodel), evaluating(exact):

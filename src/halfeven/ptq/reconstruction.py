@@ -21,10 +21,11 @@ from torch import nn
 from halfeven.errors import CalibrationError
 from halfeven.evaluation import evaluating
 from halfeven.placement.planning import qualified, regions
+from halfeven.ptq.cache import Cache, Stored, store_inputs
 from halfeven.ptq.learning import Outcome, decibels, learn
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.resumption import Saved
-from halfeven.ptq.streams import Cache, check_float_weights, in_float, rebatched, streams
+from halfeven.ptq.streams import check_float_weights, in_float, streams
 from halfeven.ptq.units import Granularity, Unit, units
 from halfeven.quantizer import quantizers
 
@@ -133,7 +134,7 @@ def _reconstruct(
     reports: list[UnitReport] = []
     found = [(prefix, units(region, granularity)) for prefix, region in regions(qmodel).items()]
     with evaluating(qmodel), _parameters_at_rest(qmodel), _bar(sum(len(parts) for _, parts in found)) as advance:
-        inputs = rebatched(loader, options.batch_size, batches)
+        inputs = store_inputs(loader, options.batch_size, cache, batches)
         saved = Saved.open(state, qmodel, inputs, options, granularity)
         for prefix, parts in found:
             for report in _walk(qmodel, prefix, parts, inputs, cache, options, saved):
@@ -148,7 +149,7 @@ def _walk(
     qmodel: nn.Module,
     prefix: str,
     parts: list[Unit],
-    inputs: list[Any],
+    inputs: list[Stored],
     cache: Cache,
     options: PTQOptions,
     saved: Saved,

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from halfeven.errors import CheckpointError
 from halfeven.files import write_atomically
 from halfeven.graph.operators import module_of
 from halfeven.placement.insertion import plan_of
+from halfeven.ptq.cache import Stored
 from halfeven.ptq.learning import Outcome, learned_quantizers
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.units import Unit
@@ -33,7 +34,7 @@ class Saved:
 
     @staticmethod
     def open(
-        folder: Path | None, qmodel: nn.Module, inputs: Sequence[Any], options: PTQOptions, granularity: str
+        folder: Path | None, qmodel: nn.Module, inputs: Sequence[Stored], options: PTQOptions, granularity: str
     ) -> "Saved":
         """Open the folder of a run, new or interrupted.
 
@@ -76,23 +77,29 @@ class Saved:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
 
 
-def _facts(qmodel: nn.Module, inputs: Sequence[Any], options: PTQOptions, granularity: str) -> dict[str, Any]:
+def _facts(qmodel: nn.Module, inputs: Sequence[Stored], options: PTQOptions, granularity: str) -> dict[str, Any]:
     """What tells one run from another; where activations are stored makes no difference."""
     kept = dataclasses.replace(options, memory=1.0, cache_folder="")
     return {
         "granularity": granularity,
         "options": dataclasses.asdict(kept),
-        "plan": _digest(json.dumps(plan_of(qmodel).to_dict(), sort_keys=True).encode()),
-        "model": _digest(*(_bytes(tensor) for tensor in qmodel.state_dict().values())),
-        "inputs": _digest(*(_bytes(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))),
+        "plan": _digest([json.dumps(plan_of(qmodel).to_dict(), sort_keys=True).encode()]),
+        "model": _digest(_bytes(tensor) for tensor in qmodel.state_dict().values()),
+        "inputs": _digest(
+            _bytes(leaf) for one in inputs for leaf in pytree.tree_leaves(one.load()) if _is_tensor(leaf)
+        ),
     }
 
 
-def _digest(*parts: bytes) -> str:
+def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _bytes(tensor: Tensor) -> bytes:
