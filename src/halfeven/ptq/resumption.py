@@ -85,9 +85,7 @@ def _facts(qmodel: nn.Module, inputs: Sequence[Stored], options: PTQOptions, gra
         "options": dataclasses.asdict(kept),
         "plan": _digest([json.dumps(plan_of(qmodel).to_dict(), sort_keys=True).encode()]),
         "model": _digest(_bytes(tensor) for tensor in qmodel.state_dict().values()),
-        "inputs": _digest(
-            _bytes(leaf) for one in inputs for leaf in pytree.tree_leaves(one.load()) if _is_tensor(leaf)
-        ),
+        "inputs": _digest(_bytes(tensor) for stored in inputs for tensor in _tensors(stored.load())),
     }
 
 
