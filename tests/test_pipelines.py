@@ -109,7 +109,7 @@ def test_quantize_without_its_steps_is_prepare_and_calibrate():
     assert he.plan_of(one) == he.plan_of(other)
 
 
-def test_quantize_takes_dicts():
+def test_quantize_takes_dicts_and_the_file_is_verified_with_them(tmp_path):
     class Keyword(Net):
         def forward(self, pixels):
             return {"logits": super().forward(pixels)}
@@ -117,6 +117,8 @@ def test_quantize_takes_dicts():
     batches = [{"pixels": x, "labels": y} for x, y in loader()]
     qmodel = he.quantize(Keyword().eval(), batches)
     assert qmodel(pixels=torch.randn(IMAGE))["logits"].shape == (2, 4)
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches)
+    assert report.integer_match == 1
 
 
 def test_quantize_of_no_batches_is_an_error():

@@ -14,11 +14,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from halfeven.export.integer_layers import IntegerLayer
+from halfeven.export.integer_layers import IntegerLayer, Products
 from halfeven.export.operators import ExportedQuantizer
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule
 from halfeven.placement.planning import regions
+
+
+NEARLY_ONE_SHIFT = 5e-5
+"""Channels whose shifts differ by less are given the first one's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +82,21 @@ class Ends:
         multiplied = (x.double() * slope.double() + offset.double()).float()
         return (torch.round(multiplied) - self.first).clamp(0, self.steps)
 
+    def levels_of_products(self, x: Products) -> Tensor:
+        """Levels of a layer without a bias: the runtime divides the ends by the layer's scale, channel by channel."""
+        ends = self.in_units_of(x.scale)
+        steps = torch.full_like(ends.low, self.steps)
+        slope = steps / (ends.high - ends.low)
+        if bool((slope == slope.flatten()[0]).all()):
+            one = Ends(ends.low.flatten()[0], ends.high.flatten()[0], self.steps, self.signed)
+            return one.levels(x.sums, fused=True)
+        offset = (-ends.low * steps) / (ends.high - ends.low)
+        first = offset.flatten()[0]
+        if bool(((offset - first).abs() < NEARLY_ONE_SHIFT).all()):
+            offset = first
+        offset = offset + self.first
+        return (torch.round(x.sums * slope + offset) - self.first).clamp(0, self.steps)
+
 
 @dataclass(frozen=True)
 class Levels:
@@ -88,6 +107,27 @@ class Levels:
 
     def real(self) -> Tensor:
         return (self.values - self.ends.zero_level) * self.ends.scale
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Averages of the bytes of a tensor on a quantizer's grid."""
+
+    values: Tensor
+    ends: Ends
+
+    @property
+    def zero(self) -> Tensor:
+        """The byte that stands for 0."""
+        return torch.zeros_like(self.ends.scale) if self.ends.signed else self.ends.shift
+
+    def real(self) -> Tensor:
+        return (self.values - self.zero) * self.ends.scale
+
+    def levels(self, ends: Ends) -> Tensor:
+        """Levels of another quantizer: the runtime moves its ends to where the bytes are."""
+        moved = ends.in_units_of(self.ends.scale)
+        return Ends(moved.low + self.zero, moved.high + self.zero, ends.steps, ends.signed).levels(self.values, False)
 
 
 @dataclass(frozen=True)
@@ -137,7 +177,7 @@ class _ExactRegion(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         codegen = self.region.graph._codegen
-        flat = codegen.process_inputs(*args, **kwargs)
+        flat = self.region.flat_inputs(*args, **kwargs)
         result = self.interpreter[0].run(*flat, enable_io_processing=False)
         return codegen.process_outputs(result)
 
@@ -171,12 +211,18 @@ class _Interpreter(fx.Interpreter):
                 return Levels(rest[0], first)
         if kind is OperatorKind.ADD and (fused := _fused_sum(n, args)) is not None:
             return fused
+        if kind is OperatorKind.AVERAGE and isinstance(args[0], Levels):
+            x = args[0]
+            values = (x.values + x.ends.first).double()
+            return Mean(getattr(super(), n.op)(n.target, (values, *args[1:]), kwargs).float(), x.ends)
+        if kind is OperatorKind.ACTIVATION and isinstance(args[0], Products) and n.target is torch.ops.aten.relu.default:
+            return dataclasses.replace(args[0], sums=torch.relu(args[0].sums))
         if kind is OperatorKind.ACTIVATION and isinstance(args[0], InUnits) and n.target is torch.ops.aten.relu.default:
             return dataclasses.replace(args[0], values=torch.relu(args[0].values))
         args, kwargs = pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special)
         return getattr(super(), n.op)(n.target, args, kwargs)
 
-    def _layer(self, node: fx.Node, layer: nn.Module, x: Levels) -> Tensor:
+    def _layer(self, node: fx.Node, layer: nn.Module, x: Levels) -> Tensor | Products:
         if node not in self.layers:  # its weight, and the grid of what it reads, are the same for all batches
             self.layers[node] = IntegerLayer.of(layer, x.ends.scale, x.ends.zero_level, x.ends.steps)
         return self.layers[node](x.values)
@@ -189,7 +235,11 @@ class _Interpreter(fx.Interpreter):
         ends = self.ends[quantizer.grid]
         if quantizer.bounds is not None:
             x = torch.clamp(_real(x), *quantizer.bounds)
-        if isinstance(x, InUnits):
+        if isinstance(x, Products):
+            levels = ends.levels_of_products(x)
+        elif isinstance(x, Mean):
+            levels = x.levels(ends)
+        elif isinstance(x, InUnits):
             levels = ends.in_units_of(x.unit).levels(x.values, fused=x.unsigned_skip)
         else:
             levels = ends.levels(_real(x), fused=_from_layer(node.all_input_nodes[0]))
@@ -214,11 +264,11 @@ def _from_layer(node: fx.Node) -> bool:
 
 
 def _is_special(value: Any) -> bool:
-    return isinstance(value, Levels | InUnits)
+    return isinstance(value, Levels | InUnits | Products | Mean)
 
 
 def _real(value: Any) -> Any:
-    return value.real() if isinstance(value, Levels | InUnits) else value
+    return value.real() if isinstance(value, Levels | InUnits | Products | Mean) else value
 
 
 def _same_scale(node: fx.Node, run: Any, args: Any, kwargs: Any) -> Any:
@@ -232,12 +282,15 @@ def _fused_sum(node: fx.Node, args: Any) -> InUnits | None:
     if len(args) < 2 or node.target is not torch.ops.aten.add.Tensor or node.kwargs:
         return None
     for branch, skip, source in ((args[0], args[1], node.args[0]), (args[1], args[0], node.args[1])):
-        if not (isinstance(branch, Tensor) and isinstance(skip, Levels) and isinstance(source, fx.Node)):
+        if not (isinstance(branch, Tensor | Products) and isinstance(skip, Levels) and isinstance(source, fx.Node)):
             continue
-        if kind_of(source) is OperatorKind.CONVOLUTION and branch.shape == skip.values.shape:
+        if kind_of(source) is OperatorKind.CONVOLUTION and _real(branch).shape == skip.values.shape:
             unit = skip.ends.scale
             zero = torch.zeros_like(unit) if skip.ends.signed else skip.ends.shift
-            scaled = (branch - zero * unit) * (torch.ones_like(unit) / unit)
+            if isinstance(branch, Products):
+                scaled = (branch.sums - (zero * unit) / branch.scale) * (branch.scale / unit)
+            else:
+                scaled = (branch - zero * unit) * (torch.ones_like(unit) / unit)
             unsigned = not skip.ends.signed and not bool(skip.ends.zero_level)
             return InUnits(scaled + (skip.values + skip.ends.first), unit, unsigned)
     return None

@@ -24,10 +24,21 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
+class Products:
+    """What a layer without a bias yields: exact sums, and their scale, which the runtime merges into what follows."""
+
+    sums: Tensor
+    scale: Tensor
+
+    def real(self) -> Tensor:
+        return self.sums * self.scale
+
+
+@dataclass(frozen=True, eq=False)
 class IntegerLayer:
     """A layer with its integer weights at hand, called with the levels of its input.
 
-    y = sum * (s_x * s_w) + bias, multiplied and then added in float32; the sum is exact.
+    y = sum * (s_x * s_w) + bias, multiplied and then added in float32; the sum is exact. A bias of zeros is none.
     """
 
     compute: Callable[[Tensor, Tensor, None], Tensor]
@@ -64,12 +75,16 @@ class IntegerLayer:
             input_axis=-1 if linear else 1,
             zero_level=zero_level,
             scale=by_output(input_scale * quantizer.scale),
-            bias=None if layer.bias is None else by_output(layer.bias),
+            bias=None if layer.bias is None or not bool(layer.bias.any()) else by_output(layer.bias),
         )
 
-    def __call__(self, levels: Tensor) -> Tensor:
-        result = self._sum(levels - self.zero_level).float() * self.scale
-        return result if self.bias is None else result + self.bias
+    def __call__(self, levels: Tensor) -> Tensor | Products:
+        products = Products(self._sum(levels - self.zero_level).float(), self.scale)
+        if self.bias is not None:
+            return products.real() + self.bias
+        # The scales of a linear layer's outputs stand at the third axis of tokens: there the runtime merges none.
+        tokens = self.input_axis == -1 and levels.ndim > 2 and self.scale.numel() > 1
+        return products.real() if tokens else products
 
     def _sum(self, x: Tensor) -> Tensor:
         """The sums of integer products, exact; float64 where float32 could not hold them."""

@@ -50,7 +50,7 @@ class CapturedModule(fx.GraphModule):
         """The values of the graph's placeholders, in order, for a call with these arguments."""
         codegen: Any = self.graph._codegen
         keywords = codegen.pytree_info.in_spec.child(1).context  # in the order of the placeholders
-        return pytree.tree_leaves((args, {name: kwargs[name] for name in keywords}))
+        return pytree.tree_leaves((args, {name: kwargs[name] for name in keywords if name in kwargs}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModule":
         result: Any = super().__deepcopy__(memo)
