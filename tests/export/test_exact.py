@@ -10,9 +10,10 @@ from torch.nn import functional as F
 import halfeven as he
 from export.parity import deployed, quantized
 from halfeven.arithmetic import snap
-from halfeven.export.exact import Ends, ExactModel
+from halfeven.export.exact import ExactModel
 from halfeven.export.exporting import exportable
 from halfeven.export.integer_layers import EXACT_IN_FLOAT32
+from halfeven.export.tensors import Ends
 from halfeven.quantizer import quantizers as he_quantizers
 
 
@@ -359,7 +360,7 @@ def test_a_zero_point_survives_its_ends():
         low, high = -121 * scale, 134 * scale
         ends = Ends(low, high, 255)
         assert ends.zero_level == 121
-        assert ends.levels(torch.zeros(1), fused=False) == 121
+        assert ends.levels(torch.zeros(1)) == 121
         quotients.append((-low * 255) / (high - low))  # which a fused sum takes as it is
     assert any(quotient != 121 for quotient in quotients)
 

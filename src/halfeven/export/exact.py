@@ -1,146 +1,30 @@
 """The exact simulation: a deployed model computed with the target's own integer arithmetic.
 
 Products of integers are summed exactly; the requantization follows the runtime's formulas, in its order of float32
-operations. The
-formulas of OpenVINO's CPU plugin were found by experiment on each operator and are checked against the runtime by the
-tests.
+operations. The formulas of OpenVINO's CPU plugin were found by experiment on each operator and are checked against the
+runtime by the tests.
 """
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from halfeven.export.integer_layers import IntegerLayer, Products
+from halfeven.export.integer_layers import IntegerLayer
 from halfeven.export.operators import ExportedQuantizer
+from halfeven.export.tensors import Average, Ends, InUnits, Levels, Products
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule
+from halfeven.placement.changes import clipping
 from halfeven.placement.planning import regions
 
-
-NEARLY_ONE_SHIFT = 5e-5
-"""Channels whose shifts differ by less are given the first one's."""
-
-
-@dataclass(frozen=True, eq=False)
-class Ends:
-    """A quantizer as OpenVINO keeps it: the ends of a FakeQuantize in float32, and what the plugin makes of them.
-
-    Levels count from 0. A grid whose zero is level 128 of 256 is kept as signed bytes where its readers take them:
-    then the rounding happens before 128 is added.
-    """
-
-    low: Tensor
-    high: Tensor
-    steps: int
-    signed: bool = False
-
-    @staticmethod
-    def of(quantizer: ExportedQuantizer, signed_readers: bool) -> "Ends":
-        scale, zero_point = quantizer.scale, quantizer.zero_point.float()
-        steps = quantizer.quant_max - quantizer.quant_min
-        symmetric = steps == 255 and int(zero_point) - quantizer.quant_min == 128
-        low, high = (quantizer.quant_min - zero_point) * scale, (quantizer.quant_max - zero_point) * scale
-        return Ends(low, high, steps, symmetric and signed_readers)
-
-    def in_units_of(self, scale: Tensor) -> "Ends":
-        return Ends(self.low / scale, self.high / scale, self.steps, self.signed)
-
-    @property
-    def scale(self) -> Tensor:
-        return (self.high - self.low) / self.steps
-
-    @property
-    def zero_level(self) -> Tensor:
-        """The level that stands for 0."""
-        return torch.round(-self.low / self.scale)
-
-    @property
-    def shift(self) -> Tensor:
-        """The zero level as float32 arithmetic finds it, sometimes 120.99999 for 121: a fused sum subtracts it so."""
-        return (-self.low * torch.full_like(self.low, self.steps)) / (self.high - self.low)
-
-    @property
-    def first(self) -> float:
-        """The byte that stands for level 0."""
-        return -128.0 if self.signed else 0.0
-
-    def levels(self, x: Tensor, fused: bool) -> Tensor:
-        """Levels 0 to `steps` of real values: one fused multiply-add, then rounding, then the clip.
-
-        `fused`: the values come from a layer, whose kernel divides by a destination scale where there is no shift.
-        """
-        # Tensor by tensor: a number divided by a tensor is a reciprocal and a product in PyTorch, which rounds twice.
-        steps, one = torch.full_like(self.low, self.steps), torch.ones_like(self.low)
-        slope = steps / (self.high - self.low)
-        offset = (-self.low * steps) / (self.high - self.low) + self.first
-        if fused and self.steps == 255 and not bool(offset):
-            slope = one / (one / slope)  # the kernel is given 1 / slope, and multiplies by its reciprocal
-        multiplied = (x.double() * slope.double() + offset.double()).float()
-        return (torch.round(multiplied) - self.first).clamp(0, self.steps)
-
-    def levels_of_products(self, x: Products) -> Tensor:
-        """Levels of a layer without a bias: the runtime divides the ends by the layer's scale, channel by channel."""
-        ends = self.in_units_of(x.scale)
-        steps = torch.full_like(ends.low, self.steps)
-        slope = steps / (ends.high - ends.low)
-        if bool((slope == slope.flatten()[0]).all()):
-            one = Ends(ends.low.flatten()[0], ends.high.flatten()[0], self.steps, self.signed)
-            return one.levels(x.sums, fused=True)
-        offset = (-ends.low * steps) / (ends.high - ends.low)
-        first = offset.flatten()[0]
-        if bool(((offset - first).abs() < NEARLY_ONE_SHIFT).all()):
-            offset = first
-        offset = offset + self.first
-        return (torch.round(x.sums * slope + offset) - self.first).clamp(0, self.steps)
-
-
-@dataclass(frozen=True)
-class Levels:
-    """A tensor on a quantizer's grid: unsigned levels, as float32 numbers."""
-
-    values: Tensor
-    ends: Ends
-
-    def real(self) -> Tensor:
-        return (self.values - self.ends.zero_level) * self.ends.scale
-
-
-@dataclass(frozen=True)
-class Mean:
-    """Averages of the bytes of a tensor on a quantizer's grid."""
-
-    values: Tensor
-    ends: Ends
-
-    @property
-    def zero(self) -> Tensor:
-        """The byte that stands for 0."""
-        return torch.zeros_like(self.ends.scale) if self.ends.signed else self.ends.shift
-
-    def real(self) -> Tensor:
-        return (self.values - self.zero) * self.ends.scale
-
-    def levels(self, ends: Ends) -> Tensor:
-        """Levels of another quantizer: the runtime moves its ends to where the bytes are."""
-        moved = ends.in_units_of(self.ends.scale)
-        return Ends(moved.low + self.zero, moved.high + self.zero, ends.steps, ends.signed).levels(self.values, False)
-
-
-@dataclass(frozen=True)
-class InUnits:
-    """Real values divided by a scale: the sum that a convolution and its skip connection are fused into."""
-
-    values: Tensor
-    unit: Tensor
-    unsigned_skip: bool
-    """The skip's bytes have no zero point: only then does the kernel use a destination scale."""
-
-    def real(self) -> Tensor:
-        return self.values * self.unit
+ADAPTIVE_AVERAGES = (
+    torch.ops.aten.adaptive_avg_pool1d.default,
+    torch.ops.aten.adaptive_avg_pool2d.default,
+    torch.ops.aten.adaptive_avg_pool3d.default,
+)
 
 
 class ExactModel(nn.Module):
@@ -211,14 +95,12 @@ class _Interpreter(fx.Interpreter):
                 return Levels(rest[0], first)
         if kind is OperatorKind.ADD and (fused := _fused_sum(n, args)) is not None:
             return fused
-        if kind is OperatorKind.AVERAGE and isinstance(args[0], Levels):
-            x = args[0]
-            values = (x.values + x.ends.first).double()
-            return Mean(getattr(super(), n.op)(n.target, (values, *args[1:]), kwargs).float(), x.ends)
-        if kind is OperatorKind.ACTIVATION and isinstance(args[0], Products) and n.target is torch.ops.aten.relu.default:
-            return dataclasses.replace(args[0], sums=torch.relu(args[0].sums))
-        if kind is OperatorKind.ACTIVATION and isinstance(args[0], InUnits) and n.target is torch.ops.aten.relu.default:
-            return dataclasses.replace(args[0], values=torch.relu(args[0].values))
+        if kind is OperatorKind.AVERAGE and isinstance(args[0], Levels) and not _adaptive_in_float(n):
+            values = getattr(super(), n.op)(n.target, (args[0].bytes.double(), *args[1:]), kwargs)
+            return Average(values.float(), args[0].ends)  # of integers: float64 rounds once, as their quotient does
+        clips = clipping(n) if kind is OperatorKind.ACTIVATION and isinstance(args[0], InUnits | Products) else None
+        if clips is not None:
+            return self._clipped(args[0], clips, n)
         args, kwargs = pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special)
         return getattr(super(), n.op)(n.target, args, kwargs)
 
@@ -230,21 +112,40 @@ class _Interpreter(fx.Interpreter):
     def _quantize(self, node: fx.Node, quantizer: ExportedQuantizer, x: Any) -> Any:
         if quantizer.weight:
             return quantizer(x)
-        if quantizer.grid not in self.ends:  # one object for a shared grid: concatenation compares by identity
-            self.ends[quantizer.grid] = Ends.of(quantizer, signed_readers=not _read_by_convolution(node))
-        ends = self.ends[quantizer.grid]
+        ends = self._ends(node, quantizer)
         if quantizer.bounds is not None:
-            x = torch.clamp(_real(x), *quantizer.bounds)
-        if isinstance(x, Products):
-            levels = ends.levels_of_products(x)
-        elif isinstance(x, Mean):
-            levels = x.levels(ends)
-        elif isinstance(x, InUnits):
-            levels = ends.in_units_of(x.unit).levels(x.values, fused=x.unsigned_skip)
+            x = _clip(x, quantizer.bounds) if isinstance(x, InUnits | Products) else _real(x).clamp(*quantizer.bounds)
+        if isinstance(x, Tensor):
+            levels = ends.levels(x, from_layer=_from_layer(node.all_input_nodes[0]))
         else:
-            levels = ends.levels(_real(x), fused=_from_layer(node.all_input_nodes[0]))
+            levels = x.levels(ends)
         self.found[quantizer.name] = levels
         return Levels(self.given.get(quantizer.name, levels), ends)
+
+    def _ends(self, node: fx.Node, quantizer: ExportedQuantizer) -> Ends:
+        if quantizer.grid not in self.ends:  # one object for a shared grid: concatenation compares by identity
+            self.ends[quantizer.grid] = Ends.of(quantizer, signed_readers=not _read_by_convolution(node))
+        return self.ends[quantizer.grid]
+
+    def _clipped(self, x: InUnits | Products, bounds: tuple[float, float], node: fx.Node) -> Any:
+        """A clip, which the plugin takes away where the quantizer that reads it clips as much or more."""
+        readers = [module_of(user) if user.op == "call_module" else None for user in node.users]
+        if len(readers) == 1 and isinstance(quantizer := readers[0], ExportedQuantizer) and quantizer.bounds is None:
+            ends = self._ends(next(iter(node.users)), quantizer)
+            if bounds[0] <= float(ends.low) and float(ends.high) <= bounds[1]:
+                return x
+        return _clip(x, bounds)
+
+
+def _clip(x: InUnits | Products, bounds: tuple[float, float]) -> Any:
+    """Values clipped in their own units where these are the same for all channels, or a bound the same in all units."""
+    if x.unit.numel() == 1:
+        low, high = (bound / float(x.unit) for bound in bounds)
+    elif all(bound in (0.0, float("-inf"), float("inf")) for bound in bounds):
+        low, high = bounds
+    else:
+        return x.real().clamp(*bounds)
+    return dataclasses.replace(x, values=x.values.clamp(low, high))
 
 
 def _read_by_convolution(node: fx.Node) -> bool:
@@ -257,6 +158,14 @@ def _read_by_convolution(node: fx.Node) -> bool:
     )
 
 
+def _adaptive_in_float(node: fx.Node) -> bool:
+    """Whether an average is an adaptive pool to more than one place, for which the plugin has no integer kernel."""
+    if node.target not in ADAPTIVE_AVERAGES:
+        return False
+    sizes = node.args[1]
+    return any(size != 1 for size in (sizes if isinstance(sizes, list | tuple) else [sizes]))
+
+
 def _from_layer(node: fx.Node) -> bool:
     while kind_of(node) is OperatorKind.ACTIVATION:
         node = node.all_input_nodes[0]
@@ -264,11 +173,11 @@ def _from_layer(node: fx.Node) -> bool:
 
 
 def _is_special(value: Any) -> bool:
-    return isinstance(value, Levels | InUnits | Products | Mean)
+    return isinstance(value, Levels | Average | InUnits | Products)
 
 
 def _real(value: Any) -> Any:
-    return value.real() if isinstance(value, Levels | InUnits | Products | Mean) else value
+    return value.real() if _is_special(value) else value
 
 
 def _same_scale(node: fx.Node, run: Any, args: Any, kwargs: Any) -> Any:
@@ -284,13 +193,13 @@ def _fused_sum(node: fx.Node, args: Any) -> InUnits | None:
     for branch, skip, source in ((args[0], args[1], node.args[0]), (args[1], args[0], node.args[1])):
         if not (isinstance(branch, Tensor | Products) and isinstance(skip, Levels) and isinstance(source, fx.Node)):
             continue
-        if kind_of(source) is OperatorKind.CONVOLUTION and _real(branch).shape == skip.values.shape:
+        values = branch if isinstance(branch, Tensor) else branch.values
+        if kind_of(source) is OperatorKind.CONVOLUTION and values.shape == skip.values.shape:
             unit = skip.ends.scale
-            zero = torch.zeros_like(unit) if skip.ends.signed else skip.ends.shift
-            if isinstance(branch, Products):
-                scaled = (branch.sums - (zero * unit) / branch.scale) * (branch.scale / unit)
-            else:
-                scaled = (branch - zero * unit) * (torch.ones_like(unit) / unit)
-            unsigned = not skip.ends.signed and not bool(skip.ends.zero_level)
-            return InUnits(scaled + (skip.values + skip.ends.first), unit, unsigned)
+            zero = skip.ends.zero_byte * unit
+            if isinstance(branch, Tensor):
+                values = (values - zero) * (torch.ones_like(unit) / unit)
+            else:  # the scales that a layer without a bias leaves are merged with the skip's
+                values = (values - zero / branch.unit) * (branch.unit / unit)
+            return InUnits(values + skip.bytes, unit)
     return None

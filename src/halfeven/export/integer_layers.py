@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.arithmetic import per_channel
+from halfeven.export.tensors import Products
 from halfeven.placement.layers import operation
 
 EXACT_IN_FLOAT32 = 2.0**24
@@ -21,17 +22,6 @@ class Piece:
     weight: Tensor
     start: int
     count: int
-
-
-@dataclass(frozen=True, eq=False)
-class Products:
-    """What a layer without a bias yields: exact sums, and their scale, which the runtime merges into what follows."""
-
-    sums: Tensor
-    scale: Tensor
-
-    def real(self) -> Tensor:
-        return self.sums * self.scale
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from halfeven.errors import VerificationError
 from halfeven.evaluation import evaluating
 from halfeven.export import openvino
-from halfeven.export.exact import Ends, ExactModel
+from halfeven.export.exact import ExactModel
 from halfeven.export.exporting import exportable
 from halfeven.export.latency import latency
 from halfeven.export.operators import ExportedQuantizer
@@ -26,6 +26,7 @@ from halfeven.export.runtime import (
     stored_integers,
     with_outputs,
 )
+from halfeven.export.tensors import Ends
 from halfeven.graph.capture import inputs_of
 from halfeven.graph.operators import module_of
 from halfeven.placement.planning import regions

@@ -1,0 +1,126 @@
+"""Integers that one wrong rounding changes: averages at ties, layers without a bias, and sums, on the real runtime."""
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import halfeven as he
+from export.parity import quantized
+from halfeven.export.exact import ExactModel
+from halfeven.export.exporting import exportable
+from halfeven.quantizer import quantizers
+
+
+@pytest.fixture(autouse=True)
+def _untimed(monkeypatch):
+    verify = importlib.import_module("halfeven.export.verify")
+    monkeypatch.setattr(verify, "latency", lambda *_: {"float": 1.0, "deployed": 1.0})
+
+
+def conv(inputs=8, outputs=8, kernel=3, **options):
+    return nn.Conv2d(inputs, outputs, kernel, **({"padding": kernel // 2} | options))
+
+
+class Pools(nn.Module):
+    """Every kind of average of one tensor, each read by a convolution."""
+
+    def __init__(self, signed, padded=True):
+        super().__init__()
+        self.stem, self.signed = conv(3), signed
+        pools = [nn.AvgPool2d(2), nn.AvgPool2d((3, 2), 2), nn.AvgPool2d(7, 3), nn.AdaptiveAvgPool2d(1)]
+        pools += [nn.AdaptiveAvgPool2d((3, 2)), nn.AvgPool2d(3, 2, 1, count_include_pad=False)]
+        self.pools = nn.ModuleList([*pools, nn.AvgPool2d(3, 2, 1)] if padded else pools)
+        self.readers = nn.ModuleList(conv(8, 4, 1) for _ in range(len(self.pools) + 1))
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x if self.signed else F.relu(x)
+        averages = [pool(x) for pool in self.pools] + [x.mean((2, 3), keepdim=True)]
+        return [read(average) for read, average in zip(self.readers, averages, strict=True)]
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5, 0.75, 0.6113])
+@pytest.mark.parametrize("zero_point", [0, 101, 128])
+def test_averages_are_those_of_integers(ratio, zero_point, tmp_path):
+    """With one scale before and after, every fourth average of 2x2 integers is a tie: half to even decides."""
+    torch.manual_seed(zero_point)
+    qmodel, batches = quantized(Pools(zero_point != 0, padded=zero_point != 101), (4, 3, 24, 18))
+    found = {name: q for name, q in quantizers(qmodel).items() if not q.weight and name != "quantizers.x"}
+    stem, *pools = found.values()
+    for pool in pools:
+        pool._store(stem.scale * ratio, torch.full_like(pool.zero_point, zero_point + stem.scheme.quant_min))
+    stem.zero_point.fill_(zero_point + stem.scheme.quant_min)
+    he.export(qmodel, tmp_path / "model.xml")
+    report = he.verify(qmodel, tmp_path / "model.xml", batches)
+    assert report.integer_match == 1.0, report.first_difference
+    assert sum(tensor.count for tensor in report.tensors) > 50_000
+
+    exact = ExactModel(exportable(qmodel)[0])
+    exact(batches[0])
+    means = F.avg_pool2d(next(levels for name, levels in exact.levels.items() if name != "quantizers.x"), 2)
+    assert int((means % 1 == 0.5).sum()) > 500, "no ties were made"
+
+
+def without_bias(activation):
+    layers = [conv(3, bias=False), activation, conv(kernel=1, bias=False), activation, conv(groups=8, bias=False)]
+    return nn.Sequential(*layers, activation, conv(bias=False), activation, conv(8, 4, bias=False))
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Identity(), nn.ReLU6(), nn.Hardtanh(0, 0.2)])
+def test_layers_without_a_bias(activation, per_channel, tmp_path):
+    """The scales of such a layer are merged into its quantizer's ends; a clip inside of these ends keeps them apart."""
+    torch.manual_seed(0)
+    qmodel, batches = quantized(without_bias(activation), (12, 3, 48, 48), per_channel=per_channel)
+    he.export(qmodel, tmp_path / "model.xml")
+    report = he.verify(qmodel, tmp_path / "model.xml", batches)
+    assert report.integer_match == 1.0, report.first_difference
+    assert sum(tensor.count for tensor in report.tensors) > 2_000_000
+
+
+def test_a_bias_of_zeros_is_none(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3), conv(), nn.ReLU(), conv(groups=8), conv(8, 4))
+    for layer in model:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.zeros_(layer.bias)
+    qmodel, batches = quantized(model, (12, 3, 64, 64))
+    he.export(qmodel, tmp_path / "model.xml")
+    assert he.verify(qmodel, tmp_path / "model.xml", batches).integer_match == 1.0
+
+
+class Sums(nn.Module):
+    """Residual sums one after the other, each with its own scales."""
+
+    def __init__(self, bias, kernel, signed, act, count=6):
+        super().__init__()
+        self.stem, self.signed, self.act = conv(3), signed, act
+        self.branches = nn.ModuleList(conv(kernel=kernel, bias=bias) for _ in range(count))
+        self.readers = nn.ModuleList(conv(8, 2, 1) for _ in range(count))
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x if self.signed else F.relu(x)
+        results = []
+        for index, (branch, read) in enumerate(zip(self.branches, self.readers, strict=True)):
+            y = x + branch(x) if index % 2 else branch(x) + x
+            x = self.act(y)
+            results.append(read(x))
+        return torch.cat(results, 1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "signed", "act"),
+    [(1, False, F.relu), (3, False, F.relu), (1, True, lambda x: x), (3, True, lambda x: x), (1, True, F.relu6)],
+)
+def test_sums_without_and_with_a_bias(bias, kernel, signed, act, tmp_path):
+    torch.manual_seed(kernel)
+    qmodel, batches = quantized(Sums(bias, kernel, signed, act), (8, 3, 48, 48))
+    he.export(qmodel, tmp_path / "model.xml")
+    report = he.verify(qmodel, tmp_path / "model.xml", batches)
+    assert report.integer_match == 1.0, report.first_difference
+    assert sum(tensor.count for tensor in report.tensors) > 2_000_000
