@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from halfeven.arithmetic import dequantize, quantize, scale_and_zero_point
+from halfeven.arithmetic import fused, scale_and_zero_point
 from halfeven.observers.extremes import all_reduce, finite_extremes, rows, seen
 from halfeven.observers.search import CANDIDATES, best, by_parts, least_error
 from halfeven.scheme import Scheme
@@ -124,12 +124,24 @@ def mse_range(histogram: HistogramObserver, power: float = 2.0) -> tuple[Tensor,
 
     def errors(lows: Tensor, highs: Tensor) -> Tensor:
         scale, zero_point = scale_and_zero_point(lows.flatten(), highs.flatten(), scheme)
-        x = centers.repeat(len(lows), 1)
-        distance = (dequantize(quantize(x, scale, zero_point, scheme), scale, zero_point, scheme) - x).abs_()
-        return (distance.pow_(power).view(len(lows), *counts.shape).double() * counts).sum(-1)
+        grids = scale.view(*lows.shape, 1), zero_point.view(*lows.shape, 1)
+        found: Tensor = fused(_errors)(centers, counts, *grids, scheme.quant_min, scheme.quant_max, power)
+        return found
 
     bounded = by_parts(errors, max(1, AT_ONCE // counts.numel()))
     return least_error(bounded, histogram.smallest, histogram.largest, scheme.symmetric)
+
+
+def _errors(x: Tensor, counts: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, power: float) -> Tensor:
+    """Sum of |x - fake_quantize(x)|^power over bins, [candidates, rows], in one pass.
+
+    Args:
+        x, counts: values of the bins and how often they were seen, [rows, bins].
+        scale, zero_point: of the candidates, [candidates, rows, 1].
+    """
+    integers = torch.clamp(torch.round(x / scale) + zero_point, low, high)
+    distance = ((integers - zero_point) * scale - x).abs()
+    return (distance.pow(power).double() * counts).sum(-1)
 
 
 def _occupied(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
