@@ -29,7 +29,7 @@ from halfeven.ptq.streams import check_float_weights, in_float, streams
 from halfeven.ptq.units import Granularity, Unit, units
 from halfeven.quantizer import quantizers
 
-ITERATIONS = 300
+ITERATIONS = 200
 """Steps of a unit where the options leave the number open."""
 
 Say = Callable[[str], None]
