@@ -159,6 +159,7 @@ def test_recipes_on_a_folder_of_images(name, model, images, tmp_path):
     assert list(results)[:3] == ["float", "simulated", "deployed"]
     verification = results["verification"]["model.xml"]
     assert verification["weights_match"]
+    assert verification["integer_match"] == 1.0, verification["first_difference"]
     assert verification["integer_layers"] == verification["quantizable_layers"]
 
 
