@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from halfeven.arithmetic import dequantize, effective_scale, fake_quantize, snap
 from halfeven.graph.operators import module_of
 from halfeven.ptq.options import PTQOptions
+from halfeven.ptq.products import by_product, has_few_positions
 from halfeven.ptq.rounding import Rounding, sharpness
 from halfeven.ptq.streams import Stream, Values, run
 from halfeven.ptq.units import Unit
@@ -201,7 +202,7 @@ def _descend(
 ) -> None:
     """The steps of gradient descent; the rounding is pushed to 0 or 1 after the warm start."""
     generator = torch.Generator().manual_seed(seed)
-    dropping = _Dropping(options.drop, generator, learned.scales)
+    dropping = _Dropping(options.drop, generator, learned)
     optimizer = torch.optim.Adam(learned.groups) if learned.groups else None
     steps, warm = options.iterations, round(options.warm_start * options.iterations)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if optimizer else None
@@ -234,8 +235,9 @@ def _batches(count: int, steps: int, generator: torch.Generator) -> Iterator[int
 class _Dropping:
     """Leaves activations in float at random while a unit is learned (QDrop, arXiv 2203.05740, section 4.3)."""
 
-    def __init__(self, probability: float, generator: torch.Generator, scales: Mapping[Quantizer, Tensor]) -> None:
-        self.probability, self.generator, self.scales = probability, generator, scales
+    def __init__(self, probability: float, generator: torch.Generator, learned: _Learned) -> None:
+        self.probability, self.generator = probability, generator
+        self.scales, self.roundings = learned.scales, learned.roundings
         self.pool = torch.empty(0, dtype=torch.bool)
 
     def mixed(self, values: Values, float_values: Values) -> Values:
@@ -244,6 +246,8 @@ class _Dropping:
 
     def call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         """Run a module; an activation quantizer with the scale that is learned, and leaving out at random."""
+        if module in self.roundings and has_few_positions(module, args[0]):
+            return by_product(module, args[0], self.roundings[module].soft)
         if not isinstance(module, Quantizer):
             return module(*args)
         x, scale = args[0], self.scales.get(module)
