@@ -61,6 +61,7 @@ def test_every_layer_has_the_mean_of_its_float_form(scheme):
         assert torch.allclose(after[name], mean, atol=2e-6), name
         assert (before[name] - mean).abs().max() > 1e-4
     assert set(report.shifts) == set(wanted)
+    assert all(1e-5 < share < 1 for share in report.shifts.values())
     assert "largest shift" in str(report)
 
 

@@ -31,7 +31,7 @@ class BiasCorrectionReport:
     """The shift that was taken from each layer's bias."""
 
     shifts: dict[str, float]
-    """Root mean square over the channels of a layer, over that of the float outputs' means about zero."""
+    """Root mean square over the channels of a layer, over that of its float outputs."""
 
     def __str__(self) -> str:
         if not self.shifts:
@@ -39,7 +39,7 @@ class BiasCorrectionReport:
         name = max(self.shifts, key=lambda key: self.shifts[key])
         return (
             f"Bias correction of {len(self.shifts)} layers; the largest shift, in {name}, is "
-            f"{100 * self.shifts[name]:.1f} % of its outputs' means."
+            f"{100 * self.shifts[name]:.1f} % of its outputs' root mean square."
         )
 
 
@@ -82,8 +82,8 @@ def correct_biases(
             pairs = list(zip(units(regions(exact)[prefix], "layers"), units(region, "layers"), strict=True))
             for index, (wanted, unit) in enumerate(pairs):
                 if unit.layers:
-                    means = _float_means(wanted, floats)
-                    shifts[qualified(prefix, unit.name)] = _correct(qmodel, prefix, unit, means, quantized)
+                    exact_means = _float_means(wanted, floats)
+                    shifts[qualified(prefix, unit.name)] = _correct(qmodel, prefix, unit, exact_means, quantized)
                 else:
                     with in_float(wanted):
                         floats.advance(wanted)
@@ -93,24 +93,24 @@ def correct_biases(
     return BiasCorrectionReport(shifts)
 
 
-def _float_means(unit: Unit, floats: Stream) -> Tensor:
-    """What the float layer of a unit gives in the mean, [channels]; the stream goes on."""
+def _float_means(unit: Unit, floats: Stream) -> "_Means":
+    """What the float layer of a unit gives in the mean; the stream goes on."""
     means = _Means(unit)
     with in_float(unit):
         floats.advance(unit, means)
-    return means.mean
+    return means
 
 
-def _correct(qmodel: nn.Module, prefix: str, unit: Unit, wanted: Tensor, quantized: Stream) -> float:
+def _correct(qmodel: nn.Module, prefix: str, unit: Unit, wanted: "_Means", quantized: Stream) -> float:
     """Correct the layer of a unit; the stream stays before the unit."""
     found = _Means(unit)
     quantized.visit(unit, found)
-    shift = wanted - found.mean
+    shift = wanted.mean - found.mean
     (node,) = unit.layers
     give_bias(qmodel, qualified(prefix, str(node.target)))
     layer: Any = module_of(node)
     layer.bias.add_(shift.to(layer.bias))
-    return float(shift.norm() / wanted.norm().clamp(min=1e-12))
+    return float(shift.square().mean().sqrt() / wanted.size.clamp(min=1e-12))
 
 
 class _Means:
@@ -121,12 +121,14 @@ class _Means:
         self.layer = module_of(node)
         self.axis = -1 if kind_of(node) is OperatorKind.LINEAR else 1
         self.total: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
         self.samples = 0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         result = module(*args)
         if module is self.layer:
             self.total = self.total + channel_means(result, self.axis) * result.shape[0]
+            self.squares = self.squares + result.double().square().mean() * result.shape[0]
             self.samples += result.shape[0]
         return result
 
@@ -134,3 +136,9 @@ class _Means:
     def mean(self) -> Tensor:
         assert isinstance(self.total, Tensor)
         return self.total / self.samples
+
+    @property
+    def size(self) -> Tensor:
+        """Root mean square of all that was given."""
+        assert isinstance(self.squares, Tensor)
+        return (self.squares / self.samples).sqrt()
