@@ -52,7 +52,6 @@ def steps(model=None, shape=(2, 3, 8, 8), data=True, ptq=None, **options):
         ({"model": Tokens().eval(), "shape": (2, 5, 8), "scheme": "w8a4"}, {"smooth", "reparametrize", "reconstruct"}),
         ({"model": Tokens().eval(), "shape": (2, 5, 8), "data": False}, {"correct_biases"}),
     ],
-    ids=str,
 )
 def test_choices(options, expected):
     assert steps(**options)[0] == expected
@@ -66,7 +65,6 @@ def test_choices(options, expected):
         ({"relu6": "replace", "correct_biases": "off"}, {}, {"relu6"}),
         ({"reconstruct": "layers", "correct_biases": "on"}, {}, {"reconstruct", "correct_biases"}),
     ],
-    ids=str,
 )
 def test_every_step_can_be_switched(ptq, options, expected):
     found, recipe = steps(ptq=PTQOptions(**ptq), **options)

@@ -78,7 +78,11 @@ def test_idx_round_trip(tmp_path):
     assert np.array_equal(read_idx(tmp_path / "a.gz"), pixels)
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"ab"), idx(np.zeros(5, np.uint8))[:-9]])
+@pytest.mark.parametrize(
+    "content",
+    [b"no gzip", gzip.compress(b"ab"), idx(np.zeros(5, np.uint8))[:-9]],
+    ids=["no gzip", "too short", "cut off"],
+)
 def test_broken_idx(tmp_path, content):
     (tmp_path / "a.gz").write_bytes(content)
     with pytest.raises(ConfigError, match="not a whole IDX file"):
