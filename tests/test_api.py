@@ -51,7 +51,7 @@ def test_version_is_the_packages():
 
 def test_every_error_is_a_halfeven_error():
     found = [thing for thing in vars(errors).values() if inspect.isclass(thing)]
-    assert len(found) == 8
+    assert len(found) == 9
     for error in found:
         assert issubclass(error, he.HalfevenError)
         assert error.__doc__
