@@ -74,7 +74,7 @@ def choose(qmodel: nn.Module, options: PTQOptions, *, data: bool) -> Recipe:
         smooth=_smooth(qmodel, options, weight_bits, data=data),
         reparametrize=_reparametrize(qmodel, options, weight_bits, activation_bits, data=data),
         reconstruct=reconstruct,
-        correct_biases=_correct_biases(options, reconstruct, data=data),
+        correct_biases=_correct_biases(options, reconstruct, data=data, per_channel=plan.options.per_channel),
         blocks=options.reconstruct != "layers",
         data=data,
     )
@@ -159,11 +159,13 @@ def _reconstruct(options: PTQOptions, weight_bits: int, activation_bits: int, *,
     return Choice(False, "at 8 bits rounding to nearest costs next to nothing")
 
 
-def _correct_biases(options: PTQOptions, reconstruct: Choice, *, data: bool) -> Choice:
+def _correct_biases(options: PTQOptions, reconstruct: Choice, *, data: bool, per_channel: bool) -> Choice:
     if chosen := _switched(options.correct_biases):
         return chosen
     if not data:
         return Choice(True, "analytic: the means come from the folded BatchNorm")
     if reconstruct.taken:
         return Choice(False, "reconstruction leaves no mean shift to correct")
+    if per_channel:
+        return Choice(False, "8-bit weights with a scale per channel shift no mean that counts")
     return Choice(True, "tried, and kept if the quantized model gains, see below")
