@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from halfeven.arithmetic import dequantize, effective_scale, fake_quantize, snap
 from halfeven.graph.operators import module_of
@@ -87,7 +88,8 @@ def _powers(unit: Unit, floats: Stream) -> dict[fx.Node, Tensor]:
 
 
 def _distance(found: Values, wanted: Values, powers: Mapping[fx.Node, Tensor]) -> Tensor:
-    return torch.stack([(found[n].float() - wanted[n].float()).square().mean() / p for n, p in powers.items()]).sum()
+    errors = [F.mse_loss(found[n].float(), wanted[n].float()) / power for n, power in powers.items()]
+    return torch.stack(errors).sum()
 
 
 class _Learned:
@@ -209,7 +211,9 @@ def _descend(
     weights = sum(rounding.v.numel() for rounding in learned.roundings.values())
     with learned.soft(), torch.enable_grad():
         for step, batch in enumerate(_batches(len(quantized.batches), steps, generator)):
-            values = dropping.mixed(quantized.inputs(unit, batch), floats.inputs(unit, batch))
+            values = quantized.inputs(unit, batch)
+            if options.drop:
+                values = dropping.mixed(values, floats.inputs(unit, batch))
             found = run(unit, values, dropping.call)
             _distance(found, floats.outputs(unit, batch), powers).backward()  # type: ignore[no-untyped-call]
             if optimizer and decay:

@@ -110,10 +110,11 @@ def reconstruct(
     state: Path | None = None,
     say: Say | None = None,
 ) -> ReconstructionReport:
-    """Block reconstruction: learn rounding, activation scales and biases of block after block, together.
+    """Block reconstruction: learn the rounding and the activation scales of block after block, together.
 
     Weight and activation ranges must be set before (`calibrate`); afterwards they are final. Blocks are found in the
-    graph (`halfeven.ptq.units`). Arguments and errors are those of `adaround`.
+    graph (`halfeven.ptq.units`). Biases are learned too with `options.bias_rate`, weight scales with
+    `options.learn_weight_scales`. Arguments and errors are those of `adaround`.
     """
     return _reconstruct(qmodel, loader, "blocks", options or PTQOptions(), batches, state, say)
 

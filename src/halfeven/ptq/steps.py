@@ -77,7 +77,7 @@ def _corrected(
     if options.correct_biases == "on":
         return corrected
     trial = _trial(batches, GAIN_SAMPLES)
-    wanted = _float_outputs(reference or qmodel, trial)
+    wanted = _float_outputs(qmodel if reference is None else reference, trial)
     without, with_ = (sqnr(_outputs(model, trial), wanted) for model in (qmodel, corrected))
     kept = with_ > without
     say(
@@ -108,8 +108,10 @@ def _equalized(qmodel: nn.Module, batches: Batches, recipe: Recipe, options: PTQ
         return _equalize(qmodel, batches, recipe, say, unclip=True)
     trial = _trial(batches)
     wanted = _float_outputs(qmodel, trial)
-    kept = _equalize(copy.deepcopy(qmodel), batches, recipe, lambda text: None, unclip=False)
-    replaced = _equalize(copy.deepcopy(qmodel), batches, recipe, lambda text: None, unclip=True)
+    said: dict[bool, list[str]] = {False: [], True: []}
+    kept, replaced = (
+        _equalize(copy.deepcopy(qmodel), batches, recipe, said[unclip].append, unclip=unclip) for unclip in said
+    )
     without, with_ = (sqnr(_quantized_outputs(model, trial), wanted) for model in (kept, replaced))
     changed = _float_outputs(replaced, trial)
     say(
@@ -117,7 +119,9 @@ def _equalized(qmodel: nn.Module, batches: Batches, recipe: Recipe, options: PTQ
         f"{'is done' if with_ > without else 'is left'}; it moves the float model's own outputs to "
         f"{sqnr(changed, wanted):.1f} dB{_agreement(changed, wanted)}."
     )
-    return _equalize(qmodel, batches, recipe, say, unclip=with_ > without)
+    for text in said[with_ > without]:
+        say(text)
+    return replaced if with_ > without else kept
 
 
 def _equalize(qmodel: nn.Module, batches: Batches, recipe: Recipe, say: Say, *, unclip: bool) -> nn.Module:

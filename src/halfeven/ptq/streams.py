@@ -51,12 +51,17 @@ class Stream:
             args, kwargs = self.batches[batch].load()
             values = dict(zip(self.placeholders, self.region.flat_inputs(*args, **kwargs), strict=True))
         found = {n: values[n] if n in values else self.values[batch][n].load() for n in unit.inputs}
-        return pytree.tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), found)  # type: ignore[no-any-return]
+        return self._on_device(found)
 
     def outputs(self, unit: Unit, batch: int) -> Values:
         """What a unit gave, for a batch, after `advance`."""
-        found = {node: self.values[batch][node].load() for node in unit.outputs}
-        return pytree.tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), found)  # type: ignore[no-any-return]
+        return self._on_device({node: self.values[batch][node].load() for node in unit.outputs})
+
+    def _on_device(self, values: Values) -> Values:
+        if self.device.type == "cpu":  # where they are stored
+            return values
+        moved: Values = pytree.tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), values)
+        return moved
 
     @torch.no_grad()
     def advance(self, unit: Unit, call: Call = run_module) -> None:
