@@ -36,9 +36,9 @@ def calibrated(quantizer, x=None):
     ("quantizer", "shapes"),
     [
         (lambda: activation(), {"scale": (), "zero_point": (), "observing": (), "low": (), "high": ()}),
-        (lambda: activation(learned=True), {"scale": (), "zero_point": (), "observing": ()}),
+        (lambda: activation(ranges="learned"), {"scale": (), "zero_point": (), "observing": ()}),
         (lambda: weight(), {"scale": (3,), "zero_point": (3,), "observing": ()}),
-        (lambda: weight(learned=True), {"scale": (3,), "zero_point": (3,), "observing": ()}),
+        (lambda: weight(ranges="learned"), {"scale": (3,), "zero_point": (3,), "observing": ()}),
         (lambda: Quantizer(WEIGHT, weight=True), {"scale": (), "zero_point": (), "observing": ()}),
     ],
 )
@@ -54,14 +54,14 @@ def test_state_has_its_final_shapes_from_the_start(quantizer, shapes):
 
 
 def test_only_a_learned_scale_is_a_parameter():
-    assert [name for name, _ in activation(learned=True).named_parameters()] == ["scale"]
+    assert [name for name, _ in activation(ranges="learned").named_parameters()] == ["scale"]
     assert list(activation().parameters()) == []
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("learned", [False, True])
-def test_a_quantizer_without_a_range_is_an_error(learned, training):
-    quantizer = activation(learned=learned).train(training)
+@pytest.mark.parametrize("ranges", ["observed", "learned"])
+def test_a_quantizer_without_a_range_is_an_error(ranges, training):
+    quantizer = activation(ranges=ranges).train(training)
     quantizer.set_observing(False)
     quantizer.name = "layer1.relu"
     with pytest.raises(CalibrationError, match=r"layer1\.relu has no range yet.*calibrate"):
@@ -83,10 +83,10 @@ def test_calibration_passes_the_tensor_through_and_sets_the_range(name):
     assert torch.equal(quantizer.eval()(x), fake_quantize(x, *expected, ACTIVATION))
 
 
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("ranges", ["observed", "learned"])
 @pytest.mark.parametrize("observing", [False, True])
-def test_nothing_moves_in_eval(learned, observing):
-    quantizer = calibrated(activation(learned=learned)).eval()
+def test_nothing_moves_in_eval(ranges, observing):
+    quantizer = calibrated(activation(ranges=ranges)).eval()
     quantizer.set_observing(observing)
     before = copy.deepcopy(quantizer.state_dict())
     quantizer(torch.randn(10) * 100)
@@ -131,8 +131,8 @@ def test_the_observing_flag_survives_state_dict_and_copy(on):
 
 
 def test_loading_an_unset_range_asks_for_calibration_again():
-    quantizer = calibrated(activation(learned=True))
-    quantizer.load_state_dict(activation(learned=True).state_dict())
+    quantizer = calibrated(activation(ranges="learned"))
+    quantizer.load_state_dict(activation(ranges="learned").state_dict())
     with pytest.raises(CalibrationError, match="no range yet"):
         quantizer.eval()(torch.randn(3))
 
@@ -176,9 +176,9 @@ def test_a_weight_is_quantized_while_activations_calibrate():
 
 
 @pytest.mark.parametrize("observer", ["minmax", "mse"])
-@pytest.mark.parametrize("learned", [False, True])
-def test_calibrating_again_sees_the_present_tensor(learned, observer):
-    for quantizer in (weight(observer=observer, learned=learned), activation(observer=observer, learned=learned)):
+@pytest.mark.parametrize("ranges", ["observed", "learned"])
+def test_calibrating_again_sees_the_present_tensor(ranges, observer):
+    for quantizer in (weight(observer=observer, ranges=ranges), activation(observer=observer, ranges=ranges)):
         x = torch.randn(3, 200)
         once = calibrated(quantizer, x).scale.clone()
         again = calibrated(quantizer, x * 4).scale.clone()
@@ -188,7 +188,7 @@ def test_calibrating_again_sees_the_present_tensor(learned, observer):
 def test_a_learned_scale_is_trained_towards_less_error():
     x = torch.randn(1000)
     quantizer = calibrated(
-        Quantizer(Scheme(bits=3, signed=True, symmetric=True), learned=True, observer="minmax"), x
+        Quantizer(Scheme(bits=3, signed=True, symmetric=True), ranges="learned", observer="minmax"), x
     ).train()
     start = (quantizer(x) - x).square().mean().item()
     optimizer = torch.optim.SGD([quantizer.scale], lr=1.0)
@@ -200,7 +200,7 @@ def test_a_learned_scale_is_trained_towards_less_error():
 
 
 def test_a_learned_scale_that_crosses_zero_is_reflected():
-    quantizer, x = calibrated(activation(learned=True)).train(), torch.linspace(-1, 2, 50)
+    quantizer, x = calibrated(activation(ranges="learned")).train(), torch.linspace(-1, 2, 50)
     quantizer(x).sum().backward()
     expected, gradient = quantizer(x).detach(), quantizer.scale.grad.clone()
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_a_learned_scale_that_crosses_zero_is_reflected():
 
 
 def test_a_learned_scale_of_zero_is_finite_and_finds_back():
-    quantizer, x = calibrated(activation(learned=True)).train(), torch.linspace(0, 2, 50)
+    quantizer, x = calibrated(activation(ranges="learned")).train(), torch.linspace(0, 2, 50)
     with torch.no_grad():
         quantizer.scale.zero_()
     y = quantizer(x)
@@ -227,14 +227,14 @@ def test_a_learned_scale_of_zero_is_finite_and_finds_back():
 def test_the_gradient_factor_is_lsqs():
     features, batch = 20, 8
     x = torch.randn(batch, features)
-    quantizer = calibrated(activation(learned=True), x).train()
+    quantizer = calibrated(activation(ranges="learned"), x).train()
     quantizer(x).sum().backward()
     scale = quantizer.scale.detach().clone().requires_grad_()
     fake_quantize(x, snap(scale.detach()).requires_grad_(), quantizer.zero_point, ACTIVATION)
     fake_quantize(x, scale, quantizer.zero_point, ACTIVATION).sum().backward()
     assert quantizer.scale.grad.item() == pytest.approx(scale.grad.item() * (features * 255) ** -0.5, rel=1e-4)
     w = torch.randn(3, 40)
-    quantizer = calibrated(weight(learned=True), w).train()
+    quantizer = calibrated(weight(ranges="learned"), w).train()
     quantizer(w).sum().backward()
     scale = quantizer.scale.detach().clone().requires_grad_()
     fake_quantize(w, scale, quantizer.zero_point, PER_CHANNEL).sum().backward()
@@ -283,7 +283,7 @@ def test_nothing_seen_names_the_tensor():
 
 
 def test_float_mode_passes_through_even_without_a_range():
-    model = nn.Sequential(activation(), nn.ReLU(), activation(learned=True))
+    model = nn.Sequential(activation(), nn.ReLU(), activation(ranges="learned"))
     assert list(quantizers(model)) == ["0", "2"]
     set_mode(model, Mode.FLOAT)
     x = torch.randn(5)
@@ -291,7 +291,7 @@ def test_float_mode_passes_through_even_without_a_range():
 
 
 def test_set_observing_reaches_all_that_can_observe():
-    model = nn.ModuleList([activation(), activation(learned=True), weight(), weight(observer="mse")])
+    model = nn.ModuleList([activation(), activation(ranges="learned"), weight(), weight(observer="mse")])
     set_observing(model, False)
     assert [bool(q.observing) for q in model] == [False] * 4
     set_observing(model, True)
@@ -299,7 +299,7 @@ def test_set_observing_reaches_all_that_can_observe():
 
 
 def test_a_learned_range_keeps_its_dtype_and_gradient_under_autocast():
-    quantizer = calibrated(activation(learned=True)).train()
+    quantizer = calibrated(activation(ranges="learned")).train()
     x = torch.randn(8, 4, dtype=torch.bfloat16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = quantizer(x)

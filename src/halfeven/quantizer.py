@@ -3,19 +3,23 @@
 import enum
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from halfeven.arithmetic import effective_scale, fake_quantize, scale_and_zero_point
+from halfeven.arithmetic import scale_and_zero_point
 from halfeven.errors import CalibrationError
+from halfeven.fake_quantization import UNCLIPPED, Clip, Domain, effective_scale, fake_quantize, stored_scale
 from halfeven.observers import Observer, finite_extremes, make_observer, rows
 from halfeven.scheme import Scheme
 
 RANGE_MOMENTUM = 0.01
 """Weight of a training batch in the moving average of an observed activation range (the seed recipe's constant)."""
 
+
+Ranges = Literal["observed", "learned", "clipped", "calibrated"]
+"""What sets the range of a quantizer in training: the data; the loss, by LSQ or by PACT; or nothing any more."""
 
 FIXED = 2
 """Value of the buffer `observing` for a range that nothing moves any more, calibration included."""
@@ -34,17 +38,20 @@ class Quantizer(nn.Module):
 
     An observed range follows the data while `observing`: of a weight with observer "minmax" it is that of the present
     weight, of an activation the moving average over training batches. It never moves in `eval()`. A learned range is
-    the parameter `scale` (LSQ), used by its absolute value; its zero point stays as calibrated.
+    the parameter `scale` (LSQ) and, with `learns_zero_point`, the parameter `zero_point` (LSQ+), which is used as an
+    integer of the grid. A calibrated range stays as calibration set it.
 
-    State, with final shapes from the start ([] or [channels]): `scale` (buffer, or parameter when learned),
-    `zero_point` (int32), `observing` (uint8: 0 no, 1 yes, 2 fixed for good), and for observed activations `low`,
-    `high`. `scale` is NaN until a range is set.
+    State, with final shapes from the start ([] or [channels]): `scale` (buffer, or parameter when learned, stored as
+    `domain` says), `zero_point` (int32 buffer, or float32 parameter when learned), `observing` (uint8: 0 no, 1 yes, 2
+    fixed for good), and for observed activations `low`, `high`. `scale` is NaN until a range is set.
 
     Args:
         scheme: the integer grid and its granularity.
         channels: size of the scheme's axis; None for one scale per tensor.
         observer: estimator that calibration uses, a name of `halfeven.observers.OBSERVERS`.
-        learned: whether the scale is a trainable parameter.
+        ranges: what sets the range in training.
+        domain: what a learned scale is stored as: itself, or its binary logarithm.
+        learns_zero_point: whether the zero point of an asymmetric grid is learned too.
         weight: whether the tensor is a weight, which is at hand at every step and needs no moving average.
     """
 
@@ -60,12 +67,17 @@ class Quantizer(nn.Module):
         *,
         channels: int | None = None,
         observer: str = "minmax",
-        learned: bool = False,
+        ranges: Ranges = "observed",
+        domain: Domain = "linear",
+        learns_zero_point: bool = False,
         weight: bool = False,
     ) -> None:
         super().__init__()
         shape = () if channels is None else (channels,)
+        learned = ranges in ("learned", "clipped")
         self.scheme, self.observer_name, self.learned, self.weight = scheme, observer, learned, weight
+        self.domain: Domain = domain
+        self.ranges: Ranges = ranges
         self.name = ""
         self.mode = Mode.QUANTIZE
         self.observer: Observer | None = None
@@ -75,17 +87,26 @@ class Quantizer(nn.Module):
             self.scale = nn.Parameter(unset)
         else:
             self.register_buffer("scale", unset)
-        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        if learned and learns_zero_point and not scheme.symmetric:
+            self.zero_point = nn.Parameter(torch.zeros(shape))
+        else:
+            self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
         self.calibrates = True
-        self.follows = not learned and (not weight or observer == "minmax")
+        self.follows = ranges == "observed" and (not weight or observer == "minmax")
         self.register_buffer("observing", torch.tensor(self.follows, dtype=torch.uint8))
         self._observing = self.follows  # the buffer's value, readable without waiting for a device
         if not learned and not weight:
             self.register_buffer("low", unset.clone())
             self.register_buffer("high", unset.clone())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize `x`; shape and dtype stay. Raises CalibrationError when no range has been set."""
+    def forward(self, x: Tensor, clip: Clip = UNCLIPPED) -> Tensor:
+        """Fake-quantize `x`, clipped before where an activation was fused into the quantizer; shape and dtype stay.
+
+        Raises:
+            CalibrationError: no range has been set.
+        """
+        if clip != UNCLIPPED and (self.mode is not Mode.QUANTIZE or (self._observing and self.training)):
+            x, clip = torch.clamp(x, *clip), UNCLIPPED  # what looks at the tensor must see it as it is quantized
         if self.mode is Mode.FLOAT or (self.mode is Mode.CALIBRATE and not self._calibrate(x)):
             return x
         if self._observing and self.weight:
@@ -100,9 +121,17 @@ class Quantizer(nn.Module):
                 f"The quantizer {self.name or '(unnamed)'} has no range yet, so its integers mean nothing. "
                 "Run halfeven.calibrate(qmodel, loader) first, or load a checkpoint."
             )
-        factor = self._gradient_factor(x) if self.learned else 1.0
-        scale = effective_scale(self.scale) if self.learned else self.scale  # an observed one is stored snapped
-        return fake_quantize(x, scale, self.zero_point, self.scheme, factor)
+        factor, domain = (self._gradient_factor(x), self.domain) if self.learned else (1.0, None)
+        return fake_quantize(
+            x,
+            self.scale,
+            self.zero_point,
+            self.scheme,
+            factor,
+            domain=domain,
+            clip=clip,
+            rounding_gradient=self.ranges != "clipped",
+        )
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Set scale and zero point from a float range, each end of shape [], [1] or [channels]."""
@@ -120,7 +149,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _store(self, scale: Tensor, zero_point: Tensor) -> None:
-        self.scale.copy_(scale)
+        self.scale.copy_(stored_scale(scale, self.domain) if self.learned else scale)
         self.zero_point.copy_(zero_point)
         self.calibrated = True
 
@@ -153,7 +182,14 @@ class Quantizer(nn.Module):
         with torch.no_grad():
             if self._observing and self.weight:
                 return self._present_range(x)[0]
-            return effective_scale(self.scale) if self.learned else self.scale
+            return effective_scale(self.scale, self.domain) if self.learned else self.scale
+
+    def used_zero_point(self) -> Tensor:
+        """The zero point that `forward` uses, int32."""
+        if not self.zero_point.is_floating_point():
+            return self.zero_point
+        bounds = self.scheme.quant_min, self.scheme.quant_max
+        return torch.clamp(torch.round(self.zero_point.detach()), *bounds).to(torch.int32)
 
     def start_calibration(self) -> None:
         """Pass the tensor through unchanged and collect its statistics until `finish_calibration`."""

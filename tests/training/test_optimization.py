@@ -15,7 +15,7 @@ from halfeven.training.options import TrainingOptions
 
 def net():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2, bias=False))
-    model.quantizer = Quantizer(Scheme(), learned=True)
+    model.quantizer = Quantizer(Scheme(), ranges="learned")
     return model
 
 

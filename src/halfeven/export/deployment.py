@@ -39,6 +39,7 @@ def deployed(qmodel: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for region in regions(model).values():
+        region.runs_as = None  # exporters trace what runs, and shall see the graph as it is
         _remove_identities(region)
         norms = dict(foldable(region.graph))
         calls = [node for node in region.graph.nodes if node.op == "call_module"]

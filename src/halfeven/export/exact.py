@@ -15,9 +15,8 @@ from torch.utils import _pytree as pytree
 from halfeven.export.integer_layers import IntegerLayer
 from halfeven.export.operators import ExportedQuantizer
 from halfeven.export.tensors import Average, Ends, InUnits, Levels, Products
-from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, kind_of, module_of
+from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, clipping, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule
-from halfeven.placement.changes import clipping
 from halfeven.placement.planning import regions
 
 ADAPTIVE_AVERAGES = (

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from halfeven.graph.restoration import arguments
+
 aten = torch.ops.aten
 
 
@@ -261,6 +263,34 @@ def operator_name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target._schema.name.split("::")[1])
     return getattr(node.target, "__name__", str(node.target))
+
+
+BOUNDS: dict[Any, tuple[str, str]] = {
+    aten.hardtanh.default: ("min_val", "max_val"),
+    aten.clamp.default: ("min", "max"),
+}
+"""Operators that clip, with the names of the arguments that hold the bounds."""
+
+
+def clipping(node: fx.Node) -> tuple[float, float] | None:
+    """The bounds [low, high] that an operator clips its input to; None where it does something else.
+
+    A bound may be infinite: ReLU clips to [0, inf].
+    """
+    if node.op != "call_function":
+        return None
+    if node.target in (aten.relu.default, aten.relu6.default):
+        return 0.0, 6.0 if node.target is aten.relu6.default else float("inf")
+    if node.target is aten.clamp_min.default:
+        low = node.args[1]
+        return (float(low), float("inf")) if isinstance(low, int | float) else None
+    if node.target not in BOUNDS:
+        return None
+    given = [arguments(node)[name] for name in BOUNDS[node.target]]
+    if any(isinstance(bound, fx.Node) for bound in given):
+        return None
+    low, high = given
+    return float("-inf") if low is None else float(low), float("inf") if high is None else float(high)
 
 
 def tensor_names(graph: fx.Graph) -> dict[str, fx.Node]:

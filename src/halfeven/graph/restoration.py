@@ -44,7 +44,21 @@ CHECKS = ("_assert", "sym_constrain", "_guards")
 
 
 class CapturedModule(fx.GraphModule):
-    """A graph module that also keeps, and copies, parameters that its graph does not use."""
+    """A graph module that also keeps, and copies, parameters that its graph does not use.
+
+    `runs_as`, where it is set, gives the graph that is run in the place of `graph`: the same operators in a faster
+    order. Whatever reads or changes the module's graph sees `graph`, and `recompile` follows.
+    """
+
+    runs_as: "Callable[[CapturedModule], fx.Graph] | None" = None
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        if self.runs_as is not None:
+            # Each CapturedModule has a class of its own, whose `forward` is the code of its graph.
+            running = fx.GraphModule(self, self.runs_as(self))
+            type(self).forward = type(running).forward
+        return code
 
     def flat_inputs(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The values of the graph's placeholders, in order, for a call with these arguments."""
@@ -55,10 +69,11 @@ class CapturedModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModule":
         result: Any = super().__deepcopy__(memo)
         adopt(result, self, lambda value: copy.deepcopy(value, memo))
-        for name in ("halfeven_plan", "halfeven_example"):
+        for name in ("halfeven_plan", "halfeven_example", "runs_as"):
             if hasattr(self, name):
                 setattr(result, name, getattr(self, name))
         copied: CapturedModule = result
+        copied.recompile()
         return copied
 
 

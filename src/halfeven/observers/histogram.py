@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from halfeven.arithmetic import fused, scale_and_zero_point
+from halfeven.arithmetic import scale_and_zero_point
+from halfeven.compilation import fused
 from halfeven.observers.extremes import all_reduce, finite_extremes, rows, seen
 from halfeven.observers.search import CANDIDATES, best, by_parts, least_error
 from halfeven.scheme import Scheme

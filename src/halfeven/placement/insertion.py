@@ -7,10 +7,12 @@ from typing import Any
 from torch import fx, nn
 
 from halfeven.errors import PlacementError
+from halfeven.fake_quantization import Domain
 from halfeven.graph.operators import OperatorKind, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule, place
+from halfeven.placement.fusion import fused_graph
 from halfeven.placement.layers import QUANTIZED_LAYERS
-from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight
+from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight, QuantizationOptions
 from halfeven.placement.planning import named_nodes, regions
 from halfeven.quantizer import Quantizer
 
@@ -30,11 +32,12 @@ def insert(model: nn.Module, plan: Plan) -> nn.Module:
             f"made with."
         )
     for weight in plan.weights:
-        _insert_weight(*found[weight.name], weight)
+        _insert_weight(*found[weight.name], weight, plan.options.scale_domain)
     for tensor in plan.tensors:
-        _insert_tensor([found[name] for name in tensor.places], tensor)
+        _insert_tensor([found[name] for name in tensor.places], tensor, plan.options)
     for region in regions(model).values():
         region.graph.lint()
+        region.runs_as = fused_graph
         region.recompile()
         _link_inputs(region)
     model.halfeven_plan = plan  # type: ignore[assignment]
@@ -60,9 +63,14 @@ def _names(plan: Plan) -> list[str]:
     return [weight.name for weight in plan.weights] + [name for tensor in plan.tensors for name in tensor.places]
 
 
-def _insert_weight(region: CapturedModule, node: fx.Node, planned: PlannedWeight) -> None:
+def _insert_weight(region: CapturedModule, node: fx.Node, planned: PlannedWeight, domain: Domain) -> None:
     quantizer = Quantizer(
-        planned.scheme, channels=planned.channels, observer=planned.observer, learned=planned.learned, weight=True
+        planned.scheme,
+        channels=planned.channels,
+        observer=planned.observer,
+        ranges=planned.ranges,
+        domain=domain,
+        weight=True,
     )
     quantizer.name = f"the weight of {planned.name}"
     quantizer.train(region.training)
@@ -81,8 +89,16 @@ def _insert_weight(region: CapturedModule, node: fx.Node, planned: PlannedWeight
     node.update_arg(1, quantized)
 
 
-def _insert_tensor(places: list[tuple[CapturedModule, fx.Node]], planned: PlannedTensor) -> None:
-    quantizer = Quantizer(planned.scheme, observer=planned.observer, learned=planned.learned)
+def _insert_tensor(
+    places: list[tuple[CapturedModule, fx.Node]], planned: PlannedTensor, options: QuantizationOptions
+) -> None:
+    quantizer = Quantizer(
+        planned.scheme,
+        observer=planned.observer,
+        ranges=planned.ranges,
+        domain=options.scale_domain,
+        learns_zero_point=options.learn_zero_points,
+    )
     quantizer.name = " = ".join(planned.places)
     quantizer.fix_range(planned.fixed_range)
     region = places[0][0]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from halfeven.arithmetic import effective_scale, per_channel
+from halfeven.arithmetic import per_channel
 from halfeven.quantizer import Mode, Quantizer
 
 FP16_HEADROOM = 2.0**-10
@@ -43,7 +43,7 @@ def run_quantized(layer: Any, x: Tensor) -> Tensor:
     if Mode.QUANTIZE is not quantizer.mode or Mode.QUANTIZE is not layer.weight_quantizer.mode:
         return compute(x, weight, layer.bias)
     # Both scales cancel: what they are is no matter for the gradient, so neither takes part in it.
-    scale_x = effective_scale(quantizer.scale.detach())
+    scale_x = quantizer.used_scale(x)
     scale_w = layer.weight_quantizer.used_scale(layer.weight)
     headroom = FP16_HEADROOM if _compute_dtype(x) is torch.float16 else 1.0
     integer_weight = weight / per_channel(scale_w, layer.weight_quantizer.scheme.axis, weight.ndim) * headroom

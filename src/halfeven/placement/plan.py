@@ -3,10 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from halfeven.errors import ConfigError
+from halfeven.fake_quantization import Domain
 from halfeven.observers import LOGITS, OBSERVERS
+from halfeven.quantizer import Ranges
 from halfeven.scheme import Scheme
 
 
@@ -42,8 +44,13 @@ class QuantizationOptions:
     """Runtime whose rules place the quantizers."""
     scheme: str = "w8a8"
     """Bits of weights and activations, for every layer that no rule excepts."""
-    ranges: str = "observed"
-    """"observed": ranges follow the data; "learned": scales are parameters, trained with the weights (LSQ)."""
+    ranges: Ranges = "observed"
+    """In training: "observed": ranges follow the data; "learned": scales are parameters, trained with the weights
+    (LSQ); "clipped": the same, but activations learn from what they clip alone (PACT); "calibrated": they stay."""
+    scale_domain: Domain = "linear"
+    """Learned scales are stored, and move, as themselves ("linear") or as their logarithms ("log")."""
+    learn_zero_points: bool = False
+    """Zero points of asymmetric activations are learned with their scales (LSQ+); they stay integers."""
     weight_observer: str = "auto"
     """Estimator of weight ranges; "auto": "minmax" for 8 bits, "mse" below, where clipping outliers pays."""
     activation_observer: str = "mse"
@@ -56,6 +63,9 @@ class QuantizationOptions:
     weights need."""
     per_channel: bool = True
     """Weights have one scale per output channel."""
+    first_and_last_bits: int = 0
+    """Bits of the first and of the last layer, for their weights and the tensors they read, which the tables of LSQ and
+    others keep at 8; 0: as `scheme` says, as in the white paper. Rules come after it."""
     rules: tuple[Rule, ...] = ()
     """Exceptions by name pattern or operator kind."""
     leave_out: tuple[str, ...] = ()
@@ -63,7 +73,8 @@ class QuantizationOptions:
 
     def __post_init__(self) -> None:
         choices = {
-            "ranges": ("observed", "learned"),
+            "ranges": get_args(Ranges),
+            "scale_domain": get_args(Domain),
             "batchnorm": ("keep", "fold"),
             "weight_observer": ("auto", *(name for name in OBSERVERS if name != LOGITS)),
             "activation_observer": tuple(name for name in OBSERVERS if name != LOGITS),
@@ -81,7 +92,7 @@ class PlannedTensor:
     places: tuple[str, ...]
     """Names of the tensors, "region:tensor" where the model has several regions."""
     scheme: Scheme
-    learned: bool
+    ranges: Ranges
     observer: str
     fixed_range: tuple[float, float] | None = None
     consumers: tuple[str, ...] = ()
@@ -95,7 +106,7 @@ class PlannedWeight:
     """Name of the layer, as in `PlannedTensor.places`."""
     scheme: Scheme
     channels: int | None
-    learned: bool
+    ranges: Ranges
     observer: str
 
 
@@ -174,7 +185,7 @@ class Plan:
             ),
             _table(
                 ("weight of", "scheme", "range"),
-                [(w.name, str(w.scheme), "learned" if w.learned else w.observer) for w in self.weights],
+                [(w.name, str(w.scheme), _range(w)) for w in self.weights],
             ),
             _table(
                 ("output in float", "operator", "because"), [(one.name, one.operator, one.reason) for one in self.left]
@@ -185,14 +196,17 @@ class Plan:
         return "\n\n".join(part for part in parts if part)
 
 
-def _range(tensor: PlannedTensor) -> str:
-    if tensor.fixed_range:
+def _range(tensor: PlannedTensor | PlannedWeight) -> str:
+    if isinstance(tensor, PlannedTensor) and tensor.fixed_range:
         return f"fixed {list(tensor.fixed_range)}"
-    return "learned" if tensor.learned else tensor.observer
+    return tensor.observer if tensor.ranges == "observed" else f"{tensor.observer}, then {tensor.ranges}"
 
 
 def _with_scheme(values: dict[str, Any]) -> dict[str, Any]:
-    return {**values, "scheme": Scheme(**values["scheme"])}
+    values = {**values, "scheme": Scheme(**values["scheme"])}
+    if "learned" in values:  # a plan of halfeven 0.1.0
+        values["ranges"] = "learned" if values.pop("learned") else "observed"
+    return values
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -5,6 +5,7 @@ scale to the operator that produced the tensor, past the BatchNorm and activatio
 there one quantizer serves all consumers.
 """
 
+import glob
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -24,9 +25,10 @@ from halfeven.graph.operators import (
 )
 from halfeven.graph.restoration import CapturedModule
 from halfeven.observers import LOGITS
-from halfeven.placement.plan import LeftInFloat, Plan, PlannedTensor, PlannedWeight, QuantizationOptions
+from halfeven.placement.plan import LeftInFloat, Plan, PlannedTensor, PlannedWeight, QuantizationOptions, Rule
 from halfeven.placement.rules import RuleBook
 from halfeven.placement.targets import Grid, Target, target_named, wanted_grid
+from halfeven.quantizer import Ranges
 from halfeven.scheme import Scheme, parse_bits
 
 K = OperatorKind
@@ -81,7 +83,7 @@ def make_plan(model: nn.Module, options: QuantizationOptions, notes: tuple[str, 
     Raises:
         PlacementError: the target cannot do the scheme, or a rule held for nothing.
     """
-    target, rules = target_named(options.target), RuleBook(options.rules)
+    target, rules = target_named(options.target), RuleBook((*_ends(model, options), *options.rules))
     weight_bits, activation_bits = parse_bits(options.scheme)
     _check_bits(target, options, weight_bits, activation_bits)
     tensors: list[PlannedTensor] = []
@@ -121,6 +123,19 @@ def _check_bits(target: Target, options: QuantizationOptions, weight_bits: int, 
                 f"{allowed[-1]}), so "
                 "such a model would not be what runs. Choose other bits."
             )
+
+
+def _ends(model: nn.Module, options: QuantizationOptions) -> tuple[Rule, ...]:
+    """Rules for the first and the last layer, which come before the user's."""
+    bits = options.first_and_last_bits
+    layers = [(name, node) for name, (_, node) in named_nodes(model).items() if kind_of(node) in WEIGHTED]
+    if not bits or not layers:
+        return ()
+    (first, first_node), (last, last_node) = layers[0], layers[-1]
+    read = {name for name, (_, node) in named_nodes(model).items() for end in (first_node, last_node)
+            if node in [_head(source) for source in _sources(end.all_input_nodes[0])]}  # fmt: skip
+    weights = [Rule(pattern=glob.escape(name), weight_bits=bits) for name in dict.fromkeys((first, last))]
+    return (*weights, *(Rule(pattern=glob.escape(name), activation_bits=bits) for name in sorted(read)))
 
 
 def _check_outputs(model: nn.Module, options: QuantizationOptions) -> None:
@@ -241,11 +256,18 @@ def _planned_tensors(
             name=region.names[node].replace(".", "_").replace(":", "_"),
             places=tuple(region.names[n] for n in places),
             scheme=_activation_scheme(region, places, rule.activation_bits or bits),
-            learned=options.ranges == "learned" and fixed is None,
+            ranges=_ranges(places, options, rule.activation_bits or bits) if fixed is None else "calibrated",
             observer=LOGITS if _logits(region, places, options) else options.activation_observer,
             fixed_range=fixed,
             consumers=tuple(consumers),
         )
+
+
+def _ranges(places: list[fx.Node], options: QuantizationOptions, bits: int) -> Ranges:
+    """What sets the range in training. An input of 8 bits or more stays as calibrated where others are learned: images
+    do not change, and a gradient for its scale costs the first layer's backward pass for its input."""
+    learned = options.ranges in ("learned", "clipped")
+    return "calibrated" if learned and bits >= 8 and all(n.op == "placeholder" for n in places) else options.ranges
 
 
 def _logits(region: _Region, places: list[fx.Node], options: QuantizationOptions) -> bool:
@@ -299,7 +321,7 @@ def _planned_weights(
             name=region.names[node],
             scheme=Scheme(bits=rule.weight_bits or bits, signed=True, symmetric=True, narrow=True, axis=axis),
             channels=None if axis is None else shape[axis],
-            learned=options.ranges == "learned",
+            ranges="learned" if options.ranges == "clipped" else options.ranges,
             observer=_weight_observer(options, rule.weight_bits or bits),
         )
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from halfeven.graph.operators import module_of
-from halfeven.placement.changes import clipping, record_changes
+from halfeven.graph.operators import clipping, module_of
+from halfeven.placement.changes import record_changes
 from halfeven.placement.planning import named_nodes, regions
 from halfeven.ptq.distributions import Distribution, clipped, through
 from halfeven.ptq.links import (

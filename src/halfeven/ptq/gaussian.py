@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from halfeven.arithmetic import fake_quantize
 from halfeven.errors import AlgorithmError
+from halfeven.fake_quantization import fake_quantize
 from halfeven.graph.operators import module_of
 from halfeven.placement.changes import give_bias
 from halfeven.placement.planning import regions

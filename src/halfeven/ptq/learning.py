@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from halfeven.arithmetic import dequantize, effective_scale, fake_quantize, snap
+from halfeven.arithmetic import dequantize, snap
+from halfeven.fake_quantization import effective_scale, fake_quantize
 from halfeven.graph.operators import module_of
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.products import by_product, has_few_positions

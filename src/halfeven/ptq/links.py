@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from halfeven.graph.operators import WEIGHTED, OperatorKind, kind_of, module_of, tensor_names
+from halfeven.graph.operators import WEIGHTED, OperatorKind, clipping, kind_of, module_of, tensor_names
 from halfeven.graph.restoration import arguments
-from halfeven.placement.changes import clipping
 from halfeven.placement.planning import qualified, regions
 from halfeven.quantizer import Quantizer
 

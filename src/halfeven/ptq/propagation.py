@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from halfeven.graph.batchnorm import statistics
-from halfeven.graph.operators import WEIGHTED, OperatorKind, is_float_tensor, kind_of, module_of
+from halfeven.graph.operators import WEIGHTED, OperatorKind, clipping, is_float_tensor, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule, arguments
-from halfeven.placement.changes import clipping
 from halfeven.ptq.distributions import (
     Distribution,
     added,

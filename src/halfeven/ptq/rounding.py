@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfeven.arithmetic import fused
+from halfeven.compilation import fused
 from halfeven.scheme import Scheme
 
 STRETCH, SHIFT = 1.2, -0.1
