@@ -126,13 +126,13 @@ def _backward_scale(
     clip: Clip,
     rounding: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the input and of the stored scale; the latter summed over the last axis."""
+    """Gradients of the input and of the stored scale; the latter summed over the axes that share it."""
     used, zero = _used(scale, zero_point, low, high, domain)
     ratio = _clipped(x.float(), clip) / used
     shifted = torch.round(ratio) + zero
     inside = (shifted >= low) & (shifted <= high)
     slope = torch.where(inside, shifted - zero - ratio if rounding else 0.0, torch.clamp(shifted, low, high) - zero)
-    total = (grad.float() * slope).sum(-1, keepdim=scale.ndim > 0)
+    total = (grad.float() * slope).sum_to_size(scale.shape)
     if domain == "log":
         total = total * (used * math.log(2))
     elif domain == "linear":
@@ -151,11 +151,11 @@ def _backward_all(
     clip: Clip,
     rounding: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the input, the stored scale and the zero point; the last two summed over the last axis."""
+    """Gradients of the input, the stored scale and the zero point."""
     used, zero = _used(scale, zero_point, low, high, domain)
     shifted = torch.round(_clipped(x.float(), clip) / used) + zero
     outside = (shifted < low) | (shifted > high)
-    total = -torch.where(outside, grad.float() * used, 0.0).sum(-1, keepdim=scale.ndim > 0)
+    total = -torch.where(outside, grad.float() * used, 0.0).sum_to_size(scale.shape)
     return *_backward_scale(grad, x, scale, zero_point, low, high, domain, clip, rounding), total
 
 
@@ -182,17 +182,17 @@ class _FakeQuantize(torch.autograd.Function):
             return known.view_as(known)
         if scheme.symmetric and not scheme.signed and clip[0] == 0:
             clip = (-math.inf, clip[1])  # the grid ends there
-        rows, restore = _rows(x, scheme.axis)
-        column = _columns(scale, zero_point, scheme.axis)
-        return restore(fused(_forward)(rows, *column, scheme.quant_min, scheme.quant_max, domain, clip))
+        rows, restore, shape = _rows(x, scheme.axis)
+        grid = (scale.reshape(shape), zero_point.reshape(shape), scheme.quant_min, scheme.quant_max)
+        return restore(fused(_forward)(rows, *grid, domain, clip))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
         scheme: Scheme = ctx.scheme
-        rows, restore = _rows(x, scheme.axis)
+        rows, restore, shape = _rows(x, scheme.axis)
         grad = _rows(_laid_out_like(gradients[0], x), scheme.axis)[0]
-        grid = (*_columns(scale, zero_point, scheme.axis), scheme.quant_min, scheme.quant_max)
+        grid = (scale.reshape(shape), zero_point.reshape(shape), scheme.quant_min, scheme.quant_max)
         _, for_scale, for_zero_point, *_ = ctx.needs_input_grad
         if not (for_scale or for_zero_point):
             passed, *sums = (fused(_backward_input)(grad, rows, *grid, ctx.domain, ctx.clip),)
@@ -203,15 +203,13 @@ class _FakeQuantize(torch.autograd.Function):
         return restore(passed), *found, *(None,) * (8 - len(found))
 
 
-def _columns(scale: Tensor, zero_point: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
-    return (scale.reshape(-1, 1), zero_point.reshape(-1, 1)) if axis is not None else (scale, zero_point)
-
-
 # Layouts
 
 
 def _laid_out_like(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient with the strides of the input, so that both flatten in the same order."""
+    if torch.compiler.is_compiling():
+        return grad
     if x.is_contiguous():
         return grad.contiguous()
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
@@ -219,13 +217,20 @@ def _laid_out_like(grad: Tensor, x: Tensor) -> Tensor:
     return grad
 
 
-def _rows(x: Tensor, axis: int | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """View `x` as [elements] or [channels, elements], so that one kernel serves every shape; and the way back."""
+def _rows(x: Tensor, axis: int | None) -> tuple[Tensor, Callable[[Tensor], Tensor], list[int]]:
+    """View `x` as [elements] or [channels, elements], so that one kernel serves every shape; the way back, and the
+    shape of a scale that broadcasts over the view.
+
+    In a model that is compiled as a whole `x` stays as it is: there the compiler chooses the layout, and flattening
+    would make it copy.
+    """
+    if torch.compiler.is_compiling():
+        return x, lambda rows: rows, [] if axis is None else [-1 if i == axis % x.ndim else 1 for i in range(x.ndim)]
     if axis is not None:
         moved = x.movedim(axis, 0)
         shape = moved.shape
-        return moved.reshape(shape[0], -1), lambda rows: rows.reshape(shape).movedim(0, axis)
+        return moved.reshape(shape[0], -1), lambda rows: rows.reshape(shape).movedim(0, axis), [-1, 1]
     if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         moved = x.permute(0, 2, 3, 1)  # the order in memory: flattening copies nothing
-        return moved.reshape(-1), lambda rows: rows.reshape(moved.shape).permute(0, 3, 1, 2)
-    return x.reshape(-1), lambda rows: rows.reshape(x.shape)
+        return moved.reshape(-1), lambda rows: rows.reshape(moved.shape).permute(0, 3, 1, 2), []
+    return x.reshape(-1), lambda rows: rows.reshape(x.shape), []

@@ -1,7 +1,7 @@
 """The quantizer: a module that fake-quantizes one tensor, with an observed or a learned range."""
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.arithmetic import scale_and_zero_point
+from halfeven.compilation import fused
 from halfeven.errors import CalibrationError
 from halfeven.fake_quantization import UNCLIPPED, Clip, Domain, effective_scale, fake_quantize, stored_scale
-from halfeven.observers import Observer, finite_extremes, make_observer, rows
+from halfeven.observers import Observer, extremes, finite_extremes, make_observer, rows
 from halfeven.scheme import Scheme
 
 RANGE_MOMENTUM = 0.01
@@ -82,6 +83,8 @@ class Quantizer(nn.Module):
         self.mode = Mode.QUANTIZE
         self.observer: Observer | None = None
         self.calibrated = False
+        self.keeps = False
+        self.kept: Tensor | None = None
         unset = torch.full(shape, float("nan"))
         if learned:
             self.scale = nn.Parameter(unset)
@@ -113,7 +116,7 @@ class Quantizer(nn.Module):
             scale, zero_point = self._present_range(x)
             if self.training:
                 self._store(scale, zero_point)
-            return fake_quantize(x, scale, zero_point, self.scheme)
+            return self._once(lambda known: fake_quantize(x, scale, zero_point, self.scheme, known=known))
         if self._observing and self.training:
             self._follow(x)
         if not self.calibrated:
@@ -122,16 +125,20 @@ class Quantizer(nn.Module):
                 "Run halfeven.calibrate(qmodel, loader) first, or load a checkpoint."
             )
         factor, domain = (self._gradient_factor(x), self.domain) if self.learned else (1.0, None)
-        return fake_quantize(
-            x,
-            self.scale,
-            self.zero_point,
-            self.scheme,
-            factor,
-            domain=domain,
-            clip=clip,
-            rounding_gradient=self.ranges != "clipped",
-        )
+        rounding = self.ranges != "clipped"
+        return self._once(
+            lambda known: fake_quantize(
+                x, self.scale, self.zero_point, self.scheme, factor,
+                domain=domain, clip=clip, rounding_gradient=rounding, known=known,
+            )
+        )  # fmt: skip
+
+    def _once(self, quantized: Callable[[Tensor | None], Tensor]) -> Tensor:
+        """The result of fake-quantization, from before where weights are quantized once."""
+        result = quantized(self.kept)
+        if self.keeps:
+            self.kept = result.detach()
+        return result
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Set scale and zero point from a float range, each end of shape [], [1] or [channels]."""
@@ -225,7 +232,7 @@ class Quantizer(nn.Module):
         self._store(*scale_and_zero_point(self.low, self.high, self.scheme))
 
     def _present_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scale, zero_point = scale_and_zero_point(*rows(self._channels_first(x)).aminmax(dim=-1), self.scheme)
+        scale, zero_point = fused(_range_of)(rows(self._channels_first(x)), self.scheme)
         return scale.reshape(self.scale.shape), zero_point.reshape(self.scale.shape)
 
     def _gradient_factor(self, x: Tensor) -> float:
@@ -262,6 +269,11 @@ class Quantizer(nn.Module):
         return f"{self.scheme}, {'learned' if self.learned else self.observer_name}"
 
 
+def _range_of(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that hold all values of each row of [channels, elements]."""
+    return scale_and_zero_point(*extremes(values), scheme)
+
+
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     """All quantizers of a model by the names of their modules."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
@@ -271,6 +283,22 @@ def set_observing(model: nn.Module, on: bool) -> None:
     """Let training batches move the observed ranges of a model, or keep them as they are."""
     for quantizer in quantizers(model).values():
         quantizer.set_observing(on)
+
+
+@contextmanager
+def weights_quantized_once(model: nn.Module) -> Iterator[None]:
+    """Within, every weight is quantized at its first use and kept: for the batches of one step, or an evaluation.
+
+    Gradients are those of quantizing it each time. Weights and scales must not change meanwhile.
+    """
+    found = [q for q in quantizers(model).values() if q.weight]
+    for quantizer in found:
+        quantizer.keeps = True
+    try:
+        yield
+    finally:
+        for quantizer in found:
+            quantizer.keeps, quantizer.kept = False, None
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:

@@ -15,6 +15,7 @@ from halfeven.errors import CalibrationError
 from halfeven.graph.batchnorm import foldable, folding, output_axis, remove
 from halfeven.graph.operators import OperatorKind, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule
+from halfeven.placement.live_folding import settle_live
 from halfeven.placement.planning import regions
 from halfeven.quantizer import Quantizer, quantizers
 
@@ -40,6 +41,7 @@ def deployed(qmodel: nn.Module) -> nn.Module:
         parameter.requires_grad_(False)
     for region in regions(model).values():
         region.runs_as = None  # exporters trace what runs, and shall see the graph as it is
+        settle_live(region)
         _remove_identities(region)
         norms = dict(foldable(region.graph))
         calls = [node for node in region.graph.nodes if node.op == "call_module"]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 from halfeven.errors import ConfigError
-from halfeven.observers.extremes import MinMaxObserver, MovingAverageObserver, Observer, finite_extremes, rows
+from halfeven.observers.extremes import MinMaxObserver, MovingAverageObserver, Observer, extremes, finite_extremes, rows
 from halfeven.observers.histogram import BINS, HistogramObserver, entropy_range, mse_range, percentile_range
 from halfeven.observers.logits import CrossEntropyObserver
 from halfeven.scheme import Scheme
@@ -21,6 +21,7 @@ __all__ = [
     "HistogramObserver",
     "Observer",
     "entropy_range",
+    "extremes",
     "finite_extremes",
     "make_observer",
     "mse_range",

@@ -12,6 +12,7 @@ from halfeven.graph.operators import OperatorKind, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule, place
 from halfeven.placement.fusion import fused_graph
 from halfeven.placement.layers import QUANTIZED_LAYERS
+from halfeven.placement.live_folding import fold_live
 from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight, QuantizationOptions
 from halfeven.placement.planning import named_nodes, regions
 from halfeven.quantizer import Quantizer
@@ -40,6 +41,8 @@ def insert(model: nn.Module, plan: Plan) -> nn.Module:
         region.runs_as = fused_graph
         region.recompile()
         _link_inputs(region)
+        if plan.options.batchnorm == "fold live":
+            fold_live(region)
     model.halfeven_plan = plan  # type: ignore[assignment]
     return model
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfeven.arithmetic import per_channel
+from halfeven.placement.live_folding import folded_weight
 from halfeven.quantizer import Mode, Quantizer
 
 FP16_HEADROOM = 2.0**-10
@@ -36,15 +37,17 @@ def run_quantized(layer: Any, x: Tensor) -> Tensor:
     layer.
     """
     compute = operation(layer)
-    weight = layer.weight_quantizer(layer.weight)
+    real_weight = folded_weight(layer)
+    bias = None if layer.live_norms else layer.bias  # what BatchNorm's own shift takes in
+    weight = layer.weight_quantizer(real_weight)
     if not (layer.input_quantizers and _low_precision(x)):
-        return compute(x, weight, layer.bias)
+        return compute(x, weight, bias)
     (quantizer,) = layer.input_quantizers
     if Mode.QUANTIZE is not quantizer.mode or Mode.QUANTIZE is not layer.weight_quantizer.mode:
-        return compute(x, weight, layer.bias)
+        return compute(x, weight, bias)
     # Both scales cancel: what they are is no matter for the gradient, so neither takes part in it.
     scale_x = quantizer.used_scale(x)
-    scale_w = layer.weight_quantizer.used_scale(layer.weight)
+    scale_w = layer.weight_quantizer.used_scale(real_weight)
     headroom = FP16_HEADROOM if _compute_dtype(x) is torch.float16 else 1.0
     integer_weight = weight / per_channel(scale_w, layer.weight_quantizer.scheme.axis, weight.ndim) * headroom
     axis = -1 if isinstance(layer, nn.Linear) else 1
@@ -52,8 +55,8 @@ def run_quantized(layer: Any, x: Tensor) -> Tensor:
     result = result * per_channel(scale_x * scale_w / headroom, axis if scale_w.ndim else None, result.ndim).to(
         x.device
     )
-    if layer.bias is not None:
-        result = result + per_channel(layer.bias, axis, result.ndim)
+    if bias is not None:
+        result = result + per_channel(bias, axis, result.ndim)
     return result.to(_compute_dtype(x))
 
 
@@ -72,6 +75,7 @@ class QuantizedConv1d(nn.Conv1d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
+    live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
         return run_quantized(self, input)
@@ -82,6 +86,7 @@ class QuantizedConv2d(nn.Conv2d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
+    live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
         return run_quantized(self, input)
@@ -92,6 +97,7 @@ class QuantizedConv3d(nn.Conv3d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
+    live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
         return run_quantized(self, input)
@@ -102,6 +108,7 @@ class QuantizedConvTranspose1d(nn.ConvTranspose1d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
+    live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return run_quantized(self, input)
@@ -112,6 +119,7 @@ class QuantizedConvTranspose2d(nn.ConvTranspose2d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
+    live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return run_quantized(self, input)
@@ -122,6 +130,7 @@ class QuantizedConvTranspose3d(nn.ConvTranspose3d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
+    live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return run_quantized(self, input)
@@ -132,6 +141,7 @@ class QuantizedLinear(nn.Linear):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
+    live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
         return run_quantized(self, input)

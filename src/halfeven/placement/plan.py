@@ -60,7 +60,7 @@ class QuantizationOptions:
     estimated by "cross_entropy" where the other activations' are by "mse" or "lp"."""
     batchnorm: str = "keep"
     """"keep": BatchNorm stays live in training and is folded at export; "fold": folded before, as per-tensor
-    weights need."""
+    weights need; "fold live": folded anew at every step, so that it stays live and per-tensor weights fit."""
     per_channel: bool = True
     """Weights have one scale per output channel."""
     first_and_last_bits: int = 0
@@ -75,7 +75,7 @@ class QuantizationOptions:
         choices = {
             "ranges": get_args(Ranges),
             "scale_domain": get_args(Domain),
-            "batchnorm": ("keep", "fold"),
+            "batchnorm": ("keep", "fold", "fold live"),
             "weight_observer": ("auto", *(name for name in OBSERVERS if name != LOGITS)),
             "activation_observer": tuple(name for name in OBSERVERS if name != LOGITS),
         }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from halfeven.choice import Choice, switched, table
 from halfeven.placement.changes import clipped_relus
 from halfeven.placement.insertion import plan_of
 from halfeven.ptq.equalization import find_chains, unclipping_sqnr
@@ -18,14 +19,6 @@ from halfeven.scheme import parse_bits
 UNCLIPPING_SQNR = 20.0
 """dB that the values after a ReLU6 must keep, by BatchNorm's statistics, for it to become a ReLU without data: 27 in a
 MobileNetV2 that gains by it, 5 in EfficientNet-Lite0, which it would ruin."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A step that is taken or left out."""
-
-    taken: bool
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -53,8 +46,7 @@ class Recipe:
             "reconstruction": self.reconstruct,
             "bias correction": self.correct_biases,
         }
-        lines = [f"  {name:27}  {'yes' if c.taken else 'no ':3}  {c.reason}" for name, c in rows.items()]
-        return "\n".join(["Steps of post-training quantization:", *lines])
+        return table("Steps of post-training quantization:", rows)
 
 
 def choose(qmodel: nn.Module, options: PTQOptions, *, data: bool) -> Recipe:
@@ -80,13 +72,8 @@ def choose(qmodel: nn.Module, options: PTQOptions, *, data: bool) -> Recipe:
     )
 
 
-def _switched(value: str) -> Choice | None:
-    """The user's choice, or None where it is left to us."""
-    return None if value == "auto" else Choice(value not in ("off", "keep"), "as the options say")
-
-
 def _equalize(qmodel: nn.Module, options: PTQOptions, *, per_channel: bool) -> Choice:
-    if chosen := _switched(options.equalize):
+    if chosen := switched(options.equalize):
         return chosen
     if per_channel:
         return Choice(False, "each weight channel has a scale of its own")
@@ -99,7 +86,7 @@ def _relu6(qmodel: nn.Module, options: PTQOptions, equalize: Choice, *, data: bo
     clipped = len(clipped_relus(qmodel))
     if not clipped:
         return Choice(False, "the model has none")
-    if chosen := _switched(options.relu6):
+    if chosen := switched(options.relu6):
         return chosen
     if not equalize.taken:
         return Choice(False, "there is no equalization, which alone gains by it")
@@ -116,13 +103,13 @@ def _relu6_by_batchnorm(qmodel: nn.Module) -> Choice:
 
 
 def _follows(value: str, first: Choice, yes: str, no: str) -> Choice:
-    return _switched(value) or Choice(first.taken, yes if first.taken else no)
+    return switched(value) or Choice(first.taken, yes if first.taken else no)
 
 
 def _smooth(qmodel: nn.Module, options: PTQOptions, weight_bits: int, *, data: bool) -> Choice:
     if reason := _no_norms(qmodel, data=data):
         return Choice(False, reason)
-    if chosen := _switched(options.smooth):
+    if chosen := switched(options.smooth):
         return chosen
     if weight_bits < 8:
         return Choice(False, "weights below 8 bits cannot take the outliers of activations over")
@@ -134,7 +121,7 @@ def _reparametrize(
 ) -> Choice:
     if reason := _no_norms(qmodel, data=data):
         return Choice(False, reason)
-    if chosen := _switched(options.reparametrize):
+    if chosen := switched(options.reparametrize):
         return chosen
     if weight_bits < 8:
         return Choice(False, "weights below 8 bits cannot take the outliers of activations over")
@@ -160,7 +147,7 @@ def _reconstruct(options: PTQOptions, weight_bits: int, activation_bits: int, *,
 
 
 def _correct_biases(options: PTQOptions, reconstruct: Choice, *, data: bool, per_channel: bool) -> Choice:
-    if chosen := _switched(options.correct_biases):
+    if chosen := switched(options.correct_biases):
         return chosen
     if not data:
         return Choice(True, "analytic: the means come from the folded BatchNorm")

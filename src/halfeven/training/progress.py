@@ -83,15 +83,16 @@ class RunLog:
         """Images a second since the run started or was resumed."""
         return self._images / max(time.monotonic() - self._started, 1e-9)
 
-    def training(self, step: int, epoch: int, loss: float, learning_rate: float) -> None:
-        """Log the loss of a step."""
+    def training(
+        self, step: int, epoch: int, loss: float, learning_rate: float, figures: dict[str, float] | None = None
+    ) -> None:
+        """Log the loss of a step, and further figures by name."""
         if not self.main:
             return
         rate = self.rate()
-        self._write(
-            {"step": step, "epoch": epoch, "loss": loss, "learning_rate": learning_rate, "images_per_second": rate}
-        )
-        for name, value in (("loss", loss), ("learning_rate", learning_rate), ("images_per_second", rate)):
+        values = {"loss": loss, "learning_rate": learning_rate, "images_per_second": rate, **(figures or {})}
+        self._write({"step": step, "epoch": epoch, **values})
+        for name, value in values.items():
             self._curves.add_scalar(f"training/{name}", value, step)
         state = f"loss {loss:.4f} · {rate:.0f} images/s"
         self._progress.update(self._task, state=state)

@@ -1,7 +1,7 @@
 """The state of a training run in one file, written atomically; the run goes on from it as if never interrupted."""
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class TrainingState:
     """Metrics of the last validation; {} before the first."""
     position: dict[str, int]
     """What the order of the images depends on: seed, number of images, batch size, accumulation, processes."""
+    others: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """States of what accompanies the training, by name: averages, oscillations."""
     header: str = ""
     """JSON of what the caller needs to make the model anew: the plan, for a quantized one."""
     format: int = FORMAT

@@ -4,8 +4,9 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from halfeven.distributed import average_batchnorm, differing, rank, world_size
 from halfeven.errors import CheckpointError, ConfigError
 from halfeven.files import write_atomically
+from halfeven.quantizer import weights_quantized_once
 from halfeven.training.optimization import learning_rate, make_optimizer
 from halfeven.training.options import TrainingOptions
 from halfeven.training.progress import RunLog
@@ -23,6 +25,16 @@ from halfeven.training.sampling import TrainingBatches, mix
 from halfeven.training.state import STATE_FILE, TrainingState, check_position, load_state, save_state
 
 Metrics = dict[str, float]
+TaskLoss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor, TaskLoss], Tensor]
+
+
+class Stateful(Protocol):
+    """Whatever keeps a state from step to step."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +49,23 @@ class Callbacks:
     """Accuracies measured before, by name, to be logged at step 0: that of the float model."""
     before_step: Sequence[Callable[[nn.Module, float], None]] = ()
     """Called with the share of the run that is done before each step, after `model.train()`: here layers are frozen."""
+    loss: Loss | None = None
+    """Makes the loss of (outputs, images, labels, task loss): here a teacher is listened to. None: the task loss."""
+    penalty: Callable[[float], Tensor | None] | None = None
+    """What is added to the loss of a step, given the share of the run that is done."""
+    after_step: Sequence[Callable[[int, float], None]] = ()
+    """Called after each step with its number, from 0, and the share of the run that is done then."""
     before_validation: Sequence[Callable[[nn.Module], None]] = ()
-    """Called by every process before each validation: here BatchNorm is re-estimated."""
+    """Called by every process before each validation, with each model to be validated: here BatchNorm is
+    re-estimated."""
+    others: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Other forms of the model that are validated too, by name, such as an average of its weights."""
+    counts_from: float = 0.0
+    """Share of the run from which a validation may be the best: before it the model is not yet what it shall be."""
+    figures: Callable[[], Metrics] = dict
+    """Further figures for the log."""
+    stateful: Mapping[str, Stateful] = field(default_factory=dict)
+    """What must be saved, besides model and optimizer, for the run to go on as if it had not been interrupted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +94,14 @@ class Outcome:
 class _Objective(nn.Module):
     """Model and loss together, so that what Accelerate wraps for mixed precision and DDP is never the model itself."""
 
-    def __init__(self, model: nn.Module, label_smoothing: float) -> None:
+    def __init__(self, model: nn.Module, label_smoothing: float, loss: Loss | None) -> None:
         super().__init__()
-        self.model, self.label_smoothing = model, label_smoothing
+        self.model, self.label_smoothing, self.loss = model, label_smoothing, loss
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(images).float(), labels, label_smoothing=self.label_smoothing)
+        outputs = self.model(images).float()
+        task = partial(F.cross_entropy, label_smoothing=self.label_smoothing)
+        return task(outputs, labels) if self.loss is None else self.loss(outputs, images, labels, task)
 
 
 class Trainer:
@@ -120,7 +149,8 @@ class Trainer:
         """
         if resume:
             self._resume()
-        self.objective = self.accelerator.prepare(_Objective(self.model, self.options.label_smoothing))
+        objective = _Objective(self.model, self.options.label_smoothing, self.callbacks.loss)
+        self.objective = self.accelerator.prepare(objective)
         place, console = self.where, self.where.console
         self.log = RunLog(
             place.folder,
@@ -176,20 +206,29 @@ class Trainer:
         rate = learning_rate(self.step, self.total_steps, self.steps_per_epoch, self.options)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate * parameters.get("rate", 1.0)
-        total = torch.zeros((), device=self.accelerator.device)
-        for i, (images, labels) in enumerate(group):
-            # Gradients are exchanged between processes once, with the last batch of the group.
-            last = i == len(group) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
-                device = self.accelerator.device
-                loss = self.objective(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
-                self.accelerator.backward(loss / len(group))
-            total += loss.detach() / len(group)
+        with weights_quantized_once(self.model) if len(group) > 1 else contextlib.nullcontext():
+            total = self._accumulate(group)
         if self.options.clip_norm > 0:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        for update in self.callbacks.after_step:
+            update(self.step, (self.step + 1) / self.total_steps)
         return total, rate
+
+    def _accumulate(self, group: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The mean gradient of a group of batches in the parameters' `grad`; gives the mean loss."""
+        total, device = torch.zeros((), device=self.accelerator.device), self.accelerator.device
+        for i, (images, labels) in enumerate(group):
+            # Gradients are exchanged between processes once, with the last batch of the group.
+            last = i == len(group) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
+                loss = self.objective(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+                penalty = self.callbacks.penalty(self.step / self.total_steps) if self.callbacks.penalty else None
+                loss = loss if penalty is None else loss + penalty
+                self.accelerator.backward(loss / len(group))
+            total += loss.detach() / len(group)
+        return total
 
     def _log_loss(self, epoch: int, loss: Tensor, rate: float) -> None:
         value = float(self.accelerator.reduce(loss, "mean"))
@@ -199,24 +238,30 @@ class Trainer:
                 "NaN. "
                 "Lower training.learning_rate, set training.clip_norm or training.warmup_steps, or look at the data."
             )
-        self.log.training(self.step, epoch + 1, value, rate)
+        self.log.training(self.step, epoch + 1, value, rate, self.callbacks.figures())
 
     def _finish_epoch(self, epoch: int) -> None:
         average_batchnorm(self.model)
-        for hook in self.callbacks.before_validation:
-            hook(self.model)
-        self.last = self.callbacks.validate(self.model)
-        self.log.validation(self.step, epoch + 1, self.where.name, self.last)
-        better = not self.best or self.last["top1"] > self.best["top1"]
-        self.best = self.last if better else self.best
-        for name in ("last", "best") if better else ("last",):
-            if self.accelerator.is_main_process:
-                facts = {"step": self.step, "epoch": epoch + 1, self.where.name: self.last}
-                write_atomically(
-                    self.where.folder / f"{name}.safetensors",
-                    lambda path, facts=facts: self.callbacks.save(self.model, path, facts),  # type: ignore[misc]
-                )
+        self.last = self._validate(self.model, epoch, self.where.name, "last")
+        for name, model in self.callbacks.others.items():
+            self._validate(model, epoch, f"{self.where.name}, {name}")
         self._save_state()
+
+    def _validate(self, model: nn.Module, epoch: int, name: str, file: str = "") -> Metrics:
+        """Validate a form of the model, write it to `file` and, if none was better before, as the best."""
+        for hook in self.callbacks.before_validation:
+            hook(model)
+        metrics = self.callbacks.validate(model)
+        self.log.validation(self.step, epoch + 1, name, metrics)
+        counts = self.step >= self.callbacks.counts_from * self.total_steps
+        better = counts and (not self.best or metrics["top1"] > self.best["top1"])
+        self.best = metrics if better else self.best
+        facts = {"step": self.step, "epoch": epoch + 1, name: metrics}
+        for written in filter(None, (file, "best" if better else "")):
+            if self.accelerator.is_main_process:
+                path = self.where.folder / f"{written}.safetensors"
+                write_atomically(path, lambda partial: self.callbacks.save(model, partial, facts))
+        return metrics
 
     def _save_state(self) -> None:
         average_batchnorm(self.model)
@@ -238,6 +283,7 @@ class Trainer:
                 last=self.last,
                 position=self.position,
                 header=self.header,
+                others={name: one.state_dict() for name, one in self.callbacks.stateful.items()},
             )
             save_state(state, self.where.folder / STATE_FILE)
         self.accelerator.wait_for_everyone()
@@ -250,5 +296,7 @@ class Trainer:
         self.optimizer.load_state_dict(state.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
+        for name, one in self.callbacks.stateful.items():
+            one.load_state_dict(state.others[name])
         self.step, self.best, self.last = state.step, state.best, state.last
         self.where.console.print(f"Resumed {path} at step {self.step} of {self.total_steps}.", highlight=False)
