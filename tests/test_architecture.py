@@ -18,9 +18,10 @@ FLOORS = [
     {"evaluation", "zoo"},
     {"quantizer"},
     {"observers"},
+    {"fake_quantization"},
     {"arithmetic"},
     {"scheme"},
-    {"errors", "distributed", "files"},
+    {"errors", "distributed", "files", "compilation", "choice"},
 ]
 """From the roof to the ground; rooms on one floor do not import each other."""
 

@@ -165,7 +165,7 @@ class Net(nn.Module):
 @pytest.fixture
 def unfused(monkeypatch):
     """Without compiled kernels, which take longer to build than the examples to run."""
-    monkeypatch.setattr("halfeven.arithmetic._compiler_works", False)
+    monkeypatch.setattr("halfeven.compilation._works", False)
 
 
 @pytest.mark.usefixtures("unfused")

@@ -8,8 +8,9 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from halfeven.arithmetic import fake_quantize, scale_and_zero_point
+from halfeven.arithmetic import scale_and_zero_point
 from halfeven.errors import CalibrationError, ConfigError
+from halfeven.fake_quantization import fake_quantize
 from halfeven.observers import BINS, OBSERVERS, HistogramObserver, logits, make_observer, percentile_range
 from halfeven.scheme import Scheme
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from halfeven.arithmetic import fake_quantize, scale_and_zero_point, snap
+from halfeven.arithmetic import scale_and_zero_point, snap
 from halfeven.errors import CalibrationError
+from halfeven.fake_quantization import fake_quantize
 from halfeven.observers import OBSERVERS
 from halfeven.quantizer import RANGE_MOMENTUM, Mode, Quantizer, quantizers, set_mode, set_observing
 from halfeven.scheme import Scheme

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.errors import PlacementError
-from halfeven.graph.operators import tensor_names
-from halfeven.placement.changes import apply_changes, clipped_relus, clipping, give_bias, record_changes
+from halfeven.graph.operators import clipping, tensor_names
+from halfeven.placement.changes import apply_changes, clipped_relus, give_bias, record_changes
 from halfeven.placement.plan import GraphChanges, Plan
 from halfeven.quantizer import Mode, set_mode
 from placement.parts import captured, conv

@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from halfeven.arithmetic import fake_quantize
 from halfeven.errors import PlacementError
+from halfeven.fake_quantization import fake_quantize
 from halfeven.placement.insertion import insert, plan_of, quantizer_of
 from halfeven.placement.layers import QUANTIZED_LAYERS
 from halfeven.placement.plan import QuantizationOptions, Rule
 from halfeven.placement.planning import make_plan
-from halfeven.quantizer import Mode, Quantizer, quantizers, set_mode
+from halfeven.quantizer import Mode, Quantizer, quantizers, set_mode, set_observing
 from placement.parts import IMAGE, Attention, Residual, captured, conv, plan
 
 
@@ -67,7 +67,7 @@ def test_keeps_the_float_models_names_and_parameters():
     assert all(".weight_quantizer." in name or name.startswith("quantizers.") for name in added)
     assert isinstance(qmodel.conv1, nn.Conv2d)
     assert [n for n, _ in qmodel.named_parameters()] == [n for n, _ in model.named_parameters()]
-    learned = prepared(model, ranges="learned")
+    learned = prepared(model, ranges="learned", scheme="w8a4")
     scales = {n for n, _ in learned.named_parameters()} - {n for n, _ in model.named_parameters()}
     assert scales == {f"{name}.scale" for name in quantizers(learned)}
 
@@ -101,6 +101,34 @@ def test_a_quantized_layer_is_the_layer_with_its_weight_on_the_grid(name):
     assert torch.equal(qmodel(x), other(source(x)))
     assert type(qmodel.get_submodule("0")) in QUANTIZED_LAYERS.values()
     assert not torch.equal(other.weight, layer.weight)
+
+
+def test_options_of_learned_ranges_reach_the_quantizers():
+    options = {"scale_domain": "log", "learn_zero_points": True, "scheme": "w4a4"}
+    qmodel = prepared(nn.Sequential(conv(3), nn.SiLU(), conv(), nn.ReLU(), conv()), ranges="clipped", **options)
+    found = quantizers(qmodel)
+    assert {name: q.ranges for name, q in found.items()} == {
+        name: "learned" if q.weight else "clipped" for name, q in found.items()
+    }
+    assert {q.domain for q in found.values()} == {"log"}
+    learned = {name for name, _ in qmodel.named_parameters() if name.endswith(".zero_point")}
+    assert learned == {"quantizers.input.zero_point", "quantizers.1_silu.zero_point"}  # after ReLU it is 0
+    he.calibrate(qmodel, [torch.randn(IMAGE)])
+    for quantizer in found.values():
+        torch.testing.assert_close(quantizer.used_scale(torch.empty(0)), torch.exp2(quantizer.scale.detach()))
+    qmodel.train()(torch.randn(IMAGE) * 3).square().sum().backward()
+    assert all(bool(p.grad != 0) for name, p in qmodel.named_parameters() if name in learned)
+
+
+def test_calibrated_ranges_stay_in_training():
+    qmodel = prepared(Residual(), ranges="calibrated")
+    he.calibrate(qmodel, [torch.randn(IMAGE)])
+    state = copy.deepcopy(qmodel.state_dict())
+    set_observing(qmodel, True)
+    qmodel.train()(torch.randn(IMAGE) * 9)
+    after = qmodel.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in state.items() if "quantizer" in name)
+    assert not [name for name, _ in qmodel.named_parameters() if "quantizer" in name]
 
 
 def test_training_moves_weights_and_learned_scales():

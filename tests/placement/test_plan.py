@@ -49,6 +49,7 @@ def test_print_says_what_is_learned_fixed_and_noted():
         {},
         {"ranges": "learned", "scheme": "w4a6", "per_channel": False},
         {"rules": (Rule(pattern="conv1", weight_bits=4), Rule(kind="linear", quantize=False, pattern="*"))},
+        {"ranges": "clipped", "scale_domain": "log", "learn_zero_points": True, "first_and_last_bits": 8},
         {"quantize_outputs": True, "activation_observer": "lp"},
         {"leave_out": ("last",), "activation_observer": "entropy", "weight_observer": "mse", "batchnorm": "fold"},
     ],
@@ -75,10 +76,36 @@ def test_json_and_back_with_a_fixed_range():
     assert Plan.from_dict(json.loads(json.dumps(planned.to_dict()))) == planned
 
 
+def of_version_0_1_0(planned):
+    """The plan as halfeven 0.1.0 wrote it."""
+    values = json.loads(json.dumps(planned.to_dict()))
+    for option in ("scale_domain", "learn_zero_points", "first_and_last_bits"):
+        del values["options"][option]
+    for one in (*values["tensors"], *values["weights"]):
+        one["learned"] = one.pop("ranges") == "learned"
+    return values
+
+
+@pytest.mark.parametrize("ranges", ["observed", "learned"])
+def test_a_plan_of_version_0_1_0_is_read(ranges):
+    planned = plan(Residual(), ranges=ranges, scheme="w4a4")
+    assert {one.ranges for one in (*planned.tensors, *planned.weights)} == {ranges}
+    assert Plan.from_dict(of_version_0_1_0(planned)) == planned
+
+
+def test_a_fixed_range_of_version_0_1_0_stays_fixed():
+    planned = plan(Attention(), (2, 5, 16), ranges="learned", scheme="w4a4")
+    again = Plan.from_dict(of_version_0_1_0(planned))
+    assert [t.fixed_range for t in again.tensors] == [None, None, (0, 1), None]
+    assert [t.ranges == "learned" for t in again.tensors] == [True, True, False, True]
+    assert again.weights == planned.weights
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("ranges", "static"),
+        ("scale_domain", "exponential"),
         ("batchnorm", "fuse"),
         ("weight_observer", "histogram"),
         ("activation_observer", "max"),
@@ -89,4 +116,5 @@ def test_json_and_back_with_a_fixed_range():
 def test_unknown_choices_list_the_known(field, value):
     with pytest.raises(ConfigError, match=f'{field}="{value}" is not known. Choose one of') as caught:
         QuantizationOptions(**{field: value})
-    assert {"ranges": "learned", "batchnorm": "keep"}.get(field, "minmax") in str(caught.value)
+    known = {"ranges": "learned", "scale_domain": "log", "batchnorm": "keep"}
+    assert known.get(field, "minmax") in str(caught.value)

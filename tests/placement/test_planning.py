@@ -286,9 +286,19 @@ def test_attention_has_one_symmetric_quantizer_after_the_linear_layer():
 
 
 def test_learned_ranges_but_not_the_softmaxs():
-    planned = plan(Attention(), (2, 5, 16), ranges="learned")
-    assert [t.learned for t in planned.tensors] == [True, True, False, True]
-    assert all(w.learned for w in planned.weights)
+    planned = plan(Attention(), (2, 5, 16), ranges="learned", scheme="w4a4")
+    assert [t.ranges for t in planned.tensors] == ["learned", "learned", "calibrated", "learned"]
+    assert {w.ranges for w in planned.weights} == {"learned"}
+
+
+def test_an_input_of_8_bits_keeps_its_calibrated_range_where_others_are_learned():
+    for ranges in ("learned", "clipped"):
+        assert [t.ranges for t in plan(net(), ranges=ranges).tensors] == ["calibrated", *[ranges] * 4]
+        assert [t.ranges for t in plan(net(), ranges=ranges, scheme="w4a4").tensors] == [ranges] * 5
+        both = plan(net(), ranges=ranges, scheme="w4a4", first_and_last_bits=8)
+        assert [t.ranges for t in both.tensors] == ["calibrated", *[ranges] * 4]
+        assert {w.ranges for w in both.weights} == {"learned"}
+    assert {t.ranges for t in plan(net()).tensors} == {"observed"}
 
 
 # What stays in float
@@ -386,6 +396,61 @@ def test_a_rule_that_held_for_nothing_names_the_nearest():
         plan(Net(), rules=(Rule(kind="matrix product", weight_bits=4),))
     with pytest.raises(PlacementError, match=r'operator kind "conv", which does not exist.*convolution'):
         plan(Net(), rules=(Rule(kind="conv"),))
+
+
+# The first and the last layer
+
+
+def activation_bits(planned):
+    return {t.places[0]: t.scheme.bits for t in planned.tensors}
+
+
+def test_bits_of_the_first_and_the_last_layer_and_of_what_they_read():
+    planned = plan(net(), scheme="w4a4", first_and_last_bits=8)
+    assert bits(planned) == {"0": 8, "2": 4, "4": 4, "7": 8}
+    assert activation_bits(planned) == {
+        "input": 8, "1.relu": 4, "3.relu": 4, "4": 4, "5.adaptive_avg_pool2d": 8,
+    }  # fmt: skip
+    planned = plan(Residual(), scheme="w4a4", first_and_last_bits=6)
+    assert bits(planned) == {"stem": 6, "conv1": 4, "conv2": 4, "last": 6}
+    assert activation_bits(planned) == {"x": 6, "relu": 4, "relu_1": 4, "relu_2": 6}
+
+
+def test_what_the_last_layer_reads_is_found_through_pools_activations_and_norms():
+    model = nn.Sequential(conv(3), nn.ReLU(), conv(), nn.BatchNorm2d(8), nn.SiLU(), nn.MaxPool2d(2), conv())
+    planned = plan(model, scheme="w4a4", first_and_last_bits=8)
+    assert activation_bits(planned) == {"input": 8, "1.relu": 4, "4.silu": 8}
+
+
+def test_a_single_layer_is_the_first_and_the_last():
+    planned = plan(nn.Sequential(conv(3), nn.ReLU()), scheme="w4a4", first_and_last_bits=8)
+    assert bits(planned) == {"0": 8}
+    assert activation_bits(planned) == {"input": 8}
+
+
+def test_the_first_and_the_last_layer_of_a_model_that_is_captured_in_parts():
+    model = nn.Sequential(conv(3), nn.ReLU(), conv(), nn.ReLU(), conv())
+    planned = plan(model, leave_out=("2",), scheme="w4a4", first_and_last_bits=8)
+    assert bits(planned) == {"0:conv2d": 8, "4:conv2d": 8}
+    assert activation_bits(planned) == {"0:input": 8, "4:input": 8}
+
+
+def test_rules_come_after_the_bits_of_the_first_and_the_last_layer():
+    rules = (
+        Rule(pattern="0", weight_bits=5),
+        Rule(pattern="input", activation_bits=7),
+        Rule(kind="linear", weight_bits=3),
+    )
+    planned = plan(net(), scheme="w4a4", first_and_last_bits=8, rules=rules)
+    assert bits(planned) == {"0": 5, "2": 4, "4": 4, "7": 3}
+    assert activation_bits(planned)["input"] == 7
+    assert activation_bits(planned)["5.adaptive_avg_pool2d"] == 8
+
+
+def test_all_layers_have_the_schemes_bits_where_nothing_is_said_of_the_ends():
+    planned = plan(net(), scheme="w4a5")
+    assert set(bits(planned).values()) == {4}
+    assert set(activation_bits(planned).values()) == {5}
 
 
 # Schemes and targets
