@@ -5,34 +5,26 @@
 The float model is timm's, with in_chans=1 and num_classes=10; its weights come by a path.
 """
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
 
-import timm
 import torch
-from safetensors.torch import load_file
+from fashion_mnist import arguments, float_model
 
 import halfeven as he
 from halfeven.zoo.datasets import DataOptions, load_datasets
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="timm's name of the float model")
-    parser.add_argument("weights", type=Path, help="its .safetensors")
-    parser.add_argument("--root", default="", help="folder of the IDX files; not given: Debian's")
+    parser = arguments(__doc__)
     parser.add_argument("--scheme", default="w8a8")
     parser.add_argument("--images", type=int, default=10000)
     parser.add_argument("--format", choices=(".xml", ".onnx"), default=".xml")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
     datasets = load_datasets(DataOptions(source="fashion_mnist", root=options.root))
-    model = timm.create_model(options.model, in_chans=1, num_classes=10)
-    model.load_state_dict(load_file(options.weights))
-    model.eval()
+    model = float_model(options.model, options.weights)
     calibration = torch.stack([datasets.calibration[i][0] for i in range(len(datasets.calibration))])
     qmodel = he.quantize(model, list(calibration.split(64)), scheme=options.scheme)
     loader = torch.utils.data.DataLoader(

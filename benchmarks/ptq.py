@@ -7,16 +7,12 @@ images, which are all that quantization sees; every layer is quantized. Accuracy
 the seconds are those of `halfeven.quantize`, capture included.
 """
 
-import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
-import timm
-from fashion_mnist import images_of, top1
-from safetensors.torch import load_file
+from fashion_mnist import arguments, float_model, images_of, top1
 from torch import Tensor, nn
 
 import halfeven as he
@@ -39,19 +35,14 @@ def quantized(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="timm's name of the float model")
-    parser.add_argument("weights", type=Path, help="its .safetensors")
-    parser.add_argument("--root", default="", help="folder of the IDX files; not given: Debian's")
+    parser = arguments(__doc__)
     parser.add_argument("--schemes", nargs="+", default=["w8a8", "w4a8", "w4a4"])
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
     test = images_of(load_datasets(DataOptions(source="fashion_mnist", root=options.root)).validation)
-    model = timm.create_model(options.model, in_chans=1, num_classes=10).eval()
-    model.load_state_dict(load_file(options.weights))
+    model = float_model(options.model, options.weights)
     print(f"{options.model}: float {top1(model, *test):.2f}", flush=True)
     rows: dict[str, list[dict[str, float]]] = {}
     for scheme in options.schemes:

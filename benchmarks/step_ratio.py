@@ -1,78 +1,177 @@
-"""What a QAT step costs: time of a training step over that of the float model's, in interleaved pairs.
+"""What a QAT step costs: its time over that of the float model's step, and the memory that training adds over float's.
 
-    python benchmarks/step_ratio.py [resnet18 mobilenetv2_100] [--size 224] [--batch 8] [--ranges observed] [--pairs 15]
+    python benchmarks/step_ratio.py [resnet18 mobilenetv2_100] [--sizes 224x8 32x64] [--ranges learned] [--pairs 15]
+    python benchmarks/step_ratio.py resnet18 --compiled --sizes 224x8
+    python benchmarks/step_ratio.py resnet18 --memory --sizes 224x8
+    python benchmarks/step_ratio.py resnet18 --peers nncf=NNCF_ENV/bin/python torchao=TORCHAO_ENV/bin/python
 
-Both steps are forward, backward and an SGD update of the same timm model on the same random batch; the median of the
-pairs' ratios is printed. Absolute times are those of a shared machine and mean little.
+A step is forward, backward and an SGD update of a timm model on one random batch. Ratios are medians of interleaved
+pairs (float, quantized, float, quantized ...) in one process; absolute times are those of a shared machine and mean
+little. `--compiled` compares both under torch.compile(fullgraph=True), and says how long the first step of each took.
+`--memory` gives the peak of the process's resident memory over five steps less what it was before the first one, each
+model in a process of its own. Peers run the same job under the Python of an environment that has them (and timm).
 """
 
 import argparse
+import importlib
 import json
+import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-import halfeven as he
+
+def by_halfeven(model: nn.Module, images: Tensor, ranges: str) -> nn.Module:
+    he = importlib.import_module("halfeven")
+    qmodel: nn.Module = he.calibrate(he.prepare(model, images[:2], ranges=ranges), [images])
+    return qmodel
 
 
-def stepper(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], float]:
+def by_nncf(model: nn.Module, images: Tensor, ranges: str) -> nn.Module:
+    nncf = importlib.import_module("nncf")
+    quantized: nn.Module = nncf.quantize(model.eval(), nncf.Dataset([images]), subset_size=1)
+    return quantized
+
+
+def by_torchao(model: nn.Module, images: Tensor, ranges: str) -> nn.Module:
+    steps = importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
+    x86 = importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    pt2e = importlib.import_module("torchao.quantization.pt2e")
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+    prepared: nn.Module = steps.prepare_qat_pt2e(torch.export.export(model, (images,)).module(), quantizer)
+    pt2e.move_exported_model_to_train(prepared)
+    prepared.train = lambda mode=True: prepared  # type: ignore[method-assign]  # an exported model has no train()
+    return prepared
+
+
+LIBRARIES: dict[str, Callable[[nn.Module, Tensor, str], nn.Module]] = {
+    "halfeven": by_halfeven,
+    "nncf": by_nncf,
+    "torchao": by_torchao,
+}
+
+
+def stepper(model: nn.Module, images: Tensor, labels: Tensor, *, compiled: bool = False) -> Callable[[], float]:
     """A function that takes one training step and returns its seconds."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     model.train()
+    run = torch.compile(model, fullgraph=True) if compiled else model
 
     def step() -> float:
         start = time.perf_counter()
         optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+        F.cross_entropy(run(images), labels).backward()
         optimizer.step()
         return time.perf_counter() - start
 
     return step
 
 
-def ratio(name: str, size: int, batch: int, ranges: str, pairs: int) -> dict[str, float]:
-    """Median ratio of interleaved pairs, and its extremes."""
+def made(job: dict[str, Any]) -> tuple[nn.Module, Tensor, Tensor]:
+    """The float model and a batch."""
     torch.manual_seed(0)
-    model = timm.create_model(name)
-    images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
-    qmodel = he.calibrate(he.prepare(model, images[:2], ranges=ranges), [images])
-    floating, quantized = stepper(model, images, labels), stepper(qmodel, images, labels)
-    for step in (floating, quantized) * 2:  # the first steps allocate and compile
+    return timm.create_model(job["model"]), torch.randn(job["batch"], 3, job["size"], job["size"]), torch.randint(
+        1000, (job["batch"],)
+    )  # fmt: skip
+
+
+def ratio(job: dict[str, Any]) -> dict[str, float]:
+    """Median ratio of interleaved pairs, its extremes, and the seconds of the first steps."""
+    model, images, labels = made(job)
+    qmodel = LIBRARIES[job["library"]](model, images, job["ranges"])
+    floating, quantized = (stepper(m, images, labels, compiled=job["compiled"]) for m in (model, qmodel))
+    first = {"first float step, s": round(floating(), 1), "first quantized step, s": round(quantized(), 1)}
+    for step in (floating, quantized) * 2:  # these allocate
         step()
     ratios = []
-    for _ in range(pairs):
+    for _ in range(job["pairs"]):
         before = floating()
         ratios.append(quantized() / before)
-    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios), **first}
+
+
+def added_memory(job: dict[str, Any]) -> dict[str, float]:
+    """MB that five steps add to this process."""
+    model, images, labels = made(job)
+    if job["library"] != "float":
+        model = LIBRARIES[job["library"]](model, images, job["ranges"])
+        stepper(model, images[:2], labels[:2])()  # kernels are compiled before the first step that counts
+        model.zero_grad()
+    step = stepper(model, images, labels)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = resident("VmRSS")
+    for _ in range(5):
+        step()
+    return {"MB": resident("VmHWM") - before}
+
+
+def resident(name: str) -> float:
+    """A figure of this process's memory, in MB."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in status if line.startswith(name))
+
+
+def in_process(job: dict[str, Any], python: str = sys.executable) -> dict[str, float]:
+    """Run a job in a process of its own."""
+    command = [python, __file__, "--job", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measured(job: dict[str, Any], python: str, *, memory: bool) -> dict[str, float]:
+    """The ratio of times, or of memory, of a job."""
+    if not memory:
+        return in_process(job, python)
+    floating, quantized = in_process(job | {"library": "float"}), in_process(job, python)
+    return {"median": quantized["MB"] / floating["MB"], "float, MB": floating["MB"], "quantized, MB": quantized["MB"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["resnet18", "mobilenetv2_100"])
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--ranges", nargs="+", default=["observed", "learned"])
+    parser.add_argument("--sizes", nargs="+", default=["224x8", "32x64"], metavar="PIXELSxBATCH")
+    parser.add_argument("--ranges", nargs="+", default=["learned"])
     parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--peers", nargs="*", default=[], metavar="LIBRARY=PYTHON")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    results = {}
+    if options.job:
+        job = json.loads(options.job)
+        print(json.dumps(added_memory(job) if job["memory"] else ratio(job)))
+        return
+    libraries = {"halfeven": sys.executable, **dict(peer.split("=", 1) for peer in options.peers)}
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    results: dict[str, Any] = {"date": str(date.today()), "machine": machine}
     for name in options.models:
-        for ranges in options.ranges:
-            found = ratio(name, options.size, options.batch, ranges, options.pairs)
-            results[f"{name}, {ranges} ranges"] = found
-            print(
-                f"{name} {options.size}px b{options.batch}, w8a8, {ranges} ranges: QAT step / float step = "
-                f"{found['median']:.2f} ({found['least']:.2f} to {found['most']:.2f})",
-                flush=True,
-            )
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2))
+        for size, batch in (map(int, place.split("x")) for place in options.sizes):
+            for library, python in libraries.items():
+                for ranges in options.ranges:
+                    job = {"model": name, "size": size, "batch": batch, "library": library, "ranges": ranges}
+                    job |= {"pairs": options.pairs, "compiled": options.compiled, "memory": options.memory}
+                    found = measured(job, python, memory=options.memory)
+                    row = f"{name} {size}px b{batch}, w8a8, {library}, {ranges} ranges"
+                    results[row] = found
+                    what = "memory" if options.memory else "step"
+                    rest = ", ".join(f"{key} {value:.2f}" for key, value in found.items() if key != "median")
+                    print(f"{row}: {what} / float {what} = {found['median']:.2f} ({rest})", flush=True)
+                    if options.json:
+                        options.json.write_text(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,12 @@ from typing import Any, Literal
 from halfeven.errors import ConfigError, HalfevenError
 from halfeven.placement.plan import QuantizationOptions, Rule
 from halfeven.ptq.options import PTQOptions
+from halfeven.qat.averaging import AveragingOptions
 from halfeven.qat.batchnorm import ScheduleOptions
+from halfeven.qat.distillation import DistillationOptions
+from halfeven.qat.options import QATOptions
+from halfeven.qat.oscillation import OscillationOptions
+from halfeven.qat.progression import ProgressionOptions
 from halfeven.training.accelerator import DeviceOptions
 from halfeven.training.options import TrainingOptions
 from halfeven.zoo.datasets import DataOptions
@@ -55,6 +60,8 @@ class Experiment:
     """The steps of post-training quantization (`halfeven ptq`)."""
     training: TrainingOptions = field(default_factory=TrainingOptions)
     """Training of the quantized model."""
+    qat: QATOptions = field(default_factory=QATOptions)
+    """What accompanies the training of the quantized model."""
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     """When ranges and BatchNorm stop moving."""
     pretraining: TrainingOptions = field(default_factory=lambda: TrainingOptions(epochs=0))
@@ -86,6 +93,7 @@ OPTIONS = {
     for cls in (
         *(Experiment, ModelOptions, DataOptions, QuantizationOptions, Rule, PTQOptions),
         *(TrainingOptions, ScheduleOptions, ExportOptions, DeviceOptions),
+        *(QATOptions, DistillationOptions, AveragingOptions, OscillationOptions, ProgressionOptions),
     )
 }
 """The option classes by name, to name the nearest field where one is misspelt."""

@@ -19,9 +19,16 @@ from halfeven.placement.changes import apply_changes
 from halfeven.placement.insertion import insert, plan_of
 from halfeven.placement.plan import Plan, QuantizationOptions
 from halfeven.placement.planning import make_plan, regions
+from halfeven.ptq.calibration import calibrate
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.recipe import choose
+from halfeven.ptq.reconstruction import adaround, reconstruct
 from halfeven.ptq.steps import take_steps
+from halfeven.qat.batchnorm import ScheduleOptions
+from halfeven.qat.course import Course
+from halfeven.qat.options import QATOptions
+from halfeven.qat.recipe import Recipe as CourseRecipe
+from halfeven.qat.recipe import choose as choose_course
 from halfeven.training.checkpoint import restore
 
 
@@ -163,6 +170,65 @@ def quantize(
     say(f"{plan_of(qmodel)}\n\n{recipe}\n")
     qmodel = take_steps(qmodel, [kwargs or args for args, kwargs in data or ()], recipe, ptq, say, state)
     return qmodel.eval()
+
+
+def accompany(
+    qmodel: nn.Module,
+    float_model: nn.Module | None,
+    loader: Iterable[Any],
+    options: QATOptions | None = None,
+    schedule: ScheduleOptions | None = None,
+    *,
+    ptq: PTQOptions | None = None,
+    inputs: Callable[[], Iterable[Any]] | None = None,
+    say: Callable[[str], None] | None = None,
+    state: Path | None = None,
+) -> Course:
+    """Make a calibrated model ready for training, as the recipe for its bits says (white paper, figure 11).
+
+    Args:
+        qmodel: a model from `prepare`, calibrated; its rounding is learned, in place, where the recipe starts from it.
+        float_model: the model that it was made of, for distillation; it is not changed.
+        loader: calibration batches, as `calibrate` takes them; iterated several times.
+        options: which steps to take, and how.
+        schedule: when ranges and BatchNorm stop moving.
+        ptq: how rounding is learned.
+        inputs: gives batches for BatchNorm's statistics, better more than those of the calibration; None: the loader.
+        say: told the choices and what was done, for example `print`.
+        state: folder in which learned rounding keeps finished layers, to go on from after an interruption.
+
+    Returns:
+        The course of the training: what to call before, in and after each step.
+    """
+    options, schedule, say = options or QATOptions(), schedule or ScheduleOptions(), say or (lambda text: None)
+    recipe = choose_course(qmodel, options, schedule.re_estimate)
+    say(f"{recipe}\n")
+    if recipe.reconstruct.taken:
+        learn = reconstruct if recipe.blocks else adaround
+        report = learn(qmodel, loader, options=ptq or PTQOptions(), state=state, say=say)
+        say(f"Reconstructed {len(report.units)} units in {sum(unit.seconds for unit in report.units):.0f} s.")
+    return course_of(qmodel, float_model, recipe, loader, options, schedule, inputs)
+
+
+def course_of(
+    qmodel: nn.Module,
+    float_model: nn.Module | None,
+    recipe: CourseRecipe,
+    loader: Iterable[Any],
+    options: QATOptions,
+    schedule: ScheduleOptions,
+    inputs: Callable[[], Iterable[Any]] | None = None,
+) -> Course:
+    """The course of a training whose start has been made, as `accompany` does, or whose interruption is over."""
+    return Course(
+        qmodel,
+        float_model,
+        recipe,
+        options,
+        schedule,
+        calibrate=lambda model: calibrate(model, loader),
+        inputs=inputs or (lambda: loader),
+    )
 
 
 def _at_hand(loader: Iterable[Any], batches: int | None) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -42,13 +42,14 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def trainer(folder, options=OPTIONS, *, before_step=(), data=None, console=None, **run):
+def trainer(folder, options=OPTIONS, *, before_step=(), data=None, console=None, callbacks=None, **run):
     torch.manual_seed(0)
     data = data or images()
     callbacks = Callbacks(
         validate=lambda model: evaluate(model, evaluation_loader(data, 16), 2),
         save=save_weights,
         before_step=before_step,
+        **(callbacks or {}),
     )
     run = {"accelerator": make_accelerator(DeviceOptions(kind="cpu")), **run} if "accelerator" not in run else run
     place = Run(folder=folder, console=console or Console(file=io.StringIO()), **run)
@@ -224,3 +225,91 @@ def test_mixed_precision_computes_in_bfloat16_and_leaves_the_model_alone(tmp_pat
 def test_float16_on_the_cpu_is_refused():
     with pytest.raises(ConfigError, match="loses small gradients"):
         make_accelerator(DeviceOptions(kind="cpu", precision="float16"))
+
+
+# What accompanies a training
+
+
+def test_another_form_of_the_model_is_validated_and_kept_if_it_is_the_best(tmp_path):
+    values = iter([50.0, 60.0, 70.0, 65.0, 40.0, 45.0])
+    other = Net()
+    kept = []
+    one = trainer(tmp_path)
+    one.callbacks = Callbacks(
+        validate=lambda model: {"top1": next(values)},
+        save=lambda m, path, facts: (kept.append((path.name, m is other, facts)), path.touch()),
+        others={"average": other},
+    )
+    assert one.run().best == {"top1": 70.0}
+    best = [(is_other, facts["epoch"]) for name, is_other, facts in kept if "best" in name]
+    assert best == [(False, 1), (True, 1), (False, 2)]
+    assert not any(is_other for name, is_other, _ in kept if "last" in name)
+    averages = [record["int8, average"]["top1"] for record in log(tmp_path) if "int8, average" in record]
+    assert averages == [60.0, 65.0, 45.0]
+
+
+def test_a_validation_before_the_model_is_what_it_shall_be_does_not_count(tmp_path):
+    values = iter([90.0, 80.0, 70.0])
+    kept = []
+    one = trainer(tmp_path)
+    one.callbacks = Callbacks(
+        validate=lambda model: {"top1": next(values)},
+        save=lambda m, path, facts: (kept.append((path.name, facts["epoch"])), path.touch()),
+        counts_from=0.5,
+    )
+    assert one.run().best == {"top1": 80.0}
+    assert {epoch for _, epoch in kept} == {2, 3}
+
+
+def test_the_loss_of_the_callbacks_and_their_penalty_are_what_is_minimized(tmp_path):
+    seen = []
+    loss = {"loss": lambda outputs, images, labels, task: 0 * task, "penalty": lambda done: seen.append(done)}
+    one = trainer(tmp_path / "none", OPTIONS, callbacks=loss)
+    before = one.model.head.weight.clone()
+    one.run()
+    torch.testing.assert_close(one.model.head.weight, before, rtol=1e-3, atol=0)  # weight decay alone
+    assert seen == [step / 18 for step in range(18)]
+    one = trainer(tmp_path / "pulled")
+    one.callbacks = Callbacks(
+        validate=one.callbacks.validate, save=save_weights,
+        penalty=lambda done: 0.5 * one.model.head.weight.square().sum(), loss=loss["loss"],
+    )  # fmt: skip
+    norm = one.model.head.weight.norm()
+    one.run()
+    assert one.model.head.weight.norm() < 0.5 * norm
+
+
+class Counter:
+    def __init__(self):
+        self.count = 0
+
+    def update(self, step, done):
+        assert step == self.count
+        self.count += 1
+
+    def state_dict(self):
+        return {"count": torch.tensor(self.count)}
+
+    def load_state_dict(self, state):
+        self.count = int(state["count"])
+
+
+def test_what_keeps_a_state_is_saved_and_resumed(tmp_path):
+    def kill(model, done):
+        if round(done * 18) == 10:
+            raise Killed
+
+    def counted():
+        counter = Counter()
+        return counter, {"after_step": (counter.update,), "stateful": {"counter": counter}}
+
+    with pytest.raises(Killed):
+        trainer(tmp_path, before_step=[kill], callbacks=counted()[1]).run()
+    counter, callbacks = counted()
+    trainer(tmp_path, callbacks=callbacks).run(resume=True)
+    assert counter.count == 18
+
+
+def test_figures_are_logged_with_the_loss(tmp_path):
+    trainer(tmp_path, callbacks={"figures": lambda: {"oscillating": 1.5}}).run()
+    assert {record["oscillating"] for record in log(tmp_path) if "loss" in record} == {1.5}

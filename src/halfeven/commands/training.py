@@ -10,14 +10,15 @@ from torch import nn
 
 from halfeven.commands.delivery import deliver
 from halfeven.commands.float_model import check_has_weights, train_float
-from halfeven.commands.work import BEST, FLOAT_FOLDER, Work, default_folder, open_folder, open_work
+from halfeven.commands.work import BEST, FLOAT_FOLDER, PTQ_STATE, Work, default_folder, open_folder, open_work
 from halfeven.config import Experiment
 from halfeven.distributed import world_size
-from halfeven.pipelines import prepare, rebuild
+from halfeven.pipelines import accompany, course_of, prepare, rebuild
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import Plan
 from halfeven.ptq.calibration import calibrate
-from halfeven.qat.batchnorm import needs_re_estimation, re_estimate, schedule
+from halfeven.qat.course import Course
+from halfeven.qat.recipe import choose
 from halfeven.training.accelerator import mixed_precision
 from halfeven.training.checkpoint import save
 from halfeven.training.options import TrainingOptions
@@ -50,10 +51,10 @@ def run_training(
     model = create_model(experiment.model)
     resume_training = resume and (folder / STATE_FILE).is_file()
     if resume_training:
-        qmodel, header = _continue(work, model)
+        qmodel, course, header = _continue(work, model)
     else:
-        qmodel, header = _start(work, model, resume=resume)
-    _train_quantized(work, qmodel, header, resume=resume_training)
+        qmodel, course, header = _start(work, model, resume=resume)
+    _train_quantized(work, qmodel, course, header, resume=resume_training)
     main = work.accelerator.is_main_process
     work.accelerator.end_training()  # what follows is the first process's alone
     if main:
@@ -79,41 +80,71 @@ def _with_scaled_rates(work: Work) -> Work:
     return dataclasses.replace(work, experiment=experiment)
 
 
-def _continue(work: Work, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """The quantized model as it was when the training was interrupted, but for its weights, which the trainer loads."""
+def _continue(work: Work, model: nn.Module) -> tuple[nn.Module, Course, dict[str, Any]]:
+    """The quantized model as it was when the training was interrupted, but for its state, which the trainer loads."""
     header: dict[str, Any] = json.loads(load_state(work.folder / STATE_FILE).header)
     trained = work.folder / FLOAT_FOLDER / BEST
     if work.experiment.pretraining.epochs:
         load_weights(model, trained)
-    return rebuild(model, work.datasets.example(), Plan.from_dict(header["plan"])), header
+    qmodel = rebuild(model, work.datasets.example(), Plan.from_dict(header["plan"])).to(work.accelerator.device)
+    experiment, (loader, inputs) = work.experiment, _loaders(work)
+    recipe = choose(qmodel, experiment.qat, experiment.schedule.re_estimate)
+    course = course_of(
+        qmodel, model.to(work.accelerator.device), recipe, loader, experiment.qat, experiment.schedule, inputs
+    )
+    return qmodel, course, header
 
 
-def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """The quantized model, calibrated, and what is known of it. Its plan is shown before any long work."""
-    example, options = work.datasets.example(), work.experiment.quantization
+def _loaders(work: Work) -> tuple[Any, Callable[[], Any]]:
+    """The calibration batches, and what gives batches for BatchNorm's statistics."""
+    loader = work.loader(work.datasets.calibration, shared=False)
+    return loader, lambda: loader
+
+
+def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, Course, dict[str, Any]]:
+    """The quantized model as its training starts, and what is known of it. Its plan is shown before any long work."""
+    experiment = work.experiment
+    example, options = work.datasets.example(), experiment.quantization
     qmodel = prepare(model, example, options)
     work.say(f"{plan_of(qmodel)}\n")
     if work.experiment.pretraining.epochs:
         train_float(work, model, resume=resume)
         qmodel = prepare(model, example, options)
     float_metrics = work.accuracy(model)
-    calibrate(qmodel.to(work.accelerator.device), work.loader(work.datasets.calibration, shared=False))
-    calibrated = work.accuracy(qmodel)
-    return qmodel, {"plan": plan_of(qmodel).to_dict(), "float": float_metrics, "calibrated": calibrated}
+    loader, inputs = _loaders(work)
+    known = {"float": float_metrics}
+    known["int8, calibrated"] = work.accuracy(calibrate(qmodel.to(work.accelerator.device), loader))
+    course = accompany(
+        qmodel,
+        model,
+        loader,
+        experiment.qat,
+        experiment.schedule,
+        ptq=experiment.ptq,
+        inputs=inputs,
+        say=work.say,
+        state=work.folder / PTQ_STATE,
+    )
+    if course.recipe.reconstruct.taken:
+        known["int8, rounding learned"] = work.accuracy(qmodel)
+    return qmodel, course, {"plan": plan_of(qmodel).to_dict(), "float": float_metrics, "known": known}
 
 
-def _train_quantized(work: Work, qmodel: nn.Module, header: dict[str, Any], *, resume: bool) -> None:
+def _train_quantized(work: Work, qmodel: nn.Module, course: Course, header: dict[str, Any], *, resume: bool) -> None:
     experiment = work.experiment
-    hooks: list[Callable[[nn.Module], None]] = []
-    if needs_re_estimation(qmodel, experiment.schedule):
-        batches = experiment.schedule.re_estimate_batches
-        hooks.append(lambda model: re_estimate(model, work.loader(work.datasets.calibration, shared=False), batches))
     callbacks = Callbacks(
         validate=work.accuracy,
         save=lambda model, path, facts: save(model, path, facts | {"float": header["float"]}),
-        before_step=(schedule(experiment.schedule),),
-        before_validation=hooks,
-        known={"float": header["float"], "int8, calibrated": header["calibrated"]},
+        known=header["known"],
+        loss=course.loss,
+        penalty=course.penalty,
+        before_step=(course.before_step,),
+        after_step=(course.after_step,),
+        before_validation=(course.before_validation,),
+        others=course.others,
+        counts_from=course.counts_from,
+        figures=course.figures,
+        stateful=course.stateful,
     )
     run = Run(
         folder=work.folder,

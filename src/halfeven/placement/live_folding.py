@@ -30,11 +30,11 @@ def factor_of(norm: Any) -> Tensor:
 
 def folded_weight(layer: Any) -> Tensor:
     """The weight that a layer computes with: its own, times the factor of the BatchNorm that is folded into it."""
-    if not layer.live_norms:
-        weight: Tensor = layer.weight
-        return weight
-    (norm, axis) = layer.live_norms
-    return layer.weight * per_channel(factor_of(norm), axis, layer.weight.ndim)
+    weight: Tensor = layer.weight
+    if layer.live_norms:
+        (norm, axis) = layer.live_norms
+        weight = weight * per_channel(factor_of(norm), axis, weight.ndim)
+    return weight
 
 
 class _LiveFolded:

@@ -26,7 +26,7 @@ class TrainingOptions:
     """Highest learning rate."""
     momentum: float = 0.9
     """Momentum of SGD."""
-    scale_rate: float = 0.01
+    scale_rate: float = 0.1
     """Factor on the learning rate for learned scales under SGD; AdamW sets its own pace for each parameter."""
     weight_decay: float = 1e-4
     """Weight decay; the scales of quantizers never decay."""

@@ -11,7 +11,7 @@ from halfeven.errors import CheckpointError
 from halfeven.files import write_atomically
 
 STATE_FILE = "state.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(kw_only=True)

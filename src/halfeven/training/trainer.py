@@ -4,7 +4,6 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,8 +24,7 @@ from halfeven.training.sampling import TrainingBatches, mix
 from halfeven.training.state import STATE_FILE, TrainingState, check_position, load_state, save_state
 
 Metrics = dict[str, float]
-TaskLoss = Callable[[Tensor, Tensor], Tensor]
-Loss = Callable[[Tensor, Tensor, Tensor, TaskLoss], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Stateful(Protocol):
@@ -100,8 +98,8 @@ class _Objective(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         outputs = self.model(images).float()
-        task = partial(F.cross_entropy, label_smoothing=self.label_smoothing)
-        return task(outputs, labels) if self.loss is None else self.loss(outputs, images, labels, task)
+        task = F.cross_entropy(outputs, labels, label_smoothing=self.label_smoothing)
+        return task if self.loss is None else self.loss(outputs, images, labels, task)
 
 
 class Trainer:
@@ -257,7 +255,7 @@ class Trainer:
         better = counts and (not self.best or metrics["top1"] > self.best["top1"])
         self.best = metrics if better else self.best
         facts = {"step": self.step, "epoch": epoch + 1, name: metrics}
-        for written in filter(None, (file, "best" if better else "")):
+        for written in filter(None, (file if counts else "", "best" if better else "")):
             if self.accelerator.is_main_process:
                 path = self.where.folder / f"{written}.safetensors"
                 write_atomically(path, lambda partial: self.callbacks.save(model, partial, facts))

@@ -1,0 +1,186 @@
+"""Accuracy of quantization-aware training on Fashion-MNIST by bit-width, against the float model trained for as long.
+
+    python benchmarks/qat.py resnet18 WEIGHTS.safetensors [--schemes w8a8 w4a4] [--steps 100] [--seeds 0 1 2]
+    python benchmarks/qat.py mobilenetv2_100 WEIGHTS.safetensors --schemes w4a4 --settings recipe plain ...
+
+The float model is timm's, with in_chans=1 and num_classes=10; its weights come by a path. A seed draws 512 training
+images for calibration and the order of the training images, the same for every model: SGD with momentum 0.9, learning
+rate 0.01 falling by a cosine, batches of 64. Every layer is quantized. Accuracy is that of all 10,000 test images.
+"start" is the model before the first step: calibrated, or with learned rounding where the recipe starts from it.
+"""
+
+import copy
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from fashion_mnist import Images, arguments, float_model, test_and_training, top1
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import halfeven as he
+from halfeven.pipelines import accompany
+from halfeven.qat.batchnorm import re_estimate
+from halfeven.qat.options import QATOptions
+from halfeven.training.optimization import make_optimizer
+from halfeven.training.options import TrainingOptions
+
+BATCH, RATE, CALIBRATION = 64, 0.01, 512
+OFF = {"start": "ranges", "distill": "off", "average": "off"}
+"""LSQ alone: learned scales from calibrated ranges."""
+
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "recipe": {},
+    "plain": {"qat": OFF},
+    "plain, observed": {"qat": OFF, "quantization": {"ranges": "observed"}},
+    "plain, calibrated": {"qat": OFF, "quantization": {"ranges": "calibrated"}},
+    "plain, PACT": {"qat": OFF, "quantization": {"ranges": "clipped"}},
+    "plain, log scales": {"qat": OFF, "quantization": {"scale_domain": "log"}},
+    "plain, LSQ+": {"qat": OFF, "quantization": {"learn_zero_points": True}},
+    "plain, folded": {"qat": OFF, "quantization": {"batchnorm": "fold"}},
+    "plain, per tensor, kept": {"qat": OFF, "quantization": {"per_channel": False}},
+    "plain, per tensor, folded": {"qat": OFF, "quantization": {"batchnorm": "fold", "per_channel": False}},
+    "plain, per tensor, folded live": {"qat": OFF, "quantization": {"batchnorm": "fold live", "per_channel": False}},
+    "plain, frozen oscillations": {"qat": {**OFF, "freeze_oscillations": "on"}},
+    "plain, dampened oscillations": {"qat": {**OFF, "dampen_oscillations": "on"}},
+    "plain, distillation": {"qat": {**OFF, "distill": "on"}},
+    "plain, average": {"qat": {**OFF, "average": "on"}},
+    "plain, progressive": {"qat": {**OFF, "progress": "on"}},
+    "plain, AdaRound start": {"qat": {**OFF, "start": "layers"}},
+    "plain, block start": {"qat": {**OFF, "start": "blocks"}},
+    "plain, ends of 8 bits": {"qat": OFF, "quantization": {"first_and_last_bits": 8}},
+}
+"""Name -> changes of the options of training (`qat`) and quantization, on top of the defaults."""
+
+
+class Batches:
+    """Batch `step` of the training images in the order of a seed, epoch after epoch."""
+
+    def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
+        self.images, self.labels, self.seed = images, labels, seed
+        self.each = len(images) // BATCH
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        epoch, place = divmod(step, self.each)
+        if place == 0 or not hasattr(self, "order"):
+            generator = torch.Generator().manual_seed(self.seed + 1000 * epoch)
+            self.order = torch.randperm(len(self.images), generator=generator)
+        index = self.order[place * BATCH : (place + 1) * BATCH]
+        return self.images[index], self.labels[index]
+
+
+def descend(model: nn.Module, batches: Batches, steps: int, course: Any = None) -> float:
+    """Train; seconds that it took."""
+    options = TrainingOptions(learning_rate=RATE, weight_decay=0.0)
+    optimizer = make_optimizer(model, options)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    started = time.perf_counter()
+    model.train()
+    for step in range(steps):
+        images, labels = batches(step)
+        if course is not None:
+            course.before_step(model, step / steps)
+        outputs = model(images)
+        if course is None:
+            loss = F.cross_entropy(outputs, labels)
+        else:
+            loss = course.loss(outputs, images, labels, F.cross_entropy(outputs, labels))
+            penalty = course.penalty(step / steps)
+            loss = loss if penalty is None else loss + penalty
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if course is not None:
+            course.after_step(step, (step + 1) / steps)
+    return time.perf_counter() - started
+
+
+def trained(
+    model: nn.Module, scheme: str, changes: dict[str, dict[str, Any]], training: Images, steps: int, seed: int,
+    accuracy: Callable[[nn.Module], float],
+) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
+    """One run: the better of the weights and their average, and accuracies at the start and at the end."""
+    choice = torch.randperm(len(training[0]), generator=torch.Generator().manual_seed(seed))
+    calibration = training[0][choice[:CALIBRATION]].split(BATCH)
+    others = training[0][choice[: 50 * BATCH]].split(BATCH)
+    options = {"ranges": "learned", **changes.get("quantization", {})}
+    qmodel = he.calibrate(he.prepare(model, calibration[0], scheme=scheme, **options), calibration)
+    started = time.perf_counter()
+    course = accompany(qmodel, model, calibration, QATOptions(**changes.get("qat", {})), inputs=lambda: others)
+    result: dict[str, Any] = {"start, s": round(time.perf_counter() - started, 1), "start": accuracy(qmodel)}
+    result["training, s"] = round(descend(qmodel, Batches(*training, seed), steps, course), 1)
+    plain = copy.deepcopy(qmodel)
+    result["running statistics"] = accuracy(plain)
+    re_estimate(plain, others)
+    result["re-estimated"] = accuracy(plain)
+    forms = {"weights": qmodel, **course.others}
+    for name, form in forms.items():
+        course.before_validation(form)
+        result[name] = accuracy(form)
+    best = max(forms, key=lambda name: result[name])
+    return forms[best], result | {"end": result[best], **course.figures()}
+
+
+def verified(qmodel: nn.Module, images: Tensor) -> dict[str, Any]:
+    """Export a model to OpenVINO and compare the file with it, on its integers and its answers."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = he.verify(qmodel, he.export(qmodel.eval(), Path(folder) / "model.xml"), images.split(32))
+        print(report, flush=True)
+        return {**report.to_dict(), "tensors": None}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--schemes", nargs="*", default=["w8a8", "w4a4"])
+    parser.add_argument("--settings", nargs="+", default=["recipe"], choices=list(SETTINGS))
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--no-float", action="store_true", help="leave out the float model's own training")
+    parser.add_argument("--verify", type=int, default=0, help="test images to verify each deployed file on")
+    options = parser.parse_args()
+
+    test, training = test_and_training(options.root)
+    model = float_model(options.model, options.weights)
+
+    def accuracy(one: nn.Module) -> float:
+        return top1(one, *test)
+
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    facts = {"model": options.model, "steps": options.steps, "date": str(date.today()), "machine": machine}
+    rows: dict[str, list[dict[str, Any]]] = {}
+
+    def record(name: str, result: dict[str, Any]) -> None:
+        rows.setdefault(name, []).append(result)
+        print(f"{options.model} {name}: {result}", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(facts | {"runs": rows}, indent=2))
+
+    print(f"{options.model}: float {accuracy(model):.2f}", flush=True)
+    for seed in options.seeds:
+        if not options.no_float:
+            floating = copy.deepcopy(model)
+            seconds = descend(floating, Batches(*training, seed), options.steps)
+            record("float", {"end": accuracy(floating), "training, s": round(seconds, 1)})
+        for scheme in options.schemes:
+            for setting in options.settings:
+                qmodel, result = trained(
+                    model, scheme, SETTINGS[setting], training, options.steps, seed, accuracy
+                )  # fmt: skip
+                result |= {"verify": verified(qmodel, test[0][: options.verify])} if options.verify else {}
+                record(f"{scheme} {setting}", result)
+    print(f"{'':50} start    end   (medians over seeds {options.seeds})")
+    for name, runs in rows.items():
+        start, end = (statistics.median(run.get(key, float("nan")) for run in runs) for key in ("start", "end"))
+        print(f"{options.model} {name:40} {start:6.2f} {end:6.2f}  {[run['end'] for run in runs]}")
+
+
+if __name__ == "__main__":
+    main()

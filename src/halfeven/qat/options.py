@@ -1,0 +1,40 @@
+"""What accompanies the training of a quantized model."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from halfeven.qat.averaging import AveragingOptions
+from halfeven.qat.distillation import DistillationOptions
+from halfeven.qat.oscillation import OscillationOptions
+from halfeven.qat.progression import ProgressionOptions
+
+Switch = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QATOptions:
+    """The steps of quantization-aware training, each of which can be switched.
+
+    "auto" leaves a step to the recipe, which chooses by the bits and prints each choice with its reason.
+    """
+
+    start: Literal["auto", "ranges", "layers", "blocks"] = "auto"
+    """Where training starts from: calibrated ranges alone, or learned rounding of layers (AdaRound) or of blocks."""
+    distill: Switch = "auto"
+    """Distillation: the float model's outputs are labels too."""
+    average: Switch = "auto"
+    """A moving average of the weights is validated beside the weights, and the better of the two is kept."""
+    freeze_oscillations: Switch = "auto"
+    """Weights that hop between two integers are frozen."""
+    dampen_oscillations: Switch = "auto"
+    """A term of the loss pulls weights towards their integers."""
+    progress: Switch = "auto"
+    """Training starts with more bits."""
+    distillation: DistillationOptions = field(default_factory=lambda: DistillationOptions(weight=1.0))
+    """How distillation is done."""
+    averaging: AveragingOptions = field(default_factory=lambda: AveragingOptions(decay=0.99))
+    """How the average is taken."""
+    oscillation: OscillationOptions = field(default_factory=OscillationOptions)
+    """How oscillations are found, frozen and dampened."""
+    progression: ProgressionOptions = field(default_factory=ProgressionOptions)
+    """The bits to start with."""

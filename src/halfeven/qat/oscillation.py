@@ -1,0 +1,250 @@
+"""Oscillations of weights between two integers: found, logged, dampened, frozen.
+
+Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (arXiv 2203.11086): under straight-through
+gradients a weight that is best between two integers hops from one to the other to the end. That spoils BatchNorm's
+statistics and holds other weights back, most of all in depthwise convolutions of 4 bits and fewer.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfeven.arithmetic import per_channel, quantize
+from halfeven.compilation import fused
+from halfeven.errors import CheckpointError, ConfigError
+from halfeven.quantizer import Quantizer
+
+OSCILLATING = 0.005
+"""A weight counts as oscillating where it turns back more often than once in 200 steps (section 2.3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OscillationOptions:
+    """How oscillations are found, and what is done about them.
+
+    Raises:
+        ConfigError: numbers that would freeze everything, or nothing.
+    """
+
+    freeze: bool = False
+    """Whether weights that oscillate too often are frozen (section 4.3)."""
+    dampening: float = 0.0
+    """Weight of the dampening term at the end of the run (section 4.2); 0: none."""
+    bits: int = 4
+    """Weights with more bits are not followed: their steps are too small to matter."""
+    momentum: float = 0.01
+    """Weight of a step in the moving averages of frequencies and of integers."""
+    freeze_from: float = 0.1
+    """Frequency, in turns per step, above which a weight is frozen at first."""
+    freeze_to: float = 0.03
+    """The same at the end of the run; between, a cosine."""
+    start: float = 0.25
+    """Share of the run after which freezing and dampening set in."""
+
+    def __post_init__(self) -> None:
+        wrong = [
+            name
+            for name, right in {
+                "dampening": self.dampening >= 0,
+                "bits": self.bits >= 2,
+                "momentum": 0 < self.momentum < 1,
+                "freeze_from": 0 < self.freeze_from <= 1,
+                "freeze_to": 0 < self.freeze_to <= self.freeze_from,
+                "start": 0 <= self.start < 1,
+            }.items()
+            if not right
+        ]
+        if wrong:
+            values = ", ".join(f"oscillation.{name}={getattr(self, name)}" for name in wrong)
+            raise ConfigError(
+                f"{values} cannot be used: oscillations would be followed wrongly or not at all. Momentum, frequencies "
+                "and start are shares between 0 and 1, freeze_to is at most freeze_from, bits are at least 2."
+            )
+        if self.freeze and self.freeze_to < 2 * self.momentum:
+            raise ConfigError(
+                f"oscillation.freeze_to={self.freeze_to} is below twice the momentum {self.momentum}: one single turn "
+                "raises a frequency by the momentum, so that nearly every weight would be frozen. Raise freeze_to, or "
+                "lower the momentum."
+            )
+
+
+def _follow(
+    integers: Tensor,
+    before: Tensor,
+    direction: Tensor,
+    frequency: Tensor,
+    average: Tensor,
+    frozen: Tensor,
+    momentum: float,
+) -> None:
+    """One step of the moving averages, in place; all [channels, elements]. Nothing moves of a frozen weight.
+
+    A weight oscillates at a step where its integer changes in the direction opposite to its previous change.
+    """
+    integers = torch.where(frozen, average, integers)
+    change = torch.sign(integers - before)
+    turned = (change * direction < 0).float()
+    frequency.copy_(torch.lerp(frequency, turned, momentum))
+    average.copy_(torch.lerp(average, integers, momentum))
+    direction.copy_(torch.where(change != 0, change, direction))
+    before.copy_(integers)
+
+
+class _Weight:
+    """What is known of the weight of one layer; tensors are [channels, elements] or [1, elements]."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.quantizer: Quantizer = layer.weight_quantizer
+        start = self._integers()
+        self.before, self.direction = start.to(torch.int8), torch.zeros_like(start, dtype=torch.int8)
+        self.frequency, self.average = torch.zeros_like(start), start.clone()
+        self.frozen = torch.zeros_like(start, dtype=torch.bool)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        axis = self.quantizer.scheme.axis
+        return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
+
+    def _integers(self) -> Tensor:
+        weight = self.layer.weight.detach()
+        scale, zero = self.quantizer.used_scale(weight), self.quantizer.used_zero_point()
+        return self._rows(quantize(weight, scale, zero, self.quantizer.scheme))
+
+    def step(self, momentum: float, threshold: float | None) -> None:
+        """Follow the weight over a step, and freeze what turns more often than the threshold."""
+        state = (self.before, self.direction, self.frequency, self.average, self.frozen)
+        fused(_follow)(self._integers(), *state, momentum)
+        if threshold is not None:
+            chosen = (self.frequency > threshold) & ~self.frozen
+            # From now on the average of such a weight is its integer.
+            self.average = torch.where(chosen, torch.round(self.average), self.average)
+            self.before = torch.where(chosen, self.average, self.before).to(torch.int8)
+            self.frozen |= chosen
+        if bool(self.frozen.any()):
+            self._hold()
+
+    def _hold(self) -> None:
+        """Put frozen weights back on their integers, whatever the optimizer did and wherever the scale went."""
+        scheme, weight = self.quantizer.scheme, self.layer.weight
+        scale = self.quantizer.used_scale(self.layer.weight.detach()).reshape(-1, 1)
+        shape = weight.shape if scheme.axis is None else weight.movedim(scheme.axis, 0).shape
+        rows = torch.where(self.frozen, self.average * scale, self._rows(weight.detach())).reshape(shape)
+        weight.data.copy_(rows if scheme.axis is None else rows.movedim(0, scheme.axis))
+
+    def distance(self) -> Tensor:
+        """Squared distance of the weights inside the grid to their integers, the mean over kernels of the sums, []."""
+        weight, scheme = self.layer.weight, self.quantizer.scheme
+        scale = self.quantizer.used_scale(weight.detach()).detach()
+        column = per_channel(scale, scheme.axis, weight.ndim)
+        inside = torch.minimum(torch.maximum(weight, scheme.quant_min * column), scheme.quant_max * column)
+        zero = self.quantizer.used_zero_point()
+        target = quantize(weight.detach(), scale, zero, scheme) * column
+        total: Tensor = (target - inside).square().sum() / weight.shape[0]
+        return total
+
+
+@dataclass(frozen=True)
+class OscillationReport:
+    """Shares of the weights, in percent, that oscillate and that are frozen; layer by layer."""
+
+    layers: dict[str, tuple[float, float]]
+    oscillating: float
+    frozen: float
+
+    def __str__(self) -> str:
+        worst = sorted(self.layers.items(), key=lambda item: -item[1][0])[:10]
+        rows = [f"  {name}: {turning:.2f} % oscillate, {held:.2f} % are frozen" for name, (turning, held) in worst]
+        head = f"{self.oscillating:.2f} % of the weights oscillate, {self.frozen:.2f} % are frozen"
+        return "\n".join([f"{head}; the layers with the most:" if rows else head, *rows])
+
+
+class Oscillations:
+    """Follows the integers of a model's weights from step to step, and holds those that are frozen.
+
+    The weights of layers are followed whose scheme has at most `options.bits` bits. Not followed are weights that a
+    function takes, and those that BatchNorm is folded into at every step, whose integers move with its statistics. All
+    processes of a run compute the same, as their weights are equal.
+
+    Args:
+        qmodel: a calibrated model from `prepare`.
+        options: what is done, and when.
+    """
+
+    def __init__(self, qmodel: nn.Module, options: OscillationOptions) -> None:
+        self.options = options
+        self.weights: dict[str, _Weight] = {}
+        for name, layer in qmodel.named_modules():
+            quantizer = getattr(layer, "weight_quantizer", None)
+            if not isinstance(quantizer, Quantizer) or getattr(layer, "live_norms", None):
+                continue
+            if quantizer.scheme.bits <= options.bits:
+                self.weights[name] = _Weight(layer)
+
+    def threshold(self, done: float) -> float | None:
+        """The frequency above which weights are frozen when a share of the run is done; None: none is."""
+        options = self.options
+        if not options.freeze or done < options.start:
+            return None
+        return options.freeze_to + (options.freeze_from - options.freeze_to) * (1 - self._risen(done))
+
+    def _risen(self, done: float) -> float:
+        """0 at the start, 1 at the end of the run, by a cosine."""
+        return 0.5 * (1 - math.cos(math.pi * (done - self.options.start) / (1 - self.options.start)))
+
+    @torch.no_grad()
+    def after_step(self, done: float) -> None:
+        """To be called after every optimizer step with the share of the run that is done."""
+        threshold = self.threshold(done)
+        for weight in self.weights.values():
+            weight.step(self.options.momentum, threshold)
+
+    def dampening(self, done: float) -> Tensor:
+        """The term of the loss that pulls weights to their integers, []; 0 before it is due. Scales get no gradient."""
+        if self.options.dampening == 0 or done < self.options.start or not self.weights:
+            return torch.zeros(())
+        total = torch.stack([weight.distance() for weight in self.weights.values()]).sum()
+        return self.options.dampening * self._risen(done) * total
+
+    def shares(self) -> dict[str, float]:
+        """Shares of all followed weights, in percent; {} where none is followed."""
+        if not self.weights:
+            return {}
+        report = self.report()
+        return {"oscillating": report.oscillating, "frozen": report.frozen}
+
+    def report(self) -> OscillationReport:
+        """What oscillates and what is frozen, layer by layer."""
+        counts = {
+            name: (int((w.frequency > OSCILLATING).sum()), int(w.frozen.sum()), w.frequency.numel())
+            for name, w in self.weights.items()
+        }
+        turning, held, total = (sum(column) for column in zip(*counts.values(), strict=True)) if counts else (0, 0, 1)
+        layers = {name: (100 * a / n, 100 * b / n) for name, (a, b, n) in counts.items()}
+        return OscillationReport(layers, 100 * turning / total, 100 * held / total)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that is known, by layer."""
+        return {f"{name}.{key}": getattr(w, key) for name, w in self.weights.items() for key in STATE}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state.
+
+        Raises:
+            CheckpointError: a state of other layers.
+        """
+        expected = {key: value.shape for key, value in self.state_dict().items()}
+        if {key: value.shape for key, value in state.items()} != expected:
+            raise CheckpointError(
+                "The state of the oscillations belongs to another model or to other bits, so frozen weights could not "
+                "be told. Resume with the model and the options that the run was started with."
+            )
+        for name, weight in self.weights.items():
+            for key in STATE:
+                found = getattr(weight, key)
+                setattr(weight, key, state[f"{name}.{key}"].to(found.device, found.dtype).clone())
+
+
+STATE = ("before", "direction", "frequency", "average", "frozen")

@@ -1,0 +1,110 @@
+"""What accompanies quantization-aware training, and why: decided from the bits, printed before it is acted upon.
+
+White paper, figure 11, with what came after it. Each default is measured: `docs/qat.md` has the table.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from halfeven.choice import Choice, switched, table
+from halfeven.placement.insertion import plan_of
+from halfeven.qat.options import QATOptions
+from halfeven.quantizer import quantizers
+
+LOW_BITS = 4
+"""At so many bits or fewer rounding moves a network far from what it was trained as."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The choices, in the order in which they act."""
+
+    reconstruct: Choice
+    blocks: bool
+    """Whether the rounding of blocks is learned; of layers otherwise."""
+    progress: Choice
+    distill: Choice
+    dampen: Choice
+    freeze: Choice
+    average: Choice
+    re_estimate: Choice
+
+    def __str__(self) -> str:
+        rows = {
+            "learned rounding to start from": self.reconstruct,
+            "progressive bit-width": self.progress,
+            "distillation": self.distill,
+            "dampened oscillations": self.dampen,
+            "frozen oscillations": self.freeze,
+            "average of the weights": self.average,
+            "BatchNorm re-estimated": self.re_estimate,
+        }
+        return table("Steps of quantization-aware training:", rows)
+
+
+def choose(qmodel: nn.Module, options: QATOptions, re_estimate: bool | None = None) -> Recipe:
+    """Decide what accompanies the training of a prepared model.
+
+    Args:
+        re_estimate: the user's choice on BatchNorm's statistics, if there is one.
+    """
+    found = quantizers(qmodel).values()
+    weight_bits = min((q.scheme.bits for q in found if q.weight), default=8)
+    bits = min((q.scheme.bits for q in found), default=8)
+    progress = _progress(options, bits)
+    return Recipe(
+        reconstruct=_start(options, bits, progress),
+        blocks=options.start != "layers",
+        progress=progress,
+        distill=_off_unless_asked(options.distill, "it pays where the float model is far better than what is trained"),
+        dampen=_off_unless_asked(options.dampen_oscillations, "freezing does as much and costs less"),
+        freeze=_freeze(options, weight_bits),
+        average=_average(options, bits),
+        re_estimate=_re_estimate(re_estimate, bits, plan_of(qmodel).options.batchnorm),
+    )
+
+
+def _off_unless_asked(value: str, reason: str) -> Choice:
+    return switched(value) or Choice(False, reason)
+
+
+def _start(options: QATOptions, bits: int, progress: Choice) -> Choice:
+    if progress.taken:
+        return Choice(False, "a rounding that is learned for the last bits means nothing for the first")
+    if options.start != "auto":
+        return Choice(options.start != "ranges", "as the options say")
+    if bits <= LOW_BITS:
+        return Choice(True, f"at {bits} bits training starts from a far better model")
+    return Choice(False, f"at {bits} bits calibrated ranges lose next to nothing")
+
+
+def _progress(options: QATOptions, bits: int) -> Choice:
+    reason = "learned rounding is a better start" if bits <= LOW_BITS else f"{bits} bits need no way down"
+    return _off_unless_asked(options.progress, reason)
+
+
+def _freeze(options: QATOptions, weight_bits: int) -> Choice:
+    if chosen := switched(options.freeze_oscillations):
+        return chosen
+    if weight_bits <= options.oscillation.bits:
+        return Choice(False, "it gained nothing where it was measured; try it in long runs of depthwise networks")
+    return Choice(False, f"weights of {weight_bits} bits hop by too little to matter")
+
+
+def _average(options: QATOptions, bits: int) -> Choice:
+    if chosen := switched(options.average):
+        return chosen
+    if bits <= LOW_BITS:
+        return Choice(True, "low-bit training is noisy; the better of average and last weights is kept")
+    return Choice(False, f"at {bits} bits the last weights are as good")
+
+
+def _re_estimate(asked: bool | None, bits: int, batchnorm: str) -> Choice:
+    if batchnorm == "fold":
+        return Choice(False, "BatchNorm is folded")
+    if asked is not None:
+        return Choice(asked, "as the options say")
+    if bits < 8:
+        return Choice(True, "below 8 bits weights hop, and running statistics describe none of the networks seen")
+    return Choice(False, "at 8 bits running statistics are right")

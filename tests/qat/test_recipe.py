@@ -1,0 +1,70 @@
+"""Which steps accompany a training, by the bits and by what the options say."""
+
+import pytest
+import torch
+
+import halfeven as he
+from halfeven.qat.options import QATOptions
+from halfeven.qat.recipe import choose
+from placement.parts import IMAGE, Residual
+
+AT_LOW_BITS = ("reconstruct", "average", "re_estimate")
+
+
+def recipe(scheme, re_estimate=None, batchnorm="keep", **options):
+    torch.manual_seed(0)
+    qmodel = he.prepare(Residual(), torch.randn(IMAGE), scheme=scheme, batchnorm=batchnorm)
+    return choose(qmodel, QATOptions(**options), re_estimate)
+
+
+def taken(found):
+    return {name for name in vars(found) if name != "blocks" and getattr(found, name).taken}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [("w8a8", set()), ("w6a8", {"re_estimate"}), ("w4a8", set(AT_LOW_BITS)), ("w8a4", set(AT_LOW_BITS))],
+)
+def test_the_bits_decide(scheme, expected):
+    assert taken(recipe(scheme)) == expected
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("distill", "distill"),
+        ("average", "average"),
+        ("freeze_oscillations", "freeze"),
+        ("dampen_oscillations", "dampen"),
+        ("progress", "progress"),
+    ],
+)
+def test_every_step_can_be_switched(option, name):
+    assert name in taken(recipe("w8a8", **{option: "on"}))
+    assert name not in taken(recipe("w4a4", **{option: "off"}))
+
+
+def test_the_start_can_be_chosen():
+    assert not recipe("w4a4", start="ranges").reconstruct.taken
+    assert recipe("w8a8", start="layers").reconstruct.taken
+    assert not recipe("w8a8", start="layers").blocks
+    assert recipe("w8a8", start="blocks").blocks
+
+
+def test_a_progression_starts_from_ranges():
+    found = recipe("w4a4", progress="on", start="blocks")
+    assert not found.reconstruct.taken
+    assert "means nothing for the first" in str(found)
+
+
+def test_batchnorm_is_re_estimated_as_asked_and_never_where_it_is_folded():
+    assert recipe("w8a8", re_estimate=True).re_estimate.taken
+    assert not recipe("w4a4", re_estimate=False).re_estimate.taken
+    assert not recipe("w4a4", batchnorm="fold").re_estimate.taken
+
+
+def test_it_prints_every_step_with_its_reason():
+    lines = str(recipe("w4a4")).splitlines()
+    assert lines[0] == "Steps of quantization-aware training:"
+    assert len(lines) == 8
+    assert all(len(line.split("  ")) > 2 for line in lines[1:])
