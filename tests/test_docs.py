@@ -18,6 +18,8 @@ from halfeven import cli
 from halfeven.config import Experiment
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.recipe import choose
+from halfeven.qat.options import QATOptions
+from halfeven.qat.recipe import choose as choose_training
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -202,6 +204,14 @@ def test_the_choices_shown_are_those_that_are_made():
     model = timm.create_model("mobilenetv2_100", in_chans=1, num_classes=10).eval()
     qmodel = halfeven.prepare(model, torch.randn(2, 1, 32, 32), batchnorm="fold")
     assert shown.strip() == str(choose(qmodel, PTQOptions(), data=True))
+
+
+def test_the_recipe_shown_is_the_one_that_is_chosen():
+    """The page shows what training chooses for MobileNetV2 at 4 bits."""
+    (shown,) = blocks(ROOT / "docs/qat.md", "text")
+    model = timm.create_model("mobilenetv2_100", in_chans=1, num_classes=10).eval()
+    qmodel = halfeven.prepare(model, torch.randn(2, 1, 32, 32), scheme="w4a4", ranges="learned")
+    assert shown.strip() == str(choose_training(qmodel, QATOptions()))
 
 
 @pytest.mark.usefixtures("unfused")

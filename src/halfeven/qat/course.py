@@ -73,7 +73,8 @@ class Course:
             freeze=recipe.freeze.taken,
             dampening=options.oscillation.dampening if recipe.dampen.taken else 0.0,
         )
-        self.oscillations = Oscillations(qmodel, oscillation)
+        follow = recipe.freeze.taken or recipe.dampen.taken or oscillation.track
+        self.oscillations = Oscillations(qmodel, oscillation) if follow else None
         self.counts_from = options.progression.share if self.progression else 0.0
 
     def before_step(self, model: nn.Module, done: float) -> None:
@@ -88,13 +89,15 @@ class Course:
 
     def penalty(self, done: float) -> Tensor | None:
         """What is added to the loss of a step; None: nothing."""
-        return self.oscillations.dampening(done) if self.recipe.dampen.taken else None
+        return self.oscillations.dampening(done) if self.oscillations and self.recipe.dampen.taken else None
 
     def after_step(self, step: int, done: float) -> None:
         """To be called after each step with its number, from 0, and the share of the run that is done then."""
-        if done >= self.counts_from:  # integers of other bits are others
+        if done < self.counts_from:
+            return  # integers of other bits are others, and so are the weights that suit them
+        if self.oscillations is not None:
             self.oscillations.after_step(done)
-        if self.average is not None and done >= self.counts_from:
+        if self.average is not None:
             self.average.update(step)
 
     def before_validation(self, model: nn.Module) -> None:
@@ -115,4 +118,4 @@ class Course:
 
     def figures(self) -> dict[str, float]:
         """Shares of the weights, in percent, that oscillate and that are frozen."""
-        return self.oscillations.shares()
+        return {} if self.oscillations is None else self.oscillations.shares()

@@ -29,6 +29,9 @@ class OscillationOptions:
         ConfigError: numbers that would freeze everything, or nothing.
     """
 
+    track: bool = False
+    """Whether oscillations are followed and logged even where nothing is done about them, for a pass over the weights
+    at every step."""
     freeze: bool = False
     """Whether weights that oscillate too often are frozen (section 4.3)."""
     dampening: float = 0.0
@@ -72,7 +75,9 @@ class OscillationOptions:
 
 
 def _follow(
-    integers: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bounds: tuple[int, int],
     before: Tensor,
     direction: Tensor,
     frequency: Tensor,
@@ -80,11 +85,12 @@ def _follow(
     frozen: Tensor,
     momentum: float,
 ) -> None:
-    """One step of the moving averages, in place; all [channels, elements]. Nothing moves of a frozen weight.
+    """One step of the moving averages, in place; all [channels, elements], the scale [channels or 1, 1]. Nothing moves
+    of a frozen weight.
 
     A weight oscillates at a step where its integer changes in the direction opposite to its previous change.
     """
-    integers = torch.where(frozen, average, integers)
+    integers = torch.where(frozen, average, _integers(weight, scale, bounds))
     change = torch.sign(integers - before)
     turned = (change * direction < 0).float()
     frequency.copy_(torch.lerp(frequency, turned, momentum))
@@ -93,13 +99,17 @@ def _follow(
     before.copy_(integers)
 
 
+def _integers(weight: Tensor, scale: Tensor, bounds: tuple[int, int]) -> Tensor:
+    return torch.clamp(torch.round(weight / scale), *bounds)
+
+
 class _Weight:
     """What is known of the weight of one layer; tensors are [channels, elements] or [1, elements]."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.quantizer: Quantizer = layer.weight_quantizer
-        start = self._integers()
+        start = _integers(*self._grid())
         self.before, self.direction = start.to(torch.int8), torch.zeros_like(start, dtype=torch.int8)
         self.frequency, self.average = torch.zeros_like(start), start.clone()
         self.frozen = torch.zeros_like(start, dtype=torch.bool)
@@ -108,31 +118,34 @@ class _Weight:
         axis = self.quantizer.scheme.axis
         return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
 
-    def _integers(self) -> Tensor:
-        weight = self.layer.weight.detach()
-        scale, zero = self.quantizer.used_scale(weight), self.quantizer.used_zero_point()
-        return self._rows(quantize(weight, scale, zero, self.quantizer.scheme))
+    def _grid(self) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """The weight, [channels, elements], its scale, [channels or 1, 1], and the ends of its grid."""
+        weight, scheme = self.layer.weight.detach(), self.quantizer.scheme
+        return (
+            self._rows(weight),
+            self.quantizer.used_scale(weight).reshape(-1, 1),
+            (scheme.quant_min, scheme.quant_max),
+        )
 
     def step(self, momentum: float, threshold: float | None) -> None:
         """Follow the weight over a step, and freeze what turns more often than the threshold."""
         state = (self.before, self.direction, self.frequency, self.average, self.frozen)
-        fused(_follow)(self._integers(), *state, momentum)
+        fused(_follow)(*self._grid(), *state, momentum)
         if threshold is not None:
             chosen = (self.frequency > threshold) & ~self.frozen
             # From now on the average of such a weight is its integer.
             self.average = torch.where(chosen, torch.round(self.average), self.average)
             self.before = torch.where(chosen, self.average, self.before).to(torch.int8)
             self.frozen |= chosen
-        if bool(self.frozen.any()):
             self._hold()
 
     def _hold(self) -> None:
         """Put frozen weights back on their integers, whatever the optimizer did and wherever the scale went."""
-        scheme, weight = self.quantizer.scheme, self.layer.weight
-        scale = self.quantizer.used_scale(self.layer.weight.detach()).reshape(-1, 1)
-        shape = weight.shape if scheme.axis is None else weight.movedim(scheme.axis, 0).shape
-        rows = torch.where(self.frozen, self.average * scale, self._rows(weight.detach())).reshape(shape)
-        weight.data.copy_(rows if scheme.axis is None else rows.movedim(0, scheme.axis))
+        axis, weight = self.quantizer.scheme.axis, self.layer.weight
+        rows, scale, _ = self._grid()
+        shape = weight.shape if axis is None else weight.movedim(axis, 0).shape
+        held = torch.where(self.frozen, self.average * scale, rows).reshape(shape)
+        weight.data.copy_(held if axis is None else held.movedim(0, axis))
 
     def distance(self) -> Tensor:
         """Squared distance of the weights inside the grid to their integers, the mean over kernels of the sums, []."""

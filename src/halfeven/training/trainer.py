@@ -239,7 +239,6 @@ class Trainer:
         self.log.training(self.step, epoch + 1, value, rate, self.callbacks.figures())
 
     def _finish_epoch(self, epoch: int) -> None:
-        average_batchnorm(self.model)
         self.last = self._validate(self.model, epoch, self.where.name, "last")
         for name, model in self.callbacks.others.items():
             self._validate(model, epoch, f"{self.where.name}, {name}")
@@ -247,6 +246,7 @@ class Trainer:
 
     def _validate(self, model: nn.Module, epoch: int, name: str, file: str = "") -> Metrics:
         """Validate a form of the model, write it to `file` and, if none was better before, as the best."""
+        average_batchnorm(model)
         for hook in self.callbacks.before_validation:
             hook(model)
         metrics = self.callbacks.validate(model)

@@ -1,0 +1,322 @@
+"""Distillation: the float model teaches the quantized one, by its soft labels and by what its layers give.
+
+Soft labels: Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv:1503.02531). For quantized students:
+Mishra and Marr, "Apprentice" (arXiv:1711.05852); Kim et al., "QKD" (arXiv:1911.12491); without any labels, Liu et al.,
+"Nonuniform-to-Uniform Quantization" (arXiv:2111.14826). Layers: Romero et al., "FitNets" (arXiv:1412.6550).
+"""
+
+import copy
+import difflib
+from dataclasses import dataclass
+from itertools import chain
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from halfeven.errors import AlgorithmError, ConfigError
+from halfeven.graph.batchnorm import fold
+from halfeven.graph.capture import as_arguments, capture
+from halfeven.graph.operators import module_of
+from halfeven.placement.insertion import plan_of
+from halfeven.placement.planning import regions
+from halfeven.quantizer import Quantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationOptions:
+    """How much of the loss the float model gives, and what of it is compared."""
+
+    weight: float = 0.0
+    """Share of the loss that the teacher's soft labels take; 0: off, 1: the labels are ignored."""
+    temperature: float = 1.0
+    """Divides the logits of both before the softmax. 1, as the student has its teacher's size and can match the
+    probabilities themselves, and gradients stay as large as cross-entropy's; 2 to 4 show more of a teacher that is
+    sure of nearly every training image."""
+    features: tuple[str, ...] = ()
+    """Modules of the float model whose outputs are compared, such as "layer4.1" or "blocks.6"; see `Distillation`."""
+    feature_weight: float = 1.0
+    """Weight of the mean of the features' errors, each relative to the mean square of the teacher's feature."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.weight <= 1 and 0 < self.temperature < float("inf")):
+            raise ConfigError(
+                f"distillation.weight={self.weight} and temperature={self.temperature} give no loss: the first is a "
+                "share, the second divides logits. Set the weight from 0 (off) to 1 (labels are ignored), and a "
+                "temperature above 0."
+            )
+        if not 0 < self.feature_weight < float("inf"):
+            raise ConfigError(
+                f"distillation.feature_weight={self.feature_weight} would teach nothing, or the opposite. Set a "
+                "weight above 0; to compare no features, leave distillation.features empty."
+            )
+        if "" in self.features or len(set(self.features)) < len(self.features):
+            raise ConfigError(
+                f"distillation.features={list(self.features)} has an empty name or one twice, which would count "
+                "double. Name each module once; the model's outputs are compared by distillation.weight."
+            )
+
+
+def soft_label_loss(outputs: Tensor, expected: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 * KL(teacher || student) in nats, the mean over samples, [] in float32.
+
+    T^2 makes up for the gradients, which shrink with it (Hinton et al., section 2), so that the weight need not follow
+    the temperature.
+
+    Args:
+        outputs: the student's logits, [samples, classes]; axes between the two count as samples.
+        expected: the teacher's logits, of the same shape; no gradient goes there.
+    """
+    student = F.log_softmax(outputs.float() / temperature, -1)
+    teacher = F.log_softmax(expected.detach().float() / temperature, -1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean()
+
+
+def feature_loss(feature: Tensor, expected: Tensor) -> Tensor:
+    """Mean squared error over the teacher's mean square, [] in float32; 0 where the teacher's feature is all 0.
+
+    It is the noise-to-signal ratio: 1 for a student that gives zeros, whatever the scale of the layer.
+
+    Args:
+        feature: what the student's layer gives, of any shape.
+        expected: what the teacher's gives, of the same shape; no gradient goes there.
+    """
+    wanted = expected.detach().float()
+    power = wanted.square().mean()
+    # Where there is no signal, there is nothing to learn; dividing by 0 would make the whole loss NaN.
+    return F.mse_loss(feature.float(), wanted) / torch.where(power > 0, power, float("inf"))
+
+
+class Distillation:
+    """The loss of a student that is taught by a float model.
+
+    `loss = (1 - weight) * task + weight * T^2 * KL(teacher || student) + feature_weight * mean of the features' errors`
+
+    The teacher is a copy of the one given, in eval mode, without gradients, and no part of the student: neither its
+    parameters nor its state know of it. For logits alone it may be any module with the same classes.
+
+    Features are read off layers with parameters or statistics that the model *calls*: convolutions, linear layers and
+    normalizations. In a quantized model nothing else is called: of a container such as "layer4.1", its last such layer
+    is taken ("layer4.1.bn2": before the addition and the ReLU), and of a layer called more than once, its last output.
+    The teacher is captured as the student was, and its BatchNorm folded where the student's is, so that both names mean
+    the same tensor. They do not where the student's channels were rescaled since (cross-layer equalization).
+
+    Use it as a context manager, or `close()` it: until then hooks on the student keep its features of each forward pass
+    with gradients. A copy of the student has no such hooks at work.
+
+    Args:
+        teacher: the float model; it is not changed.
+        qmodel: the student, from `prepare`, or any module that calls the layers named.
+        options: what is compared and how much it counts.
+
+    Raises:
+        ConfigError: a feature that one of the two does not have, or that means another tensor in each.
+        CaptureError: features are wanted and the teacher cannot be captured.
+    """
+
+    def __init__(self, teacher: nn.Module, qmodel: nn.Module, options: DistillationOptions) -> None:
+        self.options = options
+        self.teacher = copy.deepcopy(teacher)
+        if options.features and regions(qmodel) and not regions(teacher):
+            self.teacher = _captured_as(qmodel, self.teacher)
+        self.teacher.eval().requires_grad_(False)
+        self._student_features = _Features(qmodel, "student", options.features, with_gradients=True)
+        self._teacher_features = _Features(self.teacher, "teacher", options.features, with_gradients=False)
+        self._student_features.open()
+        self._teacher_features.open()
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """The layer of the student that stands for each feature, by the feature's name in the options."""
+        return dict(zip(self.options.features, self._student_features.names, strict=True))
+
+    def loss(self, outputs: Tensor, inputs: Any, labels: Any, task_loss: Tensor) -> Tensor:
+        """The loss of one batch, []; to be called once after the student was run, under the same autocast.
+
+        Args:
+            outputs: the student's logits, [samples, classes].
+            inputs: what the student was given: a tensor, a tuple of positional or a dict of keyword arguments.
+            labels: what `task_loss` was made of; nothing else is made of them here.
+            task_loss: the loss of outputs and labels, [], for example their cross-entropy; 0 and 1 are exact: at weight
+                0 and without features it is given back as it is, at 1 it takes no part.
+
+        Raises:
+            ConfigError: the teacher gives logits or features of another shape.
+            AlgorithmError: a layer whose feature is wanted was not run, or gave no tensor.
+        """
+        options, weight = self.options, self.options.weight
+        total = task_loss
+        if weight > 0 or options.features:
+            expected = self._teach(inputs, outputs.device)
+            if weight > 0:
+                _check_shape("logits", outputs, expected)
+                soft = soft_label_loss(outputs, expected, options.temperature)
+                total = soft if weight == 1 else (1 - weight) * task_loss + weight * soft
+            if options.features:
+                total = total + options.feature_weight * self._feature_error()
+        return total
+
+    @torch.no_grad()
+    def _teach(self, inputs: Any, device: torch.device) -> Any:
+        tensor = next(chain(self.teacher.parameters(), self.teacher.buffers()), None)
+        if tensor is not None and tensor.device != device:
+            self.teacher.to(device)
+        args, kwargs = as_arguments(inputs)
+        return self.teacher(*args, **kwargs)
+
+    def _feature_error(self) -> Tensor:
+        student, teacher = self._student_features.take(), self._teacher_features.take()
+        errors = []
+        for name, given, wanted in zip(self.options.features, student, teacher, strict=True):
+            _check_shape(f'feature "{name}"', given, wanted)
+            errors.append(feature_loss(given, wanted))
+        return torch.stack(errors).mean()
+
+    def close(self) -> None:
+        """Take the hooks off the student and let go of what they kept."""
+        self._student_features.close()
+        self._teacher_features.close()
+
+    def __enter__(self) -> "Distillation":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _captured_as(qmodel: nn.Module, teacher: nn.Module) -> nn.Module:
+    """A float model captured as a quantized one was: the same layers are called, under the same names."""
+    options, example = plan_of(qmodel).options, getattr(qmodel, "halfeven_example", None)
+    if example is None:
+        raise ConfigError(
+            "Features are to be compared, and this quantized model keeps no example input to capture the teacher with. "
+            "Make it with halfeven.prepare(model, example), or give a teacher that is captured already."
+        )
+    args, kwargs = example
+    there = dict(teacher.named_modules())
+    captured, _ = capture(teacher.cpu(), kwargs or args, [name for name in options.leave_out if name in there])
+    if options.batchnorm == "fold":
+        for region in regions(captured).values():
+            fold(region)
+    return captured
+
+
+def _check_shape(what: str, given: Tensor, wanted: Any) -> None:
+    shape = tuple(wanted.shape) if isinstance(wanted, Tensor) else type(wanted).__name__
+    if shape != tuple(given.shape):
+        raise ConfigError(
+            f"The {what} of the student have shape {tuple(given.shape)} and the teacher's {shape}, so the two cannot "
+            "be compared. Teach with the float model that was quantized, or with one of the same classes and widths."
+        )
+
+
+class _Features:
+    """The last outputs of some layers of one model."""
+
+    def __init__(self, model: nn.Module, whose: str, wanted: tuple[str, ...], *, with_gradients: bool) -> None:
+        layers = _called_layers(model) if wanted else {}
+        self.whose, self.with_gradients = whose, with_gradients
+        self.names = [_resolve(name, layers, whose) for name in wanted]
+        if len(set(self.names)) < len(self.names):
+            raise ConfigError(
+                f"distillation.features={list(wanted)} are the layers {self.names} of the {whose}, one of them twice, "
+                "which would count double. Name each layer once."
+            )
+        self.modules = [layers[name] for name in self.names]
+        self.store: dict[str, Tensor] = {}
+        self.handles: list[RemovableHandle] = []
+
+    def open(self) -> None:
+        for name, module in zip(self.names, self.modules, strict=True):
+            self.handles.append(module.register_forward_hook(_Catch(self.store, name, self.with_gradients)))
+
+    def take(self) -> list[Tensor]:
+        missing = [name for name in self.names if name not in self.store]
+        if missing:
+            raise AlgorithmError(
+                f"The {self.whose} gave nothing at {', '.join(missing)}, so there is no feature to compare: it was not "
+                f"run{' with gradients' if self.with_gradients else ''} before the loss, it runs without calling that "
+                "module, or that module gives no tensor, or the distillation was closed. Call loss(...) once after "
+                "each forward pass of the student, and name a layer that is called."
+            )
+        found = [self.store[name] for name in self.names]
+        self.store.clear()
+        return found
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.store.clear()
+
+
+class _Catch:
+    """Forward hook that keeps a layer's output. Copied or pickled with the layer, it does nothing any more."""
+
+    def __init__(self, store: dict[str, Tensor] | None, name: str, with_gradients: bool) -> None:
+        self.store, self.name, self.with_gradients = store, name, with_gradients
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        # Validation needs no features, and one that is frozen in eval mode trains all the same: gradients tell.
+        if self.store is None or (self.with_gradients and not torch.is_grad_enabled()):
+            return
+        if isinstance(output, Tensor):
+            self.store[self.name] = output.clone()  # what follows may change it in place: `ReLU(inplace=True)`
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Catch":
+        return _Catch(None, self.name, self.with_gradients)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Catch, (None, self.name, self.with_gradients)
+
+
+def _called_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules with parameters or statistics that a model calls, in the order of their last calls.
+
+    Where the model is Python, calls cannot be seen beforehand: there it is all modules.
+    """
+    captured = regions(model)
+    found: dict[str, nn.Module] = {}
+    for prefix, region in captured.items():
+        inside: dict[str, nn.Module] = {}
+        for node in region.graph.nodes:
+            if node.op == "call_module" and _is_layer(module := module_of(node)):
+                name = f"{prefix}.{node.target}" if prefix else str(node.target)
+                inside.pop(name, None)
+                inside[name] = module
+        # A layer that was captured on its own is a graph that computes with the parameters itself.
+        found |= inside or {prefix: region}
+    for name, module in model.named_modules():
+        if name and _is_layer(module) and not any(f"{name}.".startswith(f"{p}." if p else "") for p in captured):
+            found[name] = module
+    return found
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return not isinstance(module, Quantizer) and any(True for _ in chain(module.parameters(), module.buffers()))
+
+
+def _resolve(name: str, layers: dict[str, nn.Module], whose: str) -> str:
+    """The name itself or, of a container, that of the last layer in it."""
+    inside = [layer for layer in layers if layer.startswith(f"{name}.")]
+    if name not in layers and not inside:
+        parents = {layer.rsplit(".", depth)[0] for layer in layers for depth in range(1, layer.count(".") + 1)}
+        near = difflib.get_close_matches(name, [*layers, *sorted(parents)], n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(list(layers)[:8])}, ..."
+        raise ConfigError(
+            f'distillation.features names "{name}", and the {whose} calls no layer with parameters of that name or '
+            "inside of it, so there is nothing to compare (a BatchNorm that was folded is part of the layer before). "
+            f"{hint}"
+        )
+    found = name if name in layers else inside[-1]
+    live: Any = getattr(layers[found], "live_norms", ())
+    if live:
+        norm = next((other for other, layer in layers.items() if layer is live[0]), "its BatchNorm")
+        raise ConfigError(
+            f'distillation.features names "{name}", that is {found}, whose outputs hold the factor of the BatchNorm '
+            f"folded into it at every step: the teacher's do not, so they would never match. Name {norm} instead."
+        )
+    return found
