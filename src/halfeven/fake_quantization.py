@@ -6,7 +6,7 @@ the zero point, which stays an integer of the grid here.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,17 +70,30 @@ def fake_quantize(
             alone (PACT, arXiv 1805.06085).
         known: the result, where it is known from before; then only the backward pass computes.
     """
-    result = _FakeQuantize.apply(x, scale, zero_point, scheme, gradient_factor, domain, clip, rounding_gradient, known)
+    grid = _Grid(scheme.quant_min, scheme.quant_max, domain, clip, rounding_gradient)
+    ends_at_zero = scheme.symmetric and not scheme.signed and clip[0] == 0  # then the grid is the lower bound already
+    forward = grid._replace(clip=(-math.inf, clip[1])) if ends_at_zero else grid
+    result = _FakeQuantize.apply(x, scale, zero_point, scheme.axis, forward, grid, gradient_factor, known)
     assert isinstance(result, Tensor)
     return result
 
 
-def _used(scale: Tensor, zero_point: Tensor, low: int, high: int, domain: Domain | None) -> tuple[Tensor, Tensor]:
+class _Grid(NamedTuple):
+    """What a kernel is compiled for."""
+
+    low: int
+    high: int
+    domain: Domain | None
+    clip: Clip
+    rounding: bool
+
+
+def _used(scale: Tensor, zero_point: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
     """Scale and zero point in use, in float32."""
-    if domain is not None:
-        scale = effective_scale(scale, domain)
+    if grid.domain is not None:
+        scale = effective_scale(scale, grid.domain)
     if zero_point.is_floating_point():
-        zero_point = torch.clamp(torch.round(zero_point), low, high)
+        zero_point = torch.clamp(torch.round(zero_point), grid.low, grid.high)
     return scale, zero_point.float()
 
 
@@ -91,11 +104,9 @@ def _clipped(x: Tensor, clip: Clip) -> Tensor:
     return torch.where(x > high, high, x) if high < math.inf else x
 
 
-def _forward(
-    x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, domain: Domain | None, clip: Clip
-) -> Tensor:
-    scale, zero = _used(scale, zero_point, low, high, domain)
-    integers = torch.clamp(torch.round(_clipped(x.float(), clip) / scale) + zero, low, high)
+def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, grid: _Grid) -> Tensor:
+    scale, zero = _used(scale, zero_point, grid)
+    integers = torch.clamp(torch.round(_clipped(x.float(), grid.clip) / scale) + zero, grid.low, grid.high)
     return ((integers - zero) * scale).to(x.dtype)
 
 
@@ -107,56 +118,38 @@ def _passed(grad: Tensor, x: Tensor, inside: Tensor, clip: Clip) -> Tensor:
     return torch.where(inside, grad, 0.0)
 
 
-def _backward_input(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, domain: Domain | None, clip: Clip
-) -> Tensor:
-    scale, zero = _used(scale, zero_point, low, high, domain)
+def _backward_input(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: _Grid) -> tuple[Tensor]:
+    """The gradient of the input alone."""
+    scale, zero = _used(scale, zero_point, grid)
     shifted = torch.round(x.float() / scale) + zero
-    return _passed(grad, x, (shifted >= low) & (shifted <= high), clip)
+    return (_passed(grad, x, (shifted >= grid.low) & (shifted <= grid.high), grid.clip),)
 
 
-def _backward_scale(
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    low: int,
-    high: int,
-    domain: Domain | None,
-    clip: Clip,
-    rounding: bool,
-) -> tuple[Tensor, Tensor]:
+def _backward_scale(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
     """Gradients of the input and of the stored scale; the latter summed over the axes that share it."""
-    used, zero = _used(scale, zero_point, low, high, domain)
-    ratio = _clipped(x.float(), clip) / used
+    used, zero = _used(scale, zero_point, grid)
+    ratio = _clipped(x.float(), grid.clip) / used
     shifted = torch.round(ratio) + zero
-    inside = (shifted >= low) & (shifted <= high)
-    slope = torch.where(inside, shifted - zero - ratio if rounding else 0.0, torch.clamp(shifted, low, high) - zero)
+    inside = (shifted >= grid.low) & (shifted <= grid.high)
+    clipped = torch.clamp(shifted, grid.low, grid.high) - zero
+    slope = torch.where(inside, shifted - zero - ratio if grid.rounding else 0.0, clipped)
     total = (grad.float() * slope).sum_to_size(scale.shape)
-    if domain == "log":
+    if grid.domain == "log":
         total = total * (used * math.log(2))
-    elif domain == "linear":
+    elif grid.domain == "linear":
         total = torch.where(scale < 0, -total, total)
-    return _passed(grad, x, inside, clip), total
+    return _passed(grad, x, inside, grid.clip), total
 
 
 def _backward_all(
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    low: int,
-    high: int,
-    domain: Domain | None,
-    clip: Clip,
-    rounding: bool,
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: _Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the input, the stored scale and the zero point."""
-    used, zero = _used(scale, zero_point, low, high, domain)
-    shifted = torch.round(_clipped(x.float(), clip) / used) + zero
-    outside = (shifted < low) | (shifted > high)
+    used, zero = _used(scale, zero_point, grid)
+    shifted = torch.round(_clipped(x.float(), grid.clip) / used) + zero
+    outside = (shifted < grid.low) | (shifted > grid.high)
     total = -torch.where(outside, grad.float() * used, 0.0).sum_to_size(scale.shape)
-    return *_backward_scale(grad, x, scale, zero_point, low, high, domain, clip, rounding), total
+    return *_backward_scale(grad, x, scale, zero_point, grid), total
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -168,39 +161,29 @@ class _FakeQuantize(torch.autograd.Function):
         x: Tensor,
         scale: Tensor,
         zero_point: Tensor,
-        scheme: Scheme,
+        axis: int | None,
+        forward: _Grid,
+        grid: _Grid,
         gradient_factor: float,
-        domain: Domain | None,
-        clip: Clip,
-        rounding_gradient: bool,
         known: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.scheme, ctx.gradient_factor, ctx.domain, ctx.clip = scheme, gradient_factor, domain, clip
-        ctx.rounding_gradient = rounding_gradient
+        ctx.axis, ctx.grid, ctx.gradient_factor = axis, grid, gradient_factor
         if known is not None:
             return known.view_as(known)
-        if scheme.symmetric and not scheme.signed and clip[0] == 0:
-            clip = (-math.inf, clip[1])  # the grid ends there
-        rows, restore, shape = _rows(x, scheme.axis)
-        grid = (scale.reshape(shape), zero_point.reshape(shape), scheme.quant_min, scheme.quant_max)
-        return restore(fused(_forward)(rows, *grid, domain, clip))
+        rows, restore, shape = _rows(x, axis)
+        return restore(fused(_forward)(rows, scale.reshape(shape), zero_point.reshape(shape), forward))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
-        scheme: Scheme = ctx.scheme
-        rows, restore, shape = _rows(x, scheme.axis)
-        grad = _rows(_laid_out_like(gradients[0], x), scheme.axis)[0]
-        grid = (scale.reshape(shape), zero_point.reshape(shape), scheme.quant_min, scheme.quant_max)
+        rows, restore, shape = _rows(x, ctx.axis)
+        grad = _rows(_laid_out_like(gradients[0], x), ctx.axis)[0]
         _, for_scale, for_zero_point, *_ = ctx.needs_input_grad
-        if not (for_scale or for_zero_point):
-            passed, *sums = (fused(_backward_input)(grad, rows, *grid, ctx.domain, ctx.clip),)
-        else:
-            compute = _backward_all if for_zero_point else _backward_scale
-            passed, *sums = fused(compute)(grad, rows, *grid, ctx.domain, ctx.clip, ctx.rounding_gradient)
+        compute = _backward_all if for_zero_point else _backward_scale if for_scale else _backward_input
+        passed, *sums = fused(compute)(grad, rows, scale.reshape(shape), zero_point.reshape(shape), ctx.grid)
         found = [total.reshape(scale.shape) * ctx.gradient_factor for total in sums]
-        return restore(passed), *found, *(None,) * (8 - len(found))
+        return restore(passed), *found, *(None,) * (7 - len(found))
 
 
 # Layouts

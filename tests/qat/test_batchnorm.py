@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from halfeven.errors import CalibrationError, ConfigError
-from halfeven.qat.batchnorm import ScheduleOptions, freeze, needs_re_estimation, re_estimate, schedule
+from halfeven.qat.batchnorm import ScheduleOptions, freeze, re_estimate, schedule
 from halfeven.quantizer import Quantizer
 from halfeven.scheme import Scheme
 
@@ -108,14 +108,6 @@ def test_never_and_at_once():
     assert model[1].training
     schedule(ScheduleOptions(freeze_batchnorm_after=0))(model, 0.0)
     assert not model[1].training
-
-
-@pytest.mark.parametrize(
-    ("bits", "choice", "wanted"), [(8, None, False), (4, None, True), (8, True, True), (4, False, False)]
-)
-def test_re_estimation_is_for_few_bits(bits, choice, wanted):
-    model = nn.Sequential(Quantizer(Scheme(bits=bits)), Quantizer(Scheme()))
-    assert needs_re_estimation(model, ScheduleOptions(re_estimate=choice)) is wanted
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import nn
 from halfeven.distributed import average_batchnorm, batchnorms
 from halfeven.errors import CalibrationError, ConfigError
 from halfeven.graph.capture import inputs_of
-from halfeven.quantizer import quantizers, set_observing
+from halfeven.quantizer import set_observing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +70,6 @@ def schedule(options: ScheduleOptions) -> Callable[[nn.Module, float], None]:
             freeze(model)
 
     return before_step
-
-
-def needs_re_estimation(model: nn.Module, options: ScheduleOptions) -> bool:
-    """Whether the options, or else the bits of the model's quantizers, ask for re-estimation."""
-    if options.re_estimate is not None:
-        return options.re_estimate
-    return any(quantizer.scheme.bits < 8 for quantizer in quantizers(model).values())
 
 
 @torch.no_grad()
