@@ -18,6 +18,7 @@ from halfeven import cli
 from halfeven.config import Experiment
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.recipe import choose
+from halfeven.qat.batchnorm import ScheduleOptions
 from halfeven.qat.options import QATOptions
 from halfeven.qat.recipe import choose as choose_training
 
@@ -211,7 +212,7 @@ def test_the_recipe_shown_is_the_one_that_is_chosen():
     (shown,) = blocks(ROOT / "docs/qat.md", "text")
     model = timm.create_model("mobilenetv2_100", in_chans=1, num_classes=10).eval()
     qmodel = halfeven.prepare(model, torch.randn(2, 1, 32, 32), scheme="w4a4", ranges="learned")
-    assert shown.strip() == str(choose_training(qmodel, QATOptions()))
+    assert shown.strip() == str(choose_training(qmodel, QATOptions(), ScheduleOptions()))
 
 
 @pytest.mark.usefixtures("unfused")

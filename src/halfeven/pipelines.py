@@ -201,7 +201,7 @@ def accompany(
         The course of the training: what to call before, in and after each step.
     """
     options, schedule, say = options or QATOptions(), schedule or ScheduleOptions(), say or (lambda text: None)
-    recipe = choose_course(qmodel, options, schedule.re_estimate)
+    recipe = choose_course(qmodel, options, schedule)
     say(f"{recipe}\n")
     if recipe.reconstruct.taken:
         learn = reconstruct if recipe.blocks else adaround

@@ -50,9 +50,7 @@ def test_bfloat16_multiplies_the_integers_exactly():
     with torch.autocast("cpu", torch.bfloat16):
         found = layer(X)
     assert found.dtype is torch.bfloat16
-    torch.testing.assert_close(
-        found.float(), expected, rtol=2**-6, atol=1e-3
-    )
+    torch.testing.assert_close(found.float(), expected, rtol=2**-6, atol=1e-3)
     found.float().square().mean().backward()
     assert all(bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in layer.parameters() if p.numel() > 1)
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import halfeven as he
 from halfeven.errors import ConfigError
 from halfeven.pipelines import accompany
+from halfeven.qat.batchnorm import ScheduleOptions
 from halfeven.qat.options import QATOptions
 from halfeven.quantizer import quantizers
 from placement.parts import Residual
@@ -86,7 +87,8 @@ def test_learned_rounding_is_where_training_starts():
 
 
 def test_batchnorm_is_re_estimated_before_validation():
-    _, qmodel, course = made()
+    model, qmodel, _ = made()
+    course = accompany(qmodel, model, [X], QATOptions(**OFF), ScheduleOptions(freeze_batchnorm_after=1.0))
     qmodel.norm.running_mean.fill_(100.0)
     course.before_validation(qmodel)
     assert bool((qmodel.norm.running_mean.abs() < 50).all())

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import halfeven as he
+from halfeven.qat.batchnorm import ScheduleOptions
 from halfeven.qat.options import QATOptions
 from halfeven.qat.recipe import choose
 from placement.parts import IMAGE, Residual
@@ -11,10 +12,12 @@ from placement.parts import IMAGE, Residual
 AT_LOW_BITS = ("reconstruct", "average", "re_estimate")
 
 
-def recipe(scheme, re_estimate=None, batchnorm="keep", **options):
+def recipe(scheme, re_estimate=None, batchnorm="keep", freeze=1.0, **options):
     torch.manual_seed(0)
     qmodel = he.prepare(Residual(), torch.randn(IMAGE), scheme=scheme, batchnorm=batchnorm)
-    return choose(qmodel, QATOptions(**options), re_estimate)
+    return choose(
+        qmodel, QATOptions(**options), ScheduleOptions(re_estimate=re_estimate, freeze_batchnorm_after=freeze)
+    )
 
 
 def taken(found):
@@ -61,6 +64,8 @@ def test_batchnorm_is_re_estimated_as_asked_and_never_where_it_is_folded():
     assert recipe("w8a8", re_estimate=True).re_estimate.taken
     assert not recipe("w4a4", re_estimate=False).re_estimate.taken
     assert not recipe("w4a4", batchnorm="fold").re_estimate.taken
+    assert not recipe("w4a4", freeze=0.5).re_estimate.taken
+    assert recipe("w4a4", re_estimate=True, freeze=0.5).re_estimate.taken
 
 
 def test_it_prints_every_step_with_its_reason():

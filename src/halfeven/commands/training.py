@@ -88,7 +88,7 @@ def _continue(work: Work, model: nn.Module) -> tuple[nn.Module, Course, dict[str
         load_weights(model, trained)
     qmodel = rebuild(model, work.datasets.example(), Plan.from_dict(header["plan"])).to(work.accelerator.device)
     experiment, (loader, inputs) = work.experiment, _loaders(work)
-    recipe = choose(qmodel, experiment.qat, experiment.schedule.re_estimate)
+    recipe = choose(qmodel, experiment.qat, experiment.schedule)
     course = course_of(
         qmodel, model.to(work.accelerator.device), recipe, loader, experiment.qat, experiment.schedule, inputs
     )

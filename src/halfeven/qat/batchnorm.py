@@ -28,7 +28,8 @@ class ScheduleOptions:
     stop_observing_after: float = 2 / 3
     """Share of the steps in which observed ranges follow the batches; 0: as calibrated, 1: to the end."""
     re_estimate: bool | None = None
-    """Whether BatchNorm is re-estimated before each validation; None: where a scheme has less than 8 bits."""
+    """Whether BatchNorm is re-estimated before each validation; None: where a scheme has less than 8 bits and
+    BatchNorm follows the batches to the end. Weights that were trained with frozen statistics suit these alone."""
     re_estimate_batches: int = 50
     """Batches of calibration images for that."""
 

@@ -1,6 +1,6 @@
 """What accompanies quantization-aware training, and why: decided from the bits, printed before it is acted upon.
 
-White paper, figure 11, with what came after it. Each default is measured: `docs/qat.md` has the table.
+White paper, figure 11, with what came after it. `docs/qat.md` has what was measured.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import nn
 
 from halfeven.choice import Choice, switched, table
 from halfeven.placement.insertion import plan_of
+from halfeven.qat.batchnorm import ScheduleOptions
 from halfeven.qat.options import QATOptions
 from halfeven.quantizer import quantizers
 
@@ -43,11 +44,11 @@ class Recipe:
         return table("Steps of quantization-aware training:", rows)
 
 
-def choose(qmodel: nn.Module, options: QATOptions, re_estimate: bool | None = None) -> Recipe:
+def choose(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) -> Recipe:
     """Decide what accompanies the training of a prepared model.
 
     Args:
-        re_estimate: the user's choice on BatchNorm's statistics, if there is one.
+        schedule: whether BatchNorm is frozen on the way, and what the user chose on its statistics.
     """
     found = quantizers(qmodel).values()
     weight_bits = min((q.scheme.bits for q in found if q.weight), default=8)
@@ -57,11 +58,11 @@ def choose(qmodel: nn.Module, options: QATOptions, re_estimate: bool | None = No
         reconstruct=_start(options, bits, progress),
         blocks=options.start != "layers",
         progress=progress,
-        distill=_off_unless_asked(options.distill, "it pays where the float model is far better than what is trained"),
-        dampen=_off_unless_asked(options.dampen_oscillations, "freezing does as much and costs less"),
+        distill=_off_unless_asked(options.distill, "a teacher no better than what is trained holds it back"),
+        dampen=_off_unless_asked(options.dampen_oscillations, "freezing them costs less"),
         freeze=_freeze(options, weight_bits),
         average=_average(options, bits),
-        re_estimate=_re_estimate(re_estimate, bits, plan_of(qmodel).options.batchnorm),
+        re_estimate=_re_estimate(schedule, bits, plan_of(qmodel).options.batchnorm),
     )
 
 
@@ -88,7 +89,7 @@ def _freeze(options: QATOptions, weight_bits: int) -> Choice:
     if chosen := switched(options.freeze_oscillations):
         return chosen
     if weight_bits <= options.oscillation.bits:
-        return Choice(False, "it gained nothing where it was measured; try it in long runs of depthwise networks")
+        return Choice(False, "for long runs of depthwise networks, where hopping weights are what is left")
     return Choice(False, f"weights of {weight_bits} bits hop by too little to matter")
 
 
@@ -100,11 +101,13 @@ def _average(options: QATOptions, bits: int) -> Choice:
     return Choice(False, f"at {bits} bits the last weights are as good")
 
 
-def _re_estimate(asked: bool | None, bits: int, batchnorm: str) -> Choice:
+def _re_estimate(schedule: ScheduleOptions, bits: int, batchnorm: str) -> Choice:
     if batchnorm == "fold":
         return Choice(False, "BatchNorm is folded")
-    if asked is not None:
-        return Choice(asked, "as the options say")
+    if schedule.re_estimate is not None:
+        return Choice(schedule.re_estimate, "as the options say")
+    if schedule.freeze_batchnorm_after < 1:
+        return Choice(False, "its statistics are frozen, and the weights have learned with them")
     if bits < 8:
         return Choice(True, "below 8 bits weights hop, and running statistics describe none of the networks seen")
     return Choice(False, "at 8 bits running statistics are right")

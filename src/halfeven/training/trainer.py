@@ -262,7 +262,8 @@ class Trainer:
         return metrics
 
     def _save_state(self) -> None:
-        average_batchnorm(self.model)
+        for model in (self.model, *self.callbacks.others.values()):
+            average_batchnorm(model)
         if different := differing(self.model):
             raise CheckpointError(
                 f"After step {self.step} the processes of this run hold different models ("
