@@ -32,6 +32,15 @@ def test_scales_never_decay():
     assert names(model, learned) == {"quantizer.scale"}
 
 
+def test_scales_that_learn_by_clipping_alone_decay():
+    model = net()
+    model.pact = Quantizer(Scheme(), ranges="clipped")
+    *_, learned, clipped = parameter_groups(model, TrainingOptions(weight_decay=0.1, scale_rate=0.5))
+    assert names(model, learned) == {"quantizer.scale"}
+    assert names(model, clipped) == {"pact.scale"}
+    assert (clipped["weight_decay"], clipped["rate"]) == (0.1, 0.5)
+
+
 def test_scales_learn_more_slowly_under_sgd_alone():
     sgd = TrainingOptions(learning_rate=0.1, scale_rate=0.05)
     assert parameter_groups(net(), sgd)[-1]["lr"] == pytest.approx(0.005)

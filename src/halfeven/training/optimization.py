@@ -17,24 +17,31 @@ def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[st
 
     A scale never decays: decay would pull the step size to zero whatever the loss says. Under SGD it learns more slowly
     than the weights (white paper, section 4.4): BatchNorm forgives a weight any length, a scale that moved as far would
-    clip.
+    clip. Scales that learn by clipping alone are the exception: nothing but decay ever makes them smaller (PACT, arXiv
+    1805.06085, section 3).
     """
-    scales = {id(p) for quantizer in quantizers(model).values() for p in quantizer.parameters(recurse=False)}
+    found = quantizers(model).values()
+    scales = {id(p) for quantizer in found for p in quantizer.parameters(recurse=False)}
+    clipping = {id(q.scale) for q in found if q.ranges == "clipped" and q.domain == "linear"}
     norms = {id(p) for m in model.modules() if isinstance(m, NORMALIZATIONS) for p in m.parameters(recurse=False)}
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     learned: list[nn.Parameter] = []
+    clipped: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         small = id(parameter) in norms or name.rpartition(".")[2] == "bias"
         keeps = small and not options.decay_norms_and_biases
-        (learned if id(parameter) in scales else free if keeps else decayed).append(parameter)
+        group = learned if id(parameter) in scales else free if keeps else decayed
+        (clipped if id(parameter) in clipping else group).append(parameter)
     factor = options.scale_rate if options.optimizer == "sgd" else 1.0
+    own = {"lr": options.learning_rate * factor, "rate": factor}
     groups = [
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": free, "weight_decay": 0.0},
-        {"params": learned, "weight_decay": 0.0, "lr": options.learning_rate * factor, "rate": factor},
+        {"params": learned, "weight_decay": 0.0, **own},
+        {"params": clipped, "weight_decay": options.weight_decay, **own},
     ]
     return [group for group in groups if group["params"]]
 
