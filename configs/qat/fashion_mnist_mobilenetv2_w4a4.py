@@ -1,7 +1,7 @@
 """Fashion-MNIST, MobileNetV2, all layers with 4 bits: 2,000 steps with all that the recipe for 4 bits chooses.
 
-Rounding is learned block by block first; training has learned ranges (LSQ) and the float model as its teacher, and the
-better of the last weights and their average is kept.
+Learned ranges (LSQ) from calibration, BatchNorm live to the end and re-estimated, and the better of the last weights
+and their average is kept.
 """
 
 import dataclasses

@@ -9,10 +9,10 @@ from halfeven.qat.options import QATOptions
 from halfeven.qat.recipe import choose
 from placement.parts import IMAGE, Residual
 
-AT_LOW_BITS = ("reconstruct", "average", "re_estimate")
+AT_LOW_BITS = ("average", "re_estimate")
 
 
-def recipe(scheme, re_estimate=None, batchnorm="keep", freeze=1.0, **options):
+def recipe(scheme, re_estimate=None, batchnorm="keep", freeze=None, **options):
     torch.manual_seed(0)
     qmodel = he.prepare(Residual(), torch.randn(IMAGE), scheme=scheme, batchnorm=batchnorm)
     return choose(
@@ -26,7 +26,13 @@ def taken(found):
 
 @pytest.mark.parametrize(
     ("scheme", "expected"),
-    [("w8a8", set()), ("w6a8", {"re_estimate"}), ("w4a8", set(AT_LOW_BITS)), ("w8a4", set(AT_LOW_BITS))],
+    [
+        ("w8a8", set()),
+        ("w6a8", {"re_estimate"}),
+        ("w4a8", set(AT_LOW_BITS)),
+        ("w8a4", set(AT_LOW_BITS)),
+        ("w3a4", {"reconstruct", *AT_LOW_BITS}),
+    ],
 )
 def test_the_bits_decide(scheme, expected):
     assert taken(recipe(scheme)) == expected

@@ -16,32 +16,32 @@ from torch import nn
 from halfeven.distributed import average_batchnorm, batchnorms
 from halfeven.errors import CalibrationError, ConfigError
 from halfeven.graph.capture import inputs_of
-from halfeven.quantizer import set_observing
+from halfeven.quantizer import quantizers, set_observing
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
     """When ranges and BatchNorm statistics stop moving, in shares of the run."""
 
-    freeze_batchnorm_after: float = 2 / 3
-    """Share of the steps in which BatchNorm follows the batches; 0: frozen from the start, 1: never frozen."""
+    freeze_batchnorm_after: float | None = None
+    """Share of the steps in which BatchNorm follows the batches; 0: frozen from the start, 1: never frozen. None: two
+    thirds, and never where a scheme has less than 8 bits, whose statistics are re-estimated."""
     stop_observing_after: float = 2 / 3
     """Share of the steps in which observed ranges follow the batches; 0: as calibrated, 1: to the end."""
     re_estimate: bool | None = None
     """Whether BatchNorm is re-estimated before each validation; None: where a scheme has less than 8 bits and
-    BatchNorm follows the batches to the end. Weights that were trained with frozen statistics suit these alone."""
+    BatchNorm is not frozen: weights that were trained with frozen statistics suit these alone."""
     re_estimate_batches: int = 50
     """Batches of calibration images for that."""
 
     def __post_init__(self) -> None:
-        shares = (self.freeze_batchnorm_after, self.stop_observing_after)
+        shares = [s for s in (self.freeze_batchnorm_after, self.stop_observing_after) if s is not None]
         if not all(0 <= share <= 1 for share in shares) or self.re_estimate_batches < 1:
             raise ConfigError(
-                f"schedule.freeze_batchnorm_after={shares[0]}, stop_observing_after={shares[1]} and "
-                "re_estimate_batches="
-                f"{self.re_estimate_batches} cannot be followed. The first two are shares of the run, from 0 (at "
-                "once) to 1 "
-                "(never); at least one batch must be re-estimated on."
+                f"schedule.freeze_batchnorm_after={self.freeze_batchnorm_after}, stop_observing_after="
+                f"{self.stop_observing_after} and re_estimate_batches={self.re_estimate_batches} cannot be followed. The "
+                "first two are shares of the run, from 0 (at once) to 1 (never); at least one batch must be re-estimated "
+                "on."
             )
 
 
@@ -61,16 +61,24 @@ def freeze(model: nn.Module) -> None:
 def schedule(options: ScheduleOptions) -> Callable[[nn.Module, float], None]:
     """The function that freezes what is due: to be called before each training step with the share of the run done."""
     observing: dict[str, bool] = {}
+    batchnorm: dict[str, float] = {}
 
     def before_step(model: nn.Module, done: float) -> None:
         # Only changes are written: filling a device's flags at every step would cost more than it is worth.
         if observing.get("now") != (wanted := done < options.stop_observing_after):
             set_observing(model, wanted)
             observing["now"] = wanted
-        if done >= options.freeze_batchnorm_after:
+        if done >= batchnorm.setdefault("until", frozen_after(model, options)):
             freeze(model)
 
     return before_step
+
+
+def frozen_after(model: nn.Module, options: ScheduleOptions) -> float:
+    """Share of the run after which BatchNorm is frozen: as the options say, or by the bits of the quantizers."""
+    if options.freeze_batchnorm_after is not None:
+        return options.freeze_batchnorm_after
+    return 1.0 if any(quantizer.scheme.bits < 8 for quantizer in quantizers(model).values()) else 2 / 3
 
 
 @torch.no_grad()

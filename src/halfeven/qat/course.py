@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from halfeven.errors import ConfigError
 from halfeven.qat.averaging import WeightAverage
-from halfeven.qat.batchnorm import ScheduleOptions, re_estimate, schedule
+from halfeven.qat.batchnorm import ScheduleOptions, frozen_after, re_estimate, schedule
 from halfeven.qat.distillation import Distillation
 from halfeven.qat.options import QATOptions
 from halfeven.qat.oscillation import Oscillations
@@ -63,7 +63,8 @@ class Course:
                 'teacher. Give the float model with its weights, or set qat.distill="off".'
             )
         self.recipe, self.inputs, self.schedule_options = recipe, inputs, schedule_options
-        self._schedule = schedule(schedule_options)
+        until = frozen_after(qmodel, schedule_options)  # by the plan's bits: a progression starts with others
+        self._schedule = schedule(dataclasses.replace(schedule_options, freeze_batchnorm_after=until))
         teacher = float_model if recipe.distill.taken else None
         self.distillation = None if teacher is None else Distillation(teacher, qmodel, options.distillation)
         self.average = WeightAverage(qmodel, options.averaging) if recipe.average.taken else None

@@ -9,7 +9,7 @@ from torch import nn
 
 from halfeven.choice import Choice, switched, table
 from halfeven.placement.insertion import plan_of
-from halfeven.qat.batchnorm import ScheduleOptions
+from halfeven.qat.batchnorm import ScheduleOptions, frozen_after
 from halfeven.qat.options import QATOptions
 from halfeven.quantizer import quantizers
 
@@ -62,7 +62,7 @@ def choose(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) ->
         dampen=_off_unless_asked(options.dampen_oscillations, "freezing them costs less"),
         freeze=_freeze(options, weight_bits),
         average=_average(options, bits),
-        re_estimate=_re_estimate(schedule, bits, plan_of(qmodel).options.batchnorm),
+        re_estimate=_re_estimate(qmodel, schedule, bits),
     )
 
 
@@ -75,13 +75,13 @@ def _start(options: QATOptions, bits: int, progress: Choice) -> Choice:
         return Choice(False, "a rounding that is learned for the last bits means nothing for the first")
     if options.start != "auto":
         return Choice(options.start != "ranges", "as the options say")
-    if bits <= LOW_BITS:
-        return Choice(True, f"at {bits} bits training starts from a far better model")
-    return Choice(False, f"at {bits} bits calibrated ranges lose next to nothing")
+    if bits < LOW_BITS:
+        return Choice(True, f"at {bits} bits calibrated ranges alone leave little to start from")
+    return Choice(False, f"from {bits} bits training ends as well, or better, from calibrated ranges")
 
 
 def _progress(options: QATOptions, bits: int) -> Choice:
-    reason = "learned rounding is a better start" if bits <= LOW_BITS else f"{bits} bits need no way down"
+    reason = "learned rounding is a better start" if bits < LOW_BITS else f"{bits} bits need no way down"
     return _off_unless_asked(options.progress, reason)
 
 
@@ -101,12 +101,12 @@ def _average(options: QATOptions, bits: int) -> Choice:
     return Choice(False, f"at {bits} bits the last weights are as good")
 
 
-def _re_estimate(schedule: ScheduleOptions, bits: int, batchnorm: str) -> Choice:
-    if batchnorm == "fold":
+def _re_estimate(qmodel: nn.Module, schedule: ScheduleOptions, bits: int) -> Choice:
+    if plan_of(qmodel).options.batchnorm == "fold":
         return Choice(False, "BatchNorm is folded")
     if schedule.re_estimate is not None:
         return Choice(schedule.re_estimate, "as the options say")
-    if schedule.freeze_batchnorm_after < 1:
+    if frozen_after(qmodel, schedule) < 1:
         return Choice(False, "its statistics are frozen, and the weights have learned with them")
     if bits < 8:
         return Choice(True, "below 8 bits weights hop, and running statistics describe none of the networks seen")
