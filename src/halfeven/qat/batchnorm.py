@@ -39,9 +39,9 @@ class ScheduleOptions:
         if not all(0 <= share <= 1 for share in shares) or self.re_estimate_batches < 1:
             raise ConfigError(
                 f"schedule.freeze_batchnorm_after={self.freeze_batchnorm_after}, stop_observing_after="
-                f"{self.stop_observing_after} and re_estimate_batches={self.re_estimate_batches} cannot be followed. The "
-                "first two are shares of the run, from 0 (at once) to 1 (never); at least one batch must be re-estimated "
-                "on."
+                f"{self.stop_observing_after} and re_estimate_batches={self.re_estimate_batches} cannot be followed. "
+                "The first two are shares of the run, from 0 (at once) to 1 (never); at least one batch must be "
+                "re-estimated on."
             )
 
 
