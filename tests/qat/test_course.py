@@ -94,6 +94,12 @@ def test_batchnorm_is_re_estimated_before_validation():
     assert bool((qmodel.norm.running_mean.abs() < 50).all())
 
 
+def test_dampening_adds_to_the_loss_late_in_the_run():
+    _, _, course = made(dampen_oscillations="on")
+    assert course.penalty(0.1) == 0
+    assert course.penalty(0.9) > 0
+
+
 def test_shares_are_logged():
     _, qmodel, course = made(freeze_oscillations="on")
     train(qmodel, course, 0, 4)

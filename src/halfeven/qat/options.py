@@ -34,7 +34,7 @@ class QATOptions:
     """How distillation is done."""
     averaging: AveragingOptions = field(default_factory=lambda: AveragingOptions(decay=0.99))
     """How the average is taken."""
-    oscillation: OscillationOptions = field(default_factory=OscillationOptions)
+    oscillation: OscillationOptions = field(default_factory=lambda: OscillationOptions(dampening=0.1))
     """How oscillations are found, frozen and dampened."""
     progression: ProgressionOptions = field(default_factory=ProgressionOptions)
     """The bits to start with."""
