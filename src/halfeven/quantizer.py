@@ -116,7 +116,7 @@ class Quantizer(nn.Module):
             scale, zero_point = self._present_range(x)
             if self.training:
                 self._store(scale, zero_point)
-            return self._once(lambda known: fake_quantize(x, scale, zero_point, self.scheme, known=known))
+            return self._once(x, lambda known: fake_quantize(x, scale, zero_point, self.scheme, known=known))
         if self._observing and self.training:
             self._follow(x)
         if not self.calibrated:
@@ -127,16 +127,17 @@ class Quantizer(nn.Module):
         factor, domain = (self._gradient_factor(x), self.domain) if self.learned else (1.0, None)
         rounding = self.ranges != "clipped"
         return self._once(
+            x,
             lambda known: fake_quantize(
                 x, self.scale, self.zero_point, self.scheme, factor,
                 domain=domain, clip=clip, rounding_gradient=rounding, known=known,
-            )
+            ),
         )  # fmt: skip
 
-    def _once(self, quantized: Callable[[Tensor | None], Tensor]) -> Tensor:
+    def _once(self, x: Tensor, quantized: Callable[[Tensor | None], Tensor]) -> Tensor:
         """The result of fake-quantization, from before where weights are quantized once."""
         result = quantized(self.kept)
-        if self.keeps:
+        if self.keeps and isinstance(x, nn.Parameter):  # one that is computed from others is another in every call
             self.kept = result.detach()
         return result
 

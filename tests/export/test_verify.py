@@ -19,7 +19,8 @@ from halfeven.export import load_deployed
 from halfeven.export.exact import ExactModel
 from halfeven.export.runtime import compile_model, read, request_with
 from halfeven.export.verify import Report
-from halfeven.quantizer import Mode, Quantizer, quantizers
+from halfeven.fake_quantization import fake_quantize
+from halfeven.quantizer import quantizers
 
 IMAGE = (4, 3, 8, 8)
 
@@ -282,17 +283,16 @@ def test_a_quantized_tensor_that_is_shared_is_compared_at_each_place(tmp_path):
 def test_each_weight_is_quantized_once_and_then_as_before(deployed, monkeypatch):
     qmodel, path, batches = deployed
     calls = []
-    forward = Quantizer.forward
 
-    def counted(self, x, *clip):
-        if self.weight and self.mode is Mode.QUANTIZE:  # off while the float model is traced for its latency
-            calls.append(self)
-        return forward(self, x, *clip)
+    def counted(x, *args, known=None, **kwargs):
+        if isinstance(x, nn.Parameter) and known is None:
+            calls.append(x)
+        return fake_quantize(x, *args, known=known, **kwargs)
 
-    monkeypatch.setattr(Quantizer, "forward", counted)
+    monkeypatch.setattr("halfeven.quantizer.fake_quantize", counted)
     he.verify(qmodel, path, batches)
     assert len(calls) == 3
-    assert all("forward" not in vars(quantizer) for quantizer in quantizers(qmodel).values())
+    assert all(quantizer.kept is None for quantizer in quantizers(qmodel).values())
     with torch.no_grad():
         before = qmodel(batches[0])
         qmodel.get_submodule("3").weight.mul_(0.5)
@@ -339,3 +339,12 @@ def test_latency_times_the_model_alone(deployed):
     request = request_with(compile_model(read(path)), [batches[0]])
     request.infer(share_inputs=True, share_outputs=True)
     assert torch.equal(torch.from_numpy(request.get_output_tensor(0).data), load_deployed(path)(batches[0]))
+
+
+def test_a_quantizer_that_runs_after_a_max_pool_is_compared_where_the_plan_has_it(tmp_path):
+    pooled = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1))
+    qmodel, batches = quantized(net(pooled), IMAGE)
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches)
+    assert report.integer_match == 1.0
+    assert report.float_simulation_match > 0.99
+    assert next(t.count for t in report.tensors if t.name == "2_relu") == 12 * 8 * 64

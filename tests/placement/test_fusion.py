@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.graph.operators import module_of, operator_name
-from halfeven.placement.fusion import fused_graph
+from halfeven.placement.fusion import as_planned, fused_graph
 from halfeven.placement.planning import regions
 from halfeven.quantizer import Mode, Quantizer, quantizers, set_mode
 from placement.parts import IMAGE, Attention, Residual, conv
@@ -342,3 +342,23 @@ def test_a_compiled_model_is_one_graph_and_has_the_same_numbers(name, ranges):
         for parameter, gradient in expected.items():
             mine = found[parameter if parameter == "input" else f"_orig_mod.{parameter}"]
             torch.testing.assert_close(mine, gradient, rtol=1e-4, atol=1e-5, msg=parameter)
+
+
+def test_as_planned_hooks_see_the_tensors_of_the_plan():
+    qmodel = he.calibrate(
+        he.prepare(
+            nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 2, 1)),
+            torch.randn(2, 3, 8, 8),
+        ),
+        [torch.randn(2, 3, 8, 8)],
+    ).eval()
+    seen = []
+    (quantizer,) = [q for name, q in quantizers(qmodel).items() if name.startswith("quantizers.1")]
+    quantizer.register_forward_hook(lambda module, args, output: seen.append(output))
+    x = torch.randn(2, 3, 8, 8)
+    with as_planned(qmodel):
+        inside = qmodel(x)
+    outside = qmodel(x)
+    assert torch.equal(inside, outside)
+    assert [output.shape[-1] for output in seen] == [8, 4]
+    assert torch.equal(torch.nn.functional.max_pool2d(seen[0], 2), seen[1])

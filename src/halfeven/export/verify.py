@@ -1,7 +1,7 @@
 """verify: does the file compute the integers that were trained, does it compute in integers, and how fast?"""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from halfeven.export.runtime import (
 from halfeven.export.tensors import Ends
 from halfeven.graph.capture import inputs_of
 from halfeven.graph.operators import module_of
+from halfeven.placement.fusion import as_planned
 from halfeven.placement.planning import regions
-from halfeven.quantizer import Quantizer, quantizers
+from halfeven.quantizer import Quantizer, quantizers, weights_quantized_once
 
 
 @dataclass
@@ -148,7 +149,8 @@ def verify(qmodel: nn.Module, path: str | Path, batches: Iterable[Any], float_mo
     quantized = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
     model, exported = exportable(qmodel)
     comparison = _Comparison(qmodel, model, exported, Path(path))
-    rows = _compare(comparison, batches, quantized, float_model)
+    with as_planned(qmodel):
+        rows = _compare(comparison, batches, quantized, float_model)
     layers = executed_layers(compile_model(read(path)), comparison.layers)
     milliseconds = latency(qmodel, Path(path), inputs_of(batches[0]))
     total = sum(tensor.count for tensor in comparison.tensors) or 1
@@ -297,32 +299,6 @@ def _compare(comparison: _Comparison, batches: list[Any], device: torch.device, 
         for batch in batches:
             _compare_batch(comparison, batch, device, float_model, rows)
     return rows
-
-
-@contextmanager
-def weights_quantized_once(qmodel: nn.Module) -> Iterator[None]:
-    """Within: each weight is quantized at its first use and kept, which is right while the weights stay."""
-    found = [quantizer for quantizer in quantizers(qmodel).values() if quantizer.weight]
-    try:
-        for quantizer in found:
-            quantizer.forward = _kept(quantizer.forward)  # type: ignore[assignment, method-assign]
-        yield
-    finally:
-        for quantizer in found:
-            del quantizer.forward
-
-
-def _kept(quantize: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    kept: dict[Tensor, Tensor] = {}
-
-    def run(weight: Tensor) -> Tensor:
-        if not isinstance(weight, nn.Parameter):  # one that is computed from others, in every call
-            return quantize(weight)
-        if weight not in kept:
-            kept[weight] = quantize(weight)
-        return kept[weight]
-
-    return run
 
 
 def _compare_batch(

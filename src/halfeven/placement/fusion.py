@@ -5,11 +5,14 @@ same bit for bit: rounding is monotonic, so quantizing commutes with a maximum a
 """
 
 import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
-from torch import fx
+from torch import fx, nn
 
 from halfeven.graph.operators import clipping, module_of, operator_name
 from halfeven.graph.restoration import CapturedModule
+from halfeven.placement.planning import regions
 from halfeven.quantizer import Quantizer
 
 POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
@@ -29,6 +32,23 @@ def fused_graph(region: CapturedModule) -> fx.Graph:
             _sink_below_pools(node)
             _fuse_clip(node)
     return graph
+
+
+@contextmanager
+def as_planned(model: nn.Module) -> Iterator[None]:
+    """Within, a model runs its graphs as they are, so that hooks on its quantizers see the tensors of the plan."""
+    fused = [region for region in regions(model).values() if region.runs_as is not None]
+    _run_as(fused, None)
+    try:
+        yield
+    finally:
+        _run_as(fused, fused_graph)
+
+
+def _run_as(fused: Iterable[CapturedModule], graph: Callable[[CapturedModule], fx.Graph] | None) -> None:
+    for region in fused:
+        region.runs_as = graph
+        region.recompile()
 
 
 def _is_quantizer(node: fx.Node) -> bool:
