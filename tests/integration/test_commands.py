@@ -34,7 +34,7 @@ def test_train_delivers_and_shows_everything(trained):
 
 def test_the_log_tells_of_both_models(trained):
     lines = [json.loads(line) for line in (trained[0] / "log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines if "int8" in line] == [1, 2, 3]
+    assert [line["epoch"] for line in lines if "w8a8" in line] == [1, 2, 3]
     assert [line["step"] for line in lines if "float" in line] == [0], "the float model is evaluated once"
     assert [line["step"] for line in lines if "loss" in line] == [10, 20, 30, 40, 48]
 

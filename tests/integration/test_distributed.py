@@ -89,7 +89,7 @@ def test_both_processes_end_with_the_same_model(config, images, weights, tmp_pat
         "BatchNorm follows the batches in the QAT recipe, and is frozen in the LSQ one"
     )
     lines = [json.loads(line) for line in (tmp_path / "work" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "int8" in line] == [3]
+    assert [line["step"] for line in lines if "w8a8" in line] == [3]
     assert "scaled to 0.000234375" in done.stdout, (
         "9 images a process, 3 at a time, 2 processes: 6 of the 256 the rate is for"
     )

@@ -1,5 +1,6 @@
 """The loop on small float models: it learns, logs, keeps the best, accumulates and resumes exactly."""
 
+import dataclasses
 import io
 import json
 
@@ -244,8 +245,22 @@ def test_another_form_of_the_model_is_validated_and_kept_if_it_is_the_best(tmp_p
     best = [(is_other, facts["epoch"]) for name, is_other, facts in kept if "best" in name]
     assert best == [(False, 1), (True, 1), (False, 2)]
     assert not any(is_other for name, is_other, _ in kept if "last" in name)
-    averages = [record["int8, average"]["top1"] for record in log(tmp_path) if "int8, average" in record]
+    averages = [record["quantized, average"]["top1"] for record in log(tmp_path) if "quantized, average" in record]
     assert averages == [60.0, 65.0, 45.0]
+
+
+@pytest.mark.parametrize(("reached", "best", "epoch"), [(80.0, 85.0, 0), (90.0, 90.0, 1)])
+def test_the_start_is_the_best_until_training_makes_a_better_one(tmp_path, reached, best, epoch):
+    kept, said = [], io.StringIO()
+    one = trainer(tmp_path, dataclasses.replace(OPTIONS, epochs=1), console=Console(file=said))
+    one.callbacks = Callbacks(
+        validate=lambda model: {"top1": reached},
+        save=lambda m, path, facts: (kept.append((path.name, facts["epoch"])), path.touch()),
+        start={"top1": 85.0},
+    )
+    assert one.run().best == {"top1": best}
+    assert [e for name, e in kept if "best" in name][-1] == epoch
+    assert ("the start is kept" in " ".join(said.getvalue().split())) is (epoch == 0)
 
 
 def test_a_validation_before_the_model_is_what_it_shall_be_does_not_count(tmp_path):

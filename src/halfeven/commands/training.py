@@ -112,8 +112,9 @@ def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, Co
         qmodel = prepare(model, example, options)
     float_metrics = work.accuracy(model)
     loader, inputs = _loaders(work)
-    known = {"float": float_metrics}
-    known["int8, calibrated"] = work.accuracy(calibrate(qmodel.to(work.accelerator.device), loader))
+    scheme = experiment.quantization.scheme
+    start = work.accuracy(calibrate(qmodel.to(work.accelerator.device), loader))
+    known = {"float": float_metrics, f"{scheme}, calibrated": start}
     course = accompany(
         qmodel,
         model,
@@ -126,8 +127,10 @@ def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, Co
         state=work.folder / PTQ_STATE,
     )
     if course.recipe.reconstruct.taken:
-        known["int8, rounding learned"] = work.accuracy(qmodel)
-    return qmodel, course, {"plan": plan_of(qmodel).to_dict(), "float": float_metrics, "known": known}
+        start = known[f"{scheme}, rounding learned"] = work.accuracy(qmodel)
+    facts = {"plan": plan_of(qmodel).to_dict(), "float": float_metrics, "known": known}
+    # With progressive bit-width the start has more bits than it shall have, and says nothing of the end.
+    return qmodel, course, facts | {"start": start if course.counts_from == 0 else None}
 
 
 def _train_quantized(work: Work, qmodel: nn.Module, course: Course, header: dict[str, Any], *, resume: bool) -> None:
@@ -136,6 +139,7 @@ def _train_quantized(work: Work, qmodel: nn.Module, course: Course, header: dict
         validate=work.accuracy,
         save=lambda model, path, facts: save(model, path, facts | {"float": header["float"]}),
         known=header["known"],
+        start=header.get("start"),
         loss=course.loss,
         penalty=course.penalty,
         before_step=(course.before_step,),
@@ -152,5 +156,6 @@ def _train_quantized(work: Work, qmodel: nn.Module, course: Course, header: dict
         console=work.console,
         seed=experiment.seed,
         workers=experiment.data.workers,
+        name=experiment.quantization.scheme,
     )
     Trainer(qmodel, work.datasets.train, experiment.training, callbacks, run, header).run(resume=resume)

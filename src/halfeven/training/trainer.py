@@ -45,6 +45,8 @@ class Callbacks:
     """Writes a checkpoint of the model to a path, with facts about it; called by the first process."""
     known: Mapping[str, Metrics] = field(default_factory=dict)
     """Accuracies measured before, by name, to be logged at step 0: that of the float model."""
+    start: Metrics | None = None
+    """Accuracy of the model as it is given, where it counts: it is the best until training makes a better one."""
     before_step: Sequence[Callable[[nn.Module, float], None]] = ()
     """Called with the share of the run that is done before each step, after `model.train()`: here layers are frozen."""
     loss: Loss | None = None
@@ -76,8 +78,8 @@ class Run:
     console: Console = field(default_factory=Console)
     seed: int = 0
     workers: int = 0
-    name: str = "int8"
-    """What the trained model's accuracy is called in the logs."""
+    name: str = "quantized"
+    """What the trained model's accuracy is called in the logs, for example "w8a8"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +164,20 @@ class Trainer:
             if not resume:
                 for name, metrics in self.callbacks.known.items():
                     self.log.validation(0, 0, name, metrics)
+                if self.callbacks.start is not None:
+                    self._write_best(self.model, self.callbacks.start, 0, self.where.name)
                 self._save_state()
             while self.step < self.total_steps:
                 self._train_epoch(self.step // self.steps_per_epoch)
         finally:
             self.log.close()
+        if self.best and self.best == self.callbacks.start:
+            console.print(
+                f"No validation was better than the {self.best['top1']:.2f} % that training started from (the last: "
+                f"{self.last['top1']:.2f} %): the start is kept as the best. A lower training.learning_rate or a "
+                "longer run may gain.",
+                highlight=False,
+            )
         return Outcome(best=self.best, last=self.last, steps=self.step)
 
     def _train_epoch(self, epoch: int) -> None:
@@ -252,14 +263,20 @@ class Trainer:
         metrics = self.callbacks.validate(model)
         self.log.validation(self.step, epoch + 1, name, metrics)
         counts = self.step >= self.callbacks.counts_from * self.total_steps
-        better = counts and (not self.best or metrics["top1"] > self.best["top1"])
-        self.best = metrics if better else self.best
-        facts = {"step": self.step, "epoch": epoch + 1, name: metrics}
-        for written in filter(None, (file if counts else "", "best" if better else "")):
-            if self.accelerator.is_main_process:
-                path = self.where.folder / f"{written}.safetensors"
-                write_atomically(path, lambda partial: self.callbacks.save(model, partial, facts))
+        if counts and (not self.best or metrics["top1"] > self.best["top1"]):
+            self._write_best(model, metrics, epoch + 1, name)
+        if counts and file:
+            self._write(model, file, {"step": self.step, "epoch": epoch + 1, name: metrics})
         return metrics
+
+    def _write_best(self, model: nn.Module, metrics: Metrics, epoch: int, name: str) -> None:
+        self.best = metrics
+        self._write(model, "best", {"step": self.step, "epoch": epoch, name: metrics})
+
+    def _write(self, model: nn.Module, file: str, facts: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            path = self.where.folder / f"{file}.safetensors"
+            write_atomically(path, lambda partial: self.callbacks.save(model, partial, facts))
 
     def _save_state(self) -> None:
         for model in (self.model, *self.callbacks.others.values()):
