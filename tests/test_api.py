@@ -11,7 +11,7 @@ import halfeven as he
 from halfeven import errors
 
 PUBLIC = {
-    *("quantize", "prepare", "plan_of", "calibrate", "export", "verify", "save", "load"),
+    *("quantize", "prepare", "plan_of", "calibrate", "exact", "export", "verify", "save", "load"),
     *("HalfevenError", "Plan", "QuantizationOptions", "Rule"),
 }
 

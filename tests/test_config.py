@@ -120,5 +120,7 @@ def test_fields_that_contradict_each_other():
         dataclasses.replace(base, pretraining=TrainingOptions(epochs=1))
     with pytest.raises(ConfigError, match="leaves the quantized model untrained"):
         dataclasses.replace(base, training=TrainingOptions(epochs=0))
-    with pytest.raises(ConfigError, match="Name a format"):
-        ExportOptions(formats=())
+    with pytest.raises(ConfigError, match="onnxruntime reads no such files"):
+        dataclasses.replace(base, export=ExportOptions(formats=("onnx", "xml"), target="onnxruntime"))
+    assert base.endings == (".xml",)
+    assert dataclasses.replace(base, export=ExportOptions(target="tensorrt")).endings == (".onnx",)

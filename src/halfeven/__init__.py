@@ -1,7 +1,7 @@
 """halfeven: train and quantize PyTorch models for integer runtimes, and prove that what was trained is what runs."""
 
 from halfeven.errors import HalfevenError
-from halfeven.export import export, verify
+from halfeven.export import exact, export, verify
 from halfeven.pipelines import load, prepare, quantize
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import Plan, QuantizationOptions, Rule
@@ -16,6 +16,7 @@ __all__ = [
     "QuantizationOptions",
     "Rule",
     "calibrate",
+    "exact",
     "export",
     "load",
     "plan_of",

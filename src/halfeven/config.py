@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from halfeven.errors import ConfigError, HalfevenError
+from halfeven.export.exporting import FORMATS
 from halfeven.placement.plan import QuantizationOptions, Rule
+from halfeven.placement.targets import target_named
 from halfeven.ptq.options import PTQOptions
 from halfeven.qat.averaging import AveragingOptions
 from halfeven.qat.batchnorm import ScheduleOptions
@@ -29,20 +31,20 @@ from halfeven.zoo.models import ModelOptions
 class ExportOptions:
     """What is written for the runtime, and how it is checked."""
 
-    formats: tuple[Literal["xml", "onnx"], ...] = ("xml",)
-    """Files to write: OpenVINO IR (xml) and QDQ ONNX (onnx)."""
+    target: str = ""
+    """Runtime that the files are for; "": the one that the model is quantized for (`quantization.target`)."""
+    formats: tuple[Literal["xml", "onnx"], ...] = ()
+    """Files to write: OpenVINO IR (xml) and QDQ ONNX (onnx); none: the usual one of the target."""
     verify_images: int = 512
     """Validation images on which the file's integers are compared with the simulation's."""
     verify_batch_size: int = 32
     """Images at a time in that comparison, and in the latency it measures."""
 
     def __post_init__(self) -> None:
-        if not self.formats or self.verify_images < 1 or self.verify_batch_size < 1:
+        if self.verify_images < 1 or self.verify_batch_size < 1:
             raise ConfigError(
-                f"export.formats={self.formats}, verify_images={self.verify_images} and verify_batch_size="
-                f"{self.verify_batch_size} leave nothing to write or to verify. Name a format (xml, onnx); the "
-                "numbers must "
-                "be at least 1."
+                f"export.verify_images={self.verify_images} and verify_batch_size={self.verify_batch_size} leave "
+                "nothing to verify a file on. The numbers must be at least 1."
             )
 
 
@@ -74,6 +76,7 @@ class Experiment:
     """Seed of the order and augmentation of images, of random weights and of dropout."""
 
     def __post_init__(self) -> None:
+        self._check_files()
         if self.training.epochs == 0:
             raise ConfigError(
                 "training.epochs=0 leaves the quantized model untrained: no step would be taken and no checkpoint "
@@ -86,6 +89,24 @@ class Experiment:
                 f"(pretraining.epochs={self.pretraining.epochs}); only one of them can be meant. "
                 'Set model.weights="" to train it, or pretraining.epochs=0 to take it as it is.'
             )
+
+    def _check_files(self) -> None:
+        readable = FORMATS[target_named(self.export_target).name]
+        if unread := [one for one in self.export.formats if f".{one}" not in readable]:
+            raise ConfigError(
+                f"export.formats names {', '.join(unread)}, and {self.export_target} reads no such files, so nothing "
+                f"could be verified. It reads {', '.join(readable)}."
+            )
+
+    @property
+    def export_target(self) -> str:
+        """The runtime that the files are for."""
+        return self.export.target or self.quantization.target
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """The endings of the files to write."""
+        return tuple(f".{one}" for one in self.export.formats) or FORMATS[self.export_target][:1]
 
 
 OPTIONS = {

@@ -117,7 +117,8 @@ class Quantizer(nn.Module):
             if self.training:
                 self._store(scale, zero_point)
             return self._once(x, lambda known: fake_quantize(x, scale, zero_point, self.scheme, known=known))
-        if self._observing and self.training:
+        follows = self._observing and self.training
+        if follows:
             self._follow(x)
         if not self.calibrated:
             raise CalibrationError(
@@ -126,10 +127,13 @@ class Quantizer(nn.Module):
             )
         factor, domain = (self._gradient_factor(x), self.domain) if self.learned else (1.0, None)
         rounding = self.ranges != "clipped"
+        # A quantizer of several tensors moves its range at each of them, which the backward pass of the others must
+        # not see.
+        scale, zero_point = (t.clone() if follows else t for t in (self.scale, self.zero_point))
         return self._once(
             x,
             lambda known: fake_quantize(
-                x, self.scale, self.zero_point, self.scheme, factor,
+                x, scale, zero_point, self.scheme, factor,
                 domain=domain, clip=clip, rounding_gradient=rounding, known=known,
             ),
         )  # fmt: skip

@@ -46,10 +46,10 @@ def run_test(
         work.say("The float weights are not at hand; their accuracy is the one recorded in the checkpoint.")
     rows["simulated"] = work.accuracy(qmodel)
     with tempfile.TemporaryDirectory() as temporary:
-        path = Path(deployed or Path(temporary) / f"model.{experiment.export.formats[0]}")
+        path = Path(deployed or Path(temporary) / f"model{experiment.endings[0]}")
         if not deployed:
-            export(qmodel.cpu().eval(), path)
-        rows["deployed"] = work.accuracy(load_deployed(path), "cpu")
+            export(qmodel.cpu().eval(), path, experiment.export_target)
+        rows["deployed"] = work.accuracy(load_deployed(path, experiment.export_target), "cpu")
         if work.accelerator.is_main_process:
             show(work, rows, {"simulated": checkpoint, "deployed": deployed or "exported for this test"})
     if json_file and work.accelerator.is_main_process:

@@ -28,7 +28,7 @@ def deliver(work: Work, model: nn.Module, float_metrics: Metrics, facts: dict[st
     files = {"simulated": best}
     for path in reports:
         name = "deployed" if len(reports) == 1 else f"deployed {path.suffix}"
-        rows[name], files[name] = work.accuracy(load_deployed(path), "cpu"), path
+        rows[name], files[name] = work.accuracy(load_deployed(path, work.experiment.export_target), "cpu"), path
     show(work, rows, files)
     verification = {path.name: report.to_dict() for path, report in reports.items()}
     write_json(work.folder / RESULTS, {**rows, **(facts or {}), "verification": verification})
@@ -37,15 +37,16 @@ def deliver(work: Work, model: nn.Module, float_metrics: Metrics, facts: dict[st
 def export_verified(work: Work, qmodel: nn.Module, folder: Path, float_model: nn.Module | None) -> dict[Path, Any]:
     """Write the files that the experiment names, and print what the runtime says of each."""
     options, images = work.experiment.export, work.datasets.validation
+    target = work.experiment.export_target
     qmodel = qmodel.cpu().eval()
     folder.mkdir(parents=True, exist_ok=True)
     reports = {}
-    for suffix in options.formats:
-        path = folder / f"model.{suffix}"
+    for ending in work.experiment.endings:
+        path = folder / f"model{ending}"
         work.say(f"Exporting {path}, verifying it on {min(options.verify_images, len(images))} images ...")
-        export(qmodel, path)
+        export(qmodel, path, target)
         loader = evaluation_loader(images, options.verify_batch_size, work.experiment.data.workers)
         batches = [batch[0] for batch in islice(loader, -(-options.verify_images // options.verify_batch_size))]
-        reports[path] = verify(qmodel, path, batches, float_model=float_model)
+        reports[path] = verify(qmodel, path, batches, float_model=float_model, target=target)
         work.say(f"{reports[path]}\n")
     return reports

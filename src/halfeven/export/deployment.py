@@ -100,7 +100,7 @@ def _settle(region: CapturedModule, node: fx.Node, norm: fx.Node | None) -> None
     frozen.set_observing(False)
     layer.weight_quantizer = frozen.eval()
     layer.weight = nn.Parameter(dequantize(integers, scale, torch.zeros_like(scale), scheme), requires_grad=False)
-    layer.settled = True
+    layer.settled, layer.rounds_bias = True, False  # biases are the form's matter
 
 
 def recoverable(scale: Tensor, steps: int = 254) -> Tensor:

@@ -1,29 +1,54 @@
 """The exact simulation: a deployed model computed with the target's own integer arithmetic.
 
 Products of integers are summed exactly; the requantization follows the runtime's formulas, in its order of float32
-operations. The formulas of OpenVINO's CPU plugin were found by experiment on each operator and are checked against the
-runtime by the tests.
+operations (`exact_openvino`, `exact_onnxruntime`).
 """
 
-import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-from halfeven.export.integer_layers import IntegerLayer
-from halfeven.export.operators import ExportedQuantizer
-from halfeven.export.tensors import Average, Ends, InUnits, Levels, Products
-from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, clipping, kind_of, module_of
+from halfeven.errors import PlacementError
+from halfeven.export.exact_onnxruntime import LiteralInterpreter, ONNXRuntimeInterpreter
+from halfeven.export.exact_openvino import OpenVINOInterpreter
+from halfeven.export.exporting import exportable
 from halfeven.graph.restoration import CapturedModule
+from halfeven.placement.insertion import plan_of
 from halfeven.placement.planning import regions
 
-ADAPTIVE_AVERAGES = (
-    torch.ops.aten.adaptive_avg_pool1d.default,
-    torch.ops.aten.adaptive_avg_pool2d.default,
-    torch.ops.aten.adaptive_avg_pool3d.default,
-)
+INTERPRETERS: dict[str, Callable[[CapturedModule, dict[str, Tensor], dict[str, Tensor]], fx.Interpreter]] = {
+    "openvino": OpenVINOInterpreter,
+    "onnxruntime": ONNXRuntimeInterpreter,
+    "tensorrt": LiteralInterpreter,
+}
+"""Target -> what computes a region as it does."""
+
+SPECIFIED = ("openvino", "onnxruntime")
+"""Targets whose integers are known; TensorRT reserves the order of its float operations."""
+
+
+def exact(qmodel: nn.Module, target: str | None = None) -> "ExactModel":
+    """A quantized model as its runtime computes it, integer for integer: a module to evaluate, called like the model.
+
+    It runs on the CPU and has no gradients. After a call, `levels` holds the integers of every quantizer by name.
+
+    Args:
+        qmodel: a calibrated model; it is not changed.
+        target: the runtime; None: the one that the model was made for.
+
+    Raises:
+        CalibrationError: a range is not set yet.
+        PlacementError: a target whose arithmetic is not specified.
+    """
+    target = target or plan_of(qmodel).options.target
+    if target not in SPECIFIED:
+        raise PlacementError(
+            f"{target} does not specify the order of its float operations, so no exact simulation of it exists. The "
+            f"quantized model itself is the closest. Exact targets: {', '.join(SPECIFIED)}."
+        )
+    return ExactModel(exportable(qmodel, target)[0], target)
 
 
 class ExactModel(nn.Module):
@@ -33,18 +58,22 @@ class ExactModel(nn.Module):
     name is handed on in place of what was computed, so that each layer can be compared alone.
     """
 
-    def __init__(self, exported: nn.Module) -> None:
+    def __init__(self, exported: nn.Module, target: str = "openvino") -> None:
         super().__init__()
+        self.target = target
         self.levels: dict[str, Tensor] = {}
         self.given: dict[str, Tensor] = {}
         found = regions(exported)
         if "" in found:
-            exported = _ExactRegion(found[""], self.levels, self.given)
+            exported = self._exact(found[""])
         else:
             for name, region in found.items():
                 parent, _, attribute = name.rpartition(".")
-                setattr(exported.get_submodule(parent), attribute, _ExactRegion(region, self.levels, self.given))
+                setattr(exported.get_submodule(parent), attribute, self._exact(region))
         self.model = exported
+
+    def _exact(self, region: CapturedModule) -> "_ExactRegion":
+        return _ExactRegion(region, INTERPRETERS[self.target](region, self.levels, self.given))
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,152 +82,13 @@ class ExactModel(nn.Module):
 
 
 class _ExactRegion(nn.Module):
-    def __init__(self, region: CapturedModule, levels: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    def __init__(self, region: CapturedModule, interpreter: fx.Interpreter) -> None:
         super().__init__()
         self.region = region
-        self.interpreter = [_Interpreter(region, levels, given)]  # in a list: it is no submodule
+        self.interpreter = [interpreter]  # in a list: it is no submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         codegen = self.region.graph._codegen
         flat = self.region.flat_inputs(*args, **kwargs)
         result = self.interpreter[0].run(*flat, enable_io_processing=False)
         return codegen.process_outputs(result)
-
-
-class _Interpreter(fx.Interpreter):
-    def __init__(self, region: CapturedModule, levels: dict[str, Tensor], given: dict[str, Tensor]) -> None:
-        super().__init__(region)
-        self.found, self.given = levels, given
-        self.ends: dict[int, Ends] = {}
-        self.layers: dict[fx.Node, IntegerLayer] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if n.op in ("placeholder", "get_attr"):
-            return super().run_node(n)
-        if n.op == "output":
-            return pytree.tree_map(_real, args[0], is_leaf=_is_special)
-        if n.op == "call_module" and isinstance(quantizer := module_of(n), ExportedQuantizer):
-            return self._quantize(n, quantizer, args[0])
-        kind = kind_of(n)
-        if kind in WEIGHTED and n.op == "call_module" and isinstance(args[0], Levels):
-            layer = module_of(n)
-            if isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
-                return self._layer(n, layer, args[0])
-        if kind in TRANSPARENT and isinstance(args[0], Levels):
-            return _same_scale(n, super(), args, kwargs)
-        if kind is OperatorKind.CONCAT and all(isinstance(a, Levels) for a in args[0]):
-            first = args[0][0].ends
-            if all(a.ends is first for a in args[0]):
-                rest = (torch.cat([a.values for a in args[0]], *args[1:], **kwargs),)
-                return Levels(rest[0], first)
-        if kind is OperatorKind.ADD and (fused := _fused_sum(n, args)) is not None:
-            return fused
-        if kind is OperatorKind.AVERAGE and isinstance(args[0], Levels) and not _adaptive_in_float(n):
-            values = getattr(super(), n.op)(n.target, (args[0].bytes.double(), *args[1:]), kwargs)
-            return Average(values.float(), args[0].ends)  # of integers: float64 rounds once, as their quotient does
-        clips = clipping(n) if kind is OperatorKind.ACTIVATION and isinstance(args[0], InUnits | Products) else None
-        if clips is not None:
-            return self._clipped(args[0], clips, n)
-        args, kwargs = pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special)
-        return getattr(super(), n.op)(n.target, args, kwargs)
-
-    def _layer(self, node: fx.Node, layer: nn.Module, x: Levels) -> Tensor | Products:
-        if node not in self.layers:  # its weight, and the grid of what it reads, are the same for all batches
-            self.layers[node] = IntegerLayer.of(layer, x.ends.scale, x.ends.zero_level, x.ends.steps)
-        return self.layers[node](x.values)
-
-    def _quantize(self, node: fx.Node, quantizer: ExportedQuantizer, x: Any) -> Any:
-        if quantizer.weight:
-            return quantizer(x)
-        ends = self._ends(node, quantizer)
-        if quantizer.bounds is not None:
-            x = _clip(x, quantizer.bounds) if isinstance(x, InUnits | Products) else _real(x).clamp(*quantizer.bounds)
-        if isinstance(x, Tensor):
-            levels = ends.levels(x, from_layer=_from_layer(node.all_input_nodes[0]))
-        else:
-            levels = x.levels(ends)
-        self.found[quantizer.name] = levels
-        return Levels(self.given.get(quantizer.name, levels), ends)
-
-    def _ends(self, node: fx.Node, quantizer: ExportedQuantizer) -> Ends:
-        if quantizer.grid not in self.ends:  # one object for a shared grid: concatenation compares by identity
-            self.ends[quantizer.grid] = Ends.of(quantizer, signed_readers=not _read_by_convolution(node))
-        return self.ends[quantizer.grid]
-
-    def _clipped(self, x: InUnits | Products, bounds: tuple[float, float], node: fx.Node) -> Any:
-        """A clip, which the plugin takes away where the quantizer that reads it clips as much or more."""
-        readers = [module_of(user) if user.op == "call_module" else None for user in node.users]
-        if len(readers) == 1 and isinstance(quantizer := readers[0], ExportedQuantizer) and quantizer.bounds is None:
-            ends = self._ends(next(iter(node.users)), quantizer)
-            if bounds[0] <= float(ends.low) and float(ends.high) <= bounds[1]:
-                return x
-        return _clip(x, bounds)
-
-
-def _clip(x: InUnits | Products, bounds: tuple[float, float]) -> Any:
-    """Values clipped in their own units where these are the same for all channels, or a bound the same in all units."""
-    if x.unit.numel() == 1:
-        low, high = (bound / float(x.unit) for bound in bounds)
-    elif all(bound in (0.0, float("-inf"), float("inf")) for bound in bounds):
-        low, high = bounds
-    else:
-        return x.real().clamp(*bounds)
-    return dataclasses.replace(x, values=x.values.clamp(low, high))
-
-
-def _read_by_convolution(node: fx.Node) -> bool:
-    """Whether a convolution takes the tensor, directly or through operators that keep the scale: it wants unsigned
-    bytes."""
-    return any(
-        kind_of(user) is OperatorKind.CONVOLUTION
-        or (kind_of(user) in (*TRANSPARENT, OperatorKind.CONCAT) and _read_by_convolution(user))
-        for user in node.users
-    )
-
-
-def _adaptive_in_float(node: fx.Node) -> bool:
-    """Whether an average is an adaptive pool to more than one place, for which the plugin has no integer kernel."""
-    if node.target not in ADAPTIVE_AVERAGES:
-        return False
-    sizes = node.args[1]
-    return any(size != 1 for size in (sizes if isinstance(sizes, list | tuple) else [sizes]))
-
-
-def _from_layer(node: fx.Node) -> bool:
-    while kind_of(node) is OperatorKind.ACTIVATION:
-        node = node.all_input_nodes[0]
-    return kind_of(node) in WEIGHTED
-
-
-def _is_special(value: Any) -> bool:
-    return isinstance(value, Levels | Average | InUnits | Products)
-
-
-def _real(value: Any) -> Any:
-    return value.real() if _is_special(value) else value
-
-
-def _same_scale(node: fx.Node, run: Any, args: Any, kwargs: Any) -> Any:
-    x: Levels = args[0]
-    result = getattr(run, node.op)(node.target, (x.values, *args[1:]), kwargs)
-    return pytree.tree_map(lambda values: Levels(values, x.ends), result)
-
-
-def _fused_sum(node: fx.Node, args: Any) -> InUnits | None:
-    """A convolution added to a quantized skip connection: the plugin adds in units of the skip's scale."""
-    if len(args) < 2 or node.target is not torch.ops.aten.add.Tensor or node.kwargs:
-        return None
-    for branch, skip, source in ((args[0], args[1], node.args[0]), (args[1], args[0], node.args[1])):
-        if not (isinstance(branch, Tensor | Products) and isinstance(skip, Levels) and isinstance(source, fx.Node)):
-            continue
-        values = branch if isinstance(branch, Tensor) else branch.values
-        if kind_of(source) is OperatorKind.CONVOLUTION and values.shape == skip.values.shape:
-            unit = skip.ends.scale
-            zero = skip.ends.zero_byte * unit
-            if isinstance(branch, Tensor):
-                values = (values - zero) * (torch.ones_like(unit) / unit)
-            else:  # the scales that a layer without a bias leaves are merged with the skip's
-                values = (values - zero / branch.unit) * (branch.unit / unit)
-            return InUnits(values + skip.bytes, unit)
-    return None

@@ -11,43 +11,57 @@ from torch.utils import _pytree as pytree
 from halfeven.errors import ConfigError, ExportError
 from halfeven.export import onnx, openvino
 from halfeven.export.deployment import deployed
+from halfeven.export.forms import shape_for
 from halfeven.export.operators import ExportedQuantizer, with_exported_quantizers
 from halfeven.graph.capture import quiet
+from halfeven.placement.insertion import plan_of
+from halfeven.placement.targets import target_named
 
-WRITERS: dict[str, Callable[[torch.export.ExportedProgram, list[ExportedQuantizer], Path], None]] = {
+WRITERS: dict[str, Callable[[torch.export.ExportedProgram, nn.Module, list[ExportedQuantizer], Path], None]] = {
     ".xml": openvino.write,
     ".onnx": onnx.write,
 }
 """File ending -> what writes it."""
 
+FORMATS: dict[str, tuple[str, ...]] = {
+    "openvino": (".xml", ".onnx"),
+    "onnxruntime": (".onnx",),
+    "tensorrt": (".onnx",),
+}
+"""Target -> the endings of the files that it reads, the usual one first."""
 
-def export(qmodel: nn.Module, path: str | Path) -> Path:
+
+def export(qmodel: nn.Module, path: str | Path, target: str | None = None) -> Path:
     """Write a quantized model for its runtime: BatchNorm folded, weights as integers, any batch size.
 
     Args:
         qmodel: a calibrated model from `prepare` or `load`; it is not changed.
         path: `.xml` for OpenVINO IR (a `.bin` with the weights lies beside it), `.onnx` for ONNX with QuantizeLinear
             and DequantizeLinear, opset 19. The file appears when it is complete.
+        target: the runtime; None: the one that the model was made for. Another one runs the same integers as far as
+            it has kernels for them; `verify` with the same target says how far that is.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: another file ending.
+        ConfigError: a file ending that the target does not read.
+        PlacementError: a target that cannot carry the model's integers.
         CalibrationError: a range is not set yet.
         ExportError: the exporter of the format cannot write an operator of the model.
     """
     path = Path(path)
-    if path.suffix not in WRITERS:
+    target = target_named(target or plan_of(qmodel).options.target).name
+    if path.suffix not in FORMATS[target]:
         raise ConfigError(
-            f'The file "{path}" ends with "{path.suffix}", and nothing writes such files. '
-            f"Name it with one of {', '.join(WRITERS)}."
+            f'The file "{path}" ends with "{path.suffix}", and {target} reads no such files. '
+            f"Name it with {' or '.join(FORMATS[target])}."
         )
-    model, quantizers = exportable(qmodel)
+    model, quantizers = exportable(qmodel, target)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         program = exported_program(model, *example_of(qmodel))
-        WRITERS[path.suffix](program, quantizers, path)
+        WRITERS[path.suffix](program, model, quantizers, path)
     except ExportError:
         raise
     except Exception as error:  # tracers and converters raise many kinds; whichever it is, there is no file
@@ -60,10 +74,17 @@ def export(qmodel: nn.Module, path: str | Path) -> Path:
     return path
 
 
-def exportable(qmodel: nn.Module) -> tuple[nn.Module, list[ExportedQuantizer]]:
-    """The deployed form of a quantized model with its quantizers written as operators, and these in order."""
+def exportable(qmodel: nn.Module, target: str | None = None) -> tuple[nn.Module, list[ExportedQuantizer]]:
+    """The deployed form of a quantized model with its quantizers written as operators, and these in order.
+
+    Args:
+        target: the runtime whose form it shall have; None: the one that the model was made for.
+    """
+    row = target_named(target or plan_of(qmodel).options.target)
     model = deployed(qmodel)
-    return model, with_exported_quantizers(model)
+    exported = with_exported_quantizers(model, clips_integers=row.integer_bias)
+    shape_for(model, exported, row)
+    return model, exported
 
 
 def example_of(qmodel: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -69,15 +69,16 @@ class IntegerLayer:
         )
 
     def __call__(self, levels: Tensor) -> Tensor | Products:
-        products = Products(self._sum(levels - self.zero_level).float(), self.scale)
+        products = Products(self.sums(levels).float(), self.scale)
         if self.bias is not None:
             return products.real() + self.bias
         # The scales of a linear layer's outputs stand at the third axis of tokens: there the runtime merges none.
         tokens = self.input_axis == -1 and levels.ndim > 2 and self.scale.numel() > 1
         return products.real() if tokens else products
 
-    def _sum(self, x: Tensor) -> Tensor:
+    def sums(self, levels: Tensor) -> Tensor:
         """The sums of integer products, exact; float64 where float32 could not hold them."""
+        x = levels - self.zero_level
         if len(self.pieces) == 1:
             weight = self.pieces[0].weight
             return self.compute(x.to(weight.dtype), weight, None)

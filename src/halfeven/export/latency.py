@@ -9,32 +9,33 @@ from typing import Any
 
 from torch import nn
 
-from halfeven.export import openvino
-from halfeven.export.exporting import example_of, exported_program
-from halfeven.export.runtime import compile_model, read, request_with
+from halfeven.export.exporting import FORMATS, WRITERS, example_of, exported_program
+from halfeven.export.runtime import open_deployed
 from halfeven.quantizer import Mode, set_mode
 
 LATENCY_PAIRS = 12
 
 
-def latency(qmodel: nn.Module, path: Path, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, float]:
+def latency(
+    qmodel: nn.Module, path: Path, inputs: tuple[tuple[Any, ...], dict[str, Any]], target: str
+) -> dict[str, float]:
     """Median milliseconds of the float model and of the file on one batch, timed in turn so that drift hits both
     alike."""
     floating = deployed_in_float(qmodel)
     program = exported_program(floating, *example_of(qmodel))
     with tempfile.TemporaryDirectory() as folder:
-        float_path = Path(folder) / "float.xml"
-        openvino.write(program, [], float_path)
+        float_path = Path(folder) / f"float{FORMATS[target][0]}"
+        WRITERS[float_path.suffix](program, floating, [], float_path)
         tensors = [x.cpu() for x in (*inputs[0], *inputs[1].values())]
-        requests = {
-            "float": request_with(compile_model(read(float_path)), tensors),
-            "deployed": request_with(compile_model(read(path)), tensors),
+        runs = {
+            "float": open_deployed(float_path, target).timed(tensors),
+            "deployed": open_deployed(path, target).timed(tensors),
         }
-        times: dict[str, list[float]] = {name: [] for name in requests}
+        times: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(LATENCY_PAIRS + 2):
-            for name, request in requests.items():
+            for name, run in runs.items():
                 start = time.perf_counter()
-                request.infer(share_inputs=True, share_outputs=True)  # no copy of either is timed
+                run()
                 if turn >= 2:  # the first runs allocate
                     times[name].append(time.perf_counter() - start)
     return {name: 1000 * statistics.median(values) for name, values in times.items()}

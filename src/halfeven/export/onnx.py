@@ -8,137 +8,204 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from halfeven.export.operators import PER_TENSOR, ExportedQuantizer
+from halfeven.export.forms import integer_bias
+from halfeven.export.operators import PER_TENSOR, WEIGHT_SUFFIX, ExportedQuantizer
 
 OPSET = 19
 """The oldest opset with all that 8 bits need; 21 and later trip ONNX Runtime on signed activations (its issue
 25526)."""
 
-WIDE_ENOUGH = 8
-"""Grids of fewer bits are written in 8-bit types: opset 19 has no smaller ones."""
+WHOLE_RANGES = ((0, 255), (-128, 127), (-127, 127))
+"""Grids whose integers need no clip of their own: QuantizeLinear saturates, and narrow ones are those of weights, which
+lie on them."""
+
+LAYERS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 
 
-def write(program: torch.export.ExportedProgram, quantizers: list[ExportedQuantizer], path: Path) -> None:
-    """Write the program as one ONNX file with a free batch size."""
+def write(
+    program: torch.export.ExportedProgram, model: nn.Module, quantizers: list[ExportedQuantizer], path: Path
+) -> None:
+    """Write the program of a model as one ONNX file with a free batch size."""
     import onnx
 
     exported = torch.onnx.export(
         program,
         dynamo=True,
         opset_version=OPSET,
-        custom_translation_table={torch.ops.halfeven.fake_quantize.default: _translate},
+        custom_translation_table={
+            torch.ops.halfeven.fake_quantize.default: _translation([q.signed for q in quantizers]),
+            torch.ops.halfeven.global_average_pool.default: _translate_pool,
+        },
         optimize=False,
         verbose=False,
     )
     assert exported is not None
-    model = exported.model_proto
-    _name_and_fold(model, {quantizer.name: quantizer for quantizer in quantizers})
-    onnx.checker.check_model(model, full_check=True)
+    proto = exported.model_proto
+    _Graph(proto.graph, quantizers).name_and_fold(dict(model.named_modules()))
+    for described in (*proto.graph.node, *proto.graph.initializer, *proto.graph.value_info, proto.graph, proto):
+        del described.metadata_props[:]  # the tracer's notes, a quarter of a small file
+    del proto.graph.value_info[:]
+    onnx.checker.check_model(proto, full_check=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".onnx")
     os.close(handle)
     try:
-        onnx.save(model, temporary)
+        onnx.save(proto, temporary)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
-def _translate(x: Any, scale: Any, zero_point: Any, quant_min: int, quant_max: int, axis: int, number: int) -> Any:
-    """The operator as a pair of nodes; integers outside a narrow or small grid are clipped away before."""
+def _translation(signed: list[bool]) -> Any:
+    """What writes an operator as a pair of nodes, given for each quantizer whether its integers are signed; integers
+    outside a small grid are clipped away between the two."""
     import onnx
     from onnxscript import opset19 as op
 
-    signed = quant_min < 0
-    zero = op.Cast(zero_point, to=onnx.TensorProto.INT8 if signed else onnx.TensorProto.UINT8)
-    axis = 1 if axis == PER_TENSOR else axis
-    return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero, axis=axis), scale, zero, axis=axis)
+    def translate(x: Any, scale: Any, zero_point: Any, quant_min: int, quant_max: int, axis: int, number: int) -> Any:
+        kind = onnx.TensorProto.INT8 if signed[number] else onnx.TensorProto.UINT8
+        zero = op.Cast(zero_point, to=kind)
+        axis = 1 if axis == PER_TENSOR else axis
+        integers = op.QuantizeLinear(x, scale, zero, axis=axis)
+        if (quant_min, quant_max) not in WHOLE_RANGES:
+            ends = [onnx.helper.make_tensor("end", kind, [], [end]) for end in (quant_min, quant_max)]
+            integers = op.Clip(integers, *(op.Constant(value=end) for end in ends))
+        return op.DequantizeLinear(integers, scale, zero, axis=axis)
+
+    return translate
 
 
-def _name_and_fold(model: Any, quantizers: dict[str, ExportedQuantizer]) -> None:
-    """Name the nodes after their quantizers and layers, and replace each weight and its QuantizeLinear by int8."""
-    from onnx import numpy_helper
+def _translate_pool(x: Any) -> Any:
+    from onnxscript import opset19 as op
 
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    makers = {output: node for node in graph.node for output in node.output}
-    readers: dict[str, list[Any]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    for node in list(graph.node):
-        if node.op_type != "QuantizeLinear":
-            continue
-        quantizer = quantizers[node.input[1].removesuffix(".scale")]
-        (dequantize,) = readers[node.output[0]]
-        zero = makers.get(node.input[2])
-        zeros = quantizer.zero_point.numpy().astype(np.int8 if quantizer.quant_min < 0 else np.uint8)
-        name = f"{quantizer.name}.zero_point.integer"
-        if name not in constants:
-            constants[name] = numpy_helper.from_array(zeros, name)
-            graph.initializer.append(constants[name])
-        node.input[2] = dequantize.input[2] = name
-        if zero is not None and zero in graph.node:
-            graph.node.remove(zero)
-        node.name, dequantize.name = f"{quantizer.name}.quantize", quantizer.name
-        if quantizer.weight:
-            _fold_weight(graph, constants, node, dequantize, quantizer)
-            for reader in _layers(dequantize, readers):
-                reader.name = quantizer.name.removesuffix(".weight_quantizer")
-        else:
-            _rename(graph, dequantize, quantizer.name, readers)
-    _drop_unused(graph)
-    for described in (*graph.node, *graph.initializer, *graph.value_info, graph, model):
-        del described.metadata_props[:]  # the tracer's notes, a quarter of a small file
-    del graph.value_info[:]
+    return op.GlobalAveragePool(x)
 
 
-def _layers(node: Any, readers: dict[str, list[Any]]) -> Iterator[Any]:
-    """The layers that read a weight, as it is or transposed."""
-    for reader in readers.get(node.output[0], []):
-        if reader.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
-            yield reader
-        elif reader.op_type in ("Transpose", "Reshape"):
-            yield from _layers(reader, readers)
+class _Graph:
+    """An ONNX graph with the lookups that rewriting it needs."""
 
+    def __init__(self, graph: Any, quantizers: list[ExportedQuantizer]) -> None:
+        self.graph = graph
+        self.quantizers = {quantizer.path: quantizer for quantizer in quantizers}
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        self.makers = {output: node for node in graph.node for output in node.output}
+        self.readers: dict[str, list[Any]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
 
-def _rename(graph: Any, node: Any, name: str, readers: dict[str, list[Any]]) -> None:
-    """Give a node's only output another name."""
-    old = node.output[0]
-    for output in graph.output:
-        if output.name == old:
-            output.name = name
-    for reader in readers.get(old, []):
-        for index, given in enumerate(reader.input):
-            if given == old:
-                reader.input[index] = name
-    node.output[0] = name
-    readers[name] = readers.pop(old, [])
+    def name_and_fold(self, modules: dict[str, nn.Module]) -> None:
+        """Name the nodes after their quantizers and layers, and replace weights and biases by their integers."""
+        for node in list(self.graph.node):
+            if node.op_type != "QuantizeLinear":
+                continue
+            quantizer = self.quantizers[node.input[1].removesuffix(".scale")]
+            dequantize = self._named_pair(node, quantizer)
+            if not quantizer.weight:
+                self._rename(dequantize, quantizer.name)
+                continue
+            layer = quantizer.name.removesuffix(WEIGHT_SUFFIX)
+            self._fold_weight(node, dequantize, quantizer)
+            for reader in list(self._layers(dequantize)):
+                reader.name = layer
+                if hasattr(modules.get(layer), "bias_grid"):
+                    self._fold_bias(reader, layer, modules[layer])
+        self._drop_unused()
 
+    def _named_pair(self, node: Any, quantizer: ExportedQuantizer) -> Any:
+        """Give a pair its names, and its zero point as a constant; its DequantizeLinear."""
+        (after,) = self.readers[node.output[0]]
+        if after.op_type == "Clip":
+            after.name = f"{quantizer.name}.clip"
+            (after,) = self.readers[after.output[0]]
+        zero = self.makers.get(node.input[2])
+        zeros = quantizer.zero_point.numpy().astype(np.int8 if quantizer.signed else np.uint8)
+        node.input[2] = after.input[2] = self._constant(f"{quantizer.name}.zero_point.integer", zeros)
+        if zero is not None and zero in self.graph.node:
+            self.graph.node.remove(zero)
+        node.name, after.name = f"{quantizer.name}.quantize", quantizer.name
+        return after
 
-def _fold_weight(
-    graph: Any, constants: dict[str, Any], node: Any, dequantize: Any, quantizer: ExportedQuantizer
-) -> None:
-    from onnx import numpy_helper
+    def _constant(self, name: str, values: Any) -> str:
+        from onnx import numpy_helper
 
-    if node.input[0] not in constants:  # a weight that is computed from others
-        return
-    weight = torch.from_numpy(numpy_helper.to_array(constants[node.input[0]]).copy())
-    axis = None if quantizer.axis == PER_TENSOR else quantizer.axis
-    shape = [1] * weight.ndim
-    if axis is not None:
-        shape[axis] = -1
-    integers = torch.round(weight / quantizer.scale.reshape(shape)).to(torch.int8).numpy()
-    name = f"{node.input[0]}.integers"
-    if name not in constants:
-        constants[name] = numpy_helper.from_array(integers, name)
-        graph.initializer.append(constants[name])
-    dequantize.input[0] = name
-    graph.node.remove(node)
+        if name not in self.constants:
+            self.constants[name] = numpy_helper.from_array(values, name)
+            self.graph.initializer.append(self.constants[name])
+        return name
 
+    def _layers(self, node: Any) -> Iterator[Any]:
+        """The layers that read a weight, as it is or transposed."""
+        for reader in self.readers.get(node.output[0], []):
+            if reader.op_type in LAYERS:
+                yield reader
+            elif reader.op_type in ("Transpose", "Reshape"):
+                yield from self._layers(reader)
 
-def _drop_unused(graph: Any) -> None:
-    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    def _rename(self, node: Any, name: str) -> None:
+        """Give a node's only output another name."""
+        old = node.output[0]
+        for output in self.graph.output:
+            if output.name == old:
+                output.name = name
+        for reader in self.readers.get(old, []):
+            for index, given in enumerate(reader.input):
+                if given == old:
+                    reader.input[index] = name
+        node.output[0] = name
+        self.readers[name] = self.readers.pop(old, [])
+
+    def _fold_weight(self, node: Any, dequantize: Any, quantizer: ExportedQuantizer) -> None:
+        from onnx import numpy_helper
+
+        if node.input[0] not in self.constants:  # a weight that is computed from others
+            return
+        weight = torch.from_numpy(numpy_helper.to_array(self.constants[node.input[0]]).copy())
+        shape = [1] * weight.ndim
+        if quantizer.axis != PER_TENSOR:
+            shape[quantizer.axis] = -1
+        integers = torch.round(weight / quantizer.scale.reshape(shape)).to(torch.int8)
+        readers = self.readers[dequantize.output[0]]
+        if integers.ndim == 2 and readers and all(reader.op_type == "Transpose" for reader in readers):
+            # As the product reads it: a runtime need not look through the transposition for its pattern.
+            integers = integers.t().contiguous()
+            for attribute in dequantize.attribute:
+                if attribute.name == "axis" and quantizer.axis != PER_TENSOR:
+                    attribute.i = 1 - quantizer.axis
+            for transpose in readers:
+                self._skip(transpose)
+        dequantize.input[0] = self._constant(f"{node.input[0]}.integers", integers.numpy())
+        self.graph.node.remove(node)
+
+    def _skip(self, node: Any) -> None:
+        """Take a node out whose input is to be read in place of its output."""
+        for reader in self.readers.pop(node.output[0], []):
+            for index, given in enumerate(reader.input):
+                if given == node.output[0]:
+                    reader.input[index] = node.input[0]
+            self.readers[node.input[0]] = [r for r in self.readers[node.input[0]] if r is not node] + [reader]
+        self.graph.node.remove(node)
+
+    def _fold_bias(self, layer_node: Any, layer: str, module: Any) -> None:
+        """Write a layer's bias, its third input or what is added to its product, as 32-bit integers."""
+        import onnx
+
+        holder = layer_node
+        if layer_node.op_type == "MatMul":
+            (holder,) = self.readers[layer_node.output[0]]
+        index = next(i for i, name in enumerate(holder.input) if name.endswith(".bias") and name in self.constants)
+        name = f"{layer}.bias"
+        integers, scale = integer_bias(module).numpy().astype(np.int32), module.bias_grid.numpy()
+        if f"{name}.dequantized" not in self.readers:
+            inputs = [self._constant(f"{name}.integers", integers), self._constant(f"{name}.scale", scale)]
+            pair = onnx.helper.make_node("DequantizeLinear", inputs, [f"{name}.dequantized"], name=name, axis=0)
+            self.graph.node.insert(0, pair)
+        holder.input[index] = f"{name}.dequantized"
+        self.readers.setdefault(f"{name}.dequantized", []).append(holder)
+
+    def _drop_unused(self) -> None:
+        used = {name for node in self.graph.node for name in node.input} | {out.name for out in self.graph.output}
+        kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(kept)

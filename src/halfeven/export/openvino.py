@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from halfeven.export.operators import PER_TENSOR, ExportedQuantizer
+from halfeven.export.operators import PER_TENSOR, WEIGHT_SUFFIX, ExportedQuantizer
 from halfeven.export.telemetry import silently
-
-WEIGHT_SUFFIX = ".weight_quantizer"
 
 
 @silently()
@@ -95,14 +94,16 @@ def _readers(node: Any) -> Iterator[Any]:
 
 
 @silently()
-def write(program: torch.export.ExportedProgram, quantizers: list[ExportedQuantizer], path: Path) -> None:
+def write(
+    program: torch.export.ExportedProgram, model: nn.Module, quantizers: list[ExportedQuantizer], path: Path
+) -> None:
     """Write an IR (.xml and .bin); float constants keep their 32 bits, so that they are what was simulated."""
     import openvino
 
-    model = convert(program, [quantizer.name for quantizer in quantizers])
+    converted = convert(program, [quantizer.name for quantizer in quantizers])
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         whole = Path(folder) / path.name
-        openvino.save_model(model, whole, compress_to_fp16=False)
+        openvino.save_model(converted, whole, compress_to_fp16=False)
         whole.write_text(re.sub(r">\s+<", "><", whole.read_text()))  # a third of the file is indentation
         # The weights first: a new .xml must never stand beside an old .bin.
         os.replace(whole.with_suffix(".bin"), path.with_suffix(".bin"))

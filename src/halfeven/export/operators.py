@@ -11,6 +11,9 @@ from halfeven.graph.restoration import CapturedModule, place
 from halfeven.placement.planning import regions
 from halfeven.quantizer import Quantizer
 
+WEIGHT_SUFFIX = ".weight_quantizer"
+"""What the name of a weight's quantizer ends with; before it stands the layer's."""
+
 PER_TENSOR = -1
 """`axis` of an operator with one scale."""
 
@@ -31,29 +34,46 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: i
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("halfeven::global_average_pool", mutates_args=())
+def global_average_pool(x: Tensor) -> Tensor:
+    """Means over all axes after the second, which stay with size 1: what ONNX has an operator of its own for."""
+    return x.mean(tuple(range(2, x.ndim)), keepdim=True)
+
+
+@global_average_pool.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:2], *[1] * (x.ndim - 2)))
+
+
 class ExportedQuantizer(nn.Module):
     """A frozen quantizer as that operator.
 
     A grid of fewer than 8 bits is carried in 8 with the same scale and zero point, because OpenVINO runs 4-bit weights
     in float and has no kernels for other widths: a clamp keeps an activation inside its own grid, a weight lies on it
-    already.
+    already. With `clips_integers` the clip is left to the file's writer, which clips the integers.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, quantizer: Quantizer, name: str, number: int) -> None:
+    def __init__(self, quantizer: Quantizer, name: str, number: int, *, clips_integers: bool = False) -> None:
         super().__init__()
-        self.name, self.number, self.weight = name, number, quantizer.weight
+        self.path, self.number, self.weight = name, number, quantizer.weight
+        # A layer that is a function has no module to be named after: it is called after its weight's quantizer.
+        own = quantizer.weight and not name.endswith(WEIGHT_SUFFIX)
+        self.name = f"{name}{WEIGHT_SUFFIX}" if own else name
         self.grid = number
         """Number of the quantizer that this one shares scale and zero point with."""
+        self.repeats = False
+        """Whether its input lies on its grid already: it is there for the runtime's pattern alone."""
         scheme = quantizer.scheme
         self.axis = PER_TENSOR if scheme.axis is None else scheme.axis
         self.quant_min, self.quant_max = scheme.quant_min, scheme.quant_max
+        self.signed = scheme.signed
         self.register_buffer("scale", quantizer.scale)
         self.register_buffer("zero_point", quantizer.zero_point)
         self.bounds: tuple[float, float] | None = None
-        if scheme.bits == 8:
+        if scheme.bits == 8 or (clips_integers and not self.weight):
             return
         if not quantizer.weight:
             steps = torch.tensor([scheme.quant_min, scheme.quant_max]) - quantizer.zero_point
@@ -70,18 +90,26 @@ class ExportedQuantizer(nn.Module):
         return result
 
 
-def with_exported_quantizers(model: nn.Module) -> list[ExportedQuantizer]:
+def with_exported_quantizers(model: nn.Module, *, clips_integers: bool = False) -> list[ExportedQuantizer]:
     """Exchange all quantizers of a deployed model, in place; all of them, in the order of their numbers."""
     exported: list[ExportedQuantizer] = []
     for path, module in list(model.named_modules()):
         for attribute, child in list(module.named_children()):
             if isinstance(child, Quantizer):
                 name = f"{path}.{attribute}" if path else attribute
-                exported.append(ExportedQuantizer(child, name, len(exported)))
+                exported.append(ExportedQuantizer(child, name, len(exported), clips_integers=clips_integers))
                 setattr(module, attribute, exported[-1])
     for region in regions(model).values():
         _separate_calls(region, exported)
     return exported
+
+
+def twin_of(quantizer: ExportedQuantizer, name: str, exported: list[ExportedQuantizer]) -> ExportedQuantizer:
+    """Another quantizer on the same grid, which its `grid` says; it is added to `exported`."""
+    twin = copy.deepcopy(quantizer)
+    twin.name, twin.path, twin.number = name, name, len(exported)
+    exported.append(twin)
+    return twin
 
 
 def _separate_calls(region: CapturedModule, exported: list[ExportedQuantizer]) -> None:
@@ -92,9 +120,7 @@ def _separate_calls(region: CapturedModule, exported: list[ExportedQuantizer]) -
             continue
         count = calls[quantizer.number] = calls.get(quantizer.number, 0) + 1
         if count > 1:
-            twin = copy.deepcopy(quantizer)  # on the same grid, which `grid` says
-            twin.name, twin.number = f"{quantizer.name}_call_{count}", len(exported)
-            exported.append(twin)
+            twin = twin_of(quantizer, f"{quantizer.name}_call_{count}", exported)
             node.target = f"{node.target}_call_{count}"
             place(region, node.target, twin)
     region.recompile()

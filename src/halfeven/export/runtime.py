@@ -1,142 +1,83 @@
-"""OpenVINO as the runtime: running a deployed file, and asking it what it executed."""
+"""The runtimes that can be asked: one way to run a file and to learn what was executed, whatever the target."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from halfeven.errors import VerificationError
-from halfeven.export.openvino import LAYER_TYPES, WEIGHT_SUFFIX
-from halfeven.export.telemetry import silently
-
-ACCURACY = {"EXECUTION_MODE_HINT": "ACCURACY"}
-"""Without it the plugin computes in bfloat16 what is not integer, and nothing can be compared."""
-
-INTEGER_TYPES = ("u8", "i8", "u4", "i4")
+from halfeven.errors import ConfigError
+from halfeven.export.executed import Executed
+from halfeven.export.onnx_runtime import ONNXRuntimeFile, TensorRTFile
+from halfeven.export.openvino_runtime import OpenVINOFile
 
 
-@dataclass(frozen=True)
-class Executed:
-    """How the runtime executed a layer."""
+class DeployedFile(Protocol):
+    """A file opened in its runtime, on the CPU, with what is not integer in float32."""
 
-    layer: str
-    precision: str
-    kernel: str
+    runtime: str
+    """The runtime's name."""
 
     @property
-    def integer(self) -> bool:
-        """Whether an integer kernel ran."""
-        return self.precision in INTEGER_TYPES and "i8" in self.kernel.lower()
+    def tensors(self) -> list[str]:
+        """Names of the tensors asked for that the file has."""
+        ...
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The model's outputs, and the tensors asked for by name."""
+        ...
+
+    def executed_layers(self, layers: Sequence[str]) -> list[Executed]:
+        """What the runtime made of each named layer; "unknown" where it does not mention one."""
+        ...
+
+    def executed_products(self) -> list[Executed]:
+        """What the runtime made of the products of two activations."""
+        ...
+
+    def stored_integers(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        """The integer weights that the file holds for the named layers, in the order of the model's."""
+        ...
+
+    def timed(self, inputs: Sequence[Tensor]) -> Callable[[], object]:
+        """A function that does nothing but compute the model on these inputs."""
+        ...
 
 
-@silently()
-def read(path: str | Path) -> Any:
-    """The `openvino.Model` of a file.
+RUNTIMES: dict[str, Callable[[Path, Sequence[str]], DeployedFile]] = {
+    "openvino": OpenVINOFile,
+    "onnxruntime": ONNXRuntimeFile,
+    "tensorrt": TensorRTFile,
+}
+"""Target -> what opens its files."""
+
+
+def open_deployed(path: str | Path, target: str, tensors: Sequence[str] = ()) -> DeployedFile:
+    """Open a file in its target's runtime, with the named tensors at hand besides its outputs.
 
     Raises:
-        VerificationError: no such file, or none that OpenVINO can read.
+        ConfigError: a target without a runtime.
+        VerificationError: no such file, or none that the runtime can read.
     """
-    import openvino
-
-    path = Path(path)
-    if not path.is_file():
-        raise VerificationError(f"There is no file {path} to run. Write it with halfeven.export(qmodel, path).")
-    try:
-        return openvino.Core().read_model(path)
-    except RuntimeError as error:
-        raise VerificationError(
-            f"OpenVINO cannot read {path}: {str(error).strip().splitlines()[-1]} The file is damaged or of another "
-            f"kind: "
-            "write it again with halfeven.export(qmodel, path)."
-        ) from error
+    if target not in RUNTIMES:
+        raise ConfigError(f'There is no runtime "{target}". Choose one of {", ".join(RUNTIMES)}.')
+    return RUNTIMES[target](Path(path), tensors)
 
 
-@silently()
-def compile_model(model: Any, config: dict[str, str] | None = None) -> Any:
-    """A model ready to run on the CPU, in float32 where it is not integer unless `config` says otherwise."""
-    import openvino
-
-    return openvino.Core().compile_model(model, "CPU", ACCURACY if config is None else config)
-
-
-def load_deployed(path: str | Path) -> Callable[..., Any]:
+def load_deployed(path: str | Path, target: str = "openvino") -> Callable[..., Any]:
     """A deployed file as a function from tensors to tensors, on the CPU.
 
     Args:
         path: an `.xml` or `.onnx` file.
+        target: the runtime to run it in.
 
     Returns:
         A function of the model's inputs; it returns one tensor, or a tuple where the model has several outputs.
     """
-    compiled = compile_model(read(path))
+    opened = open_deployed(path, target)
 
     def run(*inputs: Tensor) -> Any:
-        outputs = run_compiled(compiled, inputs)
+        outputs, _ = opened.run(inputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     return run
-
-
-def run_compiled(compiled: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """All outputs of a compiled model as tensors of their own."""
-    result = compiled([np.ascontiguousarray(x.detach().cpu().numpy()) for x in inputs])
-    return [torch.from_numpy(np.array(result[i])) for i in range(len(compiled.outputs))]
-
-
-def request_with(compiled: Any, inputs: Sequence[Tensor]) -> Any:
-    """An `openvino.InferRequest` whose inputs are set already: `request.infer()` does nothing but compute."""
-    import openvino
-
-    request = compiled.create_infer_request()
-    for index, x in enumerate(inputs):
-        request.set_input_tensor(index, openvino.Tensor(np.array(x.detach().numpy(), order="C")))
-    return request
-
-
-def with_outputs(model: Any, names: Sequence[str]) -> list[str]:
-    """Make the named tensors outputs of a model, after its own; the names of those that it has."""
-    found = {name for node in model.get_ordered_ops() for port in node.outputs() for name in port.get_names()}
-    present = [name for name in names if name in found]
-    for name in present:
-        model.add_outputs(name)
-    return present
-
-
-def executed_layers(compiled: Any, layers: Sequence[str]) -> list[Executed]:
-    """What the runtime made of each named layer; layers that it does not mention come with precision "unknown"."""
-    found: dict[str, Executed] = {}
-    for node in compiled.get_runtime_model().get_ordered_ops():
-        info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
-        if info.get("layerType") == "Const":
-            continue
-        for name in info.get("originalLayersNames", "").split(","):
-            found.setdefault(_layer(name), Executed(name, info["runtimePrecision"], info["primitiveType"]))
-    return [found.get(layer, Executed(layer, "unknown", "")) for layer in layers]
-
-
-def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-    """The integer weights that a file holds for the named layers."""
-    found: dict[str, Tensor] = {}
-    for node in model.get_ordered_ops():
-        if node.get_type_name() not in LAYER_TYPES:
-            continue
-        names = [_layer(node.get_friendly_name())]
-        source = node.input_value(1).get_node()
-        while source.get_type_name() != "Constant" and source.get_input_size():
-            # The ONNX front end names a transposed convolution anew; its weight keeps the name it had.
-            names.append(source.get_friendly_name().removesuffix(WEIGHT_SUFFIX))
-            source = source.input_value(0).get_node()
-        layer = next((name for name in names if name in layers), None)
-        if layer and source.get_type_name() == "Constant" and source.get_element_type().is_integral_number():
-            found[layer] = torch.from_numpy(np.array(source.get_data()).astype(np.float32))
-    return found
-
-
-def _layer(name: str) -> str:
-    """The layer that an operator is part of: the plugin and the ONNX front end add "/DequantizationMultiply" and
-    the like."""
-    return name.split("/")[0]

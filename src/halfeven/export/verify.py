@@ -12,24 +12,17 @@ from torch.utils import _pytree as pytree
 
 from halfeven.errors import VerificationError
 from halfeven.evaluation import evaluating
-from halfeven.export import openvino
 from halfeven.export.exact import ExactModel
+from halfeven.export.executed import Executed
 from halfeven.export.exporting import exportable
+from halfeven.export.integer_share import integer_share
 from halfeven.export.latency import latency
-from halfeven.export.operators import ExportedQuantizer
-from halfeven.export.runtime import (
-    Executed,
-    compile_model,
-    executed_layers,
-    read,
-    run_compiled,
-    stored_integers,
-    with_outputs,
-)
-from halfeven.export.tensors import Ends
+from halfeven.export.operators import WEIGHT_SUFFIX, ExportedQuantizer
+from halfeven.export.runtime import open_deployed
 from halfeven.graph.capture import inputs_of
 from halfeven.graph.operators import module_of
 from halfeven.placement.fusion import as_planned
+from halfeven.placement.insertion import plan_of
 from halfeven.placement.planning import regions
 from halfeven.quantizer import Quantizer, quantizers, weights_quantized_once
 
@@ -66,6 +59,8 @@ class Report:
     """
 
     path: str
+    runtime: str
+    """What ran the file."""
     samples: int
     integer_match: float
     """Share of activation integers equal in the runtime and in the exact simulation."""
@@ -83,6 +78,8 @@ class Report:
     """Layers with quantized weights."""
     float_layers: list[str]
     """Layers with quantized weights that ran in float, with what the runtime says of them."""
+    integer_macs: float
+    """Share of the model's multiply-accumulates that ran with integer kernels, those of attention included."""
     top1_agreement: float
     """Share of samples whose largest output is the same in the runtime and in the exact simulation."""
     float_simulation_top1_agreement: float
@@ -112,6 +109,7 @@ class Report:
             ("integers equal to the float simulation", _percent(self.float_simulation_match)),
             ("integer weights equal", "yes" if self.weights_match else "NO"),
             ("layers executed in integers", f"{self.integer_layers} of {self.quantizable_layers}"),
+            ("  share of multiply-accumulates", f"{100 * self.integer_macs:.2f} %"),
             *(("  in float", name) for name in self.float_layers),
             ("same top-1 as the exact simulation", _percent(self.top1_agreement)),
             ("same top-1 as the float simulation", _percent(self.float_simulation_top1_agreement)),
@@ -120,7 +118,7 @@ class Report:
             ("latency deployed / float", f"{self.latency_ratio:.2f}"),
         ]
         width = max(len(name) for name, _ in rows)
-        title = f"{self.path} in OpenVINO, {self.samples} samples"
+        title = f"{self.path} in {self.runtime}, {self.samples} samples"
         return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)])
 
 
@@ -128,10 +126,17 @@ def _percent(share: float) -> str:
     return f"{100 * share:.4f} %"
 
 
-def verify(qmodel: nn.Module, path: str | Path, batches: Iterable[Any], float_model: nn.Module | None = None) -> Report:
-    """Run a deployed file in OpenVINO and compare its integers with those of the model.
+def verify(
+    qmodel: nn.Module,
+    path: str | Path,
+    batches: Iterable[Any],
+    float_model: nn.Module | None = None,
+    *,
+    target: str | None = None,
+) -> Report:
+    """Run a deployed file in its runtime and compare its integers with those of the model.
 
-    The *exact* simulation computes as OpenVINO does, layer by layer; the *float* one is the model itself, as it was
+    The *exact* simulation computes as the runtime does, layer by layer; the *float* one is the model itself, as it was
     trained.
 
     Args:
@@ -139,6 +144,8 @@ def verify(qmodel: nn.Module, path: str | Path, batches: Iterable[Any], float_mo
         path: the `.xml` or `.onnx` file.
         batches: inputs, as for `calibrate`; with labels, `(inputs, labels)`, accuracies are reported too.
         float_model: the original model, for its accuracy.
+        target: the runtime that the file was written for; None: the one that the model was made for. TensorRT is not
+            run: its file is evaluated as ONNX defines its operators.
 
     Raises:
         VerificationError: no batch, a file that cannot be read, or one that was not written from this model.
@@ -147,34 +154,29 @@ def verify(qmodel: nn.Module, path: str | Path, batches: Iterable[Any], float_mo
     if not batches:
         raise VerificationError("verify got no batch, so nothing can be compared. Give at least one.")
     quantized = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
-    model, exported = exportable(qmodel)
-    comparison = _Comparison(qmodel, model, exported, Path(path))
+    target = target or plan_of(qmodel).options.target
+    model, exported = exportable(qmodel, target)
+    comparison = _Comparison(qmodel, model, exported, Path(path), target)
     with as_planned(qmodel):
         rows = _compare(comparison, batches, quantized, float_model)
-    layers = executed_layers(compile_model(read(path)), comparison.layers)
-    milliseconds = latency(qmodel, Path(path), inputs_of(batches[0]))
-    total = sum(tensor.count for tensor in comparison.tensors) or 1
-    first = next((t.name for t in comparison.tensors if t.different), "")
-    last = comparison.tensors[-1] if comparison.tensors else TensorParity("", 1)
+    opened = open_deployed(path, target)
+    layers = opened.executed_layers(comparison.layers)
+    milliseconds = latency(qmodel, Path(path), inputs_of(batches[0]), target)
     return Report(
         path=str(path),
+        runtime=opened.runtime,
         samples=rows.samples,
-        integer_match=1 - sum(t.different for t in comparison.tensors) / total,
-        last_integer_match=1 - last.different / max(last.count, 1),
-        float_simulation_match=1 - sum(t.different_float for t in comparison.tensors) / total,
-        max_lsb_difference=max((t.largest for t in comparison.tensors), default=0),
-        weights_match=comparison.weights_match(),
         integer_layers=sum(layer.integer for layer in layers),
         quantizable_layers=len(layers),
         float_layers=[_in_float(layer) for layer in layers if not layer.integer],
+        integer_macs=integer_share(model, layers, opened.executed_products()),
         top1_agreement=rows.same_exact / rows.samples,
         float_simulation_top1_agreement=rows.same_float / rows.samples,
         accuracy=rows.accuracy(),
         latency_ms=milliseconds,
         latency_batch=_size(inputs_of(batches[0])),
         latency_ratio=milliseconds["deployed"] / milliseconds["float"],
-        first_difference=first,
-        tensors=comparison.tensors,
+        **comparison.parity(),
     )
 
 
@@ -185,41 +187,33 @@ def _in_float(layer: Executed) -> str:
 class _Comparison:
     """The file, opened with all its integers as outputs, and the two simulations of it."""
 
-    def __init__(self, qmodel: nn.Module, model: nn.Module, exported: list[ExportedQuantizer], path: Path) -> None:
-        self.path = path
+    def __init__(
+        self, qmodel: nn.Module, model: nn.Module, exported: list[ExportedQuantizer], path: Path, target: str
+    ) -> None:
         self.weights = [q for q in exported if q.weight]
-        self.layers = [q.name.removesuffix(openvino.WEIGHT_SUFFIX) for q in self.weights]
-        activations = in_graph_order(model)
-        self.exact = ExactModel(model)
+        self.layers = [q.name.removesuffix(WEIGHT_SUFFIX) for q in self.weights]
+        self.activations = in_graph_order(model)
+        self.exact = ExactModel(model, target)
         self.modules = dict(model.named_modules())
         self.qmodel = qmodel
-        opened = read(path)
-        self.names = with_outputs(opened, list(activations))
-        missing = set(activations) - set(self.names)
-        if missing:
+        self.file = open_deployed(path, target, list(self.activations))
+        self.names = [name for name in self.activations if name in self.file.tensors]
+        if missing := set(self.activations) - set(self.names):
             raise VerificationError(
                 f"{path} lacks the quantized tensors {', '.join(sorted(missing)[:3])}, so it was not written from "
                 f"this model. "
                 "Export the model again, then verify."
             )
-        # Where the model returns a tensor that is quantized, that output is the tensor's.
-        named = [(name, index) for index, port in enumerate(opened.outputs) for name in port.get_names()]
-        self.outputs = {name: index for name, index in named if name in activations}
-        self.compiled = compile_model(opened)
-        self.ends = {name: Ends.of(activations[name], signed_readers=False) for name in self.names}
         first = {q.number: q.name for q in exported}
         self.calls: dict[str, list[str]] = {}  # of a quantizer of the model, its tensors in the order of the graph
-        for name, quantizer in activations.items():
+        for name, quantizer in self.activations.items():
             self.calls.setdefault(first[quantizer.grid], []).append(name)
         self.tensors = [TensorParity(name.removeprefix("quantizers.")) for name in self.names]
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """First output of the file and of the exact simulation; the integers of all activations are compared."""
-        deployed_outputs = run_compiled(self.compiled, inputs)
-        reals = {name: deployed_outputs[index] for name, index in self.outputs.items()}
-        found = {
-            name: torch.round((real - self.ends[name].low) / self.ends[name].scale) for name, real in reals.items()
-        }
+        deployed_outputs, reals = self.file.run(inputs)
+        found = {name: _levels(reals[name], self.activations[name]) for name in self.names}
         exact_output = _first(self.exact(*inputs))
         exact = dict(self.exact.levels)
         alone = exact
@@ -230,7 +224,8 @@ class _Comparison:
             self.exact.given.clear()
         simulated = self.simulated_levels
         for tensor, name in zip(self.tensors, self.names, strict=True):
-            tensor.add(found[name], exact[name], alone[name], simulated[name])
+            # A mean over positions keeps or loses their axes: the runtime's form may be another than the model's.
+            tensor.add(found[name], exact[name], alone[name], simulated[name].reshape(found[name].shape))
         return deployed_outputs[0], exact_output
 
     def simulate(self, args: Sequence[Tensor], kwargs: dict[str, Tensor]) -> Tensor:
@@ -248,16 +243,31 @@ class _Comparison:
                 handle.remove()
 
     def _keep_levels(self, names: list[str]) -> Any:
-        ends, waiting = self.ends[names[0]], iter(names)
+        waiting = iter(names)
 
         def hook(module: Quantizer, inputs: Any, output: Tensor) -> None:
-            self.simulated_levels[next(waiting)] = torch.round((output.cpu().float() - ends.low) / ends.scale)
+            name = next(waiting)
+            self.simulated_levels[name] = _levels(output.cpu().float(), self.activations[name])
 
         return hook
 
+    def parity(self) -> dict[str, Any]:
+        """The fields of the report that tell of integers."""
+        total = sum(tensor.count for tensor in self.tensors) or 1
+        last = self.tensors[-1] if self.tensors else TensorParity("", 1)
+        return {
+            "integer_match": 1 - sum(t.different for t in self.tensors) / total,
+            "last_integer_match": 1 - last.different / max(last.count, 1),
+            "float_simulation_match": 1 - sum(t.different_float for t in self.tensors) / total,
+            "max_lsb_difference": max((t.largest for t in self.tensors), default=0),
+            "weights_match": self.weights_match(),
+            "first_difference": next((t.name for t in self.tensors if t.different), ""),
+            "tensors": self.tensors,
+        }
+
     def weights_match(self) -> bool:
         """Whether the file holds the model's integer weights, all of them."""
-        stored = stored_integers(read(self.path), self.layers)
+        stored = self.file.stored_integers(self.layers)
         for quantizer, layer in zip(self.weights, self.layers, strict=True):
             module = self.modules.get(layer)
             if module is None or not isinstance(module.weight, Tensor):
@@ -271,10 +281,15 @@ class _Comparison:
         return True
 
 
+def _levels(real: Tensor, quantizer: ExportedQuantizer) -> Tensor:
+    """The integers that real numbers on a quantizer's grid stand for, counted from the smallest of its type."""
+    return torch.round(real / quantizer.scale) + quantizer.zero_point - (-128 if quantizer.signed else 0)
+
+
 def in_graph_order(model: nn.Module) -> dict[str, ExportedQuantizer]:
     """The quantizers of activations by name, in the order in which they are computed."""
     calls = [module_of(n) for region in regions(model).values() for n in region.graph.nodes if n.op == "call_module"]
-    return {q.name: q for q in calls if isinstance(q, ExportedQuantizer) and not q.weight}
+    return {q.name: q for q in calls if isinstance(q, ExportedQuantizer) and not (q.weight or q.repeats)}
 
 
 @dataclass

@@ -15,6 +15,7 @@ from halfeven.placement.layers import QUANTIZED_LAYERS
 from halfeven.placement.live_folding import fold_live
 from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight, QuantizationOptions
 from halfeven.placement.planning import named_nodes, regions
+from halfeven.placement.targets import target_named
 from halfeven.quantizer import Quantizer
 
 
@@ -40,7 +41,7 @@ def insert(model: nn.Module, plan: Plan) -> nn.Module:
         region.graph.lint()
         region.runs_as = fused_graph
         region.recompile()
-        _link_inputs(region)
+        _link_inputs(region, rounds_bias=target_named(plan.options.target).integer_bias)
         if plan.options.batchnorm == "fold live":
             fold_live(region)
     model.halfeven_plan = plan  # type: ignore[assignment]
@@ -124,7 +125,7 @@ def _place(region: CapturedModule, quantizer: Quantizer, name: str) -> str:
     return path
 
 
-def _link_inputs(region: CapturedModule) -> None:
+def _link_inputs(region: CapturedModule, *, rounds_bias: bool) -> None:
     """Tell each quantized layer the quantizer of its input, whose scale makes integers of it again (see `layers`)."""
     for node in region.graph.nodes:
         if node.op != "call_module" or type(layer := module_of(node)) not in QUANTIZED_LAYERS.values():
@@ -132,6 +133,7 @@ def _link_inputs(region: CapturedModule) -> None:
         source = quantizer_of(node.all_input_nodes[0])
         # In a tuple, so that the quantizer does not become a submodule of the layer.
         layer.input_quantizers = () if source is None else (source,)  # type: ignore[assignment]
+        layer.rounds_bias = rounds_bias  # type: ignore[assignment]
 
 
 def quantizer_of(node: fx.Node) -> Quantizer | None:

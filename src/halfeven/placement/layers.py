@@ -38,8 +38,8 @@ def run_quantized(layer: Any, x: Tensor) -> Tensor:
     """
     compute = operation(layer)
     real_weight = folded_weight(layer)
-    bias = None if layer.live_norms else layer.bias  # what BatchNorm's own shift takes in
     weight = layer.weight_quantizer(real_weight)
+    bias = None if layer.live_norms else _bias(layer, x, real_weight)  # what BatchNorm's own shift takes in
     if not (layer.input_quantizers and _low_precision(x)):
         return compute(x, weight, bias)
     (quantizer,) = layer.input_quantizers
@@ -60,6 +60,19 @@ def run_quantized(layer: Any, x: Tensor) -> Tensor:
     return result.to(_compute_dtype(x))
 
 
+def _bias(layer: Any, x: Tensor, weight: Tensor) -> Tensor | None:
+    """The layer's bias; on the grid of its products where the runtime adds integers, its gradient as if it were not."""
+    bias: Tensor | None = layer.bias
+    if bias is None or not layer.rounds_bias or not layer.input_quantizers:
+        return bias
+    (quantizer,) = layer.input_quantizers
+    if any(one.mode is not Mode.QUANTIZE or not one.calibrated for one in (quantizer, layer.weight_quantizer)):
+        return bias
+    unit = quantizer.used_scale(x) * layer.weight_quantizer.used_scale(weight)
+    rounded: Tensor = bias + (torch.round(bias.detach() / unit) * unit - bias.detach())
+    return rounded
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
@@ -75,6 +88,7 @@ class QuantizedConv1d(nn.Conv1d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
+    rounds_bias: bool = False
     live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -86,6 +100,7 @@ class QuantizedConv2d(nn.Conv2d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
+    rounds_bias: bool = False
     live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -97,6 +112,7 @@ class QuantizedConv3d(nn.Conv3d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
+    rounds_bias: bool = False
     live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -108,6 +124,7 @@ class QuantizedConvTranspose1d(nn.ConvTranspose1d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
+    rounds_bias: bool = False
     live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -119,6 +136,7 @@ class QuantizedConvTranspose2d(nn.ConvTranspose2d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
+    rounds_bias: bool = False
     live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -130,6 +148,7 @@ class QuantizedConvTranspose3d(nn.ConvTranspose3d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
+    rounds_bias: bool = False
     live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -141,6 +160,7 @@ class QuantizedLinear(nn.Linear):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
+    rounds_bias: bool = False
     live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -24,9 +24,9 @@ class Grid(enum.Enum):
 class Target:
     """What a runtime executes in integers, and where it wants quantizers.
 
-    `inputs` names the kinds that take integers; placement quantizes their inputs at the operators that produce them. An
-    addition is a case of its own: `residual_branch_in_float` leaves a convolution that is added to a skip connection
-    unquantized.
+    `inputs` names the kinds that take integers; placement quantizes their inputs at the operators that produce them.
+    Additions and multiplications of tensors are a case of their own: they are quantized where a convolution leads to
+    them, as in the residual blocks and gates of convolutional networks, and stay in float in transformers.
     """
 
     name: str
@@ -34,6 +34,19 @@ class Target:
     activation_bits: range
     inputs: Mapping[OperatorKind, Callable[[fx.Node], Grid]]
     residual_branch_in_float: bool
+    """A convolution that is added to a skip connection stays unquantized: it is fused with the addition."""
+    elementwise: frozenset[OperatorKind] = field(default=frozenset({K.ADD}))
+    """The kinds that combine two tensors in integers."""
+    outputs: frozenset[OperatorKind] = frozenset()
+    """Kinds that run in integers only where their own result is quantized, whoever reads it."""
+    fuses_any_activation: bool = True
+    """Any activation is computed in the kernel before it; else only one that clips, which the rounding takes in."""
+    signed_only: bool = False
+    """Activations are signed without a zero point, also after a ReLU."""
+    unsigned_only: bool = False
+    """The runtime's integer kernels take unsigned activations; signed ones are written with a zero point of 128."""
+    integer_bias: bool = False
+    """Biases are 32-bit integers on the grid of the layer's products."""
 
 
 def _any(node: fx.Node) -> Grid:
@@ -75,7 +88,40 @@ OPENVINO = Target(
     residual_branch_in_float=True,  # the plugin drops the rounding of a quantizer between a convolution and a fused sum
 )
 
-TARGETS: dict[str, Target] = {target.name: target for target in (OPENVINO,)}
+ONNXRUNTIME = Target(
+    name="onnxruntime",
+    weight_bits=range(2, 9),
+    activation_bits=range(2, 9),
+    inputs={
+        K.CONVOLUTION: _any,
+        K.LINEAR: _any,
+        K.MATMUL: _any,
+        K.AVERAGE: _any,
+    },  # it has no integer kernel for transposed convolutions
+    residual_branch_in_float=False,  # QLinearAdd wants integers on both sides, and so does the convolution before it
+    elementwise=frozenset({K.ADD, K.MULTIPLY}),
+    outputs=frozenset({K.CONVOLUTION, K.ADD, K.MULTIPLY, K.AVERAGE}),  # linear layers and products may end in float
+    fuses_any_activation=False,
+    unsigned_only=True,  # on x86
+    integer_bias=True,
+)
+
+TENSORRT = Target(
+    name="tensorrt",
+    weight_bits=range(8, 9),
+    activation_bits=range(8, 9),
+    inputs={
+        K.CONVOLUTION: _any,
+        K.LINEAR: _any,
+        K.TRANSPOSED_CONVOLUTION: _any,
+        K.MATMUL: _any,
+        K.AVERAGE: _any,
+    },
+    residual_branch_in_float=True,  # a quantizer there would keep convolution, addition and ReLU from being one kernel
+    signed_only=True,
+)
+
+TARGETS: dict[str, Target] = {target.name: target for target in (OPENVINO, ONNXRUNTIME, TENSORRT)}
 
 
 def target_named(name: str) -> Target:

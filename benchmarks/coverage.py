@@ -1,0 +1,277 @@
+"""Coverage of timm: the smallest model of each family, from capture over a training step to the verified file.
+
+    python benchmarks/coverage.py [--models MODEL ...] [--targets openvino onnxruntime] [--json FILE]
+
+Weights are random, inputs are noise of the model's own size, two samples. "eval" and "train" say whether the captured
+model's outputs equal the original's bit for bit in that mode. A model is walked in a process of its own, so that a
+crash or a hang of one (there is a time limit) costs one row. Failures come with their reasons.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import halfeven as he
+from halfeven.graph.capture import capture
+
+FAMILIES = [
+    "beit_base_patch16_224",
+    "halonet_h1",
+    "test_byobnet",
+    "cait_xxs24_224",
+    "coat_tiny",
+    "convit_tiny",
+    "convmixer_768_32",
+    "test_convnext",
+    "cpubone_nano",
+    "crossvit_tiny_240",
+    "csatv2",
+    "cs3darknet_focus_s",
+    "cspnext_tiny",
+    "davit_tiny",
+    "deepseek_vit_412m",
+    "deit_tiny_patch16_224",
+    "densenet121",
+    "dla46x_c",
+    "dpn48b",
+    "edgenext_xx_small",
+    "efficientformer_l1",
+    "efficientformerv2_s0",
+    "test_efficientnet",
+    "efficientvim_m1",
+    "efficientvit_b0",
+    "efficientvit_m0",
+    "vit_tiny_patch16_dinov3_qkvb",
+    "fasternet_t0",
+    "fastvit_t8",
+    "focalnet_tiny_srf",
+    "gcvit_xxtiny",
+    "gemma4_vit_167m",
+    "ghostnet_050",
+    "hardcorenas_b",
+    "hgnetv2_b0",
+    "hiera_tiny_224",
+    "sam2_hiera_tiny",
+    "hrnet_w18_small",
+    "iformer_t",
+    "inception_next_atto",
+    "inception_resnet_v2",
+    "inception_v3",
+    "inception_v4",
+    "lcnetv2_small",
+    "levit_128s",
+    "lowformer_b0",
+    "test_mambaout",
+    "test_coatnet",
+    "poolformerv2_s12",
+    "gmlp_ti16_224",
+    "mobilenetv3_small_050",
+    "mobilenetv5_base",
+    "mobilevit_xxs",
+    "mvitv2_tiny",
+    "naflexvit_base_patch16_parfac_gap",
+    "nasnetalarge",
+    "nest_tiny",
+    "nextvit_small",
+    "test_nfnet",
+    "pit_ti_224",
+    "pnasnet5large",
+    "pvt_v2_b0",
+    "qwen3_vit_88m",
+    "rdnet_tiny",
+    "regnetx_002",
+    "repghostnet_050",
+    "repvit_m1",
+    "res2next50",
+    "resnest14d",
+    "test_resnet",
+    "resnetv2_18",
+    "rexnet_100",
+    "selecsls42",
+    "legacy_seresnet18",
+    "sequencer2d_s",
+    "shvit_s1",
+    "skresnet18",
+    "starnet_s050",
+    "swiftformer_xs",
+    "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256",
+    "swinv2_cr_tiny_224",
+    "tiny_vit_5m_224",
+    "tnt_s_legacy_patch16_224",
+    "tresnet_m",
+    "twins_svt_small",
+    "vgg11",
+    "visformer_tiny",
+    "test_vit",
+    "vit_tiny_r_s16_p8_224",
+    "test_vit_relpos",
+    "samvit_base_patch16_224",
+    "vitamin_small_224",
+    "volo_d1_224",
+    "ese_vovnet19b_slim_dw",
+    "legacy_xception",
+    "xception41p",
+    "xcit_nano_12_p8_224",
+]
+"""The smallest model, by parameters, of each of timm's modules."""
+
+SECONDS = 900
+"""Limit for one model."""
+
+
+def example_of(model: nn.Module) -> Any:
+    """Two samples of noise of the size that a model was made for."""
+    size = model.pretrained_cfg.get("input_size", (3, 224, 224))
+    return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+
+
+def first(output: Any) -> Tensor:
+    """The first tensor of an output."""
+    return next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def same(model: nn.Module, captured: nn.Module, x: Any, *, training: bool) -> bool:
+    """Whether both models give the same, bit for bit, in one mode and from one seed."""
+    outputs = []
+    for one in (model, captured):
+        one = copy.deepcopy(one).train(training)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            outputs.append(pytree.tree_leaves(one(x)))
+    return len(outputs[0]) == len(outputs[1]) and all(map(torch.equal, *outputs))
+
+
+def step(qmodel: nn.Module, x: Any) -> str:
+    """One training step with the sum of squares as the loss; what is wrong with its gradients, or ""."""
+    qmodel = copy.deepcopy(qmodel).train()
+    first(qmodel(x)).square().mean().backward()
+    gradients = [p.grad for p in qmodel.parameters() if p.grad is not None]
+    if not gradients:
+        return "no gradient"
+    return "" if all(bool(torch.isfinite(g).all()) for g in gradients) else "a gradient that is not finite"
+
+
+def walk(name: str, targets: list[str]) -> dict[str, Any]:
+    """The row of one model."""
+    row: dict[str, Any] = {"model": name}
+
+    def attempt(what: str, act: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        try:
+            return act()
+        except Exception as error:  # whatever it is, it is this row's finding
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            row.setdefault("failures", {})[what] = f"{type(error).__name__}: {lines[0][:300]}"
+            return None
+        finally:
+            row[f"{what}, s"] = round(time.perf_counter() - started, 1)
+
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    x = example_of(model)
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    found = attempt("capture", lambda: capture(copy.deepcopy(model), x))
+    if found is None:
+        return row
+    captured, report = found
+    row["whole"] = report.regions == [""]
+    row["left in Python"] = [str(left)[:300] for left in report.left]
+    row["eval"] = attempt("eval", lambda: same(model, captured, x, training=False))
+    row["train"] = attempt("train", lambda: same(model, captured, x, training=True))
+    for target in targets:
+        row[target] = attempt(target, lambda target=target: deploy(model, x, target, row))
+    return row
+
+
+def deploy(model: nn.Module, x: Any, target: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Quantize for a target, take a step, export and verify."""
+    qmodel = he.calibrate(he.prepare(model, x, target=target), [x])
+    if problem := step(qmodel, x):
+        row.setdefault("failures", {})[f"step, {target}"] = problem
+    row["step"] = not problem
+    with tempfile.TemporaryDirectory() as folder:
+        path = he.export(qmodel.eval(), Path(folder) / ("model.xml" if target == "openvino" else "model.onnx"))
+        found = he.verify(qmodel, path, [x]).to_dict()
+    found.pop("tensors")
+    return found
+
+
+def in_own_process(name: str, targets: list[str]) -> dict[str, Any]:
+    """The row of one model, walked by a process of its own."""
+    command = [sys.executable, __file__, "--one", name, "--targets", *targets]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"model": name, "failures": {"time": f"longer than {SECONDS} s"}}
+    try:
+        row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, json.JSONDecodeError):
+        said = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        return {"model": name, "failures": {"process": said[0][:300]}}
+    return row
+
+
+def line(row: dict[str, Any], targets: list[str]) -> str:
+    """A row of the table."""
+    cells = ["whole" if row.get("whole") else "parts" if "whole" in row else "-"]
+    cells += ["yes" if row.get(key) else "no" for key in ("eval", "train", "step")]
+    for target in targets:
+        found = row.get(target)
+        cells += ["-"] * 3 if not found else [
+            f"{found['integer_layers']}/{found['quantizable_layers']}",
+            f"{100 * found.get('integer_macs', 0):.1f}",
+            f"{100 * found['integer_match']:.4f}",
+        ]  # fmt: skip
+    reasons = "; ".join(f"{what}: {why}" for what, why in row.get("failures", {}).items())
+    return f"{row['model']:38} " + " ".join(f"{cell:>9}" for cell in cells) + (f"  {reasons}" if reasons else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=FAMILIES, help="timm's names; not given: all families")
+    parser.add_argument("--targets", nargs="+", default=["openvino", "onnxruntime"])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(walk(options.one, options.targets)))
+        return
+
+    heads = [
+        "captured",
+        "eval",
+        "train",
+        "step",
+        *(h for _ in options.targets for h in ("layers", "% MACs", "% equal")),
+    ]
+    print(f"{'':38} " + " ".join(f"{head:>9}" for head in heads) + f"  ({', '.join(options.targets)})")
+    rows = []
+    for name in options.models:
+        rows.append(in_own_process(name, options.targets))
+        print(line(rows[-1], options.targets), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1))
+    for what in ("eval", "train", "step", *options.targets):
+        print(f"{what}: {sum(bool(row.get(what)) for row in rows)} of {len(rows)}")
+    for target in options.targets:
+        shares = [100 * row[target].get("integer_macs", 0) for row in rows if row.get(target)]
+        if shares:
+            print(f"multiply-accumulates in integers, {target}: median {statistics.median(shares):.1f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""What a runtime says of an operator that it ran."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Executed:
+    """How the runtime executed a layer."""
+
+    layer: str
+    precision: str
+    kernel: str
+    integer: bool
+    """Whether an integer kernel ran."""

@@ -1,0 +1,170 @@
+"""OpenVINO as the runtime: running a deployed file, and asking it what it executed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halfeven.errors import VerificationError
+from halfeven.export.executed import Executed
+from halfeven.export.openvino import LAYER_TYPES
+from halfeven.export.operators import WEIGHT_SUFFIX
+from halfeven.export.telemetry import silently
+
+ACCURACY = {"EXECUTION_MODE_HINT": "ACCURACY"}
+"""Without it the plugin computes in bfloat16 what is not integer, and nothing can be compared."""
+
+INTEGER_TYPES = ("u8", "i8", "u4", "i4")
+
+
+@silently()
+def read(path: str | Path) -> Any:
+    """The `openvino.Model` of a file.
+
+    Raises:
+        VerificationError: no such file, or none that OpenVINO can read.
+    """
+    import openvino
+
+    path = Path(path)
+    if not path.is_file():
+        raise VerificationError(f"There is no file {path} to run. Write it with halfeven.export(qmodel, path).")
+    try:
+        return openvino.Core().read_model(path)
+    except RuntimeError as error:
+        raise VerificationError(
+            f"OpenVINO cannot read {path}: {str(error).strip().splitlines()[-1]} The file is damaged or of another "
+            f"kind: "
+            "write it again with halfeven.export(qmodel, path)."
+        ) from error
+
+
+@silently()
+def compile_model(model: Any, config: dict[str, str] | None = None) -> Any:
+    """A model ready to run on the CPU, in float32 where it is not integer unless `config` says otherwise."""
+    import openvino
+
+    return openvino.Core().compile_model(model, "CPU", ACCURACY if config is None else config)
+
+
+def run_compiled(compiled: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """All outputs of a compiled model as tensors of their own."""
+    result = compiled([np.ascontiguousarray(x.detach().cpu().numpy()) for x in inputs])
+    return [torch.from_numpy(np.array(result[i])) for i in range(len(compiled.outputs))]
+
+
+def request_with(compiled: Any, inputs: Sequence[Tensor]) -> Any:
+    """An `openvino.InferRequest` whose inputs are set already: `request.infer()` does nothing but compute."""
+    import openvino
+
+    request = compiled.create_infer_request()
+    for index, x in enumerate(inputs):
+        request.set_input_tensor(index, openvino.Tensor(np.array(x.detach().numpy(), order="C")))
+    return request
+
+
+def with_outputs(model: Any, names: Sequence[str]) -> list[str]:
+    """Make the named tensors outputs of a model, after its own; the names of those that it has."""
+    found = {name for node in model.get_ordered_ops() for port in node.outputs() for name in port.get_names()}
+    present = [name for name in names if name in found]
+    for name in present:
+        model.add_outputs(name)
+    return present
+
+
+def executed_layers(compiled: Any, layers: Sequence[str]) -> list[Executed]:
+    """What the runtime made of each named layer; layers that it does not mention come with precision "unknown"."""
+    found: dict[str, Executed] = {}
+    for info in _executed(compiled):
+        for name in info.get("originalLayersNames", "").split(","):
+            found.setdefault(_layer(name), _described(_layer(name), info))
+    return [found.get(layer, Executed(layer, "unknown", "", integer=False)) for layer in layers]
+
+
+def executed_products(compiled: Any) -> list[Executed]:
+    """What the runtime made of the products of two activations."""
+    return [
+        _described(info["originalLayersNames"], info) for info in _executed(compiled) if info["layerType"] == "MatMul"
+    ]
+
+
+def _executed(compiled: Any) -> Iterator[dict[str, str]]:
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
+        if info.get("layerType") != "Const":
+            yield info
+
+
+def _described(name: str, info: dict[str, str]) -> Executed:
+    precision, kernel = info["runtimePrecision"], info["primitiveType"]
+    return Executed(name, precision, kernel, integer=precision in INTEGER_TYPES and "i8" in kernel.lower())
+
+
+def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
+    """The integer weights that a file holds for the named layers."""
+    found: dict[str, Tensor] = {}
+    for node in model.get_ordered_ops():
+        if node.get_type_name() not in LAYER_TYPES:
+            continue
+        names = [_layer(node.get_friendly_name())]
+        source = node.input_value(1).get_node()
+        while source.get_type_name() != "Constant" and source.get_input_size():
+            # The ONNX front end names a transposed convolution anew; its weight keeps the name it had.
+            names.append(source.get_friendly_name().removesuffix(WEIGHT_SUFFIX))
+            source = source.input_value(0).get_node()
+        layer = next((name for name in names if name in layers), None)
+        if layer and source.get_type_name() == "Constant" and source.get_element_type().is_integral_number():
+            integers = torch.from_numpy(np.array(source.get_data()).astype(np.float32))
+            turned = node.get_type_name() == "MatMul" and not node.get_attributes()["transpose_b"]
+            found[layer] = integers.t() if turned and integers.ndim == 2 else integers
+    return found
+
+
+def _layer(name: str) -> str:
+    """The layer that an operator is part of: the plugin and the ONNX front end add "/DequantizationMultiply" and
+    the like."""
+    return name.split("/")[0]
+
+
+class OpenVINOFile:
+    """A file opened in OpenVINO; see `halfeven.export.runtime.DeployedFile`."""
+
+    runtime = "OpenVINO"
+
+    def __init__(self, path: Path, tensors: Sequence[str] = ()) -> None:
+        self.path = path
+        opened = read(path)
+        self.own_outputs = len(opened.outputs)
+        with_outputs(opened, tensors)
+        # Where the model returns a tensor that is quantized, that output is the tensor's.
+        named = [(name, index) for index, port in enumerate(opened.outputs) for name in port.get_names()]
+        self.places = {name: index for name, index in named if name in tensors}
+        self.compiled = compile_model(opened)
+
+    @property
+    def tensors(self) -> list[str]:
+        return list(self.places)
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        outputs = run_compiled(self.compiled, inputs)
+        return outputs[: self.own_outputs], {name: outputs[index] for name, index in self.places.items()}
+
+    def executed_layers(self, layers: Sequence[str]) -> list[Executed]:
+        return executed_layers(self._plain(), layers)
+
+    def executed_products(self) -> list[Executed]:
+        return executed_products(self._plain())
+
+    def _plain(self) -> Any:
+        """Compiled without more outputs than its own, which keep operators from being fused."""
+        return self.compiled if not self.places else compile_model(read(self.path))
+
+    def stored_integers(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        return stored_integers(read(self.path), layers)
+
+    def timed(self, inputs: Sequence[Tensor]) -> Callable[[], object]:
+        request = request_with(self.compiled, inputs)
+        return lambda: request.infer(share_inputs=True, share_outputs=True)  # no copy of either is timed

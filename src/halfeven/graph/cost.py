@@ -1,0 +1,41 @@
+"""What the products of a graph cost, in multiply-accumulates."""
+
+from typing import Any
+
+from torch import fx
+
+from halfeven.graph.operators import WEIGHTED, OperatorKind, kind_of, module_of
+
+
+def multiply_accumulates(node: fx.Node) -> int:
+    """Multiply-accumulates of a convolution, linear layer or matrix product, for the batch that it was traced with;
+    0 for other operators."""
+    kind = kind_of(node)
+    if kind is OperatorKind.MATMUL:
+        first = node.args[0]
+        assert isinstance(first, fx.Node)
+        return _size(node.meta["val"].shape) * _number(first.meta["val"].shape[-1])
+    if kind not in WEIGHTED:
+        return 0
+    if node.op == "call_module":
+        weight: Any = module_of(node).weight
+    else:
+        source = node.args[1]
+        assert isinstance(source, fx.Node)
+        weight = source.meta["val"]
+    # A transposed convolution multiplies each input by its window; all others make each output of theirs.
+    transposed = kind is OperatorKind.TRANSPOSED_CONVOLUTION
+    walked = node.all_input_nodes[0] if transposed else node
+    return _size(walked.meta["val"].shape) * _size(weight.shape[1:])
+
+
+def _size(shape: Any) -> int:
+    result = 1
+    for size in shape:
+        result *= _number(size)
+    return result
+
+
+def _number(size: Any) -> int:
+    """A size, or the one that a free axis was traced with."""
+    return size if isinstance(size, int) else int(size.node.hint)
