@@ -13,8 +13,10 @@ from torch import Tensor, fx, nn
 from halfeven.arithmetic import dequantize, quantize, snap
 from halfeven.errors import CalibrationError
 from halfeven.graph.batchnorm import foldable, folding, output_axis, remove
-from halfeven.graph.operators import OperatorKind, kind_of, module_of
-from halfeven.graph.restoration import CapturedModule
+from halfeven.graph.constants import attribute, fold_constants
+from halfeven.graph.operators import WEIGHTED, OperatorKind, kind_of, module_of
+from halfeven.graph.restoration import BUILDERS, CapturedModule, arguments, place
+from halfeven.placement.layers import QUANTIZED_LAYERS
 from halfeven.placement.live_folding import settle_live
 from halfeven.placement.planning import regions
 from halfeven.quantizer import Quantizer, quantizers
@@ -43,6 +45,8 @@ def deployed(qmodel: nn.Module) -> nn.Module:
         region.runs_as = None  # exporters trace what runs, and shall see the graph as it is
         settle_live(region)
         _remove_identities(region)
+        fold_constants(region)
+        _make_modules(region)
         norms = dict(foldable(region.graph))
         calls = [node for node in region.graph.nodes if node.op == "call_module"]
         for node in [call for call in calls if hasattr(module_of(call), "weight_quantizer")]:
@@ -67,6 +71,8 @@ def freeze(quantizer: Quantizer) -> None:
 
 def _remove_identities(region: CapturedModule) -> None:
     for node in list(region.graph.nodes):
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default  # a view needs the copy that is taken out before it
         if kind_of(node) is not OperatorKind.IDENTITY:
             continue
         if node.op == "call_module":
@@ -101,6 +107,39 @@ def _settle(region: CapturedModule, node: fx.Node, norm: fx.Node | None) -> None
     layer.weight_quantizer = frozen.eval()
     layer.weight = nn.Parameter(dequantize(integers, scale, torch.zeros_like(scale), scheme), requires_grad=False)
     layer.settled, layer.rounds_bias = True, False  # biases are the form's matter
+
+
+def _make_modules(region: CapturedModule) -> None:
+    """Make modules of quantized layers that are functions, where their weight and bias are constants by now."""
+    for node in list(region.graph.nodes):
+        if node.op != "call_function" or kind_of(node) not in WEIGHTED or node.target not in BUILDERS:
+            continue
+        quantized, bias = node.args[1], arguments(node)["bias"]
+        if quantized.op != "call_module" or not isinstance(quantizer := module_of(quantized), Quantizer):
+            continue
+        parts = {"weight": quantized.all_input_nodes[0]} | ({} if bias is None else {"bias": bias})
+        if all(part.op == "get_attr" for part in parts.values()):
+            _make_module(region, node, quantizer, parts)
+
+
+def _make_module(region: CapturedModule, node: fx.Node, quantizer: Quantizer, parts: dict[str, fx.Node]) -> None:
+    quantized = node.all_input_nodes[1]
+    path = str(quantized.target).removeprefix("quantizers.").removesuffix("_weight")
+    holder = nn.Module()
+    place(region, path, holder)
+    with region.graph.inserting_before(node):
+        for name, part in parts.items():
+            holder.register_parameter(name, nn.Parameter(attribute(region, part).detach(), requires_grad=False))
+            node.update_arg(("input", "weight", "bias").index(name), region.graph.get_attr(f"{path}.{name}"))
+    built = BUILDERS[node.target](node, arguments(node), region)
+    assert built is not None
+    layer: Any = built[1]
+    layer.__class__ = QUANTIZED_LAYERS[type(layer)]
+    layer.weight_quantizer = quantizer
+    place(region, path, layer)
+    node.op, node.target, node.args, node.kwargs = "call_module", path, (node.args[0],), {}
+    region.graph.erase_node(quantized)
+    region.delete_submodule(str(quantized.target))
 
 
 def recoverable(scale: Tensor, steps: int = 254) -> Tensor:

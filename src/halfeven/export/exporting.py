@@ -66,12 +66,19 @@ def export(qmodel: nn.Module, path: str | Path, target: str | None = None) -> Pa
         raise
     except Exception as error:  # tracers and converters raise many kinds; whichever it is, there is no file
         raise ExportError(
-            f"{path} could not be written: {type(error).__name__}: {str(error).strip().splitlines()[-1]}\n"
+            f"{path} could not be written: {type(error).__name__}: {_reason(error)}\n"
             "So the model cannot be deployed in this form. Leave the submodule with that operator out with "
             "leave_out=[...], "
             "or write it with other operators."
         ) from error
     return path
+
+
+def _reason(error: Exception) -> str:
+    """The line of an exporter's message that says what went wrong: the last one, or the first before torch's own
+    advice."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0] if "tlparse" in lines[-1] else lines[-1]
 
 
 def exportable(qmodel: nn.Module, target: str | None = None) -> tuple[nn.Module, list[ExportedQuantizer]]:

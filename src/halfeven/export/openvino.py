@@ -59,6 +59,8 @@ def _fake_quantize(context: Any, names: Sequence[str]) -> list[Any]:
     ends = [opset.constant(end.astype(np.float32)) for end in (low, high)]
     node = opset.fake_quantize(x, *ends, *ends, levels=quant_max - quant_min + 1)
     node.set_friendly_name(names[number])
+    # The tensor's name too, now: what a transformation puts in this node's place takes it over.
+    node.output(0).get_tensor().set_names({names[number]})
     return list(node.outputs())
 
 

@@ -88,10 +88,13 @@ class Report:
     """Top-1 in percent of float (where given), simulated and deployed model, where the batches came with labels."""
     latency_ms: dict[str, float]
     """Median milliseconds of a batch of `latency_batch` samples: float and deployed, timed in turn, both without
-    bfloat16."""
+    bfloat16; empty where they were not timed."""
     latency_batch: int
     latency_ratio: float
-    """Deployed over float."""
+    """Deployed over float; NaN where neither was timed."""
+    unseen: list[str]
+    """Quantized tensors that the file does not have any more, and that were not compared: the converter merged them
+    with others."""
     first_difference: str
     """The first activation, in the order of the graph, whose integers differ from the exact simulation; "" if none."""
     tensors: list[TensorParity] = field(default_factory=list)
@@ -106,6 +109,7 @@ class Report:
             ("  of the last feature map", _percent(self.last_integer_match)),
             ("  largest difference", f"{self.max_lsb_difference} LSB"),
             ("  first difference", self.first_difference or "none"),
+            *(("  not compared, merged by the converter", name) for name in self.unseen),
             ("integers equal to the float simulation", _percent(self.float_simulation_match)),
             ("integer weights equal", "yes" if self.weights_match else "NO"),
             ("layers executed in integers", f"{self.integer_layers} of {self.quantizable_layers}"),
@@ -114,12 +118,20 @@ class Report:
             ("same top-1 as the exact simulation", _percent(self.top1_agreement)),
             ("same top-1 as the float simulation", _percent(self.float_simulation_top1_agreement)),
             *((f"top-1 {name}", f"{value:.2f} %") for name, value in self.accuracy.items()),
-            *((f"latency {name}, batch {self.latency_batch}", f"{v:.2f} ms") for name, v in self.latency_ms.items()),
-            ("latency deployed / float", f"{self.latency_ratio:.2f}"),
         ]
+        if self.latency_ms:
+            rows += [
+                (f"latency {name}, batch {self.latency_batch}", f"{v:.2f} ms") for name, v in self.latency_ms.items()
+            ]
+            rows += [("latency deployed / float", f"{self.latency_ratio:.2f}")]
         width = max(len(name) for name, _ in rows)
         title = f"{self.path} in {self.runtime}, {self.samples} samples"
         return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)])
+
+
+MERGED = 0.1
+"""A converter may merge so large a share of a model's quantized tensors with others; where more lack, the file is
+another model's."""
 
 
 def _percent(share: float) -> str:
@@ -133,6 +145,7 @@ def verify(
     float_model: nn.Module | None = None,
     *,
     target: str | None = None,
+    timed: bool = True,
 ) -> Report:
     """Run a deployed file in its runtime and compare its integers with those of the model.
 
@@ -146,6 +159,7 @@ def verify(
         float_model: the original model, for its accuracy.
         target: the runtime that the file was written for; None: the one that the model was made for. TensorRT is not
             run: its file is evaluated as ONNX defines its operators.
+        timed: whether to measure latencies too; for that the float model is written as well.
 
     Raises:
         VerificationError: no batch, a file that cannot be read, or one that was not written from this model.
@@ -161,7 +175,7 @@ def verify(
         rows = _compare(comparison, batches, quantized, float_model)
     opened = open_deployed(path, target)
     layers = opened.executed_layers(comparison.layers)
-    milliseconds = latency(qmodel, Path(path), inputs_of(batches[0]), target)
+    milliseconds = latency(qmodel, Path(path), inputs_of(batches[0]), target) if timed else {}
     return Report(
         path=str(path),
         runtime=opened.runtime,
@@ -175,7 +189,7 @@ def verify(
         accuracy=rows.accuracy(),
         latency_ms=milliseconds,
         latency_batch=_size(inputs_of(batches[0])),
-        latency_ratio=milliseconds["deployed"] / milliseconds["float"],
+        latency_ratio=milliseconds["deployed"] / milliseconds["float"] if timed else float("nan"),
         **comparison.parity(),
     )
 
@@ -198,9 +212,10 @@ class _Comparison:
         self.qmodel = qmodel
         self.file = open_deployed(path, target, list(self.activations))
         self.names = [name for name in self.activations if name in self.file.tensors]
-        if missing := set(self.activations) - set(self.names):
+        self.unseen = [name for name in self.activations if name not in self.file.tensors]
+        if len(self.unseen) > MERGED * len(self.activations):
             raise VerificationError(
-                f"{path} lacks the quantized tensors {', '.join(sorted(missing)[:3])}, so it was not written from "
+                f"{path} lacks the quantized tensors {', '.join(self.unseen[:3])}, so it was not written from "
                 f"this model. "
                 "Export the model again, then verify."
             )
@@ -263,6 +278,7 @@ class _Comparison:
             "weights_match": self.weights_match(),
             "first_difference": next((t.name for t in self.tensors if t.different), ""),
             "tensors": self.tensors,
+            "unseen": [name.removeprefix("quantizers.") for name in self.unseen],
         }
 
     def weights_match(self) -> bool:
