@@ -1,8 +1,10 @@
-"""Coverage of timm: the smallest model of each family, from capture over a training step to the verified file.
+"""Coverage of models: from capture over a training step to the verified files.
 
-    python benchmarks/coverage.py [--models MODEL ...] [--targets openvino onnxruntime] [--json FILE]
+    python benchmarks/coverage.py [--suite others] [--models MODEL ...] [--targets openvino onnxruntime] [--json FILE]
 
-Weights are random, inputs are noise of the model's own size, two samples. "eval" and "train" say whether the captured
+"timm" is the smallest model of each of its families; "others" are models of torchvision and, where it is installed,
+transformers (`coverage_models.py`). Weights are random, inputs are noise of the model's own size, two samples. "eval"
+and "train" say whether the captured
 model's outputs equal the original's bit for bit in that mode. A model is walked in a process of its own, so that a
 crash or a hang of one (there is a time limit) costs one row. Failures come with their reasons.
 """
@@ -19,124 +21,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from coverage_models import FAMILIES, OTHERS, create, example_of
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import halfeven as he
 from halfeven.graph.capture import capture
 
-FAMILIES = [
-    "beit_base_patch16_224",
-    "halonet_h1",
-    "test_byobnet",
-    "cait_xxs24_224",
-    "coat_tiny",
-    "convit_tiny",
-    "convmixer_768_32",
-    "test_convnext",
-    "cpubone_nano",
-    "crossvit_tiny_240",
-    "csatv2",
-    "cs3darknet_focus_s",
-    "cspnext_tiny",
-    "davit_tiny",
-    "deepseek_vit_412m",
-    "deit_tiny_patch16_224",
-    "densenet121",
-    "dla46x_c",
-    "dpn48b",
-    "edgenext_xx_small",
-    "efficientformer_l1",
-    "efficientformerv2_s0",
-    "test_efficientnet",
-    "efficientvim_m1",
-    "efficientvit_b0",
-    "efficientvit_m0",
-    "vit_tiny_patch16_dinov3_qkvb",
-    "fasternet_t0",
-    "fastvit_t8",
-    "focalnet_tiny_srf",
-    "gcvit_xxtiny",
-    "gemma4_vit_167m",
-    "ghostnet_050",
-    "hardcorenas_b",
-    "hgnetv2_b0",
-    "hiera_tiny_224",
-    "sam2_hiera_tiny",
-    "hrnet_w18_small",
-    "iformer_t",
-    "inception_next_atto",
-    "inception_resnet_v2",
-    "inception_v3",
-    "inception_v4",
-    "lcnetv2_small",
-    "levit_128s",
-    "lowformer_b0",
-    "test_mambaout",
-    "test_coatnet",
-    "poolformerv2_s12",
-    "gmlp_ti16_224",
-    "mobilenetv3_small_050",
-    "mobilenetv5_base",
-    "mobilevit_xxs",
-    "mvitv2_tiny",
-    "naflexvit_base_patch16_parfac_gap",
-    "nasnetalarge",
-    "nest_tiny",
-    "nextvit_small",
-    "test_nfnet",
-    "pit_ti_224",
-    "pnasnet5large",
-    "pvt_v2_b0",
-    "qwen3_vit_88m",
-    "rdnet_tiny",
-    "regnetx_002",
-    "repghostnet_050",
-    "repvit_m1",
-    "res2next50",
-    "resnest14d",
-    "test_resnet",
-    "resnetv2_18",
-    "rexnet_100",
-    "selecsls42",
-    "legacy_seresnet18",
-    "sequencer2d_s",
-    "shvit_s1",
-    "skresnet18",
-    "starnet_s050",
-    "swiftformer_xs",
-    "swin_tiny_patch4_window7_224",
-    "swinv2_tiny_window8_256",
-    "swinv2_cr_tiny_224",
-    "tiny_vit_5m_224",
-    "tnt_s_legacy_patch16_224",
-    "tresnet_m",
-    "twins_svt_small",
-    "vgg11",
-    "visformer_tiny",
-    "test_vit",
-    "vit_tiny_r_s16_p8_224",
-    "test_vit_relpos",
-    "samvit_base_patch16_224",
-    "vitamin_small_224",
-    "volo_d1_224",
-    "ese_vovnet19b_slim_dw",
-    "legacy_xception",
-    "xception41p",
-    "xcit_nano_12_p8_224",
-]
-"""The smallest model, by parameters, of each of timm's modules."""
-
 SECONDS = 900
 """Limit for one model."""
-
-
-def example_of(model: nn.Module) -> Any:
-    """Two samples of noise of the size that a model was made for."""
-    size = model.pretrained_cfg.get("input_size", (3, 224, 224))
-    return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
 
 
 def first(output: Any) -> Tensor:
@@ -151,14 +45,20 @@ def same(model: nn.Module, captured: nn.Module, x: Any, *, training: bool) -> bo
         one = copy.deepcopy(one).train(training)
         torch.manual_seed(0)
         with torch.no_grad():
-            outputs.append(pytree.tree_leaves(one(x)))
-    return len(outputs[0]) == len(outputs[1]) and all(map(torch.equal, *outputs))
+            outputs.append(pytree.tree_leaves(call(one, x)))
+    first, second = ([leaf for leaf in leaves if isinstance(leaf, Tensor)] for leaves in outputs)
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def call(model: nn.Module, x: Any) -> Any:
+    """A model's result on its example."""
+    return model(**x) if isinstance(x, dict) else model(x)
 
 
 def step(qmodel: nn.Module, x: Any) -> str:
     """One training step with the sum of squares as the loss; what is wrong with its gradients, or ""."""
     qmodel = copy.deepcopy(qmodel).train()
-    first(qmodel(x)).square().mean().backward()
+    first(call(qmodel, x)).square().mean().backward()
     gradients = [p.grad for p in qmodel.parameters() if p.grad is not None]
     if not gradients:
         return "no gradient"
@@ -181,8 +81,8 @@ def walk(name: str, targets: list[str]) -> dict[str, Any]:
             row[f"{what}, s"] = round(time.perf_counter() - started, 1)
 
     torch.manual_seed(0)
-    model = timm.create_model(name).eval()
-    x = example_of(model)
+    model = create(name).eval()
+    x = example_of(name, model)
     row["parameters"] = sum(p.numel() for p in model.parameters())
     found = attempt("capture", lambda: capture(copy.deepcopy(model), x))
     if found is None:
@@ -242,7 +142,8 @@ def line(row: dict[str, Any], targets: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=FAMILIES, help="timm's names; not given: all families")
+    parser.add_argument("--suite", choices=("timm", "others"), default="timm")
+    parser.add_argument("--models", nargs="+", help="names; not given: all of the suite")
     parser.add_argument("--targets", nargs="+", default=["openvino", "onnxruntime"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -260,7 +161,7 @@ def main() -> None:
     ]
     print(f"{'':38} " + " ".join(f"{head:>9}" for head in heads) + f"  ({', '.join(options.targets)})")
     rows = []
-    for name in options.models:
+    for name in options.models or (FAMILIES if options.suite == "timm" else OTHERS):
         rows.append(in_own_process(name, options.targets))
         print(line(rows[-1], options.targets), flush=True)
         if options.json:

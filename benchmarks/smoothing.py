@@ -40,12 +40,25 @@ def sentences() -> list[str]:
     return [found for found in re.split(r"(?<=[.!?])\s+", text) if 30 < len(found) < 200]
 
 
-def embeddings(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+def bert_and_batches(folder: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """The model of a folder without its pooler, in eval mode, and the sentences as batches of its inputs."""
+    from transformers import AutoTokenizer, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    texts = sentences()
+    given = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
+    batches = [tokenizer(texts[i : i + BATCH], **given) for i in range(0, len(texts) - BATCH + 1, BATCH)]
+    return model, [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
+
+
+def embeddings(model: Callable[..., Any], batches: list[dict[str, Tensor]]) -> Tensor:
     """Mean over the tokens of each sentence, of length 1, [sentences, width]."""
     found = []
     for batch in batches:
         mask = batch["attention_mask"][..., None].float()
-        tokens = model(**batch).last_hidden_state
+        output = model(**batch)
+        tokens = output if isinstance(output, Tensor) else output.last_hidden_state
         found.append(nn.functional.normalize((tokens * mask).sum(1) / mask.sum(1), dim=-1))
     return torch.cat(found)
 
@@ -56,14 +69,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder with weights, config and tokenizer")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
-    from transformers import AutoTokenizer, BertModel
-
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = BertModel.from_pretrained(options.model, add_pooling_layer=False).eval()
-    texts = sentences()
-    given = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
-    batches = [tokenizer(texts[i : i + BATCH], **given) for i in range(0, len(texts) - BATCH + 1, BATCH)]
-    batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
+    model, batches = bert_and_batches(options.model)
     seen, unseen = batches[: CALIBRATION // BATCH], batches[CALIBRATION // BATCH :]
     expected = embeddings(model, unseen)
     rows = []

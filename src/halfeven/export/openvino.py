@@ -31,7 +31,7 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     sizes = zip(model.inputs, _inputs(program), strict=True)
     model.reshape({port: openvino.PartialShape(_sizes(value)) for port, value in sizes})
     model.validate_nodes_and_infer_types()
-    name_layers(model)
+    name_layers(model, set(names))
     return model
 
 
@@ -59,8 +59,6 @@ def _fake_quantize(context: Any, names: Sequence[str]) -> list[Any]:
     ends = [opset.constant(end.astype(np.float32)) for end in (low, high)]
     node = opset.fake_quantize(x, *ends, *ends, levels=quant_max - quant_min + 1)
     node.set_friendly_name(names[number])
-    # The tensor's name too, now: what a transformation puts in this node's place takes it over.
-    node.output(0).get_tensor().set_names({names[number]})
     return list(node.outputs())
 
 
@@ -71,12 +69,15 @@ def _constant(output: Any) -> np.ndarray[Any, Any]:
 LAYER_TYPES = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul")
 
 
-def name_layers(model: Any) -> None:
-    """Name each layer after its weight, "<layer>.weight_quantizer", and the tensors after their quantizers."""
+def name_layers(model: Any, quantizers: set[str]) -> None:
+    """Name each layer after its weight, "<layer>.weight_quantizer", and the tensors after their quantizers.
+
+    The front end may pull a transposition through a FakeQuantize: the node that then bears the quantizer's name is it.
+    """
     used: dict[str, int] = {}
     for node in model.get_ordered_ops():
         name = node.get_friendly_name()
-        if node.get_type_name() == "FakeQuantize":
+        if name in quantizers and not name.endswith(WEIGHT_SUFFIX):
             node.output(0).get_tensor().set_names({name})
         if not name.endswith(WEIGHT_SUFFIX):
             continue
