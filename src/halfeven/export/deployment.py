@@ -45,7 +45,8 @@ def deployed(qmodel: nn.Module) -> nn.Module:
         region.runs_as = None  # exporters trace what runs, and shall see the graph as it is
         settle_live(region)
         _remove_identities(region)
-        fold_constants(region)
+        # A weight's quantizer stays: the layer that reads it is quantized.
+        fold_constants(region, lambda module: isinstance(module, Quantizer) and module.weight)
         _make_modules(region)
         norms = dict(foldable(region.graph))
         calls = [node for node in region.graph.nodes if node.op == "call_module"]

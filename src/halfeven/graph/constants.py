@@ -1,28 +1,35 @@
 """Operators on constants alone, computed once: weights that are made of others, resized position embeddings."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from halfeven.graph.operators import module_of
 from halfeven.graph.restoration import CapturedModule, place
 
 
 @torch.no_grad()
-def fold_constants(region: CapturedModule) -> None:
+def fold_constants(region: CapturedModule, stays: Callable[[nn.Module], bool]) -> None:
     """Replace what a graph computes of its parameters, buffers and numbers alone by the result, in place.
 
-    Random operators, modules, and whatever reads a size of the input, stay.
+    Random operators, and whatever reads a size of the input, stay. Modules are computed as they are in eval mode, and
+    go where nothing else calls them.
+
+    Args:
+        stays: whether a module is to be kept although what it reads is constant.
     """
     values: dict[fx.Node, Any] = {}
     for node in region.graph.nodes:
         if node.op == "get_attr":
             values[node] = attribute(region, node)
-        elif _is_constant(node, values):
+        elif _is_constant(node, values, stays):
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
+            function: Any = module_of(node) if node.op == "call_module" else node.target
+            values[node] = function(*args, **kwargs)
     for count, node in enumerate(list(region.graph.nodes)):
-        computed = node.op == "call_function" and isinstance(values.get(node), Tensor)
+        computed = node.op != "get_attr" and isinstance(values.get(node), Tensor)
         if not computed or all(user in values for user in node.users):
             continue
         name = f"constants.{node.name}_{count}"
@@ -34,10 +41,11 @@ def fold_constants(region: CapturedModule) -> None:
     for node in reversed(list(region.graph.nodes)):
         if node in values and not node.users:
             region.graph.erase_node(node)
+    region.delete_all_unused_submodules()
 
 
-def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
-    if node.op != "call_function":
+def _is_constant(node: fx.Node, values: dict[fx.Node, Any], stays: Callable[[nn.Module], bool]) -> bool:
+    if node.op not in ("call_function", "call_module") or (node.op == "call_module" and stays(module_of(node))):
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         random = torch.Tag.nondeterministic_seeded in node.target.tags
@@ -55,5 +63,5 @@ def attribute(region: CapturedModule, node: fx.Node) -> Any:
 def _keep(region: CapturedModule, path: str, value: Tensor) -> None:
     owner, _, name = path.rpartition(".")
     if owner not in dict(region.named_modules()):
-        place(region, owner, torch.nn.Module())
+        place(region, owner, nn.Module())
     region.get_submodule(owner).register_buffer(name, value.detach().clone())
