@@ -96,6 +96,15 @@ def test_a_layer_that_reads_two_grids_has_a_bias_for_each(tmp_path):
     assert report.quantizable_layers == 4
 
 
+def test_layers_without_a_bias(tmp_path):
+    model = nn.Sequential(
+        conv(3, bias=False), nn.ReLU(), conv(8, 8, bias=False), nn.Flatten(), nn.Linear(512, 4, bias=False)
+    )
+    report = report_of(model, (4, 3, 8, 8), tmp_path / "model.onnx")
+    assert_parity(report)
+    assert report.integer_macs == 1.0
+
+
 def test_a_bias_without_a_place_on_its_grid_gets_one(tmp_path):
     model = trained(nn.Sequential(conv(3), nn.ReLU(), conv(8, 4)))
     with torch.no_grad():

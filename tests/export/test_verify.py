@@ -348,3 +348,35 @@ def test_a_quantizer_that_runs_after_a_max_pool_is_compared_where_the_plan_has_i
     assert report.integer_match == 1.0
     assert report.float_simulation_match > 0.99
     assert next(t.count for t in report.tensors if t.name == "2_relu") == 12 * 8 * 64
+
+
+def test_tensors_that_a_converter_merged_are_named_and_not_compared(tmp_path):
+    deep = nn.Sequential(*(layer for _ in range(12) for layer in (nn.Conv2d(3, 3, 1), nn.ReLU())))
+    qmodel, batches = quantized(deep, IMAGE)
+    path = he.export(qmodel, tmp_path / "model.xml")
+    path.write_text(path.read_text().replace("quantizers.9_relu", "other"))
+    report = he.verify(qmodel, path, batches, timed=False)
+    assert report.unseen == ["9_relu"]
+    assert "9_relu" not in [tensor.name for tensor in report.tensors]
+    assert "merged by the converter" in str(report)
+    assert report.integer_match == 1.0
+    for number in (5, 7):
+        path.write_text(path.read_text().replace(f"quantizers.{number}_relu", f"other{number}"))
+    with pytest.raises(VerificationError, match="lacks the quantized tensors"):
+        he.verify(qmodel, path, batches, timed=False)
+
+
+def test_without_latency(deployed):
+    report = he.verify(*deployed, timed=False)
+    assert report.latency_ms == {}
+    assert np.isnan(report.latency_ratio)
+    assert "latency deployed" not in str(report)
+
+
+def test_the_share_of_work_in_integers_counts_layers_in_float(tmp_path):
+    model = net(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ELU(), nn.Conv2d(8, 8, 3, padding=1)))
+    rules = (he.Rule(pattern="3.2", quantize=False),)
+    qmodel, batches = quantized(model, IMAGE, rules=rules)
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
+    stem, each, head = 64 * 8 * 27, 64 * 8 * 72, 40
+    assert report.integer_macs == pytest.approx((stem + each + head) / (stem + 2 * each + head))

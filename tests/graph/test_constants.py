@@ -83,9 +83,7 @@ def test_random_numbers_are_drawn_anew():
 
 
 @pytest.mark.parametrize(("target", "path"), [("openvino", "model.xml"), ("onnxruntime", "model.onnx")])
-@pytest.mark.parametrize(
-    "build", [lambda: nn.Sequential(Standardized(3, 8, 3), nn.ReLU(), Standardized(8, 4, 3)), Positions]
-)
+@pytest.mark.parametrize("build", [standardized, Positions])
 def test_layers_of_computed_weights_run_in_integers(target, path, build, tmp_path):
     torch.manual_seed(0)
     qmodel, batches = quantized(build(), IMAGE, target=target)

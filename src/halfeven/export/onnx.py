@@ -109,6 +109,8 @@ class _Graph:
             self._fold_weight(node, dequantize, quantizer)
             for reader in list(self._layers(dequantize)):
                 reader.name = layer
+                if getattr(modules.get(layer), "bias", reader) is None:
+                    del reader.input[2:]  # zeros in float, which the exporter writes where there is no bias
                 if hasattr(modules.get(layer), "bias_grid"):
                     self._fold_bias(reader, layer, modules[layer])
         self._drop_unused()
