@@ -134,7 +134,7 @@ def line(row: dict[str, Any], targets: list[str]) -> str:
         cells += ["-"] * 3 if not found else [
             f"{found['integer_layers']}/{found['quantizable_layers']}",
             f"{100 * found.get('integer_macs', 0):.1f}",
-            f"{100 * found['integer_match']:.4f}",
+            f"{100 * found["integer_match"]:.4f}", f"{100 * found["alone_match"]:.4f}",
         ]  # fmt: skip
     reasons = "; ".join(f"{what}: {why}" for what, why in row.get("failures", {}).items())
     return f"{row['model']:38} " + " ".join(f"{cell:>9}" for cell in cells) + (f"  {reasons}" if reasons else "")

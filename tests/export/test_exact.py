@@ -227,6 +227,7 @@ MODELS = {
     "concat": (lambda: Concat(), IMAGE),
     "split": (lambda: Split(), IMAGE),
     "max pool": (lambda: body(nn.MaxPool2d(3, 2, 1)), IMAGE),
+    "max pool, rounded up": (lambda: body(nn.MaxPool2d(3, 2, ceil_mode=True)), IMAGE),
     "average pool": (lambda: body(nn.AvgPool2d(2)), IMAGE),
     "average pool, padded": (lambda: body(nn.AvgPool2d(3, 2, 1)), IMAGE),
     "average pool, padded, not counted": (lambda: body(nn.AvgPool2d(3, 2, 1, count_include_pad=False)), IMAGE),

@@ -2,20 +2,22 @@
 
 from collections.abc import Sequence
 
-from torch import fx, nn
+from torch import fx
 
 from halfeven.export.executed import Executed
 from halfeven.export.operators import WEIGHT_SUFFIX, ExportedQuantizer
 from halfeven.graph.cost import multiply_accumulates
 from halfeven.graph.operators import WEIGHTED, OperatorKind, kind_of, module_of
-from halfeven.placement.planning import regions
+from halfeven.graph.restoration import CapturedModule
 
 
-def integer_share(model: nn.Module, layers: Sequence[Executed], products: Sequence[Executed]) -> float:
+def integer_share(
+    parts: dict[str, CapturedModule], layers: Sequence[Executed], products: Sequence[Executed]
+) -> float:
     """Share of the multiply-accumulates of a deployed model's captured parts that ran with integer kernels.
 
     Args:
-        model: the deployed model, its quantizers written as operators.
+        parts: the deployed model's regions by name, their quantizers written as operators.
         layers: what the runtime made of its layers with quantized weights.
         products: what it made of products of activations. A runtime names them as it likes, so they are counted
             together: the share of them that ran in integers is taken of their work.
@@ -23,7 +25,7 @@ def integer_share(model: nn.Module, layers: Sequence[Executed], products: Sequen
     ran = {layer.layer: layer.integer for layer in layers}
     of_products = sum(product.integer for product in products) / len(products) if products else 0.0
     whole, integer = 0, 0.0
-    for prefix, region in regions(model).items():
+    for prefix, region in parts.items():
         for node in region.graph.nodes:
             if not (work := multiply_accumulates(node)):
                 continue

@@ -31,8 +31,40 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     sizes = zip(model.inputs, _inputs(program), strict=True)
     model.reshape({port: openvino.PartialShape(_sizes(value)) for port, value in sizes})
     model.validate_nodes_and_infer_types()
+    write_out_ceilings(model)
     name_layers(model, set(names))
     return model
+
+
+def write_out_ceilings(model: Any) -> None:
+    """Write max pools that round their output size up as ones that are padded to that size: the plugin's integers do
+    not pass through the former, and the layer behind would run in float."""
+    from openvino import opset8 as opset
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MaxPool" or not node.get_attributes()["rounding_type"].startswith("ceil"):
+            continue
+        sizes, results = (port.get_partial_shape() for port in (node.input_value(0), node.output(0)))
+        axes = range(2, sizes.rank.get_length())
+        if any(sizes[axis].is_dynamic for axis in axes):
+            continue
+        given = node.get_attributes()
+        ends = [
+            max(
+                given["pads_end"][i],
+                (results[axis].get_length() - 1) * given["strides"][i]
+                + given["dilations"][i] * (given["kernel"][i] - 1)
+                + 1
+                - sizes[axis].get_length()
+                - given["pads_begin"][i],
+            )
+            for i, axis in enumerate(axes)
+        ]
+        pool = opset.max_pool(
+            node.input_value(0), given["strides"], given["dilations"], given["pads_begin"], ends, given["kernel"]
+        )
+        pool.set_friendly_name(node.get_friendly_name())
+        node.output(0).replace(pool.output(0))
 
 
 def _inputs(program: torch.export.ExportedProgram) -> list[torch.Tensor]:
