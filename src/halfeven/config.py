@@ -32,7 +32,7 @@ class ExportOptions:
     """What is written for the runtime, and how it is checked."""
 
     target: str = ""
-    """Runtime that the files are for; "": the one that the model is quantized for (`quantization.target`)."""
+    """Runtime that the files are for; "": the one that the model was quantized for."""
     formats: tuple[Literal["xml", "onnx"], ...] = ()
     """Files to write: OpenVINO IR (xml) and QDQ ONNX (onnx); none: the usual one of the target."""
     verify_images: int = 512
@@ -76,7 +76,7 @@ class Experiment:
     """Seed of the order and augmentation of images, of random weights and of dropout."""
 
     def __post_init__(self) -> None:
-        self._check_files()
+        self.endings(self.export.target or self.quantization.target)
         if self.training.epochs == 0:
             raise ConfigError(
                 "training.epochs=0 leaves the quantized model untrained: no step would be taken and no checkpoint "
@@ -90,23 +90,19 @@ class Experiment:
                 'Set model.weights="" to train it, or pretraining.epochs=0 to take it as it is.'
             )
 
-    def _check_files(self) -> None:
-        readable = FORMATS[target_named(self.export_target).name]
+    def endings(self, target: str) -> tuple[str, ...]:
+        """The endings of the files to write for a runtime.
+
+        Raises:
+            ConfigError: a format that it does not read.
+        """
+        readable = FORMATS[target_named(target).name]
         if unread := [one for one in self.export.formats if f".{one}" not in readable]:
             raise ConfigError(
-                f"export.formats names {', '.join(unread)}, and {self.export_target} reads no such files, so nothing "
+                f"export.formats names {', '.join(unread)}, and {target} reads no such files, so nothing "
                 f"could be verified. It reads {', '.join(readable)}."
             )
-
-    @property
-    def export_target(self) -> str:
-        """The runtime that the files are for."""
-        return self.export.target or self.quantization.target
-
-    @property
-    def endings(self) -> tuple[str, ...]:
-        """The endings of the files to write."""
-        return tuple(f".{one}" for one in self.export.formats) or FORMATS[self.export_target][:1]
+        return tuple(f".{one}" for one in self.export.formats) or readable[:1]
 
 
 OPTIONS = {

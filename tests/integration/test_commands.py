@@ -87,6 +87,33 @@ def test_export_writes_both_formats(config, trained, tmp_path):
         assert report["integer_layers"] == 3
 
 
+def test_one_checkpoint_goes_to_another_runtime(config, trained, tmp_path):
+    to = ["--export.target", "onnxruntime"]
+    done = halfeven("export", config, trained[0] / "best.safetensors", "--work-dir", tmp_path, *to)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "verification.json").read_text())["model.onnx"]
+    assert report["runtime"] == "ONNX Runtime"
+    assert report["weights_match"]
+    assert report["top1_agreement"] > 0.99
+    wrong = halfeven("export", config, trained[0] / "best.safetensors", *to, "--export.formats", "xml")
+    assert wrong.returncode == 2
+    assert "onnxruntime reads no such files" in " ".join(wrong.stderr.split())
+
+
+def test_a_model_for_onnx_runtime(config, tmp_path):
+    folder = tmp_path / "work"
+    short = ["--pretraining.epochs", "1", "--training.epochs", "1"]
+    done = halfeven("train", config, "--work-dir", folder, "--quantization.target", "onnxruntime", *short)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verification = json.loads((folder / "results.json").read_text())["verification"]["model.onnx"]
+    assert verification["integer_layers"] == verification["quantizable_layers"] == 3
+    assert verification["integer_match"] == 1.0
+    tested = halfeven("test", config, folder / "best.safetensors", "--json", tmp_path / "t.json")
+    assert tested.returncode == 0, tested.stderr
+    rows = json.loads((tmp_path / "t.json").read_text())
+    assert abs(rows["deployed"]["top1"] - rows["simulated"]["top1"]) <= 2
+
+
 def test_a_checkpoint_of_another_model_is_refused(config, trained, tmp_path):
     checkpoint = shutil.copy(
         trained[0] / "best.safetensors", tmp_path

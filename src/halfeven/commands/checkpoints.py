@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from halfeven.commands.delivery import export_verified
+from halfeven.commands.delivery import export_verified, target_of
 from halfeven.commands.float_model import float_model_of
 from halfeven.commands.work import open_work, show, write_json
 from halfeven.config import Experiment
@@ -45,11 +45,12 @@ def run_test(
         rows["float"] = recorded
         work.say("The float weights are not at hand; their accuracy is the one recorded in the checkpoint.")
     rows["simulated"] = work.accuracy(qmodel)
+    target = target_of(work, qmodel)
     with tempfile.TemporaryDirectory() as temporary:
-        path = Path(deployed or Path(temporary) / f"model{experiment.endings[0]}")
+        path = Path(deployed or Path(temporary) / f"model{experiment.endings(target)[0]}")
         if not deployed:
-            export(qmodel.cpu().eval(), path, experiment.export_target)
-        rows["deployed"] = work.accuracy(load_deployed(path, experiment.export_target), "cpu")
+            export(qmodel.cpu().eval(), path, target)
+        rows["deployed"] = work.accuracy(load_deployed(path, target), "cpu")
         if work.accelerator.is_main_process:
             show(work, rows, {"simulated": checkpoint, "deployed": deployed or "exported for this test"})
     if json_file and work.accelerator.is_main_process:

@@ -10,6 +10,7 @@ from halfeven.commands.work import BEST, RESULTS, Work, show, write_json
 from halfeven.evaluation import evaluation_loader
 from halfeven.export import export, load_deployed, verify
 from halfeven.pipelines import load
+from halfeven.placement.insertion import plan_of
 from halfeven.training.trainer import Metrics
 
 
@@ -28,20 +29,25 @@ def deliver(work: Work, model: nn.Module, float_metrics: Metrics, facts: dict[st
     files = {"simulated": best}
     for path in reports:
         name = "deployed" if len(reports) == 1 else f"deployed {path.suffix}"
-        rows[name], files[name] = work.accuracy(load_deployed(path, work.experiment.export_target), "cpu"), path
+        rows[name], files[name] = work.accuracy(load_deployed(path, target_of(work, qmodel)), "cpu"), path
     show(work, rows, files)
     verification = {path.name: report.to_dict() for path, report in reports.items()}
     write_json(work.folder / RESULTS, {**rows, **(facts or {}), "verification": verification})
 
 
+def target_of(work: Work, qmodel: nn.Module) -> str:
+    """The runtime that files are for: the one asked for, else the one that the model was quantized for."""
+    return work.experiment.export.target or plan_of(qmodel).options.target
+
+
 def export_verified(work: Work, qmodel: nn.Module, folder: Path, float_model: nn.Module | None) -> dict[Path, Any]:
     """Write the files that the experiment names, and print what the runtime says of each."""
     options, images = work.experiment.export, work.datasets.validation
-    target = work.experiment.export_target
+    target = target_of(work, qmodel)
     qmodel = qmodel.cpu().eval()
     folder.mkdir(parents=True, exist_ok=True)
     reports = {}
-    for ending in work.experiment.endings:
+    for ending in work.experiment.endings(target):
         path = folder / f"model{ending}"
         work.say(f"Exporting {path}, verifying it on {min(options.verify_images, len(images))} images ...")
         export(qmodel, path, target)

@@ -11,9 +11,7 @@ from halfeven.graph.operators import WEIGHTED, OperatorKind, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule
 
 
-def integer_share(
-    parts: dict[str, CapturedModule], layers: Sequence[Executed], products: Sequence[Executed]
-) -> float:
+def integer_share(parts: dict[str, CapturedModule], layers: Sequence[Executed], products: Sequence[Executed]) -> float:
     """Share of the multiply-accumulates of a deployed model's captured parts that ran with integer kernels.
 
     Args:
