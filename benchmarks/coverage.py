@@ -131,10 +131,11 @@ def line(row: dict[str, Any], targets: list[str]) -> str:
     cells += ["yes" if row.get(key) else "no" for key in ("eval", "train", "step")]
     for target in targets:
         found = row.get(target)
-        cells += ["-"] * 3 if not found else [
+        cells += ["-"] * 4 if not found else [
             f"{found['integer_layers']}/{found['quantizable_layers']}",
-            f"{100 * found.get('integer_macs', 0):.1f}",
-            f"{100 * found["integer_match"]:.4f}", f"{100 * found["alone_match"]:.4f}",
+            f"{100 * found['integer_macs']:.1f}",
+            f"{100 * found['integer_match']:.4f}",
+            f"{100 * found['alone_match']:.4f}",
         ]  # fmt: skip
     reasons = "; ".join(f"{what}: {why}" for what, why in row.get("failures", {}).items())
     return f"{row['model']:38} " + " ".join(f"{cell:>9}" for cell in cells) + (f"  {reasons}" if reasons else "")
@@ -157,7 +158,7 @@ def main() -> None:
         "eval",
         "train",
         "step",
-        *(h for _ in options.targets for h in ("layers", "% MACs", "% equal")),
+        *(h for _ in options.targets for h in ("layers", "% MACs", "% equal", "% alone")),
     ]
     print(f"{'':38} " + " ".join(f"{head:>9}" for head in heads) + f"  ({', '.join(options.targets)})")
     rows = []
@@ -169,7 +170,7 @@ def main() -> None:
     for what in ("eval", "train", "step", *options.targets):
         print(f"{what}: {sum(bool(row.get(what)) for row in rows)} of {len(rows)}")
     for target in options.targets:
-        shares = [100 * row[target].get("integer_macs", 0) for row in rows if row.get(target)]
+        shares = [100 * row[target]["integer_macs"] for row in rows if row.get(target)]
         if shares:
             print(f"multiply-accumulates in integers, {target}: median {statistics.median(shares):.1f} %")
 
