@@ -20,6 +20,7 @@ from halfeven.graph.restoration import CapturedModule
 
 aten = torch.ops.aten
 K = OperatorKind
+POOLS = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +136,19 @@ class Mean:
         return grid.clipped(torch.round(self.sums * factor) + grid.zero_point)
 
 
+@dataclass(frozen=True, eq=False)
+class Pooled:
+    """Averages over windows of a tensor of integers: QLinearAveragePool adds the zero point before it rounds."""
+
+    values: Tensor
+
+    def real(self) -> Tensor:
+        return self.values
+
+    def integers(self, grid: Grid) -> Tensor:
+        return grid.clipped(torch.round(self.values / grid.scale + grid.zero_point))
+
+
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a * b + c, rounded to float32 once."""
     return (a.double() * b.double() + c.double()).float()
@@ -167,6 +181,8 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         kind = kind_of(n)
         if n.target is torch.ops.halfeven.global_average_pool.default and isinstance(args[0], Integers):
             return _mean(args[0])
+        if n.target in POOLS and isinstance(args[0], Integers):
+            return Pooled(getattr(super(), n.op)(n.target, (args[0].real(), *args[1:]), kwargs))
         if kind in TRANSPARENT and isinstance(args[0], Integers):
             values = getattr(super(), n.op)(n.target, (args[0].values, *args[1:]), kwargs)
             return pytree.tree_map(lambda one: Integers(one, args[0].grid), values)
@@ -243,7 +259,7 @@ def _mean(x: Integers) -> Mean:
 
 
 def _is_special(value: Any) -> bool:
-    return isinstance(value, Integers | Sums | Combined | Mean)
+    return isinstance(value, Integers | Sums | Combined | Mean | Pooled)
 
 
 def _real(value: Any) -> Any:
