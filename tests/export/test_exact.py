@@ -227,6 +227,12 @@ MODELS = {
     "concat": (lambda: Concat(), IMAGE),
     "split": (lambda: Split(), IMAGE),
     "max pool": (lambda: body(nn.MaxPool2d(3, 2, 1)), IMAGE),
+    "layer scale": (
+        lambda: nn.Sequential(
+            conv(3), nn.ReLU(), conv(), Function(lambda x: x * torch.arange(1, 9)[:, None, None]), conv()
+        ),
+        IMAGE,
+    ),
     "max pool, rounded up": (lambda: body(nn.MaxPool2d(3, 2, ceil_mode=True)), IMAGE),
     "average pool": (lambda: body(nn.AvgPool2d(2)), IMAGE),
     "average pool, padded": (lambda: body(nn.AvgPool2d(3, 2, 1)), IMAGE),

@@ -101,6 +101,14 @@ def _settle(region: CapturedModule, node: fx.Node, norm: fx.Node | None) -> None
         remove(region, norm)
     else:
         scale = snap(scale)
+    if (found := _multiplication(region, node)) is not None:
+        multiplication, factor = found
+        scale, integers = _scaled(scale, integers, factor, output_axis(node))
+        scheme = dataclasses.replace(scheme, axis=output_axis(node))
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(layer.bias * factor, requires_grad=False)
+        multiplication.replace_all_uses_with(node)
+        region.graph.erase_node(multiplication)
     frozen = Quantizer(scheme, channels=None if scheme.axis is None else scale.numel(), weight=True, observer="mse")
     frozen.name = quantizer.name
     frozen._store(scale, torch.zeros_like(scale, dtype=torch.int32))
@@ -108,6 +116,27 @@ def _settle(region: CapturedModule, node: fx.Node, norm: fx.Node | None) -> None
     layer.weight_quantizer = frozen.eval()
     layer.weight = nn.Parameter(dequantize(integers, scale, torch.zeros_like(scale), scheme), requires_grad=False)
     layer.settled, layer.rounds_bias = True, False  # biases are the form's matter
+
+
+def _multiplication(region: CapturedModule, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
+    """A multiplication by constants, one for each output channel, that alone reads a layer (layer scale), and these.
+
+    It goes into the layer's scales as a BatchNorm does: runtimes would do the same, and lose the layer's name.
+    """
+    calls = [other for other in region.graph.nodes if other.op == "call_module" and other.target == node.target]
+    reader = next(iter(node.users)) if len(node.users) == 1 and len(calls) == 1 else None
+    if reader is None or reader.target is not torch.ops.aten.mul.Tensor:
+        return None
+    (constant,) = [a for a in reader.args if a is not node] or [node]
+    values = attribute(region, constant) if isinstance(constant, fx.Node) and constant.op == "get_attr" else None
+    if values is None:
+        return None
+    shape, ndim = node.meta["val"].shape, node.meta["val"].ndim
+    axis = ndim - 1 if kind_of(node) is OperatorKind.LINEAR else 1
+    wide = (1,) * (ndim - values.ndim) + tuple(values.shape)
+    if len(wide) != ndim or any(size != 1 for place, size in enumerate(wide) if place != axis):
+        return None
+    return reader, values.detach().float().flatten().expand(shape[axis])
 
 
 def _make_modules(region: CapturedModule) -> None:

@@ -192,11 +192,11 @@ def _with_kept_axes(value: Tensor, ndim: int) -> Tensor:
 
 
 def _is_global_mean(node: fx.Node) -> bool:
-    if node.target not in (aten.mean.dim, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default):
+    if node.target not in (aten.mean.dim, aten.adaptive_avg_pool2d.default):
         return False
     ndim = node.all_input_nodes[0].meta["val"].ndim
-    if ndim < 3:
-        return False
+    if ndim != 4:
+        return False  # the integer kernel takes images alone
     given = arguments(node)
     if node.target is not aten.mean.dim:
         sizes = given["output_size"]

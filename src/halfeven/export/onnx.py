@@ -90,6 +90,7 @@ class _Graph:
         self.quantizers = {quantizer.path: quantizer for quantizer in quantizers}
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
         self.makers = {output: node for node in graph.node for output in node.output}
+        self.names: dict[str, int] = {}
         self.readers: dict[str, list[Any]] = {}
         for node in graph.node:
             for name in node.input:
@@ -108,7 +109,7 @@ class _Graph:
             layer = quantizer.name.removesuffix(WEIGHT_SUFFIX)
             self._fold_weight(node, dequantize, quantizer)
             for reader in list(self._layers(dequantize)):
-                reader.name = layer
+                reader.name = self._unused(layer)
                 if getattr(modules.get(layer), "bias", reader) is None:
                     del reader.input[2:]  # zeros in float, which the exporter writes where there is no bias
                 if hasattr(modules.get(layer), "bias_grid"):
@@ -119,15 +120,20 @@ class _Graph:
         """Give a pair its names, and its zero point as a constant; its DequantizeLinear."""
         (after,) = self.readers[node.output[0]]
         if after.op_type == "Clip":
-            after.name = f"{quantizer.name}.clip"
+            after.name = self._unused(f"{quantizer.name}.clip")
             (after,) = self.readers[after.output[0]]
         zero = self.makers.get(node.input[2])
         zeros = quantizer.zero_point.numpy().astype(np.int8 if quantizer.signed else np.uint8)
         node.input[2] = after.input[2] = self._constant(f"{quantizer.name}.zero_point.integer", zeros)
         if zero is not None and zero in self.graph.node:
             self.graph.node.remove(zero)
-        node.name, after.name = f"{quantizer.name}.quantize", quantizer.name
+        node.name, after.name = self._unused(f"{quantizer.name}.quantize"), self._unused(quantizer.name)
         return after
+
+    def _unused(self, name: str) -> str:
+        """A node's name, numbered where a layer that is called more than once has taken it."""
+        count = self.names[name] = self.names.get(name, 0) + 1
+        return name if count == 1 else f"{name}_{count - 1}"
 
     def _constant(self, name: str, values: Any) -> str:
         from onnx import numpy_helper

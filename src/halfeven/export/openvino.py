@@ -116,7 +116,18 @@ def name_layers(model: Any, quantizers: set[str]) -> None:
         layer = name.removesuffix(WEIGHT_SUFFIX)
         for reader in _readers(node):
             count = used[layer] = used.get(layer, 0) + 1
-            reader.set_friendly_name(layer if count == 1 else f"{layer}_{count - 1}")
+            _name_layer(reader, layer if count == 1 else f"{layer}_{count - 1}")
+
+
+def _name_layer(node: Any, name: str) -> None:
+    """Name a layer, and a multiplication by a constant behind it: the plugin makes one operator of both, under the
+    latter's name."""
+    node.set_friendly_name(name)
+    readers = [port.get_node() for port in node.output(0).get_target_inputs()]
+    if len(readers) == 1 and readers[0].get_type_name() == "Multiply":
+        operands = [source.get_node().get_type_name() for source in readers[0].input_values()]
+        if "Constant" in operands:
+            readers[0].set_friendly_name(f"{name}/Multiply")
 
 
 def _readers(node: Any) -> Iterator[Any]:
