@@ -531,3 +531,29 @@ def test_timm_models(name):
     types = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm)
     layers = {n for n, m in model.named_modules() if isinstance(m, types)}
     assert {n for n, m in captured.named_modules() if isinstance(m, types)} == layers
+
+
+class PartsChanged(nn.Module):
+    """Changes parts of tensors in place, through slices and selections of them, one within the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x):
+        y = self.fc(x).reshape(-1, 2, 3)
+        y[:, 1:, :2] += 1.0
+        y[:, 0] = y[:, 1] * 2
+        y[:, :, :] = y.relu()
+        part = y[:, 0]
+        part.mul_(3)
+        return y.flatten(1), y[:, :, 2]
+
+
+def test_parts_of_tensors_changed_in_place():
+    model, x = PartsChanged().eval(), torch.randn(4, 6)
+    captured, report = capture(model, x)
+    assert report.regions == [""]
+    for found, expected in zip(captured(x), model(x), strict=True):
+        assert torch.equal(found, expected)
+    assert not any(node.target._schema.is_mutable for node in captured.graph.nodes if hasattr(node.target, "_schema"))

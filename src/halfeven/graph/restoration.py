@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from halfeven.errors import CaptureError
+from halfeven.graph.mutation import make_functional
 
 aten = torch.ops.aten
 
@@ -112,7 +113,7 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule) -> CapturedModule:
         if any(check in str(node.target) for check in CHECKS):
             graph.erase_node(node)
         elif node.op == "call_function":
-            _make_functional(node)
+            make_functional(node)
             _restore(node, original, modules)
             _check_mode_is_free(node)
     root = CapturedModule(nn.Module(), fx.Graph())
@@ -140,33 +141,6 @@ def _check_mode_is_free(node: fx.Node) -> None:
             f"the running statistics {arguments(node)['running_mean']} belong to no module inside of it, so train() "
             "would not reach them"
         )
-
-
-def _make_functional(node: fx.Node) -> None:
-    """Turn an in-place operator into its functional form: a quantizer must not see its tensor change afterwards."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
-        return
-    name = target._schema.name.split("::")[1]
-    if not name.endswith("_"):
-        return
-    packet = getattr(aten, name[:-1], None)
-    overload = target._overloadname
-    if packet is None or overload not in packet.overloads():
-        return
-    node.target = getattr(packet, overload)
-    changed = node.args[0]
-    assert isinstance(changed, fx.Node)
-    later = _after(node)
-    changed.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
-
-
-def _after(node: fx.Node) -> set[fx.Node]:
-    nodes, current = set(), node.next
-    while current.op != "root":
-        nodes.add(current)
-        current = current.next
-    return nodes
 
 
 def arguments(node: fx.Node) -> Arguments:

@@ -1,0 +1,60 @@
+"""In-place operators in their functional form: a quantizer must not see its tensor change afterwards."""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+VIEWS: dict[Any, Any] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
+"""Operators that look at a part of a tensor -> what gives the tensor with that part exchanged."""
+
+
+def make_functional(node: fx.Node) -> None:
+    """Turn an in-place operator into its functional form, in place; other nodes stay.
+
+    What reads the changed tensor later reads the result. Where the tensor is a part of another (`x[:, 1:] += y`), later
+    readers of the whole read it with that part exchanged.
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return
+    name = target._schema.name.split("::")[1]
+    if not name.endswith("_"):
+        return
+    packet = getattr(aten, name[:-1], None)
+    overload = target._overloadname
+    if packet is None or overload not in packet.overloads():
+        return
+    node.target = getattr(packet, overload)
+    changed = node.args[0]
+    assert isinstance(changed, fx.Node)
+    later = _after(node)
+    changed.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
+    _write_back(node, changed, later)
+
+
+def _write_back(result: fx.Node, view: fx.Node, later: set[fx.Node]) -> None:
+    while view.target in VIEWS:
+        base = view.args[0]
+        assert isinstance(base, fx.Node)
+        if view.meta["val"].shape == base.meta["val"].shape:
+            whole = result
+        else:
+            with result.graph.inserting_after(result):
+                whole = result.graph.call_function(VIEWS[view.target], (base, result, *view.args[1:]))
+            whole.meta = dict(base.meta)
+        base.replace_all_uses_with(whole, delete_user_cb=lambda user: user in later)
+        result, view = whole, base
+
+
+def _after(node: fx.Node) -> set[fx.Node]:
+    nodes, current = set(), node.next
+    while current.op != "root":
+        nodes.add(current)
+        current = current.next
+    return nodes
