@@ -48,13 +48,6 @@ def test_scales_learn_more_slowly_under_sgd_alone():
     assert parameter_groups(net(), adam)[-1]["lr"] == pytest.approx(0.1)
 
 
-def test_scales_of_8_bits_move_less():
-    model = net()
-    model.low = Quantizer(Scheme(bits=4), ranges="learned")
-    groups = {name: group for group in parameter_groups(model, TrainingOptions()) for name in names(model, group)}
-    assert groups["low.scale"]["rate"] == 10 * groups["quantizer.scale"]["rate"] == 0.1
-
-
 def test_norms_and_biases_are_spared_unless_asked():
     model = net()
     decayed, free, _ = parameter_groups(model, TrainingOptions())

@@ -26,9 +26,8 @@ class TrainingOptions:
     """Highest learning rate."""
     momentum: float = 0.9
     """Momentum of SGD."""
-    scale_rate: float | None = None
-    """Factor on the learning rate for learned scales under SGD; None: 0.1 below 8 bits, and 0.01 from 8 bits on, where
-    calibration has found them. AdamW sets its own pace for each parameter."""
+    scale_rate: float = 0.1
+    """Factor on the learning rate for learned scales under SGD; AdamW sets its own pace for each parameter."""
     weight_decay: float = 1e-4
     """Weight decay; the scales of quantizers never decay."""
     decay_norms_and_biases: bool = False
