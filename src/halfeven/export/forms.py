@@ -93,11 +93,16 @@ def _keep_branch_roundings(region: CapturedModule) -> None:
     for node in list(region.graph.nodes):
         if quantizer_at(node) is None or kind_of(source := node.all_input_nodes[0]) is not OperatorKind.CONVOLUTION:
             continue
-        if any(kind_of(user) is OperatorKind.ADD for user in node.users):
+        if any(kind_of(user) is OperatorKind.ADD and _reads_grids(user) for user in node.users):
             with region.graph.inserting_before(node):
                 same = region.graph.call_function(aten.leaky_relu.default, (source, 1.0))
             same.meta = dict(source.meta)
             node.replace_input_with(source, same)
+
+
+def _reads_grids(node: fx.Node) -> bool:
+    """Whether all that an operator reads is quantized: in a model made for OpenVINO one branch of an addition is not."""
+    return all(quantizer_at(operand) is not None for operand in node.all_input_nodes)
 
 
 def quantizer_at(node: fx.Node) -> ExportedQuantizer | None:
