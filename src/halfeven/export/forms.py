@@ -101,7 +101,7 @@ def _keep_branch_roundings(region: CapturedModule) -> None:
 
 
 def _reads_grids(node: fx.Node) -> bool:
-    """Whether all that an operator reads is quantized: in a model made for OpenVINO one branch of an addition is not."""
+    """Whether all that an operator reads is quantized: in a model made for OpenVINO, one branch of a sum is not."""
     return all(quantizer_at(operand) is not None for operand in node.all_input_nodes)
 
 
