@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from halfeven.zoo.datasets import DataOptions, load_datasets
+from halfeven.zoo.datasets import load_datasets
+from halfeven.zoo.options import DataOptions
 
 JOB = Path(__file__).with_name("adaround_job.py")
 TEST_IMAGES = 512

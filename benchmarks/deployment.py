@@ -13,7 +13,8 @@ import torch
 from fashion_mnist import arguments, float_model
 
 import halfeven as he
-from halfeven.zoo.datasets import DataOptions, load_datasets
+from halfeven.zoo.datasets import load_datasets
+from halfeven.zoo.options import DataOptions
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from halfeven.ptq.absorption import absorb_biases
 from halfeven.ptq.equalization import equalize, unclip_relu6, unclipping_sqnr
 from halfeven.ptq.gaussian import correct_biases_analytically, ranges_from_batchnorm
 from halfeven.ptq.preservation import float_function
-from halfeven.zoo.datasets import DataOptions, load_datasets
+from halfeven.zoo.datasets import load_datasets
+from halfeven.zoo.options import DataOptions
 
 Step = Callable[[nn.Module], Any]
 

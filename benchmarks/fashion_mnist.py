@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from halfeven.zoo.datasets import DataOptions, load_datasets
+from halfeven.zoo.datasets import load_datasets
+from halfeven.zoo.options import DataOptions
 
 Images = tuple[Tensor, Tensor]
 

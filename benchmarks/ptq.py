@@ -16,7 +16,8 @@ from fashion_mnist import arguments, float_model, images_of, top1
 from torch import Tensor, nn
 
 import halfeven as he
-from halfeven.zoo.datasets import DataOptions, load_datasets
+from halfeven.zoo.datasets import load_datasets
+from halfeven.zoo.options import DataOptions
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},

@@ -13,7 +13,7 @@ from halfeven.zoo.models import ModelOptions
 DIGITS = """
 from halfeven.config import *
 from halfeven.zoo.models import ModelOptions
-from halfeven.zoo.datasets import DataOptions
+from halfeven.zoo.options import DataOptions
 
 experiment = Experiment(
     model=ModelOptions(name="resnet18", num_classes=10, in_chans=1),

@@ -9,14 +9,14 @@ from halfeven.config import Experiment, ExportOptions, load_experiment
 from halfeven.errors import ConfigError
 from halfeven.ptq.options import PTQOptions
 from halfeven.training.options import TrainingOptions
-from halfeven.zoo.datasets import DataOptions
 from halfeven.zoo.models import ModelOptions
+from halfeven.zoo.options import DataOptions
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 HEAD = """
 from halfeven.config import *
 from halfeven.zoo.models import ModelOptions
-from halfeven.zoo.datasets import DataOptions
+from halfeven.zoo.options import DataOptions
 """
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from halfeven.evaluation import evaluate, evaluation_loader
+from halfeven.tasks import Classification
 
 
 class Table(nn.Module):
@@ -27,24 +28,24 @@ def pairs(classes=10):
 
 
 def test_top1_and_top5():
-    assert evaluate(Table(), evaluation_loader(pairs(), 3), 10) == {"top1": 10.0, "top5": 50.0}
+    assert evaluate(Table(), evaluation_loader(pairs(), 3), Classification(10)) == {"top1": 10.0, "top5": 50.0}
 
 
 def test_few_classes_have_no_top5():
-    assert evaluate(lambda x: x, evaluation_loader(pairs(4), 3), 4) == {"top1": 25.0}
+    assert evaluate(lambda x: x, evaluation_loader(pairs(4), 3), Classification(4)) == {"top1": 25.0}
 
 
 def test_modes_are_given_back():
     model = Table().train()
     model.norm.eval()
-    evaluate(model, evaluation_loader(pairs(), 5), 10)
+    evaluate(model, evaluation_loader(pairs(), 5), Classification(10))
     assert (model.training, model.norm.training, model.drop.training) == (True, False, True)
 
 
 def test_modes_are_given_back_after_an_error():
     model = nn.Sequential(nn.Linear(3, 3)).train()
     with pytest.raises(RuntimeError):
-        evaluate(model, evaluation_loader(pairs(), 5), 10)
+        evaluate(model, evaluation_loader(pairs(), 5), Classification(10))
     assert model.training
 
 
@@ -56,5 +57,5 @@ def test_no_gradients_and_progress():
         assert not y.requires_grad
         return y
 
-    evaluate(call, evaluation_loader(pairs(), 4), 10, on_batch=seen.append)
+    evaluate(call, evaluation_loader(pairs(), 4), Classification(10), on_batch=seen.append)
     assert seen == [4, 4, 2]

@@ -1,8 +1,8 @@
 """Fashion-MNIST, MobileNetV2: as `fashion_mnist_resnet18.py`, on a network of depthwise convolutions."""
 
 from halfeven.config import Experiment
-from halfeven.zoo.datasets import DataOptions
 from halfeven.zoo.models import ModelOptions
+from halfeven.zoo.options import DataOptions
 
 experiment = Experiment(
     model=ModelOptions(source="timm", name="mobilenetv2_100", num_classes=10, in_chans=1),

@@ -7,8 +7,8 @@ The images are those of Debian's package dataset-fashion-mnist, padded to 32x32.
 """
 
 from halfeven.config import Experiment
-from halfeven.zoo.datasets import DataOptions
 from halfeven.zoo.models import ModelOptions
+from halfeven.zoo.options import DataOptions
 
 experiment = Experiment(
     model=ModelOptions(source="timm", name="resnet18", num_classes=10, in_chans=1),

@@ -19,8 +19,8 @@ config of the same name. The rest is halfeven's pipeline with its defaults:
 
 from halfeven.config import Experiment
 from halfeven.placement.plan import QuantizationOptions
-from halfeven.zoo.datasets import DataOptions
 from halfeven.zoo.models import ModelOptions
+from halfeven.zoo.options import DataOptions
 
 experiment = Experiment(
     model=ModelOptions(source="timm", name="resnet18.tv_in1k", weights="pretrained"),

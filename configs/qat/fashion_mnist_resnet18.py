@@ -8,8 +8,8 @@ SGD at 0.01, falling to 0 by a cosine; batches of 64.
 
 from halfeven.config import Experiment
 from halfeven.training.options import TrainingOptions
-from halfeven.zoo.datasets import DataOptions
 from halfeven.zoo.models import ModelOptions
+from halfeven.zoo.options import DataOptions
 
 experiment = Experiment(
     model=ModelOptions(source="timm", name="resnet18", num_classes=10, in_chans=1),

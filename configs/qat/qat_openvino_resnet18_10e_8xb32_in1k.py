@@ -31,8 +31,8 @@ from halfeven.config import Experiment
 from halfeven.placement.plan import QuantizationOptions
 from halfeven.qat.batchnorm import ScheduleOptions
 from halfeven.training.options import TrainingOptions
-from halfeven.zoo.datasets import DataOptions
 from halfeven.zoo.models import ModelOptions
+from halfeven.zoo.options import DataOptions
 
 experiment = Experiment(
     # torchvision's weights (69.76 %), trained as those that MMRazor starts from (69.90 %).

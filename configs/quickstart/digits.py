@@ -6,8 +6,8 @@ exports it to OpenVINO and verifies that the runtime computes the integers that 
 
 from halfeven.config import DeviceOptions, Experiment
 from halfeven.training.options import TrainingOptions
-from halfeven.zoo.datasets import DataOptions
 from halfeven.zoo.models import ModelOptions
+from halfeven.zoo.options import DataOptions
 
 experiment = Experiment(
     model=ModelOptions(source="timm", name="resnet18", num_classes=10, in_chans=1),

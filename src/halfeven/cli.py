@@ -14,8 +14,8 @@ from rich.console import Console
 
 from halfeven.config import Experiment, load_experiment
 from halfeven.errors import HalfevenError
-from halfeven.zoo.datasets import DataOptions
 from halfeven.zoo.models import ModelOptions
+from halfeven.zoo.options import DataOptions
 
 Config = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG")]
 Checkpoint = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]

@@ -21,10 +21,11 @@ from halfeven.qat.distillation import DistillationOptions
 from halfeven.qat.options import QATOptions
 from halfeven.qat.oscillation import OscillationOptions
 from halfeven.qat.progression import ProgressionOptions
+from halfeven.tasks.options import TaskOptions
 from halfeven.training.accelerator import DeviceOptions
 from halfeven.training.options import TrainingOptions
-from halfeven.zoo.datasets import DataOptions
 from halfeven.zoo.models import ModelOptions
+from halfeven.zoo.options import DataOptions, TextOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,9 @@ class Experiment:
     model: ModelOptions
     """The float model."""
     data: DataOptions
-    """The images."""
+    """What it is trained, calibrated and measured on."""
+    task: TaskOptions = field(default_factory=TaskOptions)
+    """What the model's outputs are for: the loss and the metrics."""
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
     """What is quantized, and how."""
     ptq: PTQOptions = field(default_factory=PTQOptions)
@@ -83,6 +86,12 @@ class Experiment:
                 "written. "
                 "Set training.epochs to at least 1 (training.max_steps makes a run shorter than an epoch)."
             )
+        if self.task.kind == "detection" and self.qat.distill == "on" and self.qat.distillation.weight > 0:
+            raise ConfigError(
+                f"qat.distillation.weight={self.qat.distillation.weight} compares soft labels of classes that exclude "
+                "each other, and a detector has none: nothing sensible would be taught. Set it to 0, and name layers "
+                "in qat.distillation.features."
+            )
         if self.model.weights and self.pretraining.epochs > 0:
             raise ConfigError(
                 f'The float model has weights (model.weights="{self.model.weights}") and shall be trained first '
@@ -108,7 +117,7 @@ class Experiment:
 OPTIONS = {
     cls.__name__: cls
     for cls in (
-        *(Experiment, ModelOptions, DataOptions, QuantizationOptions, Rule, PTQOptions),
+        *(Experiment, ModelOptions, DataOptions, TextOptions, TaskOptions, QuantizationOptions, Rule, PTQOptions),
         *(TrainingOptions, ScheduleOptions, ExportOptions, DeviceOptions),
         *(QATOptions, DistillationOptions, AveragingOptions, OscillationOptions, ProgressionOptions),
     )

@@ -1,49 +1,48 @@
-"""Run a model (float, simulated or deployed) over labelled images, in one process or many: its accuracy."""
+"""Run a model (float, simulated or deployed) over labelled data, in one process or many: its accuracy."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from accelerate.utils import find_batch_size, send_to_device
+from torch import nn
+from torch.utils.data import DataLoader, Subset, default_collate
 
 from halfeven.distributed import rank, world_size
+from halfeven.tasks import Task
+from halfeven.tasks.task import Metrics
 
-Model = Callable[[Tensor], Any]
+Model = Callable[..., Any]
 
 
 def evaluate(
     model: Model,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    num_classes: int,
+    loader: Iterable[tuple[Any, Any]],
+    task: Task,
     *,
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] | None = None,
-) -> dict[str, float]:
-    """Accuracy in percent: `top1`, and `top5` where there are more than 5 classes.
+) -> Metrics:
+    """The task's figures in percent: for classification `top1`, and `top5` where there are more than 5 classes.
 
-    In a distributed run every process must call this, each with its own share of the images (`evaluation_loader`); all
-    get the accuracy over all images. A module is put in `eval()` and given back as it was.
+    In a distributed run every process must call this, each with its own share of the data (`evaluation_loader`); all
+    get the figures over all of it. A module is put in `eval()` and given back as it was.
 
     Args:
-        model: a module, or any function from a batch of images to logits.
-        on_batch: called with the number of images after each batch.
+        model: a module, or any function from a batch of inputs to outputs.
+        loader: batches of inputs and targets; inputs are a tensor, or a dict of keyword arguments.
+        on_batch: called with the number of samples after each batch.
     """
-    ranks = {"top1": 1, "top5": 5} if num_classes > 5 else {"top1": 1}
-    metrics = MetricCollection(
-        {name: MulticlassAccuracy(num_classes, top_k=k, average="micro") for name, k in ranks.items()},
-        compute_groups=False,
-    ).to(device)
+    metrics = task.metrics().to(device)
     with torch.no_grad(), evaluating(model):
-        for images, labels in loader:
-            logits = model(images.to(device, non_blocking=True))
-            metrics.update(logits.float(), labels.to(device, non_blocking=True))
+        for batch in loader:
+            inputs, targets = send_to_device(batch, device, non_blocking=True)
+            outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+            metrics.update(*task.judged(outputs, targets))
             if on_batch is not None:
-                on_batch(len(labels))
-    return {name: round(100 * float(value), 4) for name, value in metrics.compute().items()}
+                on_batch(find_batch_size(inputs))
+    return task.figures(metrics.compute())
 
 
 @contextmanager
@@ -59,8 +58,16 @@ def evaluating(model: Callable[..., Any]) -> Iterator[None]:
             module.training = training
 
 
-def evaluation_loader(images: Any, batch_size: int, workers: int = 0, *, shared: bool = True) -> DataLoader[Any]:
-    """Batches in order; in a distributed run each process gets its share, every image once, or all if not `shared`."""
+def evaluation_loader(
+    items: Any,
+    batch_size: int,
+    workers: int = 0,
+    *,
+    shared: bool = True,
+    collate: Callable[[Any], Any] = default_collate,
+) -> DataLoader[Any]:
+    """Batches in order; in a distributed run each process gets its share, every item once, or all if not `shared`."""
     if shared and world_size() > 1:
-        images = Subset(images, range(rank(), len(images), world_size()))
-    return DataLoader(images, batch_size=batch_size, num_workers=workers, pin_memory=torch.cuda.is_available())
+        items = Subset(items, range(rank(), len(items), world_size()))
+    pinned = torch.cuda.is_available()
+    return DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=collate, pin_memory=pinned)

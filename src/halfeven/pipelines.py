@@ -29,6 +29,7 @@ from halfeven.qat.course import Course
 from halfeven.qat.options import QATOptions
 from halfeven.qat.recipe import Recipe as CourseRecipe
 from halfeven.qat.recipe import choose as choose_course
+from halfeven.tasks.task import first_tensor
 from halfeven.training.checkpoint import restore
 
 
@@ -183,6 +184,7 @@ def accompany(
     inputs: Callable[[], Iterable[Any]] | None = None,
     say: Callable[[str], None] | None = None,
     state: Path | None = None,
+    logits: Callable[[Any], Tensor] = first_tensor,
 ) -> Course:
     """Make a calibrated model ready for training, as the recipe for its bits says (white paper, figure 11).
 
@@ -196,6 +198,7 @@ def accompany(
         inputs: gives batches for BatchNorm's statistics, better more than those of the calibration; None: the loader.
         say: told the choices and what was done, for example `print`.
         state: folder in which learned rounding keeps finished layers, to go on from after an interruption.
+        logits: takes the logits, [samples, ..., classes], out of what the models return; by default the first tensor.
 
     Returns:
         The course of the training: what to call before, in and after each step.
@@ -207,7 +210,7 @@ def accompany(
         learn = reconstruct if recipe.blocks else adaround
         report = learn(qmodel, loader, options=ptq or PTQOptions(), state=state, say=say)
         say(f"Reconstructed {len(report.units)} units in {sum(unit.seconds for unit in report.units):.0f} s.")
-    return course_of(qmodel, float_model, recipe, loader, options, schedule, inputs)
+    return course_of(qmodel, float_model, recipe, loader, options, schedule, inputs, logits)
 
 
 def course_of(
@@ -218,6 +221,7 @@ def course_of(
     options: QATOptions,
     schedule: ScheduleOptions,
     inputs: Callable[[], Iterable[Any]] | None = None,
+    logits: Callable[[Any], Tensor] = first_tensor,
 ) -> Course:
     """The course of a training whose start has been made, as `accompany` does, or whose interruption is over."""
     return Course(
@@ -228,6 +232,7 @@ def course_of(
         schedule,
         calibrate=lambda model: calibrate(model, loader),
         inputs=inputs or (lambda: loader),
+        logits=logits,
     )
 
 

@@ -46,7 +46,7 @@ CONFIG = """
 from halfeven.config import DeviceOptions, Experiment
 from halfeven.placement.plan import QuantizationOptions
 from halfeven.training.options import TrainingOptions
-from halfeven.zoo.datasets import DataOptions
+from halfeven.zoo.options import DataOptions
 from halfeven.zoo.models import ModelOptions
 
 experiment = Experiment(

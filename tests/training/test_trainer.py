@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from halfeven.errors import CheckpointError, ConfigError
 from halfeven.evaluation import evaluate, evaluation_loader
+from halfeven.tasks import Classification
 from halfeven.training.accelerator import DeviceOptions, make_accelerator
 from halfeven.training.checkpoint import save_weights
 from halfeven.training.options import TrainingOptions
@@ -47,7 +48,8 @@ def trainer(folder, options=OPTIONS, *, before_step=(), data=None, console=None,
     torch.manual_seed(0)
     data = data or images()
     callbacks = Callbacks(
-        validate=lambda model: evaluate(model, evaluation_loader(data, 16), 2),
+        task=Classification(2),
+        validate=lambda model: evaluate(model, evaluation_loader(data, 16), Classification(2)),
         save=save_weights,
         before_step=before_step,
         **(callbacks or {}),
@@ -90,6 +92,7 @@ def test_best_is_the_best(tmp_path):
     one = trainer(tmp_path)
     kept = []
     one.callbacks = Callbacks(
+        task=Classification(2),
         validate=lambda model: {"top1": next(values)},
         save=lambda m, path, facts: (kept.append((path.name, facts)), path.touch()),
     )
@@ -237,6 +240,7 @@ def test_another_form_of_the_model_is_validated_and_kept_if_it_is_the_best(tmp_p
     kept = []
     one = trainer(tmp_path)
     one.callbacks = Callbacks(
+        task=Classification(2),
         validate=lambda model: {"top1": next(values)},
         save=lambda m, path, facts: (kept.append((path.name, m is other, facts)), path.touch()),
         others={"average": other},
@@ -254,6 +258,7 @@ def test_the_start_is_the_best_until_training_makes_a_better_one(tmp_path, reach
     kept, said = [], io.StringIO()
     one = trainer(tmp_path, dataclasses.replace(OPTIONS, epochs=1), console=Console(file=said))
     one.callbacks = Callbacks(
+        task=Classification(2),
         validate=lambda model: {"top1": reached},
         save=lambda m, path, facts: (kept.append((path.name, facts["epoch"])), path.touch()),
         start={"top1": 85.0},
@@ -268,6 +273,7 @@ def test_a_validation_before_the_model_is_what_it_shall_be_does_not_count(tmp_pa
     kept = []
     one = trainer(tmp_path)
     one.callbacks = Callbacks(
+        task=Classification(2),
         validate=lambda model: {"top1": next(values)},
         save=lambda m, path, facts: (kept.append((path.name, facts["epoch"])), path.touch()),
         counts_from=0.5,
@@ -286,6 +292,7 @@ def test_the_loss_of_the_callbacks_and_their_penalty_are_what_is_minimized(tmp_p
     assert seen == [step / 18 for step in range(18)]
     one = trainer(tmp_path / "pulled")
     one.callbacks = Callbacks(
+        task=Classification(2),
         validate=one.callbacks.validate, save=save_weights,
         penalty=lambda done: 0.5 * one.model.head.weight.square().sum(), loss=loss["loss"],
     )  # fmt: skip

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from halfeven.errors import ConfigError
-from halfeven.zoo.datasets import DataOptions, Datasets, load_datasets, read_idx
+from halfeven.zoo.datasets import Datasets, load_datasets, read_idx
+from halfeven.zoo.options import DataOptions
 
 
 def idx(array: np.ndarray) -> bytes:

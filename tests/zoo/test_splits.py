@@ -9,7 +9,8 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 
 from halfeven.errors import ConfigError
-from halfeven.zoo.datasets import DataOptions, Datasets, load_datasets
+from halfeven.zoo.datasets import Datasets, load_datasets
+from halfeven.zoo.options import DataOptions
 from halfeven.zoo.splits import check_apart
 
 PIXELS, LABELS = torch.randn(20, 1, 4, 4), torch.zeros(20, dtype=torch.int64)

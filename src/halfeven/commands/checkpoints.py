@@ -10,8 +10,8 @@ from halfeven.config import Experiment
 from halfeven.errors import ConfigError
 from halfeven.export import export, load_deployed
 from halfeven.pipelines import load
+from halfeven.tasks.task import Metrics
 from halfeven.training.checkpoint import read_facts
-from halfeven.training.trainer import Metrics
 
 
 def run_export(experiment: Experiment, *, config: Path, checkpoint: Path, work_dir: str = "") -> None:
@@ -50,7 +50,7 @@ def run_test(
         path = Path(deployed or Path(temporary) / f"model{experiment.endings(target)[0]}")
         if not deployed:
             export(qmodel.cpu().eval(), path, target)
-        rows["deployed"] = work.accuracy(load_deployed(path, target), "cpu")
+        rows["deployed"] = work.accuracy(load_deployed(path, target, qmodel.cpu().eval()), "cpu")
         if work.accelerator.is_main_process:
             show(work, rows, {"simulated": checkpoint, "deployed": deployed or "exported for this test"})
     if json_file and work.accelerator.is_main_process:

@@ -7,11 +7,10 @@ from typing import Any
 from torch import nn
 
 from halfeven.commands.work import BEST, RESULTS, Work, show, write_json
-from halfeven.evaluation import evaluation_loader
 from halfeven.export import export, load_deployed, verify
 from halfeven.pipelines import load
 from halfeven.placement.insertion import plan_of
-from halfeven.training.trainer import Metrics
+from halfeven.tasks.task import Metrics
 
 
 def deliver(work: Work, model: nn.Module, float_metrics: Metrics, facts: dict[str, Any] | None = None) -> None:
@@ -29,7 +28,7 @@ def deliver(work: Work, model: nn.Module, float_metrics: Metrics, facts: dict[st
     files = {"simulated": best}
     for path in reports:
         name = "deployed" if len(reports) == 1 else f"deployed {path.suffix}"
-        rows[name], files[name] = work.accuracy(load_deployed(path, target_of(work, qmodel)), "cpu"), path
+        rows[name], files[name] = work.accuracy(load_deployed(path, target_of(work, qmodel), qmodel), "cpu"), path
     show(work, rows, files)
     verification = {path.name: report.to_dict() for path, report in reports.items()}
     write_json(work.folder / RESULTS, {**rows, **(facts or {}), "verification": verification})
@@ -51,8 +50,10 @@ def export_verified(work: Work, qmodel: nn.Module, folder: Path, float_model: nn
         path = folder / f"model{ending}"
         work.say(f"Exporting {path}, verifying it on {min(options.verify_images, len(images))} images ...")
         export(qmodel, path, target)
-        loader = evaluation_loader(images, options.verify_batch_size, work.experiment.data.workers)
+        loader = work.loader(images, shared=False, batch_size=options.verify_batch_size)
         batches = [batch[0] for batch in islice(loader, -(-options.verify_images // options.verify_batch_size))]
-        reports[path] = verify(qmodel, path, batches, float_model=float_model, target=target)
+        reports[path] = verify(
+            qmodel, path, batches, float_model=float_model, target=target, class_axis=work.task.class_axis
+        )
         work.say(f"{reports[path]}\n")
     return reports

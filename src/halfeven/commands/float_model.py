@@ -40,7 +40,7 @@ def train_float(work: Work, model: nn.Module, *, resume: bool) -> None:
         workers=work.experiment.data.workers,
         name="float",
     )
-    callbacks = Callbacks(validate=work.accuracy, save=save_weights)
+    callbacks = Callbacks(task=work.task, validate=work.accuracy, save=save_weights)
     trainer = Trainer(model, work.datasets.train, work.experiment.pretraining, callbacks, run)
     trainer.run(resume=resume and (folder / STATE_FILE).is_file())
     work.accelerator.free_memory()

@@ -89,9 +89,8 @@ def _continue(work: Work, model: nn.Module) -> tuple[nn.Module, Course, dict[str
     qmodel = rebuild(model, work.datasets.example(), Plan.from_dict(header["plan"])).to(work.accelerator.device)
     experiment, (loader, inputs) = work.experiment, _loaders(work)
     recipe = choose(qmodel, experiment.qat, experiment.schedule)
-    course = course_of(
-        qmodel, model.to(work.accelerator.device), recipe, loader, experiment.qat, experiment.schedule, inputs
-    )
+    teacher, qat, schedule = model.to(work.accelerator.device), experiment.qat, experiment.schedule
+    course = course_of(qmodel, teacher, recipe, loader, qat, schedule, inputs, work.task.logits)
     return qmodel, course, header
 
 
@@ -125,6 +124,7 @@ def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, Co
         inputs=inputs,
         say=work.say,
         state=work.folder / PTQ_STATE,
+        logits=work.task.logits,
     )
     if course.recipe.reconstruct.taken:
         start = known[f"{scheme}, rounding learned"] = work.accuracy(qmodel)
@@ -136,6 +136,7 @@ def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, Co
 def _train_quantized(work: Work, qmodel: nn.Module, course: Course, header: dict[str, Any], *, resume: bool) -> None:
     experiment = work.experiment
     callbacks = Callbacks(
+        task=work.task,
         validate=work.accuracy,
         save=lambda model, path, facts: save(model, path, facts | {"float": header["float"]}),
         known=header["known"],

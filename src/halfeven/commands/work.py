@@ -13,13 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from halfeven.commands.task import make_task
 from halfeven.config import Experiment, as_dict
 from halfeven.errors import ConfigError
 from halfeven.evaluation import evaluate, evaluation_loader
 from halfeven.files import write_atomically
+from halfeven.tasks import Task
+from halfeven.tasks.task import Metrics
 from halfeven.training.accelerator import make_accelerator
 from halfeven.training.state import STATE_FILE
-from halfeven.training.trainer import Metrics
 from halfeven.zoo.datasets import Datasets, load_datasets
 from halfeven.zoo.splits import check_apart
 
@@ -42,18 +44,20 @@ class Work:
     accelerator: Accelerator
     console: Console
     datasets: Datasets
+    task: Task
 
-    def loader(self, images: Any, *, shared: bool = True) -> Any:
-        """Evaluation batches of some images."""
+    def loader(self, items: Any, *, shared: bool = True, batch_size: int = 0) -> Any:
+        """Evaluation batches of some of the data."""
         data = self.experiment.data
-        return evaluation_loader(images, data.evaluation_batch_size, data.workers, shared=shared)
+        size = batch_size or data.evaluation_batch_size
+        return evaluation_loader(items, size, data.workers, shared=shared, collate=self.task.collate)
 
-    def accuracy(self, model: Callable[[Tensor], Any], device: torch.device | str | None = None) -> Metrics:
-        """Accuracy on the validation images, taken by all processes of the run together."""
+    def accuracy(self, model: Callable[..., Any], device: torch.device | str | None = None) -> Metrics:
+        """The task's figures on the validation data, taken by all processes of the run together."""
         device = self.accelerator.device if device is None else device
         if isinstance(model, nn.Module):
             model.to(device)
-        return evaluate(model, self.loader(self.datasets.validation), self.datasets.num_classes, device=device)
+        return evaluate(model, self.loader(self.datasets.validation), self.task, device=device)
 
     def say(self, text: str) -> None:
         """Print a line, from the first process alone."""
@@ -69,19 +73,23 @@ def open_work(experiment: Experiment, folder: Path) -> Work:
     accelerator = make_accelerator(experiment.device)
     console = Console(quiet=not accelerator.is_main_process)
     datasets = load_datasets(experiment.data)
-    channels, options = datasets.example().shape[1], experiment.model
+    example, options = datasets.example(), experiment.model
     wrong = []
     if options.source != "callable" and options.num_classes != datasets.num_classes:
         wrong.append(f"model.num_classes={options.num_classes}, and the data has {datasets.num_classes}")
-    if options.source != "callable" and options.in_chans != channels:
-        wrong.append(f"model.in_chans={options.in_chans}, and the images have {channels}")
+    if isinstance(example, dict) and options.source not in ("transformers", "callable"):
+        wrong.append(f'model.source="{options.source}" reads images, and the data gives texts')
+    if isinstance(example, Tensor) and options.source == "transformers":
+        wrong.append('model.source="transformers" reads texts here, and the data gives images')
+    if isinstance(example, Tensor) and options.source != "callable" and options.in_chans != example.shape[1]:
+        wrong.append(f"model.in_chans={options.in_chans}, and the images have {example.shape[1]}")
     if wrong:
         raise ConfigError(
             f"Model and data do not go together: {'; '.join(wrong)}. The loss could not be computed. Set the model's "
             "to the data's."
         )
     torch.manual_seed(experiment.seed)
-    return Work(experiment, folder, accelerator, console, datasets)
+    return Work(experiment, folder, accelerator, console, datasets, make_task(experiment, datasets))
 
 
 def default_folder(config: Path, work_dir: str) -> Path:
@@ -167,7 +175,8 @@ def _differences(name: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]
 
 def show(work: Work, rows: dict[str, Metrics], files: Mapping[str, object]) -> None:
     """Print the accuracies as one table."""
-    table = Table(title=f"{len(work.datasets.validation)} validation images", title_justify="left")
+    kind = "images" if isinstance(work.datasets.example(), Tensor) else "texts"
+    table = Table(title=f"{len(work.datasets.validation)} validation {kind}", title_justify="left")
     table.add_column("model")
     for metric in next(iter(rows.values())):
         table.add_column(f"{metric}, %", justify="right")

@@ -1,13 +1,18 @@
 """The runtimes that can be asked: one way to run a file and to learn what was executed, whatever the target."""
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from halfeven.errors import ConfigError
+from halfeven.evaluation import evaluating
 from halfeven.export.executed import Executed
+from halfeven.export.exporting import example_of
 from halfeven.export.onnx_runtime import ONNXRuntimeFile, TensorRTFile
 from halfeven.export.openvino_runtime import OpenVINOFile
 
@@ -64,20 +69,35 @@ def open_deployed(path: str | Path, target: str, tensors: Sequence[str] = ()) ->
     return RUNTIMES[target](Path(path), tensors)
 
 
-def load_deployed(path: str | Path, target: str = "openvino") -> Callable[..., Any]:
+def load_deployed(path: str | Path, target: str = "openvino", qmodel: nn.Module | None = None) -> Callable[..., Any]:
     """A deployed file as a function from tensors to tensors, on the CPU.
 
     Args:
         path: an `.xml` or `.onnx` file.
         target: the runtime to run it in.
+        qmodel: the model that the file was written from: the function then takes inputs by name as it does, and returns
+            outputs in the same dicts, lists or classes.
 
     Returns:
-        A function of the model's inputs; it returns one tensor, or a tuple where the model has several outputs.
+        A function of the model's inputs; without `qmodel` they are given in their order, and it returns one tensor, or
+        a tuple where the model has several outputs.
     """
     opened = open_deployed(path, target)
+    names, leaves, form = _form_of(qmodel) if qmodel is not None else ((), (), None)
 
-    def run(*inputs: Tensor) -> Any:
-        outputs, _ = opened.run(inputs)
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    def run(*inputs: Tensor, **named: Tensor) -> Any:
+        outputs, _ = opened.run([*inputs, *(named[name] for name in names if name in named)])
+        if form is None:
+            return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        given = iter(outputs)
+        return pytree.tree_unflatten([next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
 
     return run
+
+
+def _form_of(qmodel: nn.Module) -> tuple[tuple[str, ...], list[Any], pytree.TreeSpec]:
+    """The names of a model's keyword inputs, and what it returns: the parts, and what holds them."""
+    args, kwargs = example_of(qmodel)
+    with torch.no_grad(), evaluating(qmodel):
+        leaves, form = pytree.tree_flatten(copy.deepcopy(qmodel).cpu()(*args, **kwargs))
+    return tuple(kwargs), leaves, form

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from halfeven.errors import VerificationError
 from halfeven.evaluation import evaluating
@@ -25,6 +24,7 @@ from halfeven.placement.fusion import as_planned
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.planning import regions
 from halfeven.quantizer import Quantizer, quantizers, weights_quantized_once
+from halfeven.tasks.task import first_tensor
 
 
 @dataclass
@@ -84,7 +84,8 @@ class Report:
     integer_macs: float
     """Share of the model's multiply-accumulates that ran with integer kernels, those of attention included."""
     top1_agreement: float
-    """Share of samples whose largest output is the same in the runtime and in the exact simulation."""
+    """Share of samples (of pixels, of anchors) whose largest output is the same in the runtime and in the exact
+    simulation."""
     float_simulation_top1_agreement: float
     """The same for the float simulation."""
     accuracy: dict[str, float]
@@ -150,6 +151,7 @@ def verify(
     *,
     target: str | None = None,
     timed: bool = True,
+    class_axis: int = 1,
 ) -> Report:
     """Run a deployed file in its runtime and compare its integers with those of the model.
 
@@ -164,6 +166,7 @@ def verify(
         target: the runtime that the file was written for; None: the one that the model was made for. TensorRT is not
             run: its file is evaluated as ONNX defines its operators.
         timed: whether to measure latencies too; for that the float model is written as well.
+        class_axis: axis of the first output whose largest value is an answer: one for a sample, pixel or anchor.
 
     Raises:
         VerificationError: no batch, a file that cannot be read, or one that was not written from this model.
@@ -176,7 +179,7 @@ def verify(
     model, exported = exportable(qmodel, target)
     comparison = _Comparison(qmodel, model, exported, Path(path), target)
     with as_planned(qmodel):
-        rows = _compare(comparison, batches, quantized, float_model)
+        rows = _compare(comparison, batches, quantized, float_model, class_axis)
     opened = open_deployed(path, target)
     layers = opened.executed_layers(comparison.layers)
     milliseconds = latency(qmodel, Path(path), inputs_of(batches[0]), target) if timed else {}
@@ -188,8 +191,8 @@ def verify(
         quantizable_layers=len(layers),
         float_layers=[_in_float(layer) for layer in layers if not layer.integer],
         integer_macs=integer_share(comparison.parts, layers, opened.executed_products()),
-        top1_agreement=rows.same_exact / rows.samples,
-        float_simulation_top1_agreement=rows.same_float / rows.samples,
+        top1_agreement=rows.same_exact / rows.answers,
+        float_simulation_top1_agreement=rows.same_float / rows.answers,
         accuracy=rows.accuracy(),
         latency_ms=milliseconds,
         latency_batch=_size(inputs_of(batches[0])),
@@ -234,7 +237,7 @@ class _Comparison:
         """First output of the file and of the exact simulation; the integers of all activations are compared."""
         deployed_outputs, reals = self.file.run(inputs)
         found = {name: _levels(reals[name], self.activations[name]) for name in self.names}
-        exact_output = _first(self.exact(*inputs))
+        exact_output = first_tensor(self.exact(*inputs))
         exact = dict(self.exact.levels)
         alone = exact
         if not all(torch.equal(found[name], exact[name]) for name in self.names):
@@ -257,7 +260,7 @@ class _Comparison:
                 handles.append(quantizer.register_forward_hook(self._keep_levels(self.calls[name])))
         try:
             with torch.no_grad():
-                return _first(self.qmodel(*args, **kwargs)).cpu()
+                return first_tensor(self.qmodel(*args, **kwargs)).cpu()
         finally:
             for handle in handles:
                 handle.remove()
@@ -316,7 +319,9 @@ def in_graph_order(model: nn.Module) -> dict[str, ExportedQuantizer]:
 
 @dataclass
 class _Rows:
+    class_axis: int = 1
     samples: int = 0
+    answers: int = 0
     same_exact: int = 0
     same_float: int = 0
     labelled: int = 0
@@ -326,8 +331,14 @@ class _Rows:
         return {name: 100 * count / self.labelled for name, count in self.right.items()} if self.labelled else {}
 
 
-def _compare(comparison: _Comparison, batches: list[Any], device: torch.device, float_model: nn.Module | None) -> _Rows:
-    rows = _Rows()
+def _compare(
+    comparison: _Comparison,
+    batches: list[Any],
+    device: torch.device,
+    float_model: nn.Module | None,
+    class_axis: int,
+) -> _Rows:
+    rows = _Rows(class_axis)
     with ExitStack() as stack:
         stack.enter_context(evaluating(comparison.qmodel))
         stack.enter_context(weights_quantized_once(comparison.qmodel))
@@ -345,31 +356,28 @@ def _compare_batch(
     simulated = comparison.simulate([a.to(device) for a in args], {k: v.to(device) for k, v in kwargs.items()})
     inputs = [x.cpu() for x in (*args, *kwargs.values())]
     found, exact = comparison.run(inputs)
-    choices = {"simulated": _choice(simulated), "deployed": _choice(found)}
+    axis = rows.class_axis
+    choices = {"simulated": _choice(simulated, axis), "deployed": _choice(found, axis)}
     rows.samples += len(found)
-    rows.same_exact += int((choices["deployed"] == _choice(exact)).flatten(1).all(1).sum())
-    rows.same_float += int((choices["deployed"] == choices["simulated"]).flatten(1).all(1).sum())
+    rows.answers += choices["deployed"].numel()
+    rows.same_exact += int((choices["deployed"] == _choice(exact, axis)).sum())
+    rows.same_float += int((choices["deployed"] == choices["simulated"]).sum())
     labels = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
-    if not isinstance(labels, Tensor) or labels.shape != choices["deployed"].squeeze(1).shape:
+    if not isinstance(labels, Tensor) or labels.shape != choices["deployed"].shape:
         return
     if float_model is not None:
         where = next((p.device for p in float_model.parameters()), device)
         with torch.no_grad():
             floats = float_model(*(a.to(where) for a in args), **{k: v.to(where) for k, v in kwargs.items()})
-        choices = {"float": _choice(_first(floats).cpu()), **choices}
-    rows.labelled += len(labels)
+        choices = {"float": _choice(first_tensor(floats).cpu(), axis), **choices}
+    rows.labelled += labels.numel()
     for name, choice in choices.items():
-        rows.right[name] = rows.right.get(name, 0) + int((choice.squeeze(1) == labels.cpu()).sum())
+        rows.right[name] = rows.right.get(name, 0) + int((choice == labels.cpu()).sum())
 
 
-def _choice(output: Tensor) -> Tensor:
-    """Index of the largest value over the class axis, [samples, 1, ...]."""
-    return output.argmax(1, keepdim=True) if output.ndim > 1 else output.round().unsqueeze(1)
-
-
-def _first(output: Any) -> Tensor:
-    first: Tensor = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
-    return first
+def _choice(output: Tensor, class_axis: int) -> Tensor:
+    """Index of the largest value over the class axis, [samples, ...] without that axis."""
+    return output.argmax(class_axis) if output.ndim > 1 else output.round()
 
 
 def _size(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> int:

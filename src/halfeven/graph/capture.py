@@ -102,12 +102,12 @@ def as_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a batch: a tensor, a sequence whose first item is the input, or a dict of
-    inputs."""
+    """Positional and keyword arguments of a batch: a tensor, a dict of inputs, or a sequence whose first item is one
+    of these."""
+    if isinstance(batch, list | tuple):
+        batch = batch[0]
     if isinstance(batch, dict):
         return (), {key: value for key, value in batch.items() if key not in ("label", "labels")}
-    if isinstance(batch, list | tuple):
-        return (batch[0],), {}
     return (batch,), {}
 
 

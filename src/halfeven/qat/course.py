@@ -29,6 +29,7 @@ from halfeven.qat.options import QATOptions
 from halfeven.qat.oscillation import Oscillations
 from halfeven.qat.progression import Progression
 from halfeven.qat.recipe import Recipe
+from halfeven.tasks.task import first_tensor
 
 
 class Course:
@@ -42,6 +43,7 @@ class Course:
         schedule_options: when ranges and BatchNorm stop moving.
         calibrate: sets all ranges of a model anew, which a progression needs.
         inputs: batches for BatchNorm's statistics, as for `re_estimate`; called when they are needed.
+        logits: takes the logits, [samples, ..., classes], out of what the models return, for a distillation.
 
     Raises:
         ConfigError: a distillation without a float model.
@@ -56,6 +58,7 @@ class Course:
         schedule_options: ScheduleOptions,
         calibrate: Callable[[nn.Module], Any],
         inputs: Callable[[], Iterable[Any]],
+        logits: Callable[[Any], Tensor] = first_tensor,
     ) -> None:
         if recipe.distill.taken and float_model is None:
             raise ConfigError(
@@ -66,7 +69,8 @@ class Course:
         until = frozen_after(qmodel, schedule_options)  # by the plan's bits: a progression starts with others
         self._schedule = schedule(dataclasses.replace(schedule_options, freeze_batchnorm_after=until))
         teacher = float_model if recipe.distill.taken else None
-        self.distillation = None if teacher is None else Distillation(teacher, qmodel, options.distillation)
+        distilled = None if teacher is None else Distillation(teacher, qmodel, options.distillation, logits)
+        self.distillation = distilled
         self.average = WeightAverage(qmodel, options.averaging) if recipe.average.taken else None
         self.progression = Progression(qmodel, options.progression, calibrate) if recipe.progress.taken else None
         oscillation = dataclasses.replace(
@@ -84,7 +88,7 @@ class Course:
             self.progression.before_step(model, done)
         self._schedule(model, done)
 
-    def loss(self, outputs: Tensor, inputs: Any, labels: Any, task_loss: Tensor) -> Tensor:
+    def loss(self, outputs: Any, inputs: Any, labels: Any, task_loss: Tensor) -> Tensor:
         """The loss of a batch, made of that of the task, []."""
         return task_loss if self.distillation is None else self.distillation.loss(outputs, inputs, labels, task_loss)
 

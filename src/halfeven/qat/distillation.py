@@ -7,6 +7,7 @@ Mishra and Marr, "Apprentice" (arXiv:1711.05852); Kim et al., "QKD" (arXiv:1911.
 
 import copy
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from types import TracebackType
@@ -24,6 +25,7 @@ from halfeven.graph.operators import module_of
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.planning import regions
 from halfeven.quantizer import Quantizer
+from halfeven.tasks.task import first_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +113,21 @@ class Distillation:
         teacher: the float model; it is not changed.
         qmodel: the student, from `prepare`, or any module that calls the layers named.
         options: what is compared and how much it counts.
+        logits: takes the logits, [samples, ..., classes], out of what the models return; by default the first tensor.
 
     Raises:
         ConfigError: a feature that one of the two does not have, or that means another tensor in each.
         CaptureError: features are wanted and the teacher cannot be captured.
     """
 
-    def __init__(self, teacher: nn.Module, qmodel: nn.Module, options: DistillationOptions) -> None:
-        self.options = options
+    def __init__(
+        self,
+        teacher: nn.Module,
+        qmodel: nn.Module,
+        options: DistillationOptions,
+        logits: Callable[[Any], Tensor] = first_tensor,
+    ) -> None:
+        self.options, self.logits = options, logits
         self.teacher = copy.deepcopy(teacher)
         if options.features and regions(qmodel) and not regions(teacher):
             self.teacher = _captured_as(qmodel, self.teacher)
@@ -133,11 +142,11 @@ class Distillation:
         """The layer of the student that stands for each feature, by the feature's name in the options."""
         return dict(zip(self.options.features, self._student_features.names, strict=True))
 
-    def loss(self, outputs: Tensor, inputs: Any, labels: Any, task_loss: Tensor) -> Tensor:
+    def loss(self, outputs: Any, inputs: Any, labels: Any, task_loss: Tensor) -> Tensor:
         """The loss of one batch, []; to be called once after the student was run, under the same autocast.
 
         Args:
-            outputs: the student's logits, [samples, classes].
+            outputs: what the student gave: its logits, [samples, classes], or what `logits` takes them out of.
             inputs: what the student was given: a tensor, a tuple of positional or a dict of keyword arguments.
             labels: what `task_loss` was made of; nothing else is made of them here.
             task_loss: the loss of outputs and labels, [], for example their cross-entropy; 0 and 1 are exact: at weight
@@ -150,10 +159,11 @@ class Distillation:
         options, weight = self.options, self.options.weight
         total = task_loss
         if weight > 0 or options.features:
-            expected = self._teach(inputs, outputs.device)
+            expected = self._teach(inputs, first_tensor(outputs).device)
             if weight > 0:
-                _check_shape("logits", outputs, expected)
-                soft = soft_label_loss(outputs, expected, options.temperature)
+                given, wanted = self.logits(outputs), self.logits(expected)
+                _check_shape("logits", given, wanted)
+                soft = soft_label_loss(given, wanted, options.temperature)
                 total = soft if weight == 1 else (1 - weight) * task_loss + weight * soft
             if options.features:
                 total = total + options.feature_weight * self._feature_error()

@@ -6,13 +6,13 @@ and resumptions do not matter.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from halfeven.distributed import rank, world_size
 from halfeven.errors import ConfigError
@@ -94,11 +94,20 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 class TrainingBatches:
     """The loader of the training images, which can start at any batch of any epoch."""
 
-    def __init__(self, images: Any, options: TrainingOptions, *, seed: int, workers: int) -> None:
+    def __init__(
+        self,
+        images: Any,
+        options: TrainingOptions,
+        *,
+        seed: int,
+        workers: int,
+        collate: Callable[[Any], Any] = default_collate,
+    ) -> None:
         self.sampler = EpochBatches(len(images), options.batch_size, seed=seed, drop_last=options.drop_last)
         self.loader: DataLoader[Any] = DataLoader(
             SeededImages(images, seed),
             batch_sampler=self.sampler,
+            collate_fn=collate,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -9,22 +9,24 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import find_batch_size, send_to_device
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from halfeven.distributed import average_batchnorm, differing, rank, world_size
 from halfeven.errors import CheckpointError, ConfigError
 from halfeven.files import write_atomically
+from halfeven.graph.capture import as_arguments
 from halfeven.quantizer import weights_quantized_once
+from halfeven.tasks import Task
+from halfeven.tasks.task import Metrics
 from halfeven.training.optimization import learning_rate, make_optimizer
 from halfeven.training.options import TrainingOptions
 from halfeven.training.progress import RunLog
 from halfeven.training.sampling import TrainingBatches, mix
 from halfeven.training.state import STATE_FILE, TrainingState, check_position, load_state, save_state
 
-Metrics = dict[str, float]
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Any, Any, Tensor], Tensor]
 
 
 class Stateful(Protocol):
@@ -39,8 +41,10 @@ class Stateful(Protocol):
 class Callbacks:
     """What the trainer calls, and knows nothing of."""
 
+    task: Task
+    """The loss, how batches are made, and which metric decides on the best model."""
     validate: Callable[[nn.Module], Metrics]
-    """Accuracy of the model, called by every process after each epoch; "top1" decides which is best."""
+    """Accuracy of the model, called by every process after each epoch."""
     save: Callable[[nn.Module, Path, dict[str, Any]], None]
     """Writes a checkpoint of the model to a path, with facts about it; called by the first process."""
     known: Mapping[str, Metrics] = field(default_factory=dict)
@@ -50,7 +54,7 @@ class Callbacks:
     before_step: Sequence[Callable[[nn.Module, float], None]] = ()
     """Called with the share of the run that is done before each step, after `model.train()`: here layers are frozen."""
     loss: Loss | None = None
-    """Makes the loss of (outputs, images, labels, task loss): here a teacher is listened to. None: the task loss."""
+    """Makes the loss of (outputs, inputs, targets, task loss): here a teacher is listened to. None: the task loss."""
     penalty: Callable[[float], Tensor | None] | None = None
     """What is added to the loss of a step, given the share of the run that is done."""
     after_step: Sequence[Callable[[int, float], None]] = ()
@@ -94,18 +98,19 @@ class Outcome:
 class _Objective(nn.Module):
     """Model and loss together, so that what Accelerate wraps for mixed precision and DDP is never the model itself."""
 
-    def __init__(self, model: nn.Module, label_smoothing: float, loss: Loss | None) -> None:
+    def __init__(self, model: nn.Module, task: Task, label_smoothing: float, loss: Loss | None) -> None:
         super().__init__()
-        self.model, self.label_smoothing, self.loss = model, label_smoothing, loss
+        self.model, self.task, self.label_smoothing, self.loss = model, task, label_smoothing, loss
 
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        outputs = self.model(images).float()
-        task = F.cross_entropy(outputs, labels, label_smoothing=self.label_smoothing)
-        return task if self.loss is None else self.loss(outputs, images, labels, task)
+    def forward(self, inputs: Any, targets: Any) -> Tensor:
+        args, kwargs = as_arguments(inputs)
+        outputs = self.model(*args, **kwargs)
+        loss = self.task.loss(outputs, targets, self.label_smoothing)
+        return loss if self.loss is None else self.loss(outputs, inputs, targets, loss)
 
 
 class Trainer:
-    """Trains `model` in place on (image, label) pairs.
+    """Trains `model` in place on pairs of input and target.
 
     Args:
         header: JSON-able facts that the caller needs, besides the training state, to make the model anew for a
@@ -122,8 +127,10 @@ class Trainer:
         header: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.options, self.callbacks, self.where = model, options, callbacks, run
+        self.task = callbacks.task
         self.header = json.dumps(header or {})
-        self.batches = TrainingBatches(images, options, seed=run.seed, workers=run.workers)
+        collate = callbacks.task.collate
+        self.batches = TrainingBatches(images, options, seed=run.seed, workers=run.workers, collate=collate)
         self.steps_per_epoch = -(-len(self.batches) // options.accumulation)
         whole = options.epochs * self.steps_per_epoch
         self.total_steps = min(options.max_steps, whole) if options.max_steps else whole
@@ -149,7 +156,7 @@ class Trainer:
         """
         if resume:
             self._resume()
-        objective = _Objective(self.model, self.options.label_smoothing, self.callbacks.loss)
+        objective = _Objective(self.model, self.task, self.options.label_smoothing, self.callbacks.loss)
         self.objective = self.accelerator.prepare(objective)
         place, console = self.where, self.where.console
         self.log = RunLog(
@@ -173,9 +180,9 @@ class Trainer:
             self.log.close()
         if self.best and self.best == self.callbacks.start:
             console.print(
-                f"No validation was better than the {self.best['top1']:.2f} % that training started from (the last: "
-                f"{self.last['top1']:.2f} %): the start is kept as the best. A lower training.learning_rate or a "
-                "longer run may gain.",
+                f"No validation was better than the {self.best[self.task.key]:.2f} % that training started from (the "
+                f"last: {self.last[self.task.key]:.2f} %): the start is kept as the best. A lower "
+                "training.learning_rate or a longer run may gain.",
                 highlight=False,
             )
         return Outcome(best=self.best, last=self.last, steps=self.step)
@@ -186,7 +193,7 @@ class Trainer:
         for group in self._groups(self.batches.epoch(epoch, start)):
             loss, rate = self._take_step(group)
             self.step += 1
-            self.log.advance(self.step, sum(len(labels) for _, labels in group) * world_size())
+            self.log.advance(self.step, sum(find_batch_size(inputs) for inputs, _ in group) * world_size())
             if self.step % self.options.log_every == 0 or self.step == self.total_steps:
                 self._log_loss(epoch, loss, rate)
             # The end of an epoch is saved after its validation, which a resumed run must not skip.
@@ -196,18 +203,18 @@ class Trainer:
                 self._save_state()
         self._finish_epoch(epoch)
 
-    def _groups(self, batches: Iterator[Any]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    def _groups(self, batches: Iterator[Any]) -> Iterator[list[tuple[Any, Any]]]:
         """Batches that share an optimizer step; the last group of an epoch may be smaller."""
-        group: list[tuple[Tensor, Tensor]] = []
-        for images, labels in batches:
-            group.append((images, labels))
+        group: list[tuple[Any, Any]] = []
+        for inputs, targets in batches:
+            group.append((inputs, targets))
             if len(group) == self.options.accumulation:
                 yield group
                 group = []
         if group:
             yield group
 
-    def _take_step(self, group: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, float]:
+    def _take_step(self, group: list[tuple[Any, Any]]) -> tuple[Tensor, float]:
         """One optimizer step on the mean gradient of a group of batches; gives its loss and learning rate."""
         torch.manual_seed(mix(self.where.seed, self.step, rank()))
         for hook in self.callbacks.before_step:
@@ -225,14 +232,14 @@ class Trainer:
             update(self.step, (self.step + 1) / self.total_steps)
         return total, rate
 
-    def _accumulate(self, group: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _accumulate(self, group: list[tuple[Any, Any]]) -> Tensor:
         """The mean gradient of a group of batches in the parameters' `grad`; gives the mean loss."""
         total, device = torch.zeros((), device=self.accelerator.device), self.accelerator.device
-        for i, (images, labels) in enumerate(group):
+        for i, batch in enumerate(group):
             # Gradients are exchanged between processes once, with the last batch of the group.
             last = i == len(group) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
-                loss = self.objective(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+                loss = self.objective(*send_to_device(batch, device, non_blocking=True))
                 penalty = self.callbacks.penalty(self.step / self.total_steps) if self.callbacks.penalty else None
                 loss = loss if penalty is None else loss + penalty
                 self.accelerator.backward(loss / len(group))
@@ -263,7 +270,7 @@ class Trainer:
         metrics = self.callbacks.validate(model)
         self.log.validation(self.step, epoch + 1, name, metrics)
         counts = self.step >= self.callbacks.counts_from * self.total_steps
-        if counts and (not self.best or metrics["top1"] > self.best["top1"]):
+        if counts and (not self.best or metrics[self.task.key] > self.best[self.task.key]):
             self._write_best(model, metrics, epoch + 1, name)
         if counts and file:
             self._write(model, file, {"step": self.step, "epoch": epoch + 1, name: metrics})

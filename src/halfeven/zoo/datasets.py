@@ -1,6 +1,6 @@
-"""Labelled images: scikit-learn's digits, Fashion-MNIST, a folder of images, or a function of yours.
+"""Labelled data: scikit-learn's digits, Fashion-MNIST, folders of images, Pascal VOC, COCO, texts, a function of yours.
 
-Each gives images for training, for calibration (a seeded part of the training images, seen as in evaluation) and for
+Each gives samples for training, for calibration (a seeded part of the training samples, seen as in evaluation) and for
 validation.
 """
 
@@ -9,70 +9,37 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from halfeven.errors import ConfigError
-from halfeven.zoo.models import import_function
+from halfeven.imports import import_function
+from halfeven.zoo import dense
+from halfeven.zoo.options import DataOptions
+from halfeven.zoo.text import texts
 
 FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"
 """Where Debian's package dataset-fashion-mnist puts its files."""
 FASHION_MNIST_MEAN, FASHION_MNIST_STD = 0.2860, 0.3530
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIGITS_MEAN, DIGITS_STD = 0.3053, 0.3236
 DIGITS_VALIDATION = 360
 """Of 1,797 digits, those that nothing is trained or calibrated on."""
 
 
+Example = Tensor | dict[str, Tensor]
+
+
 class Images(Protocol):
-    """A dataset of known length whose items are (image, label)."""
+    """A dataset of known length whose items are (input, target): mostly (image, label)."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """Which images, and how they are read."""
-
-    source: Literal["digits", "fashion_mnist", "image_folder", "callable"] = "image_folder"
-    """Kind of data; "callable": your own function, which returns a `Datasets`."""
-    root: str = ""
-    """Folder of the data; "" for the place where it is usually installed (not for "image_folder")."""
-    function: str = ""
-    """For "callable": "package.module:function", called with these options."""
-    image_size: int = 224
-    """Side of the images of "image_folder" after cropping."""
-    resize: int = 256
-    """Short side to which "image_folder" scales evaluation images before the centre crop."""
-    calibration_images: int = 512
-    """Training images, drawn once with the seed, that set the ranges."""
-    calibration_seed: int = 0
-    """Seed of that draw."""
-    workers: int = 2
-    """Processes that load images; 0 to load them in the main one."""
-    evaluation_batch_size: int = 128
-    """Images at a time in validation and calibration."""
-
-    def __post_init__(self) -> None:
-        if self.calibration_images < 1 or self.evaluation_batch_size < 1 or self.workers < 0:
-            raise ConfigError(
-                f"data.calibration_images={self.calibration_images}, "
-                f"data.evaluation_batch_size={self.evaluation_batch_size} "
-                f"and data.workers={self.workers} leave nothing to load. The first two must be at least 1, workers 0 "
-                "or more."
-            )
-        if self.source == "image_folder" and not 1 <= self.image_size <= self.resize:
-            raise ConfigError(
-                f"data.image_size={self.image_size} cannot be cropped out of images whose short side is "
-                f"data.resize={self.resize}. Set data.resize to at least data.image_size."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +51,10 @@ class Datasets:
     validation: Images
     num_classes: int
 
-    def example(self) -> Tensor:
-        """Two validation images as a batch, to capture a model with."""
-        return torch.stack([self.validation[index][0] for index in range(min(2, len(self.validation)))])
+    def example(self) -> Example:
+        """Two validation inputs as a batch, to capture a model with."""
+        found: Example = default_collate([self.validation[index][0] for index in range(min(2, len(self.validation)))])
+        return found
 
 
 def load_datasets(options: DataOptions) -> Datasets:
@@ -99,6 +67,9 @@ def load_datasets(options: DataOptions) -> Datasets:
         "digits": digits,
         "fashion_mnist": fashion_mnist,
         "image_folder": image_folder,
+        "voc_segmentation": _voc,
+        "coco_detection": _coco,
+        "texts": _texts,
         "callable": _from_callable,
     }
     datasets = loaders[options.source](options)
@@ -194,7 +165,7 @@ def image_folder(options: DataOptions) -> Datasets:
                 "data.root to a "
                 "folder with train/CLASS/IMAGE and val/CLASS/IMAGE (ImageNet as usually unpacked)."
             )
-    finish = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    finish = [transforms.ToTensor(), transforms.Normalize(options.mean, options.std)]
     bilinear = InterpolationMode.BILINEAR
     crop = transforms.RandomResizedCrop(options.image_size, interpolation=bilinear, antialias=True)
     training = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *finish])
@@ -217,6 +188,25 @@ def image_folder(options: DataOptions) -> Datasets:
         )
     calibration = calibration_subset(seen_as_in_evaluation, options)
     return Datasets(train=train, calibration=calibration, validation=validation, num_classes=len(train.classes))
+
+
+def _voc(options: DataOptions) -> Datasets:
+    train, plain, validation = dense.voc_segmentation(options)
+    calibration = calibration_subset(plain, options)
+    return Datasets(train=train, calibration=calibration, validation=validation, num_classes=dense.VOC_CLASSES)
+
+
+def _coco(options: DataOptions) -> Datasets:
+    train, plain, validation = dense.coco_detection(options)
+    highest = max(train.items.coco.getCatIds())
+    calibration = calibration_subset(plain, options)
+    return Datasets(train=train, calibration=calibration, validation=validation, num_classes=highest + 1)
+
+
+def _texts(options: DataOptions) -> Datasets:
+    train, validation, classes = texts(options)
+    calibration = calibration_subset(train, options)
+    return Datasets(train=train, calibration=calibration, validation=validation, num_classes=len(classes))
 
 
 def _from_callable(options: DataOptions) -> Datasets:

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -9,6 +10,8 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from halfeven.errors import ConfigError
+from halfeven.imports import import_function
+from halfeven.tasks.detection import TensorPart
 from halfeven.zoo.weights import load_weights
 
 PRETRAINED = "pretrained"
@@ -18,14 +21,15 @@ PRETRAINED = "pretrained"
 class ModelOptions:
     """Which float model, and its weights."""
 
-    source: Literal["timm", "torchvision", "callable"] = "timm"
+    source: Literal["timm", "torchvision", "transformers", "effdet", "callable"] = "timm"
     """Library that makes the model; "callable": your own function."""
     name: str = "resnet18"
-    """Name of the model in that library; for "callable", "package.module:function"."""
+    """Name of the model in that library; for "transformers" a folder or a name of its hub, for "callable"
+    "package.module:function"."""
     weights: str = ""
     """Float weights: "pretrained" (the library's own), the path of a file, or "" for random ones."""
     num_classes: int = 1000
-    """Classes of the head (timm and torchvision)."""
+    """Classes of the head; in segmentation and detection with the background."""
     in_chans: int = 3
     """Channels of the input image (timm; torchvision's models take 3)."""
     arguments: dict[str, bool | int | float | str] = field(default_factory=dict)
@@ -47,7 +51,13 @@ def create_model(options: ModelOptions) -> nn.Module:
         ConfigError: no such model, or arguments that it does not take.
         CheckpointError: a weights file that is not this model's.
     """
-    makers = {"timm": _from_timm, "torchvision": _from_torchvision, "callable": _from_callable}
+    makers = {
+        "timm": _from_timm,
+        "torchvision": _from_torchvision,
+        "transformers": _from_transformers,
+        "effdet": effdet_model,
+        "callable": _from_callable,
+    }
     pretrained = options.weights == PRETRAINED
     try:
         model = makers[options.source](options, pretrained)
@@ -77,6 +87,16 @@ def _from_timm(options: ModelOptions, pretrained: bool) -> nn.Module:
 
 
 def _from_torchvision(options: ModelOptions, pretrained: bool) -> nn.Module:
+    model = torchvision_model(options, pretrained)
+    return TensorPart(model) if hasattr(model, "backbone") and hasattr(model, "transform") else model
+
+
+def torchvision_model(options: ModelOptions, pretrained: bool = False) -> nn.Module:
+    """A model as torchvision makes it; of a detector that includes anchors, losses and post-processing.
+
+    Raises:
+        ConfigError: no such model, or weights that are not at hand.
+    """
     from torchvision import models
 
     if options.in_chans != 3:
@@ -89,14 +109,56 @@ def _from_torchvision(options: ModelOptions, pretrained: bool) -> nn.Module:
             f'torchvision has no model "{options.name}", so there is nothing to quantize. '
             f"{_nearest(options.name, models.list_models())}"
         )
-    weights = "DEFAULT" if pretrained else None
+    arguments: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None, **options.arguments}
+    if "weights_backbone" in inspect.signature(models.get_model_builder(options.name)).parameters:
+        arguments.setdefault("weights_backbone", None)  # else it would be downloaded
+    try:
+        return cast(nn.Module, models.get_model(options.name, num_classes=options.num_classes, **arguments))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _no_model(options, pretrained, error) from error
+
+
+def _from_transformers(options: ModelOptions, pretrained: bool) -> nn.Module:
+    """A classifier of texts. Its head is new where the weights are those of a model without one."""
+    transformers = _library("transformers", "halfeven[text]")
+    arguments = {"num_labels": options.num_classes, **options.arguments}
+    try:
+        if pretrained:
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(options.name, **arguments)
+        else:
+            config = transformers.AutoConfig.from_pretrained(options.name, **arguments)
+            model = transformers.AutoModelForSequenceClassification.from_config(config)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _no_model(options, pretrained, error) from error
+    return cast(nn.Module, model)
+
+
+def effdet_model(options: ModelOptions, pretrained: bool = False) -> nn.Module:
+    """An EfficientDet as effdet makes it: the network, which has its config.
+
+    Raises:
+        ConfigError: no such model, or weights that are not at hand.
+    """
+    effdet = _library("effdet", "effdet")
+    arguments: dict[str, Any] = {"pretrained_backbone": False, **options.arguments}
+    if isinstance(side := arguments.get("image_size"), int):
+        arguments["image_size"] = (side, side)
     try:
         return cast(
             nn.Module,
-            models.get_model(options.name, weights=weights, num_classes=options.num_classes, **options.arguments),
+            effdet.create_model(options.name, pretrained=pretrained, num_classes=options.num_classes - 1, **arguments),
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise _no_model(options, pretrained, error) from error
+
+
+def _library(name: str, wanted: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f'model.source="{name}" cannot make a model: {error}. Install it with `pip install "{wanted}"`.'
+        ) from error
 
 
 def _from_callable(options: ModelOptions, pretrained: bool) -> nn.Module:
@@ -126,20 +188,3 @@ def _no_model(options: ModelOptions, pretrained: bool, error: Exception) -> Conf
         f"{options.source} could not make {options.name}{' with its own weights' if pretrained else ''}: {reason} "
         f"There is no model to train; {way_out}."
     )
-
-
-def import_function(name: str, option: str) -> Any:
-    """The function that "package.module:function" names; `option` is the setting to blame.
-
-    Raises:
-        ConfigError: it cannot be imported.
-    """
-    module_name, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f'{option}="{name}" names no function that can be imported: {error}. Write "package.module:function" and '
-            "put "
-            "the module beside the config, in the current folder or in an installed package."
-        ) from error

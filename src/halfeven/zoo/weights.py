@@ -126,9 +126,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         CheckpointError: the file cannot be read, or its tensors are not those of the model; the message lists what
         differs.
     """
-    found = {_unwrap(key): tensor for key, tensor in read_weights(path).items()}
+    written = read_weights(path)
+    found = {_unwrap(key): tensor for key, tensor in written.items()}
     wanted = model.state_dict()
-    candidates = [{rename(key): tensor for key, tensor in found.items()} for rename in RENAMINGS.values()]
+    # A detector calls a part of itself "backbone" too, so the names may be right as they were written.
+    candidates = [written, *({rename(key): one for key, one in found.items()} for rename in RENAMINGS.values())]
     best = min(candidates, key=lambda state: len(state.keys() ^ wanted.keys()))
     # Checkpoints from before BatchNorm counted its batches lack the counter, which has no effect on the model.
     for key in wanted.keys() - best.keys():

@@ -1,0 +1,7 @@
+"""What a model's outputs are for: the loss that trains them and the metrics that judge them."""
+
+from halfeven.tasks.classification import Classification
+from halfeven.tasks.segmentation import Segmentation
+from halfeven.tasks.task import Task
+
+__all__ = ["Classification", "Segmentation", "Task"]

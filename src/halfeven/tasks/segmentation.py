@@ -1,0 +1,71 @@
+"""Semantic segmentation: a class for each pixel."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from halfeven.tasks.task import Task, first_tensor
+
+
+class Segmentation(Task):
+    """Cross-entropy over pixels; `mIoU`, the mean over classes of intersection over union, and `pixel_accuracy`.
+
+    Both are of the whole data set, not means of images, as Pascal VOC defines them. Outputs are logits,
+    [samples, classes, height, width], alone, or first of several, or under "out" with further ones under "aux", as
+    torchvision's models return them. Logits of another size than the labels are scaled to it, bilinearly.
+
+    Args:
+        num_classes: classes with the background.
+        ignore_index: label of pixels that do not count.
+        auxiliary_weight: weight of the cross-entropy of "aux" in the loss (torchvision's training scripts have 0.5).
+    """
+
+    key = "mIoU"
+
+    def __init__(self, num_classes: int, *, ignore_index: int = 255, auxiliary_weight: float = 0.5) -> None:
+        self.num_classes, self.ignore_index, self.auxiliary_weight = num_classes, ignore_index, auxiliary_weight
+
+    def loss(self, outputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Cross-entropy, the mean over pixels, with a share of the auxiliary head's."""
+
+        def cross_entropy(logits: Tensor) -> Tensor:
+            scaled = _at_size_of(logits.float(), targets)
+            return F.cross_entropy(scaled, targets, ignore_index=self.ignore_index, label_smoothing=label_smoothing)
+
+        total = cross_entropy(_main(outputs))
+        if isinstance(outputs, Mapping) and "aux" in outputs:
+            total = total + self.auxiliary_weight * cross_entropy(outputs["aux"])
+        return total
+
+    def metrics(self) -> MetricCollection:
+        """Intersection over union and accuracy from the confusion matrix of the whole data set."""
+        ignored: dict[str, Any] = {"ignore_index": self.ignore_index}
+        return MetricCollection(
+            {
+                "mIoU": MulticlassJaccardIndex(self.num_classes, average="macro", **ignored),
+                "pixel_accuracy": MulticlassAccuracy(self.num_classes, average="micro", **ignored),
+            },
+            compute_groups=False,
+        )
+
+    def judged(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The class of each pixel, and the labels."""
+        return _at_size_of(_main(outputs).float(), targets).argmax(1), targets
+
+    def logits(self, outputs: Any) -> Tensor:
+        """The main head's logits, [samples, height, width, classes]."""
+        return _main(outputs).movedim(1, -1)
+
+
+def _main(outputs: Any) -> Tensor:
+    return outputs["out"] if isinstance(outputs, Mapping) and "out" in outputs else first_tensor(outputs)
+
+
+def _at_size_of(logits: Tensor, targets: Tensor) -> Tensor:
+    if logits.shape[-2:] == targets.shape[-2:]:
+        return logits
+    return F.interpolate(logits, size=targets.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,0 +1,137 @@
+"""Images with more than one label each: Pascal VOC's segmentation (a class per pixel), COCO's detection (boxes).
+
+All images of a model have one size, as deployed files have: they are scaled to a square, or so that they fit into it,
+with the mean colour on the right and below, where nothing is labelled.
+"""
+
+import contextlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from halfeven.errors import ConfigError
+from halfeven.zoo.options import DataOptions
+
+UNLABELLED = 255
+"""Pascal VOC's label of the borders of objects; here that of what is not part of the image too."""
+VOC_CLASSES = 21
+
+
+class Squared:
+    """Makes tensors of one size from an image and what is labelled in it.
+
+    Args:
+        augment: whether to flip and scale at random, as in training.
+    """
+
+    def __init__(self, options: DataOptions, *, augment: bool) -> None:
+        from torchvision.transforms import v2
+
+        self.side, self.keep_aspect = options.image_size, options.keep_aspect
+        square = v2.Resize((self.side, self.side), antialias=True)
+        fitting = v2.Resize(None, max_size=self.side, antialias=True)
+        steps: list[Any] = [v2.RandomHorizontalFlip()] if augment else []
+        if augment:
+            steps += [v2.RandomApply([v2.ScaleJitter((self.side, self.side), (0.5, 2.0), antialias=True)])]
+        steps += [fitting if options.keep_aspect else square]
+        steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(options.mean, options.std)]
+        self.transform = v2.Compose(steps)
+
+    def __call__(self, image: Any, target: Any) -> tuple[Tensor, Any]:
+        """The image, [3, side, side] normalized, and its target in the same place."""
+        image, target = self.transform(image, target)
+        height, width = image.shape[-2:]
+        margin = (0, self.side - width, 0, self.side - height)
+        pixels = F.pad(image.as_subclass(Tensor), margin)  # 0 is the mean colour
+        if isinstance(target, dict):
+            return pixels, {
+                "boxes": target["boxes"].as_subclass(Tensor).float(),
+                "labels": target["labels"].as_subclass(Tensor),
+            }
+        return pixels, F.pad(target.as_subclass(Tensor).squeeze(0).long(), margin, value=UNLABELLED)
+
+
+class Labelled(Dataset[Any]):
+    """Items of a data set through a function of image and target."""
+
+    def __init__(self, items: Any, files: list[str], transform: Callable[[Any, Any], Any]) -> None:
+        self.items, self.transform = items, transform
+        self.samples = [(file, 0) for file in files]  # as torchvision's folders have them: tells images apart
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transform(*self.items[index])
+
+
+def voc_segmentation(options: DataOptions) -> tuple[Labelled, Labelled, Labelled]:
+    """Pascal VOC 2012's segmentation, root/VOCdevkit/VOC2012 as usually unpacked: train, train unaugmented, val.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    from torchvision import datasets, tv_tensors
+
+    def part(name: str, *, augment: bool) -> Labelled:
+        try:
+            items = datasets.VOCSegmentation(options.root, year="2012", image_set=name, download=False)
+        except (RuntimeError, FileNotFoundError) as error:
+            raise ConfigError(
+                f"Pascal VOC cannot be read: {error} There are no images. Set data.root to the folder that holds "
+                "VOCdevkit/VOC2012 with JPEGImages, SegmentationClass and ImageSets/Segmentation."
+            ) from error
+        squared = Squared(options, augment=augment)
+        return Labelled(items, items.images, lambda image, mask: squared(image, tv_tensors.Mask(mask)))
+
+    return part("train", augment=True), part("train", augment=False), part("val", augment=False)
+
+
+def coco_detection(options: DataOptions) -> tuple[Labelled, Labelled, Labelled]:
+    """COCO's boxes, root/train2017, root/val2017 and root/annotations: train, train unaugmented, val.
+
+    Raises:
+        ConfigError: it is not there, or pycocotools is not installed.
+    """
+    from torchvision import datasets
+
+    def part(name: str, *, augment: bool) -> Labelled:
+        images = Path(options.root) / f"{name}2017"
+        annotations = Path(options.root) / "annotations" / f"instances_{name}2017.json"
+        if not (options.root and images.is_dir() and annotations.is_file()):
+            raise ConfigError(
+                f"COCO cannot be read: {images} and {annotations} must both be there. Set data.root to the folder "
+                "that holds train2017, val2017 and annotations."
+            )
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints how its index comes along
+                items: Any = datasets.CocoDetection(str(images), str(annotations))
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"COCO cannot be read: {error}. Install it with `pip install 'halfeven[detection]'`."
+            ) from error
+        # Images without boxes teach nothing, and losses over no box are not defined everywhere.
+        items.ids = [index for index in items.ids if name == "val" or items.coco.getAnnIds(index, iscrowd=False)]
+        items = datasets.wrap_dataset_for_transforms_v2(items, target_keys=("boxes", "labels"))
+        files = [str(images / items.coco.loadImgs(index)[0]["file_name"]) for index in items.ids]
+        squared = Squared(options, augment=augment)
+        return Labelled(items, files, lambda image, target: squared(image, _boxes(image, target)))
+
+    return part("train", augment=True), part("train", augment=False), part("val", augment=False)
+
+
+def _boxes(image: Any, target: dict[str, Any]) -> dict[str, Any]:
+    """The target of an image; of one without boxes the empty one."""
+    from torchvision import tv_tensors
+
+    if "boxes" in target:
+        return target
+    size = (image.height, image.width)
+    empty: Any = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size)
+    return {"boxes": empty, "labels": torch.zeros(0, dtype=torch.int64)}

@@ -1,0 +1,91 @@
+"""Labelled texts in tab-separated files, as GLUE has them, for models of transformers."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from halfeven.errors import ConfigError
+from halfeven.zoo.options import DataOptions
+
+
+class Texts(Dataset[Any]):
+    """Pairs of a dict of token tensors, [max_length] each, and a label."""
+
+    def __init__(self, tokens: dict[str, Tensor], labels: Tensor) -> None:
+        self.tokens, self.labels = tokens, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
+        return {name: rows[index].long() for name, rows in self.tokens.items()}, self.labels[index]
+
+
+def texts(options: DataOptions) -> tuple[Texts, Texts, list[str]]:
+    """root/train.tsv and root/dev.tsv, with a line of column names: training texts, validation texts, the classes.
+
+    Raises:
+        ConfigError: files, columns or labels that are not there, or transformers is not installed.
+    """
+    tokenizer = _tokenizer(options)
+    train, validation = (_rows(Path(options.root) / name, options) for name in ("train.tsv", "dev.tsv"))
+    column = options.text.label_column
+    classes = sorted({row[column] for row in train})
+    if unknown := sorted({row[column] for row in validation} - set(classes)):
+        raise ConfigError(
+            f"The labels {', '.join(unknown[:5])} of dev.tsv do not occur in train.tsv (which has "
+            f"{', '.join(classes[:5])}), so no model could give them. Look at data.text.label_column."
+        )
+    return _encoded(train, classes, tokenizer, options), _encoded(validation, classes, tokenizer, options), classes
+
+
+def _tokenizer(options: DataOptions) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"Texts cannot be read: {error}. Install it with `pip install 'halfeven[text]'`.") from error
+    if not options.text.tokenizer:
+        raise ConfigError(
+            "data.text.tokenizer is not set, so texts cannot become tokens. Set it to the model's folder or name."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(options.text.tokenizer)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"There is no tokenizer {options.text.tokenizer}: {reason} Texts cannot become tokens. Give "
+            "data.text.tokenizer a folder with tokenizer.json or vocab.txt, or a name of transformers' hub."
+        ) from error
+
+
+def _rows(path: Path, options: DataOptions) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise ConfigError(
+            f"There is no file {path}, so there are no texts. Set data.root to a folder with train.tsv and dev.tsv."
+        )
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        rows = list(reader)
+    wanted = (*options.text.columns, options.text.label_column)
+    if missing := [name for name in wanted if name not in (reader.fieldnames or ())]:
+        raise ConfigError(
+            f"{path} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ())}. Set "
+            "data.text.columns and data.text.label_column."
+        )
+    short = [number for number, row in enumerate(rows, 2) if any(row[name] is None for name in wanted)]
+    if short:
+        raise ConfigError(f"Line {short[0]} of {path} has fewer fields than the first. Mend the file.")
+    return rows
+
+
+def _encoded(rows: list[dict[str, str]], classes: list[str], tokenizer: Any, options: DataOptions) -> Texts:
+    columns = [[row[name] for row in rows] for name in options.text.columns]
+    length = options.text.max_length
+    tokens = tokenizer(*columns, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    number = {label: index for index, label in enumerate(classes)}
+    labels = torch.tensor([number[row[options.text.label_column]] for row in rows], dtype=torch.int64)
+    return Texts({name: ids.to(torch.int32) for name, ids in tokens.items()}, labels)

@@ -1,0 +1,113 @@
+"""The configs of segmentation, detection and texts, from the float model to a verified file, on made-up data."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scenes import write_bert, write_coco, write_glue, write_voc
+
+from .running import halfeven
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = ("--data.workers", "0", "--device.kind", "cpu", "--device.threads", "1", "--export.verify-images", "8")
+SHORT = ("--pretraining.learning-rate", "2e-3", "--pretraining.optimizer", "adamw", "--model.weights", "")
+
+
+def run(command, config, folder, *options):
+    """What a run says, and its results."""
+    done = halfeven(command, CONFIGS / config, "--work-dir", folder, *SMALL, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads((folder / "results.json").read_text())
+
+
+def assert_deployed_as_simulated(results, key, *, figures=1.0):
+    """The file computes the simulation's integers, in integers, and is as good."""
+    (report,) = results["verification"].values()
+    assert report["weights_match"]
+    assert report["alone_match"] >= 0.9999
+    assert report["integer_macs"] >= 0.95
+    assert report["top1_agreement"] >= 0.99
+    assert results["deployed"][key] == pytest.approx(results["simulated"][key], abs=figures)
+    return report
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    root = write_voc(tmp_path_factory.mktemp("voc") / "data", train=16, val=8)
+    return ("--data.root", root, "--data.image-size", "80", "--data.evaluation-batch-size", "4")
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    root = write_coco(tmp_path_factory.mktemp("coco") / "data", train=8, val=4)
+    return ("--data.root", root, "--data.evaluation-batch-size", "2", "--model.num-classes", "3")
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("glue")
+    bert = write_bert(folder / "bert")
+    texts = ("--data.root", write_glue(folder / "data"), "--data.text.tokenizer", bert, "--data.text.max-length", "12")
+    return (*texts, "--model.name", bert, "--pretraining.epochs", "6", "--pretraining.batch-size", "16")
+
+
+def test_segmentation(voc, tmp_path):
+    given = (*voc, *SHORT, "--pretraining.epochs", "2", "--pretraining.batch-size", "8")
+    said, results = run("ptq", "ptq/deeplabv3_voc.py", tmp_path / "ptq", *given)
+    assert_deployed_as_simulated(results, "mIoU")
+    assert set(results["float"]) == {"mIoU", "pixel_accuracy"}
+    assert "8 validation images" in said
+    assert "mIoU, %" in said
+    weights = ("--model.weights", tmp_path / "ptq" / "float" / "best.safetensors")
+    trained = (*voc, *weights, "--training.epochs", "1", "--training.batch-size", "8")
+    taught = ("--qat.distill", "on", "--qat.distillation.weight", "0.5")
+    said, results = run("train", "qat/deeplabv3_voc.py", tmp_path / "qat", *trained, *taught)
+    assert_deployed_as_simulated(results, "mIoU")
+    assert "w8a8: mIoU" in said
+
+
+def test_efficientdet(coco, tmp_path):
+    small = ("--model.name", "tf_efficientdet_lite0", "--model.weights", "", "--data.image-size", "128")
+    sized = ("--model.arguments", "image_size", "128")
+    given = (*coco, *small, *sized, "--pretraining.epochs", "1", "--pretraining.batch-size", "4")
+    _, results = run("ptq", "ptq/efficientdet_d1_coco.py", tmp_path / "ptq", *given)
+    assert_deployed_as_simulated(results, "mAP")
+    assert set(results["float"]) == {"mAP", "mAP50"}
+
+
+def test_ssdlite(coco, tmp_path):
+    given = (*coco, *SHORT, "--pretraining.epochs", "1", "--pretraining.batch-size", "4")
+    said, results = run("ptq", "ptq/ssdlite_coco.py", tmp_path / "ptq", *given)
+    assert_deployed_as_simulated(results, "mAP")
+    assert "4 validation images" in said
+
+
+def test_texts(glue, tmp_path):
+    said, results = run("ptq", "ptq/bert_base_sst2.py", tmp_path / "ptq", *glue, *SHORT)
+    assert_deployed_as_simulated(results, "top1")
+    assert results["float"]["top1"] > 90
+    assert results["deployed"]["top1"] > 85
+    assert "60 validation texts" in said
+    trained = ("--training.epochs", "1", "--training.learning-rate", "1e-3")
+    said, results = run("train", "qat/bert_base_sst2.py", tmp_path / "qat", *glue, *SHORT, *trained)
+    assert_deployed_as_simulated(results, "top1")
+    assert results["deployed"]["top1"] > 85
+
+
+def test_models_and_data_that_do_not_go_together(glue, voc, tmp_path):
+    for config, given, message in (
+        (
+            "ptq/bert_base_sst2.py",
+            (*glue, "--model.source", "timm", "--model.name", "resnet18"),
+            "the data gives texts",
+        ),
+        ("ptq/deeplabv3_voc.py", (*voc, "--model.num-classes", "5"), "the data has 21"),
+        ("ptq/deeplabv3_voc.py", (*voc, "--task.kind", "detection", "--model.source", "timm"), "are loss and post"),
+    ):
+        done = halfeven("ptq", CONFIGS / config, "--work-dir", tmp_path / "work", *SMALL, *given, "--model.weights", "")
+        said = " ".join(done.stderr.split())
+        assert done.returncode == 2
+        assert message in said or "has no weights" in said
+        assert "Traceback" not in said
+        assert not (tmp_path / "work").exists()
