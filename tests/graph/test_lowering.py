@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from halfeven.graph.capture import capture
-from halfeven.graph.lowering import lower_attention
+from halfeven.graph.lowering import lower_attention, lower_stacked_sums
 from halfeven.graph.operators import OperatorKind, kind_of
 
 aten = torch.ops.aten
@@ -90,3 +90,23 @@ def test_torchs_own_attention():
     )
     lower_attention(captured)
     torch.testing.assert_close(captured(x, x, x)[0], model(x, x, x)[0], rtol=1e-5, atol=1e-6)
+
+
+class Stacked(nn.Module):
+    """EfficientDet's way to add feature maps, and sums that are something else."""
+
+    def forward(self, x):
+        three = torch.stack([x, x * 2, x.neg()], dim=-1)
+        return three.sum(-1), torch.stack([x, x + 1], 1).sum(1), three, torch.stack([x, x * 3]).sum(2)
+
+
+def test_sums_of_stacks_are_additions():
+    model, x = Stacked().eval(), torch.randn(2, 3, 4)
+    captured, _ = capture(model, x)
+    expected = captured(x)
+    assert lower_stacked_sums(captured) == 1, "one stack is returned too, one is summed over another axis"
+    for found, wanted in zip(captured(x), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert targets(captured).count(aten.sum.dim_IntList) == 2
+    x = torch.randn(5, 3, 4)
+    torch.testing.assert_close(captured(x)[1], model(x)[1])

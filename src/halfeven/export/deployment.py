@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from halfeven.arithmetic import dequantize, quantize, snap
 from halfeven.errors import CalibrationError
-from halfeven.graph.batchnorm import foldable, folding, output_axis, remove
+from halfeven.graph.batchnorm import foldable, folding, output_axis, remove, split_shared
 from halfeven.graph.constants import attribute, fold_constants
 from halfeven.graph.operators import WEIGHTED, OperatorKind, kind_of, module_of
 from halfeven.graph.restoration import BUILDERS, CapturedModule, arguments, place
@@ -48,6 +48,7 @@ def deployed(qmodel: nn.Module) -> nn.Module:
         # A weight's quantizer stays: the layer that reads it is quantized.
         fold_constants(region, lambda module: isinstance(module, Quantizer) and module.weight)
         _make_modules(region)
+        split_shared(region)
         norms = dict(foldable(region.graph))
         calls = [node for node in region.graph.nodes if node.op == "call_module"]
         for node in [call for call in calls if hasattr(module_of(call), "weight_quantizer")]:
@@ -119,7 +120,8 @@ def _settle(region: CapturedModule, node: fx.Node, norm: fx.Node | None) -> None
 
 
 def _multiplication(region: CapturedModule, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
-    """A multiplication by constants, one for each output channel, that alone reads a layer (layer scale), and these.
+    """A multiplication by a constant, or by one for each output channel, that alone reads a layer (layer scale), and
+    these.
 
     It goes into the layer's scales as a BatchNorm does: runtimes would do the same, and lose the layer's name.
     """
@@ -128,8 +130,11 @@ def _multiplication(region: CapturedModule, node: fx.Node) -> tuple[fx.Node, Ten
     if reader is None or reader.target is not torch.ops.aten.mul.Tensor:
         return None
     (constant,) = [a for a in reader.args if a is not node] or [node]
-    values = attribute(region, constant) if isinstance(constant, fx.Node) and constant.op == "get_attr" else None
-    if values is None:
+    if isinstance(constant, int | float):
+        values = torch.tensor(float(constant))
+    elif isinstance(constant, fx.Node) and constant.op == "get_attr":
+        values = attribute(region, constant)
+    else:
         return None
     shape, ndim = node.meta["val"].shape, node.meta["val"].ndim
     axis = ndim - 1 if kind_of(node) is OperatorKind.LINEAR else 1

@@ -1,13 +1,15 @@
 """Folding BatchNorm into the layer before it (white paper, section 2.3.1). gamma is never divided by: it may be
 zero."""
 
+import copy
+from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from halfeven.graph.operators import WEIGHTED, OperatorKind, kind_of, module_of
-from halfeven.graph.restoration import CapturedModule
+from halfeven.graph.restoration import CapturedModule, place
 
 
 def folding(norm: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -52,6 +54,28 @@ def foldable(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
         if calls[layer.target] == calls[node.target] == 1 and not grouped_transposed:
             pairs.append((layer, node))
     return pairs
+
+
+def split_shared(region: CapturedModule) -> None:
+    """Give each call of a layer a copy of its own where a BatchNorm of its own follows each, so that all can be folded.
+
+    EfficientDet's heads are such: one convolution for all levels, and statistics for each. What is trained has one
+    weight; to be called before folding for deployment, where the weights of the copies differ.
+    """
+    calls: dict[Any, list[fx.Node]] = defaultdict(list)
+    for node in region.graph.nodes:
+        if node.op == "call_module":
+            calls[node.target].append(node)
+    for path, layers in list(calls.items()):
+        if len(layers) < 2 or kind_of(layers[0]) not in WEIGHTED:
+            continue
+        readers = [list(layer.users) for layer in layers]
+        norms = [users[0] for users in readers if len(users) == 1 and kind_of(users[0]) is OperatorKind.BATCH_NORM]
+        if len(norms) < len(layers) or any(len(calls[norm.target]) != 1 for norm in norms):
+            continue
+        for layer, norm in list(zip(layers, norms, strict=True))[1:]:
+            layer.target = f"{path}_before_{str(norm.target).replace('.', '_')}"
+            place(region, layer.target, copy.deepcopy(region.get_submodule(path)))
 
 
 def output_axis(layer: fx.Node) -> int:

@@ -1,5 +1,7 @@
-"""Fused operators written out, so that the tensors inside them can be quantized."""
+"""Operators written out, so that the tensors inside them can be quantized."""
 
+from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -28,16 +30,7 @@ def _lower(region: CapturedModule, node: fx.Node) -> bool:
     query, key = values["query"], values["key"]
     width = query.meta["val"].shape[-1]
     scale = values["scale"] if values["scale"] is not None else float(width) ** -0.5
-    graph = region.graph
-
-    def call(target: Any, *args: Any) -> fx.Node:
-        new = graph.call_function(target, args)
-        new.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
-        with torch.no_grad():
-            fakes = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
-            new.meta["val"] = _evaluate(target, fakes)
-        return new
-
+    graph, call = region.graph, _caller(node)
     with graph.inserting_before(node):
         scores = call(aten.mul.Tensor, call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1)), scale)
         mask = values["attn_mask"]
@@ -49,6 +42,47 @@ def _lower(region: CapturedModule, node: fx.Node) -> bool:
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     return True
+
+
+def lower_stacked_sums(region: CapturedModule) -> int:
+    """Write sums over tensors that were stacked for it as additions, in place; how many were.
+
+    Additions have integer kernels. And OpenVINO (2026.4) computes garbage where one tensor is read by two stacks: each
+    is written in place.
+    """
+    lowered = 0
+    for node in list(region.graph.nodes):
+        if node.target is not aten.sum.dim_IntList:
+            continue
+        stack, values = node.args[0], arguments(node)
+        if stack.target is not aten.stack.default or len(stack.users) != 1 or values["keepdim"] or values["dtype"]:
+            continue
+        given, ndim = arguments(stack), stack.meta["val"].ndim
+        if [axis % ndim for axis in values["dim"]] != [given["dim"] % ndim]:
+            continue
+        call = _caller(node)
+        with region.graph.inserting_before(node):
+            total = reduce(lambda one, other: call(aten.add.Tensor, one, other), given["tensors"])
+        node.replace_all_uses_with(total)
+        region.graph.erase_node(node)
+        region.graph.erase_node(stack)
+        lowered += 1
+    region.recompile()
+    return lowered
+
+
+def _caller(node: fx.Node) -> Callable[..., fx.Node]:
+    """Makes calls of operators in the place of a node, with the shapes of their results."""
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        new = node.graph.call_function(target, args)
+        new.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
+        with torch.no_grad():
+            fakes = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
+            new.meta["val"] = _evaluate(target, fakes)
+        return new
+
+    return call
 
 
 def _evaluate(target: Any, fakes: list[Any]) -> Any:

@@ -97,6 +97,8 @@ def _demand(region: Region, operand: fx.Node, grid: Grid, reader: fx.Node) -> No
 def _demand_result(region: Region, node: fx.Node, target: Target) -> None:
     """Quantize what an operator yields, after the BatchNorm and activation that are computed in its kernel."""
     while len(node.users) == 1 and _fused(reader := next(iter(node.users)), target):
+        if kind_of(reader) is K.BATCH_NORM and kind_of(node) is K.ACTIVATION and not target.fuses_any_activation:
+            break  # it can be folded into a layer right before it alone
         node = reader
     region.demands.setdefault(node, Demand())
 
