@@ -6,7 +6,9 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
+
+from halfeven.tasks.detection import TensorPart
 
 FAMILIES = [
     "beit_base_patch16_224",
@@ -111,20 +113,13 @@ FAMILIES = [
 """The smallest model, by parameters, of each of timm's modules."""
 
 
-class Detector(nn.Module):
-    """The tensor part of a detector of torchvision: backbone and head; anchors and boxes are Python's work."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.backbone, self.head = model.backbone, model.head
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return self.head(list(self.backbone(images).values()))  # type: ignore[no-any-return,operator]
+SMALLER = {"deepseek_vit_412m": 224, "gemma4_vit_167m": 224, "qwen3_vit_88m": 224, "sam2_hiera_tiny": 256}
+"""Sides of images for models whose own are so large that their attention does not fit into this memory."""
 
 
 def _detector(name: str) -> nn.Module:
     make = getattr(torchvision.models.detection, name)
-    return Detector(make(weights=None, weights_backbone=None))
+    return TensorPart(make(weights=None, weights_backbone=None))
 
 
 def _segmenter(name: str) -> nn.Module:
@@ -174,7 +169,8 @@ def create(name: str) -> nn.Module:
     """A model with random weights."""
     if name in OTHERS:
         return OTHERS[name][0](name)
-    return timm.create_model(name)  # type: ignore[no-any-return]
+    sized = {"img_size": SMALLER[name]} if name in SMALLER and "vit" in name else {}
+    return timm.create_model(name, **sized)  # type: ignore[no-any-return]
 
 
 def example_of(name: str, model: nn.Module) -> Any:
@@ -187,4 +183,5 @@ def example_of(name: str, model: nn.Module) -> Any:
     if reads == SOUND:
         return torch.randn(2, 4000, generator=generator)
     size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    size = (3, SMALLER[name], SMALLER[name]) if name in SMALLER else size
     return torch.randn(2, *size, generator=generator)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from halfeven.errors import CalibrationError, ConfigError
 from halfeven.graph.batchnorm import fold, forget_statistics
 from halfeven.graph.capture import Example, as_arguments, batched, capture, inputs_of
-from halfeven.graph.lowering import lower_attention, lower_stacked_sums
+from halfeven.graph.lowering import lower_attention, lower_stacked_sums, merge_duplicates
 from halfeven.placement.changes import apply_changes
 from halfeven.placement.insertion import insert, plan_of
 from halfeven.placement.plan import Plan, QuantizationOptions
@@ -111,6 +111,7 @@ def _captured(model: nn.Module, example: Example, options: QuantizationOptions) 
             "was any, takes no part in training: the model is captured in eval mode, where it is 0."
         )
     for region in regions(captured).values():
+        merge_duplicates(region)
         lower_stacked_sums(region)
         if options.batchnorm == "fold":
             fold(region)

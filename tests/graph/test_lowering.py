@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from halfeven.graph.capture import capture
-from halfeven.graph.lowering import lower_attention, lower_stacked_sums
+from halfeven.graph.lowering import lower_attention, lower_stacked_sums, merge_duplicates
 from halfeven.graph.operators import OperatorKind, kind_of
+from halfeven.graph.restoration import CapturedModule
 
 aten = torch.ops.aten
 
@@ -110,3 +111,29 @@ def test_sums_of_stacks_are_additions():
     assert targets(captured).count(aten.sum.dim_IntList) == 2
     x = torch.randn(5, 3, 4)
     torch.testing.assert_close(captured(x)[1], model(x)[1])
+
+
+class Alike(nn.Module):
+    def forward(self, x):
+        a, b, c = F.relu(x), F.relu(x), F.hardtanh(x, 0, 6)
+        return F.pad(a, (1, 1)) + F.pad(b, (1, 1)) * 2, c + F.hardtanh(x, 0, 5)
+
+
+def test_equal_operators_are_one():
+    x = torch.randn(2, 3, 4)
+    captured, _ = capture(Alike().eval(), x)
+    expected = captured(x)
+    assert merge_duplicates(captured) == 2, "a ReLU and a pad; not clips at other bounds"
+    for found, wanted in zip(captured(x), expected, strict=True):
+        assert torch.equal(found, wanted)
+    assert targets(captured).count(aten.relu.default) == 1
+
+
+def test_random_numbers_and_changes_in_place_are_never_merged():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    random = [graph.call_function(aten.rand_like.default, (x,)) for _ in range(2)]
+    changed = [graph.call_function(aten.add_.Tensor, (x, 1)) for _ in range(2)]
+    graph.output((*random, *changed))
+    region = CapturedModule(nn.Module(), graph)
+    assert merge_duplicates(region) == 0

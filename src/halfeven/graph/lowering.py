@@ -1,4 +1,4 @@
-"""Operators written out, so that the tensors inside them can be quantized."""
+"""Operators written out, so that the tensors inside them can be quantized; and written once, where they are alike."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -69,6 +69,43 @@ def lower_stacked_sums(region: CapturedModule) -> int:
         lowered += 1
     region.recompile()
     return lowered
+
+
+def merge_duplicates(region: CapturedModule) -> int:
+    """Let equal operators on equal inputs be one, in place; how many were too many.
+
+    NASNet's branches each apply a ReLU to the same tensor. Runtimes make one of them; so shall the quantizers be.
+    """
+    known: dict[Any, fx.Node] = {}
+    merged = 0
+    for node in list(region.graph.nodes):
+        if node.op != "call_function" or not _pure(node.target):
+            continue
+        try:
+            first = known.setdefault((node.target, _hashable(node.args), _hashable(node.kwargs)), node)
+        except TypeError:  # an argument that cannot be compared
+            continue
+        if first is not node:
+            node.replace_all_uses_with(first)
+            region.graph.erase_node(node)
+            merged += 1
+    region.recompile()
+    return merged
+
+
+def _pure(target: Any) -> bool:
+    """Whether an operator gives the same for the same, and changes nothing."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_hashable(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, _hashable(item)) for key, item in sorted(value.items()))
+    return type(value), value
 
 
 def _caller(node: fx.Node) -> Callable[..., fx.Node]:
