@@ -18,7 +18,7 @@ from halfeven.errors import VerificationError
 from halfeven.export import load_deployed
 from halfeven.export.exact import ExactModel
 from halfeven.export.openvino_runtime import compile_model, read, request_with
-from halfeven.export.verify import Report
+from halfeven.export.report import Report
 from halfeven.fake_quantization import fake_quantize
 from halfeven.quantizer import quantizers
 

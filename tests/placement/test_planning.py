@@ -456,7 +456,7 @@ def test_all_layers_have_the_schemes_bits_where_nothing_is_said_of_the_ends():
 # Schemes and targets
 
 
-@pytest.mark.parametrize("scheme", ["w8a16", "w9a8", "w16a8", "w8a9"])
+@pytest.mark.parametrize("scheme", ["w8a12", "w9a8", "w16a8", "w8a9"])
 def test_widths_that_the_target_cannot_run(scheme):
     with pytest.raises(PlacementError, match=r"openvino cannot run .* bits in integers \(it can from 2 to 8\)"):
         plan(net(), scheme=scheme)

@@ -2,7 +2,8 @@
 
 from halfeven.export.exact import exact
 from halfeven.export.exporting import export
+from halfeven.export.report import Report
 from halfeven.export.runtime import load_deployed
-from halfeven.export.verify import Report, verify
+from halfeven.export.verify import verify
 
 __all__ = ["Report", "exact", "export", "load_deployed", "verify"]

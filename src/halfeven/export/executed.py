@@ -12,3 +12,5 @@ class Executed:
     kernel: str
     integer: bool
     """Whether an integer kernel ran."""
+    stored: bool = False
+    """Whether it read integer weights, whatever it computed in."""

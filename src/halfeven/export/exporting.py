@@ -89,7 +89,9 @@ def exportable(qmodel: nn.Module, target: str | None = None) -> tuple[nn.Module,
     """
     row = target_named(target or plan_of(qmodel).options.target)
     model = deployed(qmodel)
-    exported = with_exported_quantizers(model, clips_integers=row.integer_bias)
+    exported = with_exported_quantizers(
+        model, clips_integers=row.integer_bias, narrow_weights=not plan_of(qmodel).tensors
+    )
     shape_for(model, exported, row)
     return model, exported
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import nn
@@ -17,7 +18,10 @@ OPSET = 19
 """The oldest opset with all that 8 bits need; 21 and later trip ONNX Runtime on signed activations (its issue
 25526)."""
 
-WHOLE_RANGES = ((0, 255), (-128, 127), (-127, 127))
+FOUR_BITS_OPSET = 21
+"""The oldest opset with 4-bit integers, for weights alone: no activation is quantized there."""
+
+WHOLE_RANGES = ((0, 255), (-128, 127), (-127, 127), (-7, 7))
 """Grids whose integers need no clip of their own: QuantizeLinear saturates, and narrow ones are those of weights, which
 lie on them."""
 
@@ -30,13 +34,15 @@ def write(
     """Write the program of a model as one ONNX file with a free batch size."""
     import onnx
 
+    weights_alone = all(quantizer.weight for quantizer in quantizers)
     exported = torch.onnx.export(
         program,
         dynamo=True,
-        opset_version=OPSET,
+        opset_version=FOUR_BITS_OPSET if any(map(four_bits, quantizers)) else OPSET,
         custom_translation_table={
             torch.ops.halfeven.fake_quantize.default: _translation([q.signed for q in quantizers]),
             torch.ops.halfeven.global_average_pool.default: _translate_pool,
+            **({torch.ops.aten.linear.default: _translate_linear} if weights_alone else {}),
         },
         optimize=False,
         verbose=False,
@@ -55,6 +61,11 @@ def write(
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def four_bits(quantizer: ExportedQuantizer) -> bool:
+    """Whether a quantizer's integers are written in 4 bits each."""
+    return quantizer.weight and quantizer.quant_max == 7
 
 
 def _translation(signed: list[bool]) -> Any:
@@ -80,6 +91,23 @@ def _translate_pool(x: Any) -> Any:
     from onnxscript import opset19 as op
 
     return op.GlobalAveragePool(x)
+
+
+def _type_of(quantizer: ExportedQuantizer) -> Any:
+    if four_bits(quantizer):
+        return ml_dtypes.int4
+    return np.int8 if quantizer.signed else np.uint8
+
+
+def _translate_linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    from onnxscript import opset19 as op
+
+    # ONNX Runtime makes a Gemm of a product of matrices, and computes that with weights in float: as a batch of one
+    # matrix it reads integers.
+    matrix = x.shape is not None and len(x.shape) == 2
+    product = op.MatMul(op.Unsqueeze(x, [0]) if matrix else x, op.Transpose(weight, perm=[1, 0]))
+    product = product if bias is None else op.Add(product, bias)
+    return op.Squeeze(product, [0]) if matrix else product
 
 
 class _Graph:
@@ -123,7 +151,7 @@ class _Graph:
             after.name = self._unused(f"{quantizer.name}.clip")
             (after,) = self.readers[after.output[0]]
         zero = self.makers.get(node.input[2])
-        zeros = quantizer.zero_point.numpy().astype(np.int8 if quantizer.signed else np.uint8)
+        zeros = quantizer.zero_point.numpy().astype(_type_of(quantizer))
         node.input[2] = after.input[2] = self._constant(f"{quantizer.name}.zero_point.integer", zeros)
         if zero is not None and zero in self.graph.node:
             self.graph.node.remove(zero)
@@ -183,7 +211,7 @@ class _Graph:
                     attribute.i = 1 - quantizer.axis
             for transpose in readers:
                 self._skip(transpose)
-        dequantize.input[0] = self._constant(f"{node.input[0]}.integers", integers.numpy())
+        dequantize.input[0] = self._constant(f"{node.input[0]}.integers", integers.numpy().astype(_type_of(quantizer)))
         self.graph.node.remove(node)
 
     def _skip(self, node: Any) -> None:

@@ -19,6 +19,8 @@ DISABLED = ["WeightBiasQuantization"]
 
 INTEGER_PRODUCTS = ("QLinearMatMul", "MatMulIntegerToFloat")
 INTEGER_KERNELS = ("QLinearConv", "QGemm", *INTEGER_PRODUCTS)
+WEIGHTS_ALONE = ("MatMulNBits",)
+"""Kernels that read integer weights and compute in float."""
 FLOAT_PRODUCTS = ("MatMul", "FusedMatMul")
 
 
@@ -144,8 +146,8 @@ def _operands(node: Any) -> tuple[str, str]:
 
 
 def _described(name: str, node: Any) -> Executed:
-    integer = node.op_type in INTEGER_KERNELS
-    return Executed(name, "int8" if integer else "float32", node.op_type, integer=integer)
+    integer, stored = node.op_type in INTEGER_KERNELS, node.op_type in WEIGHTS_ALONE
+    return Executed(name, "int8" if integer else "float32", node.op_type, integer=integer, stored=integer or stored)
 
 
 def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:

@@ -120,14 +120,14 @@ def name_layers(model: Any, quantizers: set[str]) -> None:
 
 
 def _name_layer(node: Any, name: str) -> None:
-    """Name a layer, and a multiplication by a constant behind it: the plugin makes one operator of both, under the
-    latter's name."""
+    """Name a layer, and a multiplication by or addition of a constant behind it: the plugin makes one operator of both,
+    under the latter's name."""
     node.set_friendly_name(name)
     readers = [port.get_node() for port in node.output(0).get_target_inputs()]
-    if len(readers) == 1 and readers[0].get_type_name() == "Multiply":
+    if len(readers) == 1 and readers[0].get_type_name() in ("Multiply", "Add"):
         operands = [source.get_node().get_type_name() for source in readers[0].input_values()]
         if "Constant" in operands:
-            readers[0].set_friendly_name(f"{name}/Multiply")
+            readers[0].set_friendly_name(f"{name}/{readers[0].get_type_name()}")
 
 
 def _readers(node: Any) -> Iterator[Any]:

@@ -100,7 +100,8 @@ def _executed(compiled: Any) -> Iterator[dict[str, str]]:
 
 def _described(name: str, info: dict[str, str]) -> Executed:
     precision, kernel = info["runtimePrecision"], info["primitiveType"]
-    return Executed(name, precision, kernel, integer=precision in INTEGER_TYPES and "i8" in kernel.lower())
+    reads_integers, computes = precision in INTEGER_TYPES, "i8" in kernel.lower()
+    return Executed(name, precision, kernel, integer=reads_integers and computes, stored=reads_integers)
 
 
 def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -117,10 +118,19 @@ def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
             source = source.input_value(0).get_node()
         layer = next((name for name in names if name in layers), None)
         if layer and source.get_type_name() == "Constant" and source.get_element_type().is_integral_number():
-            integers = torch.from_numpy(np.array(source.get_data()).astype(np.float32))
+            integers = torch.from_numpy(_integers(source))
             turned = node.get_type_name() == "MatMul" and not node.get_attributes()["transpose_b"]
             found[layer] = integers.t() if turned and integers.ndim == 2 else integers
     return found
+
+
+def _integers(constant: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The values of a constant of integers; two of 4 bits lie in a byte, the first in its lower half."""
+    values = np.array(constant.get_data())
+    if constant.get_element_type().get_type_name() == "i4":
+        halves = np.stack([values.view(np.int8) << 4 >> 4, values.view(np.int8) >> 4], axis=-1)
+        values = halves.reshape(-1)[: int(np.prod(constant.shape))].reshape(tuple(constant.shape))
+    return values.astype(np.float32)
 
 
 def _layer(name: str) -> str:

@@ -50,13 +50,22 @@ class ExportedQuantizer(nn.Module):
 
     A grid of fewer than 8 bits is carried in 8 with the same scale and zero point, because OpenVINO runs 4-bit weights
     in float and has no kernels for other widths: a clamp keeps an activation inside its own grid, a weight lies on it
-    already. With `clips_integers` the clip is left to the file's writer, which clips the integers.
+    already. With `clips_integers` the clip is left to the file's writer, which clips the integers. With
+    `narrow_weights` weights keep their bits: no kernel computes with them as integers.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, quantizer: Quantizer, name: str, number: int, *, clips_integers: bool = False) -> None:
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        name: str,
+        number: int,
+        *,
+        clips_integers: bool = False,
+        narrow_weights: bool = False,
+    ) -> None:
         super().__init__()
         self.path, self.number, self.weight = name, number, quantizer.weight
         # A layer that is a function has no module to be named after: it is called after its weight's quantizer.
@@ -73,7 +82,7 @@ class ExportedQuantizer(nn.Module):
         self.register_buffer("scale", quantizer.scale)
         self.register_buffer("zero_point", quantizer.zero_point)
         self.bounds: tuple[float, float] | None = None
-        if scheme.bits == 8 or (clips_integers and not self.weight):
+        if scheme.bits == 8 or (clips_integers and not self.weight) or (narrow_weights and self.weight):
             return
         if not quantizer.weight:
             steps = torch.tensor([scheme.quant_min, scheme.quant_max]) - quantizer.zero_point
@@ -90,14 +99,17 @@ class ExportedQuantizer(nn.Module):
         return result
 
 
-def with_exported_quantizers(model: nn.Module, *, clips_integers: bool = False) -> list[ExportedQuantizer]:
+def with_exported_quantizers(
+    model: nn.Module, *, clips_integers: bool = False, narrow_weights: bool = False
+) -> list[ExportedQuantizer]:
     """Exchange all quantizers of a deployed model, in place; all of them, in the order of their numbers."""
     exported: list[ExportedQuantizer] = []
     for path, module in list(model.named_modules()):
         for attribute, child in list(module.named_children()):
             if isinstance(child, Quantizer):
                 name = f"{path}.{attribute}" if path else attribute
-                exported.append(ExportedQuantizer(child, name, len(exported), clips_integers=clips_integers))
+                how = {"clips_integers": clips_integers, "narrow_weights": narrow_weights}
+                exported.append(ExportedQuantizer(child, name, len(exported), **how))
                 setattr(module, attribute, exported[-1])
     for region in regions(model).values():
         _separate_calls(region, exported)

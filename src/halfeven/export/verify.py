@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from halfeven.export.exporting import exportable
 from halfeven.export.integer_share import integer_share
 from halfeven.export.latency import latency
 from halfeven.export.operators import WEIGHT_SUFFIX, ExportedQuantizer
+from halfeven.export.report import Report, TensorParity
 from halfeven.export.runtime import open_deployed
 from halfeven.graph.capture import inputs_of
 from halfeven.graph.operators import module_of
@@ -26,121 +27,9 @@ from halfeven.placement.planning import regions
 from halfeven.quantizer import Quantizer, quantizers, weights_quantized_once
 from halfeven.tasks.task import first_tensor
 
-
-@dataclass
-class TensorParity:
-    """Integers of one activation: how many were compared, how many differ, by how much at most."""
-
-    name: str
-    count: int = 0
-    different: int = 0
-    """From the exact simulation of the whole model."""
-    different_alone: int = 0
-    """From the exact simulation of this tensor's own layer, given the runtime's integers before it."""
-    different_float: int = 0
-    """From the float simulation of the whole model."""
-    largest: int = 0
-
-    def add(self, found: Tensor, exact: Tensor, alone: Tensor, simulated: Tensor) -> None:
-        """Count one batch of integers."""
-        distance = (found - exact).abs()
-        self.count += found.numel()
-        self.different += int((distance > 0).sum())
-        self.different_alone += int((found != alone).sum())
-        self.different_float += int((found != simulated).sum())
-        self.largest = max(self.largest, int(distance.max()))
-
-
-@dataclass
-class Report:
-    """What `verify` found; `str(report)` is a table, `to_dict()` plain values.
-
-    Shares are between 0 and 1; a difference is in units of the tensor's scale (LSB).
-    """
-
-    path: str
-    runtime: str
-    """What ran the file."""
-    samples: int
-    integer_match: float
-    """Share of activation integers equal in the runtime and in the exact simulation."""
-    alone_match: float
-    """The same where each tensor is computed from the runtime's own integers before it: a rounding of float arithmetic
-    that falls the other way then does not spread through the layers behind it."""
-    last_integer_match: float
-    """The share of equal integers of the last quantized activation alone."""
-    float_simulation_match: float
-    """Share of activation integers equal in the runtime and in the float simulation, which is what was trained."""
-    max_lsb_difference: int
-    """Largest difference of an integer from the exact simulation."""
-    weights_match: bool
-    """All integer weights in the file are those of the model."""
-    integer_layers: int
-    """Layers that the runtime executed with integer kernels."""
-    quantizable_layers: int
-    """Layers with quantized weights."""
-    float_layers: list[str]
-    """Layers with quantized weights that ran in float, with what the runtime says of them."""
-    integer_macs: float
-    """Share of the model's multiply-accumulates that ran with integer kernels, those of attention included."""
-    top1_agreement: float
-    """Share of samples (of pixels, of anchors) whose largest output is the same in the runtime and in the exact
-    simulation."""
-    float_simulation_top1_agreement: float
-    """The same for the float simulation."""
-    accuracy: dict[str, float]
-    """Top-1 in percent of float (where given), simulated and deployed model, where the batches came with labels."""
-    latency_ms: dict[str, float]
-    """Median milliseconds of a batch of `latency_batch` samples: float and deployed, timed in turn, both without
-    bfloat16; empty where they were not timed."""
-    latency_batch: int
-    latency_ratio: float
-    """Deployed over float; NaN where neither was timed."""
-    unseen: list[str]
-    """Quantized tensors that the file does not have any more, and that were not compared: the converter merged them
-    with others."""
-    first_difference: str
-    """The first activation, in the order of the graph, whose integers differ from the exact simulation; "" if none."""
-    tensors: list[TensorParity] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        rows = [
-            ("integers equal to the exact simulation", _percent(self.integer_match)),
-            ("  each layer alone", _percent(self.alone_match)),
-            ("  of the last feature map", _percent(self.last_integer_match)),
-            ("  largest difference", f"{self.max_lsb_difference} LSB"),
-            ("  first difference", self.first_difference or "none"),
-            *(("  not compared, merged by the converter", name) for name in self.unseen),
-            ("integers equal to the float simulation", _percent(self.float_simulation_match)),
-            ("integer weights equal", "yes" if self.weights_match else "NO"),
-            ("layers executed in integers", f"{self.integer_layers} of {self.quantizable_layers}"),
-            ("  share of multiply-accumulates", f"{100 * self.integer_macs:.2f} %"),
-            *(("  in float", name) for name in self.float_layers),
-            ("same top-1 as the exact simulation", _percent(self.top1_agreement)),
-            ("same top-1 as the float simulation", _percent(self.float_simulation_top1_agreement)),
-            *((f"top-1 {name}", f"{value:.2f} %") for name, value in self.accuracy.items()),
-        ]
-        if self.latency_ms:
-            rows += [
-                (f"latency {name}, batch {self.latency_batch}", f"{v:.2f} ms") for name, v in self.latency_ms.items()
-            ]
-            rows += [("latency deployed / float", f"{self.latency_ratio:.2f}")]
-        width = max(len(name) for name, _ in rows)
-        title = f"{self.path} in {self.runtime}, {self.samples} samples"
-        return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)])
-
-
 MERGED = 0.1
 """A converter may merge so large a share of a model's quantized tensors with others; where more lack, the file is
 another model's."""
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.4f} %"
 
 
 def verify(
@@ -189,7 +78,9 @@ def verify(
         samples=rows.samples,
         integer_layers=sum(layer.integer for layer in layers),
         quantizable_layers=len(layers),
-        float_layers=[_in_float(layer) for layer in layers if not layer.integer],
+        weight_layers=sum(layer.stored and not layer.integer for layer in layers),
+        float_layers=[_in_float(layer) for layer in layers if not (layer.integer or layer.stored)],
+        output_difference=rows.difference / rows.largest if rows.largest else 0.0,
         integer_macs=integer_share(comparison.parts, layers, opened.executed_products()),
         top1_agreement=rows.same_exact / rows.answers,
         float_simulation_top1_agreement=rows.same_float / rows.answers,
@@ -324,6 +215,8 @@ class _Rows:
     answers: int = 0
     same_exact: int = 0
     same_float: int = 0
+    difference: float = 0.0
+    largest: float = 0.0
     labelled: int = 0
     right: dict[str, int] = field(default_factory=dict)
 
@@ -359,6 +252,8 @@ def _compare_batch(
     axis = rows.class_axis
     choices = {"simulated": _choice(simulated, axis), "deployed": _choice(found, axis)}
     rows.samples += len(found)
+    rows.difference = max(rows.difference, float((found.float() - exact.float()).abs().max()))
+    rows.largest = max(rows.largest, float(exact.abs().max()))
     rows.answers += choices["deployed"].numel()
     rows.same_exact += int((choices["deployed"] == _choice(exact, axis)).sum())
     rows.same_float += int((choices["deployed"] == choices["simulated"]).sum())

@@ -29,7 +29,7 @@ from halfeven.placement.plan import LeftInFloat, Plan, PlannedTensor, PlannedWei
 from halfeven.placement.rules import RuleBook
 from halfeven.placement.targets import Grid, Target, target_named
 from halfeven.quantizer import Ranges
-from halfeven.scheme import Scheme, parse_bits
+from halfeven.scheme import FLOAT_BITS, Scheme, parse_bits
 
 K = OperatorKind
 
@@ -62,7 +62,11 @@ def make_plan(model: nn.Module, options: QuantizationOptions, notes: tuple[str, 
     """
     target, rules = target_named(options.target), RuleBook((*_ends(model, options), *options.rules))
     weight_bits, activation_bits = parse_bits(options.scheme)
-    _check_bits(target, options, weight_bits, activation_bits)
+    if activation_bits == FLOAT_BITS:
+        _check_weights_alone(target, options, weight_bits)
+    else:
+        _check_bits(target, options, weight_bits, activation_bits)
+    kinds = frozenset(target.stored_weights if activation_bits == FLOAT_BITS else target.inputs)
     tensors: list[PlannedTensor] = []
     weights: list[PlannedWeight] = []
     left: list[LeftInFloat] = []
@@ -72,12 +76,13 @@ def make_plan(model: nn.Module, options: QuantizationOptions, notes: tuple[str, 
         names = {node: qualified(prefix, name) for name, node in tensor_names(module.graph).items()}
         region = Region(prefix, module.graph, names)
         known += names.values()
-        collect(region, target, rules)
+        if activation_bits != FLOAT_BITS:
+            collect(region, target, rules)
         if options.quantize_outputs:
             collect_outputs(region, rules)
         tensors += _planned_tensors(region, options, rules, target, activation_bits)
-        weights += _planned_weights(region, options, rules, target, weight_bits)
-        left += _left(region, rules, target)
+        weights += _planned_weights(region, options, rules, kinds, weight_bits)
+        left += _left(region, rules, target, kinds)
     rules.check_all_used(known)
     if not weights:
         raise PlacementError(
@@ -100,6 +105,23 @@ def _check_bits(target: Target, options: QuantizationOptions, weight_bits: int, 
                 f"{allowed[-1]}), so "
                 "such a model would not be what runs. Choose other bits."
             )
+
+
+def _check_weights_alone(target: Target, options: QuantizationOptions, weight_bits: int) -> None:
+    asked = {weight_bits, *(rule.weight_bits for rule in options.rules if rule.weight_bits)}
+    allowed = sorted({bits for kind in target.stored_weights.values() for bits in kind})
+    if not asked <= set(allowed):
+        widths = " or ".join(str(bits) for bits in allowed)
+        raise PlacementError(
+            f"{target.name} cannot run weights of {min(asked - set(allowed))} bits with activations in floating point "
+            f'("{options.scheme}"): {f"it takes weights of {widths} bits there" if allowed else "it has no such row"}, '
+            "so such a model would not be what runs. Choose other bits or another target."
+        )
+    if options.quantize_outputs or any(rule.activation_bits for rule in options.rules):
+        raise PlacementError(
+            f'"{options.scheme}" leaves all activations in floating point, and quantize_outputs or a rule asks for '
+            "integers. Leave these out, or choose a scheme with activations of 8 bits."
+        )
 
 
 def _ends(model: nn.Module, options: QuantizationOptions) -> tuple[Rule, ...]:
@@ -193,12 +215,12 @@ def _activation_scheme(region: Region, places: list[fx.Node], target: Target, bi
 
 
 def _planned_weights(
-    region: Region, options: QuantizationOptions, rules: RuleBook, target: Target, bits: int
+    region: Region, options: QuantizationOptions, rules: RuleBook, kinds: frozenset[OperatorKind], bits: int
 ) -> Iterator[PlannedWeight]:
     seen: set[object] = set()
     for node in region.graph.nodes:
         kind = kind_of(node)
-        if kind not in WEIGHTED or kind not in target.inputs or (node.op == "call_module" and node.target in seen):
+        if kind not in WEIGHTED or kind not in kinds or (node.op == "call_module" and node.target in seen):
             continue
         seen.add(node.target if node.op == "call_module" else node)
         rule = rules.for_operator(region.names[node], kind)
@@ -242,13 +264,15 @@ def _groups(node: fx.Node) -> int:
 # What stays in float, and why
 
 
-def _left(region: Region, rules: RuleBook, target: Target) -> Iterator[LeftInFloat]:
+def _left(region: Region, rules: RuleBook, target: Target, kinds: frozenset[OperatorKind]) -> Iterator[LeftInFloat]:
     for node in region.graph.nodes:
         kind = kind_of(node)
-        if kind in WEIGHTED and kind not in target.inputs:
-            no_kernel = f"{target.name} has no integer kernel for it"
-            yield LeftInFloat(name=region.names[node], operator=operator_name(node), reason=no_kernel)
+        if kind in WEIGHTED and kind not in kinds:
+            lacks = "has no integer kernel for it" if kinds == set(target.inputs) else "reads no integer weights here"
+            yield LeftInFloat(name=region.names[node], operator=operator_name(node), reason=f"{target.name} {lacks}")
             continue
+        if kinds != set(target.inputs) and kind not in WEIGHTED:
+            continue  # all are in float, as the scheme says
         if kind in (K.OUTPUT, K.CONSTANT, K.CONCAT, *TRANSPARENT) or node in region.demands:
             continue
         if not is_float_tensor(node):

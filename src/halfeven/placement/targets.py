@@ -41,6 +41,8 @@ class Target:
     """Kinds that run in integers only where their own result is quantized, whoever reads it."""
     fuses_any_activation: bool = True
     """Any activation is computed in the kernel before it; else only one that clips, which the rounding takes in."""
+    stored_weights: Mapping[OperatorKind, tuple[int, ...]] = field(default_factory=dict)
+    """Kinds whose weights alone may be integers, and of how many bits: the kernel makes floats of them as it reads."""
     signed_only: bool = False
     """Activations are signed without a zero point, also after a ReLU."""
     unsigned_only: bool = False
@@ -86,6 +88,7 @@ OPENVINO = Target(
         K.AVERAGE: _average,
     },
     residual_branch_in_float=True,  # the plugin drops the rounding of a quantizer between a convolution and a fused sum
+    stored_weights={K.LINEAR: (4, 8)},
 )
 
 ONNXRUNTIME = Target(
@@ -101,6 +104,7 @@ ONNXRUNTIME = Target(
     residual_branch_in_float=False,  # QLinearAdd wants integers on both sides, and so does the convolution before it
     elementwise=frozenset({K.ADD, K.MULTIPLY}),
     outputs=frozenset({K.CONVOLUTION, K.ADD, K.MULTIPLY, K.AVERAGE}),  # linear layers and products may end in float
+    stored_weights={K.LINEAR: (4, 8)},
     fuses_any_activation=False,
     unsigned_only=True,  # on x86
     integer_bias=True,

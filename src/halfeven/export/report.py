@@ -1,0 +1,137 @@
+"""What `verify` reports."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class TensorParity:
+    """Integers of one activation: how many were compared, how many differ, by how much at most."""
+
+    name: str
+    count: int = 0
+    different: int = 0
+    """From the exact simulation of the whole model."""
+    different_alone: int = 0
+    """From the exact simulation of this tensor's own layer, given the runtime's integers before it."""
+    different_float: int = 0
+    """From the float simulation of the whole model."""
+    largest: int = 0
+
+    def add(self, found: Tensor, exact: Tensor, alone: Tensor, simulated: Tensor) -> None:
+        """Count one batch of integers."""
+        distance = (found - exact).abs()
+        self.count += found.numel()
+        self.different += int((distance > 0).sum())
+        self.different_alone += int((found != alone).sum())
+        self.different_float += int((found != simulated).sum())
+        self.largest = max(self.largest, int(distance.max()))
+
+
+@dataclass
+class Report:
+    """What `verify` found; `str(report)` is a table, `to_dict()` plain values.
+
+    Shares are between 0 and 1; a difference is in units of the tensor's scale (LSB).
+    """
+
+    path: str
+    runtime: str
+    """What ran the file."""
+    samples: int
+    integer_match: float
+    """Share of activation integers equal in the runtime and in the exact simulation."""
+    alone_match: float
+    """The same where each tensor is computed from the runtime's own integers before it: a rounding of float arithmetic
+    that falls the other way then does not spread through the layers behind it."""
+    last_integer_match: float
+    """The share of equal integers of the last quantized activation alone."""
+    float_simulation_match: float
+    """Share of activation integers equal in the runtime and in the float simulation, which is what was trained."""
+    max_lsb_difference: int
+    """Largest difference of an integer from the exact simulation."""
+    weights_match: bool
+    """All integer weights in the file are those of the model."""
+    integer_layers: int
+    """Layers that the runtime executed with integer kernels."""
+    quantizable_layers: int
+    """Layers with quantized weights."""
+    weight_layers: int
+    """Layers that read integer weights and computed in float: all, where the scheme quantizes weights alone."""
+    float_layers: list[str]
+    """Layers with quantized weights that ran in float with weights in float, with what the runtime says of them."""
+    integer_macs: float
+    """Share of the model's multiply-accumulates that ran with integer kernels, those of attention included."""
+    output_difference: float
+    """Largest difference of the first output from the exact simulation's, over the largest absolute value of that."""
+    top1_agreement: float
+    """Share of samples (of pixels, of anchors) whose largest output is the same in the runtime and in the exact
+    simulation."""
+    float_simulation_top1_agreement: float
+    """The same for the float simulation."""
+    accuracy: dict[str, float]
+    """Top-1 in percent of float (where given), simulated and deployed model, where the batches came with labels."""
+    latency_ms: dict[str, float]
+    """Median milliseconds of a batch of `latency_batch` samples: float and deployed, timed in turn, both without
+    bfloat16; empty where they were not timed."""
+    latency_batch: int
+    latency_ratio: float
+    """Deployed over float; NaN where neither was timed."""
+    unseen: list[str]
+    """Quantized tensors that the file does not have any more, and that were not compared: the converter merged them
+    with others."""
+    first_difference: str
+    """The first activation, in the order of the graph, whose integers differ from the exact simulation; "" if none."""
+    tensors: list[TensorParity] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            *(self._integer_rows() if self.tensors else [("largest difference of the output", self._difference())]),
+            ("integer weights equal", "yes" if self.weights_match else "NO"),
+            *(self._executed_rows() if self.tensors else [("layers that read integer weights", self._readers())]),
+            *(("  in float", name) for name in self.float_layers),
+            ("same top-1 as the exact simulation", _percent(self.top1_agreement)),
+            ("same top-1 as the float simulation", _percent(self.float_simulation_top1_agreement)),
+            *((f"top-1 {name}", f"{value:.2f} %") for name, value in self.accuracy.items()),
+        ]
+        if self.latency_ms:
+            rows += [
+                (f"latency {name}, batch {self.latency_batch}", f"{v:.2f} ms") for name, v in self.latency_ms.items()
+            ]
+            rows += [("latency deployed / float", f"{self.latency_ratio:.2f}")]
+        width = max(len(name) for name, _ in rows)
+        title = f"{self.path} in {self.runtime}, {self.samples} samples"
+        return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)])
+
+    def _integer_rows(self) -> list[tuple[str, str]]:
+        return [
+            ("integers equal to the exact simulation", _percent(self.integer_match)),
+            ("  each layer alone", _percent(self.alone_match)),
+            ("  of the last feature map", _percent(self.last_integer_match)),
+            ("  largest difference", f"{self.max_lsb_difference} LSB"),
+            ("  first difference", self.first_difference or "none"),
+            *(("  not compared, merged by the converter", name) for name in self.unseen),
+            ("integers equal to the float simulation", _percent(self.float_simulation_match)),
+        ]
+
+    def _executed_rows(self) -> list[tuple[str, str]]:
+        return [
+            ("layers executed in integers", f"{self.integer_layers} of {self.quantizable_layers}"),
+            ("  share of multiply-accumulates", f"{100 * self.integer_macs:.2f} %"),
+        ]
+
+    def _difference(self) -> str:
+        return f"{self.output_difference:.1e} of the largest"
+
+    def _readers(self) -> str:
+        return f"{self.weight_layers} of {self.quantizable_layers}, in floating point"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4f} %"
