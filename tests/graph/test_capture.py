@@ -557,3 +557,30 @@ def test_parts_of_tensors_changed_in_place():
     for found, expected in zip(captured(x), model(x), strict=True):
         assert torch.equal(found, expected)
     assert not any(node.target._schema.is_mutable for node in captured.graph.nodes if hasattr(node.target, "_schema"))
+
+
+class Overwritten(nn.Module):
+    """Puts other values into a part of a tensor, the same for all rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.linear(x) * 2
+        y[:, 1:] = x[:, :1] + y[:, :1]
+        return y
+
+
+def test_an_overwritten_part_has_gradients():
+    model, x = Overwritten().eval(), torch.randn(3, 4)
+    captured, _ = capture(model, x)
+    assert torch.equal(captured(x), model(x))
+    gradients = []
+    for one in (model, captured):
+        one.zero_grad()
+        one(x).square().sum().backward()
+        gradients.append(one.linear.weight.grad.clone())
+    assert torch.allclose(*gradients)
+    x = torch.randn(5, 4)
+    assert torch.equal(captured(x), model(x))

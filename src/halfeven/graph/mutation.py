@@ -33,9 +33,18 @@ def make_functional(node: fx.Node) -> None:
     node.target = getattr(packet, overload)
     changed = node.args[0]
     assert isinstance(changed, fx.Node)
+    if name == "copy_":
+        _write_as_expansion(node, changed)
     later = _after(node)
     changed.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
     _write_back(node, changed, later)
+
+
+def _write_as_expansion(node: fx.Node, changed: fx.Node) -> None:
+    """Write `copy` as its source in the form of what it overwrites: torch has no derivative of `copy` itself."""
+    source = node.args[1]
+    if isinstance(source, fx.Node) and source.meta["val"].dtype == changed.meta["val"].dtype:
+        node.target, node.args, node.kwargs = aten.expand_as.default, (source, changed), {}
 
 
 def _write_back(result: fx.Node, view: fx.Node, later: set[fx.Node]) -> None:
