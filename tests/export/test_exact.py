@@ -158,6 +158,50 @@ class Reused(nn.Module):
 
 
 IMAGE = (4, 3, 10, 10)
+
+
+class Scaled(nn.Module):
+    """A residual branch that a number scales: Inception-ResNet's."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = conv(), conv(8, 8, 1)
+
+    def forward(self, x):
+        return F.relu(x + 0.2 * self.outer(F.relu(self.inner(x))))
+
+
+class Levels(nn.Module):
+    """A head that two levels of a pyramid share, with statistics for each: EfficientDet's."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.shared, self.last = conv(3), conv(bias=False), conv(8, 4, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        return [
+            self.last(F.relu6(norm(self.shared(level))))
+            for norm, level in zip(self.norms, (x, F.max_pool2d(x, 2)), strict=True)
+        ]
+
+
+class StackedSum(nn.Module):
+    """Feature maps that are added by stacking them, one of them in two sums: EfficientDet's pyramid."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = conv(3), conv(), conv()
+        self.heads = nn.ModuleList(conv(8, 4) for _ in range(2))
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        a, b = F.relu(self.a(x)), F.relu(self.b(x))
+        one = F.relu(torch.stack([x, a], dim=-1).sum(-1))
+        return self.heads[0](one) + self.heads[1](F.relu(torch.stack([a, b, one], dim=-1).sum(-1)))
+
+
 MODELS = {
     # name: (model, input shape)
     "conv": (lambda: body(), IMAGE),
@@ -233,6 +277,16 @@ MODELS = {
         ),
         IMAGE,
     ),
+    "scaled by a number, residual": (
+        lambda: nn.Sequential(conv(3), nn.ReLU(), Scaled(), conv()),
+        IMAGE,
+    ),
+    "relu before batch norm": (
+        lambda: nn.Sequential(conv(3), nn.ReLU(), nn.BatchNorm2d(8), conv(), nn.ReLU(), nn.BatchNorm2d(8), conv()),
+        IMAGE,
+    ),
+    "shared by two batch norms": (Levels, IMAGE),
+    "stacked sums": (StackedSum, IMAGE),
     "max pool, rounded up": (lambda: body(nn.MaxPool2d(3, 2, ceil_mode=True)), IMAGE),
     "average pool": (lambda: body(nn.AvgPool2d(2)), IMAGE),
     "average pool, padded": (lambda: body(nn.AvgPool2d(3, 2, 1)), IMAGE),
@@ -273,6 +327,9 @@ NOT_EXACT = {
         "group norm",
     ),
     *("bilinear", "bilinear, corners aligned"),
+    # One in a million: the plugin merges a BatchNorm with the quantizer behind it; a chain of sums is taken in units of
+    # its last operand.
+    *("relu before batch norm", "stacked sums"),
 }
 AS_ONNX = (
     *(

@@ -380,3 +380,24 @@ def test_the_share_of_work_in_integers_counts_layers_in_float(tmp_path):
     report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
     stem, each, head = 64 * 8 * 27, 64 * 8 * 72, 40
     assert report.integer_macs == pytest.approx((stem + each + head) / (stem + 2 * each + head))
+
+
+class Clamped(nn.Module):
+    """Three layers with a clamp of their own, at the same bounds: the converter makes one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        for number in range(3):
+            self.register_buffer(f"low_{number}", torch.tensor(-1.0))
+
+    def forward(self, x):
+        return sum(layer(x.clamp(getattr(self, f"low_{n}"))) for n, layer in enumerate(self.layers))
+
+
+def test_tensors_that_equal_another_one_may_be_merged_however_many(tmp_path):
+    qmodel, batches = quantized(Clamped(), (4, 6))
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
+    assert len(report.unseen) == 2
+    assert len(report.tensors) == 1
+    assert report.integer_match == 1.0
