@@ -57,7 +57,8 @@ class OpenVINOInterpreter(fx.Interpreter):
             return fused
         if kind is OperatorKind.AVERAGE and isinstance(args[0], Levels) and not _adaptive_in_float(n):
             values = getattr(super(), n.op)(n.target, (args[0].bytes.double(), *args[1:]), kwargs)
-            return Average(values.float(), args[0].ends)  # of integers: float64 rounds once, as their quotient does
+            values = values.float()  # of integers: float64 rounds once, as their quotient does
+            return Average(torch.round(values) if _rounds(n) else values, args[0].ends)
         clips = clipping(n) if kind is OperatorKind.ACTIVATION and isinstance(args[0], InUnits | Products) else None
         if clips is not None:
             return self._clipped(args[0], clips, n)
@@ -114,6 +115,21 @@ def _read_by_convolution(node: fx.Node) -> bool:
     return any(
         kind_of(user) is OperatorKind.CONVOLUTION
         or (kind_of(user) in (*TRANSPARENT, OperatorKind.CONCAT) and _read_by_convolution(user))
+        for user in node.users
+    )
+
+
+def _rounds(average: fx.Node) -> bool:
+    """Whether the plugin rounds an average to an integer: before a BatchNorm that cannot be part of the quantizer
+    behind it it makes a convolution of bytes of it, for which it wants bytes. One that alone reads the average can."""
+    alone = len(average.users) == 1 and kind_of(next(iter(average.users))) is OperatorKind.BATCH_NORM
+    return not alone and _read_by_batch_norm(average)
+
+
+def _read_by_batch_norm(node: fx.Node) -> bool:
+    return any(
+        kind_of(user) is OperatorKind.BATCH_NORM
+        or (kind_of(user) in (*TRANSPARENT, OperatorKind.CONCAT) and _read_by_batch_norm(user))
         for user in node.users
     )
 
