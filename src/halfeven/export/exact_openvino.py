@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from halfeven.export.forms import grid_of
 from halfeven.export.integer_layers import IntegerLayer
 from halfeven.export.operators import ExportedQuantizer
 from halfeven.export.tensors import Average, Ends, InUnits, Levels, Products
@@ -22,6 +23,9 @@ ADAPTIVE_AVERAGES = (
     torch.ops.aten.adaptive_avg_pool2d.default,
     torch.ops.aten.adaptive_avg_pool3d.default,
 )
+
+
+SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor, torch.ops.aten.mul.Tensor)
 
 
 class OpenVINOInterpreter(fx.Interpreter):
@@ -120,18 +124,21 @@ def _read_by_convolution(node: fx.Node) -> bool:
 
 
 def _rounds(average: fx.Node) -> bool:
-    """Whether the plugin rounds an average to an integer: before a BatchNorm that cannot be part of the quantizer
-    behind it it makes a convolution of bytes of it, for which it wants bytes. One that alone reads the average can."""
+    """Whether the plugin rounds an average to an integer, as something that reads it, behind operators that keep the
+    scale, shall compute with bytes: a BatchNorm, of which it makes a convolution where that cannot be part of the
+    quantizer behind it (one that alone reads the average can); and a difference, sum or product with other bytes."""
     alone = len(average.users) == 1 and kind_of(next(iter(average.users))) is OperatorKind.BATCH_NORM
-    return not alone and _read_by_batch_norm(average)
+    return not alone and _read_as_bytes(average)
 
 
-def _read_by_batch_norm(node: fx.Node) -> bool:
-    return any(
-        kind_of(user) is OperatorKind.BATCH_NORM
-        or (kind_of(user) in (*TRANSPARENT, OperatorKind.CONCAT) and _read_by_batch_norm(user))
-        for user in node.users
-    )
+def _read_as_bytes(node: fx.Node) -> bool:
+    for user in node.users:
+        others = [other for other in user.all_input_nodes if other is not node]
+        if kind_of(user) is OperatorKind.BATCH_NORM or (user.target in SUMS and any(map(grid_of, others))):
+            return True
+        if kind_of(user) in (*TRANSPARENT, OperatorKind.CONCAT) and _read_as_bytes(user):
+            return True
+    return False
 
 
 def _adaptive_in_float(node: fx.Node) -> bool:
