@@ -6,7 +6,7 @@
 transformers (`coverage_models.py`). Weights are random, inputs are noise of the model's own size, two samples. "eval"
 and "train" say whether the captured
 model's outputs equal the original's bit for bit in that mode. A model is walked in a process of its own, so that a
-crash or a hang of one (there is a time limit) costs one row. Failures come with their reasons.
+crash or a hang of one (there is a time limit) costs one row. BatchNorm's statistics are set from the example. Failures come with their reasons.
 """
 
 import argparse
@@ -83,6 +83,7 @@ def walk(name: str, targets: list[str]) -> dict[str, Any]:
     torch.manual_seed(0)
     model = create(name).eval()
     x = example_of(name, model)
+    _give_statistics(model, x)
     row["parameters"] = sum(p.numel() for p in model.parameters())
     found = attempt("capture", lambda: capture(copy.deepcopy(model), x))
     if found is None:
@@ -95,6 +96,22 @@ def walk(name: str, targets: list[str]) -> dict[str, Any]:
     for target in targets:
         row[target] = attempt(target, lambda target=target: deploy(model, x, target, row))
     return row
+
+
+def _give_statistics(model: nn.Module, x: Any) -> None:
+    """Set BatchNorms' statistics from the example: as initialized, they let activations vanish down to 1e-9, where no
+    runtime keeps a scale."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        call(model.train(), x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
 
 
 def deploy(model: nn.Module, x: Any, target: str, row: dict[str, Any]) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def effdet_model(options: ModelOptions, pretrained: bool = False) -> nn.Module:
     Raises:
         ConfigError: no such model, or weights that are not at hand.
     """
-    effdet = _library("effdet", "effdet")
+    effdet = _library("effdet", "halfeven[detection]")
     arguments: dict[str, Any] = {"pretrained_backbone": False, **options.arguments}
     if isinstance(side := arguments.get("image_size"), int):
         arguments["image_size"] = (side, side)
