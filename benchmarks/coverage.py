@@ -3,10 +3,10 @@
     python benchmarks/coverage.py [--suite others] [--models MODEL ...] [--targets openvino onnxruntime] [--json FILE]
 
 "timm" is the smallest model of each of its families; "others" are models of torchvision and, where it is installed,
-transformers (`coverage_models.py`). Weights are random, inputs are noise of the model's own size, two samples. "eval"
-and "train" say whether the captured
-model's outputs equal the original's bit for bit in that mode. A model is walked in a process of its own, so that a
-crash or a hang of one (there is a time limit) costs one row. BatchNorm's statistics are set from the example. Failures come with their reasons.
+transformers (`coverage_models.py`). Weights are random, inputs are noise of the model's own size, two samples, from
+which BatchNorm's statistics are set. "eval" and "train" say whether the captured model's outputs equal the original's
+bit for bit in that mode. A model is walked in a process of its own, so that a crash or a hang of one (there is a time
+limit) costs one row. Failures come with their reasons.
 """
 
 import argparse
