@@ -160,6 +160,20 @@ class Reused(nn.Module):
 IMAGE = (4, 3, 10, 10)
 
 
+class ReadTwice(nn.Module):
+    """A convolution without a bias whose result a quantizer reads, and something that computes in float."""
+
+    def __init__(self, one, bias=False):
+        super().__init__()
+        self.stem, self.conv, self.last = conv(3), conv(bias=bias), conv(8, 4, 1)
+        self.norm, self.scale, self.one = nn.GroupNorm(1, 8), nn.Parameter(torch.ones(8, 1, 1)), one
+
+    def forward(self, x):
+        x = self.conv(F.relu(self.stem(x)))
+        y = x * self.scale if self.one == "scaled by ones" else F.relu(x)
+        return self.last(y + self.norm(x))
+
+
 class PoolMixer(nn.Module):
     """An average less what it is of: PoolFormer's."""
 
@@ -321,6 +335,10 @@ MODELS = {
         lambda: nn.Sequential(conv(3), nn.ReLU(), nn.BatchNorm2d(8), conv(), nn.ReLU(), nn.BatchNorm2d(8), conv()),
         IMAGE,
     ),
+    **{
+        f"conv without bias, read twice: {one}": (lambda one=one: ReadTwice(one), IMAGE)
+        for one in ("relu", "scaled by ones")
+    },
     "average pool less itself": (PoolMixer, IMAGE),
     **{
         f"average pool, batch norm: {readers}": (lambda readers=readers: Transition(readers), IMAGE)

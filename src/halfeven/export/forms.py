@@ -31,7 +31,12 @@ from halfeven.placement.targets import Target
 
 aten = torch.ops.aten
 
+CONVOLUTIONS = (OperatorKind.CONVOLUTION, OperatorKind.TRANSPOSED_CONVOLUTION)
+
 SPLITS = (aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default)
+
+NO_BIAS = 1e-30
+"""A bias that no float32 number changes by, and that is not 0, which the converter would take away."""
 
 LARGEST_BIAS = 2.0**30
 """Integer biases stay below this, so that a sum of products and bias fits in 32 bits."""
@@ -61,6 +66,7 @@ def shape_for(model: nn.Module, exported: list[ExportedQuantizer], target: Targe
             _round_biases(region, exported, prefix)
         if target.residual_branch_in_float:
             _keep_branch_roundings(region)
+            _keep_scales_apart(region, whole=name == "")
         region.graph.lint()
         region.recompile()
 
@@ -98,6 +104,23 @@ def _keep_branch_roundings(region: CapturedModule) -> None:
                 same = region.graph.call_function(aten.leaky_relu.default, (source, 1.0))
             same.meta = dict(source.meta)
             node.replace_input_with(source, same)
+
+
+def _keep_scales_apart(region: CapturedModule, *, whole: bool) -> None:
+    """Give convolutions without a bias whose result is read more than once one that changes nothing.
+
+    What a part of a model returns may be read more than once by the Python around it. OpenVINO (2026.4) otherwise moves
+    the scale behind such a layer into the quantizer of one of its readers, and all of them read wrong numbers.
+    """
+    for node in region.graph.nodes:
+        if kind_of(node) not in CONVOLUTIONS or node.op != "call_module":
+            continue
+        if len(node.users) < 2 and (whole or all(user.op != "output" for user in node.users)):
+            continue
+        layer: Any = module_of(node)
+        if layer.bias is None or not bool(layer.bias.any()):
+            bias = torch.full((node.meta["val"].shape[1],), NO_BIAS)
+            layer.bias = nn.Parameter(bias, requires_grad=False)
 
 
 def _reads_grids(node: fx.Node) -> bool:
