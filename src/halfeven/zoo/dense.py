@@ -27,7 +27,7 @@ class Squared:
     """Makes tensors of one size from an image and what is labelled in it.
 
     Args:
-        augment: whether to flip and scale at random, as in training.
+        augment: whether to flip at random, as in training.
     """
 
     def __init__(self, options: DataOptions, *, augment: bool) -> None:
@@ -37,8 +37,6 @@ class Squared:
         square = v2.Resize((self.side, self.side), antialias=True)
         fitting = v2.Resize(None, max_size=self.side, antialias=True)
         steps: list[Any] = [v2.RandomHorizontalFlip()] if augment else []
-        if augment:
-            steps += [v2.RandomApply([v2.ScaleJitter((self.side, self.side), (0.5, 2.0), antialias=True)])]
         steps += [fitting if options.keep_aspect else square]
         steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(options.mean, options.std)]
         self.transform = v2.Compose(steps)
