@@ -1,5 +1,8 @@
 """Weights alone in integers ("w8a16", "w4a16"): they are stored and read as such, and all else is as it was."""
 
+import json
+import math
+
 import numpy as np
 import onnx
 import openvino
@@ -51,6 +54,8 @@ def test_what_was_quantized_is_what_is_stored_and_read(target, bits, tmp_path):
     assert (report.weight_layers, report.quantizable_layers, report.float_layers) == (3, 3, [])
     assert report.integer_macs == 0.0
     assert report.tensors == []
+    assert math.isnan(report.integer_match), "nothing was compared, so nothing is shown"
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["integer_match"] is None
     assert report.output_difference < 1e-5
     assert report.top1_agreement == 1.0
     assert "layers that read integer weights    3 of 3, in floating point" in str(report)

@@ -16,6 +16,7 @@ from halfeven.export.operators import ExportedQuantizer, with_exported_quantizer
 from halfeven.graph.capture import quiet
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.targets import target_named
+from halfeven.scheme import FLOAT_BITS, parse_bits
 
 WRITERS: dict[str, Callable[[torch.export.ExportedProgram, nn.Module, list[ExportedQuantizer], Path], None]] = {
     ".xml": openvino.write,
@@ -89,9 +90,8 @@ def exportable(qmodel: nn.Module, target: str | None = None) -> tuple[nn.Module,
     """
     row = target_named(target or plan_of(qmodel).options.target)
     model = deployed(qmodel)
-    exported = with_exported_quantizers(
-        model, clips_integers=row.integer_bias, narrow_weights=not plan_of(qmodel).tensors
-    )
+    weights_alone = parse_bits(plan_of(qmodel).options.scheme)[1] == FLOAT_BITS
+    exported = with_exported_quantizers(model, clips_integers=row.integer_bias, narrow_weights=weights_alone)
     shape_for(model, exported, row)
     return model, exported
 

@@ -34,7 +34,8 @@ class TensorParity:
 class Report:
     """What `verify` found; `str(report)` is a table, `to_dict()` plain values.
 
-    Shares are between 0 and 1; a difference is in units of the tensor's scale (LSB).
+    Shares are between 0 and 1, and NaN where there are no integers to compare (a scheme of weights alone). A difference
+    is in units of the tensor's scale (LSB).
     """
 
     path: str
@@ -87,8 +88,8 @@ class Report:
     tensors: list[TensorParity] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON."""
-        return asdict(self)
+        """The report as plain values, for JSON, which has no NaN: None stands for it."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
 
     def __str__(self) -> str:
         rows = [

@@ -172,12 +172,12 @@ class _Comparison:
 
     def parity(self) -> dict[str, Any]:
         """The fields of the report that tell of integers."""
-        total = sum(tensor.count for tensor in self.tensors) or 1
-        last = self.tensors[-1] if self.tensors else TensorParity("", 1)
+        total = sum(tensor.count for tensor in self.tensors) or float("nan")  # nothing compared is nothing shown
+        last = self.tensors[-1] if self.tensors else TensorParity("")
         return {
             "integer_match": 1 - sum(t.different for t in self.tensors) / total,
             "alone_match": 1 - sum(t.different_alone for t in self.tensors) / total,
-            "last_integer_match": 1 - last.different / max(last.count, 1),
+            "last_integer_match": 1 - last.different / (last.count or float("nan")),
             "float_simulation_match": 1 - sum(t.different_float for t in self.tensors) / total,
             "max_lsb_difference": max((t.largest for t in self.tensors), default=0),
             "weights_match": self.weights_match(),
