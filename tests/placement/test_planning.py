@@ -236,6 +236,45 @@ def test_averages_have_quantizers_before_and_after(pool, scheme):
     assert planned.tensors[2].consumers == ("2",)
 
 
+class Averaged(nn.Module):
+    """An average of integers, and a function of two tensors that reads it and another one of integers."""
+
+    def __init__(self, reader, *, then=None):
+        super().__init__()
+        self.stem, self.norm, self.last = conv(3), nn.BatchNorm2d(8), conv(8)
+        self.reader, self.then = reader, then or nn.Identity()
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.last(F.relu(self.norm(self.then(self.reader(F.avg_pool2d(x, 3, 1, 1), x)))))
+
+
+@pytest.mark.parametrize(
+    ("reader", "then", "rounded"),
+    [
+        (lambda average, x: average * 2.0 + torch.sigmoid(x), None, False),
+        (lambda average, x: average * x, None, True),
+        (lambda average, x: F.max_pool2d(average, 3, 1, 1), None, True),  # a BatchNorm reads it behind the pool
+        (lambda average, x: torch.sigmoid(average), None, False),
+        (lambda average, x: average, None, False),  # a BatchNorm alone is part of the next quantizer
+        (lambda average, x: average * 2.0, nn.Sigmoid(), False),
+    ],
+)
+def test_openvino_rounds_an_average_that_is_read_as_bytes(reader, then, rounded):
+    for target in ("openvino", "onnxruntime"):
+        planned = plan(Averaged(reader, then=then), target=target)
+        own = [tensor for tensor in planned.tensors if tensor.consumers == ("a reader that computes with bytes",)]
+        assert len(own) == (rounded and target == "openvino")
+        assert all("avg_pool2d" in place for tensor in own for place in tensor.places)
+
+
+def test_a_rule_leaves_an_average_in_float():
+    model = Averaged(lambda average, x: F.max_pool2d(average, 3, 1, 1))
+    rule = Rule(kind="average", quantize=False)
+    assert ("avg_pool2d",) in places(plan(model))
+    assert ("avg_pool2d",) not in places(plan(model, rules=(rule,)))
+
+
 @pytest.mark.parametrize(
     ("layer", "name"),
     [

@@ -28,6 +28,9 @@ OUTPUT = "the output"
 ITSELF = "its own kernel alone"
 """Who needs a tensor in integers that is quantized for the sake of the operator that makes it."""
 
+ROUNDED = "a reader that computes with bytes"
+"""Who makes the target round an average."""
+
 
 @dataclass
 class Demand:
@@ -61,6 +64,33 @@ def collect(region: Region, target: Target, rules: RuleBook) -> None:
             _demand(region, operand, wanted_grid(target, node) or Grid.ANY, node)
         if operands and kind in target.outputs:
             _demand_result(region, node, target)
+    if target.rounds_averages:
+        _collect_averages(region, rules)
+
+
+def _collect_averages(region: Region, rules: RuleBook) -> None:
+    """Demand the averages of integers that the target rounds for a reader that it computes with bytes: with a quantizer
+    the simulation rounds too, and on a grid of the average's own."""
+    for node in region.graph.nodes:
+        if kind_of(node) is not K.AVERAGE or not all(n in region.demands for n in sources(node.args[0])):
+            continue
+        alone = len(node.users) == 1 and kind_of(next(iter(node.users))) is K.BATCH_NORM  # part of the next quantizer
+        if not alone and _read_as_bytes(region, node) and rules.for_operator(region.names[node], K.AVERAGE).quantize:
+            region.demands.setdefault(node, Demand(consumers=[ROUNDED]))
+
+
+def _read_as_bytes(region: Region, node: fx.Node) -> bool:
+    """Whether a reader of a tensor of integers, behind operators that keep the scale, is a BatchNorm, of which the
+    plugin makes a convolution, or a sum or product with other integers."""
+    for user in node.users:
+        others = [source for other in user.all_input_nodes if other is not node for source in sources(other)]
+        if kind_of(user) is K.BATCH_NORM:
+            return True
+        if kind_of(user) in (K.ADD, K.MULTIPLY) and any(other in region.demands for other in others):
+            return True
+        if kind_of(user) in (*TRANSPARENT, K.CONCAT) and _read_as_bytes(region, user):
+            return True
+    return False
 
 
 def collect_outputs(region: Region, rules: RuleBook) -> None:

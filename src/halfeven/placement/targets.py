@@ -39,6 +39,8 @@ class Target:
     """The kinds that combine two tensors in integers."""
     outputs: frozenset[OperatorKind] = frozenset()
     """Kinds that run in integers only where their own result is quantized, whoever reads it."""
+    rounds_averages: bool = False
+    """An average of integers is rounded where a sum, product or BatchNorm reads it as bytes."""
     fuses_any_activation: bool = True
     """Any activation is computed in the kernel before it; else only one that clips, which the rounding takes in."""
     stored_weights: Mapping[OperatorKind, tuple[int, ...]] = field(default_factory=dict)
@@ -87,6 +89,7 @@ OPENVINO = Target(
         K.MATMUL: _no_zero_point,  # with one, the whole attention runs in float
         K.AVERAGE: _average,
     },
+    rounds_averages=True,
     residual_branch_in_float=True,  # the plugin drops the rounding of a quantizer between a convolution and a fused sum
     stored_weights={K.LINEAR: (4, 8)},
 )
