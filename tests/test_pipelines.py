@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import halfeven as he
+from export.parity import SCHEME
 from halfeven.errors import CalibrationError, CaptureError, ConfigError
 from halfeven.quantizer import quantizers
 
@@ -115,7 +116,7 @@ def test_quantize_takes_dicts_and_the_file_is_verified_with_them(tmp_path):
             return {"logits": super().forward(pixels)}
 
     batches = [{"pixels": x, "labels": y} for x, y in loader()]
-    qmodel = he.quantize(Keyword().eval(), batches)
+    qmodel = he.quantize(Keyword().eval(), batches, scheme=SCHEME)
     assert qmodel(pixels=torch.randn(IMAGE))["logits"].shape == (2, 4)
     report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches)
     assert report.integer_match == 1

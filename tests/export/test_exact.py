@@ -8,11 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from export.parity import deployed, quantized
+from export.parity import SCHEME, deployed, quantized
 from halfeven.arithmetic import snap
 from halfeven.export.exact import ExactModel
 from halfeven.export.exporting import exportable
 from halfeven.export.integer_layers import EXACT_IN_FLOAT32
+from halfeven.export.processor import overflows
 from halfeven.export.tensors import Ends
 from halfeven.quantizer import quantizers as he_quantizers
 
@@ -193,7 +194,7 @@ class Transition(nn.Module):
     def __init__(self, readers):
         super().__init__()
         self.readers = readers
-        self.stem, self.pre, self.other = conv(3), conv(8, 8, 1, bias=False), conv(8, 8, 1, stride=2)
+        self.stem, self.pre, self.other = conv(3), conv(8, 8, 1, bias=False), conv(8, 8, stride=2)
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in (8, 8, 16))
         self.lasts = nn.ModuleList(conv(width, 4, 1) for width in (8, 8, 16))
 
@@ -404,10 +405,15 @@ AS_ONNX = (
 )
 
 
-def assert_parity(report, exact=True, simulated=0.99):
+def in_float(name):
+    """How many layers of a row have no integer kernel: transposed convolutions on a processor without VNNI."""
+    return int(name.startswith("transposed") and overflows())
+
+
+def assert_parity(report, exact=True, simulated=0.99, in_float=0):
     assert report.weights_match
-    assert report.float_layers == []
-    assert report.integer_layers == report.quantizable_layers > 0
+    assert len(report.float_layers) == in_float
+    assert report.integer_layers == report.quantizable_layers - in_float > 0
     assert sum(tensor.count for tensor in report.tensors) > 500
     if exact:
         assert report.integer_match == 1.0, report.first_difference
@@ -423,16 +429,15 @@ def assert_parity(report, exact=True, simulated=0.99):
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_openvino_ir(name, tmp_path):
     build, shape = MODELS[name]
-    # There the plugin rounds averages, which the float simulation, and so the training, knows nothing of.
-    simulated = 0.9 if name.startswith("average pool, batch norm") or name == "average pool less itself" else 0.99
     report = deployed(build(), shape, tmp_path / "model.xml")
-    assert_parity(report, exact=name not in NOT_EXACT, simulated=simulated)
+    assert_parity(report, exact=name not in NOT_EXACT, in_float=in_float(name))
 
 
 @pytest.mark.parametrize("name", AS_ONNX)
 def test_onnx(name, tmp_path):
     build, shape = MODELS[name]
-    assert_parity(deployed(build(), shape, tmp_path / "model.onnx"), exact=name not in NOT_EXACT)
+    report = deployed(build(), shape, tmp_path / "model.onnx")
+    assert_parity(report, exact=name not in NOT_EXACT, in_float=in_float(name))
 
 
 @pytest.mark.parametrize(
@@ -492,13 +497,13 @@ def test_a_zero_point_survives_its_ends():
 
 
 def test_sums_beyond_float32s_integers(tmp_path):
-    model = nn.Sequential(nn.Linear(3000, 16), nn.ReLU(), nn.Linear(16, 4))
+    model = nn.Sequential(nn.Linear(5000, 16), nn.ReLU(), nn.Linear(16, 4))
     with torch.no_grad():
         model[0].weight.uniform_(0.5, 1.0)
-    qmodel = he.calibrate(he.prepare(model, torch.rand(4, 3000)), [torch.rand(4, 3000)]).eval()
+    qmodel = he.calibrate(he.prepare(model, torch.rand(4, 5000), scheme=SCHEME), [torch.rand(4, 5000)]).eval()
     he.export(qmodel, tmp_path / "model.xml")
-    report = he.verify(qmodel, tmp_path / "model.xml", [torch.rand(8, 3000) for _ in range(3)])
-    levels = 3000 * 127 * 127 * 0.7  # about what one sum amounts to
+    report = he.verify(qmodel, tmp_path / "model.xml", [torch.rand(8, 5000) for _ in range(3)])
+    levels = 5000 * 127 * 63 * 0.7  # about what one sum amounts to
     assert levels > EXACT_IN_FLOAT32
     assert report.integer_match == 1.0
     assert report.integer_layers == 2
@@ -533,7 +538,7 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a4"])
+@pytest.mark.parametrize("scheme", [SCHEME, "w4a4"])
 @pytest.mark.parametrize("ending", ["xml", "onnx"])
 @pytest.mark.parametrize("name", sorted(OUTPUTS))
 def test_quantized_outputs(name, ending, scheme, tmp_path):

@@ -9,7 +9,7 @@ from onnx import numpy_helper
 from torch import nn
 
 import halfeven as he
-from export.parity import quantized, trained
+from export.parity import SCHEME, quantized, trained
 from halfeven.errors import CalibrationError, ConfigError, ExportError
 from halfeven.export import load_deployed
 from halfeven.export.operators import ExportedQuantizer
@@ -87,7 +87,7 @@ def test_any_batch_size(suffix, example, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".xml", ".onnx"])
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a4", "w6a6", "w3a7", "w2a8"])
+@pytest.mark.parametrize("scheme", [SCHEME, "w4a8", "w4a4", "w6a6", "w3a7", "w2a8"])
 def test_all_widths_run_in_integers(scheme, suffix, tmp_path):
     qmodel, batches = quantized(net(8), (32, 3, 8, 8), scheme=scheme, activation_observer="mse")
     report = he.verify(qmodel, he.export(qmodel, tmp_path / f"model{suffix}"), batches)
@@ -197,7 +197,7 @@ def test_several_inputs_and_outputs(tmp_path):
             return {"sum": a + b, "a": a}
 
     example = {"x": torch.randn(2, 4), "y": torch.randn(2, 3)}
-    qmodel = he.calibrate(he.prepare(Two().eval(), example), [example])
+    qmodel = he.calibrate(he.prepare(Two().eval(), example, scheme=SCHEME), [example])
     for suffix in (".xml", ".onnx"):
         run = load_deployed(he.export(qmodel, tmp_path / f"model{suffix}"))
         found = run(example["x"], example["y"])

@@ -162,7 +162,7 @@ def test_a_model_made_for_onnx_runtime_in_openvino(name, tmp_path):
 @pytest.mark.parametrize(("target", "path"), [("openvino", "model.xml"), ("onnxruntime", "model.onnx")])
 def test_a_model_made_for_tensorrt_elsewhere(target, path, tmp_path):
     report = report_of(activated(nn.ReLU6()), IMAGE, tmp_path / path, target="tensorrt", export_for=target)
-    assert report.integer_match == 1.0
+    assert report.integer_match == 1.0 or report.overflows
     assert report.integer_layers >= 2
 
 

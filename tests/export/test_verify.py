@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from torch import nn
 
 import halfeven as he
-from export.parity import quantized
+from export.parity import SCHEME, quantized
 from halfeven.errors import VerificationError
 from halfeven.export import load_deployed
 from halfeven.export.exact import ExactModel
@@ -252,7 +252,7 @@ def test_batches_of_dicts_and_a_generator(tmp_path):
             return {"logits": self.fc(torch.relu(self.conv(pixels)).mean((2, 3)))}
 
     batches = [{"pixels": torch.randn(IMAGE)} for _ in range(2)]
-    qmodel = he.quantize(Keyword().eval(), batches)
+    qmodel = he.quantize(Keyword().eval(), batches, scheme=SCHEME)
     path = he.export(qmodel, tmp_path / "model.xml")
     report = he.verify(qmodel, path, (batch for batch in batches))
     assert isinstance(report, Report)

@@ -18,7 +18,8 @@ model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), *layers).eval()
 x = torch.rand(4, 3, 16, 16)
 qmodel = he.calibrate(he.prepare(model, x, scheme=sys.argv[1]), [x]).eval()
 report = he.verify(qmodel, he.export(qmodel, sys.argv[2]), [x], timed=False)
-print(json.dumps([report.integer_match, report.integer_layers, report.quantizable_layers]))
+print(report)
+print(json.dumps([report.integer_match, report.integer_layers, report.quantizable_layers, report.overflows]))
 """
 
 
@@ -30,6 +31,9 @@ def test_weights_of_7_bits_are_exact(isa, scheme, exact, tmp_path):
     command = [sys.executable, "-c", CODE, scheme, str(tmp_path / "model.xml")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    match, integer, layers = json.loads(done.stdout.strip().splitlines()[-1])
+    *said, values = done.stdout.strip().splitlines()
+    match, integer, layers, overflows = json.loads(values)
     assert integer == layers == 4
     assert (match == 1.0) is exact
+    assert overflows is not exact
+    assert any("this processor has no VNNI" in line for line in said) is not exact

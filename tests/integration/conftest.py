@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from export.parity import SCHEME
+
 from .running import halfeven
 
 NET = '''
@@ -42,7 +44,7 @@ def digits(options):
     )
 '''
 
-CONFIG = """
+CONFIG = f"""
 from halfeven.config import DeviceOptions, Experiment
 from halfeven.placement.plan import QuantizationOptions
 from halfeven.training.options import TrainingOptions
@@ -52,7 +54,7 @@ from halfeven.zoo.models import ModelOptions
 experiment = Experiment(
     model=ModelOptions(source="callable", name="tiny_net:Net"),
     data=DataOptions(source="callable", function="tiny_net:digits", workers=0),
-    quantization=QuantizationOptions(),
+    quantization=QuantizationOptions(scheme="{SCHEME}"),
     pretraining=TrainingOptions(epochs=2, batch_size=16, learning_rate=0.1, save_every=1),
     training=TrainingOptions(epochs=3, batch_size=16, learning_rate=0.01, save_every=1),
     device=DeviceOptions(kind="cpu", threads=1),

@@ -6,6 +6,8 @@ import shutil
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from export.parity import SCHEME
+
 from .running import halfeven
 
 
@@ -21,7 +23,7 @@ def test_train_delivers_and_shows_everything(trained):
         "experiment.json",
     ):
         assert (folder / name).is_file(), name
-    assert "Plan for openvino, w8a8" in said
+    assert f"Plan for openvino, {SCHEME}" in said
     assert said.index("Plan for") < said.index("float: top1"), "the plan is shown before the work"
     results = json.loads((folder / "results.json").read_text())
     assert results["float"]["top1"] > 50, "the small network learns"
@@ -34,7 +36,7 @@ def test_train_delivers_and_shows_everything(trained):
 
 def test_the_log_tells_of_both_models(trained):
     lines = [json.loads(line) for line in (trained[0] / "log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines if "w8a8" in line] == [1, 2, 3]
+    assert [line["epoch"] for line in lines if SCHEME in line] == [1, 2, 3]
     assert [line["step"] for line in lines if "float" in line] == [0], "the float model is evaluated once"
     assert [line["step"] for line in lines if "loss" in line] == [10, 20, 30, 40, 48]
 
@@ -46,12 +48,23 @@ def test_the_checkpoint_says_what_it_is(trained):
     assert json.loads(metadata["extra"])["float"]["top1"] > 50
 
 
+def test_channels_are_equalized_where_weights_have_one_scale(config, tmp_path):
+    short = ["--pretraining.epochs", "1", "--training.epochs", "1"]
+    folded = ["--quantization.batchnorm", "fold", "--quantization.per-channel", "False"]
+    done = halfeven("train", config, "--work-dir", tmp_path / "w", *short, *folded)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cross-layer equalization        yes" in done.stdout
+    assert "Equalization: " in done.stdout
+    results = json.loads((tmp_path / "w" / "results.json").read_text())
+    assert results["verification"]["model.xml"]["integer_match"] == 1.0
+
+
 def test_a_run_is_not_resumed_with_other_options(config, trained):
     folder = trained[0]
     recorded, checkpoint = (folder / "experiment.json").read_text(), (folder / "last.safetensors").read_bytes()
     done = halfeven("train", config, "--work-dir", folder, "--resume", "--quantization.scheme", "w4a8")
     assert done.returncode == 2
-    assert 'quantization.scheme was "w8a8" and is "w4a8"' in " ".join(done.stderr.split())
+    assert f'quantization.scheme was "{SCHEME}" and is "w4a8"' in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert (folder / "experiment.json").read_text() == recorded
     assert (folder / "last.safetensors").read_bytes() == checkpoint

@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from export.parity import SCHEME
+
 from .running import environment, halfeven
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "ptq"
@@ -46,7 +48,7 @@ def test_ptq_delivers_and_shows_everything(quantized):
     folder, said = quantized
     for name in ("best.safetensors", "model.xml", "model.bin", "experiment.json", "results.json"):
         assert (folder / name).is_file(), name
-    assert said.index("Plan for openvino, w8a8") < said.index("Quantized in") < said.index("Exporting")
+    assert said.index(f"Plan for openvino, {SCHEME}") < said.index("Quantized in") < said.index("Exporting")
     results = json.loads((folder / "results.json").read_text())
     assert abs(results["deployed"]["top1"] - results["float"]["top1"]) < 10
     assert results["quantization_seconds"] > 0
@@ -149,6 +151,7 @@ def test_recipes_on_a_folder_of_images(name, model, images, tmp_path):
         "data.calibration-images": 8,
         "model.weights": tmp_path / "float.safetensors",
         "model.num-classes": 2,
+        "quantization.scheme": SCHEME,
         "export.verify-images": 8,
         "work-dir": tmp_path / "work",
     }

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from export.parity import SCHEME
 from scenes import write_bert, write_coco, write_glue, write_voc
 
 from .running import halfeven
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = ("--data.workers", "0", "--device.kind", "cpu", "--device.threads", "1", "--export.verify-images", "8")
+SMALL += ("--quantization.scheme", SCHEME)
 SHORT = ("--pretraining.learning-rate", "2e-3", "--pretraining.optimizer", "adamw", "--model.weights", "")
 
 
@@ -64,7 +66,7 @@ def test_segmentation(voc, tmp_path):
     taught = ("--qat.distill", "on", "--qat.distillation.weight", "0.5")
     said, results = run("train", "qat/deeplabv3_voc.py", tmp_path / "qat", *trained, *taught)
     assert_deployed_as_simulated(results, "mIoU")
-    assert "w8a8: mIoU" in said
+    assert f"{SCHEME}: mIoU" in said
 
 
 def test_efficientdet(coco, tmp_path):

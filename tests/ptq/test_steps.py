@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
+from export.parity import SCHEME
 from halfeven.errors import CalibrationError, ConfigError
 from halfeven.ptq.preservation import sqnr
 
@@ -79,7 +80,7 @@ def test_without_data_it_works_and_says_what_it_gave_up():
 
 
 def test_it_is_saved_loaded_and_deployed(tmp_path):
-    qmodel = he.quantize(model(), batches(), per_channel=False, relu6="replace", correct_biases="on")
+    qmodel = he.quantize(model(), batches(), scheme=SCHEME, per_channel=False, relu6="replace", correct_biases="on")
     assert he.plan_of(qmodel).changes.unclipped
     he.save(qmodel, tmp_path / "q.safetensors")
     x = batches(5)[0][0]

@@ -3,6 +3,7 @@
 import pytest
 
 import halfeven as he
+from export.parity import SCHEME
 from halfeven.evaluation import evaluate, evaluation_loader
 from halfeven.export import load_deployed
 from halfeven.tasks import Segmentation
@@ -20,7 +21,7 @@ def assert_survives(model, data, task, target, path, *, loss):
     def loader(items):
         return evaluation_loader(items, 6, collate=task.collate)
 
-    qmodel = he.quantize(model, loader(data.calibration), target=target)
+    qmodel = he.quantize(model, loader(data.calibration), target=target, scheme=SCHEME)
     figures = [evaluate(one, loader(data.validation), task)[task.key] for one in (model, qmodel)]
     assert figures[1] >= figures[0] - loss
     he.export(qmodel, path)

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+OVERFLOW = 'this processor has no VNNI: sums of 8-bit weights overflow, those of scheme="w7a8" do not'
+
 
 @dataclass
 class TensorParity:
@@ -62,7 +64,8 @@ class Report:
     weight_layers: int
     """Layers that read integer weights and computed in float: all, where the scheme quantizes weights alone."""
     float_layers: list[str]
-    """Layers with quantized weights that ran in float with weights in float, with what the runtime says of them."""
+    """Layers with quantized weights that ran in float, with what the runtime says of them; where the scheme quantizes
+    weights alone, those whose weights were in float too."""
     integer_macs: float
     """Share of the model's multiply-accumulates that ran with integer kernels, those of attention included."""
     output_difference: float
@@ -85,6 +88,8 @@ class Report:
     with others."""
     first_difference: str
     """The first activation, in the order of the graph, whose integers differ from the exact simulation; "" if none."""
+    overflows: bool = False
+    """Integers differ and sums overflowed: the processor has no VNNI, and the weights need more than 7 bits."""
     tensors: list[TensorParity] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,6 +122,7 @@ class Report:
             ("  of the last feature map", _percent(self.last_integer_match)),
             ("  largest difference", f"{self.max_lsb_difference} LSB"),
             ("  first difference", self.first_difference or "none"),
+            *([("  likely reason", OVERFLOW)] if self.overflows else []),
             *(("  not compared, merged by the converter", name) for name in self.unseen),
             ("integers equal to the float simulation", _percent(self.float_simulation_match)),
         ]

@@ -17,6 +17,7 @@ from halfeven.export.exporting import exportable
 from halfeven.export.integer_share import integer_share
 from halfeven.export.latency import latency
 from halfeven.export.operators import WEIGHT_SUFFIX, ExportedQuantizer
+from halfeven.export.processor import overflows
 from halfeven.export.report import Report, TensorParity
 from halfeven.export.runtime import open_deployed
 from halfeven.graph.capture import inputs_of
@@ -26,6 +27,9 @@ from halfeven.placement.insertion import plan_of
 from halfeven.placement.planning import regions
 from halfeven.quantizer import Quantizer, quantizers, weights_quantized_once
 from halfeven.tasks.task import first_tensor
+
+WITHOUT_OVERFLOW = 63
+"""The largest weight of which a pair of products fits 16 bits: 2 * 255 * 63 < 2 ** 15."""
 
 MERGED = 0.1
 """A converter may leave out so large a share of a model's quantized tensors that equal no other; where more lack, the
@@ -71,6 +75,7 @@ def verify(
         rows = _compare(comparison, batches, quantized, float_model, class_axis)
     opened = open_deployed(path, target)
     layers = opened.executed_layers(comparison.layers)
+    alone = not comparison.activations  # weights alone are quantized: to be read by float kernels is all they are for
     milliseconds = latency(qmodel, Path(path), inputs_of(batches[0]), target) if timed else {}
     return Report(
         path=str(path),
@@ -79,7 +84,7 @@ def verify(
         integer_layers=sum(layer.integer for layer in layers),
         quantizable_layers=len(layers),
         weight_layers=sum(layer.stored and not layer.integer for layer in layers),
-        float_layers=[_in_float(layer) for layer in layers if not (layer.integer or layer.stored)],
+        float_layers=[_in_float(layer) for layer in layers if not (layer.integer or (layer.stored and alone))],
         output_difference=rows.difference / rows.largest if rows.largest else 0.0,
         integer_macs=integer_share(comparison.parts, layers, opened.executed_products()),
         top1_agreement=rows.same_exact / rows.answers,
@@ -182,9 +187,14 @@ class _Comparison:
             "max_lsb_difference": max((t.largest for t in self.tensors), default=0),
             "weights_match": self.weights_match(),
             "first_difference": next((t.name for t in self.tensors if t.different), ""),
+            "overflows": any(t.different_alone for t in self.tensors) and self.has_wide_weights() and overflows(),
             "tensors": self.tensors,
             "unseen": [name.removeprefix("quantizers.") for name in self.unseen],
         }
+
+    def has_wide_weights(self) -> bool:
+        """Whether a kernel reads weights of more than 7 bits."""
+        return any(quantizer.quant_max > WITHOUT_OVERFLOW for quantizer in self.weights)
 
     def weights_match(self) -> bool:
         """Whether the file holds the model's integer weights, all of them."""

@@ -1,0 +1,33 @@
+"""What is known of the processor."""
+
+import pytest
+import torch
+
+from halfeven.export.processor import overflows
+
+
+@pytest.mark.parametrize(
+    ("architecture", "flags", "expected"),
+    [
+        ("x86_64", {"avx512_vnni": False, "avx_vnni": False}, True),
+        ("x86_64", {"avx512_vnni": True, "avx_vnni": False}, False),
+        ("x86_64", {"avx512_vnni": False, "avx_vnni": True}, False),
+        ("aarch64", {"dot": True}, False),
+    ],
+)
+def test_x86_without_vnni_overflows(architecture, flags, expected, monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": architecture, **flags}, raising=False)
+    assert overflows() is expected
+
+
+def test_onednn_can_be_told_to_be_a_lesser_processor(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"}, raising=False)
+    assert not overflows()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx2")
+    assert overflows()
+
+
+def test_an_older_torch_says_nothing(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not overflows()
