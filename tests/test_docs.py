@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import halfeven
+from export.parity import SCHEME
 from halfeven import cli
 from halfeven.config import Experiment
 from halfeven.ptq.options import PTQOptions
@@ -219,7 +220,7 @@ def test_the_recipe_shown_is_the_one_that_is_chosen():
 def test_the_report_of_the_readme_has_the_lines_that_verify_prints(tmp_path):
     (report,) = blocks(ROOT / "README.md", "text")
     model, images = Net(), torch.randn(2, 3, 8, 8)
-    qmodel = halfeven.quantize(model, [images])
+    qmodel = halfeven.quantize(model, [images], scheme=SCHEME)
     halfeven.export(qmodel, tmp_path / "model.xml")
     printed = str(halfeven.verify(qmodel, tmp_path / "model.xml", [images]))
 

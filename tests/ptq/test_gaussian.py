@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
+from export.parity import SCHEME
 from halfeven.errors import AlgorithmError, CalibrationError
 from halfeven.ptq.absorption import absorb_biases
 from halfeven.ptq.calibration import set_weight_ranges
@@ -202,7 +203,7 @@ def test_the_whole_way_without_data(tmp_path):
         model.norm1.weight.mul_(factor)
         model.norm1.bias.mul_(factor)
         model.deep.weight.div_(factor[:, None, None, None])
-    plain, best = (prepared(model, per_channel=False) for _ in range(2))
+    plain, best = (prepared(model, scheme=SCHEME, per_channel=False) for _ in range(2))
     ranges_from_batchnorm(plain)
     unclip_relu6(best)
     equalize(best)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
+from export.parity import SCHEME
 from halfeven.errors import AlgorithmError, CalibrationError, ConfigError
 from halfeven.placement.insertion import plan_of
 from halfeven.ptq import smoothing
@@ -67,7 +68,7 @@ def data(count=3):
 
 
 def prepared(model=None, **options):
-    return he.prepare(model or with_outliers(Net()), data()[0], **{"batchnorm": "fold"} | options)
+    return he.prepare(model or with_outliers(Net()), data()[0], **{"batchnorm": "fold", "scheme": SCHEME} | options)
 
 
 def after_norms(qmodel):
@@ -251,7 +252,7 @@ def last():
     generator = torch.Generator().manual_seed(6)
     batches = [torch.randn(6, 7, WIDTH, generator=generator) for _ in range(3)]
     model = with_outliers(Last())
-    return model, he.prepare(copy.deepcopy(model), batches[0], activation_observer="minmax"), batches
+    return model, he.prepare(copy.deepcopy(model), batches[0], scheme=SCHEME, activation_observer="minmax"), batches
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven
+from export.parity import SCHEME
 from halfeven.errors import CheckpointError, ConfigError
 from halfeven.pipelines import load, rebuild
 from halfeven.placement.insertion import plan_of
@@ -198,7 +199,7 @@ def test_the_average_is_a_quantized_model(tmp_path):
 
 
 def test_the_average_is_exported_as_it_computes(tmp_path):
-    qmodel = quantized()
+    qmodel = quantized(scheme=SCHEME)
     average, optimizer = WeightAverage(qmodel, AveragingOptions(decay=0.9)), sgd(qmodel)
     for i in range(3):
         step(qmodel, optimizer, i)
