@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from estimators import dsq, ewgs, passed_by
 from fashion_mnist import Images, arguments, float_model, test_and_training, top1
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,15 +29,16 @@ from torch.nn import functional as F
 import halfeven as he
 from halfeven.pipelines import accompany
 from halfeven.qat.batchnorm import re_estimate
+from halfeven.qat.distillation import DistillationOptions
 from halfeven.qat.options import QATOptions
 from halfeven.training.optimization import make_optimizer
 from halfeven.training.options import TrainingOptions
 
 BATCH, RATE, CALIBRATION = 64, 0.01, 512
-OFF = {"start": "ranges", "distill": "off", "average": "off"}
+OFF = {"equalize": "off", "start": "ranges", "distill": "off", "average": "off"}
 """LSQ alone: learned scales from calibrated ranges."""
 
-SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "recipe": {},
     "plain": {"qat": OFF},
     "plain, observed": {"qat": OFF, "quantization": {"ranges": "observed"}},
@@ -47,17 +49,24 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "plain, folded": {"qat": OFF, "quantization": {"batchnorm": "fold"}},
     "plain, per tensor, kept": {"qat": OFF, "quantization": {"per_channel": False}},
     "plain, per tensor, folded": {"qat": OFF, "quantization": {"batchnorm": "fold", "per_channel": False}},
+    "plain, per tensor, folded, equalized": {
+        "qat": {**OFF, "equalize": "on"},
+        "quantization": {"batchnorm": "fold", "per_channel": False},
+    },
     "plain, per tensor, folded live": {"qat": OFF, "quantization": {"batchnorm": "fold live", "per_channel": False}},
     "plain, frozen oscillations": {"qat": {**OFF, "freeze_oscillations": "on"}},
     "plain, dampened oscillations": {"qat": {**OFF, "dampen_oscillations": "on"}},
     "plain, distillation": {"qat": {**OFF, "distill": "on"}},
+    "plain, distillation, half": {"qat": {**OFF, "distill": "on", "distillation": DistillationOptions(weight=0.5)}},
     "plain, average": {"qat": {**OFF, "average": "on"}},
     "plain, progressive": {"qat": {**OFF, "progress": "on"}},
     "plain, AdaRound start": {"qat": {**OFF, "start": "layers"}},
     "plain, block start": {"qat": {**OFF, "start": "blocks"}},
     "plain, ends of 8 bits": {"qat": OFF, "quantization": {"first_and_last_bits": 8}},
+    **{f"plain, EWGS {strength}": {"qat": OFF, "gradient": ewgs(strength)} for strength in (0.02, 0.2)},
+    **{f"plain, DSQ {alpha}": {"qat": OFF, "gradient": dsq(alpha)} for alpha in (0.2, 0.4)},
 }
-"""Name -> changes of the options of training (`qat`) and quantization, on top of the defaults."""
+"""Name -> changes of the options of training (`qat`) and quantization, on top of the defaults; another `gradient`."""
 
 
 class Batches:
@@ -104,7 +113,7 @@ def descend(model: nn.Module, batches: Batches, steps: int, course: Any = None) 
 
 
 def trained(
-    model: nn.Module, scheme: str, changes: dict[str, dict[str, Any]], training: Images, steps: int, seed: int,
+    model: nn.Module, scheme: str, changes: dict[str, Any], training: Images, steps: int, seed: int,
     accuracy: Callable[[nn.Module], float],
 ) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
     """One run: the better of the weights and their average, and accuracies at the start and at the end."""
@@ -116,7 +125,8 @@ def trained(
     started = time.perf_counter()
     course = accompany(qmodel, model, calibration, QATOptions(**changes.get("qat", {})), inputs=lambda: others)
     result: dict[str, Any] = {"start, s": round(time.perf_counter() - started, 1), "start": accuracy(qmodel)}
-    result["training, s"] = round(descend(qmodel, Batches(*training, seed), steps, course), 1)
+    with passed_by(changes.get("gradient")):
+        result["training, s"] = round(descend(qmodel, Batches(*training, seed), steps, course), 1)
     plain = copy.deepcopy(qmodel)
     result["running statistics"] = accuracy(plain)
     re_estimate(plain, others)

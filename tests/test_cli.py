@@ -119,6 +119,12 @@ def test_a_scheme_that_cannot_be(refused, config, tmp_path):
     assert "bits=1" in said
 
 
+def test_an_equalization_that_batchnorm_would_undo(refused, config, tmp_path):
+    said = refused("train", config, "--qat.equalize", "on", "--work-dir", tmp_path / "w")
+    assert 'Set quantization.batchnorm="fold"' in said
+    assert not (tmp_path / "w").exists()
+
+
 def test_classes_that_do_not_fit(refused, config, tmp_path):
     said = refused("train", config, "--model.num-classes", "7", "--model.in-chans", "3", "--work-dir", tmp_path / "w")
     assert "model.num_classes=7, and the data has 10; model.in_chans=3, and the images have 1" in said

@@ -21,6 +21,7 @@ from halfeven.qat.distillation import DistillationOptions
 from halfeven.qat.options import QATOptions
 from halfeven.qat.oscillation import OscillationOptions
 from halfeven.qat.progression import ProgressionOptions
+from halfeven.qat.recipe import check_equalize
 from halfeven.tasks.options import TaskOptions
 from halfeven.training.accelerator import DeviceOptions
 from halfeven.training.options import TrainingOptions
@@ -92,6 +93,7 @@ class Experiment:
                 "each other, and a detector has none: nothing sensible would be taught. Set it to 0, and name layers "
                 "in qat.distillation.features."
             )
+        check_equalize(self.qat, self.quantization.batchnorm)
         if self.model.weights and self.pretraining.epochs > 0:
             raise ConfigError(
                 f'The float model has weights (model.weights="{self.model.weights}") and shall be trained first '

@@ -23,7 +23,7 @@ from halfeven.ptq.calibration import calibrate
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.recipe import choose
 from halfeven.ptq.reconstruction import adaround, reconstruct
-from halfeven.ptq.steps import take_steps
+from halfeven.ptq.steps import equalize_channels, take_steps
 from halfeven.qat.batchnorm import ScheduleOptions
 from halfeven.qat.course import Course
 from halfeven.qat.options import QATOptions
@@ -191,12 +191,13 @@ def accompany(
     """Make a calibrated model ready for training, as the recipe for its bits says (white paper, figure 11).
 
     Args:
-        qmodel: a model from `prepare`, calibrated; its rounding is learned, in place, where the recipe starts from it.
+        qmodel: a model from `prepare`, calibrated; its channels are equalized and its rounding is learned, in place,
+            where the recipe starts from that.
         float_model: the model that it was made of, for distillation; it is not changed.
         loader: calibration batches, as `calibrate` takes them; iterated several times.
         options: which steps to take, and how.
         schedule: when ranges and BatchNorm stop moving.
-        ptq: how rounding is learned.
+        ptq: how channels are equalized and rounding is learned.
         inputs: gives batches for BatchNorm's statistics, better more than those of the calibration; None: the loader.
         say: told the choices and what was done, for example `print`.
         state: folder in which learned rounding keeps finished layers, to go on from after an interruption.
@@ -204,13 +205,23 @@ def accompany(
 
     Returns:
         The course of the training: what to call before, in and after each step.
+
+    Raises:
+        ConfigError: equalization is asked for, and BatchNorm is not folded.
+        AlgorithmError: as the steps raise it.
     """
     options, schedule, say = options or QATOptions(), schedule or ScheduleOptions(), say or (lambda text: None)
     recipe = choose_course(qmodel, options, schedule)
     say(f"{recipe}\n")
+    ptq = ptq or PTQOptions()
+    if recipe.equalize.taken:
+        batches = [kwargs or args for args, kwargs in _at_hand(loader, None)]
+        ptq = dataclasses.replace(ptq, equalize="on")
+        equalize_channels(qmodel, batches, choose(qmodel, ptq, data=True), ptq, say)
+        calibrate(qmodel, batches)
     if recipe.reconstruct.taken:
         learn = reconstruct if recipe.blocks else adaround
-        report = learn(qmodel, loader, options=ptq or PTQOptions(), state=state, say=say)
+        report = learn(qmodel, loader, options=ptq, state=state, say=say)
         say(f"Reconstructed {len(report.units)} units in {sum(unit.seconds for unit in report.units):.0f} s.")
     return course_of(qmodel, float_model, recipe, loader, options, schedule, inputs, logits)
 

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.errors import ConfigError
 from halfeven.pipelines import accompany
+from halfeven.ptq.options import PTQOptions
 from halfeven.qat.batchnorm import ScheduleOptions
 from halfeven.qat.options import QATOptions
 from halfeven.quantizer import quantizers
@@ -48,6 +50,26 @@ def test_with_nothing_chosen_the_loss_is_the_tasks():
     assert course.loss(outputs, X, Y, task) is task
     assert course.penalty(0.9) is None
     assert course.others == {}
+
+
+def test_channels_are_equalized_before_a_training_with_one_scale_per_weight():
+    torch.manual_seed(0)
+    first, last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+    with torch.no_grad():
+        first.weight[:4] *= 100  # beside these the others vanish at 4 bits
+        last.weight[:, :4] /= 100
+    model = nn.Sequential(first, nn.ReLU6(), last).eval()
+    said, errors = [], {}
+    for equalize in ("off", "on"):
+        options, ptq = QATOptions(**OFF, equalize=equalize), PTQOptions(relu6="replace")
+        qmodel = he.prepare(model, X, scheme="w4a8", ranges="learned", batchnorm="fold", per_channel=False)
+        course = accompany(he.calibrate(qmodel, [X]), model, [X], options, ptq=ptq, say=said.append)
+        wanted = nn.Sequential(first, nn.ReLU() if equalize == "on" else nn.ReLU6(), last)(X)
+        errors[equalize] = float(((qmodel.eval()(X) - wanted).std() / wanted.std()).detach())
+        assert len(he.plan_of(qmodel).changes.unclipped) == (equalize == "on")
+        train(qmodel, course, 0, 2)
+    assert errors["on"] < 0.1 < 0.5 < errors["off"]
+    assert [text for text in said if text.startswith("Equalization: 1 chains")]
 
 
 def test_a_teacher_makes_the_loss():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import halfeven as he
+from halfeven.errors import ConfigError
 from halfeven.qat.batchnorm import ScheduleOptions
 from halfeven.qat.options import QATOptions
 from halfeven.qat.recipe import choose
@@ -12,9 +13,9 @@ from placement.parts import IMAGE, Residual
 AT_LOW_BITS = ("average", "re_estimate")
 
 
-def recipe(scheme, re_estimate=None, batchnorm="keep", freeze=None, **options):
+def recipe(scheme, re_estimate=None, batchnorm="keep", freeze=None, per_channel=True, **options):
     torch.manual_seed(0)
-    qmodel = he.prepare(Residual(), torch.randn(IMAGE), scheme=scheme, batchnorm=batchnorm)
+    qmodel = he.prepare(Residual(), torch.randn(IMAGE), scheme=scheme, batchnorm=batchnorm, per_channel=per_channel)
     return choose(
         qmodel, QATOptions(**options), ScheduleOptions(re_estimate=re_estimate, freeze_batchnorm_after=freeze)
     )
@@ -60,6 +61,17 @@ def test_the_start_can_be_chosen():
     assert recipe("w8a8", start="blocks").blocks
 
 
+def test_channels_are_equalized_where_one_scale_serves_them_and_batchnorm_is_folded():
+    assert recipe("w8a8", batchnorm="fold", per_channel=False).equalize.taken
+    assert not recipe("w8a8", batchnorm="fold", per_channel=False, equalize="off").equalize.taken
+    assert not recipe("w8a8", batchnorm="fold").equalize.taken
+    assert recipe("w8a8", batchnorm="fold", equalize="on").equalize.taken
+    for batchnorm in ("keep", "fold live"):
+        assert not recipe("w8a8", batchnorm=batchnorm, per_channel=False).equalize.taken
+        with pytest.raises(ConfigError, match="would undo it"):
+            recipe("w8a8", batchnorm=batchnorm, equalize="on")
+
+
 def test_a_progression_starts_from_ranges():
     found = recipe("w4a4", progress="on", start="blocks")
     assert not found.reconstruct.taken
@@ -77,5 +89,5 @@ def test_batchnorm_is_re_estimated_as_asked_and_never_where_it_is_folded():
 def test_it_prints_every_step_with_its_reason():
     lines = str(recipe("w4a4")).splitlines()
     assert lines[0] == "Steps of quantization-aware training:"
-    assert len(lines) == 8
+    assert len(lines) == 9
     assert all(len(line.split("  ")) > 2 for line in lines[1:])

@@ -126,6 +126,8 @@ def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, Co
         state=work.folder / PTQ_STATE,
         logits=work.task.logits,
     )
+    if course.recipe.equalize.taken and not course.recipe.reconstruct.taken:
+        start = known[f"{scheme}, equalized"] = work.accuracy(qmodel)
     if course.recipe.reconstruct.taken:
         start = known[f"{scheme}, rounding learned"] = work.accuracy(qmodel)
     facts = {"plan": plan_of(qmodel).to_dict(), "float": float_metrics, "known": known}

@@ -42,10 +42,7 @@ def take_steps(
         say: told what each step did.
         state: folder for the finished units of a reconstruction.
     """
-    if recipe.equalize.taken or recipe.relu6.taken:
-        qmodel = _equalized(qmodel, batches, recipe, options, say)
-    elif recipe.absorb.taken:
-        say(str(absorb_biases(qmodel, batches or None)))
+    equalize_channels(qmodel, batches, recipe, options, say)
     if recipe.smooth.taken:
         say(str(smooth(qmodel, batches, strength=options.smoothing_strength)))
     if recipe.reparametrize.taken:
@@ -101,17 +98,21 @@ def _without_data(qmodel: nn.Module, recipe: Recipe, say: Say) -> nn.Module:
 # Equalization, and whether ReLU6 becomes ReLU for it
 
 
-def _equalized(qmodel: nn.Module, batches: Batches, recipe: Recipe, options: PTQOptions, say: Say) -> nn.Module:
-    if not recipe.relu6.taken:
-        return _equalize(qmodel, batches, recipe, say, unclip=False)
-    if options.relu6 == "replace" or not recipe.data:
-        return _equalize(qmodel, batches, recipe, say, unclip=True)
+def equalize_channels(qmodel: nn.Module, batches: Batches, recipe: Recipe, options: PTQOptions, say: Say) -> None:
+    """Cross-layer equalization and what belongs to it, in place, as far as a recipe takes them; ranges that were set
+    before must be set anew."""
+    unclip = recipe.relu6.taken
+    if unclip and recipe.data and options.relu6 != "replace":
+        unclip = _gains_without_relu6(qmodel, batches, recipe, say)
+    _equalize(qmodel, batches, recipe, say, unclip=unclip)
+
+
+def _gains_without_relu6(qmodel: nn.Module, batches: Batches, recipe: Recipe, say: Say) -> bool:
     trial = _trial(batches)
     wanted = _float_outputs(qmodel, trial)
-    said: dict[bool, list[str]] = {False: [], True: []}
-    kept, replaced = (
-        _equalize(copy.deepcopy(qmodel), batches, recipe, said[unclip].append, unclip=unclip) for unclip in said
-    )
+    kept, replaced = copy.deepcopy(qmodel), copy.deepcopy(qmodel)
+    for model, unclip in ((kept, False), (replaced, True)):
+        _equalize(model, batches, recipe, lambda text: None, unclip=unclip)
     without, with_ = (sqnr(_quantized_outputs(model, trial), wanted) for model in (kept, replaced))
     changed = _float_outputs(replaced, trial)
     say(
@@ -119,19 +120,16 @@ def _equalized(qmodel: nn.Module, batches: Batches, recipe: Recipe, options: PTQ
         f"{'is done' if with_ > without else 'is left'}; it moves the float model's own outputs to "
         f"{sqnr(changed, wanted):.1f} dB{_agreement(changed, wanted)}."
     )
-    for text in said[with_ > without]:
-        say(text)
-    return replaced if with_ > without else kept
+    return with_ > without
 
 
-def _equalize(qmodel: nn.Module, batches: Batches, recipe: Recipe, say: Say, *, unclip: bool) -> nn.Module:
+def _equalize(qmodel: nn.Module, batches: Batches, recipe: Recipe, say: Say, *, unclip: bool) -> None:
     if unclip:
         unclip_relu6(qmodel)
     if recipe.equalize.taken:
         say(str(equalize(qmodel)).split("\n")[0])
     if recipe.absorb.taken:
         say(str(absorb_biases(qmodel, batches or None)).split("\n")[0])
-    return qmodel
 
 
 def _trial(batches: Batches, enough: int = TRIAL_SAMPLES) -> Batches:

@@ -18,6 +18,8 @@ class QATOptions:
     "auto" leaves a step to the recipe, which chooses by the bits and prints each choice with its reason.
     """
 
+    equalize: Switch = "auto"
+    """Cross-layer equalization of the start, which needs BatchNorm folded: channels get equal weight ranges."""
     start: Literal["auto", "ranges", "layers", "blocks"] = "auto"
     """Where training starts from: calibrated ranges alone, or learned rounding of layers (AdaRound) or of blocks."""
     distill: Switch = "auto"

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from halfeven.choice import Choice, switched, table
+from halfeven.errors import ConfigError
 from halfeven.placement.insertion import plan_of
+from halfeven.placement.plan import QuantizationOptions
 from halfeven.qat.batchnorm import ScheduleOptions, frozen_after
 from halfeven.qat.options import QATOptions
 from halfeven.quantizer import quantizers
@@ -21,6 +23,7 @@ LOW_BITS = 4
 class Recipe:
     """The choices, in the order in which they act."""
 
+    equalize: Choice
     reconstruct: Choice
     blocks: bool
     """Whether the rounding of blocks is learned; of layers otherwise."""
@@ -33,6 +36,7 @@ class Recipe:
 
     def __str__(self) -> str:
         rows = {
+            "cross-layer equalization": self.equalize,
             "learned rounding to start from": self.reconstruct,
             "progressive bit-width": self.progress,
             "distillation": self.distill,
@@ -49,12 +53,16 @@ def choose(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) ->
 
     Args:
         schedule: whether BatchNorm is frozen on the way, and what the user chose on its statistics.
+
+    Raises:
+        ConfigError: equalization is asked for, and BatchNorm is not folded.
     """
     found = quantizers(qmodel).values()
     weight_bits = min((q.scheme.bits for q in found if q.weight), default=8)
     bits = min((q.scheme.bits for q in found), default=8)
     progress = _progress(options, bits)
     return Recipe(
+        equalize=_equalize(options, plan_of(qmodel).options),
         reconstruct=_start(options, bits, progress),
         blocks=options.start != "layers",
         progress=progress,
@@ -68,6 +76,30 @@ def choose(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) ->
 
 def _off_unless_asked(value: str, reason: str) -> Choice:
     return switched(value) or Choice(False, reason)
+
+
+def check_equalize(options: QATOptions, batchnorm: str) -> None:
+    """Refuse an equalization that is asked for where BatchNorm is not folded.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    if options.equalize == "on" and batchnorm != "fold":
+        raise ConfigError(
+            f'qat.equalize="on" scales channels of consecutive layers, and with quantization.batchnorm="{batchnorm}" a '
+            'BatchNorm between them would undo it. Set quantization.batchnorm="fold", or leave qat.equalize at "auto".'
+        )
+
+
+def _equalize(options: QATOptions, quantization: QuantizationOptions) -> Choice:
+    check_equalize(options, quantization.batchnorm)
+    if chosen := switched(options.equalize):
+        return chosen
+    if quantization.per_channel:
+        return Choice(False, "each weight channel has a scale of its own")
+    if quantization.batchnorm != "fold":
+        return Choice(False, "a BatchNorm between the layers would undo it")
+    return Choice(True, "one scale serves all channels of a weight, so they need equal ranges")
 
 
 def _start(options: QATOptions, bits: int, progress: Choice) -> Choice:
