@@ -1,5 +1,6 @@
 """verify must see what is wrong: each test here breaks something."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -128,6 +129,23 @@ def test_a_weight_that_changes_nothing_visible_is_seen(deployed):
     report = he.verify(qmodel, path, batches)
     assert report.integer_match == 1.0
     assert not report.weights_match
+
+
+@pytest.mark.parametrize(("scheme", "expected"), [("w8a8", True), ("w7a8", False)])
+def test_only_weights_of_8_bits_overflow(scheme, expected, tmp_path, monkeypatch):
+    """Other integers on a processor without VNNI have another reason where no weight needs more than 7 bits."""
+    qmodel, batches = quantized(net(), IMAGE, scheme=scheme)
+    path = he.export(qmodel, tmp_path / "model.onnx")
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.name == "quantizers.2_relu.scale":
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.02), tensor.name))
+    onnx.save(model, path)
+    monkeypatch.setattr(importlib.import_module("halfeven.export.verify"), "overflows", lambda: True)
+    report = he.verify(qmodel, path, batches, timed=False)
+    assert report.integer_match < 1.0
+    assert report.overflows is expected
+    assert ("this processor has no VNNI" in str(report)) is expected
 
 
 def test_a_changed_range_is_seen(tmp_path):

@@ -194,7 +194,8 @@ class _Comparison:
 
     def has_wide_weights(self) -> bool:
         """Whether a kernel reads weights of more than 7 bits."""
-        return any(quantizer.quant_max > WITHOUT_OVERFLOW for quantizer in self.weights)
+        schemes = [quantizer.scheme for quantizer in quantizers(self.qmodel).values() if quantizer.weight]
+        return any(scheme.quant_max > WITHOUT_OVERFLOW for scheme in schemes)
 
     def weights_match(self) -> bool:
         """Whether the file holds the model's integer weights, all of them."""
