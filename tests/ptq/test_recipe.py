@@ -39,6 +39,8 @@ def steps(model=None, shape=(2, 3, 8, 8), data=True, ptq=None, **options):
     ("options", "expected"),
     [
         ({}, set()),
+        ({"scheme": "w7a8"}, set()),  # what processors without VNNI take
+        ({"scheme": "w6a8"}, {"reconstruct"}),
         ({"scheme": "w4a8"}, {"reconstruct"}),
         ({"scheme": "w8a4"}, {"reconstruct"}),
         ({"per_channel": False}, {"equalize", "relu6", "absorb", "correct_biases"}),

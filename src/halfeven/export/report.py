@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-OVERFLOW = 'this processor has no VNNI: sums of 8-bit weights overflow, those of scheme="w7a8" do not'
+OVERFLOW = 'this processor has no VNNI: sums of 8-bit products overflow, those of layers do not at scheme="w7a8"'
 
 
 @dataclass
@@ -89,7 +89,8 @@ class Report:
     first_difference: str
     """The first activation, in the order of the graph, whose integers differ from the exact simulation; "" if none."""
     overflows: bool = False
-    """Integers differ and sums overflowed: the processor has no VNNI, and the weights need more than 7 bits."""
+    """Integers differ and sums can overflow: the processor has no VNNI, and weights need more than 7 bits, or
+    activations are multiplied together."""
     tensors: list[TensorParity] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

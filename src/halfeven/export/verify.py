@@ -187,15 +187,16 @@ class _Comparison:
             "max_lsb_difference": max((t.largest for t in self.tensors), default=0),
             "weights_match": self.weights_match(),
             "first_difference": next((t.name for t in self.tensors if t.different), ""),
-            "overflows": any(t.different_alone for t in self.tensors) and self.has_wide_weights() and overflows(),
+            "overflows": any(t.different_alone for t in self.tensors) and self.has_wide_products() and overflows(),
             "tensors": self.tensors,
             "unseen": [name.removeprefix("quantizers.") for name in self.unseen],
         }
 
-    def has_wide_weights(self) -> bool:
-        """Whether a kernel reads weights of more than 7 bits."""
+    def has_wide_products(self) -> bool:
+        """Whether a kernel multiplies activations by weights of more than 7 bits, or by activations."""
         schemes = [quantizer.scheme for quantizer in quantizers(self.qmodel).values() if quantizer.weight]
-        return any(scheme.quant_max > WITHOUT_OVERFLOW for scheme in schemes)
+        wide = any(scheme.quant_max > WITHOUT_OVERFLOW for scheme in schemes)
+        return wide or any(product.integer for product in self.file.executed_products())
 
     def weights_match(self) -> bool:
         """Whether the file holds the model's integer weights, all of them."""

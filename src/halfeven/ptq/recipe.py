@@ -141,9 +141,9 @@ def _reconstruct(options: PTQOptions, weight_bits: int, activation_bits: int, *,
         return Choice(False, "it needs data")
     if options.reconstruct != "auto":
         return Choice(options.reconstruct != "off", "as the options say")
-    if min(weight_bits, activation_bits) < 8:
-        return Choice(True, "below 8 bits rounding to nearest costs accuracy; it learns by blocks")
-    return Choice(False, "at 8 bits rounding to nearest costs next to nothing")
+    if weight_bits < 7 or activation_bits < 8:
+        return Choice(True, "at so few bits rounding to nearest costs accuracy; it learns by blocks")
+    return Choice(False, f"at {weight_bits} bits rounding to nearest costs next to nothing")
 
 
 def _correct_biases(options: PTQOptions, reconstruct: Choice, *, data: bool, per_channel: bool) -> Choice:
