@@ -65,8 +65,8 @@ def test_segmentation(voc, tmp_path):
     trained = (*voc, *weights, "--training.epochs", "1", "--training.batch-size", "8")
     taught = ("--qat.distill", "on", "--qat.distillation.weight", "0.5")
     said, results = run("train", "qat/deeplabv3_voc.py", tmp_path / "qat", *trained, *taught)
-    # Two steps leave a network in which single roundings spread: mIoU of 8 small scenes moves by some 6 with them.
-    assert_deployed_as_simulated(results, "mIoU", figures=10)
+    # Two steps leave a network in which single roundings spread. At 7 bits mIoU of 8 small scenes moved by 6 with them.
+    assert_deployed_as_simulated(results, "mIoU", figures=1.0 if SCHEME == "w8a8" else 10.0)
     assert f"{SCHEME}: mIoU" in said
 
 
