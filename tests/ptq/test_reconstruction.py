@@ -214,3 +214,25 @@ def test_a_layer_that_is_used_twice_is_decided_once():
     weight, quantizer = qmodel.conv.weight, qmodel.conv.weight_quantizer
     assert torch.equal(quantizer(weight), weight)
     assert len(report.units) == 4
+
+
+class Heads(nn.Module):
+    """A head that reads two levels, with a BatchNorm of each level's own, as detectors have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        levels = (x, nn.functional.max_pool2d(x, 2))
+        return [self.last(torch.relu(norm(self.head(y)))) for norm, y in zip(self.norms, levels, strict=True)]
+
+
+@pytest.mark.parametrize("learn", [adaround, reconstruct])
+def test_a_head_that_is_called_twice_is_kept_once_for_each_call(learn, tmp_path):
+    batches = list(images(16, seed=1).split(8))
+    qmodel = he.calibrate(he.prepare(Heads().eval(), batches[0], scheme="w4a8", batchnorm="fold"), batches)
+    report = learn(qmodel, batches, options=PTQOptions(iterations=4), state=tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(report.units)

@@ -223,7 +223,7 @@ def _descend(
                 optimizer.step()
                 optimizer.zero_grad()
                 decay.step()
-            push = 0.0 if step < warm else options.regularization / weights
+            push = 0.0 if step < warm or not weights else options.regularization / weights  # none: scales alone learn
             beta = sharpness(max(0.0, (step - warm) / (steps - warm)))
             for rounding in learned.roundings.values():
                 rounding.step(options.rounding_rate, push, beta)

@@ -57,14 +57,14 @@ class Saved:
         if self.folder is not None:
             state = {key: tensor.detach().cpu().contiguous() for key, tensor in _state(unit).items()}
             facts = {"outcome": json.dumps(dataclasses.asdict(outcome))}
-            write_atomically(self._file(name), lambda path: save_file(state, path, facts))
+            write_atomically(self._file(name, unit), lambda path: save_file(state, path, facts))
 
     @torch.no_grad()
     def restore(self, name: str, unit: Unit) -> Outcome | None:
         """Give a unit what it had learned before the interruption; None where it had not come to it."""
-        if self.folder is None or not self._file(name).is_file():
+        if self.folder is None or not self._file(name, unit).is_file():
             return None
-        with safe_open(self._file(name), "pt") as file:
+        with safe_open(self._file(name, unit), "pt") as file:
             outcome = Outcome(**json.loads(file.metadata()["outcome"]))
             for key, tensor in _state(unit).items():
                 tensor.copy_(file.get_tensor(key))
@@ -72,9 +72,11 @@ class Saved:
             quantizer.fix_scale(quantizer.scale.detach().clone())
         return outcome
 
-    def _file(self, name: str) -> Path:
+    def _file(self, name: str, unit: Unit) -> Path:
         assert self.folder is not None
-        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
+        # A layer that is called several times, as a detector's head, gives its name to several units.
+        whole = _digest(part.encode() for part in (name, *(f"/{node.name}" for node in unit.nodes)))
+        return self.folder / f"{whole[:16]}.safetensors"
 
 
 def _facts(qmodel: nn.Module, inputs: Sequence[Stored], options: PTQOptions, granularity: str) -> dict[str, Any]:
