@@ -2,7 +2,7 @@
 
 The formulas of its kernels (MLAS, QLinear operators) were found by experiment on each operator and are checked against
 the runtime by the tests. A number that a quantizer reads is requantized where the kernel ends in one, and quantized by
-QuantizeLinear where it computes in float.
+QuantizeLinear where it computes in float. What it computes in float it is asked for (`float_operators`).
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from halfeven.export.float_operators import FloatOperators, is_asked
 from halfeven.export.forms import integer_bias
 from halfeven.export.integer_layers import IntegerLayer
+from halfeven.export.onnx_runtime import function_of
 from halfeven.export.operators import ExportedQuantizer
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule
@@ -149,6 +151,27 @@ class Pooled:
         return grid.clipped(torch.round(self.values / grid.scale + grid.zero_point))
 
 
+@dataclass(frozen=True, eq=False)
+class Added:
+    """A sum in float: a normalization that reads it becomes one kernel with it."""
+
+    a: Tensor
+    b: Tensor
+
+    def real(self) -> Tensor:
+        return self.a + self.b
+
+    def integers(self, grid: Grid) -> Tensor:
+        return grid.quantized(self.real())
+
+
+def _normalized_alone(node: fx.Node) -> bool:
+    """Whether a sum of two tensors is read by a normalization and by nothing else."""
+    if node.target is not aten.add.Tensor or len(node.all_input_nodes) != 2:
+        return False
+    return [kind_of(user) for user in node.users] == [K.NORMALIZATION]
+
+
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a * b + c, rounded to float32 once."""
     return (a.double() * b.double() + c.double()).float()
@@ -161,6 +184,7 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         super().__init__(region)
         self.found, self.given = found, given
         self.layers: dict[fx.Node, IntegerLayer] = {}
+        self.float_operators = FloatOperators(region, function_of)
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -173,8 +197,22 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         special = self._special(n, args, kwargs)
         if special is not None:
             return special
+        if is_asked(n):
+            return self._asked(n)
         args, kwargs = pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special)
+        if _normalized_alone(n) and not kwargs and all(isinstance(a, Tensor) for a in args):
+            return Added(*args)
         return getattr(super(), n.op)(n.target, args, kwargs)
+
+    def _asked(self, n: fx.Node) -> Tensor:
+        source, nodes = n.all_input_nodes[0], [n]
+        values = {operand: _real(self.env[operand]) for operand in n.all_input_nodes if operand is not source}
+        if isinstance(read := self.env[source], Added):
+            nodes = [source, n]
+            values |= zip(source.all_input_nodes, (read.a, read.b), strict=True)
+        else:
+            values[source] = _real(read)
+        return self.float_operators.compute(nodes, values)
 
     def _special(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """What an operator makes of integers, where it has an integer kernel; else None."""
@@ -259,7 +297,7 @@ def _mean(x: Integers) -> Mean:
 
 
 def _is_special(value: Any) -> bool:
-    return isinstance(value, Integers | Sums | Combined | Mean | Pooled)
+    return isinstance(value, Integers | Sums | Combined | Mean | Pooled | Added)
 
 
 def _real(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """OpenVINO's integer arithmetic, operator by operator.
 
 The formulas of its CPU plugin were found by experiment on each operator and are checked against the runtime by the
-tests.
+tests. What the plugin computes in float it is asked for (`float_operators`).
 """
 
 import dataclasses
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from halfeven.export.float_operators import FloatOperators, is_asked
 from halfeven.export.forms import grid_of
 from halfeven.export.integer_layers import IntegerLayer
+from halfeven.export.openvino_runtime import function_of
 from halfeven.export.operators import ExportedQuantizer
 from halfeven.export.tensors import Average, Ends, InUnits, Levels, Products
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, clipping, kind_of, module_of
@@ -25,6 +27,7 @@ ADAPTIVE_AVERAGES = (
 )
 
 
+ADDED_IN_UNITS = (OperatorKind.CONVOLUTION, OperatorKind.LINEAR)
 SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor, torch.ops.aten.mul.Tensor)
 
 
@@ -36,6 +39,7 @@ class OpenVINOInterpreter(fx.Interpreter):
         self.found, self.given = levels, given
         self.ends: dict[int, Ends] = {}
         self.layers: dict[fx.Node, IntegerLayer] = {}
+        self.float_operators = FloatOperators(region, function_of)
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -66,6 +70,11 @@ class OpenVINOInterpreter(fx.Interpreter):
         clips = clipping(n) if kind is OperatorKind.ACTIVATION and isinstance(args[0], InUnits | Products) else None
         if clips is not None:
             return self._clipped(args[0], clips, n)
+        if is_asked(n):
+            values = {operand: _real(self.env[operand]) for operand in n.all_input_nodes}
+            if _is_layer_norm(n):
+                values[n.all_input_nodes[0]] = _normalized(args[0])
+            return self.float_operators.compute([n], values)
         args, kwargs = pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special)
         return getattr(super(), n.op)(n.target, args, kwargs)
 
@@ -80,10 +89,11 @@ class OpenVINOInterpreter(fx.Interpreter):
         ends = self._ends(node, quantizer)
         if quantizer.bounds is not None:
             x = _clip(x, quantizer.bounds) if isinstance(x, InUnits | Products) else _real(x).clamp(*quantizer.bounds)
+        kernel = ends.in_kernel() if _in_kernel(node) else ends
         if isinstance(x, Tensor):
-            levels = ends.levels(x, from_layer=_from_layer(node.all_input_nodes[0]))
+            levels = kernel.levels(x, from_layer=_from_layer(node.all_input_nodes[0]))
         else:
-            levels = x.levels(ends)
+            levels = x.levels(kernel)
         self.found[quantizer.name] = levels
         return Levels(self.given.get(quantizer.name, levels), ends)
 
@@ -155,6 +165,35 @@ def _from_layer(node: fx.Node) -> bool:
     return kind_of(node) in WEIGHTED
 
 
+def _in_kernel(quantizer: fx.Node) -> bool:
+    """Whether a quantizer is a part of the kernel of a layer, a product, a pool, or a convolution with its skip
+    connection; elsewhere it is an operator of its own, or one of elementwise operators."""
+    node = quantizer.all_input_nodes[0]
+    while kind_of(node) is OperatorKind.ACTIVATION:
+        node = node.all_input_nodes[0]
+    if kind_of(node) is OperatorKind.ADD:
+        return any(kind_of(operand) is OperatorKind.CONVOLUTION for operand in node.all_input_nodes)
+    return kind_of(node) in (*WEIGHTED, OperatorKind.MATMUL, OperatorKind.AVERAGE)
+
+
+def _is_layer_norm(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.layer_norm.default or isinstance(_called(node), nn.LayerNorm)
+
+
+def _called(node: fx.Node) -> nn.Module | None:
+    return module_of(node) if node.op == "call_module" else None
+
+
+def _normalized(x: Any) -> Tensor:
+    """What a layer normalization computes with: of a tensor without a zero point its integers, for the plugin moves the
+    scale behind it, where it has none to put (its epsilon stays what it was)."""
+    if isinstance(x, InUnits):
+        return x.values
+    if isinstance(x, Levels) and not bool(x.ends.zero_byte):
+        return x.bytes
+    return _real(x)
+
+
 def _is_special(value: Any) -> bool:
     return isinstance(value, Levels | Average | InUnits | Products)
 
@@ -170,14 +209,14 @@ def _same_scale(node: fx.Node, run: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _fused_sum(node: fx.Node, args: Any) -> InUnits | None:
-    """A convolution added to a quantized skip connection: the plugin adds in units of the skip's scale."""
+    """A layer added to a quantized skip connection: the plugin adds in units of the skip's scale."""
     if len(args) < 2 or node.target is not torch.ops.aten.add.Tensor or node.kwargs:
         return None
     for branch, skip, source in ((args[0], args[1], node.args[0]), (args[1], args[0], node.args[1])):
         if not (isinstance(branch, Tensor | Products) and isinstance(skip, Levels) and isinstance(source, fx.Node)):
             continue
         values = branch if isinstance(branch, Tensor) else branch.values
-        if kind_of(source) is OperatorKind.CONVOLUTION and values.shape == skip.values.shape:
+        if kind_of(source) in ADDED_IN_UNITS and values.shape == skip.values.shape:
             unit = skip.ends.scale
             zero = skip.ends.zero_byte * unit
             if isinstance(branch, Tensor):

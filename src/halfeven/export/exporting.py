@@ -112,7 +112,7 @@ def exported_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     """The model as an ATen program whose first axes are free."""
 
     def free_batch(x: Any) -> Any:
-        return {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.ndim else None
+        return {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.ndim and len(x) != 1 else None
 
     shapes = pytree.tree_map(free_batch, (args, tuple(kwargs.values())))
     names = dict(zip(kwargs, shapes[1], strict=True))

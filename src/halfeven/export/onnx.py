@@ -1,5 +1,6 @@
 """ONNX: QuantizeLinear and DequantizeLinear at opset 19, weights as int8 initializers."""
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -34,25 +35,11 @@ def write(
     """Write the program of a model as one ONNX file with a free batch size."""
     import onnx
 
-    weights_alone = all(quantizer.weight for quantizer in quantizers)
-    exported = torch.onnx.export(
-        program,
-        dynamo=True,
-        opset_version=FOUR_BITS_OPSET if any(map(four_bits, quantizers)) else OPSET,
-        custom_translation_table={
-            torch.ops.halfeven.fake_quantize.default: _translation([q.signed for q in quantizers]),
-            torch.ops.halfeven.global_average_pool.default: _translate_pool,
-            **({torch.ops.aten.linear.default: _translate_linear} if weights_alone else {}),
-        },
-        optimize=False,
-        verbose=False,
-    )
-    assert exported is not None
-    proto = exported.model_proto
+    proto = translated(program, quantizers)
     _Graph(proto.graph, quantizers).name_and_fold(dict(model.named_modules()))
     for described in (*proto.graph.node, *proto.graph.initializer, *proto.graph.value_info, proto.graph, proto):
         del described.metadata_props[:]  # the tracer's notes, a quarter of a small file
-    del proto.graph.value_info[:]
+    _describe_alone(proto.graph, _skip_connections(proto.graph))
     onnx.checker.check_model(proto, full_check=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".onnx")
     os.close(handle)
@@ -61,6 +48,41 @@ def write(
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _skip_connections(graph: Any) -> set[str]:
+    """The two tensors of each sum that a normalization reads: ONNX Runtime computes both in one kernel where it knows
+    their shapes, which it cannot infer behind a reshape."""
+    makers = {output: node for node in graph.node for output in node.output}
+    sums = [makers.get(node.input[0]) for node in graph.node if node.op_type == "LayerNormalization"]
+    return {name for node in sums if node is not None and node.op_type == "Add" for name in node.input}
+
+
+def _describe_alone(graph: Any, names: set[str]) -> None:
+    """Leave the shapes of the named tensors in the file, and of no others."""
+    kept = [described for described in graph.value_info if described.name in names]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
+
+
+def translated(program: torch.export.ExportedProgram, quantizers: list[ExportedQuantizer]) -> Any:
+    """A program as an ONNX model, operator by operator; `quantizers` are those whose operators it has."""
+    weights_alone = bool(quantizers) and all(quantizer.weight for quantizer in quantizers)
+    exported = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=FOUR_BITS_OPSET if any(map(four_bits, quantizers)) else OPSET,
+        custom_translation_table={
+            torch.ops.halfeven.fake_quantize.default: _translation([q.signed for q in quantizers]),
+            torch.ops.halfeven.global_average_pool.default: _translate_pool,
+            torch.ops.aten.gelu.default: _translate_gelu,
+            **({torch.ops.aten.linear.default: _translate_linear} if weights_alone else {}),
+        },
+        optimize=False,
+        verbose=False,
+    )
+    assert exported is not None
+    return exported.model_proto
 
 
 def four_bits(quantizer: ExportedQuantizer) -> bool:
@@ -91,6 +113,17 @@ def _translate_pool(x: Any) -> Any:
     from onnxscript import opset19 as op
 
     return op.GlobalAveragePool(x)
+
+
+def _translate_gelu(x: Any, approximate: str = "none") -> Any:
+    """In the order of operators that ONNX Runtime makes one kernel of."""
+    from onnxscript import opset19 as op
+
+    half = op.Mul(x, 0.5)
+    if approximate == "tanh":
+        cubic = op.Add(x, op.Mul(op.Pow(x, 3.0), 0.044715))
+        return op.Mul(half, op.Add(op.Tanh(op.Mul(cubic, math.sqrt(2 / math.pi))), 1.0))
+    return op.Mul(half, op.Add(op.Erf(op.Div(x, math.sqrt(2))), 1.0))
 
 
 def _type_of(quantizer: ExportedQuantizer) -> Any:
@@ -182,9 +215,9 @@ class _Graph:
     def _rename(self, node: Any, name: str) -> None:
         """Give a node's only output another name."""
         old = node.output[0]
-        for output in self.graph.output:
-            if output.name == old:
-                output.name = name
+        for described in (*self.graph.output, *self.graph.value_info):
+            if described.name == old:
+                described.name = name
         for reader in self.readers.get(old, []):
             for index, given in enumerate(reader.input):
                 if given == old:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from halfeven.errors import VerificationError
 from halfeven.export.executed import Executed
+from halfeven.export.onnx import translated
 from halfeven.export.operators import WEIGHT_SUFFIX
 
 DISABLED = ["WeightBiasQuantization"]
@@ -72,6 +73,18 @@ def session(model: Any, *, optimized: Path | None = None, literal: bool = False)
             f"ONNX Runtime cannot run the file: {str(error).strip().splitlines()[-1]} Write it again with "
             "halfeven.export(qmodel, path), and report what it says."
         ) from error
+
+
+def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Tensor]], Tensor]:
+    """A program without quantizers as a function from its inputs to its first output, computed by the runtime."""
+    opened = session(translated(program, []))
+    names = [found.name for found in opened.get_inputs()]
+
+    def run(inputs: Sequence[Tensor]) -> Tensor:
+        fed = {name: np.ascontiguousarray(x.detach().numpy()) for name, x in zip(names, inputs, strict=True)}
+        return torch.from_numpy(opened.run(None, fed)[0])
+
+    return run
 
 
 class ONNXRuntimeFile:

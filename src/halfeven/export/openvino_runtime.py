@@ -10,7 +10,7 @@ from torch import Tensor
 
 from halfeven.errors import VerificationError
 from halfeven.export.executed import Executed
-from halfeven.export.openvino import LAYER_TYPES
+from halfeven.export.openvino import LAYER_TYPES, convert
 from halfeven.export.operators import WEIGHT_SUFFIX
 from halfeven.export.telemetry import silently
 
@@ -54,6 +54,12 @@ def run_compiled(compiled: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
     """All outputs of a compiled model as tensors of their own."""
     result = compiled([np.ascontiguousarray(x.detach().cpu().numpy()) for x in inputs])
     return [torch.from_numpy(np.array(result[i])) for i in range(len(compiled.outputs))]
+
+
+def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Tensor]], Tensor]:
+    """A program without quantizers as a function from its inputs to its first output, computed by the runtime."""
+    compiled = compile_model(convert(program, []))
+    return lambda inputs: run_compiled(compiled, inputs)[0]
 
 
 def request_with(compiled: Any, inputs: Sequence[Tensor]) -> Any:

@@ -4,7 +4,7 @@ Every form has `real()`, and `levels(ends)`: the integers of a quantizer that re
 half-way lands depends on the order of the float32 operations, so each form has its own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -20,14 +20,15 @@ ONE_SHIFT = 5e-5
 class Ends:
     """A quantizer as OpenVINO keeps it: the ends of a FakeQuantize in float32, and what the plugin makes of them.
 
-    Levels count from 0. A grid whose zero is level 128 of 256 is kept as signed bytes where its readers take them:
-    then the rounding happens before 128 is added.
+    Levels count from 0. A grid whose zero is level 128 of 256 is kept as signed bytes where its readers take them. In
+    the kernel of a layer the rounding then happens before 128 is added, everywhere else after it.
     """
 
     low: Tensor
     high: Tensor
     steps: int
     signed: bool = False
+    rounds_signed: bool = False
 
     @staticmethod
     def of(quantizer: ExportedQuantizer, signed_readers: bool) -> "Ends":
@@ -39,7 +40,7 @@ class Ends:
 
     def moved(self, unit: Tensor, zero: Tensor | float = 0.0) -> "Ends":
         """The ends in units of a scale, counted from a byte that stands for 0; [] or one for each channel."""
-        return Ends(self.low / unit + zero, self.high / unit + zero, self.steps, self.signed)
+        return replace(self, low=self.low / unit + zero, high=self.high / unit + zero)
 
     @property
     def scale(self) -> Tensor:
@@ -66,6 +67,15 @@ class Ends:
         return -128.0 if self.signed else 0.0
 
     @property
+    def origin(self) -> float:
+        """What stands for level 0 when it is rounded."""
+        return self.first if self.rounds_signed else 0.0
+
+    def in_kernel(self) -> "Ends":
+        """The same ends where the quantizer is a part of a layer's kernel."""
+        return replace(self, rounds_signed=self.signed)
+
+    @property
     def zero_byte(self) -> Tensor:
         """The byte that stands for 0, as real arithmetic on bytes subtracts it: unrounded."""
         return torch.zeros_like(self.low) if self.signed else self.shift
@@ -76,7 +86,7 @@ class Ends:
         `from_layer`: the values come from a layer alone, whose kernel divides by a destination scale where there is
         no shift.
         """
-        slope, offset = self.slope, self.shift + self.first
+        slope, offset = self.slope, self.shift + self.origin
         if from_layer and self.steps == 255 and not bool(offset):
             one = torch.ones_like(slope)
             slope = one / (one / slope)  # the kernel is given 1 / slope, and multiplies by its reciprocal
@@ -89,10 +99,10 @@ class Ends:
         first = offset.flatten()[0]
         if bool(((offset - first).abs() < ONE_SHIFT).all()):
             offset = first
-        return self._rounded(x * self.slope + (offset + self.first))
+        return self._rounded(x * self.slope + (offset + self.origin))
 
     def _rounded(self, x: Tensor) -> Tensor:
-        return (torch.round(x) - self.first).clamp(0, self.steps)
+        return (torch.round(x) - self.origin).clamp(0, self.steps)
 
 
 class Special(Protocol):
@@ -169,5 +179,5 @@ class Products:
         slope = moved.slope.flatten()
         if not bool((slope == slope[0]).all()):
             return moved.levels_by_channel(self.values)
-        one = Ends(moved.low.flatten()[0], moved.high.flatten()[0], ends.steps, ends.signed)
+        one = replace(ends, low=moved.low.flatten()[0], high=moved.high.flatten()[0])
         return one.levels(self.values, from_layer=True)
