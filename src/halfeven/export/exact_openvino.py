@@ -61,6 +61,8 @@ class OpenVINOInterpreter(fx.Interpreter):
             if all(a.ends is first for a in args[0]):
                 rest = (torch.cat([a.values for a in args[0]], *args[1:], **kwargs),)
                 return Levels(rest[0], first)
+        if kind is OperatorKind.MATMUL and all(isinstance(a, Levels) for a in args[:2]):
+            return self._product(n, *args[:2])
         if kind is OperatorKind.ADD and (fused := _fused_sum(n, args)) is not None:
             return fused
         if kind is OperatorKind.AVERAGE and isinstance(args[0], Levels) and not _adaptive_in_float(n):
@@ -82,6 +84,11 @@ class OpenVINOInterpreter(fx.Interpreter):
         if node not in self.layers:  # its weight, and the grid of what it reads, are the same for all batches
             self.layers[node] = IntegerLayer.of(layer, x.ends.scale, x.ends.zero_level, x.ends.steps)
         return self.layers[node](x.values)
+
+    def _product(self, node: fx.Node, a: Levels, b: Levels) -> Products:
+        factors = (x.values.double() - x.ends.zero_level for x in (a, b))
+        sums = getattr(super(), node.op)(node.target, tuple(factors), {})
+        return Products(sums.float(), a.ends.scale * b.ends.scale)
 
     def _quantize(self, node: fx.Node, quantizer: ExportedQuantizer, x: Any) -> Any:
         if quantizer.weight:
@@ -191,7 +198,8 @@ def _normalized(x: Any) -> Tensor:
         return x.values
     if isinstance(x, Levels) and not bool(x.ends.zero_byte):
         return x.bytes
-    return _real(x)
+    real: Tensor = _real(x)
+    return real
 
 
 def _is_special(value: Any) -> bool:

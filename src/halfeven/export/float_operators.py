@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from halfeven.export.exporting import exported_program
-from halfeven.graph.operators import OperatorKind, clipping, kind_of
+from halfeven.graph.operators import OperatorKind, clipping, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule
 
 aten = torch.ops.aten
@@ -33,51 +33,8 @@ ASKED_FUNCTIONS = frozenset(
 ROUNDED_ONCE = frozenset((aten.relu.default, aten.leaky_relu.default, aten.prelu.default))
 """Activations of which IEEE 754 leaves nothing open."""
 
-Function = Callable[[Sequence[Tensor]], Tensor]
-
-
-class FloatOperators:
-    """The operators of a region that its runtime is asked for.
-
-    Args:
-        region: what they are part of.
-        function_of: makes a function that the runtime computes of a program.
-    """
-
-    def __init__(self, region: CapturedModule, function_of: Callable[[torch.export.ExportedProgram], Function]) -> None:
-        self.region = region
-        self.function_of = function_of
-        self.functions: dict[object, Function] = {}
-
-    def compute(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> Tensor:
-        """What the runtime makes of operators one behind the other, as one file: the result of the last.
-
-        Args:
-            nodes: operators in their order.
-            values: of all that they read; numbers, and constants of the model, are part of the file.
-        """
-        read = [value for node, value in values.items() if _is_input(node, value)]
-        key = (*map(_identity, nodes), *(tuple(x.shape) if isinstance(x, Tensor) else x for x in values.values()))
-        if key not in self.functions:
-            self.functions[key] = self.function_of(exported_program(self._alone(nodes, values), tuple(read), {}))
-        return self.functions[key](read)
-
-    def _alone(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> fx.GraphModule:
-        graph = fx.Graph()
-        made: dict[fx.Node, Any] = {}
-        for node, value in values.items():
-            if _is_input(node, value):
-                made[node] = graph.placeholder(node.name)
-            else:
-                made[node] = graph.node_copy(node) if node.op == "get_attr" else value
-        for node in nodes:
-            made[node] = graph.node_copy(node, made.__getitem__)
-        graph.output(made[nodes[-1]])
-        return fx.GraphModule(self.region, graph).eval()
-
-
-def _is_input(node: fx.Node, value: Any) -> bool:
-    return isinstance(value, Tensor) and node.op != "get_attr"
+Function = Callable[[Sequence[Tensor], Mapping[str, Tensor]], Tensor]
+"""From inputs, and constants by name, to a result."""
 
 
 def is_asked(node: fx.Node) -> bool:
@@ -88,9 +45,71 @@ def is_asked(node: fx.Node) -> bool:
     return kind in ASKED_KINDS or node.target in ASKED_FUNCTIONS
 
 
-def _identity(node: fx.Node) -> object:
-    """What two operators have in common that are one function: the same, unless they have constants of their own."""
-    if node.op == "call_module" or any(operand.op == "get_attr" for operand in node.all_input_nodes):
-        return node
-    operands = {operand: index for index, operand in enumerate(node.all_input_nodes)}
-    return repr((node.target, fx.map_arg((node.args, node.kwargs), lambda operand: f"operand {operands[operand]}")))
+class FloatOperators:
+    """The operators of a region that its runtime is asked for.
+
+    Args:
+        region: what they are part of.
+        function_of: makes a function that the runtime computes of a program.
+        constants_are_inputs: whether such a function can be given other constants than its program had, so that alike
+            operators share one.
+    """
+
+    def __init__(
+        self,
+        region: CapturedModule,
+        function_of: Callable[[torch.export.ExportedProgram], Function],
+        *,
+        constants_are_inputs: bool = False,
+    ) -> None:
+        self.region = region
+        self.function_of = function_of
+        self.constants_are_inputs = constants_are_inputs
+        self.functions: dict[object, Function] = {}
+
+    def compute(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> Tensor:
+        """What the runtime makes of operators one behind the other, as one file: the result of the last.
+
+        Args:
+            nodes: operators in their order.
+            values: of all that they read; numbers, and constants of the model, are part of the file.
+        """
+        read = [value.contiguous() for node, value in values.items() if _is_input(node, value)]
+        module, description = self._alone(nodes, values)
+        shape = read[0].shape
+        elementwise = len(read) == len(nodes) == 1 and kind_of(nodes[0]) is K.ACTIVATION
+        if elementwise:  # one function for all shapes
+            read = [read[0].flatten()]
+        shapes = () if elementwise else tuple(tuple(x.shape) for x in read)
+        key = (description, shapes, None if self.constants_are_inputs else nodes[-1])
+        if key not in self.functions:
+            self.functions[key] = self.function_of(exported_program(module, tuple(read), {}))
+        result = self.functions[key](read, module.state_dict())
+        return result.reshape(shape) if elementwise else result
+
+    def _alone(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> tuple[fx.GraphModule, str]:
+        """The operators as a module of their own, and what it has in common with that of others that compute the same:
+        all but the values of its constants."""
+        graph, parts = fx.Graph(), dict[str, Any]()
+        made: dict[fx.Node, Any] = {}
+        for node, value in values.items():
+            if _is_input(node, value):
+                made[node] = graph.placeholder(f"input_{len(made)}")
+            elif isinstance(value, Tensor):
+                parts[name := f"constant_{len(parts)}"] = nn.Buffer(value)
+                made[node] = graph.get_attr(name)
+            else:
+                made[node] = value
+        for node in nodes:
+            made[node] = graph.node_copy(node, made.__getitem__)
+            if node.op == "call_module":
+                parts[name := f"module_{len(parts)}"] = module_of(node)
+                made[node].target = name
+        graph.output(made[nodes[-1]])
+        module = fx.GraphModule(parts, graph).eval()
+        kept = [f"{name}: {part if isinstance(part, nn.Module) else tuple(part.shape)}" for name, part in parts.items()]
+        return module, "\n".join((module.code, *kept))
+
+
+def _is_input(node: fx.Node, value: Any) -> bool:
+    return isinstance(value, Tensor) and node.op != "get_attr"

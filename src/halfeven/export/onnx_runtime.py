@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +75,23 @@ def session(model: Any, *, optimized: Path | None = None, literal: bool = False)
         ) from error
 
 
-def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Tensor]], Tensor]:
-    """A program without quantizers as a function from its inputs to its first output, computed by the runtime."""
-    opened = session(translated(program, []))
-    names = [found.name for found in opened.get_inputs()]
+def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Tensor], Mapping[str, Tensor]], Tensor]:
+    """A program without quantizers as a function that the runtime computes, of its inputs and of its constants by name;
+    the first output."""
+    import onnx
 
-    def run(inputs: Sequence[Tensor]) -> Tensor:
-        fed = {name: np.ascontiguousarray(x.detach().numpy()) for name, x in zip(names, inputs, strict=True)}
-        return torch.from_numpy(opened.run(None, fed)[0])
+    model = translated(program, [])
+    graph = model.graph
+    own = [found.name for found in graph.input]
+    constants = [tensor.name for tensor in graph.initializer]
+    for tensor in graph.initializer:
+        graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    del graph.initializer[:]
+    opened = session(model)
+
+    def run(inputs: Sequence[Tensor], state: Mapping[str, Tensor]) -> Tensor:
+        given = dict(zip(own, inputs, strict=True)) | {name: state[name] for name in constants}
+        return torch.from_numpy(opened.run(None, {name: x.detach().numpy() for name, x in given.items()})[0])
 
     return run
 

@@ -1,6 +1,6 @@
 """OpenVINO as the runtime: running a deployed file, and asking it what it executed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,11 @@ def run_compiled(compiled: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
     return [torch.from_numpy(np.array(result[i])) for i in range(len(compiled.outputs))]
 
 
-def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Tensor]], Tensor]:
-    """A program without quantizers as a function from its inputs to its first output, computed by the runtime."""
+def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Tensor], Mapping[str, Tensor]], Tensor]:
+    """A program without quantizers as a function that the runtime computes, of its inputs; the first output. Constants
+    are the program's own: the plugin makes other kernels where they are not known."""
     compiled = compile_model(convert(program, []))
-    return lambda inputs: run_compiled(compiled, inputs)[0]
+    return lambda inputs, constants: run_compiled(compiled, inputs)[0]
 
 
 def request_with(compiled: Any, inputs: Sequence[Tensor]) -> Any:
