@@ -100,11 +100,12 @@ class FloatOperators:
                 made[node] = graph.get_attr(name)
             else:
                 made[node] = value
-        for node in nodes:
-            made[node] = graph.node_copy(node, made.__getitem__)
+        for index, node in enumerate(nodes):
+            target = node.target
             if node.op == "call_module":
-                parts[name := f"module_{len(parts)}"] = module_of(node)
-                made[node].target = name
+                parts[target := f"module_{len(parts)}"] = module_of(node)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), made.__getitem__)
+            made[node] = graph.create_node(node.op, target, args, kwargs, f"operator_{index}")
         graph.output(made[nodes[-1]])
         module = fx.GraphModule(parts, graph).eval()
         kept = [f"{name}: {part if isinstance(part, nn.Module) else tuple(part.shape)}" for name, part in parts.items()]
