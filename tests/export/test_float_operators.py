@@ -99,7 +99,8 @@ def test_other_sizes_are_asked_anew():
 
 def test_what_the_standard_leaves_open_is_asked():
     def function(x):
-        return F.gelu(x) + F.relu(x) * x.exp() - F.leaky_relu(x.softmax(-1), 0.1)
+        counts = (x > 0).to(torch.int64).pow(2)
+        return F.gelu(x) + F.relu(x) * x.exp() - F.leaky_relu(x.softmax(-1), 0.1) * counts
 
     captured, _ = capture(torch.fx.symbolic_trace(function), torch.randn(2, 3))
     names = [str(node.target) for node in captured.graph.nodes if is_asked(node)]

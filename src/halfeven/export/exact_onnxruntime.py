@@ -184,7 +184,7 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         super().__init__(region)
         self.found, self.given = found, given
         self.layers: dict[fx.Node, IntegerLayer] = {}
-        self.float_operators = FloatOperators(region, function_of, constants_are_inputs=True)
+        self.float_operators = FloatOperators(function_of, constants_are_inputs=True)
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)

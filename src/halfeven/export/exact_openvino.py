@@ -39,7 +39,7 @@ class OpenVINOInterpreter(fx.Interpreter):
         self.found, self.given = levels, given
         self.ends: dict[int, Ends] = {}
         self.layers: dict[fx.Node, IntegerLayer] = {}
-        self.float_operators = FloatOperators(region, function_of)
+        self.float_operators = FloatOperators(function_of)
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)

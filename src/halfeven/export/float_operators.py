@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from halfeven.export.exporting import exported_program
-from halfeven.graph.operators import OperatorKind, clipping, kind_of, module_of
-from halfeven.graph.restoration import CapturedModule
+from halfeven.graph.operators import OperatorKind, clipping, is_float_tensor, kind_of, module_of
 
 aten = torch.ops.aten
 K = OperatorKind
@@ -38,31 +37,27 @@ Function = Callable[[Sequence[Tensor], Mapping[str, Tensor]], Tensor]
 
 
 def is_asked(node: fx.Node) -> bool:
-    """Whether the result of an operator on float tensors is the runtime's own in its last bits."""
-    kind = kind_of(node)
+    """Whether the result of an operator, computed of float tensors, is the runtime's own in its last bits."""
+    kind, operands = kind_of(node), [operand for operand in node.all_input_nodes if operand.op != "get_attr"]
+    if not is_float_tensor(node) or not any(map(is_float_tensor, operands)):
+        return False
     if kind is K.ACTIVATION:
         return clipping(node) is None and node.target not in ROUNDED_ONCE
     return kind in ASKED_KINDS or node.target in ASKED_FUNCTIONS
 
 
 class FloatOperators:
-    """The operators of a region that its runtime is asked for.
+    """The operators that a runtime is asked for.
 
     Args:
-        region: what they are part of.
         function_of: makes a function that the runtime computes of a program.
         constants_are_inputs: whether such a function can be given other constants than its program had, so that alike
             operators share one.
     """
 
     def __init__(
-        self,
-        region: CapturedModule,
-        function_of: Callable[[torch.export.ExportedProgram], Function],
-        *,
-        constants_are_inputs: bool = False,
+        self, function_of: Callable[[torch.export.ExportedProgram], Function], *, constants_are_inputs: bool = False
     ) -> None:
-        self.region = region
         self.function_of = function_of
         self.constants_are_inputs = constants_are_inputs
         self.functions: dict[object, Function] = {}
@@ -76,11 +71,10 @@ class FloatOperators:
         """
         read = [value.contiguous() for node, value in values.items() if _is_input(node, value)]
         module, description = self._alone(nodes, values)
-        shape = read[0].shape
-        elementwise = len(read) == len(nodes) == 1 and kind_of(nodes[0]) is K.ACTIVATION
+        shape, shapes = read[0].shape, tuple(tuple(x.shape) for x in read)
+        elementwise = len(read) == len(nodes) == 1 and kind_of(nodes[0]) is K.ACTIVATION and shape.numel() > 1
         if elementwise:  # one function for all shapes
-            read = [read[0].flatten()]
-        shapes = () if elementwise else tuple(tuple(x.shape) for x in read)
+            read, shapes = [read[0].flatten()], ()
         key = (description, shapes, None if self.constants_are_inputs else nodes[-1])
         if key not in self.functions:
             self.functions[key] = self.function_of(exported_program(module, tuple(read), {}))
