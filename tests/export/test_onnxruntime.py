@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import halfeven as he
 from export.parity import quantized, trained
-from export.test_exact import IMAGE, MODELS, Block, Concat, Residual, activated, conv
+from export.test_exact import IMAGE, MODELS, NOT_EXACT, Block, Concat, Residual, activated, conv
 from halfeven.errors import ConfigError, PlacementError
 from halfeven.export import load_deployed
 from halfeven.export.forms import integer_bias
@@ -51,7 +51,8 @@ def test_every_row(name, tmp_path):
     build, shape = MODELS[name]
     report = report_of(build(), shape, tmp_path / "model.onnx")
     assert report.runtime == "ONNX Runtime"
-    assert_parity(report, exact=not name.startswith("transposed"))  # these are layers in float
+    in_float = name.startswith("transposed") or name in NOT_EXACT
+    assert_parity(report, exact=not in_float)
     assert name.startswith("transposed") or report.integer_macs == 1.0
 
 

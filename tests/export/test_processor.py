@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from halfeven.export.processor import overflows
+from halfeven.export.processor import overflows, pair_fits
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,10 @@ def test_onednn_can_be_told_to_be_a_lesser_processor(monkeypatch):
 def test_an_older_torch_says_nothing(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert not overflows()
+
+
+def test_which_pairs_of_products_fit_in_16_bits():
+    assert pair_fits(255, 63)
+    assert pair_fits(127, 127)
+    assert not pair_fits(255, 127)
+    assert not pair_fits(255, 128), "activations by activations"

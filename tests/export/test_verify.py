@@ -156,6 +156,16 @@ def test_only_weights_of_8_bits_overflow(scheme, expected, tmp_path, monkeypatch
     assert ("this processor has no VNNI" in str(report)) is expected
 
 
+def test_a_file_that_is_not_run_does_not_overflow(tmp_path, monkeypatch):
+    qmodel, batches = quantized(net(), IMAGE, target="tensorrt")
+    path = he.export(qmodel, tmp_path / "model.onnx")
+    widen(path)
+    monkeypatch.setattr(importlib.import_module("halfeven.export.verify"), "overflows", lambda: True)
+    report = he.verify(qmodel, path, batches, timed=False)
+    assert report.integer_match < 1.0
+    assert not report.overflows
+
+
 def test_a_changed_range_is_seen(tmp_path):
     qmodel, batches = quantized(net(), IMAGE)
     path = he.export(qmodel, tmp_path / "model.onnx")

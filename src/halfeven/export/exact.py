@@ -1,7 +1,8 @@
 """The exact simulation: a deployed model computed with the target's own integer arithmetic.
 
 Products of integers are summed exactly; the requantization follows the runtime's formulas, in its order of float32
-operations (`exact_openvino`, `exact_onnxruntime`).
+operations (`exact_openvino`, `exact_onnxruntime`). Functions that the runtime computes in float it computes here, too
+(`float_operators`).
 """
 
 from collections.abc import Callable
@@ -32,7 +33,9 @@ SPECIFIED = ("openvino", "onnxruntime")
 def exact(qmodel: nn.Module, target: str | None = None) -> "ExactModel":
     """A quantized model as its runtime computes it, integer for integer: a module to evaluate, called like the model.
 
-    It runs on the CPU and has no gradients. After a call, `levels` holds the integers of every quantizer by name.
+    It runs on the CPU and has no gradients. What the runtime computes in float (a GELU, a normalization) it is asked
+    for, operator by operator: the last bits are its own. After a call, `levels` holds the integers of every quantizer
+    by name.
 
     Args:
         qmodel: a calibrated model; it is not changed.

@@ -19,3 +19,9 @@ def overflows() -> bool:
         return False
     has = torch.cpu.get_capabilities()
     return "x86" in str(has["architecture"]) and not (has["avx512_vnni"] or has["avx_vnni"])
+
+
+def pair_fits(levels: int, factor: int) -> bool:
+    """Whether two products of activations up to `levels` with factors up to `factor` fit in 16 bits together: weights
+    of 7 bits do with activations of 8, 2 * 255 * 63 < 2 ** 15."""
+    return 2 * levels * factor < 2**15

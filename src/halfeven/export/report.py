@@ -90,7 +90,7 @@ class Report:
     """The first activation, in the order of the graph, whose integers differ from the exact simulation; "" if none."""
     overflows: bool = False
     """Integers differ and sums can overflow: the processor has no VNNI, and weights need more than 7 bits, or
-    activations are multiplied together."""
+    activations of as many are multiplied together. Never of a file that was evaluated, not run (TensorRT's)."""
     tensors: list[TensorParity] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

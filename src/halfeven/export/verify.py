@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from halfeven.errors import VerificationError
 from halfeven.evaluation import evaluating
-from halfeven.export.exact import ExactModel
+from halfeven.export.exact import SPECIFIED, ExactModel
 from halfeven.export.executed import Executed
 from halfeven.export.exporting import exportable
 from halfeven.export.integer_share import integer_share
 from halfeven.export.latency import latency
 from halfeven.export.operators import WEIGHT_SUFFIX, ExportedQuantizer
-from halfeven.export.processor import overflows
+from halfeven.export.processor import overflows, pair_fits
 from halfeven.export.report import Report, TensorParity
 from halfeven.export.runtime import open_deployed
 from halfeven.graph.capture import inputs_of
@@ -27,9 +27,6 @@ from halfeven.placement.insertion import plan_of
 from halfeven.placement.planning import regions
 from halfeven.quantizer import Quantizer, quantizers, weights_quantized_once
 from halfeven.tasks.task import first_tensor
-
-WITHOUT_OVERFLOW = 63
-"""The largest weight of which a pair of products fits 16 bits: 2 * 255 * 63 < 2 ** 15."""
 
 MERGED = 0.1
 """A converter may leave out so large a share of a model's quantized tensors that equal no other; where more lack, the
@@ -107,6 +104,7 @@ class _Comparison:
     def __init__(
         self, qmodel: nn.Module, model: nn.Module, exported: list[ExportedQuantizer], path: Path, target: str
     ) -> None:
+        self.target = target
         self.weights = [q for q in exported if q.weight]
         self.layers = [q.name.removesuffix(WEIGHT_SUFFIX) for q in self.weights]
         self.activations = in_graph_order(model)
@@ -187,16 +185,22 @@ class _Comparison:
             "max_lsb_difference": max((t.largest for t in self.tensors), default=0),
             "weights_match": self.weights_match(),
             "first_difference": next((t.name for t in self.tensors if t.different), ""),
-            "overflows": any(t.different_alone for t in self.tensors) and self.has_wide_products() and overflows(),
+            "overflows": any(t.different_alone for t in self.tensors) and self.may_overflow(),
             "tensors": self.tensors,
             "unseen": [name.removeprefix("quantizers.") for name in self.unseen],
         }
 
-    def has_wide_products(self) -> bool:
-        """Whether a kernel multiplies activations by weights of more than 7 bits, or by activations."""
-        schemes = [quantizer.scheme for quantizer in quantizers(self.qmodel).values() if quantizer.weight]
-        wide = any(scheme.quant_max > WITHOUT_OVERFLOW for scheme in schemes)
-        return wide or any(product.integer for product in self.file.executed_products())
+    def may_overflow(self) -> bool:
+        """Whether a kernel that was run multiplies activations by weights, or by activations, so large that a pair of
+        products does not fit where the processor adds it."""
+        if self.target not in SPECIFIED or not overflows():
+            return False
+        found = list(quantizers(self.qmodel).values())
+        steps = max((q.scheme.quant_max - q.scheme.quant_min for q in found if not q.weight), default=0)
+        largest = max((q.scheme.quant_max for q in found if q.weight), default=0)
+        if any(product.integer for product in self.file.executed_products()):
+            largest = max(largest, (steps + 1) // 2)
+        return not pair_fits(steps, largest)
 
     def weights_match(self) -> bool:
         """Whether the file holds the model's integer weights, all of them."""
