@@ -61,6 +61,7 @@ class FloatOperators:
         self.function_of = function_of
         self.constants_are_inputs = constants_are_inputs
         self.functions: dict[object, Function] = {}
+        self.modules: dict[object, tuple[fx.GraphModule, str]] = {}
 
     def compute(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> Tensor:
         """What the runtime makes of operators one behind the other, as one file: the result of the last.
@@ -70,7 +71,10 @@ class FloatOperators:
             values: of all that they read; numbers, and constants of the model, are part of the file.
         """
         read = [value.contiguous() for node, value in values.items() if _is_input(node, value)]
-        module, description = self._alone(nodes, values)
+        numbers = repr([value for value in values.values() if not isinstance(value, Tensor)])
+        if (nodes[-1], numbers) not in self.modules:
+            self.modules[nodes[-1], numbers] = _alone(nodes, values)
+        module, description = self.modules[nodes[-1], numbers]
         shape, shapes = read[0].shape, tuple(tuple(x.shape) for x in read)
         elementwise = len(read) == len(nodes) == 1 and kind_of(nodes[0]) is K.ACTIVATION and shape.numel() > 1
         if elementwise:  # one function for all shapes
@@ -81,29 +85,30 @@ class FloatOperators:
         result = self.functions[key](read, module.state_dict())
         return result.reshape(shape) if elementwise else result
 
-    def _alone(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> tuple[fx.GraphModule, str]:
-        """The operators as a module of their own, and what it has in common with that of others that compute the same:
-        all but the values of its constants."""
-        graph, parts = fx.Graph(), dict[str, Any]()
-        made: dict[fx.Node, Any] = {}
-        for node, value in values.items():
-            if _is_input(node, value):
-                made[node] = graph.placeholder(f"input_{len(made)}")
-            elif isinstance(value, Tensor):
-                parts[name := f"constant_{len(parts)}"] = nn.Buffer(value)
-                made[node] = graph.get_attr(name)
-            else:
-                made[node] = value
-        for index, node in enumerate(nodes):
-            target = node.target
-            if node.op == "call_module":
-                parts[target := f"module_{len(parts)}"] = module_of(node)
-            args, kwargs = fx.map_arg((node.args, node.kwargs), made.__getitem__)
-            made[node] = graph.create_node(node.op, target, args, kwargs, f"operator_{index}")
-        graph.output(made[nodes[-1]])
-        module = fx.GraphModule(parts, graph).eval()
-        kept = [f"{name}: {part if isinstance(part, nn.Module) else tuple(part.shape)}" for name, part in parts.items()]
-        return module, "\n".join((module.code, *kept))
+
+def _alone(nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> tuple[fx.GraphModule, str]:
+    """The operators as a module of their own, and what it has in common with that of others that compute the same:
+    all but the values of its constants."""
+    graph, parts = fx.Graph(), dict[str, Any]()
+    made: dict[fx.Node, Any] = {}
+    for node, value in values.items():
+        if _is_input(node, value):
+            made[node] = graph.placeholder(f"input_{len(made)}")
+        elif isinstance(value, Tensor):
+            parts[name := f"constant_{len(parts)}"] = nn.Buffer(value)
+            made[node] = graph.get_attr(name)
+        else:
+            made[node] = value
+    for index, node in enumerate(nodes):
+        target = node.target
+        if node.op == "call_module":
+            parts[target := f"module_{len(parts)}"] = module_of(node)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), made.__getitem__)
+        made[node] = graph.create_node(node.op, target, args, kwargs, f"operator_{index}")
+    graph.output(made[nodes[-1]])
+    module = fx.GraphModule(parts, graph).eval()
+    kept = [f"{name}: {part if isinstance(part, nn.Module) else tuple(part.shape)}" for name, part in parts.items()]
+    return module, "\n".join((module.code, *kept))
 
 
 def _is_input(node: fx.Node, value: Any) -> bool:
