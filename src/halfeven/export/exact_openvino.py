@@ -28,6 +28,8 @@ ADAPTIVE_AVERAGES = (
 
 
 ADDED_IN_UNITS = (OperatorKind.CONVOLUTION, OperatorKind.LINEAR)
+"""Layers whose result is added to a quantized skip connection in units of its scale."""
+
 SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor, torch.ops.aten.mul.Tensor)
 
 
@@ -98,7 +100,7 @@ class OpenVINOInterpreter(fx.Interpreter):
             x = _clip(x, quantizer.bounds) if isinstance(x, InUnits | Products) else _real(x).clamp(*quantizer.bounds)
         kernel = ends.in_kernel() if _in_kernel(node) else ends
         if isinstance(x, Tensor):
-            levels = kernel.levels(x, from_layer=_from_layer(node.all_input_nodes[0]))
+            levels = kernel.levels(x, from_layer=kind_of(_before_activations(node)) in WEIGHTED)
         else:
             levels = x.levels(kernel)
         self.found[quantizer.name] = levels
@@ -166,29 +168,27 @@ def _adaptive_in_float(node: fx.Node) -> bool:
     return any(size != 1 for size in (sizes if isinstance(sizes, list | tuple) else [sizes]))
 
 
-def _from_layer(node: fx.Node) -> bool:
+def _before_activations(quantizer: fx.Node) -> fx.Node:
+    """What a quantizer reads, before the activation functions between."""
+    node = quantizer.all_input_nodes[0]
     while kind_of(node) is OperatorKind.ACTIVATION:
         node = node.all_input_nodes[0]
-    return kind_of(node) in WEIGHTED
+    return node
 
 
 def _in_kernel(quantizer: fx.Node) -> bool:
     """Whether a quantizer is a part of the kernel of a layer, a product, a pool, or a convolution with its skip
     connection; elsewhere it is an operator of its own, or one of elementwise operators."""
-    node = quantizer.all_input_nodes[0]
-    while kind_of(node) is OperatorKind.ACTIVATION:
-        node = node.all_input_nodes[0]
+    node = _before_activations(quantizer)
     if kind_of(node) is OperatorKind.ADD:
         return any(kind_of(operand) is OperatorKind.CONVOLUTION for operand in node.all_input_nodes)
     return kind_of(node) in (*WEIGHTED, OperatorKind.MATMUL, OperatorKind.AVERAGE)
 
 
 def _is_layer_norm(node: fx.Node) -> bool:
-    return node.target is torch.ops.aten.layer_norm.default or isinstance(_called(node), nn.LayerNorm)
-
-
-def _called(node: fx.Node) -> nn.Module | None:
-    return module_of(node) if node.op == "call_module" else None
+    if node.op == "call_module":
+        return isinstance(module_of(node), nn.LayerNorm)
+    return node.target is torch.ops.aten.layer_norm.default
 
 
 def _normalized(x: Any) -> Tensor:
