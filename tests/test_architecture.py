@@ -1,6 +1,8 @@
 """The house: imports point strictly down, siblings do not know each other, files and functions stay small."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,14 @@ def test_imports_point_strictly_down(path):
     mine = room(path)
     for other in set(rooms_imported(path)) - {mine}:
         assert FLOOR_OF[other] > FLOOR_OF[mine], f"{relative(path)} imports {other}, which is not below it"
+
+
+def test_importing_it_takes_little_longer_than_importing_torch():
+    """The large packages are imported where they are used: together they take several times as long as torch."""
+    large = {"torchmetrics", "torchvision", "timm", "transformers", "openvino", "onnxruntime", "onnxscript", "sklearn"}
+    program = f"import sys, halfeven.cli; print({large} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def cycles(graph):

@@ -5,6 +5,7 @@ quantizer reads them, one such bit moves an integer now and then, and everything
 therefore does not guess: the runtime computes such an operator, on the numbers that were simulated before it.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -51,8 +52,8 @@ class FloatOperators:
 
     Args:
         function_of: makes a function that the runtime computes of a program.
-        constants_are_inputs: whether such a function can be given other constants than its program had, so that alike
-            operators share one.
+        constants_are_inputs: whether such a function can be given other constants than its program had. Operators that
+            differ in nothing else then share one, as those that differ in nothing always do.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class FloatOperators:
         self.function_of = function_of
         self.constants_are_inputs = constants_are_inputs
         self.functions: dict[object, Function] = {}
-        self.modules: dict[object, tuple[fx.GraphModule, str]] = {}
+        self.modules: dict[object, tuple[fx.GraphModule, object]] = {}
 
     def compute(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> Tensor:
         """What the runtime makes of operators one behind the other, as one file: the result of the last.
@@ -73,13 +74,15 @@ class FloatOperators:
         read = [value.contiguous() for node, value in values.items() if _is_input(node, value)]
         numbers = repr([value for value in values.values() if not isinstance(value, Tensor)])
         if (nodes[-1], numbers) not in self.modules:
-            self.modules[nodes[-1], numbers] = _alone(nodes, values)
-        module, description = self.modules[nodes[-1], numbers]
+            module, description = _alone(nodes, values)
+            constants = b"" if self.constants_are_inputs else _values(module.state_dict())
+            self.modules[nodes[-1], numbers] = module, (description, constants)
+        module, computed = self.modules[nodes[-1], numbers]
         shape, shapes = read[0].shape, tuple(tuple(x.shape) for x in read)
         elementwise = len(read) == len(nodes) == 1 and kind_of(nodes[0]) is K.ACTIVATION and shape.numel() > 1
         if elementwise:  # one function for all shapes
             read, shapes = [read[0].flatten()], ()
-        key = (description, shapes, None if self.constants_are_inputs else nodes[-1])
+        key = (computed, shapes)
         if key not in self.functions:
             self.functions[key] = self.function_of(exported_program(module, tuple(read), {}))
         result = self.functions[key](read, module.state_dict())
@@ -109,6 +112,11 @@ def _alone(nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> tuple[fx.
     module = fx.GraphModule(parts, graph).eval()
     kept = [f"{name}: {part if isinstance(part, nn.Module) else tuple(part.shape)}" for name, part in parts.items()]
     return module, "\n".join((module.code, *kept))
+
+
+def _values(constants: Mapping[str, Tensor]) -> bytes:
+    """What tells the values of constants from others."""
+    return hashlib.sha256(b"".join(x.detach().numpy().tobytes() for x in constants.values())).digest()
 
 
 def _is_input(node: fx.Node, value: Any) -> bool:

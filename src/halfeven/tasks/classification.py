@@ -1,13 +1,14 @@
 """Classification of images, texts, or anything else: one label for a sample."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from halfeven.tasks.task import Task
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
 
 
 class Classification(Task):
@@ -25,8 +26,11 @@ class Classification(Task):
         """Cross-entropy, the mean over samples."""
         return F.cross_entropy(self.logits(outputs).float(), targets, label_smoothing=label_smoothing)
 
-    def metrics(self) -> MetricCollection:
+    def metrics(self) -> "MetricCollection":
         """Accuracy among the first and, with more than 5 classes, the first 5."""
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy
+
         ranks = {"top1": 1, "top5": 5} if self.num_classes > 5 else {"top1": 1}
         return MetricCollection(
             {name: MulticlassAccuracy(self.num_classes, top_k=k, average="micro") for name, k in ranks.items()},

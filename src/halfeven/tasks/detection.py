@@ -8,16 +8,18 @@ and "labels", [boxes].
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
-from torchmetrics import Metric
 
 from halfeven.errors import ConfigError
 from halfeven.tasks.task import Metrics, Task
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 Targets = Sequence[dict[str, Tensor]]
 
@@ -28,7 +30,7 @@ class Detection(Task):
     key = "mAP"
     class_axis = -1
 
-    def metrics(self) -> Metric:
+    def metrics(self) -> "Metric":
         """Mean average precision; needs pycocotools.
 
         Raises:

@@ -1,14 +1,15 @@
 """Semantic segmentation: a class for each pixel."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from halfeven.tasks.task import Task, first_tensor
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
 
 
 class Segmentation(Task):
@@ -41,8 +42,11 @@ class Segmentation(Task):
             total = total + self.auxiliary_weight * cross_entropy(outputs["aux"])
         return total
 
-    def metrics(self) -> MetricCollection:
+    def metrics(self) -> "MetricCollection":
         """Intersection over union and accuracy from the confusion matrix of the whole data set."""
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
         ignored: dict[str, Any] = {"ignore_index": self.ignore_index}
         return MetricCollection(
             {

@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
-from torchmetrics import Metric, MetricCollection
+
+if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch, and few programs judge anything
+    from torchmetrics import Metric, MetricCollection
 
 Metrics = dict[str, float]
 """Figures by name, in percent; more is better."""
@@ -32,7 +34,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def metrics(self) -> Metric | MetricCollection:
+    def metrics(self) -> "Metric | MetricCollection":
         """New metrics of torchmetrics, which `judged` feeds."""
 
     @abstractmethod
