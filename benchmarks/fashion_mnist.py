@@ -12,9 +12,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from halfeven.zoo.datasets import load_datasets
-from halfeven.zoo.options import DataOptions
-
 Images = tuple[Tensor, Tensor]
 
 
@@ -43,6 +40,9 @@ def images_of(dataset: object, count: int | None = None) -> Images:
 
 def test_and_training(root: str) -> tuple[Images, Images]:
     """The 10,000 test images and the 60,000 training images."""
+    from halfeven.zoo.datasets import load_datasets  # environments of peers need not have it
+    from halfeven.zoo.options import DataOptions
+
     datasets = load_datasets(DataOptions(source="fashion_mnist", root=root))
     return images_of(datasets.validation), images_of(datasets.train)
 

@@ -2,17 +2,21 @@
 
     python benchmarks/qat.py resnet18 WEIGHTS.safetensors [--schemes w8a8 w4a4] [--steps 100] [--seeds 0 1 2]
     python benchmarks/qat.py mobilenetv2_100 WEIGHTS.safetensors --schemes w4a4 --settings recipe plain ...
+    python benchmarks/qat.py resnet18 WEIGHTS.safetensors --peers nncf=ENV/bin/python torchao=ENV2/bin/python
 
 The float model is timm's, with in_chans=1 and num_classes=10; its weights come by a path. A seed draws 512 training
 images for calibration and the order of the training images, the same for every model: SGD with momentum 0.9, learning
 rate 0.01 falling by a cosine, batches of 64. Every layer is quantized. Accuracy is that of all 10,000 test images.
-"start" is the model before the first step: calibrated, or with learned rounding where the recipe starts from it.
+"start" is the model before the first step: calibrated, or with learned rounding where the recipe starts from it. Peers
+do the same under the Python of an environment that has them; see `peers.py`.
 """
 
+import argparse
 import copy
 import json
 import platform
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +35,7 @@ from halfeven.pipelines import accompany
 from halfeven.qat.batchnorm import re_estimate
 from halfeven.qat.distillation import DistillationOptions
 from halfeven.qat.options import QATOptions
+from halfeven.scheme import parse_bits
 from halfeven.training.optimization import make_optimizer
 from halfeven.training.options import TrainingOptions
 
@@ -77,12 +82,16 @@ class Batches:
         self.each = len(images) // BATCH
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        index = self.index(step)
+        return self.images[index], self.labels[index]
+
+    def index(self, step: int) -> Tensor:
+        """Where the images of a batch are, [batch]; steps are asked for in their order."""
         epoch, place = divmod(step, self.each)
         if place == 0 or not hasattr(self, "order"):
             generator = torch.Generator().manual_seed(self.seed + 1000 * epoch)
             self.order = torch.randperm(len(self.images), generator=generator)
-        index = self.order[place * BATCH : (place + 1) * BATCH]
-        return self.images[index], self.labels[index]
+        return self.order[place * BATCH : (place + 1) * BATCH]
 
 
 def descend(model: nn.Module, batches: Batches, steps: int, course: Any = None) -> float:
@@ -139,6 +148,31 @@ def trained(
     return forms[best], result | {"end": result[best], **course.figures()}
 
 
+def by_peer(
+    peer: str, python: str, scheme: str, options: argparse.Namespace, training: Images, test: Images, seed: int
+) -> dict[str, Any]:
+    """The same run by another library, in its own environment."""
+    choice = torch.randperm(len(training[0]), generator=torch.Generator().manual_seed(seed))
+    job = {"peer": peer, "model": options.model, "weights": str(options.weights), "bits": parse_bits(scheme)}
+    job |= {
+        "rate": RATE,
+        "images": training[0],
+        "labels": training[1],
+        "test": test,
+        "calibration": choice[:CALIBRATION],
+    }
+    batches = Batches(*training, seed)
+    job["order"] = torch.stack([batches.index(step) for step in range(options.steps)])
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(job, path := Path(folder) / "job.pt")
+        command = [python, str(Path(__file__).with_name("peers.py")), str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"start": float("nan"), "end": float("nan"), "error": done.stderr.strip().splitlines()[-1]}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
 def verified(qmodel: nn.Module, images: Tensor) -> dict[str, Any]:
     """Export a model to OpenVINO and compare the file with it, on its integers and its answers."""
     with tempfile.TemporaryDirectory() as folder:
@@ -154,6 +188,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--no-float", action="store_true", help="leave out the float model's own training")
+    parser.add_argument("--peers", nargs="*", default=[], metavar="LIBRARY=PYTHON")
     parser.add_argument("--verify", type=int, default=0, help="test images to verify each deployed file on")
     options = parser.parse_args()
 
@@ -186,6 +221,8 @@ def main() -> None:
                 )  # fmt: skip
                 result |= {"verify": verified(qmodel, test[0][: options.verify])} if options.verify else {}
                 record(f"{scheme} {setting}", result)
+            for peer, python in (found.split("=", 1) for found in options.peers):
+                record(f"{scheme} {peer}", by_peer(peer, python, scheme, options, training, test, seed))
     print(f"{'':50} start    end   (medians over seeds {options.seeds})")
     for name, runs in rows.items():
         start, end = (statistics.median(run.get(key, float("nan")) for run in runs) for key in ("start", "end"))

@@ -27,6 +27,7 @@ from typing import Any
 
 import timm
 import torch
+from peers import PEERS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,28 +38,9 @@ def by_halfeven(model: nn.Module, images: Tensor, ranges: str) -> nn.Module:
     return qmodel
 
 
-def by_nncf(model: nn.Module, images: Tensor, ranges: str) -> nn.Module:
-    nncf = importlib.import_module("nncf")
-    quantized: nn.Module = nncf.quantize(model.eval(), nncf.Dataset([images]), subset_size=1)
-    return quantized
-
-
-def by_torchao(model: nn.Module, images: Tensor, ranges: str) -> nn.Module:
-    steps = importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
-    x86 = importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
-    pt2e = importlib.import_module("torchao.quantization.pt2e")
-    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
-    prepared: nn.Module = steps.prepare_qat_pt2e(torch.export.export(model, (images,)).module(), quantizer)
-    pt2e.move_exported_model_to_train(prepared)
-    prepared.train = lambda mode=True: prepared  # type: ignore[method-assign]  # an exported model has no train()
-    return prepared
-
-
-LIBRARIES: dict[str, Callable[[nn.Module, Tensor, str], nn.Module]] = {
-    "halfeven": by_halfeven,
-    "nncf": by_nncf,
-    "torchao": by_torchao,
-}
+def quantized_by(library: str, model: nn.Module, images: Tensor, ranges: str) -> nn.Module:
+    """The model at 8 bits, by ours or by another library."""
+    return by_halfeven(model, images, ranges) if library == "halfeven" else PEERS[library](model, [images], (8, 8))
 
 
 def stepper(model: nn.Module, images: Tensor, labels: Tensor, *, compiled: bool = False) -> Callable[[], float]:
@@ -88,7 +70,7 @@ def made(job: dict[str, Any]) -> tuple[nn.Module, Tensor, Tensor]:
 def ratio(job: dict[str, Any]) -> dict[str, float]:
     """Median ratio of interleaved pairs, its extremes, and the seconds of the first steps."""
     model, images, labels = made(job)
-    qmodel = LIBRARIES[job["library"]](model, images, job["ranges"])
+    qmodel = quantized_by(job["library"], model, images, job["ranges"])
     floating, quantized = (stepper(m, images, labels, compiled=job["compiled"]) for m in (model, qmodel))
     first = {"first float step, s": round(floating(), 1), "first quantized step, s": round(quantized(), 1)}
     for step in (floating, quantized) * 2:  # these allocate
@@ -104,7 +86,7 @@ def added_memory(job: dict[str, Any]) -> dict[str, float]:
     """MB that five steps add to this process."""
     model, images, labels = made(job)
     if job["library"] != "float":
-        model = LIBRARIES[job["library"]](model, images, job["ranges"])
+        model = quantized_by(job["library"], model, images, job["ranges"])
         stepper(model, images[:2], labels[:2])()  # kernels are compiled before the first step that counts
         model.zero_grad()
     step = stepper(model, images, labels)

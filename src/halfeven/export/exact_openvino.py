@@ -5,6 +5,7 @@ tests. What the plugin computes in float it is asked for (`float_operators`).
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,53 +52,72 @@ class OpenVINOInterpreter(fx.Interpreter):
             return pytree.tree_map(_real, args[0], is_leaf=_is_special)
         if n.op == "call_module" and isinstance(quantizer := module_of(n), ExportedQuantizer):
             return self._quantize(n, quantizer, args[0])
-        kind = kind_of(n)
-        if kind in WEIGHTED and n.op == "call_module" and isinstance(args[0], Levels):
-            layer = module_of(n)
-            if isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
-                return self._layer(n, layer, args[0])
-        if kind in TRANSPARENT and isinstance(args[0], Levels):
-            return _same_scale(n, super(), args, kwargs)
-        if kind is OperatorKind.CONCAT and all(isinstance(a, Levels) for a in args[0]):
-            first = args[0][0].ends
-            if all(a.ends is first for a in args[0]):
-                rest = (torch.cat([a.values for a in args[0]], *args[1:], **kwargs),)
-                return Levels(rest[0], first)
-        if kind is OperatorKind.MATMUL and all(isinstance(a, Levels) for a in args[:2]):
-            return self._product(n, *args[:2])
-        if kind is OperatorKind.ADD and (fused := _fused_sum(n, args)) is not None:
-            return fused
-        if kind is OperatorKind.AVERAGE and isinstance(args[0], Levels) and not _adaptive_in_float(n):
-            values = getattr(super(), n.op)(n.target, (args[0].bytes.double(), *args[1:]), kwargs)
-            values = values.float()  # of integers: float64 rounds once, as their quotient does
-            return Average(torch.round(values) if _rounds(n) else values, args[0].ends)
-        clips = clipping(n) if kind is OperatorKind.ACTIVATION and isinstance(args[0], InUnits | Products) else None
-        if clips is not None:
-            return self._clipped(args[0], clips, n)
-        if is_asked(n):
-            values = {operand: _real(self.env[operand]) for operand in n.all_input_nodes}
-            if _is_layer_norm(n):
-                values[n.all_input_nodes[0]] = _normalized(args[0])
-            return self.float_operators.compute([n], values)
-        args, kwargs = pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special)
-        return getattr(super(), n.op)(n.target, args, kwargs)
+        made = RULES[kind](self, n, args, kwargs) if (kind := kind_of(n)) in RULES else None
+        return self._in_float(n, args, kwargs) if made is None else made
 
-    def _layer(self, node: fx.Node, layer: nn.Module, x: Levels) -> Tensor | Products:
+    def _run(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The operator itself, of other values."""
+        return getattr(super(), node.op)(node.target, args, kwargs)
+
+    def _in_float(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if is_asked(node):
+            values = {operand: _real(self.env[operand]) for operand in node.all_input_nodes}
+            if _is_layer_norm(node):
+                values[node.all_input_nodes[0]] = _normalized(args[0])
+            return self.float_operators.compute([node], values)
+        return self._run(node, *pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special))
+
+    def _layer(self, node: fx.Node, args: Any, kwargs: Any) -> Tensor | Products | None:
+        layer, x = module_of(node) if node.op == "call_module" else None, args[0]
+        if not isinstance(x, Levels) or not isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
+            return None
         if node not in self.layers:  # its weight, and the grid of what it reads, are the same for all batches
             self.layers[node] = IntegerLayer.of(layer, x.ends.scale, x.ends.zero_level, x.ends.steps)
         return self.layers[node](x.values)
 
-    def _product(self, node: fx.Node, a: Levels, b: Levels) -> Products:
-        factors = (x.values.double() - x.ends.zero_level for x in (a, b))
-        sums = getattr(super(), node.op)(node.target, tuple(factors), {})
-        return Products(sums.float(), a.ends.scale * b.ends.scale)
+    def _on_same_grid(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        x = args[0]
+        if not isinstance(x, Levels):
+            return None
+        result = self._run(node, (x.values, *args[1:]), kwargs)
+        return pytree.tree_map(lambda values: Levels(values, x.ends), result)
+
+    def _concatenated(self, node: fx.Node, args: Any, kwargs: Any) -> Levels | None:
+        if not all(isinstance(x, Levels) and x.ends is args[0][0].ends for x in args[0]):
+            return None
+        return Levels(torch.cat([x.values for x in args[0]], *args[1:], **kwargs), args[0][0].ends)
+
+    def _product(self, node: fx.Node, args: Any, kwargs: Any) -> Products | None:
+        if not all(isinstance(x, Levels) for x in args[:2]):
+            return None
+        sums = self._run(node, tuple(x.values.double() - x.ends.zero_level for x in args[:2]), {})
+        return Products(sums.float(), args[0].ends.scale * args[1].ends.scale)
+
+    def _average(self, node: fx.Node, args: Any, kwargs: Any) -> Average | None:
+        if not isinstance(args[0], Levels) or _adaptive_in_float(node):
+            return None
+        # Of integers: float64 rounds once, as their quotient does.
+        values = self._run(node, (args[0].bytes.double(), *args[1:]), kwargs).float()
+        return Average(torch.round(values) if _rounds(node) else values, args[0].ends)
+
+    def _clip(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """A clip, which the plugin takes away where the quantizer that reads it clips as much or more."""
+        bounds = clipping(node)
+        if bounds is None or not isinstance(args[0], InUnits | Products):
+            return None
+        readers = [module_of(user) if user.op == "call_module" else None for user in node.users]
+        if len(readers) == 1 and isinstance(quantizer := readers[0], ExportedQuantizer) and quantizer.bounds is None:
+            ends = self._ends(next(iter(node.users)), quantizer)
+            if bounds[0] <= float(ends.low) and float(ends.high) <= bounds[1]:
+                return args[0]
+        return _clipped(args[0], bounds)
 
     def _quantize(self, node: fx.Node, quantizer: ExportedQuantizer, x: Any) -> Any:
         if quantizer.weight:
             return quantizer(x)
         ends = self._ends(node, quantizer)
         if quantizer.bounds is not None:
-            x = _clip(x, quantizer.bounds) if isinstance(x, InUnits | Products) else _real(x).clamp(*quantizer.bounds)
+            x = _clipped(x, quantizer.bounds)
         kernel = ends.in_kernel() if _in_kernel(node) else ends
         if isinstance(x, Tensor):
             levels = kernel.levels(x, from_layer=kind_of(_before_activations(node)) in WEIGHTED)
@@ -111,18 +131,23 @@ class OpenVINOInterpreter(fx.Interpreter):
             self.ends[quantizer.grid] = Ends.of(quantizer, signed_readers=not _read_by_convolution(node))
         return self.ends[quantizer.grid]
 
-    def _clipped(self, x: InUnits | Products, bounds: tuple[float, float], node: fx.Node) -> Any:
-        """A clip, which the plugin takes away where the quantizer that reads it clips as much or more."""
-        readers = [module_of(user) if user.op == "call_module" else None for user in node.users]
-        if len(readers) == 1 and isinstance(quantizer := readers[0], ExportedQuantizer) and quantizer.bounds is None:
-            ends = self._ends(next(iter(node.users)), quantizer)
-            if bounds[0] <= float(ends.low) and float(ends.high) <= bounds[1]:
-                return x
-        return _clip(x, bounds)
+
+RULES: dict[OperatorKind | None, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
+    **dict.fromkeys(WEIGHTED, OpenVINOInterpreter._layer),
+    **dict.fromkeys(TRANSPARENT, OpenVINOInterpreter._on_same_grid),
+    OperatorKind.CONCAT: OpenVINOInterpreter._concatenated,
+    OperatorKind.MATMUL: OpenVINOInterpreter._product,
+    OperatorKind.ADD: lambda _, node, args, kwargs: _fused_sum(node, args),
+    OperatorKind.AVERAGE: OpenVINOInterpreter._average,
+    OperatorKind.ACTIVATION: OpenVINOInterpreter._clip,
+}
+"""What the plugin makes of integers: the result, or None where it computes in float."""
 
 
-def _clip(x: InUnits | Products, bounds: tuple[float, float]) -> Any:
+def _clipped(x: Any, bounds: tuple[float, float]) -> Any:
     """Values clipped in their own units where these are the same for all channels, or a bound the same in all units."""
+    if not isinstance(x, InUnits | Products):
+        return _real(x).clamp(*bounds)
     if x.unit.numel() == 1:
         low, high = (bound / float(x.unit) for bound in bounds)
     elif all(bound in (0.0, float("-inf"), float("inf")) for bound in bounds):
@@ -208,12 +233,6 @@ def _is_special(value: Any) -> bool:
 
 def _real(value: Any) -> Any:
     return value.real() if _is_special(value) else value
-
-
-def _same_scale(node: fx.Node, run: Any, args: Any, kwargs: Any) -> Any:
-    x: Levels = args[0]
-    result = getattr(run, node.op)(node.target, (x.values, *args[1:]), kwargs)
-    return pytree.tree_map(lambda values: Levels(values, x.ends), result)
 
 
 def _fused_sum(node: fx.Node, args: Any) -> InUnits | None:
