@@ -363,6 +363,8 @@ MODELS = {
     "mean": (lambda: nn.Sequential(conv(3), nn.ReLU(), Function(lambda x: x.mean((2, 3))), nn.Linear(8, 4)), IMAGE),
     "pad": (lambda: body(nn.ZeroPad2d(1)), IMAGE),
     "reflection pad": (lambda: body(nn.ReflectionPad2d(1)), IMAGE),
+    "rolled": (lambda: body(Function(lambda x: x.roll((1, -2), (2, 3)))), IMAGE),
+    "repeated": (lambda: body(Function(lambda x: x.repeat(1, 1, 2, 1))), IMAGE),
     "nearest": (lambda: body(nn.Upsample(scale_factor=2)), IMAGE),
     "bilinear": (lambda: body(nn.Upsample(scale_factor=2, mode="bilinear")), IMAGE),
     "bilinear, corners aligned": (lambda: body(nn.UpsamplingBilinear2d(size=(19, 17))), IMAGE),

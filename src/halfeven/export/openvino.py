@@ -32,6 +32,7 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     model.reshape({port: openvino.PartialShape(_sizes(value)) for port, value in sizes})
     model.validate_nodes_and_infer_types()
     write_out_ceilings(model)
+    write_out_moves(model)
     name_layers(model, set(names))
     return model
 
@@ -65,6 +66,45 @@ def write_out_ceilings(model: Any) -> None:
         )
         pool.set_friendly_name(node.get_friendly_name())
         node.output(0).replace(pool.output(0))
+
+
+def write_out_moves(model: Any) -> None:
+    """Write shifts along an axis (Swin's windows) and repetitions as indices: the plugin's integers do not pass through
+    the operators of their own that the front end makes of them, and the layer behind would run in float."""
+    from openvino import opset8 as opset
+
+    for node in model.get_ordered_ops():
+        if not (indices := _indices(node)):
+            continue
+        value = node.input_value(0)
+        for axis, index in indices.items():
+            value = opset.gather(value, index, np.int64(axis)).output(0)
+        value.get_node().set_friendly_name(node.get_friendly_name())
+        node.output(0).replace(value)
+
+
+def _indices(node: Any) -> dict[int, Any]:
+    """For each axis that a shift or repetition moves, where its values come from; none where that is not known."""
+    kind = node.get_type_name()
+    if kind not in ("Roll", "Tile"):
+        return {}
+    given = [port.get_source_output().get_node() for port in node.inputs()[1:]]
+    sizes = node.input_value(0).get_partial_shape()
+    if sizes.rank.is_dynamic or any(constant.get_type_name() != "Constant" for constant in given):
+        return {}
+    counts, *axes = (constant.get_data().reshape(-1).tolist() for constant in given)
+    places = axes[0] if axes else range(len(sizes))
+    if len(places) != len(counts):
+        return {}
+    found: dict[int, Any] = {}
+    for axis, count in zip(places, counts, strict=True):
+        if count == (0 if kind == "Roll" else 1):
+            continue
+        if sizes[axis].is_dynamic or axis in found:
+            return {}
+        size = sizes[axis].get_length()
+        found[axis] = (np.arange(size) - count) % size if kind == "Roll" else np.arange(size * count) % size
+    return found
 
 
 def _inputs(program: torch.export.ExportedProgram) -> list[torch.Tensor]:
