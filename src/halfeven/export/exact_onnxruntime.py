@@ -5,6 +5,7 @@ the runtime by the tests. A number that a quantizer reads is requantized where t
 QuantizeLinear where it computes in float. What it computes in float it is asked for (`float_operators`).
 """
 
+import operator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -221,6 +222,8 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
             return _mean(args[0])
         if n.target in POOLS and isinstance(args[0], Integers):
             return Pooled(getattr(super(), n.op)(n.target, (args[0].real(), *args[1:]), kwargs))
+        if n.target is operator.getitem and isinstance(args[0], tuple | list):
+            return args[0][args[1]]
         if kind in TRANSPARENT and isinstance(args[0], Integers):
             values = getattr(super(), n.op)(n.target, (args[0].values, *args[1:]), kwargs)
             return pytree.tree_map(lambda one: Integers(one, args[0].grid), values)

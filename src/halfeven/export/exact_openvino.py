@@ -5,6 +5,7 @@ tests. What the plugin computes in float it is asked for (`float_operators`).
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,8 @@ class OpenVINOInterpreter(fx.Interpreter):
             return pytree.tree_map(_real, args[0], is_leaf=_is_special)
         if n.op == "call_module" and isinstance(quantizer := module_of(n), ExportedQuantizer):
             return self._quantize(n, quantizer, args[0])
-        made = RULES[kind](self, n, args, kwargs) if (kind := kind_of(n)) in RULES else None
+        rule = RULES.get(n.target, RULES.get(kind_of(n)))
+        made = None if rule is None else rule(self, n, args, kwargs)
         return self._in_float(n, args, kwargs) if made is None else made
 
     def _run(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -72,11 +74,14 @@ class OpenVINOInterpreter(fx.Interpreter):
         if not isinstance(x, Levels) or not isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
             return None
         if node not in self.layers:  # its weight, and the grid of what it reads, are the same for all batches
-            self.layers[node] = IntegerLayer.of(layer, x.ends.scale, x.ends.zero_level, x.ends.steps)
+            zero_byte = x.ends.zero_byte if isinstance(layer, nn.Linear) else None
+            self.layers[node] = IntegerLayer.of(layer, x.ends.scale, x.ends.zero_level, x.ends.steps, zero_byte)
         return self.layers[node](x.values)
 
     def _on_same_grid(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         x = args[0]
+        if node.target is operator.getitem and isinstance(x, tuple | list):
+            return x[args[1]]
         if not isinstance(x, Levels):
             return None
         result = self._run(node, (x.values, *args[1:]), kwargs)
@@ -92,6 +97,14 @@ class OpenVINOInterpreter(fx.Interpreter):
             return None
         sums = self._run(node, tuple(x.values.double() - x.ends.zero_level for x in args[:2]), {})
         return Products(sums.float(), args[0].ends.scale * args[1].ends.scale)
+
+    def _scaled(self, node: fx.Node, args: Any, kwargs: Any) -> Products | None:
+        """Products times or by a number, which the plugin merges with their scale."""
+        x, number = args[0], args[1]
+        if not isinstance(x, Products) or not isinstance(number, int | float):
+            return None
+        factor = torch.tensor(float(number))
+        return Products(x.values, x.unit * (1 / factor if node.target is torch.ops.aten.div.Tensor else factor))
 
     def _average(self, node: fx.Node, args: Any, kwargs: Any) -> Average | None:
         if not isinstance(args[0], Levels) or _adaptive_in_float(node):
@@ -132,16 +145,18 @@ class OpenVINOInterpreter(fx.Interpreter):
         return self.ends[quantizer.grid]
 
 
-RULES: dict[OperatorKind | None, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
+RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
     **dict.fromkeys(WEIGHTED, OpenVINOInterpreter._layer),
     **dict.fromkeys(TRANSPARENT, OpenVINOInterpreter._on_same_grid),
     OperatorKind.CONCAT: OpenVINOInterpreter._concatenated,
     OperatorKind.MATMUL: OpenVINOInterpreter._product,
     OperatorKind.ADD: lambda _, node, args, kwargs: _fused_sum(node, args),
+    OperatorKind.MULTIPLY: OpenVINOInterpreter._scaled,
+    torch.ops.aten.div.Tensor: OpenVINOInterpreter._scaled,
     OperatorKind.AVERAGE: OpenVINOInterpreter._average,
     OperatorKind.ACTIVATION: OpenVINOInterpreter._clip,
 }
-"""What the plugin makes of integers: the result, or None where it computes in float."""
+"""Operator or kind -> what the plugin makes of integers: the result, or None where it computes in float."""
 
 
 def _clipped(x: Any, bounds: tuple[float, float]) -> Any:

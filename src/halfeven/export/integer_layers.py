@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,10 +26,34 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
+class ZeroShare:
+    """What a zero point adds to the sums of a linear layer, [outputs] each: exactly, and as the runtime subtracts it.
+
+    OpenVINO multiplies the zero point by the weights in float32, one input after the other. It is a little off an
+    integer sometimes, and sums of many bytes are rounded when they become float32: single integers move.
+    """
+
+    exact: Tensor
+    found: Tensor
+
+    @staticmethod
+    def of(weight: Tensor, zero_byte: Tensor) -> "ZeroShare":
+        """The share of integer weights [outputs, inputs]."""
+        products = (zero_byte * weight).numpy()
+        one_by_one = np.cumsum(products, axis=1, dtype=np.float32)[:, -1]
+        return ZeroShare(torch.round(zero_byte).double() * weight.double().sum(1), torch.from_numpy(one_by_one))
+
+    def taken(self, sums: Tensor) -> Tensor:
+        """Exact sums [..., outputs] as the runtime finds them."""
+        return (sums.double() + self.exact).float() - self.found
+
+
+@dataclass(frozen=True, eq=False)
 class IntegerLayer:
     """A layer with its integer weights at hand, called with the levels of its input.
 
     y = sum * (s_x * s_w) + bias, multiplied and then added in float32; the sum is exact. A bias of zeros is none.
+    A runtime that sums products of bytes takes the zero point's share from them in float32 (`zero`).
     """
 
     compute: Callable[[Tensor, Tensor, None], Tensor]
@@ -37,9 +62,12 @@ class IntegerLayer:
     zero_level: Tensor
     scale: Tensor
     bias: Tensor | None
+    zero: "ZeroShare | None" = None
 
     @staticmethod
-    def of(layer: Any, input_scale: Tensor, zero_level: Tensor, steps: int) -> "IntegerLayer":
+    def of(
+        layer: Any, input_scale: Tensor, zero_level: Tensor, steps: int, zero_byte: Tensor | None = None
+    ) -> "IntegerLayer":
         """The integers of a layer with an exported weight quantizer.
 
         Args:
@@ -47,6 +75,8 @@ class IntegerLayer:
             input_scale: of the levels that it reads, [].
             zero_level: the level that stands for 0, [].
             steps: the largest level.
+            zero_byte: what stands for 0 in the bytes whose products a linear layer sums, as the runtime subtracts it,
+                []; None: products of what has no zero point are summed.
         """
         quantizer = layer.weight_quantizer
         axis = None if quantizer.scale.ndim == 0 else quantizer.axis
@@ -66,10 +96,12 @@ class IntegerLayer:
             zero_level=zero_level,
             scale=by_output(input_scale * quantizer.scale),
             bias=None if layer.bias is None or not bool(layer.bias.any()) else by_output(layer.bias),
+            zero=None if zero_byte is None or not bool(zero_byte) else ZeroShare.of(integers, zero_byte),
         )
 
     def __call__(self, levels: Tensor) -> Tensor | Products:
-        products = Products(self.sums(levels).float(), self.scale)
+        sums = self.sums(levels)
+        products = Products(sums.float() if self.zero is None else self.zero.taken(sums), self.scale)
         if self.bias is not None:
             return products.real() + self.bias
         # The scales of a linear layer's outputs stand at the third axis of tokens: there the runtime merges none.
