@@ -35,6 +35,9 @@ ADDED_IN_UNITS = (OperatorKind.CONVOLUTION, OperatorKind.LINEAR)
 SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor, torch.ops.aten.mul.Tensor)
 
 
+SCALINGS = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
+
+
 class OpenVINOInterpreter(fx.Interpreter):
     """Computes a region as the plugin does; the integers of each quantizer go to `found`."""
 
@@ -96,15 +99,16 @@ class OpenVINOInterpreter(fx.Interpreter):
         if not all(isinstance(x, Levels) for x in args[:2]):
             return None
         sums = self._run(node, tuple(x.values.double() - x.ends.zero_level for x in args[:2]), {})
-        return Products(sums.float(), args[0].ends.scale * args[1].ends.scale)
+        first, second = (x.ends.scale for x in args[:2])
+        if (number := _number_of(node)) is not None:  # the plugin moves it to the second factor
+            second = second * number
+        return Products(sums.float(), first * second)
 
     def _scaled(self, node: fx.Node, args: Any, kwargs: Any) -> Products | None:
-        """Products times or by a number, which the plugin merges with their scale."""
-        x, number = args[0], args[1]
-        if not isinstance(x, Products) or not isinstance(number, int | float):
-            return None
-        factor = torch.tensor(float(number))
-        return Products(x.values, x.unit * (1 / factor if node.target is torch.ops.aten.div.Tensor else factor))
+        """Products of activations times or by a number, which their scale has in it already."""
+        product = node.all_input_nodes[0]
+        is_in = isinstance(args[0], Products) and kind_of(product) is OperatorKind.MATMUL
+        return args[0] if is_in and _number_of(product) is not None else None
 
     def _average(self, node: fx.Node, args: Any, kwargs: Any) -> Average | None:
         if not isinstance(args[0], Levels) or _adaptive_in_float(node):
@@ -151,12 +155,22 @@ RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
     OperatorKind.CONCAT: OpenVINOInterpreter._concatenated,
     OperatorKind.MATMUL: OpenVINOInterpreter._product,
     OperatorKind.ADD: lambda _, node, args, kwargs: _fused_sum(node, args),
-    OperatorKind.MULTIPLY: OpenVINOInterpreter._scaled,
-    torch.ops.aten.div.Tensor: OpenVINOInterpreter._scaled,
+    **dict.fromkeys(SCALINGS, OpenVINOInterpreter._scaled),
     OperatorKind.AVERAGE: OpenVINOInterpreter._average,
     OperatorKind.ACTIVATION: OpenVINOInterpreter._clip,
 }
 """Operator or kind -> what the plugin makes of integers: the result, or None where it computes in float."""
+
+
+def _number_of(product: fx.Node) -> Tensor | None:
+    """The number that a product of activations is multiplied with, if that is all that is done with it."""
+    reader = next(iter(product.users), product)
+    if len(product.users) != 1 or reader.target not in SCALINGS or reader.args[0] is not product:
+        return None
+    if not isinstance(number := reader.args[1], int | float):
+        return None
+    factor = torch.tensor(float(number))
+    return 1 / factor if reader.target is torch.ops.aten.div.Tensor else factor
 
 
 def _clipped(x: Any, bounds: tuple[float, float]) -> Any:

@@ -25,8 +25,10 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     import openvino
     from openvino.frontend.pytorch import ConversionExtension
 
-    extension = ConversionExtension("halfeven.fake_quantize.default", lambda context: _fake_quantize(context, names))
-    model = openvino.convert_model(program, extension=[extension])
+    keep_products_whole(program)
+    translations = {"fake_quantize": lambda context: _fake_quantize(context, names), "matmul": _matmul}
+    extensions = [ConversionExtension(f"halfeven.{name}.default", made) for name, made in translations.items()]
+    model = openvino.convert_model(program, extension=extensions)
     # The front end forgets which sizes are fixed; the plugin's kernels are faster when it knows.
     sizes = zip(model.inputs, _inputs(program), strict=True)
     model.reshape({port: openvino.PartialShape(_sizes(value)) for port, value in sizes})
@@ -35,6 +37,14 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     write_out_moves(model)
     name_layers(model, set(names))
     return model
+
+
+def keep_products_whole(program: torch.export.ExportedProgram) -> None:
+    """Let products of activations be one operator each. The front end's decomposition expands both factors to their own
+    size first, which is a copy of each in the runtime where the batch is free."""
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.matmul.default:
+            node.target = torch.ops.halfeven.matmul.default
 
 
 def write_out_ceilings(model: Any) -> None:
@@ -114,6 +124,12 @@ def _inputs(program: torch.export.ExportedProgram) -> list[torch.Tensor]:
 
 def _sizes(value: torch.Tensor) -> list[int]:
     return [size if isinstance(size, int) else -1 for size in value.shape]
+
+
+def _matmul(context: Any) -> list[Any]:
+    from openvino import opset13 as opset
+
+    return [opset.matmul(context.get_input(0), context.get_input(1), False, False).output(0)]
 
 
 def _fake_quantize(context: Any, names: Sequence[str]) -> list[Any]:

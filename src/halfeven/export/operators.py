@@ -45,6 +45,17 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:2], *[1] * (x.ndim - 2)))
 
 
+@torch.library.custom_op("halfeven::matmul", mutates_args=())
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.matmul` that no exporter takes apart into reshapes, expansions and products of three axes."""
+    return torch.matmul(a, b)
+
+
+@matmul.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return torch.matmul(a, b)
+
+
 class ExportedQuantizer(nn.Module):
     """A frozen quantizer as that operator.
 
