@@ -33,8 +33,6 @@ ADDED_IN_UNITS = (OperatorKind.CONVOLUTION, OperatorKind.LINEAR)
 """Layers whose result is added to a quantized skip connection in units of its scale."""
 
 SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor, torch.ops.aten.mul.Tensor)
-
-
 SCALINGS = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
 
 

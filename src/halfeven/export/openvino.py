@@ -127,6 +127,7 @@ def _sizes(value: torch.Tensor) -> list[int]:
 
 
 def _matmul(context: Any) -> list[Any]:
+    """A MatMul as numpy defines it, of any number of axes."""
     from openvino import opset13 as opset
 
     return [opset.matmul(context.get_input(0), context.get_input(1), False, False).output(0)]
