@@ -30,6 +30,7 @@ import torch
 from peers import PEERS
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 
 
 def by_halfeven(model: nn.Module, images: Tensor, ranges: str) -> nn.Module:
@@ -60,11 +61,15 @@ def stepper(model: nn.Module, images: Tensor, labels: Tensor, *, compiled: bool 
 
 
 def made(job: dict[str, Any]) -> tuple[nn.Module, Tensor, Tensor]:
-    """The float model and a batch."""
+    """The float model and a batch. No BatchNorm starts at zero: torchao divides by its factors."""
     torch.manual_seed(0)
-    return timm.create_model(job["model"]), torch.randn(job["batch"], 3, job["size"], job["size"]), torch.randint(
-        1000, (job["batch"],)
-    )  # fmt: skip
+    model = timm.create_model(job["model"])
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    images = torch.randn(job["batch"], 3, job["size"], job["size"])
+    update_bn([images[:2]], model)
+    return model, images, torch.randint(1000, (job["batch"],))
 
 
 def ratio(job: dict[str, Any]) -> dict[str, float]:
