@@ -1,6 +1,7 @@
-"""Other libraries' quantization-aware training of the models that ours is compared with. `qat.py` and `step_ratio.py`
-run this file under the Python of an environment that has such a library, timm and safetensors, and need not have
-halfeven:
+"""Other libraries' quantization-aware training of the models that ours is compared with.
+
+`qat.py` runs this file, and `step_ratio.py` imports it, under the Python of an environment that has such a library,
+timm and safetensors, and need not have halfeven:
 
     NNCF_ENV/bin/python benchmarks/peers.py JOB.pt
 
@@ -22,19 +23,15 @@ from torch.nn import functional as F
 
 
 def by_nncf(model: nn.Module, calibration: Sequence[Tensor], bits: tuple[int, int]) -> nn.Module:
-    """NNCF's `quantize`, with its defaults but for the bits, of which it allows 8 alone."""
+    """NNCF's `quantize` with its defaults.
+
+    Raises:
+        ValueError: other bits than 8: its descriptions of devices allow no fewer for every layer.
+    """
+    if bits != (8, 8):
+        raise ValueError(f"NNCF has no form for weights of {bits[0]} and activations of {bits[1]} bits everywhere.")
     nncf = importlib.import_module("nncf")
-    advanced = importlib.import_module("nncf.quantization.advanced_parameters")
-    weights, activations = (advanced.QuantizationParameters(num_bits=count) for count in bits)
-    given = advanced.AdvancedQuantizationParameters(
-        weights_quantization_params=weights, activations_quantization_params=activations
-    )
-    quantized: nn.Module = nncf.quantize(
-        model.eval(),
-        nncf.Dataset(calibration),
-        subset_size=len(calibration),
-        advanced_parameters=None if bits == (8, 8) else given,
-    )
+    quantized: nn.Module = nncf.quantize(model.eval(), nncf.Dataset(calibration), subset_size=len(calibration))
     return quantized
 
 
@@ -91,7 +88,7 @@ def descend(model: nn.Module, job: dict[str, Any]) -> None:
 def main() -> None:
     job = torch.load(sys.argv[1])
     model = float_model(job["model"], job["weights"])
-    qmodel = PEERS[job["peer"]](model, job["images"][job["calibration"]].split(64), tuple(job["bits"]))
+    qmodel = PEERS[job["peer"]](model, job["calibration"], tuple(job["bits"]))
     result = {"start": top1(qmodel, *job["test"])}
     descend(qmodel, job)
     print(json.dumps(result | {"end": top1(qmodel, *job["test"])}))

@@ -94,6 +94,12 @@ class Batches:
         return self.order[place * BATCH : (place + 1) * BATCH]
 
 
+def drawn(training: Images, seed: int, count: int) -> tuple[Tensor, ...]:
+    """The first `count` of the training images in the order of a seed, in batches."""
+    choice = torch.randperm(len(training[0]), generator=torch.Generator().manual_seed(seed))
+    return training[0][choice[:count]].split(BATCH)
+
+
 def descend(model: nn.Module, batches: Batches, steps: int, course: Any = None) -> float:
     """Train; seconds that it took."""
     options = TrainingOptions(learning_rate=RATE, weight_decay=0.0)
@@ -126,9 +132,7 @@ def trained(
     accuracy: Callable[[nn.Module], float],
 ) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
     """One run: the better of the weights and their average, and accuracies at the start and at the end."""
-    choice = torch.randperm(len(training[0]), generator=torch.Generator().manual_seed(seed))
-    calibration = training[0][choice[:CALIBRATION]].split(BATCH)
-    others = training[0][choice[: 50 * BATCH]].split(BATCH)
+    calibration, others = drawn(training, seed, CALIBRATION), drawn(training, seed, 50 * BATCH)
     options = {"ranges": "learned", **changes.get("quantization", {})}
     qmodel = he.calibrate(he.prepare(model, calibration[0], scheme=scheme, **options), calibration)
     started = time.perf_counter()
@@ -151,18 +155,20 @@ def trained(
 def by_peer(
     peer: str, python: str, scheme: str, options: argparse.Namespace, training: Images, test: Images, seed: int
 ) -> dict[str, Any]:
-    """The same run by another library, in its own environment."""
-    choice = torch.randperm(len(training[0]), generator=torch.Generator().manual_seed(seed))
-    job = {"peer": peer, "model": options.model, "weights": str(options.weights), "bits": parse_bits(scheme)}
-    job |= {
+    """The same run by another library, in its own environment; its error in place of figures that it has not."""
+    batches = Batches(*training, seed)
+    job = {
+        "peer": peer,
+        "model": options.model,
+        "weights": str(options.weights),
+        "bits": parse_bits(scheme),
         "rate": RATE,
         "images": training[0],
         "labels": training[1],
         "test": test,
-        "calibration": choice[:CALIBRATION],
+        "calibration": drawn(training, seed, CALIBRATION),
+        "order": torch.stack([batches.index(step) for step in range(options.steps)]),
     }
-    batches = Batches(*training, seed)
-    job["order"] = torch.stack([batches.index(step) for step in range(options.steps)])
     with tempfile.TemporaryDirectory() as folder:
         torch.save(job, path := Path(folder) / "job.pt")
         command = [python, str(Path(__file__).with_name("peers.py")), str(path)]
