@@ -1,5 +1,7 @@
 """Small networks whose layers are linked in every way, with channels of very different ranges."""
 
+import copy
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -78,7 +80,16 @@ class Shared(nn.Module):
 
 
 def chain(*layers):
-    return lambda: nn.Sequential(*(layer() if isinstance(layer, type) else layer for layer in layers))
+    """What makes a network of these layers, each time from new ones: a test may change them."""
+
+    def build() -> nn.Module:
+        model = copy.deepcopy(nn.Sequential(*(layer() if isinstance(layer, type) else layer for layer in layers)))
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        return model
+
+    return build
 
 
 NETS = {
