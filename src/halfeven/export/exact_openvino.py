@@ -98,15 +98,19 @@ class OpenVINOInterpreter(fx.Interpreter):
             return None
         sums = self._run(node, tuple(x.values.double() - x.ends.zero_level for x in args[:2]), {})
         first, second = (x.ends.scale for x in args[:2])
-        if (number := _number_of(node)) is not None:  # the plugin moves it to the second factor
-            second = second * number
-        return Products(sums.float(), first * second)
+        return Products(sums.float(), first * second, (first, second))
 
     def _scaled(self, node: fx.Node, args: Any, kwargs: Any) -> Products | None:
-        """Products of activations times or by a number, which their scale has in it already."""
-        product = node.all_input_nodes[0]
-        is_in = isinstance(args[0], Products) and kind_of(product) is OperatorKind.MATMUL
-        return args[0] if is_in and _number_of(product) is not None else None
+        """Products of activations times or by a number, which the plugin moves to the second factor where nothing else
+        reads the products."""
+        (x, number), product = args, node.all_input_nodes[0]
+        if not isinstance(x, Products) or x.scales is None or not isinstance(number, int | float):
+            return None
+        if kind_of(product) is not OperatorKind.MATMUL or len(product.users) != 1:
+            return None
+        (first, second), factor = x.scales, torch.tensor(float(number))
+        second = second * (1 / factor if node.target is torch.ops.aten.div.Tensor else factor)
+        return Products(x.values, first * second)
 
     def _average(self, node: fx.Node, args: Any, kwargs: Any) -> Average | None:
         if not isinstance(args[0], Levels) or _adaptive_in_float(node):
@@ -158,17 +162,6 @@ RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
     OperatorKind.ACTIVATION: OpenVINOInterpreter._clip,
 }
 """Operator or kind -> what the plugin makes of integers: the result, or None where it computes in float."""
-
-
-def _number_of(product: fx.Node) -> Tensor | None:
-    """The number that a product of activations is multiplied with, if that is all that is done with it."""
-    reader = next(iter(product.users), product)
-    if len(product.users) != 1 or reader.target not in SCALINGS or reader.args[0] is not product:
-        return None
-    if not isinstance(number := reader.args[1], int | float):
-        return None
-    factor = torch.tensor(float(number))
-    return 1 / factor if reader.target is torch.ops.aten.div.Tensor else factor
 
 
 def _clipped(x: Any, bounds: tuple[float, float]) -> Any:

@@ -170,6 +170,8 @@ class Products:
     values: Tensor
     unit: Tensor
     """Of the sums: [], or one for each output channel in a shape that broadcasts over them."""
+    scales: tuple[Tensor, Tensor] | None = None
+    """Of both factors, where these are activations: what scales the products next goes into the second."""
 
     def real(self) -> Tensor:
         return self.values * self.unit
