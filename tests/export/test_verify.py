@@ -18,7 +18,7 @@ from export.parity import SCHEME, quantized
 from halfeven.errors import VerificationError
 from halfeven.export import load_deployed
 from halfeven.export.exact import ExactModel
-from halfeven.export.openvino_runtime import compile_model, read, request_with
+from halfeven.export.openvino_runtime import OpenVINOFile, compile_model, read, request_with
 from halfeven.export.report import Report
 from halfeven.fake_quantization import fake_quantize
 from halfeven.quantizer import quantizers
@@ -400,6 +400,17 @@ def test_without_latency(deployed):
     assert report.latency_ms == {}
     assert np.isnan(report.latency_ratio)
     assert "latency deployed" not in str(report)
+
+
+def test_outputs_are_of_the_file_as_users_run_it_not_of_the_one_that_is_watched(deployed, tmp_path, monkeypatch):
+    """To be outputs keeps operators from being fused, so the file is run once more without: here that is another."""
+    qmodel, path, batches = deployed
+    assert he.verify(qmodel, path, batches, timed=False).output_difference == 0
+    other, _ = quantized(net(nn.Conv2d(8, 8, 3)), IMAGE)
+    monkeypatch.setattr(OpenVINOFile, "plain", compile_model(read(he.export(other, tmp_path / "other.xml"))))
+    report = he.verify(qmodel, path, batches, timed=False)
+    assert report.integer_match == 1.0
+    assert report.output_difference > 0
 
 
 def test_the_share_of_work_in_integers_counts_layers_in_float(tmp_path):

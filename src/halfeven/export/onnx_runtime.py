@@ -115,14 +115,16 @@ class ONNXRuntimeFile:
         for name in self.tensors:
             if name not in self.own_outputs:
                 asked.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-        self.session = session(asked, literal=self.literal)
+        self.watched = session(asked, literal=self.literal)
+        # More outputs than its own keep operators from being fused: this is what users run.
+        self.session = self.watched if self.literal or not self.tensors else session(self.model)
         self.inputs = [found.name for found in self.session.get_inputs()]
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        wanted = list(dict.fromkeys((*self.own_outputs, *self.tensors)))
-        found = dict(zip(wanted, self.session.run(wanted, self._fed(inputs)), strict=True))
-        tensors = {name: torch.from_numpy(found[name]) for name in self.tensors}
-        return [torch.from_numpy(found[name]) for name in self.own_outputs], tensors
+        fed = self._fed(inputs)
+        outputs = [torch.from_numpy(x) for x in self.session.run(self.own_outputs, fed)]
+        tensors = self.watched.run(self.tensors, fed) if self.tensors else []
+        return outputs, {name: torch.from_numpy(x) for name, x in zip(self.tensors, tensors, strict=True)}
 
     def _fed(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
         return {name: x.detach().cpu().numpy() for name, x in zip(self.inputs, inputs, strict=True)}

@@ -1,6 +1,7 @@
 """OpenVINO as the runtime: running a deployed file, and asking it what it executed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -85,30 +86,64 @@ def with_outputs(model: Any, names: Sequence[str]) -> list[str]:
 def executed_layers(compiled: Any, layers: Sequence[str]) -> list[Executed]:
     """What the runtime made of each named layer; layers that it does not mention come with precision "unknown"."""
     found: dict[str, Executed] = {}
-    for info in _executed(compiled):
-        for name in info.get("originalLayersNames", "").split(","):
-            found.setdefault(_layer(name), _described(_layer(name), info))
+    for info, _ in _executed(compiled):
+        for name in _layers(info):
+            found.setdefault(name, _described(name, info))
     return [found.get(layer, Executed(layer, "unknown", "", integer=False)) for layer in layers]
 
 
-def executed_products(compiled: Any) -> list[Executed]:
-    """What the runtime made of the products of two activations."""
+def executed_products(compiled: Any, products: Set[str]) -> list[Executed]:
+    """What the runtime made of the products of two activations, which have these names in the file."""
+    found = []
+    for info, types in _executed(compiled):
+        if info["layerType"] == "MatMul":
+            found.append(_described(info["originalLayersNames"], info))
+        elif info["layerType"] == "Subgraph" and not products.isdisjoint(_layers(info)):
+            found += _attention(info, types)
+    return found
+
+
+def _attention(info: dict[str, str], types: Sequence[str]) -> list[Executed]:
+    """Both products of an attention that the plugin runs as one operator, as it does where there is AVX-512: the first
+    is of two inputs, the second of the softmax inside and one more; its mask is not multiplied."""
+    integers = sum(one in INTEGER_TYPES for one in types)
+    names = info["originalLayersNames"]
     return [
-        _described(info["originalLayersNames"], info) for info in _executed(compiled) if info["layerType"] == "MatMul"
+        Executed(names, info["runtimePrecision"], info["primitiveType"], integer=integers >= needed, stored=False)
+        for needed in (2, 3)
     ]
 
 
-def _executed(compiled: Any) -> Iterator[dict[str, str]]:
+def _executed(compiled: Any) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """What the plugin says of each operator that it runs, and the types of the operator's inputs."""
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
         if info.get("layerType") != "Const":
-            yield info
+            yield info, [port.get_element_type().get_type_name() for port in node.inputs()]
+
+
+def _layers(info: dict[str, str]) -> list[str]:
+    """The operators of the file that one of the runtime was made of."""
+    return [_layer(name) for name in info.get("originalLayersNames", "").split(",")]
 
 
 def _described(name: str, info: dict[str, str]) -> Executed:
     precision, kernel = info["runtimePrecision"], info["primitiveType"]
     reads_integers, computes = precision in INTEGER_TYPES, "i8" in kernel.lower()
     return Executed(name, precision, kernel, integer=reads_integers and computes, stored=reads_integers)
+
+
+def products_of(model: Any) -> set[str]:
+    """The names of a model's products of two activations: neither factor is made of constants alone."""
+    computed: set[str] = set()  # from the model's inputs
+    found = set()
+    for node in model.get_ordered_ops():
+        sources = [port.get_source_output().get_node().get_name() in computed for port in node.inputs()]
+        if any(sources) or node.get_type_name() == "Parameter":
+            computed.add(node.get_name())
+        if node.get_type_name() == "MatMul" and all(sources):
+            found.add(_layer(node.get_friendly_name()))
+    return found
 
 
 def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
@@ -166,17 +201,21 @@ class OpenVINOFile:
         return list(self.places)
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        outputs = run_compiled(self.compiled, inputs)
-        return outputs[: self.own_outputs], {name: outputs[index] for name, index in self.places.items()}
+        outputs = run_compiled(self.plain, inputs)
+        if not self.places:
+            return outputs, {}
+        watched = run_compiled(self.compiled, inputs)
+        return outputs, {name: watched[index] for name, index in self.places.items()}
 
     def executed_layers(self, layers: Sequence[str]) -> list[Executed]:
-        return executed_layers(self._plain(), layers)
+        return executed_layers(self.plain, layers)
 
     def executed_products(self) -> list[Executed]:
-        return executed_products(self._plain())
+        return executed_products(self.plain, products_of(read(self.path)))
 
-    def _plain(self) -> Any:
-        """Compiled without more outputs than its own, which keep operators from being fused."""
+    @functools.cached_property
+    def plain(self) -> Any:
+        """Compiled without more outputs than its own, which keep operators from being fused: what users run."""
         return self.compiled if not self.places else compile_model(read(self.path))
 
     def stored_integers(self, layers: Sequence[str]) -> dict[str, Tensor]:

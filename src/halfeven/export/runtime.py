@@ -29,7 +29,8 @@ class DeployedFile(Protocol):
         ...
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The model's outputs, and the tensors asked for by name."""
+        """The model's outputs, of the file as it runs when no tensor is asked for; and the tensors asked for by name,
+        of a second run: to be outputs keeps operators from being fused."""
         ...
 
     def executed_layers(self, layers: Sequence[str]) -> list[Executed]:

@@ -70,20 +70,19 @@ def verify(
     comparison = _Comparison(qmodel, model, exported, Path(path), target)
     with as_planned(qmodel):
         rows = _compare(comparison, batches, quantized, float_model, class_axis)
-    opened = open_deployed(path, target)
-    layers = opened.executed_layers(comparison.layers)
+    layers = comparison.file.executed_layers(comparison.layers)
     alone = not comparison.activations  # weights alone are quantized: to be read by float kernels is all they are for
     milliseconds = latency(qmodel, Path(path), inputs_of(batches[0]), target) if timed else {}
     return Report(
         path=str(path),
-        runtime=opened.runtime,
+        runtime=comparison.file.runtime,
         samples=rows.samples,
         integer_layers=sum(layer.integer for layer in layers),
         quantizable_layers=len(layers),
         weight_layers=sum(layer.stored and not layer.integer for layer in layers),
         float_layers=[_in_float(layer) for layer in layers if not (layer.integer or (layer.stored and alone))],
         output_difference=rows.difference / rows.largest if rows.largest else 0.0,
-        integer_macs=integer_share(comparison.parts, layers, opened.executed_products()),
+        integer_macs=integer_share(comparison.parts, layers, comparison.file.executed_products()),
         top1_agreement=rows.same_exact / rows.answers,
         float_simulation_top1_agreement=rows.same_float / rows.answers,
         accuracy=rows.accuracy(),
