@@ -16,6 +16,7 @@ from export.test_exact import IMAGE, MODELS, NOT_EXACT, Block, Concat, Residual,
 from halfeven.errors import ConfigError, PlacementError
 from halfeven.export import load_deployed
 from halfeven.export.forms import integer_bias
+from halfeven.export.onnx_runtime import ONNXRuntimeFile
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +101,27 @@ def test_layers_without_a_bias(tmp_path):
     report = report_of(model, (4, 3, 8, 8), tmp_path / "model.onnx")
     assert_parity(report)
     assert report.integer_macs == 1.0
+
+
+class Shares(nn.Module):
+    """A softmax between two quantizers, as of attention whose scores a layer mixes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = conv(4, 4), conv(4, 4)
+
+    def forward(self, x):
+        return self.last(self.first(x).softmax(-1))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w7a7"])
+def test_a_softmax_of_integers(scheme, tmp_path):
+    """The runtime has a kernel for it, whose shares differ from those of a softmax in float by 1 in 2 of 100."""
+    torch.manual_seed(0)
+    report = report_of(Shares(), (8, 4, 49, 49), tmp_path / "model.onnx", scheme=scheme)
+    assert "QLinearSoftmax" in [node.op_type for node in ONNXRuntimeFile(tmp_path / "model.onnx")._optimized()]
+    assert [tensor.count for tensor in report.tensors] == [230496] * 4
+    assert report.alone_match == 1.0
 
 
 def test_a_bias_without_a_place_on_its_grid_gets_one(tmp_path):

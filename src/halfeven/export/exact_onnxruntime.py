@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from halfeven.export.float_operators import FloatOperators, is_asked
 from halfeven.export.forms import integer_bias
 from halfeven.export.integer_layers import IntegerLayer
-from halfeven.export.onnx_runtime import function_of
+from halfeven.export.onnx_runtime import function_of, softmax_of_integers
 from halfeven.export.operators import ExportedQuantizer
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule
@@ -240,6 +240,8 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
             a, b = (x.values - x.grid.zero_point for x in args[:2])
             product = getattr(super(), n.op)(n.target, (a.double(), b.double()), kwargs)
             return Sums(product.float(), args[0].grid.scale * args[1].grid.scale)
+        if kind is K.SOFTMAX and isinstance(args[0], Integers) and (grid := _only_reader(n)) is not None:
+            return Integers(grid.clipped(softmax_of_integers(args[0].values, args[1], args[0].grid, grid)), grid)
         return None
 
     def _layer(self, node: fx.Node, layer: Any, x: Integers) -> Tensor | Sums:
@@ -291,6 +293,14 @@ def _on_one_grid(tensors: Any) -> bool:
     if not all(isinstance(one, Integers) for one in tensors):
         return False
     return len({(float(one.grid.scale), float(one.grid.zero_point)) for one in tensors}) == 1
+
+
+def _only_reader(node: fx.Node) -> Grid | None:
+    """The grid of the quantizer that alone reads a tensor."""
+    readers = [module_of(user) if user.op == "call_module" else None for user in node.users]
+    if len(readers) != 1 or not isinstance(quantizer := readers[0], ExportedQuantizer):
+        return None
+    return Grid.of(quantizer)
 
 
 def _mean(x: Integers) -> Mean:

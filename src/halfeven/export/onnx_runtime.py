@@ -4,7 +4,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halfeven.errors import VerificationError
 from halfeven.export.executed import Executed
-from halfeven.export.onnx import translated
+from halfeven.export.onnx import OPSET, translated
 from halfeven.export.operators import WEIGHT_SUFFIX
 
 DISABLED = ["WeightBiasQuantization"]
@@ -94,6 +94,46 @@ def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Ten
         return torch.from_numpy(opened.run(None, {name: x.detach().numpy() for name, x in given.items()})[0])
 
     return run
+
+
+class OnGrid(Protocol):
+    """Where integers stand."""
+
+    @property
+    def scale(self) -> Tensor: ...
+
+    @property
+    def zero_point(self) -> Tensor: ...
+
+    @property
+    def first(self) -> int:
+        """Smallest integer of the type."""
+        ...
+
+
+def softmax_of_integers(x: Tensor, axis: int, before: OnGrid, after: OnGrid) -> Tensor:
+    """What the runtime makes of integers that are dequantized, put through a softmax over an axis and quantized: for
+    this it has a kernel of its own, where both are of one type."""
+    import onnx
+    from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
+    from onnx.numpy_helper import from_array
+
+    constants, types = [], []
+    for name, grid in (("before", before), ("after", after)):
+        kind = np.dtype(np.int8 if grid.first else np.uint8)
+        constants.append(from_array(grid.scale.numpy().astype(np.float32).reshape(()), f"{name}_scale"))
+        constants.append(from_array(grid.zero_point.numpy().astype(kind).reshape(()), f"{name}_zero_point"))
+        types.append(onnx.helper.np_dtype_to_tensor_dtype(kind))
+    nodes = [
+        make_node("DequantizeLinear", ["x", "before_scale", "before_zero_point"], ["real"]),
+        make_node("Softmax", ["real"], ["shares"], axis=axis),
+        make_node("QuantizeLinear", ["shares", "after_scale", "after_zero_point"], ["y"]),
+    ]
+    ends = [make_tensor_value_info(name, kind, x.shape) for name, kind in zip("xy", types, strict=True)]
+    graph = make_graph(nodes, "softmax", ends[:1], ends[1:], constants)
+    model = make_model(graph, opset_imports=[make_opsetid("", OPSET)])
+    integers = x.numpy().astype(np.int8 if before.first else np.uint8)
+    return torch.from_numpy(session(model).run(None, {"x": integers})[0].astype(np.float32))
 
 
 class ONNXRuntimeFile:
