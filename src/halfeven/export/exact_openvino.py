@@ -6,7 +6,7 @@ tests. What the plugin computes in float it is asked for (`float_operators`).
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from halfeven.export.float_operators import FloatOperators, is_asked
-from halfeven.export.forms import grid_of
+from halfeven.export.forms import grid_of, quantizer_at
 from halfeven.export.integer_layers import IntegerLayer
 from halfeven.export.openvino_runtime import function_of
 from halfeven.export.operators import ExportedQuantizer
@@ -33,6 +33,7 @@ ADDED_IN_UNITS = (OperatorKind.CONVOLUTION, OperatorKind.LINEAR)
 """Layers whose result is added to a quantized skip connection in units of its scale."""
 
 SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor, torch.ops.aten.mul.Tensor)
+SLOPES = (torch.ops.aten.leaky_relu.default, torch.ops.aten.prelu.default)
 SCALINGS = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
 
 
@@ -122,6 +123,8 @@ class OpenVINOInterpreter(fx.Interpreter):
     def _clip(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """A clip, which the plugin takes away where the quantizer that reads it clips as much or more."""
         bounds = clipping(node)
+        if node.target in SLOPES and isinstance(args[0], InUnits):
+            return dataclasses.replace(args[0], values=self._run(node, (args[0].values, *args[1:]), kwargs))
         if bounds is None or not isinstance(args[0], InUnits | Products):
             return None
         readers = [module_of(user) if user.op == "call_module" else None for user in node.users]
@@ -156,7 +159,7 @@ RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
     **dict.fromkeys(TRANSPARENT, OpenVINOInterpreter._on_same_grid),
     OperatorKind.CONCAT: OpenVINOInterpreter._concatenated,
     OperatorKind.MATMUL: OpenVINOInterpreter._product,
-    OperatorKind.ADD: lambda _, node, args, kwargs: _fused_sum(node, args),
+    OperatorKind.ADD: lambda _, node, args, kwargs: _sum(node, args),
     **dict.fromkeys(SCALINGS, OpenVINOInterpreter._scaled),
     OperatorKind.AVERAGE: OpenVINOInterpreter._average,
     OperatorKind.ACTIVATION: OpenVINOInterpreter._clip,
@@ -222,12 +225,9 @@ def _before_activations(quantizer: fx.Node) -> fx.Node:
 
 
 def _in_kernel(quantizer: fx.Node) -> bool:
-    """Whether a quantizer is a part of the kernel of a layer, a product, a pool, or a convolution with its skip
-    connection; elsewhere it is an operator of its own, or one of elementwise operators."""
-    node = _before_activations(quantizer)
-    if kind_of(node) is OperatorKind.ADD:
-        return any(kind_of(operand) is OperatorKind.CONVOLUTION for operand in node.all_input_nodes)
-    return kind_of(node) in (*WEIGHTED, OperatorKind.MATMUL, OperatorKind.AVERAGE)
+    """Whether a quantizer is a part of the kernel of a layer, a product or a pool; elsewhere it is an operator of its
+    own, or one of elementwise operators, as a layer's sum with a skip connection is."""
+    return kind_of(_before_activations(quantizer)) in (*WEIGHTED, OperatorKind.MATMUL, OperatorKind.AVERAGE)
 
 
 def _is_layer_norm(node: fx.Node) -> bool:
@@ -255,10 +255,35 @@ def _real(value: Any) -> Any:
     return value.real() if _is_special(value) else value
 
 
-def _fused_sum(node: fx.Node, args: Any) -> InUnits | None:
-    """A layer added to a quantized skip connection: the plugin adds in units of the skip's scale."""
+def _sum(node: fx.Node, args: Any) -> InUnits | None:
+    """A sum that the plugin takes in units of an operand's scale."""
     if len(args) < 2 or node.target is not torch.ops.aten.add.Tensor or node.kwargs:
         return None
+    if all(isinstance(x, Levels) for x in args):
+        return _sum_of_integers(node, args)
+    return _fused_sum(node, args)
+
+
+def _sum_of_integers(node: fx.Node, args: Sequence[Levels]) -> InUnits | None:
+    """Two tensors of integers: one is brought to the other's scale, and both zero points are subtracted from it."""
+    if args[0].values.shape != args[1].values.shape or len(node.all_input_nodes) != 2:
+        return None
+    moved, kept = args if _first_is_moved(node) else reversed(args)
+    zero = moved.ends.zero_byte + kept.ends.zero_byte * kept.ends.scale / moved.ends.scale
+    values = (moved.bytes - zero) * (moved.ends.scale / kept.ends.scale) + kept.bytes
+    return InUnits(values, kept.ends.scale)
+
+
+def _first_is_moved(node: fx.Node) -> bool:
+    """Which operand of a sum of integers is brought to the other's scale: the first, unless the second alone comes from
+    a quantizer and not from an operator behind it. (Of two that do, one that is read here alone would come before
+    one that is read elsewhere too; but `verify` reads them all.)"""
+    first, second = (quantizer_at(operand) is not None for operand in node.all_input_nodes)
+    return first or not second
+
+
+def _fused_sum(node: fx.Node, args: Any) -> InUnits | None:
+    """A layer added to a quantized skip connection: the plugin adds in units of the skip's scale."""
     for branch, skip, source in ((args[0], args[1], node.args[0]), (args[1], args[0], node.args[1])):
         if not (isinstance(branch, Tensor | Products) and isinstance(skip, Levels) and isinstance(source, fx.Node)):
             continue

@@ -148,7 +148,7 @@ class Average:
 
 @dataclass(frozen=True)
 class InUnits:
-    """Real values divided by a scale: the sum that a convolution and its skip connection are fused into."""
+    """Real values divided by a scale: a sum that is taken in units of an operand's."""
 
     values: Tensor
     unit: Tensor
