@@ -120,8 +120,9 @@ class OpenVINOInterpreter(fx.Interpreter):
         values = self._run(node, (args[0].bytes.double(), *args[1:]), kwargs).float()
         return Average(torch.round(values) if _rounds(node) else values, args[0].ends)
 
-    def _clip(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        """A clip, which the plugin takes away where the quantizer that reads it clips as much or more."""
+    def _activated(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """A leaky ReLU, taken in units of a sum; or a clip, which the plugin takes away where the quantizer that reads it
+        clips as much or more."""
         bounds = clipping(node)
         if node.target in SLOPES and isinstance(args[0], InUnits):
             return dataclasses.replace(args[0], values=self._run(node, (args[0].values, *args[1:]), kwargs))
@@ -162,7 +163,7 @@ RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
     OperatorKind.ADD: lambda _, node, args, kwargs: _sum(node, args),
     **dict.fromkeys(SCALINGS, OpenVINOInterpreter._scaled),
     OperatorKind.AVERAGE: OpenVINOInterpreter._average,
-    OperatorKind.ACTIVATION: OpenVINOInterpreter._clip,
+    OperatorKind.ACTIVATION: OpenVINOInterpreter._activated,
 }
 """Operator or kind -> what the plugin makes of integers: the result, or None where it computes in float."""
 
