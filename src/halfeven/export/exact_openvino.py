@@ -121,8 +121,8 @@ class OpenVINOInterpreter(fx.Interpreter):
         return Average(torch.round(values) if _rounds(node) else values, args[0].ends)
 
     def _activated(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        """A leaky ReLU, taken in units of a sum; or a clip, which the plugin takes away where the quantizer that reads it
-        clips as much or more."""
+        """A leaky ReLU, taken in units of a sum; or a clip, taken away where the quantizer that reads it clips as
+        much or more."""
         bounds = clipping(node)
         if node.target in SLOPES and isinstance(args[0], InUnits):
             return dataclasses.replace(args[0], values=self._run(node, (args[0].values, *args[1:]), kwargs))
