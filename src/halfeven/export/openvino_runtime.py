@@ -109,7 +109,7 @@ def _attention(info: dict[str, str], types: Sequence[str]) -> list[Executed]:
     integers = sum(one in INTEGER_TYPES for one in types)
     names = info["originalLayersNames"]
     return [
-        Executed(names, info["runtimePrecision"], info["primitiveType"], integer=integers >= needed, stored=False)
+        Executed(names, info["runtimePrecision"], info["primitiveType"], integer=integers >= needed)
         for needed in (2, 3)
     ]
 
@@ -189,7 +189,6 @@ class OpenVINOFile:
     def __init__(self, path: Path, tensors: Sequence[str] = ()) -> None:
         self.path = path
         opened = read(path)
-        self.own_outputs = len(opened.outputs)
         with_outputs(opened, tensors)
         # Where the model returns a tensor that is quantized, that output is the tensor's.
         named = [(name, index) for index, port in enumerate(opened.outputs) for name in port.get_names()]
