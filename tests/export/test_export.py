@@ -1,5 +1,8 @@
 """What is in the files, and that a file is there whole or not at all."""
 
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import openvino
@@ -49,6 +52,23 @@ def test_openvino_holds_int8_weights(tmp_path):
     assert largest_float <= 32
     assert (tmp_path / "model.bin").stat().st_size < weights(model) * 1.2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.bin", "model.xml"]
+
+
+def test_signals_are_handled_after_a_file_was_closed(tmp_path):
+    """Each `openvino.Core` gives its thread a stack for signal handlers; one that is freed must not stay."""
+    qmodel, _ = quantized(net(), IMAGE)
+    path = he.export(qmodel, tmp_path / "model.xml")
+    code = f"""
+import os, signal
+from halfeven.export.openvino_runtime import compile_model, read
+first, second = (compile_model(read({str(path)!r})) for _ in range(2))
+del first
+del second
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_onnx_is_qdq_with_int8_initializers(tmp_path):

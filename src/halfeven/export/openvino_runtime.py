@@ -21,6 +21,19 @@ ACCURACY = {"EXECUTION_MODE_HINT": "ACCURACY"}
 INTEGER_TYPES = ("u8", "i8", "u4", "i4")
 
 
+@functools.cache
+def _core() -> Any:
+    """The one `openvino.Core` of the process.
+
+    Where there is AVX-512 each one's plugin gives its thread a stack for signal handlers (sigaltstack). Of several that
+    end in another order than the reverse of their making one that is freed stays, and the next signal that Python
+    handles is a segmentation fault: Ctrl-C, or a data loader's worker that ends.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 @silently()
 def read(path: str | Path) -> Any:
     """The `openvino.Model` of a file.
@@ -28,13 +41,11 @@ def read(path: str | Path) -> Any:
     Raises:
         VerificationError: no such file, or none that OpenVINO can read.
     """
-    import openvino
-
     path = Path(path)
     if not path.is_file():
         raise VerificationError(f"There is no file {path} to run. Write it with halfeven.export(qmodel, path).")
     try:
-        return openvino.Core().read_model(path)
+        return _core().read_model(path)
     except RuntimeError as error:
         raise VerificationError(
             f"OpenVINO cannot read {path}: {str(error).strip().splitlines()[-1]} The file is damaged or of another "
@@ -46,9 +57,7 @@ def read(path: str | Path) -> Any:
 @silently()
 def compile_model(model: Any, config: dict[str, str] | None = None) -> Any:
     """A model ready to run on the CPU, in float32 where it is not integer unless `config` says otherwise."""
-    import openvino
-
-    return openvino.Core().compile_model(model, "CPU", ACCURACY if config is None else config)
+    return _core().compile_model(model, "CPU", ACCURACY if config is None else config)
 
 
 def run_compiled(compiled: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
