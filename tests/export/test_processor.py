@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from halfeven.export.processor import overflows, pair_fits
+from halfeven.export.processor import fuses_attention, overflows, pair_fits
 
 
 @pytest.mark.parametrize(
@@ -28,9 +28,26 @@ def test_onednn_can_be_told_to_be_a_lesser_processor(monkeypatch):
     assert overflows()
 
 
+@pytest.mark.parametrize(
+    ("flag", "told", "expected"),
+    [
+        ("avx512_vnni", "", True),
+        ("avx512_vnni", "avx512_core_vnni", True),
+        ("avx512_vnni", "AVX512_CORE", False),
+        ("avx512_vnni", "avx2_vnni", False),
+        ("avx_vnni", "", False),
+    ],
+)
+def test_an_attention_is_one_operator_with_avx512_and_vnni(flag, told, expected, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", told)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", flag: True}, raising=False)
+    assert fuses_attention() is expected
+
+
 def test_an_older_torch_says_nothing(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert not overflows()
+    assert not fuses_attention()
 
 
 def test_which_pairs_of_products_fit_in_16_bits():

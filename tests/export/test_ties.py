@@ -11,6 +11,8 @@ import halfeven as he
 from export.parity import quantized
 from halfeven.export.exact import ExactModel
 from halfeven.export.exporting import exportable
+from halfeven.export.processor import fuses_attention
+from halfeven.export.tensors import Ends
 from halfeven.quantizer import quantizers
 
 
@@ -124,3 +126,49 @@ def test_sums_without_and_with_a_bias(bias, kernel, signed, act, tmp_path):
     report = he.verify(qmodel, tmp_path / "model.xml", batches)
     assert report.integer_match == 1.0, report.first_difference
     assert sum(tensor.count for tensor in report.tensors) > 2_000_000
+
+
+class Attention(nn.Module):
+    """Four heads of 32 channels; the last layer hands on what they say."""
+
+    def __init__(self, width=128):
+        super().__init__()
+        self.query, self.key, self.value, self.last = (nn.Linear(width, width) for _ in range(4))
+        nn.init.eye_(self.last.weight)
+
+    def forward(self, x):
+        query, key, value = (
+            layer(x).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        weights = (query @ key.transpose(-1, -2) * 32**-0.5).softmax(-1)
+        return self.last((weights @ value).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.skipif(not fuses_attention(), reason="OpenVINO runs an attention as one operator where AVX512-VNNI is")
+@pytest.mark.parametrize("zero_point", [121, 126, 128])
+def test_the_end_of_an_attention_rounds_as_it_does_for_users(zero_point, tmp_path):
+    """Unwatched it is a product and a sum, watched one fused multiply-add: the outputs are those of the former. Of
+    signed bytes (128) nothing is added before the rounding, in either."""
+    torch.manual_seed(0)
+    qmodel, batches = quantized(Attention(), (16, 48, 128))
+    weights, value, end = (quantizers(qmodel)[f"quantizers.{name}"] for name in ("softmax", "value", "matmul_1"))
+    unit = weights.scale * value.scale
+    sums = torch.arange(-6000.0, 6000.0)
+
+    def ties(ratio):
+        ends = Ends(-zero_point * unit * ratio, (255 - zero_point) * unit * ratio, 255, signed=zero_point == 128)
+        ends = ends.moved(unit)
+        return int((ends.levels(sums) != ends.in_kernel().levels_in_attention(sums)).sum())
+
+    ratio = max((150 + 0.37 * step for step in range(200)), key=ties)
+    assert ties(ratio) > 0
+    end._store(unit * ratio, torch.full_like(end.zero_point, zero_point + end.scheme.quant_min))
+    he.export(qmodel, tmp_path / "model.xml")
+    report = he.verify(qmodel, tmp_path / "model.xml", batches)
+    assert report.integer_match == 1.0, report.first_difference
+    assert report.output_difference == 0.0
+
+    exact = he.exact(qmodel)
+    used = exact(batches[0])
+    exact.simulation.watched = True
+    assert torch.equal(exact(batches[0]), used) == (zero_point == 128), "no tie was met"

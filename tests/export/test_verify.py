@@ -333,7 +333,7 @@ def test_layers_alone_are_computed_only_where_integers_differ(deployed, monkeypa
     runs = []
     forward = ExactModel.forward
     monkeypatch.setattr(
-        ExactModel, "forward", lambda self, *args: runs.append(dict(self.given)) or forward(self, *args)
+        ExactModel, "forward", lambda self, *args: runs.append(dict(self.simulation.given)) or forward(self, *args)
     )
     report = he.verify(qmodel, path, batches)
     assert runs == [{}] * len(batches)

@@ -15,11 +15,12 @@ from halfeven.errors import PlacementError
 from halfeven.export.exact_onnxruntime import LiteralInterpreter, ONNXRuntimeInterpreter
 from halfeven.export.exact_openvino import OpenVINOInterpreter
 from halfeven.export.exporting import exportable
+from halfeven.export.simulation import Simulation
 from halfeven.graph.restoration import CapturedModule
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.planning import regions
 
-INTERPRETERS: dict[str, Callable[[CapturedModule, dict[str, Tensor], dict[str, Tensor]], fx.Interpreter]] = {
+INTERPRETERS: dict[str, Callable[[CapturedModule, Simulation], fx.Interpreter]] = {
     "openvino": OpenVINOInterpreter,
     "onnxruntime": ONNXRuntimeInterpreter,
     "tensorrt": LiteralInterpreter,
@@ -35,7 +36,7 @@ def exact(qmodel: nn.Module, target: str | None = None) -> "ExactModel":
 
     It runs on the CPU and has no gradients. What the runtime computes in float (a GELU, a normalization) it is asked
     for, operator by operator: the last bits are its own. After a call, `levels` holds the integers of every quantizer
-    by name.
+    by name. The file is simulated as it runs for users; where its tensors are watched, single integers may be others.
 
     Args:
         qmodel: a calibrated model; it is not changed.
@@ -57,15 +58,13 @@ def exact(qmodel: nn.Module, target: str | None = None) -> "ExactModel":
 class ExactModel(nn.Module):
     """A deployed model whose captured regions compute as the target does; called like the model.
 
-    After a call, `levels` holds the integers of every quantizer, by its name. What `given` holds under a quantizer's
-    name is handed on in place of what was computed, so that each layer can be compared alone.
+    `simulation` says how, and keeps what was computed.
     """
 
     def __init__(self, exported: nn.Module, target: str = "openvino") -> None:
         super().__init__()
         self.target = target
-        self.levels: dict[str, Tensor] = {}
-        self.given: dict[str, Tensor] = {}
+        self.simulation = Simulation()
         found = regions(exported)
         if "" in found:
             exported = self._exact(found[""])
@@ -75,12 +74,17 @@ class ExactModel(nn.Module):
                 setattr(exported.get_submodule(parent), attribute, self._exact(region))
         self.model = exported
 
+    @property
+    def levels(self) -> dict[str, Tensor]:
+        """The integers of every quantizer, by its name, after a call."""
+        return self.simulation.levels
+
     def _exact(self, region: CapturedModule) -> "_ExactRegion":
-        return _ExactRegion(region, INTERPRETERS[self.target](region, self.levels, self.given))
+        return _ExactRegion(region, INTERPRETERS[self.target](region, self.simulation))
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.levels.clear()
+        self.simulation.levels.clear()
         return self.model(*args, **kwargs)
 
 

@@ -18,6 +18,7 @@ from halfeven.export.forms import integer_bias
 from halfeven.export.integer_layers import IntegerLayer
 from halfeven.export.onnx_runtime import function_of, softmax_of_integers
 from halfeven.export.operators import ExportedQuantizer
+from halfeven.export.simulation import Simulation
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule
 
@@ -179,11 +180,11 @@ def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 class ONNXRuntimeInterpreter(fx.Interpreter):
-    """Computes a region as the runtime does; the integers of each quantizer, from 0 upwards, go to `found`."""
+    """Computes a region as the runtime does; the integers of each quantizer go to `simulation`."""
 
-    def __init__(self, region: CapturedModule, found: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    def __init__(self, region: CapturedModule, simulation: Simulation) -> None:
         super().__init__(region)
-        self.found, self.given = found, given
+        self.simulation = simulation
         self.layers: dict[fx.Node, IntegerLayer] = {}
         self.float_operators = FloatOperators(function_of, constants_are_inputs=True)
 
@@ -264,18 +265,15 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
             return quantizer(x)
         grid = Grid.of(quantizer)
         integers = x.integers(grid) if _is_special(x) else grid.quantized(x)
-        self.found[quantizer.name] = integers - grid.first
-        if quantizer.name in self.given:
-            integers = self.given[quantizer.name] + grid.first
-        return Integers(integers, grid)
+        return Integers(self.simulation.keep(quantizer.name, integers - grid.first) + grid.first, grid)
 
 
 class LiteralInterpreter(fx.Interpreter):
     """Computes a region as ONNX defines its operators, in float: what a runtime without stated arithmetic is near."""
 
-    def __init__(self, region: CapturedModule, found: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    def __init__(self, region: CapturedModule, simulation: Simulation) -> None:
         super().__init__(region)
-        self.found, self.given = found, given
+        self.simulation = simulation
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_module" or not isinstance(quantizer := module_of(n), ExportedQuantizer) or quantizer.weight:
@@ -283,10 +281,7 @@ class LiteralInterpreter(fx.Interpreter):
         (x,), _ = self.fetch_args_kwargs_from_env(n)
         grid = Grid.of(quantizer)
         integers = grid.quantized(x)
-        self.found[quantizer.name] = integers - grid.first
-        if quantizer.name in self.given:
-            integers = self.given[quantizer.name] + grid.first
-        return Integers(integers, grid).real()
+        return Integers(self.simulation.keep(quantizer.name, integers - grid.first) + grid.first, grid).real()
 
 
 def _on_one_grid(tensors: Any) -> bool:

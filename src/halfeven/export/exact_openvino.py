@@ -18,6 +18,8 @@ from halfeven.export.forms import grid_of, quantizer_at
 from halfeven.export.integer_layers import IntegerLayer
 from halfeven.export.openvino_runtime import function_of
 from halfeven.export.operators import ExportedQuantizer
+from halfeven.export.processor import fuses_attention
+from halfeven.export.simulation import Simulation
 from halfeven.export.tensors import Average, Ends, InUnits, Levels, Products
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, clipping, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule
@@ -38,11 +40,11 @@ SCALINGS = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
 
 
 class OpenVINOInterpreter(fx.Interpreter):
-    """Computes a region as the plugin does; the integers of each quantizer go to `found`."""
+    """Computes a region as the plugin does; the integers of each quantizer go to `simulation`."""
 
-    def __init__(self, region: CapturedModule, levels: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    def __init__(self, region: CapturedModule, simulation: Simulation) -> None:
         super().__init__(region)
-        self.found, self.given = levels, given
+        self.simulation = simulation
         self.ends: dict[int, Ends] = {}
         self.layers: dict[fx.Node, IntegerLayer] = {}
         self.float_operators = FloatOperators(function_of)
@@ -142,12 +144,20 @@ class OpenVINOInterpreter(fx.Interpreter):
         if quantizer.bounds is not None:
             x = _clipped(x, quantizer.bounds)
         kernel = ends.in_kernel() if _in_kernel(node) else ends
-        if isinstance(x, Tensor):
+        if isinstance(x, Products) and self._is_fused(node):
+            levels = kernel.moved(x.unit).levels_in_attention(x.values)
+        elif isinstance(x, Tensor):
             levels = kernel.levels(x, from_layer=kind_of(_before_activations(node)) in WEIGHTED)
         else:
             levels = x.levels(kernel)
-        self.found[quantizer.name] = levels
-        return Levels(self.given.get(quantizer.name, levels), ends)
+        return Levels(self.simulation.keep(quantizer.name, levels), ends)
+
+    def _is_fused(self, quantizer: fx.Node) -> bool:
+        """Whether a quantizer that reads products is a part of a fused attention."""
+        if not (fuses_attention() and _ends_attention(quantizer)):
+            return False
+        self.simulation.watching_matters = True
+        return not self.simulation.watched
 
     def _ends(self, node: fx.Node, quantizer: ExportedQuantizer) -> Ends:
         if quantizer.grid not in self.ends:  # one object for a shared grid: concatenation compares by identity
@@ -229,6 +239,21 @@ def _in_kernel(quantizer: fx.Node) -> bool:
     """Whether a quantizer is a part of the kernel of a layer, a product or a pool; elsewhere it is an operator of its
     own, or one of elementwise operators, as a layer's sum with a skip connection is."""
     return kind_of(_before_activations(quantizer)) in (*WEIGHTED, OperatorKind.MATMUL, OperatorKind.AVERAGE)
+
+
+def _ends_attention(quantizer: fx.Node) -> bool:
+    """Whether a quantizer reads the second product of an attention: of quantized weights, which a softmax made of the
+    first product or of elementwise functions of it."""
+    product = quantizer.all_input_nodes[0]
+    if kind_of(product) is not OperatorKind.MATMUL or quantizer_at(weights := product.all_input_nodes[0]) is None:
+        return False
+    softmax = weights.all_input_nodes[0]
+    return kind_of(softmax) is OperatorKind.SOFTMAX and _is_of_product(softmax.all_input_nodes[0])
+
+
+def _is_of_product(node: fx.Node) -> bool:
+    elementwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return kind_of(node) is OperatorKind.MATMUL or (elementwise and any(map(_is_of_product, node.all_input_nodes)))
 
 
 def _is_layer_norm(node: fx.Node) -> bool:

@@ -1,11 +1,16 @@
-"""What the processor's 8-bit products mean for a file that is run here."""
+"""What the processor means for a file that is run here: how its 8-bit products are added, and what is fused."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 WITHOUT_VNNI = {"SSE41", "AVX", "AVX2", "AVX512_CORE"}
 """Values of ONEDNN_MAX_CPU_ISA that make oneDNN, and so OpenVINO, take the processor for one without VNNI."""
+
+WITHOUT_AVX512 = {"AVX2_VNNI", "AVX2_VNNI_2"}
+"""Values that leave VNNI, and take away AVX-512."""
 
 
 def overflows() -> bool:
@@ -13,15 +18,27 @@ def overflows() -> bool:
 
     So do x86 processors without VNNI. False where this torch cannot say what the processor has.
     """
-    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in WITHOUT_VNNI:
+    if _told_to_be() in WITHOUT_VNNI:
         return True
-    if not hasattr(torch.cpu, "get_capabilities"):
-        return False
-    has = torch.cpu.get_capabilities()
-    return "x86" in str(has["architecture"]) and not (has["avx512_vnni"] or has["avx_vnni"])
+    has = _capabilities()
+    return "x86" in str(has.get("architecture")) and not (has.get("avx512_vnni") or has.get("avx_vnni"))
+
+
+def fuses_attention() -> bool:
+    """Whether OpenVINO runs an attention of integers as one operator here: with AVX-512 and VNNI."""
+    return _told_to_be() not in WITHOUT_VNNI | WITHOUT_AVX512 and bool(_capabilities().get("avx512_vnni"))
 
 
 def pair_fits(levels: int, factor: int) -> bool:
     """Whether two products of activations up to `levels` with factors up to `factor` fit in 16 bits together: weights
     of 7 bits do with activations of 8, 2 * 255 * 63 < 2 ** 15."""
     return 2 * levels * factor < 2**15
+
+
+def _told_to_be() -> str:
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+
+
+def _capabilities() -> Mapping[str, Any]:
+    """What the processor has; nothing where this torch cannot say."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

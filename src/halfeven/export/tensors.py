@@ -71,6 +71,11 @@ class Ends:
         """What stands for level 0 when it is rounded."""
         return self.first if self.rounds_signed else 0.0
 
+    @property
+    def offset(self) -> Tensor:
+        """What is added before rounding: nothing where a kernel rounds signed bytes."""
+        return torch.zeros_like(self.low) if self.rounds_signed else self.shift
+
     def in_kernel(self) -> "Ends":
         """The same ends where the quantizer is a part of a layer's kernel."""
         return replace(self, rounds_signed=self.signed)
@@ -86,7 +91,7 @@ class Ends:
         `from_layer`: the values come from a layer alone, whose kernel divides by a destination scale where there is
         no shift.
         """
-        slope, offset = self.slope, self.shift + self.origin
+        slope, offset = self.slope, self.offset
         if from_layer and self.steps == 255 and not bool(offset):
             one = torch.ones_like(slope)
             slope = one / (one / slope)  # the kernel is given 1 / slope, and multiplies by its reciprocal
@@ -95,11 +100,16 @@ class Ends:
     def levels_by_channel(self, x: Tensor) -> Tensor:
         """Levels where each channel has ends of its own: a product, then a sum that is the same for all channels
         unless they are far apart."""
-        offset = self.shift
+        offset = self.offset
         first = offset.flatten()[0]
         if bool(((offset - first).abs() < ONE_SHIFT).all()):
             offset = first
-        return self._rounded(x * self.slope + (offset + self.origin))
+        return self._rounded(x * self.slope + offset)
+
+    def levels_in_attention(self, x: Tensor) -> Tensor:
+        """Levels at the end of an attention that is one operator: a product, then a sum."""
+        offset = torch.zeros_like(self.low) if self.rounds_signed else -self.low * self.slope
+        return self._rounded(x * self.slope + offset)
 
     def _rounded(self, x: Tensor) -> Tensor:
         return (torch.round(x) - self.origin).clamp(0, self.steps)
