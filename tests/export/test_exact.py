@@ -191,6 +191,18 @@ class PoolMixer(nn.Module):
         return self.last(x + F.avg_pool2d(y, 3, 1, 1, count_include_pad=False) - y)
 
 
+class Averaged(nn.Module):
+    """A sequence's average that a BatchNorm reads: LeViT's head, NextViT's attention."""
+
+    def __init__(self, average):
+        super().__init__()
+        self.stem, self.average, self.norm, self.last = nn.Conv1d(8, 8, 1), average, nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.norm(self.average(F.relu(self.stem(x))))
+        return self.last(x.transpose(1, -1) if x.ndim == 3 else x)
+
+
 class Transition(nn.Module):
     """An average that a BatchNorm reads behind other operators: DenseNet's."""
 
@@ -348,6 +360,15 @@ MODELS = {
         f"average pool, batch norm: {readers}": (lambda readers=readers: Transition(readers), IMAGE)
         for readers in ("one", "two", "max pool", "concat")
     },
+    **{
+        f"{name} of a sequence, batch norm": (lambda average=average: Averaged(average), (4, 8, 64))
+        for name, average in {
+            "average pool": nn.AvgPool1d(4),
+            "global average pool": nn.AdaptiveAvgPool1d(1),
+            "mean": Function(lambda x: x.mean(2, keepdim=True)),
+            "mean without its axis": Function(lambda x: x.mean(2)),
+        }.items()
+    },
     "shared by two batch norms": (Levels, IMAGE),
     "stacked sums": (StackedSum, IMAGE),
     "max pool, rounded up": (lambda: body(nn.MaxPool2d(3, 2, ceil_mode=True)), IMAGE),
@@ -412,6 +433,7 @@ def assert_parity(report, exact=True, simulated=0.99, in_float=0):
         assert report.integer_match == 1.0, report.first_difference
         assert report.max_lsb_difference == 0
         assert report.first_difference == ""
+        assert report.output_difference < 1e-5, "unwatched the file computes something else"
     else:
         assert report.integer_match >= 0.9995
         assert report.max_lsb_difference <= 1

@@ -84,7 +84,7 @@ class ExactModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.simulation.levels.clear()
+        self.simulation.begin()
         return self.model(*args, **kwargs)
 
 

@@ -23,6 +23,7 @@ from halfeven.export.simulation import Simulation
 from halfeven.export.tensors import Average, Ends, InUnits, Levels, Products
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, clipping, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule
+from halfeven.placement.demands import normalized_unrounded
 
 ADAPTIVE_AVERAGES = (
     torch.ops.aten.adaptive_avg_pool1d.default,
@@ -144,20 +145,17 @@ class OpenVINOInterpreter(fx.Interpreter):
         if quantizer.bounds is not None:
             x = _clipped(x, quantizer.bounds)
         kernel = ends.in_kernel() if _in_kernel(node) else ends
-        if isinstance(x, Products) and self._is_fused(node):
-            levels = kernel.moved(x.unit).levels_in_attention(x.values)
-        elif isinstance(x, Tensor):
-            levels = kernel.levels(x, from_layer=kind_of(_before_activations(node)) in WEIGHTED)
-        else:
-            levels = x.levels(kernel)
-        return Levels(self.simulation.keep(quantizer.name, levels), ends)
+        return Levels(self.simulation.keep(quantizer.name, self._levels(node, kernel, x)), ends)
 
-    def _is_fused(self, quantizer: fx.Node) -> bool:
-        """Whether a quantizer that reads products is a part of a fused attention."""
-        if not (fuses_attention() and _ends_attention(quantizer)):
-            return False
-        self.simulation.watching_matters = True
-        return not self.simulation.watched
+    def _levels(self, quantizer: fx.Node, ends: Ends, x: Any) -> Tensor:
+        if isinstance(x, Tensor):
+            return ends.levels(x, from_layer=kind_of(_before_activations(quantizer)) in WEIGHTED)
+        watched: Tensor = x.levels(ends)
+        if isinstance(x, Products) and fuses_attention() and _ends_attention(quantizer):
+            return self.simulation.choose(watched, ends.moved(x.unit).levels_in_attention(x.values))
+        if isinstance(x, InUnits) and x.from_layer:
+            return self.simulation.choose(watched, ends.moved(x.unit).levels(x.values, from_layer=True))
+        return watched
 
     def _ends(self, node: fx.Node, quantizer: ExportedQuantizer) -> Ends:
         if quantizer.grid not in self.ends:  # one object for a shared grid: concatenation compares by identity
@@ -204,9 +202,8 @@ def _read_by_convolution(node: fx.Node) -> bool:
 def _rounds(average: fx.Node) -> bool:
     """Whether the plugin rounds an average to an integer, as something that reads it, behind operators that keep the
     scale, shall compute with bytes: a BatchNorm, of which it makes a convolution where that cannot be part of the
-    quantizer behind it (one that alone reads the average can); and a difference, sum or product with other bytes."""
-    alone = len(average.users) == 1 and kind_of(next(iter(average.users))) is OperatorKind.BATCH_NORM
-    return not alone and _read_as_bytes(average)
+    quantizer behind it; and a difference, sum or product with other bytes."""
+    return not normalized_unrounded(average) and _read_as_bytes(average)
 
 
 def _read_as_bytes(node: fx.Node) -> bool:
@@ -321,5 +318,5 @@ def _fused_sum(node: fx.Node, args: Any) -> InUnits | None:
                 values = (values - zero) * (torch.ones_like(unit) / unit)
             else:  # the scales that a layer without a bias leaves are merged with the skip's
                 values = (values - zero / branch.unit) * (branch.unit / unit)
-            return InUnits(values + skip.bytes, unit)
+            return InUnits(values + skip.bytes, unit, from_layer=kind_of(source) is OperatorKind.CONVOLUTION)
     return None

@@ -35,6 +35,7 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     model.validate_nodes_and_infer_types()
     write_out_ceilings(model)
     write_out_moves(model)
+    write_out_means(model)
     name_layers(model, set(names))
     return model
 
@@ -91,6 +92,27 @@ def write_out_moves(model: Any) -> None:
             value = opset.gather(value, index, np.int64(axis)).output(0)
         value.get_node().set_friendly_name(node.get_friendly_name())
         node.output(0).replace(value)
+
+
+def write_out_means(model: Any) -> None:
+    """Write means along one axis of a sequence as means of images, with a reshape behind. The plugin computes wrong
+    numbers where it merges the former with a quantizer that has a range for each channel, as one behind a BatchNorm
+    has (LeViT's head; OpenVINO 2026.4)."""
+    from openvino import opset8 as opset
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "ReduceMean" or node.input_value(0).get_partial_shape().rank.get_length() != 3:
+            continue
+        axes = node.input_value(1).get_node()
+        if axes.get_type_name() != "Constant" or axes.get_data().size != 1:
+            continue
+        axis = int(axes.get_data().item()) % 3
+        image = opset.unsqueeze(node.input_value(0), np.int64(axis))
+        mean = opset.reduce_mean(image, np.array([axis, axis + 1]), keep_dims=True)
+        kept = node.get_attributes()["keep_dims"]
+        sequence = opset.squeeze(mean, np.array([axis] if kept else [axis, axis + 1]))
+        mean.set_friendly_name(node.get_friendly_name())
+        node.output(0).replace(sequence.output(0))
 
 
 def _indices(node: Any) -> dict[int, Any]:

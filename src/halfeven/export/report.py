@@ -99,7 +99,8 @@ class Report:
 
     def __str__(self) -> str:
         rows = [
-            *(self._integer_rows() if self.tensors else [("largest difference of the output", self._difference())]),
+            *(self._integer_rows() if self.tensors else []),
+            ("largest difference of the output", self._difference()),
             ("integer weights equal", "yes" if self.weights_match else "NO"),
             *(self._executed_rows() if self.tensors else [("layers that read integer weights", self._readers())]),
             *(("  in float", name) for name in self.float_layers),
@@ -135,7 +136,7 @@ class Report:
         ]
 
     def _difference(self) -> str:
-        return f"{self.output_difference:.1e} of the largest"
+        return f"{self.output_difference:.1e} of the largest" if self.output_difference else "none"
 
     def _readers(self) -> str:
         return f"{self.weight_layers} of {self.quantizable_layers}, in floating point"

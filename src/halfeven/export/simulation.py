@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -20,7 +21,17 @@ class Simulation:
     round otherwise."""
 
     watching_matters: bool = False
-    """Whether a run met such operators."""
+    """Whether integers of the last run are others in the file that is not watched, or the other way round."""
+
+    def begin(self) -> None:
+        """Forget the last run."""
+        self.levels.clear()
+        self.watching_matters = False
+
+    def choose(self, watched: Tensor, used: Tensor) -> Tensor:
+        """The integers of the file that is simulated: of the watched one, or of the one as it is used."""
+        self.watching_matters |= not torch.equal(watched, used)
+        return watched if self.watched else used
 
     def keep(self, quantizer: str, levels: Tensor) -> Tensor:
         """Keep the computed integers of a quantizer; those to go on with."""

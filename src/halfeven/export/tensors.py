@@ -73,8 +73,9 @@ class Ends:
 
     @property
     def offset(self) -> Tensor:
-        """What is added before rounding: nothing where a kernel rounds signed bytes."""
-        return torch.zeros_like(self.low) if self.rounds_signed else self.shift
+        """What is added before rounding; of signed bytes in a kernel nothing is, where as good as nothing is left."""
+        offset = self.shift + self.origin
+        return torch.where(offset.abs() < ONE_SHIFT, 0.0, offset) if self.rounds_signed else offset
 
     def in_kernel(self) -> "Ends":
         """The same ends where the quantizer is a part of a layer's kernel."""
@@ -162,6 +163,8 @@ class InUnits:
 
     values: Tensor
     unit: Tensor
+    from_layer: bool = False
+    """Whether a layer's kernel takes the sum, and its quantizer then, where neither is watched."""
 
     def real(self) -> Tensor:
         return self.values * self.unit

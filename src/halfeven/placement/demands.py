@@ -7,6 +7,7 @@ past the BatchNorm and activation that a runtime fuses into it.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from halfeven.graph.operators import (
@@ -74,9 +75,16 @@ def _collect_averages(region: Region, rules: RuleBook) -> None:
     for node in region.graph.nodes:
         if kind_of(node) is not K.AVERAGE or not all(n in region.demands for n in sources(node.args[0])):
             continue
-        alone = len(node.users) == 1 and kind_of(next(iter(node.users))) is K.BATCH_NORM  # part of the next quantizer
-        if not alone and _read_as_bytes(region, node) and rules.for_operator(region.names[node], K.AVERAGE).quantize:
+        rounded = not normalized_unrounded(node) and _read_as_bytes(region, node)
+        if rounded and rules.for_operator(region.names[node], K.AVERAGE).quantize:
             region.demands.setdefault(node, Demand(consumers=[ROUNDED]))
+
+
+def normalized_unrounded(average: fx.Node) -> bool:
+    """Whether OpenVINO makes an average and the BatchNorm that alone reads it a part of the quantizer behind, so that
+    it is not rounded. Of a pool of sequences, which is a pool of images and a reshape there, it does not."""
+    alone = len(average.users) == 1 and kind_of(next(iter(average.users))) is K.BATCH_NORM
+    return alone and average.target is not torch.ops.aten.avg_pool1d.default
 
 
 def _read_as_bytes(region: Region, node: fx.Node) -> bool:
