@@ -191,6 +191,18 @@ class PoolMixer(nn.Module):
         return self.last(x + F.avg_pool2d(y, 3, 1, 1, count_include_pad=False) - y)
 
 
+class MeetsSum(nn.Module):
+    """An average added to the sum of a skip connection and a convolution: NASNet's."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.branch, self.last = conv(3), conv(), conv(8, 4, 1)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        return self.last(F.relu(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) + (x + self.branch(x))))
+
+
 class Averaged(nn.Module):
     """A sequence's average that a BatchNorm reads: LeViT's head, NextViT's attention."""
 
@@ -356,6 +368,11 @@ MODELS = {
         for one in ("relu", "scaled by ones")
     },
     "average pool less itself": (PoolMixer, IMAGE),
+    "average pool and a sum": (MeetsSum, IMAGE),
+    "average pool and itself": (
+        lambda: nn.Sequential(conv(3), nn.AvgPool2d(2), Function(lambda x: x + x), nn.ReLU(), conv()),
+        IMAGE,
+    ),
     **{
         f"average pool, batch norm: {readers}": (lambda readers=readers: Transition(readers), IMAGE)
         for readers in ("one", "two", "max pool", "concat")

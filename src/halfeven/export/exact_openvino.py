@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from halfeven.export.float_operators import FloatOperators, is_asked
-from halfeven.export.forms import grid_of, quantizer_at
+from halfeven.export.forms import quantizer_at
 from halfeven.export.integer_layers import IntegerLayer
 from halfeven.export.openvino_runtime import function_of
 from halfeven.export.operators import ExportedQuantizer
@@ -23,7 +23,7 @@ from halfeven.export.simulation import Simulation
 from halfeven.export.tensors import Average, Ends, InUnits, Levels, Products
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, clipping, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule
-from halfeven.placement.demands import normalized_unrounded
+from halfeven.placement.demands import is_rounded
 
 ADAPTIVE_AVERAGES = (
     torch.ops.aten.adaptive_avg_pool1d.default,
@@ -35,7 +35,6 @@ ADAPTIVE_AVERAGES = (
 ADDED_IN_UNITS = (OperatorKind.CONVOLUTION, OperatorKind.LINEAR)
 """Layers whose result is added to a quantized skip connection in units of its scale."""
 
-SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor, torch.ops.aten.mul.Tensor)
 SLOPES = (torch.ops.aten.leaky_relu.default, torch.ops.aten.prelu.default)
 SCALINGS = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
 
@@ -121,7 +120,7 @@ class OpenVINOInterpreter(fx.Interpreter):
             return None
         # Of integers: float64 rounds once, as their quotient does.
         values = self._run(node, (args[0].bytes.double(), *args[1:]), kwargs).float()
-        return Average(torch.round(values) if _rounds(node) else values, args[0].ends)
+        return Average(torch.round(values) if is_rounded(node) else values, args[0].ends)
 
     def _activated(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """A leaky ReLU, taken in units of a sum; or a clip, taken away where the quantizer that reads it clips as
@@ -197,23 +196,6 @@ def _read_by_convolution(node: fx.Node) -> bool:
         or (kind_of(user) in (*TRANSPARENT, OperatorKind.CONCAT) and _read_by_convolution(user))
         for user in node.users
     )
-
-
-def _rounds(average: fx.Node) -> bool:
-    """Whether the plugin rounds an average to an integer, as something that reads it, behind operators that keep the
-    scale, shall compute with bytes: a BatchNorm, of which it makes a convolution where that cannot be part of the
-    quantizer behind it; and a difference, sum or product with other bytes."""
-    return not normalized_unrounded(average) and _read_as_bytes(average)
-
-
-def _read_as_bytes(node: fx.Node) -> bool:
-    for user in node.users:
-        others = [other for other in user.all_input_nodes if other is not node]
-        if kind_of(user) is OperatorKind.BATCH_NORM or (user.target in SUMS and any(map(grid_of, others))):
-            return True
-        if kind_of(user) in (*TRANSPARENT, OperatorKind.CONCAT) and _read_as_bytes(user):
-            return True
-    return False
 
 
 def _adaptive_in_float(node: fx.Node) -> bool:

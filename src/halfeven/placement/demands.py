@@ -75,30 +75,37 @@ def _collect_averages(region: Region, rules: RuleBook) -> None:
     for node in region.graph.nodes:
         if kind_of(node) is not K.AVERAGE or not all(n in region.demands for n in sources(node.args[0])):
             continue
-        rounded = not normalized_unrounded(node) and _read_as_bytes(region, node)
-        if rounded and rules.for_operator(region.names[node], K.AVERAGE).quantize:
+        if is_rounded(node) and rules.for_operator(region.names[node], K.AVERAGE).quantize:
             region.demands.setdefault(node, Demand(consumers=[ROUNDED]))
 
 
-def normalized_unrounded(average: fx.Node) -> bool:
-    """Whether OpenVINO makes an average and the BatchNorm that alone reads it a part of the quantizer behind, so that
-    it is not rounded. Of a pool of sequences, which is a pool of images and a reshape there, it does not."""
-    alone = len(average.users) == 1 and kind_of(next(iter(average.users))) is K.BATCH_NORM
-    return alone and average.target is not torch.ops.aten.avg_pool1d.default
+def is_rounded(average: fx.Node) -> bool:
+    """Whether OpenVINO rounds an average of integers to an integer, because of a reader that computes with bytes: a
+    BatchNorm, or a sum or product with another tensor, or with itself.
+
+    A BatchNorm that alone reads the average becomes a part of the quantizer behind, and nothing is rounded; but not one
+    behind a pool of sequences, which is a pool of images and a reshape there.
+    """
+    normalized = len(average.users) == 1 and kind_of(next(iter(average.users))) is K.BATCH_NORM
+    if normalized and average.target is not torch.ops.aten.avg_pool1d.default:
+        return False
+    return _read_as_bytes(average)
 
 
-def _read_as_bytes(region: Region, node: fx.Node) -> bool:
-    """Whether a reader of a tensor of integers, behind operators that keep the scale, is a BatchNorm, of which the
-    plugin makes a convolution, or a sum or product with other integers."""
-    for user in node.users:
-        others = [source for other in user.all_input_nodes if other is not node for source in sources(other)]
-        if kind_of(user) is K.BATCH_NORM:
-            return True
-        if kind_of(user) in (K.ADD, K.MULTIPLY) and any(other in region.demands for other in others):
-            return True
-        if kind_of(user) in (*TRANSPARENT, K.CONCAT) and _read_as_bytes(region, user):
-            return True
-    return False
+def _read_as_bytes(node: fx.Node) -> bool:
+    """Whether a reader of a tensor, directly or behind operators that keep the scale, computes with bytes."""
+    return any(
+        kind_of(user) is K.BATCH_NORM
+        or (kind_of(user) in (K.ADD, K.MULTIPLY) and _is_of_tensors(user))
+        or (kind_of(user) in (*TRANSPARENT, K.CONCAT) and _read_as_bytes(user))
+        for user in node.users
+    )
+
+
+def _is_of_tensors(combination: fx.Node) -> bool:
+    """Whether both operands are computed, neither is a number or a parameter."""
+    operands = [operand for operand in combination.args[:2] if isinstance(operand, fx.Node)]
+    return len([operand for operand in operands if kind_of(operand) is not K.CONSTANT]) == 2
 
 
 def collect_outputs(region: Region, rules: RuleBook) -> None:
