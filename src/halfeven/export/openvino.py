@@ -101,10 +101,10 @@ def write_out_means(model: Any) -> None:
     from openvino import opset8 as opset
 
     for node in model.get_ordered_ops():
-        if node.get_type_name() != "ReduceMean" or node.input_value(0).get_partial_shape().rank.get_length() != 3:
+        if node.get_type_name() != "ReduceMean":
             continue
-        axes = node.input_value(1).get_node()
-        if axes.get_type_name() != "Constant" or axes.get_data().size != 1:
+        rank, axes = node.input_value(0).get_partial_shape().rank, node.input_value(1).get_node()
+        if rank.is_dynamic or rank.get_length() != 3 or axes.get_type_name() != "Constant" or axes.get_data().size != 1:
             continue
         axis = int(axes.get_data().item()) % 3
         image = opset.unsqueeze(node.input_value(0), np.int64(axis))
