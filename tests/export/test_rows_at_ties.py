@@ -1,4 +1,4 @@
-"""Ties on the real runtime: scales that are powers of two, odd zero points, and shapes drawn at random, row by row."""
+"""Ties on the real runtimes: scales that are powers of two, odd zero points, and shapes drawn at random, row by row."""
 
 import pytest
 import torch
@@ -10,7 +10,10 @@ from torch.nn import functional as F
 import halfeven as he
 from export.parity import quantized
 from export.test_exact import Concat, Excite, Function, Residual, Split, body, conv
+from halfeven.export.processor import overflows
 from halfeven.quantizer import quantizers
+
+FILES = {"onnxruntime": "model.onnx", "openvino": "model.xml"}
 
 LINEAR = (6, 16)
 TOKENS = (3, 5, 16)
@@ -55,16 +58,20 @@ def made_of_halves(qmodel, generator):
                 module.bias.data = torch.randint(-64, 65, module.bias.shape, generator=generator) / 64
 
 
+@pytest.mark.parametrize("target", FILES)
 @pytest.mark.parametrize("name", ROWS)
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**20), height=st.integers(8, 15), width=st.integers(8, 15))
-def test_every_row_at_ties(name, seed, height, width, tmp_path_factory):
+def test_every_row_at_ties(name, target, seed, height, width, tmp_path_factory):
+    if name == "matrix product" and target == "openvino" and overflows():
+        pytest.skip("activations of 8 bits multiplied together overflow on this processor")
     build, shape = ROWS[name]
     torch.manual_seed(seed)
-    qmodel, batches = quantized(build(), shape or (3, 3, 2 * (height // 2), 2 * (width // 2)), target="onnxruntime")
+    qmodel, batches = quantized(build(), shape or (3, 3, 2 * (height // 2), 2 * (width // 2)), target=target)
     made_of_halves(qmodel, torch.Generator().manual_seed(seed))
-    path = he.export(qmodel, tmp_path_factory.mktemp("ties") / "model.onnx")
+    path = he.export(qmodel, tmp_path_factory.mktemp("ties") / FILES[target])
     report = he.verify(qmodel, path, batches, timed=False)
     assert report.integer_match == 1.0, (report.first_difference, report.max_lsb_difference)
+    assert report.output_difference < 1e-5
     assert report.weights_match
     assert report.float_layers == []
