@@ -6,7 +6,7 @@ import pytest
 
 from export.parity import SCHEME
 
-from .running import halfeven
+from .running import in_a_process
 
 NET = '''
 """A residual network with everything that makes resuming hard: BatchNorm, dropout, a shortcut."""
@@ -74,6 +74,6 @@ def config(tmp_path_factory) -> Path:
 def trained(config, tmp_path_factory) -> tuple[Path, str]:
     """The work folder of a whole, uninterrupted run of the small experiment, and what the run said."""
     folder = tmp_path_factory.mktemp("trained") / "work"
-    done = halfeven("train", config, "--work-dir", folder)
+    done = in_a_process("train", config, "--work-dir", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout

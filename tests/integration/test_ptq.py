@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from export.parity import SCHEME
 
-from .running import environment, halfeven
+from .running import COMMAND, environment, halfeven
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "ptq"
 RECONSTRUCTION = ("--quantization.scheme", "w4a8", "--ptq.reconstruct", "layers", "--ptq.iterations")
@@ -101,7 +100,7 @@ def test_killed_and_resumed_equals_uninterrupted(config, float_weights, tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
 
     given = ("--pretraining.epochs", "0", "--model.weights", str(float_weights), "--work-dir", str(cut))
-    command = [sys.executable, "-m", "halfeven.cli", "ptq", str(config), *given, *RECONSTRUCTION, iterations]
+    command = [*COMMAND, "ptq", str(config), *given, *RECONSTRUCTION, iterations]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not stored(cut) and process.poll() is None:

@@ -3,7 +3,6 @@
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import torch
@@ -11,11 +10,11 @@ from safetensors.torch import load_file
 
 from halfeven.training.state import load_state
 
-from .running import environment, halfeven
+from .running import COMMAND, environment, halfeven
 
 
 def start(config, folder, *options):
-    command = [sys.executable, "-m", "halfeven.cli", "train", str(config), "--work-dir", str(folder), *options]
+    command = [*COMMAND, "train", str(config), "--work-dir", str(folder), *options]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
