@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pkgutil
 
 os.environ.setdefault("CI", "true")  # else OpenVINO reports its use over the network, a third of each test
 
@@ -11,18 +12,23 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _exporter_reads_its_functions_once():
-    """At each export torch.onnx reads the sources of its 500 functions anew, much of what a small model takes."""
-    try:
-        from torch.onnx._internal.exporter._registration import onnxscript_apis as functions
+READ_AT_EACH_EXPORT = {
+    "torch.onnx._internal.exporter._registration.onnxscript_apis": "get_torchlib_ops",  # the sources of 500 functions
+    "torch.onnx._internal.exporter._schemas": "op_signature_from_function",
+    "torch._export.utils": "_materialize_cpp_cia_ops",  # all operators, once for each of 40 namespaces
+}
+"""What torch's exporters read anew at each export and what never changes here: much of what a small model takes."""
 
-        read = functools.cache(functions.get_torchlib_ops)
-    except (ImportError, AttributeError):  # another torch, whose exporter is arranged otherwise
-        yield
-        return
+
+@pytest.fixture(scope="session", autouse=True)
+def _exporters_read_once():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functions, "get_torchlib_ops", read)
+        for module, name in READ_AT_EACH_EXPORT.items():
+            try:
+                owner = pkgutil.resolve_name(module)
+                patch.setattr(owner, name, functools.cache(getattr(owner, name)))
+            except (ImportError, AttributeError):  # another torch, whose exporters are arranged otherwise
+                continue
         yield
 
 

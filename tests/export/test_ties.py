@@ -1,7 +1,5 @@
 """Integers that one wrong rounding changes: averages at ties, layers without a bias, and sums, on the real runtime."""
 
-import importlib
-
 import pytest
 import torch
 from torch import nn
@@ -14,12 +12,6 @@ from halfeven.export.exporting import exportable
 from halfeven.export.processor import fuses_attention
 from halfeven.export.tensors import Ends
 from halfeven.quantizer import quantizers
-
-
-@pytest.fixture(autouse=True)
-def _untimed(monkeypatch):
-    verify = importlib.import_module("halfeven.export.verify")
-    monkeypatch.setattr(verify, "latency", lambda *_: {"float": 1.0, "deployed": 1.0})
 
 
 def conv(inputs=8, outputs=8, kernel=3, **options):
@@ -56,7 +48,7 @@ def test_averages_are_those_of_integers(ratio, zero_point, tmp_path):
         pool._store(stem.scale * ratio, torch.full_like(pool.zero_point, zero_point + stem.scheme.quant_min))
     stem.zero_point.fill_(zero_point + stem.scheme.quant_min)
     he.export(qmodel, tmp_path / "model.xml")
-    report = he.verify(qmodel, tmp_path / "model.xml", batches)
+    report = he.verify(qmodel, tmp_path / "model.xml", batches, timed=False)
     assert report.integer_match == 1.0, report.first_difference
     assert sum(tensor.count for tensor in report.tensors) > 50_000
 
@@ -78,7 +70,7 @@ def test_layers_without_a_bias(activation, per_channel, tmp_path):
     torch.manual_seed(0)
     qmodel, batches = quantized(without_bias(activation), (12, 3, 48, 48), per_channel=per_channel)
     he.export(qmodel, tmp_path / "model.xml")
-    report = he.verify(qmodel, tmp_path / "model.xml", batches)
+    report = he.verify(qmodel, tmp_path / "model.xml", batches, timed=False)
     assert report.integer_match == 1.0, report.first_difference
     assert sum(tensor.count for tensor in report.tensors) > 2_000_000
 
@@ -91,7 +83,7 @@ def test_a_bias_of_zeros_is_none(tmp_path):
             nn.init.zeros_(layer.bias)
     qmodel, batches = quantized(model, (12, 3, 64, 64))
     he.export(qmodel, tmp_path / "model.xml")
-    assert he.verify(qmodel, tmp_path / "model.xml", batches).integer_match == 1.0
+    assert he.verify(qmodel, tmp_path / "model.xml", batches, timed=False).integer_match == 1.0
 
 
 class Sums(nn.Module):
@@ -123,7 +115,7 @@ def test_sums_without_and_with_a_bias(bias, kernel, signed, act, tmp_path):
     torch.manual_seed(kernel)
     qmodel, batches = quantized(Sums(bias, kernel, signed, act), (8, 3, 48, 48))
     he.export(qmodel, tmp_path / "model.xml")
-    report = he.verify(qmodel, tmp_path / "model.xml", batches)
+    report = he.verify(qmodel, tmp_path / "model.xml", batches, timed=False)
     assert report.integer_match == 1.0, report.first_difference
     assert sum(tensor.count for tensor in report.tensors) > 2_000_000
 
@@ -164,7 +156,7 @@ def test_the_end_of_an_attention_rounds_as_it_does_for_users(zero_point, tmp_pat
     assert ties(ratio) > 0
     end._store(unit * ratio, torch.full_like(end.zero_point, zero_point + end.scheme.quant_min))
     he.export(qmodel, tmp_path / "model.xml")
-    report = he.verify(qmodel, tmp_path / "model.xml", batches)
+    report = he.verify(qmodel, tmp_path / "model.xml", batches, timed=False)
     assert report.integer_match == 1.0, report.first_difference
     assert report.output_difference == 0.0
 

@@ -36,7 +36,7 @@ main(["train", *sys.argv[2:]])
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Two classes of 224-pixel images and more: striped one way or the other, in random colours."""
+    """Two classes of images: striped one way or the other, in random colours."""
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for part, count in (("train", 9), ("val", 3)):
         for turn, name in enumerate(("across", "down")):
@@ -63,6 +63,8 @@ def test_both_processes_end_with_the_same_model(config, images, weights, tmp_pat
     changes = {
         "data.root": images,
         "data.workers": 0,
+        "data.resize": 72,
+        "data.image-size": 64,
         "data.calibration-images": 4,
         "model.weights": weights,
         "model.num-classes": 2,

@@ -229,7 +229,7 @@ def test_the_deployed_file_computes_it(method, tmp_path):
     qmodel = prepared()
     METHODS[method](qmodel, data())
     he.calibrate(qmodel, data()).eval()
-    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), data())
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), data(), timed=False)
     assert report.weights_match
     assert report.integer_layers == report.quantizable_layers == 14
     assert all(tensor.different_alone <= 2e-3 * tensor.count for tensor in report.tensors)
@@ -270,7 +270,7 @@ def test_a_residual_stream_is_given_what_it_was(method, tmp_path):
     loaded = he.load(tmp_path / "q.safetensors", model, batches[0])
     assert torch.equal(loaded(batches[1]), qmodel(batches[1]))
     assert "Read by additions through a factor" in str(plan_of(loaded))
-    parity = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches)
+    parity = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
     assert parity.integer_layers == parity.quantizable_layers == 3
     assert all(tensor.different_alone <= 2e-3 * tensor.count for tensor in parity.tensors)
 
