@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from export.parity import quantized
+from export.parity import SCHEME, quantized
 from halfeven.export.exact import ExactModel
 from halfeven.export.exporting import exportable
 from halfeven.export.processor import fuses_attention
@@ -164,3 +164,30 @@ def test_the_end_of_an_attention_rounds_as_it_does_for_users(zero_point, tmp_pat
     used = exact(batches[0])
     exact.simulation.watched = True
     assert torch.equal(exact(batches[0]), used) == (zero_point == 128), "no tie was met"
+
+
+class Scaled(nn.Module):
+    """Halves of a tensor, one of which is multiplied by a number before the next layer reads it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.both, self.first, self.second = layer(4, 16), layer(8, 4), layer(8, 4)
+
+    def forward(self, x):
+        first, second = self.both(x).split(8, 1 if x.ndim == 4 else -1)
+        return self.first(first * 0.177) + self.second(second)
+
+
+@pytest.mark.parametrize("times", [0.99, 0.9925, 0.9937, 0.998, 1.0075, 1.0085])
+@pytest.mark.parametrize("scheme", [SCHEME, "w7a7"])
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear, (4, 10, 4)), (conv, (4, 4, 12, 12))], ids=["signed", "unsigned"]
+)
+def test_a_quantizer_is_left_out_where_integers_lie_on_nearly_its_grid(layer, shape, scheme, times, tmp_path):
+    torch.manual_seed(0)
+    qmodel, batches = quantized(Scaled(layer), shape, scheme=scheme)
+    found = {name.rpartition(".")[2]: quantizer for name, quantizer in quantizers(qmodel).items()}
+    found["mul"]._store(found["both"].scale * 0.177 * times, found["both"].zero_point)
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
+    assert report.integer_match == 1.0, (report.first_difference, report.max_lsb_difference)
+    assert report.output_difference < 1e-5

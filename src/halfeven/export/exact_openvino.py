@@ -20,7 +20,7 @@ from halfeven.export.openvino_runtime import function_of
 from halfeven.export.operators import ExportedQuantizer
 from halfeven.export.processor import fuses_attention
 from halfeven.export.simulation import Simulation
-from halfeven.export.tensors import Average, Ends, InUnits, Levels, Products
+from halfeven.export.tensors import Average, Ends, InUnits, Levels, Products, Scaled
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, clipping, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule
 from halfeven.placement.demands import is_rounded
@@ -103,17 +103,20 @@ class OpenVINOInterpreter(fx.Interpreter):
         first, second = (x.ends.scale for x in args[:2])
         return Products(sums.float(), first * second, (first, second))
 
-    def _scaled(self, node: fx.Node, args: Any, kwargs: Any) -> Products | None:
-        """Products of activations times or by a number, which the plugin moves to the second factor where nothing else
-        reads the products."""
+    def _scaled(self, node: fx.Node, args: Any, kwargs: Any) -> Products | Scaled | None:
+        """Integers times or by a number, which their scale takes in; or products of activations, where the plugin moves
+        it to the second factor unless something else reads the products."""
         (x, number), product = args, node.all_input_nodes[0]
-        if not isinstance(x, Products) or x.scales is None or not isinstance(number, int | float):
+        if not isinstance(x, Levels | Products) or not isinstance(number, int | float):
             return None
-        if kind_of(product) is not OperatorKind.MATMUL or len(product.users) != 1:
+        factor = torch.tensor(float(number))
+        factor = 1 / factor if node.target is torch.ops.aten.div.Tensor else factor
+        if isinstance(x, Levels):
+            return Scaled(self._run(node, (x.real(), number), kwargs), x, x.ends.scale * factor)
+        if x.scales is None or kind_of(product) is not OperatorKind.MATMUL or len(product.users) != 1:
             return None
-        (first, second), factor = x.scales, torch.tensor(float(number))
-        second = second * (1 / factor if node.target is torch.ops.aten.div.Tensor else factor)
-        return Products(x.values, first * second)
+        first, second = x.scales
+        return Products(x.values, first * (second * factor))
 
     def _average(self, node: fx.Node, args: Any, kwargs: Any) -> Average | None:
         if not isinstance(args[0], Levels) or _adaptive_in_float(node):
@@ -177,6 +180,8 @@ RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
 
 def _clipped(x: Any, bounds: tuple[float, float]) -> Any:
     """Values clipped in their own units where these are the same for all channels, or a bound the same in all units."""
+    if isinstance(x, Levels | Scaled):
+        return (x.scaled if isinstance(x, Levels) else x).clipped(bounds)
     if not isinstance(x, InUnits | Products):
         return _real(x).clamp(*bounds)
     if x.unit.numel() == 1:
@@ -253,7 +258,7 @@ def _normalized(x: Any) -> Tensor:
 
 
 def _is_special(value: Any) -> bool:
-    return isinstance(value, Levels | Average | InUnits | Products)
+    return isinstance(value, Levels | Scaled | Average | InUnits | Products)
 
 
 def _real(value: Any) -> Any:

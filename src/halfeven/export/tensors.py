@@ -86,6 +86,15 @@ class Ends:
         """The byte that stands for 0, as real arithmetic on bytes subtracts it: unrounded."""
         return torch.zeros_like(self.low) if self.signed else self.shift
 
+    def is_left_out(self, source: "Ends", unit: Tensor) -> bool:
+        """Whether the plugin leaves the quantizer out: it reads another one's integers, of a scale `unit`, and its ends
+        are less than a byte away from theirs."""
+        if self.steps != 255 or (self.signed, self.steps) != (source.signed, source.steps):
+            return False
+        ends = self.moved(unit, source.zero_byte)
+        away = torch.stack([ends.low - source.first, ends.high - source.first - self.steps]).abs()
+        return bool((away <= self.steps / (self.steps + 1)).all())
+
     def levels(self, x: Tensor, from_layer: bool = False) -> Tensor:
         """Levels 0 to `steps` of real values: one fused multiply-add, then rounding, then the clip.
 
@@ -139,7 +148,35 @@ class Levels:
         return (self.values - self.ends.zero_level) * self.ends.scale
 
     def levels(self, ends: Ends) -> Tensor:
-        return ends.levels(self.real())
+        return self.scaled.levels(ends)
+
+    @property
+    def scaled(self) -> "Scaled":
+        return Scaled(self.real(), self, self.ends.scale)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Integers times a number: of another scale, that is."""
+
+    values: Tensor
+    integers: Levels
+    unit: Tensor
+
+    def real(self) -> Tensor:
+        return self.values
+
+    def levels(self, ends: Ends) -> Tensor:
+        return self.integers.values if ends.is_left_out(self.integers.ends, self.unit) else ends.levels(self.values)
+
+    def clipped(self, bounds: tuple[float, float]) -> "Scaled":
+        """Bytes are clipped at the bytes that lie between the bounds."""
+        ends = self.integers.ends
+        low, high = (bound / self.unit + ends.zero_byte for bound in bounds)
+        low, high = low.ceil(), high.floor()
+        real_low, real_high = ((byte - ends.zero_byte) * self.unit for byte in (low, high))
+        levels = Levels(self.integers.bytes.clamp(low, high) - ends.first, ends)
+        return replace(self, values=self.values.clamp(real_low, real_high), integers=levels)
 
 
 @dataclass(frozen=True)
