@@ -191,3 +191,41 @@ def test_a_quantizer_is_left_out_where_integers_lie_on_nearly_its_grid(layer, sh
     report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
     assert report.integer_match == 1.0, (report.first_difference, report.max_lsb_difference)
     assert report.output_difference < 1e-5
+
+
+class Branch(nn.Module):
+    """A skip connection around a layer whose result is activated, and quantized, before it is added."""
+
+    def __init__(self, act, kind=nn.Conv2d, *, depthwise=False, later=False):
+        super().__init__()
+        self.stem, self.wide = kind(3, 8, 3, padding=1), kind(8, 8, 3, padding=1, groups=1 if depthwise else 8)
+        self.layer = kind(8, 8, 3, padding=1, groups=8 if depthwise else 1)
+        self.act, self.last, self.later = act, nn.Linear(8, 4), later
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        total = x + self.act(self.layer(F.relu(self.wide(x))))
+        result = self.last(total.flatten(2).mean(2))
+        return result + self.last(x.flatten(2).mean(2)) if self.later else result
+
+
+BRANCHES = {
+    "relu": lambda: Branch(F.relu),
+    "relu6": lambda: Branch(F.relu6),
+    "depthwise": lambda: Branch(F.relu, depthwise=True),
+    "of sequences": lambda: Branch(F.relu, nn.Conv1d),
+    "hardswish, which is rounded": lambda: Branch(F.hardswish),
+    "leaky, which is rounded": lambda: Branch(F.leaky_relu),
+    "in memory that is read later": lambda: Branch(F.relu, later=True),
+}
+
+
+@pytest.mark.parametrize("scheme", [SCHEME, "w7a7"])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_quantizer_inside_a_convolutions_kernel_rounds_as_it_does_for_users(name, scheme, tmp_path):
+    torch.manual_seed(0)
+    shape = (8, 3, 20) if name == "of sequences" else (8, 3, 20, 20)
+    qmodel, batches = quantized(BRANCHES[name](), shape, scheme=scheme)
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
+    assert report.integer_match == 1.0
+    assert report.output_difference < 1e-5

@@ -20,6 +20,7 @@ from halfeven.export.openvino_runtime import function_of
 from halfeven.export.operators import ExportedQuantizer
 from halfeven.export.processor import fuses_attention
 from halfeven.export.simulation import Simulation
+from halfeven.export.sums import is_unrounded
 from halfeven.export.tensors import Average, Ends, InUnits, Levels, Products, Scaled
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, clipping, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule
@@ -47,6 +48,8 @@ class OpenVINOInterpreter(fx.Interpreter):
         self.simulation = simulation
         self.ends: dict[int, Ends] = {}
         self.layers: dict[fx.Node, IntegerLayer] = {}
+        self.unrounded: dict[Any, Tensor] = {}
+        """What quantizers clip, and the file as it is used does not round."""
         self.float_operators = FloatOperators(function_of)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -118,6 +121,20 @@ class OpenVINOInterpreter(fx.Interpreter):
         first, second = x.scales
         return Products(x.values, first * (second * factor))
 
+    def _sum(self, node: fx.Node, args: Any, kwargs: Any) -> InUnits | None:
+        """A sum that the plugin takes in units of an operand's scale."""
+        if len(args) < 2 or node.target is not torch.ops.aten.add.Tensor or kwargs:
+            return None
+        if not all(isinstance(x, Levels) for x in args):
+            return _fused_sum(node, args)
+        for branch, skip in zip(node.args, reversed(args), strict=True):
+            if branch in self.unrounded and skip.values.shape == self.unrounded[branch].shape:
+                self.simulation.watching_matters = True
+                if not self.simulation.watched:
+                    values = self.unrounded[branch] * (torch.ones_like(skip.ends.scale) / skip.ends.scale)
+                    return InUnits(values + (skip.bytes - skip.ends.zero_byte), skip.ends.scale, from_layer=True)
+        return _sum_of_integers(node, args)
+
     def _average(self, node: fx.Node, args: Any, kwargs: Any) -> Average | None:
         if not isinstance(args[0], Levels) or _adaptive_in_float(node):
             return None
@@ -146,6 +163,8 @@ class OpenVINOInterpreter(fx.Interpreter):
         ends = self._ends(node, quantizer)
         if quantizer.bounds is not None:
             x = _clipped(x, quantizer.bounds)
+        if quantizer.bounds is None and is_unrounded(node, (float(ends.low), float(ends.high))):
+            self.unrounded[node] = _real(x).clamp(ends.low, ends.high)
         kernel = ends.in_kernel() if _in_kernel(node) else ends
         return Levels(self.simulation.keep(quantizer.name, self._levels(node, kernel, x)), ends)
 
@@ -170,7 +189,7 @@ RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
     **dict.fromkeys(TRANSPARENT, OpenVINOInterpreter._on_same_grid),
     OperatorKind.CONCAT: OpenVINOInterpreter._concatenated,
     OperatorKind.MATMUL: OpenVINOInterpreter._product,
-    OperatorKind.ADD: lambda _, node, args, kwargs: _sum(node, args),
+    OperatorKind.ADD: OpenVINOInterpreter._sum,
     **dict.fromkeys(SCALINGS, OpenVINOInterpreter._scaled),
     OperatorKind.AVERAGE: OpenVINOInterpreter._average,
     OperatorKind.ACTIVATION: OpenVINOInterpreter._activated,
@@ -263,15 +282,6 @@ def _is_special(value: Any) -> bool:
 
 def _real(value: Any) -> Any:
     return value.real() if _is_special(value) else value
-
-
-def _sum(node: fx.Node, args: Any) -> InUnits | None:
-    """A sum that the plugin takes in units of an operand's scale."""
-    if len(args) < 2 or node.target is not torch.ops.aten.add.Tensor or node.kwargs:
-        return None
-    if all(isinstance(x, Levels) for x in args):
-        return _sum_of_integers(node, args)
-    return _fused_sum(node, args)
 
 
 def _sum_of_integers(node: fx.Node, args: Sequence[Levels]) -> InUnits | None:
