@@ -169,13 +169,14 @@ def test_the_end_of_an_attention_rounds_as_it_does_for_users(zero_point, tmp_pat
 class Scaled(nn.Module):
     """Halves of a tensor, one of which is multiplied by a number before the next layer reads it."""
 
-    def __init__(self, layer):
+    def __init__(self, layer, factor=0.177):
         super().__init__()
         self.both, self.first, self.second = layer(4, 16), layer(8, 4), layer(8, 4)
+        self.factor = factor
 
     def forward(self, x):
         first, second = self.both(x).split(8, 1 if x.ndim == 4 else -1)
-        return self.first(first * 0.177) + self.second(second)
+        return self.first(first * self.factor) + self.second(second)
 
 
 @pytest.mark.parametrize("times", [0.99, 0.9925, 0.9937, 0.998, 1.0075, 1.0085])
@@ -188,6 +189,15 @@ def test_a_quantizer_is_left_out_where_integers_lie_on_nearly_its_grid(layer, sh
     qmodel, batches = quantized(Scaled(layer), shape, scheme=scheme)
     found = {name.rpartition(".")[2]: quantizer for name, quantizer in quantizers(qmodel).items()}
     found["mul"]._store(found["both"].scale * 0.177 * times, found["both"].zero_point)
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
+    assert report.integer_match == 1.0, (report.first_difference, report.max_lsb_difference)
+    assert report.output_difference < 1e-5
+
+
+@pytest.mark.parametrize("scheme", [SCHEME, "w7a7"])
+def test_integers_times_a_negative_number(scheme, tmp_path):
+    torch.manual_seed(0)
+    qmodel, batches = quantized(Scaled(nn.Linear, -0.5), (8, 10, 4), scheme=scheme)
     report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
     assert report.integer_match == 1.0, (report.first_difference, report.max_lsb_difference)
     assert report.output_difference < 1e-5

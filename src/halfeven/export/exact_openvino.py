@@ -110,7 +110,7 @@ class OpenVINOInterpreter(fx.Interpreter):
         """Integers times or by a number, which their scale takes in; or products of activations, where the plugin moves
         it to the second factor unless something else reads the products."""
         (x, number), product = args, node.all_input_nodes[0]
-        if not isinstance(x, Levels | Products) or not isinstance(number, int | float):
+        if not isinstance(x, Levels | Products) or not isinstance(number, int | float) or number == 0:
             return None
         factor = torch.tensor(float(number))
         factor = 1 / factor if node.target is torch.ops.aten.div.Tensor else factor
@@ -128,11 +128,13 @@ class OpenVINOInterpreter(fx.Interpreter):
         if not all(isinstance(x, Levels) for x in args):
             return _fused_sum(node, args)
         for branch, skip in zip(node.args, reversed(args), strict=True):
-            if branch in self.unrounded and skip.values.shape == self.unrounded[branch].shape:
+            values = self.unrounded.pop(branch, None)
+            if values is not None and values.shape == skip.values.shape:
                 self.simulation.watching_matters = True
                 if not self.simulation.watched:
-                    values = self.unrounded[branch] * (torch.ones_like(skip.ends.scale) / skip.ends.scale)
-                    return InUnits(values + (skip.bytes - skip.ends.zero_byte), skip.ends.scale, from_layer=True)
+                    unit = skip.ends.scale
+                    values = values * (torch.ones_like(unit) / unit) + (skip.bytes - skip.ends.zero_byte)
+                    return InUnits(values, unit, from_layer=True)
         return _sum_of_integers(node, args)
 
     def _average(self, node: fx.Node, args: Any, kwargs: Any) -> Average | None:

@@ -172,11 +172,11 @@ class Scaled:
     def clipped(self, bounds: tuple[float, float]) -> "Scaled":
         """Bytes are clipped at the bytes that lie between the bounds."""
         ends = self.integers.ends
-        low, high = (bound / self.unit + ends.zero_byte for bound in bounds)
-        low, high = low.ceil(), high.floor()
-        real_low, real_high = ((byte - ends.zero_byte) * self.unit for byte in (low, high))
+        first, second = (bound / self.unit + ends.zero_byte for bound in bounds)  # the unit may be negative
+        low, high = torch.minimum(first, second).ceil(), torch.maximum(first, second).floor()
+        reals = [(byte - ends.zero_byte) * self.unit for byte in (low, high)]
         levels = Levels(self.integers.bytes.clamp(low, high) - ends.first, ends)
-        return replace(self, values=self.values.clamp(real_low, real_high), integers=levels)
+        return replace(self, values=self.values.clamp(torch.minimum(*reals), torch.maximum(*reals)), integers=levels)
 
 
 @dataclass(frozen=True)
