@@ -19,7 +19,7 @@ def is_unrounded(quantizer: fx.Node, ends: tuple[float, float]) -> bool:
     """
     convolution = _before_clips(quantizer, ends)
     readers = list(quantizer.users)
-    if kind_of(convolution) is not OperatorKind.CONVOLUTION or len(readers) != 1:
+    if kind_of(convolution) is not OperatorKind.CONVOLUTION or len(convolution.users) != 1 or len(readers) != 1:
         return False
     (total,) = readers
     if total.target is not torch.ops.aten.add.Tensor or len(total.all_input_nodes) != 2:
