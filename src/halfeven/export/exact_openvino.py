@@ -6,7 +6,7 @@ tests. What the plugin computes in float it is asked for (`float_operators`).
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from halfeven.export.openvino_runtime import function_of
 from halfeven.export.operators import ExportedQuantizer
 from halfeven.export.processor import fuses_attention
 from halfeven.export.simulation import Simulation
-from halfeven.export.sums import is_unrounded
+from halfeven.export.sums import fused_sum, is_unrounded, sum_in_kernel, sum_of_integers
 from halfeven.export.tensors import Average, Ends, InUnits, Levels, Products, Scaled
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, clipping, kind_of, module_of
 from halfeven.graph.restoration import CapturedModule
@@ -32,9 +32,6 @@ ADAPTIVE_AVERAGES = (
     torch.ops.aten.adaptive_avg_pool3d.default,
 )
 
-
-ADDED_IN_UNITS = (OperatorKind.CONVOLUTION, OperatorKind.LINEAR)
-"""Layers whose result is added to a quantized skip connection in units of its scale."""
 
 SLOPES = (torch.ops.aten.leaky_relu.default, torch.ops.aten.prelu.default)
 SCALINGS = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
@@ -48,8 +45,6 @@ class OpenVINOInterpreter(fx.Interpreter):
         self.simulation = simulation
         self.ends: dict[int, Ends] = {}
         self.layers: dict[fx.Node, IntegerLayer] = {}
-        self.unrounded: dict[Any, Tensor] = {}
-        """What quantizers clip, and the file as it is used does not round."""
         self.float_operators = FloatOperators(function_of)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -126,16 +121,12 @@ class OpenVINOInterpreter(fx.Interpreter):
         if len(args) < 2 or node.target is not torch.ops.aten.add.Tensor or kwargs:
             return None
         if not all(isinstance(x, Levels) for x in args):
-            return _fused_sum(node, args)
-        for branch, skip in zip(node.args, reversed(args), strict=True):
-            values = self.unrounded.pop(branch, None)
-            if values is not None and values.shape == skip.values.shape:
-                self.simulation.watching_matters = True
-                if not self.simulation.watched:
-                    unit = skip.ends.scale
-                    values = values * (torch.ones_like(unit) / unit) + (skip.bytes - skip.ends.zero_byte)
-                    return InUnits(values, unit, from_layer=True)
-        return _sum_of_integers(node, args)
+            return fused_sum(node, args)
+        if (in_kernel := sum_in_kernel(args)) is not None:
+            self.simulation.watching_matters = True
+            if not self.simulation.watched:
+                return in_kernel
+        return sum_of_integers(node, args)
 
     def _average(self, node: fx.Node, args: Any, kwargs: Any) -> Average | None:
         if not isinstance(args[0], Levels) or _adaptive_in_float(node):
@@ -165,10 +156,11 @@ class OpenVINOInterpreter(fx.Interpreter):
         ends = self._ends(node, quantizer)
         if quantizer.bounds is not None:
             x = _clipped(x, quantizer.bounds)
+        unrounded = None
         if quantizer.bounds is None and is_unrounded(node, (float(ends.low), float(ends.high))):
-            self.unrounded[node] = _real(x).clamp(ends.low, ends.high)
+            unrounded = _real(x).clamp(ends.low, ends.high)
         kernel = ends.in_kernel() if _in_kernel(node) else ends
-        return Levels(self.simulation.keep(quantizer.name, self._levels(node, kernel, x)), ends)
+        return Levels(self.simulation.keep(quantizer.name, self._levels(node, kernel, x)), ends, unrounded)
 
     def _levels(self, quantizer: fx.Node, ends: Ends, x: Any) -> Tensor:
         if isinstance(x, Tensor):
@@ -284,38 +276,3 @@ def _is_special(value: Any) -> bool:
 
 def _real(value: Any) -> Any:
     return value.real() if _is_special(value) else value
-
-
-def _sum_of_integers(node: fx.Node, args: Sequence[Levels]) -> InUnits | None:
-    """Two tensors of integers: one is brought to the other's scale, and both zero points are subtracted from it."""
-    if args[0].values.shape != args[1].values.shape or len(node.all_input_nodes) != 2:
-        return None
-    moved, kept = args if _first_is_moved(node) else reversed(args)
-    zero = moved.ends.zero_byte + kept.ends.zero_byte * kept.ends.scale / moved.ends.scale
-    values = (moved.bytes - zero) * (moved.ends.scale / kept.ends.scale) + kept.bytes
-    return InUnits(values, kept.ends.scale)
-
-
-def _first_is_moved(node: fx.Node) -> bool:
-    """Which operand of a sum of integers is brought to the other's scale: the first, unless the second alone comes from
-    a quantizer and not from an operator behind it. (Of two that do, one that is read here alone would come before
-    one that is read elsewhere too; but `verify` reads them all.)"""
-    first, second = (quantizer_at(operand) is not None for operand in node.all_input_nodes)
-    return first or not second
-
-
-def _fused_sum(node: fx.Node, args: Any) -> InUnits | None:
-    """A layer added to a quantized skip connection: the plugin adds in units of the skip's scale."""
-    for branch, skip, source in ((args[0], args[1], node.args[0]), (args[1], args[0], node.args[1])):
-        if not (isinstance(branch, Tensor | Products) and isinstance(skip, Levels) and isinstance(source, fx.Node)):
-            continue
-        values = branch if isinstance(branch, Tensor) else branch.values
-        if kind_of(source) in ADDED_IN_UNITS and values.shape == skip.values.shape:
-            unit = skip.ends.scale
-            zero = skip.ends.zero_byte * unit
-            if isinstance(branch, Tensor):
-                values = (values - zero) * (torch.ones_like(unit) / unit)
-            else:  # the scales that a layer without a bias leaves are merged with the skip's
-                values = (values - zero / branch.unit) * (branch.unit / unit)
-            return InUnits(values + skip.bytes, unit, from_layer=kind_of(source) is OperatorKind.CONVOLUTION)
-    return None

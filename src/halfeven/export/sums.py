@@ -1,9 +1,62 @@
-"""Convolutions that OpenVINO's CPU plugin adds a skip connection to, in the memory of the latter."""
+"""Sums as OpenVINO's CPU plugin takes them: in units of an operand's scale, in a convolution's kernel where it can."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from halfeven.export.forms import quantizer_at
+from halfeven.export.tensors import InUnits, Levels, Products
 from halfeven.graph.operators import OperatorKind, clipping, kind_of
+
+ADDED_IN_UNITS = (OperatorKind.CONVOLUTION, OperatorKind.LINEAR)
+"""Layers whose result is added to a quantized skip connection in units of its scale."""
+
+
+def sum_of_integers(node: fx.Node, args: Sequence[Levels]) -> InUnits | None:
+    """Two tensors of integers: one is brought to the other's scale, and both zero points are subtracted from it."""
+    if args[0].values.shape != args[1].values.shape or len(node.all_input_nodes) != 2:
+        return None
+    moved, kept = args if _first_is_moved(node) else reversed(args)
+    zero = moved.ends.zero_byte + kept.ends.zero_byte * kept.ends.scale / moved.ends.scale
+    values = (moved.bytes - zero) * (moved.ends.scale / kept.ends.scale) + kept.bytes
+    return InUnits(values, kept.ends.scale)
+
+
+def _first_is_moved(node: fx.Node) -> bool:
+    """Which operand of a sum of integers is brought to the other's scale: the first, unless the second alone comes from
+    a quantizer and not from an operator behind it. (Of two that do, one that is read here alone would come before
+    one that is read elsewhere too; but `verify` reads them all.)"""
+    first, second = (quantizer_at(operand) is not None for operand in node.all_input_nodes)
+    return first or not second
+
+
+def fused_sum(node: fx.Node, args: Any) -> InUnits | None:
+    """A layer added to a quantized skip connection: the plugin adds in units of the skip's scale."""
+    for branch, skip, source in ((args[0], args[1], node.args[0]), (args[1], args[0], node.args[1])):
+        if not (isinstance(branch, Tensor | Products) and isinstance(skip, Levels) and isinstance(source, fx.Node)):
+            continue
+        values = branch if isinstance(branch, Tensor) else branch.values
+        if kind_of(source) in ADDED_IN_UNITS and values.shape == skip.values.shape:
+            unit = skip.ends.scale
+            zero = skip.ends.zero_byte * unit
+            if isinstance(branch, Tensor):
+                values = (values - zero) * (torch.ones_like(unit) / unit)
+            else:  # the scales that a layer without a bias leaves are merged with the skip's
+                values = (values - zero / branch.unit) * (branch.unit / unit)
+            return InUnits(values + skip.bytes, unit, from_layer=kind_of(source) is OperatorKind.CONVOLUTION)
+    return None
+
+
+def sum_in_kernel(args: Sequence[Levels]) -> InUnits | None:
+    """The sum of a skip connection and what its quantizer does not round, see `is_unrounded`; None of others."""
+    for branch, skip in (args, reversed(args)):
+        if branch.unrounded is not None and branch.values.shape == skip.values.shape:
+            unit = skip.ends.scale
+            values = branch.unrounded * (torch.ones_like(unit) / unit) + (skip.bytes - skip.ends.zero_byte)
+            return InUnits(values, unit, from_layer=True)
+    return None
 
 
 def is_unrounded(quantizer: fx.Node, ends: tuple[float, float]) -> bool:
@@ -31,9 +84,7 @@ def is_unrounded(quantizer: fx.Node, ends: tuple[float, float]) -> bool:
 def _before_clips(quantizer: fx.Node, ends: tuple[float, float]) -> fx.Node:
     """What a quantizer reads, before the clips between that clip no more than it does, and that nothing else reads."""
     node = quantizer.all_input_nodes[0]
-    while (bounds := clipping(node)) is not None and bounds[0] <= ends[0] and ends[1] <= bounds[1]:
-        if len(node.users) != 1:
-            break
+    while len(node.users) == 1 and (bounds := clipping(node)) and bounds[0] <= ends[0] and ends[1] <= bounds[1]:
         node = node.all_input_nodes[0]
     return node
 

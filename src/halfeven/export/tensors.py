@@ -139,6 +139,8 @@ class Levels:
 
     values: Tensor
     ends: Ends
+    unrounded: Tensor | None = None
+    """What the quantizer clips, where the file as it is used does not round it."""
 
     @property
     def bytes(self) -> Tensor:
