@@ -386,6 +386,34 @@ def test_a_rule_by_pattern():
     assert {t.scheme.bits for t in planned.tensors if t.places[0] != "3.relu"} == {8}
 
 
+@pytest.mark.parametrize("rule", [Rule(pattern="1*", activation_bits=6), Rule(pattern="2.relu", activation_bits=6),
+                                  Rule(kind="activation", activation_bits=6)])  # fmt: skip
+def test_a_rule_may_name_what_is_fused_behind_the_operator_as_the_plan_does(rule):
+    planned = plan(nn.Sequential(conv(3), nn.BatchNorm2d(8), nn.ReLU(), conv()), rules=(rule,))
+    assert activation_bits(planned) == {"input": 8, "2.relu": 6}
+
+
+def test_the_last_rule_wins_among_those_of_a_fused_group():
+    rules = (Rule(pattern="1.relu", activation_bits=6), Rule(kind="convolution", activation_bits=5))
+    model = nn.Sequential(conv(3), nn.ReLU(), conv())
+    assert activation_bits(plan(model, rules=rules))["1.relu"] == 5
+    assert activation_bits(plan(model, rules=rules[::-1]))["1.relu"] == 6
+
+
+@pytest.mark.parametrize("branch", ["one", "two"])
+def test_a_rule_for_one_of_what_is_concatenated_holds_for_all(branch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.last = conv(3), conv(3), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x):
+            return self.last(torch.cat([self.one(x), self.two(x)], 1))
+
+    planned = plan(Net(), rules=(Rule(pattern=branch, activation_bits=6),))
+    assert activation_bits(planned) == {"x": 8, "one": 6}
+
+
 def test_a_rule_by_kind():
     planned = plan(net(), scheme="w4a8", rules=(Rule(kind="linear", weight_bits=8),))
     assert bits(planned) == {"0": 4, "2": 4, "4": 4, "7": 8}

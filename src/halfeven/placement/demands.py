@@ -199,8 +199,14 @@ def _convolution_branch(node: fx.Node) -> list[fx.Node] | None:
     return [*passed, node] if len(node.users) == 1 and kind_of(node) is K.CONVOLUTION else None
 
 
+def fused_group(node: fx.Node) -> list[fx.Node]:
+    """An operator with the BatchNorm and the activation that precede it in its fused group, last to first."""
+    group = [node]
+    while kind_of(group[-1]) in (K.ACTIVATION, K.BATCH_NORM) and group[-1].all_input_nodes:
+        group.append(group[-1].all_input_nodes[0])
+    return group
+
+
 def head(node: fx.Node) -> fx.Node:
     """The operator that an activation and a BatchNorm at the end of a fused group belong to."""
-    while kind_of(node) in (K.ACTIVATION, K.BATCH_NORM) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
+    return fused_group(node)[-1]

@@ -27,7 +27,8 @@ class Rule:
     weight_bits: int | None = None
     """Bits of the operator's weight."""
     activation_bits: int | None = None
-    """Bits of the operator's output."""
+    """Bits of the operator's output, behind the BatchNorm and the activation that are fused with it: a rule may name
+    any of them, as the plan does. What is concatenated shares a quantizer: a rule for one tensor holds for all."""
     quantize: bool | None = None
     """False: the operator computes in float; True: it does not, whatever an earlier rule says."""
 

@@ -24,7 +24,7 @@ from halfeven.graph.operators import (
 )
 from halfeven.graph.restoration import CapturedModule
 from halfeven.observers import LOGITS
-from halfeven.placement.demands import ITSELF, OUTPUT, Region, collect, collect_outputs, head, sources
+from halfeven.placement.demands import ITSELF, OUTPUT, Region, collect, collect_outputs, fused_group, head, sources
 from halfeven.placement.plan import LeftInFloat, Plan, PlannedTensor, PlannedWeight, QuantizationOptions, Rule
 from halfeven.placement.rules import RuleBook
 from halfeven.placement.targets import Grid, Target, target_named
@@ -159,7 +159,7 @@ def _planned_tensors(
         group = _tied(region, node)
         done |= group
         places = [n for n in region.graph.nodes if n in group]
-        rule = rules.for_operator(region.names[head(node)], kind_of(head(node)))
+        rule = rules.for_any({region.names[one]: kind_of(one) for place in places for one in fused_group(place)})
         consumers = dict.fromkeys(c for n in places for c in region.demands[n].consumers)
         fixed = (0.0, 1.0) if all(kind_of(n) is K.SOFTMAX for n in places) else None
         yield PlannedTensor(

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+from collections.abc import Mapping
 
 from halfeven.errors import PlacementError
 from halfeven.graph.operators import OperatorKind
@@ -24,9 +25,13 @@ class RuleBook:
 
     def for_operator(self, name: str, kind: OperatorKind) -> Rule:
         """All rules that hold for an operator, merged; later ones win."""
+        return self.for_any({name: kind})
+
+    def for_any(self, operators: Mapping[str, OperatorKind]) -> Rule:
+        """All rules that hold for any of the operators, by name, that share a quantizer, merged; later ones win."""
         weight_bits, activation_bits, quantize = None, None, True
         for index, rule in enumerate(self.rules):
-            if rule.kind not in (None, kind.value) or not fnmatch.fnmatchcase(name, rule.pattern):
+            if not any(_holds(rule, name, kind) for name, kind in operators.items()):
                 continue
             self.used.add(index)
             weight_bits = rule.weight_bits or weight_bits
@@ -43,3 +48,7 @@ class RuleBook:
                 raise PlacementError(
                     f"The rule {rule} holds for no operator of this model, so it would do nothing.{hint}"
                 )
+
+
+def _holds(rule: Rule, name: str, kind: OperatorKind) -> bool:
+    return rule.kind in (None, kind.value) and fnmatch.fnmatchcase(name, rule.pattern)
