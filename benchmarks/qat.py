@@ -2,13 +2,15 @@
 
     python benchmarks/qat.py resnet18 WEIGHTS.safetensors [--schemes w8a8 w4a4] [--steps 100] [--seeds 0 1 2]
     python benchmarks/qat.py mobilenetv2_100 WEIGHTS.safetensors --schemes w4a4 --settings recipe plain ...
+    python benchmarks/qat.py resnet18 WEIGHTS.safetensors --schemes w4a4 --steps 2000 --rate 0.02 --decay 0.995
     python benchmarks/qat.py resnet18 WEIGHTS.safetensors --peers nncf=ENV/bin/python torchao=ENV2/bin/python
 
 The float model is timm's, with in_chans=1 and num_classes=10; its weights come by a path. A seed draws 512 training
 images for calibration and the order of the training images, the same for every model: SGD with momentum 0.9, learning
 rate 0.01 falling by a cosine, batches of 64. Every layer is quantized. Accuracy is that of all 10,000 test images.
-"start" is the model before the first step: calibrated, or with learned rounding where the recipe starts from it. Peers
-do the same under the Python of an environment that has them; see `peers.py`.
+Where a recipe averages the weights, the better of weights and average counts; the float model's average with the same
+decay stands beside it. "start" is the model before the first step: calibrated, or with learned rounding where the
+recipe starts from it. Peers do the same under the Python of an environment that has them; see `peers.py`.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.pipelines import accompany
+from halfeven.qat.averaging import AveragingOptions, WeightAverage
 from halfeven.qat.batchnorm import re_estimate
 from halfeven.qat.distillation import DistillationOptions
 from halfeven.qat.options import QATOptions
@@ -39,7 +42,7 @@ from halfeven.scheme import parse_bits
 from halfeven.training.optimization import make_optimizer
 from halfeven.training.options import TrainingOptions
 
-BATCH, RATE, CALIBRATION = 64, 0.01, 512
+BATCH, CALIBRATION = 64, 512
 OFF = {"equalize": "off", "start": "ranges", "distill": "off", "average": "off"}
 """LSQ alone: learned scales from calibrated ranges."""
 
@@ -100,9 +103,11 @@ def drawn(training: Images, seed: int, count: int) -> tuple[Tensor, ...]:
     return training[0][choice[:count]].split(BATCH)
 
 
-def descend(model: nn.Module, batches: Batches, steps: int, course: Any = None) -> float:
-    """Train; seconds that it took."""
-    options = TrainingOptions(learning_rate=RATE, weight_decay=0.0)
+def descend(
+    model: nn.Module, batches: Batches, steps: int, rate: float, course: Any = None, average: Any = None
+) -> float:
+    """Train, and keep an average of a model without a course; seconds that it took."""
+    options = TrainingOptions(learning_rate=rate, weight_decay=0.0)
     optimizer = make_optimizer(model, options)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     started = time.perf_counter()
@@ -124,22 +129,26 @@ def descend(model: nn.Module, batches: Batches, steps: int, course: Any = None) 
         schedule.step()
         if course is not None:
             course.after_step(step, (step + 1) / steps)
+        if average is not None:
+            average.update(step)
     return time.perf_counter() - started
 
 
 def trained(
-    model: nn.Module, scheme: str, changes: dict[str, Any], training: Images, steps: int, seed: int,
+    model: nn.Module, scheme: str, changes: dict[str, Any], options: argparse.Namespace, training: Images, seed: int,
     accuracy: Callable[[nn.Module], float],
 ) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
     """One run: the better of the weights and their average, and accuracies at the start and at the end."""
     calibration, others = drawn(training, seed, CALIBRATION), drawn(training, seed, 50 * BATCH)
-    options = {"ranges": "learned", **changes.get("quantization", {})}
-    qmodel = he.calibrate(he.prepare(model, calibration[0], scheme=scheme, **options), calibration)
+    placement = {"ranges": "learned", **changes.get("quantization", {})}
+    qmodel = he.calibrate(he.prepare(model, calibration[0], scheme=scheme, **placement), calibration)
     started = time.perf_counter()
-    course = accompany(qmodel, model, calibration, QATOptions(**changes.get("qat", {})), inputs=lambda: others)
+    qat = QATOptions(**{"averaging": AveragingOptions(decay=options.decay), **changes.get("qat", {})})
+    course = accompany(qmodel, model, calibration, qat, inputs=lambda: others)
     result: dict[str, Any] = {"start, s": round(time.perf_counter() - started, 1), "start": accuracy(qmodel)}
     with passed_by(changes.get("gradient")):
-        result["training, s"] = round(descend(qmodel, Batches(*training, seed), steps, course), 1)
+        seconds = descend(qmodel, Batches(*training, seed), options.steps, options.rate, course)
+    result["training, s"] = round(seconds, 1)
     plain = copy.deepcopy(qmodel)
     result["running statistics"] = accuracy(plain)
     re_estimate(plain, others)
@@ -162,7 +171,7 @@ def by_peer(
         "model": options.model,
         "weights": str(options.weights),
         "bits": parse_bits(scheme),
-        "rate": RATE,
+        "rate": options.rate,
         "images": training[0],
         "labels": training[1],
         "test": test,
@@ -192,6 +201,8 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="*", default=["w8a8", "w4a4"])
     parser.add_argument("--settings", nargs="+", default=["recipe"], choices=list(SETTINGS))
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rate", type=float, default=0.01, help="learning rate of the first step")
+    parser.add_argument("--decay", type=float, default=0.99, help="of the average of the weights")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--no-float", action="store_true", help="leave out the float model's own training")
     parser.add_argument("--peers", nargs="*", default=[], metavar="LIBRARY=PYTHON")
@@ -218,13 +229,13 @@ def main() -> None:
     for seed in options.seeds:
         if not options.no_float:
             floating = copy.deepcopy(model)
-            seconds = descend(floating, Batches(*training, seed), options.steps)
+            average = WeightAverage(floating, AveragingOptions(decay=options.decay))
+            seconds = descend(floating, Batches(*training, seed), options.steps, options.rate, average=average)
             record("float", {"end": accuracy(floating), "training, s": round(seconds, 1)})
+            record("float, average", {"end": accuracy(average.model)})
         for scheme in options.schemes:
             for setting in options.settings:
-                qmodel, result = trained(
-                    model, scheme, SETTINGS[setting], training, options.steps, seed, accuracy
-                )  # fmt: skip
+                qmodel, result = trained(model, scheme, SETTINGS[setting], options, training, seed, accuracy)
                 result |= {"verify": verified(qmodel, test[0][: options.verify])} if options.verify else {}
                 record(f"{scheme} {setting}", result)
             for peer, python in (found.split("=", 1) for found in options.peers):
