@@ -46,8 +46,12 @@ BATCH, CALIBRATION = 64, 512
 OFF = {"equalize": "off", "start": "ranges", "distill": "off", "average": "off"}
 """LSQ alone: learned scales from calibrated ranges."""
 
+BOTTLENECKS = tuple(he.Rule(pattern=name, activation_bits=8) for name in ("blocks.0.0.conv_pw", "*.conv_pwl", "*.add"))
+"""MobileNetV2's tensors without an activation function: what is added, and the sums."""
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "recipe": {},
+    "recipe, ends and bottlenecks of 8 bits": {"quantization": {"first_and_last_bits": 8, "rules": BOTTLENECKS}},
     "plain": {"qat": OFF},
     "plain, observed": {"qat": OFF, "quantization": {"ranges": "observed"}},
     "plain, calibrated": {"qat": OFF, "quantization": {"ranges": "calibrated"}},
