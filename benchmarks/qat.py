@@ -9,8 +9,8 @@ The float model is timm's, with in_chans=1 and num_classes=10; its weights come 
 images for calibration and the order of the training images, the same for every model: SGD with momentum 0.9, learning
 rate 0.01 (`--rate`) falling by a cosine, batches of 64. Every layer is quantized. Accuracy is that of all 10,000 test
 images. Where a recipe averages the weights, the better of weights and average counts; the float model's average with
-the same decay stands beside it. "start" is the model before the first step: calibrated, or with learned rounding where the
-recipe starts from it. Peers do the same under the Python of an environment that has them; see `peers.py`.
+the same decay stands beside it. "start" is the model before the first step: calibrated, or with learned rounding
+where the recipe starts from it. Peers do the same under the Python of an environment that has them; see `peers.py`.
 """
 
 import argparse
