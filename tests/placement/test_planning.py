@@ -465,6 +465,23 @@ def test_a_rule_that_held_for_nothing_names_the_nearest():
         plan(Net(), rules=(Rule(kind="conv"),))
 
 
+@pytest.mark.parametrize(("rule", "lacks"), [
+    (Rule(pattern="7", activation_bits=6), r'matches "7", which has no quantizer at its output'),
+    (Rule(pattern="3.relu", weight_bits=6), r'matches "3.relu", which has no quantized weight'),
+    (Rule(pattern="0", weight_bits=6), r'matches "0", which has no quantized weight'),
+    (Rule(pattern="7"), "neither bits nor quantize are set"),
+])  # fmt: skip
+def test_a_rule_whose_part_nothing_has_is_refused_with_the_reason(rule, lacks):
+    with pytest.raises(PlacementError, match=rf"{lacks}.*do nothing"):
+        plan(net(), rules=(Rule(pattern="0", quantize=False), rule))
+
+
+def test_a_rule_of_which_one_part_holds_is_taken():
+    planned = plan(net(), rules=(Rule(kind="linear", weight_bits=6, activation_bits=6),))
+    assert bits(planned)["7"] == 6
+    assert {t.scheme.bits for t in planned.tensors} == {8}
+
+
 # The first and the last layer
 
 

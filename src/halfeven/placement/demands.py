@@ -57,7 +57,7 @@ def collect(region: Region, target: Target, rules: RuleBook) -> None:
     """Fill a region's demands with those of its operators."""
     for node in region.graph.nodes:
         kind = kind_of(node)
-        quantize = node.op != "output" and rules.for_operator(region.names.get(node, ""), kind).quantize
+        quantize = node.op != "output" and rules.quantizes(region.names.get(node, ""), kind)
         if not quantize:
             continue
         operands = _integer_operands(region, node, target)
@@ -75,7 +75,7 @@ def _collect_averages(region: Region, rules: RuleBook) -> None:
     for node in region.graph.nodes:
         if kind_of(node) is not K.AVERAGE or not all(n in region.demands for n in sources(node.args[0])):
             continue
-        if is_rounded(node) and rules.for_operator(region.names[node], K.AVERAGE).quantize:
+        if is_rounded(node) and rules.quantizes(region.names[node], K.AVERAGE):
             region.demands.setdefault(node, Demand(consumers=[ROUNDED]))
 
 
@@ -113,7 +113,7 @@ def collect_outputs(region: Region, rules: RuleBook) -> None:
     (output,) = [node for node in region.graph.nodes if node.op == "output"]
     for result in output.all_input_nodes:
         made_by = [head(source) for source in sources(result)]
-        if all(rules.for_operator(region.names.get(node, ""), kind_of(node)).quantize for node in made_by):
+        if all(rules.quantizes(region.names.get(node, ""), kind_of(node)) for node in made_by):
             _demand(region, result, Grid.ANY, output)
 
 

@@ -60,7 +60,7 @@ def make_plan(model: nn.Module, options: QuantizationOptions, notes: tuple[str, 
     Raises:
         PlacementError: the target cannot do the scheme, or a rule held for nothing.
     """
-    target, rules = target_named(options.target), RuleBook((*_ends(model, options), *options.rules))
+    target, rules = target_named(options.target), RuleBook(options.rules, _ends(model, options))
     weight_bits, activation_bits = parse_bits(options.scheme)
     if activation_bits == FLOAT_BITS:
         _check_weights_alone(target, options, weight_bits)
@@ -159,14 +159,15 @@ def _planned_tensors(
         group = _tied(region, node)
         done |= group
         places = [n for n in region.graph.nodes if n in group]
-        rule = rules.for_any({region.names[one]: kind_of(one) for place in places for one in fused_group(place)})
+        fused = {region.names[one]: kind_of(one) for place in places for one in fused_group(place)}
+        asked = rules.activation_bits(fused, bits)
         consumers = dict.fromkeys(c for n in places for c in region.demands[n].consumers)
         fixed = (0.0, 1.0) if all(kind_of(n) is K.SOFTMAX for n in places) else None
         yield PlannedTensor(
             name=region.names[node].replace(".", "_").replace(":", "_"),
             places=tuple(region.names[n] for n in places),
-            scheme=_activation_scheme(region, places, target, rule.activation_bits or bits),
-            ranges=_ranges(places, options, rule.activation_bits or bits) if fixed is None else "calibrated",
+            scheme=_activation_scheme(region, places, target, asked),
+            ranges=_ranges(places, options, asked) if fixed is None else "calibrated",
             observer=LOGITS if _logits(region, places, options) else options.activation_observer,
             fixed_range=fixed,
             consumers=tuple(consumers) or (ITSELF,),
@@ -223,19 +224,19 @@ def _planned_weights(
         if kind not in WEIGHTED or kind not in kinds or (node.op == "call_module" and node.target in seen):
             continue
         seen.add(node.target if node.op == "call_module" else node)
-        rule = rules.for_operator(region.names[node], kind)
-        if not rule.quantize:
+        if not rules.quantizes(region.names[node], kind):
             continue
+        asked = rules.weight_bits(region.names[node], kind, bits)
         axis = (1 if kind is K.TRANSPOSED_CONVOLUTION else 0) if options.per_channel else None
         shape = weight_shape(node)
         if axis == 1 and _groups(node) > 1:
             axis = None  # the channels of a grouped transposed convolution are not an axis of its weight
         yield PlannedWeight(
             name=region.names[node],
-            scheme=Scheme(bits=rule.weight_bits or bits, signed=True, symmetric=True, narrow=True, axis=axis),
+            scheme=Scheme(bits=asked, signed=True, symmetric=True, narrow=True, axis=axis),
             channels=None if axis is None else shape[axis],
             ranges="learned" if options.ranges == "clipped" else options.ranges,
-            observer=_weight_observer(options, rule.weight_bits or bits),
+            observer=_weight_observer(options, asked),
         )
 
 
@@ -279,7 +280,7 @@ def _left(region: Region, rules: RuleBook, target: Target, kinds: frozenset[Oper
             continue
         name = region.names[node]
         reason = None
-        if not rules.for_operator(name, kind).quantize:
+        if not rules.quantizes(name, kind):
             reason = "a rule says so"
         elif node in region.branches:
             if kind is K.CONVOLUTION:

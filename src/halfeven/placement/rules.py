@@ -2,7 +2,8 @@
 
 import difflib
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from halfeven.errors import PlacementError
 from halfeven.graph.operators import OperatorKind
@@ -10,11 +11,16 @@ from halfeven.placement.plan import Rule
 
 
 class RuleBook:
-    """The user's rules, and which of them held for something."""
+    """The user's rules behind those for the ends of the model, and which of them held for something.
 
-    def __init__(self, rules: tuple[Rule, ...]) -> None:
-        self.rules = rules
-        self.used: set[int] = set()
+    A rule holds where a part of it is asked for: `weight_bits` of a layer whose weight is quantized, `activation_bits`
+    of a tensor with a quantizer, `quantize` of any operator. In each, later rules win.
+    """
+
+    def __init__(self, rules: tuple[Rule, ...], ends: tuple[Rule, ...] = ()) -> None:
+        self.rules = (*ends, *rules)
+        self.used = set(range(len(ends)))  # they are not the user's, to whom an unused one would be told
+        self.matched: dict[int, str] = {}
         kinds = {kind.value for kind in OperatorKind}
         for rule in rules:
             if rule.kind is not None and rule.kind not in kinds:
@@ -23,31 +29,45 @@ class RuleBook:
                     f"Choose one of: {', '.join(sorted(kinds))}."
                 )
 
-    def for_operator(self, name: str, kind: OperatorKind) -> Rule:
-        """All rules that hold for an operator, merged; later ones win."""
-        return self.for_any({name: kind})
+    def quantizes(self, name: str, kind: OperatorKind) -> bool:
+        """Whether an operator computes in integers where it can."""
+        return bool([True, *self._said("quantize", {name: kind})][-1])
 
-    def for_any(self, operators: Mapping[str, OperatorKind]) -> Rule:
-        """All rules that hold for any of the operators, by name, that share a quantizer, merged; later ones win."""
-        weight_bits, activation_bits, quantize = None, None, True
+    def weight_bits(self, name: str, kind: OperatorKind, default: int) -> int:
+        """Bits of the weight of a layer whose weight is quantized."""
+        return int([default, *self._said("weight_bits", {name: kind})][-1])
+
+    def activation_bits(self, operators: Mapping[str, OperatorKind], default: int) -> int:
+        """Bits of a quantizer that a rule may name by any of some operators; their kinds by name."""
+        return int([default, *self._said("activation_bits", operators)][-1])
+
+    def _said(self, part: str, operators: Mapping[str, OperatorKind]) -> Iterator[Any]:
         for index, rule in enumerate(self.rules):
-            if not any(_holds(rule, name, kind) for name, kind in operators.items()):
-                continue
-            self.used.add(index)
-            weight_bits = rule.weight_bits or weight_bits
-            activation_bits = rule.activation_bits or activation_bits
-            quantize = quantize if rule.quantize is None else rule.quantize
-        return Rule(weight_bits=weight_bits, activation_bits=activation_bits, quantize=quantize)
+            names = [name for name, kind in operators.items() if _holds(rule, name, kind)]
+            if names:
+                self.matched.setdefault(index, names[0])
+            if names and (value := getattr(rule, part)) is not None:
+                self.used.add(index)
+                yield value
 
     def check_all_used(self, names: list[str]) -> None:
         """Raise PlacementError for a rule that held for nothing: it is a mistake, and the user believes it works."""
         for index, rule in enumerate(self.rules):
             if index not in self.used:
-                near = difflib.get_close_matches(rule.pattern, names, n=3, cutoff=0.4)
-                hint = f" The nearest names are {', '.join(near)}." if near else ""
-                raise PlacementError(
-                    f"The rule {rule} holds for no operator of this model, so it would do nothing.{hint}"
-                )
+                raise PlacementError(f"The rule {rule} {self._why(index, rule, names)}")
+
+    def _why(self, index: int, rule: Rule, names: list[str]) -> str:
+        if index in self.matched:
+            parts = [part for part in ("weight_bits", "activation_bits") if getattr(rule, part) is not None]
+            what = {"weight_bits": "no quantized weight", "activation_bits": "no quantizer at its output"}
+            lacks = " and ".join(what[part] for part in parts) or "and neither bits nor quantize are set"
+            return (
+                f'matches "{self.matched[index]}", which has {lacks}, so it would do nothing. The plan without the '
+                "rule (halfeven.plan_of) lists what is quantized, and why the rest is not."
+            )
+        near = difflib.get_close_matches(rule.pattern, names, n=3, cutoff=0.4)
+        hint = f" The nearest names are {', '.join(near)}." if near else ""
+        return f"holds for no operator of this model, so it would do nothing.{hint}"
 
 
 def _holds(rule: Rule, name: str, kind: OperatorKind) -> bool:
