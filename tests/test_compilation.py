@@ -1,5 +1,6 @@
 """Fused kernels: as many as are needed, equal to the plain functions, and never needed."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,19 +14,35 @@ from halfeven.fake_quantization import fake_quantize
 from halfeven.scheme import Scheme
 
 
-def test_more_kernels_than_the_compilers_limit_of_eight_are_no_error():
-    variants = 0
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for elements in (1, 40):
-            for channels in (None, 1, 3):
-                x = torch.randn(channels or 1, elements).to(dtype)
-                scale = torch.full((channels,) if channels else (), 0.1)
-                scheme = Scheme(bits=4, signed=True, axis=None if channels is None else 0)
+def test_more_kernels_than_the_compilers_limit_of_eight_are_no_error(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    scheme, variants = Scheme(bits=4, signed=True, axis=0), 0
+    for autocast, inference in itertools.product((False, True), repeat=2):
+        for elements, channels in itertools.product((1, 40), (1, 3)):
+            x, scale = torch.randn(channels, elements), torch.full((channels,), 0.1)
+            with torch.autocast("cpu", enabled=autocast), torch.inference_mode(inference):
                 found = fake_quantize(x, scale, torch.zeros_like(scale, dtype=torch.int32), scheme)
-                expected = (torch.round(x.float() / 0.1).clamp(-8, 7) * torch.tensor(0.1)).to(dtype)
-                assert torch.equal(found, expected)
-                variants += 1
+            assert torch.equal(found, torch.round(x / 0.1).clamp(-8, 7) * torch.tensor(0.1))
+            variants += 1
     assert variants > 8
+
+
+def test_bit_widths_share_a_kernel_and_ranks_and_types_have_their_own():
+    def kernels():
+        return compilation._compiled.cache_info().currsize
+
+    def run(x, **scheme):
+        fake_quantize(x, torch.tensor(0.1), int32(0), Scheme(**scheme))
+
+    run(torch.randn(30))
+    before = kernels()
+    for bits in (3, 4, 8):
+        run(torch.randn(10 * bits), bits=bits)
+        run(torch.randn(2, 5, bits), bits=bits, signed=True)
+    assert kernels() == before
+    run(torch.randn(30).double())
+    fake_quantize(torch.randn(3, 10).double(), torch.full((3,), 0.1), int32(0, 0, 0), Scheme(axis=0))
+    assert kernels() == before + 2
 
 
 EAGER = """

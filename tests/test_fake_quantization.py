@@ -392,10 +392,12 @@ def test_any_memory_layout_gives_the_same(layout, axis):
     torch.testing.assert_close(ds, ds2, rtol=1e-5, atol=1e-5)  # another order of the same sum
 
 
-def test_channels_last_stays_channels_last():
-    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
-    y = fake_quantize(x, torch.tensor(0.1), int32(0), Scheme())
+@pytest.mark.parametrize("axis", [None, 0])
+def test_channels_last_stays_channels_last(axis):
+    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y, dx, _ = forward_and_backward(x, Scheme(axis=axis), axis if axis is None else 2)
     assert y.is_contiguous(memory_format=torch.channels_last)
+    assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

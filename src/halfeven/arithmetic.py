@@ -14,7 +14,8 @@ SIGNIFICAND_BITS = 16
 """Scales keep this many significand bits, so that (scale, zero_point) -> (low, high) -> scale is lossless in
 float32."""
 
-SMALLEST_SCALE = 2.0**-40
+SMALLEST_EXPONENT = -40
+SMALLEST_SCALE = 2.0**SMALLEST_EXPONENT
 """No scale is smaller: products of two scales and their reciprocals stay normal float32 numbers."""
 
 

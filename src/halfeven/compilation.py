@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -21,25 +22,48 @@ _works: bool | None = None if os.environ.get("HALFEVEN_COMPILE", "1") != "0" els
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Each rank, dtype, device, autocast or inference mode and number of threads needs a kernel of its own: more than
-    # the compiler's limit of eight in ordinary use. Past it a call runs unfused, and torch says so; with fullgraph=True
-    # it would raise.
+def _compiled(function: Callable[..., Any], variant: tuple[Any, ...] = ()) -> Callable[..., Any]:
+    # Each device, autocast or inference mode and number of threads needs a kernel of its own: more than the compiler's
+    # limit of eight in ordinary use. Past it a call runs unfused, and torch says so; with fullgraph=True it would
+    # raise.
     known = "recompile_limit" in inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {"recompile_limit": KERNELS} if known else {}
-    return torch.compile(function, dynamic=True, **options)
+    # The compiler keeps kernels by the code object.
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(own, dynamic=True, **options)
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function as one kernel of torch.compile; as it stands while a whole model is compiled or where no
-    compiler is."""
+    compiler is.
+
+    The kernel is looked up by the ranks and types of tensors and by all other arguments but integers: with the kernels
+    for all of them in one place the compiler would try one after the other, a third of a small call's time. A number
+    that changes from call to call is given as a tensor, and the function is a plain one, without a closure or defaults.
+    """
     if torch.compiler.is_compiling() or not compiler_works():
         return function
-    # A kernel is compiled anew for each requires_grad and for each tensor that views another (its base is looked at
-    # too): with learned scales that passes the compiler's limit of eight, an error. What autograd knows of the tensors
-    # is not needed here.
-    kernel = _compiled(function)
-    return lambda *arguments: kernel(*(a.data if isinstance(a, Tensor) else a for a in arguments))
+
+    def kernel(*arguments: Any) -> Any:
+        # A kernel is compiled anew for each requires_grad and for each tensor that views another (its base is looked
+        # at too): with learned scales that passes any limit. What autograd knows of the tensors is not needed here.
+        bare = [a.data if isinstance(a, Tensor) else a for a in arguments]
+        return _compiled(function, tuple(map(_kind, bare)))(*bare)
+
+    return kernel
+
+
+def _kind(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.ndim, argument.dtype
+    if isinstance(argument, tuple):
+        return _kinds(argument)
+    return int if type(argument) is int else argument
+
+
+@functools.cache
+def _kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(map(_kind, arguments))
 
 
 def compiler_works() -> bool:
