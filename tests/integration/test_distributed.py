@@ -72,6 +72,7 @@ def test_both_processes_end_with_the_same_model(config, images, weights, tmp_pat
         "training.epochs": 1,
         "training.learning-rate": 0.01,
         "export.verify-images": 4,
+        "export.timed": False,
         "work-dir": tmp_path / "work",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

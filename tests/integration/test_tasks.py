@@ -13,6 +13,8 @@ from .running import halfeven
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = ("--data.workers", "0", "--device.kind", "cpu", "--device.threads", "1", "--export.verify-images", "8")
 SMALL += ("--quantization.scheme", SCHEME)
+UNTIMED = ("--export.timed", "False")
+"""Latencies of large networks, whose float model would be written and converted too."""
 SHORT = ("--pretraining.learning-rate", "2e-3", "--pretraining.optimizer", "adamw", "--model.weights", "")
 
 
@@ -62,7 +64,7 @@ def test_segmentation(voc, tmp_path):
     assert "8 validation images" in said
     assert "mIoU, %" in said
     weights = ("--model.weights", tmp_path / "ptq" / "float" / "best.safetensors")
-    trained = (*voc, *weights, "--training.epochs", "1", "--training.batch-size", "8")
+    trained = (*voc, *weights, *UNTIMED, "--training.epochs", "1", "--training.batch-size", "8")
     taught = ("--qat.distill", "on", "--qat.distillation.weight", "0.5")
     said, results = run("train", "qat/deeplabv3_voc.py", tmp_path / "qat", *trained, *taught)
     # Two steps leave a network in which single roundings spread. At 7 bits mIoU of 8 small scenes moved by 6 with them.
@@ -73,7 +75,7 @@ def test_segmentation(voc, tmp_path):
 def test_efficientdet(coco, tmp_path):
     small = ("--model.name", "tf_efficientdet_lite0", "--model.weights", "", "--data.image-size", "128")
     sized = ("--model.arguments", "image_size", "128")
-    given = (*coco, *small, *sized, "--pretraining.epochs", "1", "--pretraining.batch-size", "4")
+    given = (*coco, *small, *sized, *UNTIMED, "--pretraining.epochs", "1", "--pretraining.batch-size", "4")
     _, results = run("ptq", "ptq/efficientdet_d1_coco.py", tmp_path / "ptq", *given)
     assert_deployed_as_simulated(results, "mAP")
     assert set(results["float"]) == {"mAP", "mAP50"}

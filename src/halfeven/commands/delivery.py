@@ -53,7 +53,8 @@ def export_verified(work: Work, qmodel: nn.Module, folder: Path, float_model: nn
         loader = work.loader(images, shared=False, batch_size=options.verify_batch_size)
         batches = [batch[0] for batch in islice(loader, -(-options.verify_images // options.verify_batch_size))]
         reports[path] = verify(
-            qmodel, path, batches, float_model=float_model, target=target, class_axis=work.task.class_axis
-        )
+            qmodel, path, batches, float_model=float_model, target=target, class_axis=work.task.class_axis,
+            timed=options.timed,
+        )  # fmt: skip
         work.say(f"{reports[path]}\n")
     return reports
