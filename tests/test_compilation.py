@@ -45,6 +45,15 @@ def test_bit_widths_share_a_kernel_and_ranks_and_types_have_their_own():
     assert kernels() == before + 2
 
 
+def test_a_function_keeps_what_it_closes_over_and_its_defaults():
+    def shifted(by):
+        return lambda x, low, high=0.5: torch.clamp(x + by, low, high)
+
+    x = torch.linspace(-1, 1, 20)
+    for by in (0.25, 0.75):
+        assert torch.equal(compilation.fused(shifted(by))(x, 0), torch.clamp(x + by, 0, 0.5))
+
+
 EAGER = """
 import sys, torch
 from halfeven import compilation

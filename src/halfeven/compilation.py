@@ -22,14 +22,15 @@ _works: bool | None = None if os.environ.get("HALFEVEN_COMPILE", "1") != "0" els
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any], variant: tuple[Any, ...] = ()) -> Callable[..., Any]:
+def _compiled(function: types.FunctionType, variant: tuple[Any, ...] = ()) -> Callable[..., Any]:
     # Each device, autocast or inference mode and number of threads needs a kernel of its own: more than the compiler's
     # limit of eight in ordinary use. Past it a call runs unfused, and torch says so; with fullgraph=True it would
     # raise.
     known = "recompile_limit" in inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {"recompile_limit": KERNELS} if known else {}
     # The compiler keeps kernels by the code object.
-    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    code = function.__code__.replace()
+    own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     return torch.compile(own, dynamic=True, **options)
 
 
@@ -39,7 +40,7 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
     The kernel is looked up by the ranks and types of tensors and by all other arguments but integers: with the kernels
     for all of them in one place the compiler would try one after the other, a third of a small call's time. A number
-    that changes from call to call is given as a tensor, and the function is a plain one, without a closure or defaults.
+    that changes from call to call is given as a tensor.
     """
     if torch.compiler.is_compiling() or not compiler_works():
         return function
