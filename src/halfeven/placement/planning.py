@@ -94,21 +94,19 @@ def make_plan(model: nn.Module, options: QuantizationOptions, notes: tuple[str, 
 
 
 def _check_bits(target: Target, options: QuantizationOptions, weight_bits: int, activation_bits: int) -> None:
-    asked = [("weights", weight_bits, target.weight_bits), ("activations", activation_bits, target.activation_bits)]
-    for rule in options.rules:
-        asked += [("weights", rule.weight_bits or weight_bits, target.weight_bits)]
-        asked += [("activations", rule.activation_bits or activation_bits, target.activation_bits)]
-    for what, bits, allowed in asked:
-        if bits not in allowed:
+    for what, allowed, asked in (
+        ("weights", target.weight_bits, {weight_bits, *(rule.weight_bits for rule in options.rules)}),
+        ("activations", target.activation_bits, {activation_bits, *(rule.activation_bits for rule in options.rules)}),
+    ):
+        if refused := asked - {None, *allowed}:
             raise PlacementError(
-                f"{target.name} cannot run {what} of {bits} bits in integers (it can from {allowed[0]} to "
-                f"{allowed[-1]}), so "
-                "such a model would not be what runs. Choose other bits."
+                f"{target.name} cannot run {what} of {refused.pop()} bits in integers (it can from {allowed[0]} to "
+                f"{allowed[-1]}), so such a model would not be what runs. Choose other bits."
             )
 
 
 def _check_weights_alone(target: Target, options: QuantizationOptions, weight_bits: int) -> None:
-    asked = {weight_bits, *(rule.weight_bits for rule in options.rules if rule.weight_bits)}
+    asked = {weight_bits, *(r.weight_bits for r in options.rules if r.weight_bits is not None)}
     allowed = sorted({bits for kind in target.stored_weights.values() for bits in kind})
     if not asked <= set(allowed):
         widths = " or ".join(str(bits) for bits in allowed)
@@ -117,7 +115,7 @@ def _check_weights_alone(target: Target, options: QuantizationOptions, weight_bi
             f'("{options.scheme}"): {f"it takes weights of {widths} bits there" if allowed else "it has no such row"}, '
             "so such a model would not be what runs. Choose other bits or another target."
         )
-    if options.quantize_outputs or any(rule.activation_bits for rule in options.rules):
+    if options.quantize_outputs or any(rule.activation_bits is not None for rule in options.rules):
         raise PlacementError(
             f'"{options.scheme}" leaves all activations in floating point, and quantize_outputs or a rule asks for '
             "integers. Leave these out, or choose a scheme with activations of 8 bits."

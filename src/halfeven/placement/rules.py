@@ -57,13 +57,14 @@ class RuleBook:
                 raise PlacementError(f"The rule {rule} {self._why(index, rule, names)}")
 
     def _why(self, index: int, rule: Rule, names: list[str]) -> str:
+        lacking = {"weight_bits": "no quantized weight", "activation_bits": "no quantizer at its output"}
+        lacks = [what for part, what in lacking.items() if getattr(rule, part) is not None]
+        if not lacks and rule.quantize is None:
+            return "sets neither bits nor quantize, so it would do nothing. Give it one of them, or leave it out."
         if index in self.matched:
-            parts = [part for part in ("weight_bits", "activation_bits") if getattr(rule, part) is not None]
-            what = {"weight_bits": "no quantized weight", "activation_bits": "no quantizer at its output"}
-            lacks = " and ".join(what[part] for part in parts) or "and neither bits nor quantize are set"
             return (
-                f'matches "{self.matched[index]}", which has {lacks}, so it would do nothing. The plan without the '
-                "rule (halfeven.plan_of) lists what is quantized, and why the rest is not."
+                f'matches "{self.matched[index]}", which has {" and ".join(lacks)}, so it would do nothing. The plan '
+                "without the rule (halfeven.plan_of) lists what is quantized, and why the rest is not."
             )
         near = difflib.get_close_matches(rule.pattern, names, n=3, cutoff=0.4)
         hint = f" The nearest names are {', '.join(near)}." if near else ""
