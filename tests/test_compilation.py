@@ -14,6 +14,17 @@ from halfeven.fake_quantization import fake_quantize
 from halfeven.scheme import Scheme
 
 
+def test_every_type_and_rank_has_its_kernels():
+    for dtype, elements, channels in itertools.product(
+        (torch.float32, torch.float16, torch.bfloat16), (1, 40), (None, 1, 3)
+    ):
+        x = torch.randn(channels or 1, elements).to(dtype)
+        scale = torch.full((channels,) if channels else (), 0.1)
+        scheme = Scheme(bits=4, signed=True, axis=None if channels is None else 0)
+        found = fake_quantize(x, scale, torch.zeros_like(scale, dtype=torch.int32), scheme)
+        assert torch.equal(found, (torch.round(x.float() / 0.1).clamp(-8, 7) * torch.tensor(0.1)).to(dtype))
+
+
 def test_more_kernels_than_the_compilers_limit_of_eight_are_no_error(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     scheme, variants = Scheme(bits=4, signed=True, axis=0), 0

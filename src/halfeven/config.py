@@ -42,8 +42,8 @@ class ExportOptions:
     verify_batch_size: int = 32
     """Images at a time in that comparison, and in the latency it measures."""
     timed: bool = True
-    """Whether the file's latency is measured beside that of the model in float, which is written for that: it takes
-    about as long as the rest of a verification, and where other work runs it tells little."""
+    """Whether the file's latency is measured beside that of the model in float, which is written for that: much of
+    a verification's time, and where other work runs it tells little."""
 
     def __post_init__(self) -> None:
         if self.verify_images < 1 or self.verify_batch_size < 1:
