@@ -111,8 +111,11 @@ def test_a_softmax_of_integers(scheme, tmp_path):
     torch.manual_seed(0)
     report = report_of(Shares(), (8, 4, 49, 49), tmp_path / "model.onnx", scheme=scheme)
     assert "QLinearSoftmax" in [node.op_type for node in ONNXRuntimeFile(tmp_path / "model.onnx")._optimized()]
-    assert [tensor.count for tensor in report.tensors] == [230496] * 4
-    assert report.alone_match == 1.0
+    assert [(tensor.name, tensor.count) for tensor in report.tensors] == [
+        (name, 230496) for name in ("x", "first", "softmax", "last")
+    ]
+    assert report.tensors[2].different_alone == 0
+    assert report.alone_match == 1.0 or report.overflows
 
 
 def test_a_bias_without_a_place_on_its_grid_gets_one(tmp_path):
