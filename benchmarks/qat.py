@@ -35,7 +35,7 @@ from torch.nn import functional as F
 import halfeven as he
 from halfeven.pipelines import accompany
 from halfeven.qat.averaging import AveragingOptions, WeightAverage
-from halfeven.qat.batchnorm import re_estimate
+from halfeven.qat.batchnorm import ScheduleOptions, re_estimate
 from halfeven.qat.distillation import DistillationOptions
 from halfeven.qat.options import QATOptions
 from halfeven.scheme import parse_bits
@@ -52,6 +52,8 @@ BOTTLENECKS = tuple(he.Rule(pattern=name, activation_bits=8) for name in ("block
 SETTINGS: dict[str, dict[str, Any]] = {
     "recipe": {},
     "recipe, ends and bottlenecks of 8 bits": {"quantization": {"first_and_last_bits": 8, "rules": BOTTLENECKS}},
+    "recipe, BatchNorm live": {"schedule": ScheduleOptions(freeze_batchnorm_after=1.0)},
+    "recipe, BatchNorm frozen": {"schedule": ScheduleOptions(freeze_batchnorm_after=0.0)},
     "plain": {"qat": OFF},
     "plain, observed": {"qat": OFF, "quantization": {"ranges": "observed"}},
     "plain, calibrated": {"qat": OFF, "quantization": {"ranges": "calibrated"}},
@@ -78,7 +80,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{f"plain, EWGS {strength}": {"qat": OFF, "gradient": ewgs(strength)} for strength in (0.02, 0.2)},
     **{f"plain, DSQ {alpha}": {"qat": OFF, "gradient": dsq(alpha)} for alpha in (0.2, 0.4)},
 }
-"""Name -> changes of the options of training (`qat`) and quantization, on top of the defaults; another `gradient`."""
+"""Name -> changes of the options of training (`qat`), quantization and `schedule`, on top of the defaults; another
+`gradient`."""
 
 
 class Batches:
@@ -153,7 +156,7 @@ def trained(
     qmodel = he.calibrate(he.prepare(model, calibration[0], scheme=scheme, **placement), calibration)
     started = time.perf_counter()
     qat = QATOptions(**{"averaging": AveragingOptions(decay=options.decay), **changes.get("qat", {})})
-    course = accompany(qmodel, model, calibration, qat, inputs=lambda: others)
+    course = accompany(qmodel, model, calibration, qat, changes.get("schedule"), inputs=lambda: others)
     result: dict[str, Any] = {"start, s": round(time.perf_counter() - started, 1), "start": accuracy(qmodel)}
     with passed_by(changes.get("gradient")):
         seconds = descend(qmodel, Batches(*training, seed), options.steps, options.rate, course)
