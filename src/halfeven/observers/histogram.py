@@ -18,8 +18,8 @@ BINS = 4096
 SMALLEST_EXPONENT = -126
 """Of the width of a bin: its reciprocal is a float32 number too."""
 
-AT_ONCE = 2**21
-"""Numbers that a search over candidate ranges holds at a time."""
+AT_ONCE = 2**19
+"""Numbers that a search over candidate ranges holds at a time: few enough for a processor's cache."""
 
 
 class HistogramObserver:
@@ -140,17 +140,21 @@ def _errors(x: Tensor, counts: Tensor, scale: Tensor, zero_point: Tensor, low: i
         x, counts: values of the bins and how often they were seen, [rows, bins].
         scale, zero_point: of the candidates, [candidates, rows, 1].
     """
-    integers = torch.clamp(torch.round(x / scale) + zero_point, low, high)
-    distance = ((integers - zero_point) * scale - x).abs()
-    return (distance.pow(power).double() * counts).sum(-1)
+    integers = (x / scale).round_().add_(zero_point).clamp_(low, high)
+    distance = integers.sub_(zero_point).mul_(scale).sub_(x).abs_()
+    return distance.pow_(power).double().mul_(counts).sum(-1)
 
 
 def _occupied(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
     """Centers and counts of the bins that are not empty, [rows, the most that a row has]: a filter has few weights."""
-    counts = histogram.counts
-    most = int((counts > 0).sum(1).amax())
-    filled = (counts > 0).int().argsort(dim=1, descending=True, stable=True)[:, :most]
-    return histogram.centers.gather(1, filled), counts.gather(1, filled)
+    row, bin_ = (histogram.counts > 0).nonzero(as_tuple=True)
+    each = torch.bincount(row, minlength=len(histogram.counts))
+    place = torch.arange(len(row), device=row.device) - (each.cumsum(0) - each)[row]
+    shape = len(each), int(each.amax())
+    centers, counts = histogram.width.new_zeros(shape), histogram.counts.new_zeros(shape)
+    centers[row, place] = histogram.low[row] + (bin_ + 0.5) * histogram.width[row]
+    counts[row, place] = histogram.counts[row, bin_]
+    return centers, counts
 
 
 def entropy_range(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
