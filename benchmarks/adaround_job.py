@@ -51,8 +51,8 @@ def in_halfeven(model: nn.Module, images: Tensor, iterations: int, bits: int) ->
     """The model with rounded weights, and the seconds that capturing, ranges and AdaRound took."""
     import halfeven as he
     from halfeven.ptq.options import PTQOptions
-    from halfeven.ptq.reconstruction import adaround
-    from halfeven.quantizer import Mode, quantizers
+    from halfeven.ptq.reconstruction.reconstruct import adaround
+    from halfeven.quantization.quantizer import Mode, quantizers
 
     options = PTQOptions(iterations=iterations, batch_size=BATCH)
     start = time.perf_counter()

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 import halfeven as he
-from halfeven.ptq.absorption import absorb_biases
 from halfeven.ptq.bias_correction import correct_biases
-from halfeven.ptq.equalization import equalize, unclip_relu6
+from halfeven.ptq.equalization.bias_absorption import absorb_biases
+from halfeven.ptq.equalization.cross_layer import equalize, unclip_relu6
 from halfeven.ptq.options import PTQOptions
-from halfeven.ptq.reconstruction import adaround
-from halfeven.quantizer import Mode, set_mode
+from halfeven.ptq.reconstruction.reconstruct import adaround
+from halfeven.quantization.quantizer import Mode, set_mode
 
 BATCH = 20
 MEAN = STD = (0.5, 0.5, 0.5)

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import halfeven as he
-from halfeven.ptq.absorption import absorb_biases
-from halfeven.ptq.equalization import equalize, unclip_relu6, unclipping_sqnr
-from halfeven.ptq.gaussian import correct_biases_analytically, ranges_from_batchnorm
-from halfeven.ptq.preservation import float_function
+from halfeven.layerwise.float_equivalence import float_function
+from halfeven.ptq.data_free.calibrate import correct_biases_analytically, ranges_from_batchnorm
+from halfeven.ptq.equalization.bias_absorption import absorb_biases
+from halfeven.ptq.equalization.cross_layer import equalize, unclip_relu6, unclipping_sqnr
 from halfeven.zoo.datasets import load_datasets
 from halfeven.zoo.options import DataOptions
 

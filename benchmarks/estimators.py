@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from halfeven import fake_quantization
+from halfeven.quantization import fake_quantize as fake_quantization
 
 Weigh = Callable[[Tensor, Tensor], Tensor]
 """A gradient and the value in units of the scale -> the gradient that passes."""

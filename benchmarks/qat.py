@@ -34,11 +34,11 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.pipelines import accompany
-from halfeven.qat.averaging import AveragingOptions, WeightAverage
-from halfeven.qat.batchnorm import ScheduleOptions, re_estimate
+from halfeven.qat.batchnorm_schedule import ScheduleOptions, re_estimate
 from halfeven.qat.distillation import DistillationOptions
+from halfeven.qat.ema import AveragingOptions, WeightAverage
 from halfeven.qat.options import QATOptions
-from halfeven.scheme import parse_bits
+from halfeven.quantization.scheme import parse_bits
 from halfeven.training.optimization import make_optimizer
 from halfeven.training.options import TrainingOptions
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import halfeven as he
 from halfeven.ptq.options import PTQOptions
-from halfeven.ptq.reconstruction import adaround, reconstruct
+from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
 
 BATCH = 32
 

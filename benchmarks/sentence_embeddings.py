@@ -17,7 +17,7 @@ from smoothing import BATCH, CALIBRATION, bert_and_batches, embeddings
 from torch import Tensor
 
 import halfeven as he
-from halfeven.export import load_deployed
+from halfeven.runtimes.runtime import load_deployed
 
 FILES = {"openvino": "model.xml", "onnxruntime": "model.onnx"}
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import halfeven as he
-from halfeven.ptq.preservation import sqnr
-from halfeven.ptq.smoothing import reparametrize, smooth
+from halfeven.layerwise.float_equivalence import sqnr
+from halfeven.ptq.transformers.smoothing import reparametrize, smooth
 
 PAGES = ("concepts.md", "targets/openvino.md")
 BATCH, TOKENS = 16, 48

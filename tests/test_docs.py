@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 import halfeven
-from export.parity import SCHEME
-from halfeven import cli
+from halfeven.cli import main as cli
 from halfeven.config import Experiment
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.recipe import choose
-from halfeven.qat.batchnorm import ScheduleOptions
+from halfeven.qat.batchnorm_schedule import ScheduleOptions
 from halfeven.qat.options import QATOptions
 from halfeven.qat.recipe import choose as choose_training
+from runtimes.parity import SCHEME
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -169,7 +169,7 @@ class Net(nn.Module):
 @pytest.fixture
 def unfused(monkeypatch):
     """Without compiled kernels, which take longer to build than the examples to run."""
-    monkeypatch.setattr("halfeven.compilation._works", False)
+    monkeypatch.setattr("halfeven.quantization.compile._works", False)
 
 
 @pytest.mark.usefixtures("unfused")

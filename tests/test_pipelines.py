@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import halfeven as he
-from export.parity import SCHEME
 from halfeven.errors import CalibrationError, CaptureError, ConfigError
-from halfeven.quantizer import quantizers
+from halfeven.quantization.quantizer import quantizers
+from runtimes.parity import SCHEME
 
 IMAGE = (2, 3, 8, 8)
 

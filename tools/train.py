@@ -2,7 +2,7 @@
 
 import sys
 
-from halfeven.cli import main
+from halfeven.cli.main import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

@@ -29,7 +29,7 @@ It departs from it where that is known to cost accuracy or to fail:
 
 from halfeven.config import Experiment
 from halfeven.placement.plan import QuantizationOptions
-from halfeven.qat.batchnorm import ScheduleOptions
+from halfeven.qat.batchnorm_schedule import ScheduleOptions
 from halfeven.training.options import TrainingOptions
 from halfeven.zoo.models import ModelOptions
 from halfeven.zoo.options import DataOptions

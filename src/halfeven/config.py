@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from halfeven.errors import ConfigError, HalfevenError
-from halfeven.export.exporting import FORMATS
 from halfeven.placement.plan import QuantizationOptions, Rule
-from halfeven.placement.targets import target_named
 from halfeven.ptq.options import PTQOptions
-from halfeven.qat.averaging import AveragingOptions
-from halfeven.qat.batchnorm import ScheduleOptions
+from halfeven.qat.batchnorm_schedule import ScheduleOptions
+from halfeven.qat.bit_schedule import ProgressionOptions
 from halfeven.qat.distillation import DistillationOptions
+from halfeven.qat.ema import AveragingOptions
 from halfeven.qat.options import QATOptions
 from halfeven.qat.oscillation import OscillationOptions
-from halfeven.qat.progression import ProgressionOptions
 from halfeven.qat.recipe import check_equalize
+from halfeven.runtimes.export import FORMATS
+from halfeven.targets.named import target_named
 from halfeven.tasks.options import TaskOptions
 from halfeven.training.accelerator import DeviceOptions
 from halfeven.training.options import TrainingOptions

@@ -11,26 +11,26 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from halfeven.checkpoint import restore
 from halfeven.errors import CalibrationError, ConfigError
 from halfeven.graph.batchnorm import fold, forget_statistics
 from halfeven.graph.capture import Example, as_arguments, batched, capture, inputs_of
-from halfeven.graph.lowering import lower_attention, lower_stacked_sums, merge_duplicates
-from halfeven.placement.changes import apply_changes
+from halfeven.graph.rewrite import lower_attention, lower_stacked_sums, merge_duplicates
+from halfeven.layerwise.calibrate import calibrate
+from halfeven.placement.graph_edits import apply_changes
 from halfeven.placement.insertion import insert, plan_of
+from halfeven.placement.make_plan import make_plan, regions
 from halfeven.placement.plan import Plan, QuantizationOptions
-from halfeven.placement.planning import make_plan, regions
-from halfeven.ptq.calibration import calibrate
 from halfeven.ptq.options import PTQOptions
+from halfeven.ptq.pipeline import equalize_channels, take_steps
 from halfeven.ptq.recipe import choose
-from halfeven.ptq.reconstruction import adaround, reconstruct
-from halfeven.ptq.steps import equalize_channels, take_steps
-from halfeven.qat.batchnorm import ScheduleOptions
-from halfeven.qat.course import Course
+from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
+from halfeven.qat.batchnorm_schedule import ScheduleOptions
 from halfeven.qat.options import QATOptions
 from halfeven.qat.recipe import Recipe as CourseRecipe
 from halfeven.qat.recipe import choose as choose_course
+from halfeven.qat.session import Course
 from halfeven.tasks.task import first_tensor
-from halfeven.training.checkpoint import restore
 
 
 def prepare(

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from halfeven.errors import CaptureError
 from halfeven.graph.capture import capture
 from halfeven.graph.operators import OperatorKind, kind_of
-from halfeven.graph.restoration import CapturedModule
+from halfeven.graph.rebuild import CapturedModule
 
 timm = pytest.importorskip("timm")
 

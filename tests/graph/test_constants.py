@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from export.parity import quantized
-from halfeven.export.deployment import deployed
+from halfeven.deployment.deployed import deployed
 from halfeven.graph.capture import capture
 from halfeven.graph.constants import fold_constants
+from runtimes.parity import quantized
 
 IMAGE = (4, 3, 12, 12)
 

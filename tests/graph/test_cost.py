@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from halfeven.graph.capture import capture
 from halfeven.graph.cost import multiply_accumulates
-from halfeven.graph.lowering import lower_attention
+from halfeven.graph.rewrite import lower_attention
 from placement.parts import Attention
 
 

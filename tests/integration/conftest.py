@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from export.parity import SCHEME
+from runtimes.parity import SCHEME
 
 from .running import in_a_process
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import pytest
 from accelerate.state import AcceleratorState
 
-from halfeven import compilation
-from halfeven.cli import main
+from halfeven.cli.main import main
+from halfeven.quantization import compile as compilation
 
-COMMAND = (sys.executable, "-m", "halfeven.cli")
+COMMAND = (sys.executable, "-m", "halfeven.cli.main")
 WITHOUT_KERNELS = {"HALFEVEN_COMPILE": "0"}
 """Fused kernels take longer to compile than these runs take."""
 WIDE = {"COLUMNS": "160"}

@@ -6,7 +6,7 @@ import shutil
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from export.parity import SCHEME
+from runtimes.parity import SCHEME
 
 from .running import halfeven
 

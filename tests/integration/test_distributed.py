@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "qat"
 SCRIPT = '''
 """Trains as the command line does, and writes down what each process ends with."""
 import sys, torch
-from halfeven.cli import main
+from halfeven.cli.main import main
 from halfeven.distributed import rank
 from halfeven.training.trainer import Trainer
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from export.parity import SCHEME
+from runtimes.parity import SCHEME
 
 from .running import COMMAND, environment, halfeven
 

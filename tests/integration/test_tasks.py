@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from export.parity import SCHEME
+from runtimes.parity import SCHEME
 from scenes import write_bert, write_coco, write_glue, write_voc
 
 from .running import halfeven

@@ -5,9 +5,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from halfeven.graph.capture import capture
-from halfeven.graph.lowering import lower_attention
+from halfeven.graph.rewrite import lower_attention
+from halfeven.placement.make_plan import make_plan, regions
 from halfeven.placement.plan import Plan, QuantizationOptions
-from halfeven.placement.planning import make_plan, regions
 
 IMAGE = (2, 3, 8, 8)
 

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.errors import PlacementError
-from halfeven.fake_quantization import fake_quantize
 from halfeven.placement.insertion import insert, plan_of, quantizer_of
-from halfeven.placement.layers import QUANTIZED_LAYERS
+from halfeven.placement.make_plan import make_plan
 from halfeven.placement.plan import QuantizationOptions, Rule
-from halfeven.placement.planning import make_plan
-from halfeven.quantizer import Mode, Quantizer, quantizers, set_mode, set_observing
+from halfeven.placement.quantized_layers import QUANTIZED_LAYERS
+from halfeven.quantization.fake_quantize import fake_quantize
+from halfeven.quantization.quantizer import Mode, Quantizer, quantizers, set_mode, set_observing
 from placement.parts import IMAGE, Attention, Residual, captured, conv, plan
 
 

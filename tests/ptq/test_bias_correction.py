@@ -9,10 +9,10 @@ from torch import nn
 
 import halfeven as he
 from halfeven.errors import AlgorithmError, CalibrationError
+from halfeven.layerwise.float_equivalence import float_function
 from halfeven.ptq.bias_correction import channel_means, correct_biases
 from halfeven.ptq.options import PTQOptions
-from halfeven.ptq.preservation import float_function
-from halfeven.ptq.reconstruction import adaround
+from halfeven.ptq.reconstruction.reconstruct import adaround
 
 from .nets import Residual, prepared
 

@@ -10,11 +10,23 @@ from torch import nn
 
 import halfeven as he
 from halfeven.errors import AlgorithmError
-from halfeven.ptq import equalization
-from halfeven.ptq.equalization import equalize, equalizing_factors, find_chains, unclip_relu6, unclipping_sqnr
-from halfeven.ptq.links import apply_to_constant, input_ranges, output_ranges, rewritable_layers, weight_by_channel
-from halfeven.ptq.preservation import float_outputs
-from halfeven.quantizer import Mode, set_mode
+from halfeven.layerwise.float_equivalence import float_outputs
+from halfeven.ptq.equalization import cross_layer as equalization
+from halfeven.ptq.equalization.cross_layer import (
+    equalize,
+    equalizing_factors,
+    find_chains,
+    unclip_relu6,
+    unclipping_sqnr,
+)
+from halfeven.ptq.equalization.layer_pairs import (
+    apply_to_constant,
+    input_ranges,
+    output_ranges,
+    rewritable_layers,
+    weight_by_channel,
+)
+from halfeven.quantization.quantizer import Mode, set_mode
 from ptq.nets import IMAGE, NETS, prepared, uneven
 
 

@@ -8,12 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from halfeven.arithmetic import quantize
 from halfeven.errors import AlgorithmError, CalibrationError, CheckpointError
+from halfeven.layerwise.float_equivalence import float_function, sqnr
 from halfeven.ptq.options import PTQOptions
-from halfeven.ptq.preservation import float_function, sqnr
-from halfeven.ptq.reconstruction import adaround, reconstruct
-from halfeven.quantizer import quantizers
+from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
+from halfeven.quantization.arithmetic import quantize
+from halfeven.quantization.quantizer import quantizers
 
 OPTIONS = PTQOptions(iterations=100, batch_size=16, rounding_rate=0.05)
 

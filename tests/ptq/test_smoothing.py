@@ -8,13 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from export.parity import SCHEME
 from halfeven.errors import AlgorithmError, CalibrationError, ConfigError
+from halfeven.layerwise.float_equivalence import float_outputs, relative_difference, sqnr
 from halfeven.placement.insertion import plan_of
-from halfeven.ptq import smoothing
-from halfeven.ptq.preservation import float_outputs, relative_difference, sqnr
-from halfeven.ptq.smoothing import reparametrize, smooth, smoothing_factors, to_one_range
-from halfeven.quantizer import Mode, quantizers
+from halfeven.ptq.transformers import smoothing
+from halfeven.ptq.transformers.smoothing import reparametrize, smooth, smoothing_factors, to_one_range
+from halfeven.quantization.quantizer import Mode, quantizers
+from runtimes.parity import SCHEME
 
 WIDTH = 16
 METHODS = {"smooth": smooth, "reparametrize": reparametrize}

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import halfeven
 from halfeven.errors import AlgorithmError, ConfigError
 from halfeven.qat.distillation import Distillation, DistillationOptions, feature_loss, soft_label_loss
-from halfeven.quantizer import Mode, set_mode
+from halfeven.quantization.quantizer import Mode, set_mode
 
 
 class Block(nn.Module):

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import halfeven as he
+from halfeven.deployment.deployed import deployed
 from halfeven.errors import CheckpointError, ConfigError
-from halfeven.export.deployment import deployed
 from halfeven.qat.oscillation import OscillationOptions, Oscillations
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))

@@ -5,7 +5,7 @@ import torch
 
 import halfeven as he
 from halfeven.errors import ConfigError
-from halfeven.qat.batchnorm import ScheduleOptions
+from halfeven.qat.batchnorm_schedule import ScheduleOptions
 from halfeven.qat.options import QATOptions
 from halfeven.qat.recipe import choose
 from placement.parts import IMAGE, Residual

@@ -3,13 +3,13 @@
 import pytest
 
 import halfeven as he
-from export.parity import SCHEME
 from halfeven.evaluation import evaluate, evaluation_loader
-from halfeven.export import load_deployed
+from halfeven.runtimes.runtime import load_deployed
 from halfeven.tasks import Segmentation
 from halfeven.tasks.detection import TensorPart, TorchvisionDetection
 from halfeven.zoo.datasets import load_datasets
 from halfeven.zoo.options import DataOptions
+from runtimes.parity import SCHEME
 from scenes import write_coco, write_voc
 
 from .small import Segmenter, fit, retinanet

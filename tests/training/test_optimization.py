@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from halfeven.errors import ConfigError
-from halfeven.quantizer import Quantizer
-from halfeven.scheme import Scheme
+from halfeven.quantization.quantizer import Quantizer
+from halfeven.quantization.scheme import Scheme
 from halfeven.training.optimization import learning_rate, make_optimizer, parameter_groups
 from halfeven.training.options import TrainingOptions
 

@@ -11,11 +11,11 @@ from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
+from halfeven.checkpoint import save_weights
 from halfeven.errors import CheckpointError, ConfigError
 from halfeven.evaluation import evaluate, evaluation_loader
 from halfeven.tasks import Classification
 from halfeven.training.accelerator import DeviceOptions, make_accelerator
-from halfeven.training.checkpoint import save_weights
 from halfeven.training.options import TrainingOptions
 from halfeven.training.trainer import Callbacks, Run, Trainer
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from halfeven.graph.operators import WEIGHTED, OperatorKind, kind_of, module_of
-from halfeven.graph.restoration import CapturedModule, place
+from halfeven.graph.rebuild import CapturedModule, place
 
 
 def folding(norm: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from halfeven.errors import CaptureError
-from halfeven.graph.restoration import assemble, leaf_markers
+from halfeven.graph.rebuild import assemble, leaf_markers
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from halfeven.graph.operators import module_of
-from halfeven.graph.restoration import CapturedModule, place
+from halfeven.graph.rebuild import CapturedModule, place
 
 
 @torch.no_grad()

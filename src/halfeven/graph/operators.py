@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from halfeven.graph.restoration import arguments
+from halfeven.graph.rebuild import arguments
 
 aten = torch.ops.aten
 

@@ -7,16 +7,16 @@ from typing import Any
 from torch import fx, nn
 
 from halfeven.errors import PlacementError
-from halfeven.fake_quantization import Domain
 from halfeven.graph.operators import OperatorKind, kind_of, module_of
-from halfeven.graph.restoration import CapturedModule, place
-from halfeven.placement.fusion import fused_graph
-from halfeven.placement.layers import QUANTIZED_LAYERS
-from halfeven.placement.live_folding import fold_live
+from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.placement.execution_graph import fused_graph
+from halfeven.placement.folded_batchnorm import fold_live
+from halfeven.placement.make_plan import named_nodes, regions
 from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight, QuantizationOptions
-from halfeven.placement.planning import named_nodes, regions
-from halfeven.placement.targets import target_named
-from halfeven.quantizer import Quantizer
+from halfeven.placement.quantized_layers import QUANTIZED_LAYERS
+from halfeven.quantization.fake_quantize import Domain
+from halfeven.quantization.quantizer import Quantizer
+from halfeven.targets.named import target_named
 
 
 def insert(model: nn.Module, plan: Plan) -> nn.Module:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from halfeven.errors import ConfigError
-from halfeven.fake_quantization import Domain
-from halfeven.observers import LOGITS, OBSERVERS
-from halfeven.quantizer import Ranges
-from halfeven.scheme import Scheme
+from halfeven.quantization.fake_quantize import Domain
+from halfeven.quantization.observers import LOGITS, OBSERVERS
+from halfeven.quantization.quantizer import Ranges
+from halfeven.quantization.scheme import Scheme
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Empirical bias correction: the mean shift that quantization gives each output channel is taken from the bias.
 
 White paper, section 3.3: E[W x] - E[W^ x^] per output channel, measured layer by layer on the quantized and already
-corrected layers before; it costs nothing at run time. Without data see `halfeven.ptq.gaussian`.
+corrected layers before; it costs nothing at run time. Without data see `halfeven.ptq.data_free.calibrate`.
 """
 
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from halfeven.evaluation import evaluating
 from halfeven.graph.operators import OperatorKind, kind_of, module_of
-from halfeven.placement.changes import give_bias
-from halfeven.placement.planning import qualified, regions
-from halfeven.ptq.cache import Cache, store_inputs
+from halfeven.layerwise.activations import Stream, check_float_weights, in_float, streams
+from halfeven.layerwise.blocks import Unit, units
+from halfeven.layerwise.cache import Cache, store_inputs
+from halfeven.placement.graph_edits import give_bias
+from halfeven.placement.make_plan import qualified, regions
 from halfeven.ptq.options import PTQOptions
-from halfeven.ptq.streams import Stream, check_float_weights, in_float, streams
-from halfeven.ptq.units import Unit, units
 
 
 def channel_means(x: Tensor, axis: int) -> Tensor:

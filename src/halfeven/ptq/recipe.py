@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from halfeven.choice import Choice, switched, table
-from halfeven.placement.changes import clipped_relus
+from halfeven.decision import Choice, switched, table
+from halfeven.placement.graph_edits import clipped_relus
 from halfeven.placement.insertion import plan_of
-from halfeven.ptq.equalization import find_chains, unclipping_sqnr
-from halfeven.ptq.links import rewritable_layers
-from halfeven.ptq.norms import norm_sites
+from halfeven.ptq.equalization.cross_layer import find_chains, unclipping_sqnr
+from halfeven.ptq.equalization.layer_pairs import rewritable_layers
 from halfeven.ptq.options import PTQOptions
-from halfeven.scheme import parse_bits
+from halfeven.ptq.transformers.layernorms import norm_sites
+from halfeven.quantization.scheme import parse_bits
 
 UNCLIPPING_SQNR = 20.0
 """dB that the values after a ReLU6 must keep, by BatchNorm's statistics, for it to become a ReLU without data: 27 in a

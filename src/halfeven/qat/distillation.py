@@ -23,8 +23,8 @@ from halfeven.graph.batchnorm import fold
 from halfeven.graph.capture import as_arguments, capture
 from halfeven.graph.operators import module_of
 from halfeven.placement.insertion import plan_of
-from halfeven.placement.planning import regions
-from halfeven.quantizer import Quantizer
+from halfeven.placement.make_plan import regions
+from halfeven.quantization.quantizer import Quantizer
 from halfeven.tasks.task import first_tensor
 
 

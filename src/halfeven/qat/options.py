@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from halfeven.qat.averaging import AveragingOptions
+from halfeven.qat.bit_schedule import ProgressionOptions
 from halfeven.qat.distillation import DistillationOptions
+from halfeven.qat.ema import AveragingOptions
 from halfeven.qat.oscillation import OscillationOptions
-from halfeven.qat.progression import ProgressionOptions
 
 Switch = Literal["auto", "on", "off"]
 

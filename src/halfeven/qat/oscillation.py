@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfeven.arithmetic import per_channel, quantize
-from halfeven.compilation import fused
 from halfeven.errors import CheckpointError, ConfigError
-from halfeven.quantizer import Quantizer
+from halfeven.quantization.arithmetic import per_channel, quantize
+from halfeven.quantization.compile import fused
+from halfeven.quantization.quantizer import Quantizer
 
 OSCILLATING = 0.005
 """A weight counts as oscillating where it turns back more often than once in 200 steps (section 2.3)."""

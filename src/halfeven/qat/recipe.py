@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from halfeven.choice import Choice, switched, table
+from halfeven.decision import Choice, switched, table
 from halfeven.errors import ConfigError
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import QuantizationOptions
-from halfeven.qat.batchnorm import ScheduleOptions, frozen_after
+from halfeven.qat.batchnorm_schedule import ScheduleOptions, frozen_after
 from halfeven.qat.options import QATOptions
-from halfeven.quantizer import quantizers
+from halfeven.quantization.quantizer import quantizers
 
 LOW_BITS = 4
 """At so many bits or fewer rounding moves a network far from what it was trained as."""

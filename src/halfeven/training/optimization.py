@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfeven.quantizer import quantizers
+from halfeven.quantization.quantizer import quantizers
 from halfeven.training.options import TrainingOptions
 
 NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

@@ -17,7 +17,7 @@ from halfeven.distributed import average_batchnorm, differing, rank, world_size
 from halfeven.errors import CheckpointError, ConfigError
 from halfeven.files import write_atomically
 from halfeven.graph.capture import as_arguments
-from halfeven.quantizer import weights_quantized_once
+from halfeven.quantization.quantizer import weights_quantized_once
 from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
 from halfeven.training.optimization import learning_rate, make_optimizer

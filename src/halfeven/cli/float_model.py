@@ -1,0 +1,57 @@
+"""The float model of a run: given by its weights, or trained first."""
+
+import dataclasses
+from pathlib import Path
+
+from torch import nn
+
+from halfeven.checkpoint import save_weights
+from halfeven.cli.run import BEST, FLOAT_FOLDER, Work
+from halfeven.config import Experiment
+from halfeven.errors import ConfigError
+from halfeven.training.state import STATE_FILE
+from halfeven.training.trainer import Callbacks, Run, Trainer
+from halfeven.zoo.models import PRETRAINED, create_model
+from halfeven.zoo.weights import load_weights
+
+
+def check_has_weights(experiment: Experiment) -> None:
+    """Raise ConfigError where the float model would have random weights."""
+    if not (experiment.model.weights or experiment.pretraining.epochs or experiment.model.source == "callable"):
+        raise ConfigError(
+            f'The float model {experiment.model.name} has no weights (model.weights="") and is not trained first '
+            "(pretraining.epochs=0), so random numbers would be quantized. Give model.weights a file or "
+            '"pretrained", or pretraining.epochs at least 1.'
+        )
+
+
+def train_float(work: Work, model: nn.Module, *, resume: bool) -> None:
+    """Train the float model and leave it with its best weights.
+
+    Args:
+        resume: go on with its training, if it has begun.
+    """
+    folder = work.folder / FLOAT_FOLDER
+    run = Run(
+        folder=folder,
+        accelerator=work.accelerator,
+        console=work.console,
+        seed=work.experiment.seed,
+        workers=work.experiment.data.workers,
+        name="float",
+    )
+    callbacks = Callbacks(task=work.task, validate=work.accuracy, save=save_weights)
+    trainer = Trainer(model, work.datasets.train, work.experiment.pretraining, callbacks, run)
+    trainer.run(resume=resume and (folder / STATE_FILE).is_file())
+    work.accelerator.free_memory()
+    load_weights(model, folder / BEST)
+
+
+def float_model_of(experiment: Experiment, checkpoint: Path) -> tuple[nn.Module, bool]:
+    """The float model of a checkpoint, and whether it has its weights: a quantized model can be tested without them."""
+    trained, options = checkpoint.parent / FLOAT_FOLDER / BEST, experiment.model
+    if experiment.pretraining.epochs:
+        options = dataclasses.replace(options, weights=str(trained) if trained.is_file() else "")
+    elif options.weights != PRETRAINED and not Path(options.weights).is_file():
+        options = dataclasses.replace(options, weights="")
+    return create_model(options), bool(options.weights)

@@ -1,0 +1,34 @@
+"""The deployed model as an ATen program, traced on the example that it was prepared with."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from halfeven.errors import ExportError
+from halfeven.graph.capture import quiet
+
+
+def example_of(qmodel: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example input, on the CPU, that a quantized model was prepared with."""
+    example = getattr(qmodel, "halfeven_example", None)
+    if example is None:
+        raise ExportError(
+            "This model carries no example input, so it cannot be traced. Export what halfeven.prepare or "
+            "halfeven.load returned."
+        )
+    result: tuple[tuple[Any, ...], dict[str, Any]] = example
+    return result
+
+
+def exported_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """The model as an ATen program whose first axes are free."""
+
+    def free_batch(x: Any) -> Any:
+        return {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.ndim and len(x) != 1 else None
+
+    shapes = pytree.tree_map(free_batch, (args, tuple(kwargs.values())))
+    names = dict(zip(kwargs, shapes[1], strict=True))
+    with quiet():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=names if kwargs else shapes[0], strict=False)

@@ -1,0 +1,149 @@
+"""Quantizers in the form that exporters translate: one operator with the grid written out."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from halfeven.graph.operators import module_of
+from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.placement.make_plan import regions
+from halfeven.quantization.arithmetic import per_channel
+from halfeven.quantization.quantizer import Quantizer
+
+WEIGHT_SUFFIX = ".weight_quantizer"
+"""What the name of a weight's quantizer ends with; before it stands the layer's."""
+
+PER_TENSOR = -1
+"""`axis` of an operator with one scale."""
+
+
+@torch.library.custom_op("halfeven::fake_quantize", mutates_args=())
+def fake_quantize_operator(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int, number: int
+) -> Tensor:
+    """Quantize and dequantize on a written-out grid; `axis` -1 is one scale for the tensor, `number` says which
+    quantizer it is."""
+    channels = None if axis == PER_TENSOR else axis
+    scale, zero_point = per_channel(scale, channels, x.ndim), per_channel(zero_point, channels, x.ndim)
+    return (torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale
+
+
+@fake_quantize_operator.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int, number: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("halfeven::global_average_pool", mutates_args=())
+def global_average_pool(x: Tensor) -> Tensor:
+    """Means over all axes after the second, which stay with size 1: what ONNX has an operator of its own for."""
+    return x.mean(tuple(range(2, x.ndim)), keepdim=True)
+
+
+@global_average_pool.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:2], *[1] * (x.ndim - 2)))
+
+
+@torch.library.custom_op("halfeven::matmul", mutates_args=())
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.matmul` that no exporter takes apart into reshapes, expansions and products of three axes."""
+    return torch.matmul(a, b)
+
+
+@matmul.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return torch.matmul(a, b)
+
+
+class ExportedQuantizer(nn.Module):
+    """A frozen quantizer as that operator.
+
+    A grid of fewer than 8 bits is carried in 8 with the same scale and zero point, because OpenVINO runs 4-bit weights
+    in float and has no kernels for other widths: a clamp keeps an activation inside its own grid, a weight lies on it
+    already. With `clips_integers` the clip is left to the file's writer, which clips the integers. With
+    `narrow_weights` weights keep their bits: no kernel computes with them as integers.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        name: str,
+        number: int,
+        *,
+        clips_integers: bool = False,
+        narrow_weights: bool = False,
+    ) -> None:
+        super().__init__()
+        self.path, self.number, self.weight = name, number, quantizer.weight
+        # A layer that is a function has no module to be named after: it is called after its weight's quantizer.
+        own = quantizer.weight and not name.endswith(WEIGHT_SUFFIX)
+        self.name = f"{name}{WEIGHT_SUFFIX}" if own else name
+        self.grid = number
+        """Number of the quantizer that this one shares scale and zero point with."""
+        self.repeats = False
+        """Whether its input lies on its grid already: it is there for the runtime's pattern alone."""
+        scheme = quantizer.scheme
+        self.axis = PER_TENSOR if scheme.axis is None else scheme.axis
+        self.quant_min, self.quant_max = scheme.quant_min, scheme.quant_max
+        self.signed = scheme.signed
+        self.register_buffer("scale", quantizer.scale)
+        self.register_buffer("zero_point", quantizer.zero_point)
+        self.bounds: tuple[float, float] | None = None
+        if scheme.bits == 8 or (clips_integers and not self.weight) or (narrow_weights and self.weight):
+            return
+        if not quantizer.weight:
+            steps = torch.tensor([scheme.quant_min, scheme.quant_max]) - quantizer.zero_point
+            low, high = (steps * quantizer.scale).tolist()
+            self.bounds = (low, high)
+        self.quant_min, self.quant_max = (-127 if scheme.narrow else -128, 127) if scheme.signed else (0, 255)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bounds is not None:
+            x = torch.clamp(x, *self.bounds)
+        result: Tensor = fake_quantize_operator(
+            x, self.scale, self.zero_point, self.quant_min, self.quant_max, self.axis, self.number
+        )
+        return result
+
+
+def with_exported_quantizers(
+    model: nn.Module, *, clips_integers: bool = False, narrow_weights: bool = False
+) -> list[ExportedQuantizer]:
+    """Exchange all quantizers of a deployed model, in place; all of them, in the order of their numbers."""
+    exported: list[ExportedQuantizer] = []
+    for path, module in list(model.named_modules()):
+        for attribute, child in list(module.named_children()):
+            if isinstance(child, Quantizer):
+                name = f"{path}.{attribute}" if path else attribute
+                how = {"clips_integers": clips_integers, "narrow_weights": narrow_weights}
+                exported.append(ExportedQuantizer(child, name, len(exported), **how))
+                setattr(module, attribute, exported[-1])
+    for region in regions(model).values():
+        _separate_calls(region, exported)
+    return exported
+
+
+def twin_of(quantizer: ExportedQuantizer, name: str, exported: list[ExportedQuantizer]) -> ExportedQuantizer:
+    """Another quantizer on the same grid, which its `grid` says; it is added to `exported`."""
+    twin = copy.deepcopy(quantizer)
+    twin.name, twin.path, twin.number = name, name, len(exported)
+    exported.append(twin)
+    return twin
+
+
+def _separate_calls(region: CapturedModule, exported: list[ExportedQuantizer]) -> None:
+    """Give every tensor of a shared quantizer one of its own, so that each has its own name in a file."""
+    calls: dict[int, int] = {}
+    for node in region.graph.nodes:
+        if node.op != "call_module" or not isinstance(quantizer := module_of(node), ExportedQuantizer):
+            continue
+        count = calls[quantizer.number] = calls.get(quantizer.number, 0) + 1
+        if count > 1:
+            twin = twin_of(quantizer, f"{quantizer.name}_call_{count}", exported)
+            node.target = f"{node.target}_call_{count}"
+            place(region, node.target, twin)
+    region.recompile()

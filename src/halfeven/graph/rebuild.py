@@ -1,0 +1,366 @@
+"""Modules put back into an exported graph, under their own names and around the model's own parameters."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from halfeven.errors import CaptureError
+from halfeven.graph.functionalize import make_functional
+
+aten = torch.ops.aten
+
+Arguments = dict[str, Any]
+CONVOLUTIONS: dict[Any, type[nn.Module]] = {
+    aten.conv1d.default: nn.Conv1d,
+    aten.conv2d.default: nn.Conv2d,
+    aten.conv3d.default: nn.Conv3d,
+    aten.conv1d.padding: nn.Conv1d,
+    aten.conv2d.padding: nn.Conv2d,
+    aten.conv3d.padding: nn.Conv3d,
+}
+TRANSPOSED: dict[Any, type[nn.Module]] = {
+    aten.conv_transpose1d.default: nn.ConvTranspose1d,
+    aten.conv_transpose2d.input: nn.ConvTranspose2d,
+    aten.conv_transpose3d.input: nn.ConvTranspose3d,
+}
+BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+DROPOUTS: dict[Any, type[nn.Module]] = {
+    aten.dropout.default: nn.Dropout,
+    aten.dropout_.default: nn.Dropout,
+    aten.feature_dropout.default: nn.Dropout2d,
+    aten.feature_dropout_.default: nn.Dropout2d,
+}
+RUNNING_STATISTICS: dict[Any, str] = {
+    aten.batch_norm.default: "training",
+    aten.instance_norm.default: "use_input_stats",
+}
+"""Operators that compute otherwise in training mode, with the argument that says so."""
+
+CHECKS = ("_assert", "sym_constrain", "_guards")
+
+
+class CapturedModule(fx.GraphModule):
+    """A graph module that also keeps, and copies, parameters that its graph does not use.
+
+    `runs_as`, where it is set, gives the graph that is run in the place of `graph`: the same operators in a faster
+    order. Whatever reads or changes the module's graph sees `graph`, and `recompile` follows.
+    """
+
+    runs_as: "Callable[[CapturedModule], fx.Graph] | None" = None
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        if self.runs_as is not None:
+            # Each CapturedModule has a class of its own, whose `forward` is the code of its graph.
+            running = fx.GraphModule(self, self.runs_as(self))
+            type(self).forward = type(running).forward
+        return code
+
+    def flat_inputs(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The values of the graph's placeholders, in order, for a call with these arguments."""
+        codegen: Any = self.graph._codegen
+        keywords = codegen.pytree_info.in_spec.child(1).context  # in the order of the placeholders
+        return pytree.tree_leaves((args, {name: kwargs[name] for name in keywords if name in kwargs}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModule":
+        result: Any = super().__deepcopy__(memo)
+        adopt(result, self, lambda value: copy.deepcopy(value, memo))
+        for name in ("halfeven_plan", "halfeven_example", "runs_as"):
+            if hasattr(self, name):
+                setattr(result, name, getattr(self, name))
+        copied: CapturedModule = result
+        copied.recompile()
+        return copied
+
+
+@torch.library.custom_op("halfeven::leaf", mutates_args=())
+def _leaf(x: Tensor, name: str) -> Tensor:
+    return x.clone()
+
+
+@_leaf.register_fake
+def _(x: Tensor, name: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@contextmanager
+def leaf_markers(model: nn.Module) -> Iterator[None]:
+    """While exporting, modules for stochastic depth leave a mark: in eval mode they do nothing and would vanish."""
+    marked = [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith(("DropPath", "StochasticDepth"))
+    ]
+    for name, module in marked:
+        module.forward = lambda x, *_, name=name: torch.ops.halfeven.leaf(x, name)
+    try:
+        yield
+    finally:
+        for _, module in marked:
+            del module.forward
+
+
+def assemble(original: nn.Module, unlifted: fx.GraphModule) -> CapturedModule:
+    """Build the captured module from an exported program's graph and the original's parameters and buffers."""
+    graph = unlifted.graph
+    modules: dict[str, nn.Module] = {}
+    for node in list(graph.nodes):
+        if any(check in str(node.target) for check in CHECKS):
+            graph.erase_node(node)
+        elif node.op == "call_function":
+            make_functional(node)
+            _restore(node, original, modules)
+            _check_mode_is_free(node)
+    root = CapturedModule(nn.Module(), fx.Graph())
+    for name in sorted(modules, key=lambda name: name.count(".")):
+        place(root, name, modules[name])
+    adopt(root, original, lambda value: value)
+    for node in graph.nodes:
+        if node.op == "get_attr" and not _has(root, node.target):  # a constant that export lifted out of the code
+            owner, attribute = _owner(root, node.target)
+            value: Any = unlifted
+            for part in node.target.split("."):
+                value = getattr(value, part)
+            owner.register_buffer(attribute, value.detach(), persistent=False)
+    root.graph = graph
+    graph.eliminate_dead_code()
+    root.recompile()
+    return root
+
+
+def _check_mode_is_free(node: fx.Node) -> None:
+    """Raise CaptureError for a normalization that stayed a function: it would compute as in eval mode for ever."""
+    flag = RUNNING_STATISTICS.get(node.target)
+    if node.op == "call_function" and flag is not None and not arguments(node)[flag]:
+        raise CaptureError(
+            f"the running statistics {arguments(node)['running_mean']} belong to no module inside of it, so train() "
+            "would not reach them"
+        )
+
+
+def arguments(node: fx.Node) -> Arguments:
+    """An ATen node's arguments by their names, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    schema = node.target._schema.arguments
+    values = {a.name: a.default_value for a in schema if a.has_default_value()}
+    values |= {a.name: value for a, value in zip(schema, node.args, strict=False)}
+    return values | dict(node.kwargs)
+
+
+def _restore(node: fx.Node, original: nn.Module, modules: dict[str, nn.Module]) -> None:
+    target = node.target
+    if target is torch.ops.halfeven.leaf.default:
+        name = str(node.args[1])
+        _call(node, name, original.get_submodule(name), modules)
+        return
+    builder = BUILDERS.get(target)
+    if builder is None:
+        return
+    built = builder(node, arguments(node), original)
+    if built is None:
+        return
+    name, module = built
+    present = modules.get(name)
+    if present is None and not _fits(original, name, module):
+        return
+    if present is None:
+        _call(node, name, module, modules)
+    elif repr(present) == repr(module):  # a layer that is used more than once
+        _call(node, name, present, modules)
+
+
+def _fits(original: nn.Module, name: str, module: nn.Module) -> bool:
+    """The place is free: no parameter of the original has this very name."""
+    return name not in dict(original.named_parameters(remove_duplicate=False))
+
+
+def _call(node: fx.Node, name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
+    modules[name] = module
+    node.op, node.target, node.args, node.kwargs = "call_module", name, (node.args[0],), {}
+
+
+Built = tuple[str, nn.Module] | None
+
+
+def _path(node: Any, attribute: str) -> str | None:
+    """The module path of a parameter node called `<path>.<attribute>`."""
+    if not (isinstance(node, fx.Node) and node.op == "get_attr"):
+        return None
+    path, _, name = str(node.target).rpartition(".")
+    return path if path and name == attribute else None
+
+
+def _parameter(original: nn.Module, node: Any) -> Any:
+    if node is None:
+        return None
+    path, _, name = str(node.target).rpartition(".")
+    return getattr(original.get_submodule(path), name)
+
+
+def _layer(arguments: Arguments, original: nn.Module) -> tuple[str, Any, Any] | None:
+    """Path, weight and bias of a layer whose parameters are named weight and bias."""
+    path, bias = _path(arguments["weight"], "weight"), arguments["bias"]
+    if path is None or (bias is not None and _path(bias, "bias") != path):
+        return None
+    weight = _parameter(original, arguments["weight"])
+    if not isinstance(weight, nn.Parameter):
+        return None
+    return path, weight, _parameter(original, bias)
+
+
+def _with_parameters(module: nn.Module, weight: Any, bias: Any) -> nn.Module:
+    module.weight, module.bias = weight, bias
+    return module
+
+
+def _convolution(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
+    if (layer := _layer(a, original)) is None:
+        return None
+    path, weight, bias = layer
+    build: Any = CONVOLUTIONS[node.target]
+    padding = a["padding"] if isinstance(a["padding"], str) else tuple(a["padding"])
+    shape = (weight.shape[1] * a["groups"], weight.shape[0], tuple(weight.shape[2:]), tuple(a["stride"]), padding)
+    module = build(*_spread(shape, weight.ndim - 2), tuple(_many(a["dilation"], weight.ndim - 2)), a["groups"],
+                   bias is not None, device="meta")  # fmt: skip
+    return path, _with_parameters(module, weight, bias)
+
+
+def _transposed(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
+    if (layer := _layer(a, original)) is None:
+        return None
+    path, weight, bias = layer
+    axes = weight.ndim - 2
+    build: Any = TRANSPOSED[node.target]
+    module = build(
+        weight.shape[0], weight.shape[1] * a["groups"], tuple(weight.shape[2:]), _many(a["stride"], axes),
+        _many(a["padding"], axes), _many(a["output_padding"], axes), a["groups"], bias is not None,
+        _many(a["dilation"], axes), device="meta",
+    )  # fmt: skip
+    return path, _with_parameters(module, weight, bias)
+
+
+def _many(value: Any, axes: int) -> tuple[int, ...]:
+    """One number for each axis, from a number or a list that may stand for all."""
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    return values * axes if len(values) == 1 else values
+
+
+def _spread(shape: tuple[Any, ...], axes: int) -> tuple[Any, ...]:
+    inputs, outputs, kernel, stride, padding = shape
+    return inputs, outputs, kernel, _many(stride, axes), padding if isinstance(padding, str) else _many(padding, axes)
+
+
+def _linear(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
+    if (layer := _layer(a, original)) is None:
+        return None
+    path, weight, bias = layer
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    return path, _with_parameters(module, weight, bias)
+
+
+def _batch_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
+    path = _path(a["running_mean"], "running_mean")
+    if path is None or a["training"] or _path(a["running_var"], "running_var") != path:
+        return None
+    weight, bias = a["weight"], a["bias"]
+    if any(p is not None and _path(p, n) != path for p, n in ((weight, "weight"), (bias, "bias"))):
+        return None
+    was: Any = original.get_submodule(path)
+    if isinstance(was, nn.SyncBatchNorm):
+        return path, was
+    mean = was.running_mean
+    assert isinstance(node.args[0], fx.Node)
+    build: Any = BATCH_NORMS[node.args[0].meta["val"].ndim]
+    # The momentum of the operator is that of eval mode; a module with momentum=None keeps a cumulative average.
+    module = build(
+        mean.numel(), a["eps"], getattr(was, "momentum", a["momentum"]), affine=weight is not None, device="meta"
+    )
+    module.running_mean, module.running_var = mean, was.running_var
+    module.num_batches_tracked = getattr(was, "num_batches_tracked", None)
+    if weight is not None:
+        _with_parameters(module, _parameter(original, weight), _parameter(original, bias))
+    return path, module
+
+
+def _layer_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
+    if a["weight"] is None or (layer := _layer(a, original)) is None:
+        return None
+    path, weight, bias = layer
+    module = nn.LayerNorm(tuple(a["normalized_shape"]), a["eps"], bias=bias is not None, device="meta")
+    return path, _with_parameters(module, weight, bias)
+
+
+def _group_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
+    if a["weight"] is None or a["bias"] is None or (layer := _layer(a, original)) is None:
+        return None
+    path, weight, bias = layer
+    module = nn.GroupNorm(a["num_groups"], weight.numel(), a["eps"], device="meta")
+    return path, _with_parameters(module, weight, bias)
+
+
+def _dropout(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    try:
+        was = original.get_submodule(path)
+    except AttributeError:
+        was = original
+    if isinstance(was, nn.modules.dropout._DropoutNd):
+        return path, type(was)(was.p)
+    return f"{path}.{node.name}" if path else node.name, DROPOUTS[node.target](a["p"])
+
+
+BUILDERS: dict[Any, Callable[[fx.Node, Arguments, nn.Module], Built]] = {
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    **dict.fromkeys(TRANSPOSED, _transposed),
+    **dict.fromkeys(DROPOUTS, _dropout),
+    aten.linear.default: _linear,
+    aten.batch_norm.default: _batch_norm,
+    aten.layer_norm.default: _layer_norm,
+    aten.group_norm.default: _group_norm,
+}
+"""ATen operator -> how its module is built; None from a builder leaves the operator as it is."""
+
+
+def place(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a dotted path, making empty parents where there are none."""
+    owner, name = _owner(root, path)
+    owner.add_module(name, module)
+
+
+def adopt(root: nn.Module, source: nn.Module, convert: Callable[[Any], Any]) -> None:
+    """Give `root` every parameter and buffer of `source` that it lacks, at the same path, each through `convert`."""
+    for path, parameter in source.named_parameters(remove_duplicate=False):
+        owner, name = _owner(root, path)
+        if name not in owner._parameters:
+            owner.register_parameter(name, convert(parameter))
+    for prefix, module in source.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            owner, _ = _owner(root, f"{prefix}.{name}" if prefix else name)
+            if name not in owner._buffers:
+                owner.register_buffer(name, convert(buffer), persistent=name not in module._non_persistent_buffers_set)
+
+
+def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        child = root._modules[parent]
+        assert child is not None
+        root = child
+    return root, name
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part, None)
+    return value is not None

@@ -1,0 +1,128 @@
+"""Operators written out, so that the tensors inside them can be quantized; and written once, where they are alike."""
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import fx
+
+from halfeven.graph.rebuild import CapturedModule, arguments
+
+aten = torch.ops.aten
+
+
+def lower_attention(region: CapturedModule) -> int:
+    """Write scaled dot-product attention as its products and softmax, in place; how many were.
+
+    The scale multiplies the scores after the product, where the integers of query and key have met already.
+    """
+    nodes = [n for n in region.graph.nodes if n.target is aten.scaled_dot_product_attention.default]
+    lowered = [node for node in nodes if _lower(region, node)]
+    region.recompile()
+    return len(lowered)
+
+
+def _lower(region: CapturedModule, node: fx.Node) -> bool:
+    values = arguments(node)
+    if values["is_causal"] or values.get("enable_gqa"):
+        return False  # a causal mask is made of sizes; such a layer stays whole, in float, and the plan says so
+    query, key = values["query"], values["key"]
+    width = query.meta["val"].shape[-1]
+    scale = values["scale"] if values["scale"] is not None else float(width) ** -0.5
+    graph, call = region.graph, _caller(node)
+    with graph.inserting_before(node):
+        scores = call(aten.mul.Tensor, call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1)), scale)
+        mask = values["attn_mask"]
+        if mask is not None and mask.meta["val"].dtype is torch.bool:
+            scores = call(aten.masked_fill.Scalar, scores, call(aten.logical_not.default, mask), float("-inf"))
+        elif mask is not None:
+            scores = call(aten.add.Tensor, scores, mask)
+        result = call(aten.matmul.default, call(aten.softmax.int, scores, -1), values["value"])
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    return True
+
+
+def lower_stacked_sums(region: CapturedModule) -> int:
+    """Write sums over tensors that were stacked for it as additions, in place; how many were.
+
+    Additions have integer kernels. And OpenVINO (2026.4) computes garbage where one tensor is read by two stacks: each
+    is written in place.
+    """
+    lowered = 0
+    for node in list(region.graph.nodes):
+        if node.target is not aten.sum.dim_IntList:
+            continue
+        stack, values = node.args[0], arguments(node)
+        if stack.target is not aten.stack.default or len(stack.users) != 1 or values["keepdim"] or values["dtype"]:
+            continue
+        given, ndim = arguments(stack), stack.meta["val"].ndim
+        if [axis % ndim for axis in values["dim"]] != [given["dim"] % ndim]:
+            continue
+        call = _caller(node)
+        with region.graph.inserting_before(node):
+            total = reduce(lambda one, other: call(aten.add.Tensor, one, other), given["tensors"])
+        node.replace_all_uses_with(total)
+        region.graph.erase_node(node)
+        region.graph.erase_node(stack)
+        lowered += 1
+    region.recompile()
+    return lowered
+
+
+def merge_duplicates(region: CapturedModule) -> int:
+    """Let equal operators on equal inputs be one, in place; how many were too many.
+
+    NASNet's branches each apply a ReLU to the same tensor. Runtimes make one of them; so shall the quantizers be.
+    """
+    known: dict[Any, fx.Node] = {}
+    merged = 0
+    for node in list(region.graph.nodes):
+        if node.op != "call_function" or not _pure(node.target):
+            continue
+        try:
+            first = known.setdefault((node.target, _hashable(node.args), _hashable(node.kwargs)), node)
+        except TypeError:  # an argument that cannot be compared
+            continue
+        if first is not node:
+            node.replace_all_uses_with(first)
+            region.graph.erase_node(node)
+            merged += 1
+    region.recompile()
+    return merged
+
+
+def _pure(target: Any) -> bool:
+    """Whether an operator gives the same for the same, and changes nothing."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_hashable(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, _hashable(item)) for key, item in sorted(value.items()))
+    return type(value), value
+
+
+def _caller(node: fx.Node) -> Callable[..., fx.Node]:
+    """Makes calls of operators in the place of a node, with the shapes of their results."""
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        new = node.graph.call_function(target, args)
+        new.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
+        with torch.no_grad():
+            fakes = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
+            new.meta["val"] = _evaluate(target, fakes)
+        return new
+
+    return call
+
+
+def _evaluate(target: Any, fakes: list[Any]) -> Any:
+    mode = next(f.fake_mode for f in fakes if hasattr(f, "fake_mode"))
+    with mode:
+        return target(*fakes)

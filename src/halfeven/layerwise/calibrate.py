@@ -1,0 +1,92 @@
+"""Calibration: samples run through the model so that every range is set (white paper, section 3.1)."""
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfeven.errors import CalibrationError
+from halfeven.evaluation import evaluating
+from halfeven.graph.capture import inputs_of
+from halfeven.layerwise.float_equivalence import float_function, run_example
+from halfeven.quantization.quantizer import Mode, quantizers
+
+
+@torch.no_grad()
+def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = None) -> nn.Module:
+    """Set the ranges of all quantizers from data.
+
+    Weights are quantized with their ranges first; the ranges of activations are those of the model with quantized
+    weights. The model computes in eval mode and comes back in the mode it was in; nothing else of it changes.
+
+    Args:
+        qmodel: a model from `prepare`.
+        loader: batches: tensors, sequences whose first item is the input (labels are not looked at), or dicts of
+            inputs.
+        batches: how many to take; None: all.
+
+    Raises:
+        CalibrationError: no batch came, a tensor was never reached, or one held NaN or infinity; it is named. Ranges
+            that were set before stay.
+    """
+    found = [q for q in quantizers(qmodel).values() if q.calibrates]
+    before = {q: {k: v.clone() for k, v in q.state_dict().items()} for q in found}
+    try:
+        for quantizer in found:
+            quantizer.start_calibration()
+        with evaluating(qmodel):
+            run_batches(qmodel, loader, batches)
+        for quantizer in found:
+            quantizer.finish_calibration()
+    except BaseException:
+        for quantizer in found:
+            quantizer.mode, quantizer.observer = Mode.QUANTIZE, None
+            quantizer.load_state_dict(before[quantizer])
+        raise
+    return qmodel
+
+
+def run_batches(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = None) -> None:
+    """Run batches through a model as it stands, for what its modules see of them.
+
+    Raises:
+        CalibrationError: no batch came.
+    """
+    device = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
+    count = 0
+    for batch in islice(loader, batches):
+        args, kwargs = inputs_of(batch)
+        qmodel(*(a.to(device) for a in args), **{k: v.to(device) for k, v in kwargs.items()})
+        count += 1
+    if not count:
+        raise CalibrationError(
+            "Calibration got no batch, so no range can be set and no statistics taken. Give a loader with at least one "
+            "batch (an iterator that was used up before looks empty), and batches of at least 1."
+        )
+
+
+@torch.no_grad()
+def set_weight_ranges(qmodel: nn.Module, *, missing_only: bool = False) -> None:
+    """Set the ranges of weights as `calibrate` does, without data; those of activations stay.
+
+    Args:
+        qmodel: a model from `prepare`.
+        missing_only: leave alone what has a range already.
+
+    Raises:
+        CalibrationError: a weight holds NaN or infinity, or is not used; it is named.
+    """
+    found = [q for q in quantizers(qmodel).values() if q.weight and q.calibrates]
+    found = [q for q in found if not (missing_only and q.calibrated)]
+    with float_function(qmodel):
+        try:
+            for quantizer in found:
+                quantizer.start_calibration()
+            run_example(qmodel)
+            for quantizer in found:
+                quantizer.finish_calibration()
+        finally:
+            for quantizer in found:
+                quantizer.observer = None

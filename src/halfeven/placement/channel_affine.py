@@ -1,0 +1,67 @@
+"""Undoing a change of channels for some readers of a tensor."""
+
+import torch
+from torch import Tensor, fx, nn
+
+from halfeven.graph.operators import OperatorKind, kind_of, module_of
+from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.quantization.quantizer import Quantizer
+
+
+class ChannelAffine(nn.Module):
+    """factor * x + offset of each channel, the last axis; in float, and not trained.
+
+    Args:
+        channels: size of the last axis.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(channels), requires_grad=False)
+        self.offset = nn.Parameter(torch.zeros(channels), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor + self.offset
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a tensor, itself or through its quantizer."""
+    found = []
+    for user in node.users:
+        through = user.op == "call_module" and isinstance(module_of(user), Quantizer)
+        found += list(user.users) if through else [user]
+    return found
+
+
+def rescaling_of(node: fx.Node) -> ChannelAffine | None:
+    """The rescaling that some readers of a tensor have."""
+    for user in node.users:
+        if user.op == "call_module" and isinstance(module := module_of(user), ChannelAffine):
+            return module
+    return None
+
+
+def insert_rescaling(region: CapturedModule, node: fx.Node, name: str) -> None:
+    """Let additions read a LayerNorm's output through a `ChannelAffine`, which does nothing yet; once.
+
+    They compute in float, and are given the tensor as it is before its quantizer.
+    """
+    if rescaling_of(node) is not None:
+        return
+    norm = module_of(node)
+    assert isinstance(norm, nn.LayerNorm)
+    affine = ChannelAffine(norm.normalized_shape[-1]).to(norm.weight)
+    path = f"rescaling.{name.replace('.', '_').replace(':', '_')}"
+    place(region, path, affine.train(region.training))
+    additions = [reader for reader in readers(node) if kind_of(reader) is OperatorKind.ADD]
+    with region.graph.inserting_after(node):
+        rescaled = region.graph.call_module(path, (node,))
+    rescaled.meta = dict(node.meta)
+    for addition in additions:
+        for read in list(addition.all_input_nodes):
+            if read is node or (node in read.all_input_nodes and isinstance(_module(read), Quantizer)):
+                addition.replace_input_with(read, rescaled)
+
+
+def _module(node: fx.Node) -> nn.Module | None:
+    return module_of(node) if node.op == "call_module" else None

@@ -1,0 +1,113 @@
+"""Changes of the graph that algorithms make, recorded in the plan so that loading a checkpoint makes them again."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from halfeven.errors import PlacementError
+from halfeven.graph.operators import WEIGHTED, clipping, kind_of, module_of, operator_name
+from halfeven.graph.rebuild import CapturedModule
+from halfeven.placement.channel_affine import insert_rescaling
+from halfeven.placement.insertion import plan_of
+from halfeven.placement.make_plan import named_nodes
+from halfeven.placement.plan import GraphChanges
+
+aten = torch.ops.aten
+
+
+def clipped_relus(model: nn.Module) -> tuple[str, ...]:
+    """Names of the operators that are a ReLU with an upper bound: ReLU6, hardtanh and clamp from 0."""
+    bounds = {name: clipping(node) for name, (_, node) in named_nodes(model).items()}
+    return tuple(name for name, b in bounds.items() if b is not None and b[0] == 0 and 0 < b[1] < float("inf"))
+
+
+def apply_changes(model: nn.Module, changes: GraphChanges) -> nn.Module:
+    """Make the changes in a captured or quantized model, in place; what is so already stays.
+
+    Raises:
+        PlacementError: the model has no operator or layer of a name, or one that cannot be changed so.
+    """
+    found = named_nodes(model)
+    for name in changes.unclipped:
+        _unclip(name, _found(found, name)[1])
+    for name in changes.given_biases:
+        _give_bias(name, _found(found, name)[1])
+    for name in changes.rescaled:
+        insert_rescaling(*_found(found, name), name)
+    for region in {region for region, _ in found.values()}:
+        region.recompile()
+    return model
+
+
+def record_changes(
+    qmodel: nn.Module,
+    *,
+    unclipped: tuple[str, ...] = (),
+    given_biases: tuple[str, ...] = (),
+    rescaled: tuple[str, ...] = (),
+) -> GraphChanges:
+    """Make changes in a quantized model, in place, and record them in its plan; all changes recorded so far."""
+    plan = plan_of(qmodel)
+    apply_changes(qmodel, GraphChanges(unclipped=unclipped, given_biases=given_biases, rescaled=rescaled))
+    changes = GraphChanges(
+        unclipped=tuple(dict.fromkeys((*plan.changes.unclipped, *unclipped))),
+        given_biases=tuple(dict.fromkeys((*plan.changes.given_biases, *given_biases))),
+        rescaled=tuple(dict.fromkeys((*plan.changes.rescaled, *rescaled))),
+    )
+    qmodel.halfeven_plan = dataclasses.replace(plan, changes=changes)  # type: ignore[assignment]
+    return changes
+
+
+def give_bias(qmodel: nn.Module, name: str) -> nn.Parameter:
+    """The bias of a layer of a quantized model, [output channels]; a layer without one gets one of zeros, recorded.
+
+    Args:
+        qmodel: a model from `prepare`.
+        name: the layer, as the plan names it.
+    """
+    layer: Any = _layer(name, _found(named_nodes(qmodel), name)[1])
+    if layer.bias is None:
+        record_changes(qmodel, given_biases=(name,))
+    bias: nn.Parameter = layer.bias
+    return bias
+
+
+def _found(nodes: dict[str, tuple[CapturedModule, fx.Node]], name: str) -> tuple[CapturedModule, fx.Node]:
+    if name not in nodes:
+        raise PlacementError(
+            f"The model has no tensor named {name}, so nothing can be changed there. The plan lists the names: "
+            "print(halfeven.plan_of(qmodel))."
+        )
+    return nodes[name]
+
+
+def _unclip(name: str, node: fx.Node) -> None:
+    bounds = clipping(node)
+    if bounds is None or bounds[0] != 0:
+        raise PlacementError(
+            f"{name} is a {operator_name(node)}, which is no ReLU with an upper bound, so it cannot be made a ReLU. "
+            "Name ReLU6 operators and clamps from 0 only."
+        )
+    if bounds[1] == float("inf"):
+        return
+    node.meta["halfeven_name"] = name.rpartition(":")[2]
+    node.target, node.args, node.kwargs = aten.relu.default, (node.all_input_nodes[0],), {}
+
+
+def _give_bias(name: str, node: fx.Node) -> None:
+    layer: Any = _layer(name, node)
+    if layer.bias is None:
+        channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        zeros = torch.zeros(channels, dtype=layer.weight.dtype, device=layer.weight.device)
+        layer.bias = nn.Parameter(zeros, requires_grad=layer.weight.requires_grad)
+
+
+def _layer(name: str, node: fx.Node) -> nn.Module:
+    if node.op != "call_module" or kind_of(node) not in WEIGHTED:
+        raise PlacementError(
+            f"{name} is a {operator_name(node)} and no convolution or linear module, so it has no bias to set. Name a "
+            "layer of the plan's table of weights that is a module."
+        )
+    return module_of(node)

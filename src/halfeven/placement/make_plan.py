@@ -1,0 +1,305 @@
+"""Deciding a plan: graph, target and options in, plan out; nothing is changed.
+
+A tensor is quantized because an operator wants to read integers. The demand travels up through operators that keep the
+scale to the operator that produced the tensor, past the BatchNorm and activation that a runtime fuses into it, and
+there one quantizer serves all consumers.
+"""
+
+import glob
+from collections.abc import Iterator
+
+from torch import fx, nn
+
+from halfeven.errors import PlacementError
+from halfeven.graph.operators import (
+    TRANSPARENT,
+    WEIGHTED,
+    OperatorKind,
+    is_float_tensor,
+    kind_of,
+    module_of,
+    non_negative,
+    operator_name,
+    tensor_names,
+)
+from halfeven.graph.rebuild import CapturedModule
+from halfeven.placement.plan import LeftInFloat, Plan, PlannedTensor, PlannedWeight, QuantizationOptions, Rule
+from halfeven.placement.requests import ITSELF, OUTPUT, Region, collect, collect_outputs, fused_group, head, sources
+from halfeven.placement.rules import RuleBook
+from halfeven.quantization.observers import LOGITS
+from halfeven.quantization.quantizer import Ranges
+from halfeven.quantization.scheme import FLOAT_BITS, Scheme, parse_bits
+from halfeven.targets.named import target_named
+from halfeven.targets.target import Grid, Target
+
+K = OperatorKind
+
+
+def regions(model: nn.Module) -> dict[str, CapturedModule]:
+    """The captured parts of a model by name; "" is the whole."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CapturedModule)}
+
+
+def qualified(region: str, name: str) -> str:
+    """The name of a tensor or layer in a model: "region:name", or the name alone where the whole model is one
+    region."""
+    return f"{region}:{name}" if region else name
+
+
+def named_nodes(model: nn.Module) -> dict[str, tuple[CapturedModule, fx.Node]]:
+    """All tensors of a model by their qualified names, each with its region and the node that makes it."""
+    return {
+        qualified(prefix, name): (region, node)
+        for prefix, region in regions(model).items()
+        for name, node in tensor_names(region.graph).items()
+    }
+
+
+def make_plan(model: nn.Module, options: QuantizationOptions, notes: tuple[str, ...] = ()) -> Plan:
+    """Decide what to quantize in a captured model.
+
+    Raises:
+        PlacementError: the target cannot do the scheme, or a rule held for nothing.
+    """
+    target, rules = target_named(options.target), RuleBook(options.rules, _ends(model, options))
+    weight_bits, activation_bits = parse_bits(options.scheme)
+    if activation_bits == FLOAT_BITS:
+        _check_weights_alone(target, options, weight_bits)
+    else:
+        _check_bits(target, options, weight_bits, activation_bits)
+    kinds = frozenset(target.stored_weights if activation_bits == FLOAT_BITS else target.inputs)
+    tensors: list[PlannedTensor] = []
+    weights: list[PlannedWeight] = []
+    left: list[LeftInFloat] = []
+    known: list[str] = []
+    _check_outputs(model, options)
+    for prefix, module in regions(model).items():
+        names = {node: qualified(prefix, name) for name, node in tensor_names(module.graph).items()}
+        region = Region(prefix, module.graph, names)
+        known += names.values()
+        if activation_bits != FLOAT_BITS:
+            collect(region, target, rules)
+        if options.quantize_outputs:
+            collect_outputs(region, rules)
+        tensors += _planned_tensors(region, options, rules, target, activation_bits)
+        weights += _planned_weights(region, options, rules, kinds, weight_bits)
+        left += _left(region, rules, target, kinds)
+    rules.check_all_used(known)
+    if not weights:
+        raise PlacementError(
+            "No layer of this model would be quantized: it has no convolution or linear layer that was captured, or "
+            "the rules "
+            "leave all of them in float. Look at the rules and at leave_out."
+        )
+    return Plan(options=options, tensors=tuple(tensors), weights=tuple(weights), left=tuple(left), notes=notes)
+
+
+def _check_bits(target: Target, options: QuantizationOptions, weight_bits: int, activation_bits: int) -> None:
+    for what, allowed, asked in (
+        ("weights", target.weight_bits, {weight_bits, *(rule.weight_bits for rule in options.rules)}),
+        ("activations", target.activation_bits, {activation_bits, *(rule.activation_bits for rule in options.rules)}),
+    ):
+        if refused := asked - {None, *allowed}:
+            raise PlacementError(
+                f"{target.name} cannot run {what} of {refused.pop()} bits in integers (it can from {allowed[0]} to "
+                f"{allowed[-1]}), so such a model would not be what runs. Choose other bits."
+            )
+
+
+def _check_weights_alone(target: Target, options: QuantizationOptions, weight_bits: int) -> None:
+    asked = {weight_bits, *(r.weight_bits for r in options.rules if r.weight_bits is not None)}
+    allowed = sorted({bits for kind in target.stored_weights.values() for bits in kind})
+    if not asked <= set(allowed):
+        widths = " or ".join(str(bits) for bits in allowed)
+        raise PlacementError(
+            f"{target.name} cannot run weights of {min(asked - set(allowed))} bits with activations in floating point "
+            f'("{options.scheme}"): {f"it takes weights of {widths} bits there" if allowed else "it has no such row"}, '
+            "so such a model would not be what runs. Choose other bits or another target."
+        )
+    if options.quantize_outputs or any(rule.activation_bits is not None for rule in options.rules):
+        raise PlacementError(
+            f'"{options.scheme}" leaves all activations in floating point, and quantize_outputs or a rule asks for '
+            "integers. Leave these out, or choose a scheme with activations of 8 bits."
+        )
+
+
+def _ends(model: nn.Module, options: QuantizationOptions) -> tuple[Rule, ...]:
+    """Rules for the first and the last layer, which come before the user's."""
+    bits = options.first_and_last_bits
+    layers = [(name, node) for name, (_, node) in named_nodes(model).items() if kind_of(node) in WEIGHTED]
+    if not bits or not layers:
+        return ()
+    (first, first_node), (last, last_node) = layers[0], layers[-1]
+    read = {name for name, (_, node) in named_nodes(model).items() for end in (first_node, last_node)
+            if node in [head(source) for source in sources(end.all_input_nodes[0])]}  # fmt: skip
+    weights = [Rule(pattern=glob.escape(name), weight_bits=bits) for name in dict.fromkeys((first, last))]
+    return (*weights, *(Rule(pattern=glob.escape(name), activation_bits=bits) for name in sorted(read)))
+
+
+def _check_outputs(model: nn.Module, options: QuantizationOptions) -> None:
+    if options.quantize_outputs and "" not in regions(model):
+        raise PlacementError(
+            "quantize_outputs=True was asked for, and this model was captured in parts "
+            f"({', '.join(regions(model))}): its outputs come from Python, where no quantizer can be. Set "
+            "quantize_outputs=False, or capture the model whole."
+        )
+
+
+# From demands to planned tensors
+
+
+def _planned_tensors(
+    region: Region, options: QuantizationOptions, rules: RuleBook, target: Target, bits: int
+) -> Iterator[PlannedTensor]:
+    done: set[fx.Node] = set()
+    for node in region.graph.nodes:
+        if node not in region.demands or node in done:
+            continue
+        group = _tied(region, node)
+        done |= group
+        places = [n for n in region.graph.nodes if n in group]
+        fused = {region.names[one]: kind_of(one) for place in places for one in fused_group(place)}
+        asked = rules.activation_bits(fused, bits)
+        consumers = dict.fromkeys(c for n in places for c in region.demands[n].consumers)
+        fixed = (0.0, 1.0) if all(kind_of(n) is K.SOFTMAX for n in places) else None
+        yield PlannedTensor(
+            name=region.names[node].replace(".", "_").replace(":", "_"),
+            places=tuple(region.names[n] for n in places),
+            scheme=_activation_scheme(region, places, target, asked),
+            ranges=_ranges(places, options, asked) if fixed is None else "calibrated",
+            observer=LOGITS if _logits(region, places, options) else options.activation_observer,
+            fixed_range=fixed,
+            consumers=tuple(consumers) or (ITSELF,),
+        )
+
+
+def _ranges(places: list[fx.Node], options: QuantizationOptions, bits: int) -> Ranges:
+    """What sets the range in training. An input of 8 bits or more stays as calibrated where others are learned: images
+    do not change, and a gradient for its scale costs the first layer's backward pass for its input."""
+    learned = options.ranges in ("learned", "clipped")
+    return "calibrated" if learned and bits >= 8 and all(n.op == "placeholder" for n in places) else options.ranges
+
+
+def _logits(region: Region, places: list[fx.Node], options: QuantizationOptions) -> bool:
+    """Whether a tensor is the scores of classes, [samples, classes], and nothing but an output of the model.
+
+    Their range is chosen by cross-entropy where that of the others is by an error; a user who wants the extremes, say,
+    wants them of all tensors.
+    """
+    (node, *others) = places
+    readers = region.demands[node].consumers or [OUTPUT for user in node.users if user.op == "output"]
+    if others or readers != [OUTPUT] or options.activation_observer not in ("mse", "lp"):
+        return False
+    classes, *rest = node.meta["val"].shape[1:] or (1,)
+    return kind_of(node) in (K.LINEAR, K.AVERAGE) and classes > 1 and all(size == 1 for size in rest)
+
+
+def _tied(region: Region, node: fx.Node) -> set[fx.Node]:
+    """All tensors that share a scale with this one because they are concatenated somewhere."""
+    group, waiting = {node}, [node]
+    while waiting:
+        for other in region.demands[waiting.pop()].tied_to - group:
+            group.add(other)
+            waiting.append(other)
+    return group
+
+
+def _activation_scheme(region: Region, places: list[fx.Node], target: Target, bits: int) -> Scheme:
+    if target.signed_only:
+        return Scheme(bits=bits, signed=True, symmetric=True)
+    if all(non_negative(node) for node in places):
+        return Scheme(bits=bits, signed=False, symmetric=True)
+    if any(region.demands[node].grid is Grid.NO_ZERO_POINT for node in places):
+        return Scheme(bits=bits, signed=True, symmetric=True)
+    return Scheme(bits=bits, signed=False, symmetric=False)
+
+
+def _planned_weights(
+    region: Region, options: QuantizationOptions, rules: RuleBook, kinds: frozenset[OperatorKind], bits: int
+) -> Iterator[PlannedWeight]:
+    seen: set[object] = set()
+    for node in region.graph.nodes:
+        kind = kind_of(node)
+        if kind not in WEIGHTED or kind not in kinds or (node.op == "call_module" and node.target in seen):
+            continue
+        seen.add(node.target if node.op == "call_module" else node)
+        if not rules.quantizes(region.names[node], kind):
+            continue
+        asked = rules.weight_bits(region.names[node], kind, bits)
+        axis = (1 if kind is K.TRANSPOSED_CONVOLUTION else 0) if options.per_channel else None
+        shape = weight_shape(node)
+        if axis == 1 and _groups(node) > 1:
+            axis = None  # the channels of a grouped transposed convolution are not an axis of its weight
+        yield PlannedWeight(
+            name=region.names[node],
+            scheme=Scheme(bits=asked, signed=True, symmetric=True, narrow=True, axis=axis),
+            channels=None if axis is None else shape[axis],
+            ranges="learned" if options.ranges == "clipped" else options.ranges,
+            observer=_weight_observer(options, asked),
+        )
+
+
+def _weight_observer(options: QuantizationOptions, bits: int) -> str:
+    if options.weight_observer != "auto":
+        return options.weight_observer
+    return "minmax" if bits >= 8 else "mse"
+
+
+def weight_shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape of the weight of a layer, be it a module or a function."""
+    if node.op == "call_module":
+        weight = module_of(node).weight
+        return tuple(int(size) for size in weight.shape)  # type: ignore[union-attr]
+    weight_node = node.args[1]
+    assert isinstance(weight_node, fx.Node)
+    return tuple(int(size) for size in weight_node.meta["val"].shape)
+
+
+def _groups(node: fx.Node) -> int:
+    if node.op == "call_module":
+        return int(module_of(node).groups)  # type: ignore[arg-type]
+    return int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
+
+
+# What stays in float, and why
+
+
+def _left(region: Region, rules: RuleBook, target: Target, kinds: frozenset[OperatorKind]) -> Iterator[LeftInFloat]:
+    for node in region.graph.nodes:
+        kind = kind_of(node)
+        if kind in WEIGHTED and kind not in kinds:
+            lacks = "has no integer kernel for it" if kinds == set(target.inputs) else "reads no integer weights here"
+            yield LeftInFloat(name=region.names[node], operator=operator_name(node), reason=f"{target.name} {lacks}")
+            continue
+        if kinds != set(target.inputs) and kind not in WEIGHTED:
+            continue  # all are in float, as the scheme says
+        if kind in (K.OUTPUT, K.CONSTANT, K.CONCAT, *TRANSPARENT) or node in region.demands:
+            continue
+        if not is_float_tensor(node):
+            continue
+        name = region.names[node]
+        reason = None
+        if not rules.quantizes(name, kind):
+            reason = "a rule says so"
+        elif node in region.branches:
+            if kind is K.CONVOLUTION:
+                reason = "fused with the addition that reads it, which would drop the rounding of a quantizer here"
+        elif kind is K.FLOAT:
+            reason = "no row of the operator table says how it treats scales"
+        elif _fused_into_reader(node):
+            continue
+        else:
+            reason = _unread(node)
+        if reason is not None:
+            yield LeftInFloat(name=name, operator=operator_name(node), reason=reason)
+
+
+def _fused_into_reader(node: fx.Node) -> bool:
+    return len(node.users) == 1 and kind_of(next(iter(node.users))) in (K.BATCH_NORM, K.ACTIVATION)
+
+
+def _unread(node: fx.Node) -> str:
+    readers = list(dict.fromkeys(operator_name(user) for user in node.users if user.op != "output"))
+    if not readers:
+        return "an output of the model"
+    return f"its readers compute in float ({', '.join(readers)})"

@@ -1,0 +1,122 @@
+"""BatchNorm while quantization is learned: freeze its statistics late, and re-estimate them before they are used.
+
+Freezing: white paper, section 5.2 (arXiv:2106.08295). Re-estimation: Nagel et al., "Overcoming Oscillations in
+Quantization-Aware Training", section 3.3 (arXiv:2203.11086): while weights flip between two integers, running averages
+describe none of the networks that were seen, so the statistics are taken anew from the final weights.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfeven.distributed import average_batchnorm, batchnorms
+from halfeven.errors import CalibrationError, ConfigError
+from halfeven.graph.capture import inputs_of
+from halfeven.quantization.quantizer import quantizers, set_observing
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """When ranges and BatchNorm statistics stop moving, in shares of the run."""
+
+    freeze_batchnorm_after: float | None = None
+    """Share of the steps in which BatchNorm follows the batches; 0: frozen from the start, 1: never frozen. None: two
+    thirds, and never where a scheme has less than 8 bits, whose statistics are re-estimated."""
+    stop_observing_after: float = 2 / 3
+    """Share of the steps in which observed ranges follow the batches; 0: as calibrated, 1: to the end."""
+    re_estimate: bool | None = None
+    """Whether BatchNorm is re-estimated before each validation; None: where a scheme has less than 8 bits and
+    BatchNorm is not frozen: weights that were trained with frozen statistics suit these alone."""
+    re_estimate_batches: int = 50
+    """Batches of calibration images for that."""
+
+    def __post_init__(self) -> None:
+        shares = [s for s in (self.freeze_batchnorm_after, self.stop_observing_after) if s is not None]
+        if not all(0 <= share <= 1 for share in shares) or self.re_estimate_batches < 1:
+            raise ConfigError(
+                f"schedule.freeze_batchnorm_after={self.freeze_batchnorm_after}, stop_observing_after="
+                f"{self.stop_observing_after} and re_estimate_batches={self.re_estimate_batches} cannot be followed. "
+                "The first two are shares of the run, from 0 (at once) to 1 (never); at least one batch must be "
+                "re-estimated on."
+            )
+
+
+def freeze(model: nn.Module) -> None:
+    """Let BatchNorm use its running statistics and move them no more, until the next call of `train()`.
+
+    Scale and shift go on learning. In a distributed run the processes' statistics are averaged first, so that all
+    freeze the same.
+    """
+    live = [module for module in batchnorms(model).values() if module.training]
+    if live:
+        average_batchnorm(model)
+    for module in live:
+        module.eval()
+
+
+def schedule(options: ScheduleOptions) -> Callable[[nn.Module, float], None]:
+    """The function that freezes what is due: to be called before each training step with the share of the run done."""
+    observing: dict[str, bool] = {}
+    batchnorm: dict[str, float] = {}
+
+    def before_step(model: nn.Module, done: float) -> None:
+        # Only changes are written: filling a device's flags at every step would cost more than it is worth.
+        if observing.get("now") != (wanted := done < options.stop_observing_after):
+            set_observing(model, wanted)
+            observing["now"] = wanted
+        if done >= batchnorm.setdefault("until", frozen_after(model, options)):
+            freeze(model)
+
+    return before_step
+
+
+def frozen_after(model: nn.Module, options: ScheduleOptions) -> float:
+    """Share of the run after which BatchNorm is frozen: as the options say, or by the bits of the quantizers."""
+    if options.freeze_batchnorm_after is not None:
+        return options.freeze_batchnorm_after
+    return 1.0 if any(quantizer.scheme.bits < 8 for quantizer in quantizers(model).values()) else 2 / 3
+
+
+@torch.no_grad()
+def re_estimate(model: nn.Module, loader: Iterable[Any], batches: int = 50) -> None:
+    """Set BatchNorm's running statistics to the mean of single batches' means and variances under the present weights.
+
+    Everything else stays in `eval()`; momentum, batch counters and modes are as before afterwards. In a distributed
+    run all processes must call this; the statistics are averaged over them.
+
+    Raises:
+        CalibrationError: the loader is empty.
+    """
+    layers = list(batchnorms(model).values())
+    if not layers:
+        return
+    modes = {module: module.training for module in model.modules()}
+    kept = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
+    device = next(model.parameters()).device
+    seen = 0
+    try:
+        model.eval()
+        for layer in layers:
+            # Without momentum, PyTorch takes the plain mean over all batches since the reset.
+            layer.num_batches_tracked = torch.zeros((), dtype=torch.long, device=device)
+            layer.momentum = None
+            layer.train()
+        for batch in islice(loader, batches):
+            args, kwargs = inputs_of(batch)
+            model(*(a.to(device) for a in args), **{name: value.to(device) for name, value in kwargs.items()})
+            seen += 1
+    finally:
+        for layer, momentum, tracked in kept:
+            layer.momentum, layer.num_batches_tracked = momentum, tracked
+        for module, training in modes.items():
+            module.training = training
+    if seen == 0:
+        raise CalibrationError(
+            "BatchNorm was to be re-estimated on a loader without a batch, so its statistics would be none. "
+            "Give a loader of calibration images."
+        )
+    average_batchnorm(model)

@@ -1,0 +1,75 @@
+"""Progressive bit-width: training starts with more bits and goes down to those of the plan, stage by stage.
+
+Zhuang et al., "Towards Effective Low-bitwidth Convolutional Neural Networks" (arXiv 1711.00205); Park and Yoo, "PROFIT"
+(arXiv 2008.04693), which goes from 8 over 5 to 4 bits.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfeven.errors import ConfigError
+from halfeven.quantization.quantizer import quantizers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressionOptions:
+    """The stages before the plan's own bits.
+
+    Raises:
+        ConfigError: stages that do not go down, or no time for them.
+    """
+
+    bits: tuple[int, ...] = (8, 6)
+    """Bits of the stages, in their order; a tensor for which the plan has as many or more keeps the plan's."""
+    share: float = 0.3
+    """Share of the run that they take together, in equal parts."""
+
+    def __post_init__(self) -> None:
+        falling = all(a > b for a, b in zip(self.bits, self.bits[1:], strict=False))
+        if not (self.bits and falling and self.bits[-1] >= 2 and 0 < self.share < 1):
+            raise ConfigError(
+                f"qat.progression.bits={self.bits} and share={self.share} are no way down to fewer bits. Give widths "
+                "that fall, such as 8 6, and a share of the run between 0 and 1."
+            )
+
+
+class Progression:
+    """Sets the bits of a model's quantizers by the share of the run that is done.
+
+    Args:
+        qmodel: a calibrated model from `prepare`.
+        calibrate: sets all ranges of the model anew, which other bits need.
+    """
+
+    def __init__(self, qmodel: nn.Module, options: ProgressionOptions, calibrate: Callable[[nn.Module], Any]) -> None:
+        self.qmodel, self.options, self.calibrate = qmodel, options, calibrate
+        self.planned = {quantizer: quantizer.scheme for quantizer in quantizers(qmodel).values()}
+        self.stage = len(options.bits)
+        """Number of the stage whose bits are set; the last one is the plan."""
+
+    def before_step(self, model: nn.Module, done: float) -> None:
+        """Go to the stage that is due, and calibrate where it is a new one."""
+        stages = len(self.options.bits)
+        stage = min(int(done / self.options.share * stages), stages)
+        if stage != self.stage:
+            self._set(stage)
+            self.calibrate(self.qmodel)
+
+    def _set(self, stage: int) -> None:
+        self.stage = stage
+        least = (*self.options.bits, 0)[stage]
+        for quantizer, scheme in self.planned.items():
+            quantizer.scheme = dataclasses.replace(scheme, bits=max(scheme.bits, least))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stage that is set."""
+        return {"stage": torch.tensor(self.stage)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the bits of a stage; the ranges come with the model."""
+        self._set(int(state["stage"]))

@@ -1,0 +1,165 @@
+"""An exponential moving average of the weights while quantization is learned, to be evaluated beside the weights.
+
+Averaging the iterates: Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging" (1992); for
+quantized networks: Park and Yoo, "PROFIT" (arXiv:2008.04693).
+
+What is averaged are the latent float weights. A weight that hops between two integers has its average near the boundary
+between the two, and its rounding may be one that was never trained with: the average of good networks may be a worse
+one. So evaluate both, the average and the raw model, and keep the better. BatchNorm's averaged statistics belong to
+none of the networks averaged; below 8 bits re-estimate them first: `re_estimate(average.model, loader)`.
+
+`torch.optim.swa_utils.AveragedModel` does not fit: with `use_buffers` it averages integers too, truncated (a zero point
+that rises is never followed), and a mask's -inf becomes NaN; without it BatchNorm's statistics are not averaged. It
+knows no warm-up, nothing of a quantizer's flags, and waits for the device at every step.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from halfeven.errors import CheckpointError, ConfigError
+from halfeven.quantization.quantizer import Quantizer, quantizers
+
+PYTHON_STATE = ("scheme", "calibrated", "follows", "calibrates", "_observing")
+"""What a quantizer keeps of its state beside its tensors: reading those would wait for the device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragingOptions:
+    """How long the average remembers."""
+
+    decay: float = 0.0
+    """What stays of the average at each step, some 1 / (1 - decay) steps long: 0.999 for runs of thousands of steps;
+    0: off."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ConfigError(
+                f"averaging.decay={self.decay} makes no average: it is the share of it that stays at each step. Set it "
+                "from 0 (off) to below 1, for example 0.999."
+            )
+
+
+def warmed_up(decay: float, step: int) -> float:
+    """The decay at a step, from 0: at most (1 + step) / (10 + step), so that the start is soon forgotten."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def blend(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> None:
+    """average = decay * average + (1 - decay) * value, in place, in one operation for each dtype.
+
+    Args:
+        averages: floating-point tensors; of any dtype where the decay is 0, which copies.
+        values: tensors of the same shapes, dtypes and devices.
+        decay: what stays of the average, in [0, 1).
+    """
+    for mine, new in _by_dtype(averages, values):
+        if decay == 0:
+            torch._foreach_copy_(mine, new)
+        else:
+            torch._foreach_lerp_(mine, new, 1 - decay)
+
+
+def _by_dtype(averages: Sequence[Tensor], values: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for average, value in zip(averages, values, strict=True):
+        mine, new = groups.setdefault(average.dtype, ([], []))
+        mine.append(average)
+        new.append(value)
+    return list(groups.values())
+
+
+class WeightAverage:
+    """The moving average of a model, itself a model: `model`, in eval mode, with a plan and ranges of its own.
+
+    Averaged are parameters (learned scales as they are stored: logarithms as logarithms), BatchNorm's statistics and
+    the quantizers' ranges. Every other buffer is copied: integers such as zero points, and constants. The average
+    starts with the first update, whenever that is; until then it is the model that was given. A quantizer that has got
+    its first range or other bits since the last update starts anew with them.
+
+    In a distributed run every process keeps the same average, but for BatchNorm's statistics: call
+    `halfeven.distributed.average_batchnorm(average.model)` before it is evaluated or saved.
+
+    Args:
+        qmodel: the model in training, of which no module may be replaced meanwhile.
+        options: how long the average remembers.
+    """
+
+    def __init__(self, qmodel: nn.Module, options: AveragingOptions) -> None:
+        self.options, self._raw = options, qmodel
+        self.model = copy.deepcopy(qmodel).eval().requires_grad_(False)
+        own = quantizers(self.model)
+        self._quantizers = [(quantizer, own[name]) for name, quantizer in quantizers(qmodel).items()]
+        self._started = False
+        # By owner and name: moving a model to a device, or loading into it, may put other tensors in their places.
+        self._averaged = [self._places(name, "_parameters") for name, _ in qmodel.named_parameters()]
+        self._copied: list[tuple[dict[str, Any], dict[str, Any], str]] = []
+        for name, buffer in qmodel.named_buffers():
+            owner = qmodel.get_submodule(name.rpartition(".")[0])
+            averaged = buffer.is_floating_point() and isinstance(owner, _BatchNorm | Quantizer)
+            (self._averaged if averaged else self._copied).append(self._places(name, "_buffers"))
+
+    def _places(self, name: str, kind: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+        """Where a tensor lies in the average and in the raw model."""
+        path, _, attribute = name.rpartition(".")
+        mine, raw = self.model.get_submodule(path), self._raw.get_submodule(path)
+        return getattr(mine, kind), getattr(raw, kind), attribute
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after an optimizer step.
+
+        Args:
+            step: the number of the step just taken, from 0: the first ones count more (see `warmed_up`).
+        """
+        self._follow_device()
+        for raw, mine in self._quantizers:
+            if raw.scheme != mine.scheme or (raw.calibrated and not mine.calibrated):
+                # An average with NaN, or with the scale of another grid, would be none.
+                mine.load_state_dict(raw.state_dict())
+            for name in PYTHON_STATE:
+                setattr(mine, name, getattr(raw, name))
+        blend(*self._tensors(self._averaged), warmed_up(self.options.decay, step) if self._started else 0.0)
+        blend(*self._tensors(self._copied), 0.0)
+        self._started = True
+
+    def _follow_device(self) -> None:
+        tensors = self._averaged or self._copied
+        if tensors:
+            mine, raw, name = tensors[0]
+            if mine[name].device != raw[name].device:
+                self.model.to(raw[name].device)
+
+    @staticmethod
+    def _tensors(places: list[tuple[dict[str, Any], dict[str, Any], str]]) -> tuple[list[Tensor], list[Tensor]]:
+        return [mine[name] for mine, _, name in places], [raw[name].detach() for _, raw, name in places]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to go on bit for bit, the options being the same: "model", tensors by name;
+        "bits" of its quantizers by name; "started", whether any weights were taken in."""
+        bits = {name: quantizer.scheme.bits for name, quantizer in quantizers(self.model).items()}
+        return {"model": self.model.state_dict(), "bits": bits, "started": self._started}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that `state_dict` gave.
+
+        Raises:
+            CheckpointError: the state of another model; the message lists what differs.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"The average of the weights cannot be resumed: {error} It belongs to another model. Resume the run "
+                "with the options it was started with, or start anew."
+            ) from error
+        for name, quantizer in quantizers(self.model).items():
+            quantizer.scheme = dataclasses.replace(quantizer.scheme, bits=state["bits"][name])
+        self._started = state["started"]

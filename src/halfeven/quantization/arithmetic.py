@@ -1,0 +1,79 @@
+"""The arithmetic of uniform quantization, as pure functions on tensors.
+
+An integer is `clamp(round(x / scale) + zero_point, quant_min, quant_max)`, rounded to nearest with ties to even, and
+stands for `(integer - zero_point) * scale` ("A White Paper on Neural Network Quantization", arXiv 2106.08295, section
+2.2).
+"""
+
+import torch
+from torch import Tensor
+
+from halfeven.quantization.scheme import Scheme
+
+SIGNIFICAND_BITS = 16
+"""Scales keep this many significand bits, so that (scale, zero_point) -> (low, high) -> scale is lossless in
+float32."""
+
+SMALLEST_EXPONENT = -40
+SMALLEST_SCALE = 2.0**SMALLEST_EXPONENT
+"""No scale is smaller: products of two scales and their reciprocals stay normal float32 numbers."""
+
+
+def snap(scale: Tensor) -> Tensor:
+    """Round float32 scales to 16 significand bits (ties to even); the shape stays."""
+    dropped = 24 - SIGNIFICAND_BITS
+    bits = scale.detach().float().view(torch.int32)
+    half = (1 << (dropped - 1)) - 1
+    bits = (bits + half + ((bits >> dropped) & 1)) & ~((1 << dropped) - 1)
+    return bits.view(torch.float32)
+
+
+def scale_and_zero_point(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a float range; zero lies exactly on the grid, the zero point is an integer inside it.
+
+    A dead channel (an empty range at zero) takes the largest scale of its neighbours, or 1 / quant_max where all are
+    dead.
+
+    Args:
+        low, high: ends of the range, shape [] or [channels], float32; widened to contain 0.
+        scheme: the grid.
+
+    Returns:
+        scale (float32, snapped) and zero_point (int32), shaped like `low`.
+    """
+    low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
+    if scheme.symmetric:
+        largest = torch.maximum(-low, high) if scheme.signed else high
+        scale = largest / scheme.quant_max
+    else:
+        scale = (high - low) / (scheme.quant_max - scheme.quant_min)
+    alive = scale > SMALLEST_SCALE
+    fallback = torch.where(alive, scale, 0.0).amax()
+    fallback = torch.where(fallback > 0, fallback, 1.0 / scheme.quant_max)
+    scale = snap(torch.where(alive, scale, fallback))
+    if scheme.symmetric:
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+    zero_point = scheme.quant_min - torch.round(low / scale)
+    return scale, zero_point.clamp(scheme.quant_min, scheme.quant_max).to(torch.int32)
+
+
+def per_channel(values: Tensor, axis: int | None, ndim: int) -> Tensor:
+    """Shape per-channel values [channels] so that they broadcast over a tensor with `ndim` axes; scalars stay."""
+    if axis is None:
+        return values
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
+    """Integers of `x` on the scheme's grid, as float32 (exact up to 2^24), shaped like `x`."""
+    scale = per_channel(scale, scheme.axis, x.ndim)
+    zero_point = per_channel(zero_point, scheme.axis, x.ndim)
+    return torch.clamp(torch.round(x.float() / scale) + zero_point, scheme.quant_min, scheme.quant_max)
+
+
+def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
+    """Real values of integers: (integer - zero_point) * scale."""
+    scale = per_channel(scale, scheme.axis, integers.ndim)
+    return (integers - per_channel(zero_point, scheme.axis, integers.ndim)) * scale

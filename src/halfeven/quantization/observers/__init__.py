@@ -1,0 +1,65 @@
+"""Observers see the batches of a tensor and propose its range (white paper, section 3.1).
+
+An observer is given a tensor with the channels, or 1 where the tensor has one scale, on the first axis. All statistics
+accumulate over all batches and processes; the range is chosen once, at the end.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from halfeven.errors import ConfigError
+from halfeven.quantization.observers.cross_entropy import CrossEntropyObserver
+from halfeven.quantization.observers.histogram import (
+    BINS,
+    HistogramObserver,
+    entropy_range,
+    mse_range,
+    percentile_range,
+)
+from halfeven.quantization.observers.minmax import (
+    MinMaxObserver,
+    MovingAverageObserver,
+    Observer,
+    extremes,
+    finite_extremes,
+    rows,
+)
+from halfeven.quantization.scheme import Scheme
+
+__all__ = [
+    "BINS",
+    "LOGITS",
+    "OBSERVERS",
+    "CrossEntropyObserver",
+    "HistogramObserver",
+    "Observer",
+    "entropy_range",
+    "extremes",
+    "finite_extremes",
+    "make_observer",
+    "mse_range",
+    "percentile_range",
+    "rows",
+]
+
+OBSERVERS: dict[str, Callable[[Scheme], Observer]] = {
+    "minmax": MinMaxObserver,
+    "moving_average": MovingAverageObserver,
+    "percentile": lambda scheme: HistogramObserver(scheme, percentile_range),
+    "mse": lambda scheme: HistogramObserver(scheme, mse_range),
+    "lp": lambda scheme: HistogramObserver(scheme, partial(mse_range, power=2.4)),
+    "entropy": lambda scheme: HistogramObserver(scheme, entropy_range),
+    "cross_entropy": CrossEntropyObserver,
+}
+"""Range estimators by their names in options. "lp" is "mse" with the power 2.4 of BRECQ (arXiv 2102.05426) and QDrop
+(arXiv 2203.05740), which clips less."""
+
+LOGITS = "cross_entropy"
+"""The estimator that looks at a tensor's values as the logits of classes: of no other tensor they are."""
+
+
+def make_observer(name: str, scheme: Scheme) -> Observer:
+    """An observer by its name; raises ConfigError for a name that does not exist."""
+    if name not in OBSERVERS:
+        raise ConfigError(f'There is no observer "{name}". Choose one of {", ".join(OBSERVERS)}.')
+    return OBSERVERS[name](scheme)

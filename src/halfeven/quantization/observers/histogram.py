@@ -1,0 +1,196 @@
+"""Observers that keep a histogram of everything seen, and the ranges that can be read from it."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from halfeven.quantization.arithmetic import scale_and_zero_point
+from halfeven.quantization.compile import fused
+from halfeven.quantization.observers.minmax import all_reduce, finite_extremes, rows, seen
+from halfeven.quantization.observers.search import CANDIDATES, best, by_parts, least_error
+from halfeven.quantization.scheme import Scheme
+
+BINS = 4096
+
+SMALLEST_EXPONENT = -126
+"""Of the width of a bin: its reciprocal is a float32 number too."""
+
+AT_ONCE = 2**20
+"""Numbers that a search over candidate ranges holds at a time: few enough for a processor's cache."""
+
+
+class HistogramObserver:
+    """A histogram of everything seen, from which `select` chooses the range.
+
+    Bins are a power of two wide and their edges are multiples of it, so that doubling the width merges pairs of bins
+    exactly: the histogram is that of all values at once, whatever the order and size of the batches and the process
+    that saw them.
+    """
+
+    def __init__(self, scheme: Scheme, select: Callable[["HistogramObserver"], tuple[Tensor, Tensor]]) -> None:
+        self.scheme = scheme
+        self.select = select
+        self.counts = torch.empty(0)
+        self.first = torch.empty(0, dtype=torch.int64)  # the first bin starts at first * width, [rows]
+        self.exponent = torch.empty(0, dtype=torch.int64)  # of the width, [rows]
+        self.smallest = torch.empty(0)
+        self.largest = torch.empty(0)
+
+    def update(self, values: Tensor) -> None:
+        low, high = finite_extremes(values)
+        if self.counts.numel():
+            low, high = torch.minimum(self.smallest, low), torch.maximum(self.largest, high)
+        first, exponent = _bins(low, high)
+        if self.counts.numel():
+            self._widen(first, exponent)
+        else:
+            self.counts = torch.zeros(len(low), BINS, dtype=torch.float64, device=low.device)
+        self.first, self.exponent, self.smallest, self.largest = first, exponent, low, high
+        # A power of two and indices below 2^24: exact in float32.
+        bins = (torch.floor(rows(values) * _power_of_two(-exponent)[:, None]) - first[:, None]).long()
+        bins += torch.arange(len(bins), device=bins.device)[:, None] * BINS
+        self.counts += torch.bincount(bins.flatten(), minlength=self.counts.numel()).view_as(self.counts)
+
+    def _widen(self, first: Tensor, exponent: Tensor) -> None:
+        old = self.first[:, None] + torch.arange(BINS, device=first.device)
+        new = (old >> (exponent - self.exponent).clamp(max=62)[:, None]) - first[:, None]
+        # Only bins that were empty fall outside of the new ones.
+        self.counts = torch.zeros_like(self.counts).scatter_add_(1, new.clamp(0, BINS - 1), self.counts)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        if not self.counts.numel():
+            seen(None)
+        self.counts = all_reduce(self.counts, dist.ReduceOp.SUM)
+        return self.select(self)
+
+    @property
+    def width(self) -> Tensor:
+        """Of a bin, [rows]."""
+        return _power_of_two(self.exponent)
+
+    @property
+    def low(self) -> Tensor:
+        """Left edge of the first bin, [rows]."""
+        return self.first * self.width
+
+    @property
+    def centers(self) -> Tensor:
+        """Middles of the bins, [rows, bins]."""
+        steps = torch.arange(BINS, device=self.width.device) + 0.5
+        return self.low[:, None] + steps * self.width[:, None]
+
+
+def _bins(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """First bin, and exponent of the width, of the narrowest bins that hold a range; not finer than float32."""
+    largest = torch.maximum(-low, high)
+    exponent = torch.where(high > low, torch.frexp((high - low) / BINS).exponent, SMALLEST_EXPONENT).long()
+    finest = torch.where(largest > 0, torch.frexp(largest).exponent - 24, SMALLEST_EXPONENT).long()
+    exponent = torch.maximum(exponent, finest).clamp(min=SMALLEST_EXPONENT)
+    first, last = (torch.floor(end * _power_of_two(-exponent)) for end in (low, high))
+    exponent += last - first >= BINS
+    return torch.floor(low * _power_of_two(-exponent)).long(), exponent
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent).float()
+
+
+def percentile_range(histogram: HistogramObserver, percentile: float = 99.99) -> tuple[Tensor, Tensor]:
+    """The range that leaves out (100 - percentile)/2 percent of the values at each end of two-sided data.
+
+    One-sided data (no negative, or no positive value) keeps its end at zero and gives up all at the other.
+    """
+    cumulative = histogram.counts.cumsum(1)
+    total = cumulative[:, -1:]
+    tail = (100 - percentile) / 100
+    two_sided = (histogram.smallest < 0) & (histogram.largest > 0)
+    share = torch.where(two_sided, tail / 2, tail)[:, None]
+    first = torch.searchsorted(cumulative, share * total, right=True).clamp(max=BINS - 1)[:, 0]
+    last = torch.searchsorted(cumulative, (1 - share) * total).clamp(max=BINS - 1)[:, 0]
+    low = histogram.low + first * histogram.width
+    high = histogram.low + (last + 1) * histogram.width
+    return torch.maximum(low, histogram.smallest), torch.minimum(high, histogram.largest)
+
+
+def mse_range(histogram: HistogramObserver, power: float = 2.0) -> tuple[Tensor, Tensor]:
+    """The range with the least error sum |x - fake_quantize(x)|^power over all values seen (white paper, equation 16).
+
+    A higher power gives the large errors of clipping more weight against the small ones of rounding.
+    """
+    scheme = dataclasses.replace(histogram.scheme, axis=0)
+    centers, counts = _occupied(histogram)
+
+    def errors(lows: Tensor, highs: Tensor) -> Tensor:
+        scale, zero_point = scale_and_zero_point(lows.flatten(), highs.flatten(), scheme)
+        grids = scale.view(*lows.shape, 1), zero_point.view(*lows.shape, 1)
+        found: Tensor = fused(_errors)(centers, counts, *grids, scheme.quant_min, scheme.quant_max, power)
+        return found
+
+    bounded = by_parts(errors, max(1, AT_ONCE // counts.numel()))
+    return least_error(bounded, histogram.smallest, histogram.largest, scheme.symmetric)
+
+
+def _errors(x: Tensor, counts: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, power: float) -> Tensor:
+    """Sum of |x - fake_quantize(x)|^power over bins, [candidates, rows], in one pass; in place where none is compiled.
+
+    Args:
+        x, counts: values of the bins and how often they were seen, [rows, bins].
+        scale, zero_point: of the candidates, [candidates, rows, 1].
+    """
+    integers = (x / scale).round_().add_(zero_point).clamp_(low, high)
+    distance = integers.sub_(zero_point).mul_(scale).sub_(x).abs_()
+    return distance.pow_(power).double().mul_(counts).sum(-1)
+
+
+def _occupied(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
+    """Centers and counts of the bins that are not empty, [rows, the most that a row has]: a filter has few weights."""
+    row, bin_ = (histogram.counts > 0).nonzero(as_tuple=True)
+    each = torch.bincount(row, minlength=len(histogram.counts))
+    place = torch.arange(len(row), device=row.device) - (each.cumsum(0) - each)[row]
+    shape = len(each), int(each.amax())
+    centers, counts = histogram.width.new_zeros(shape), histogram.counts.new_zeros(shape)
+    centers[row, place] = histogram.low[row] + (bin_ + 0.5) * histogram.width[row]
+    counts[row, place] = histogram.counts[row, bin_]
+    return centers, counts
+
+
+def entropy_range(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
+    """The range whose quantized distribution has the least Kullback-Leibler divergence from the clipped one seen.
+
+    The clipped reference puts its tails into the outermost bins; the quantized distribution spreads the mass of each of
+    the grid's levels evenly over the bins that were not empty (Migacz, "8-bit inference with TensorRT", GTC 2017).
+    """
+    scheme = dataclasses.replace(histogram.scheme, axis=0)
+
+    def divergences(lows: Tensor, highs: Tensor) -> Tensor:
+        scale, zero_point = scale_and_zero_point(lows.flatten(), highs.flatten(), scheme)
+        level = torch.round(histogram.centers.repeat(len(lows), 1) / scale[:, None]) + zero_point[:, None]
+        inside = (level >= scheme.quant_min) & (level <= scheme.quant_max)
+        level = level.clamp_(scheme.quant_min, scheme.quant_max).long() - scheme.quant_min
+        return _divergence(histogram.counts.repeat(len(lows), 1), level, inside, scheme.levels).view_as(lows)
+
+    fractions = torch.linspace(1.0, 0.1, CANDIDATES, device=histogram.smallest.device)[:, None]
+    bounded = by_parts(divergences, max(1, AT_ONCE // histogram.counts.numel()))
+    return best(bounded, histogram.smallest * fractions, histogram.largest * fractions)
+
+
+def _divergence(counts: Tensor, level: Tensor, inside: Tensor, levels: int) -> Tensor:
+    """Kullback-Leibler divergence of each row, [rows]; infinite where no bin is inside."""
+    first = inside.int().argmax(1, keepdim=True)
+    last = counts.shape[1] - 1 - inside.flip(1).int().argmax(1, keepdim=True)
+    position = torch.arange(counts.shape[1], device=counts.device)
+    reference = torch.where(inside, counts, 0.0)
+    reference.scatter_add_(1, first, torch.where(position < first, counts, 0.0).sum(1, keepdim=True))
+    reference.scatter_add_(1, last, torch.where(position > last, counts, 0.0).sum(1, keepdim=True))
+    occupied = (inside & (counts > 0)).to(counts.dtype)
+    empty = torch.zeros(len(counts), levels, dtype=counts.dtype, device=counts.device)
+    mass = empty.scatter_add(1, level, occupied * counts)
+    bins = empty.scatter_add(1, level, occupied)
+    quantized = occupied * mass.gather(1, level) / bins.gather(1, level).clamp(min=1)
+    p = reference / reference.sum(1, keepdim=True)
+    # A bin that only clipping filled has no mass in the quantized distribution: a small floor keeps its price finite.
+    q = (quantized / quantized.sum(1, keepdim=True).clamp(min=1)).clamp(min=1e-12)
+    return torch.where(inside.any(1), (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(1), torch.inf)

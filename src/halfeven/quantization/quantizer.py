@@ -1,0 +1,312 @@
+"""The quantizer: a module that fake-quantizes one tensor, with an observed or a learned range."""
+
+import enum
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from halfeven.errors import CalibrationError
+from halfeven.quantization.arithmetic import scale_and_zero_point
+from halfeven.quantization.compile import fused
+from halfeven.quantization.fake_quantize import UNCLIPPED, Clip, Domain, effective_scale, fake_quantize, stored_scale
+from halfeven.quantization.observers import Observer, extremes, finite_extremes, make_observer, rows
+from halfeven.quantization.scheme import Scheme
+
+RANGE_MOMENTUM = 0.01
+"""Weight of a training batch in the moving average of an observed activation range (the seed recipe's constant)."""
+
+
+Ranges = Literal["observed", "learned", "clipped", "calibrated"]
+"""What sets the range of a quantizer in training: the data; the loss, by LSQ or by PACT; or nothing any more."""
+
+FIXED = 2
+"""Value of the buffer `observing` for a range that nothing moves any more, calibration included."""
+
+
+class Mode(enum.Enum):
+    """What a quantizer does with its tensor."""
+
+    QUANTIZE = "quantize"
+    FLOAT = "float"
+    CALIBRATE = "calibrate"
+
+
+class Quantizer(nn.Module):
+    """Fake-quantizes one tensor.
+
+    An observed range follows the data while `observing`: of a weight with observer "minmax" it is that of the present
+    weight, of an activation the moving average over training batches. It never moves in `eval()`. A learned range is
+    the parameter `scale` (LSQ) and, with `learns_zero_point`, the parameter `zero_point` (LSQ+), which is used as an
+    integer of the grid. A calibrated range stays as calibration set it.
+
+    State, with final shapes from the start ([] or [channels]): `scale` (buffer, or parameter when learned, stored as
+    `domain` says), `zero_point` (int32 buffer, or float32 parameter when learned), `observing` (uint8: 0 no, 1 yes, 2
+    fixed for good), and for observed activations `low`, `high`. `scale` is NaN until a range is set.
+
+    Args:
+        scheme: the integer grid and its granularity.
+        channels: size of the scheme's axis; None for one scale per tensor.
+        observer: estimator that calibration uses, a name of `halfeven.quantization.observers.OBSERVERS`.
+        ranges: what sets the range in training.
+        domain: what a learned scale is stored as: itself, or its binary logarithm.
+        learns_zero_point: whether the zero point of an asymmetric grid is learned too.
+        weight: whether the tensor is a weight, which is at hand at every step and needs no moving average.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    observing: Tensor
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        *,
+        channels: int | None = None,
+        observer: str = "minmax",
+        ranges: Ranges = "observed",
+        domain: Domain = "linear",
+        learns_zero_point: bool = False,
+        weight: bool = False,
+    ) -> None:
+        super().__init__()
+        shape = () if channels is None else (channels,)
+        learned = ranges in ("learned", "clipped")
+        self.scheme, self.observer_name, self.learned, self.weight = scheme, observer, learned, weight
+        self.domain: Domain = domain
+        self.ranges: Ranges = ranges
+        self.name = ""
+        self.mode = Mode.QUANTIZE
+        self.observer: Observer | None = None
+        self.calibrated = False
+        self.keeps = False
+        self.kept: Tensor | None = None
+        unset = torch.full(shape, float("nan"))
+        if learned:
+            self.scale = nn.Parameter(unset)
+        else:
+            self.register_buffer("scale", unset)
+        if learned and learns_zero_point and not scheme.symmetric:
+            self.zero_point = nn.Parameter(torch.zeros(shape))
+        else:
+            self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        self.calibrates = True
+        self.follows = ranges == "observed" and (not weight or observer == "minmax")
+        self.register_buffer("observing", torch.tensor(self.follows, dtype=torch.uint8))
+        self._observing = self.follows  # the buffer's value, readable without waiting for a device
+        if not learned and not weight:
+            self.register_buffer("low", unset.clone())
+            self.register_buffer("high", unset.clone())
+
+    def forward(self, x: Tensor, clip: Clip = UNCLIPPED) -> Tensor:
+        """Fake-quantize `x`, clipped before where an activation was fused into the quantizer; shape and dtype stay.
+
+        Raises:
+            CalibrationError: no range has been set.
+        """
+        if clip != UNCLIPPED and (self.mode is not Mode.QUANTIZE or (self._observing and self.training)):
+            x, clip = torch.clamp(x, *clip), UNCLIPPED  # what looks at the tensor must see it as it is quantized
+        if self.mode is Mode.FLOAT or (self.mode is Mode.CALIBRATE and not self._calibrate(x)):
+            return x
+        if self._observing and self.weight:
+            scale, zero_point = self._present_range(x)
+            if self.training:
+                self._store(scale, zero_point)
+            return self._once(x, lambda known: fake_quantize(x, scale, zero_point, self.scheme, known=known))
+        follows = self._observing and self.training
+        if follows:
+            self._follow(x)
+        if not self.calibrated:
+            raise CalibrationError(
+                f"The quantizer {self.name or '(unnamed)'} has no range yet, so its integers mean nothing. "
+                "Run halfeven.calibrate(qmodel, loader) first, or load a checkpoint."
+            )
+        factor, domain = (self._gradient_factor(x), self.domain) if self.learned else (1.0, None)
+        rounding = self.ranges != "clipped"
+        # A quantizer of several tensors moves its range at each of them, which the backward pass of the others must
+        # not see.
+        scale, zero_point = (t.clone() if follows else t for t in (self.scale, self.zero_point))
+        return self._once(
+            x,
+            lambda known: fake_quantize(
+                x, scale, zero_point, self.scheme, factor,
+                domain=domain, clip=clip, rounding_gradient=rounding, known=known,
+            ),
+        )  # fmt: skip
+
+    def _once(self, x: Tensor, quantized: Callable[[Tensor | None], Tensor]) -> Tensor:
+        """The result of fake-quantization, from before where weights are quantized once."""
+        result = quantized(self.kept)
+        if self.keeps and isinstance(x, nn.Parameter):  # one that is computed from others is another in every call
+            self.kept = result.detach()
+        return result
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Set scale and zero point from a float range, each end of shape [], [1] or [channels]."""
+        low, high = low.reshape(self.scale.shape), high.reshape(self.scale.shape)
+        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+            raise CalibrationError(
+                f"The range of {self.name or 'a quantizer'} is not finite (low {low.tolist()}, high "
+                f"{high.tolist()}), so no "
+                "scale can be made of it. Look for NaN or infinity in the weights and in the calibration data."
+            )
+        if not self.learned and not self.weight:
+            self.low.copy_(low)
+            self.high.copy_(high)
+        self._store(*scale_and_zero_point(low, high, self.scheme))
+
+    @torch.no_grad()
+    def _store(self, scale: Tensor, zero_point: Tensor) -> None:
+        self.scale.copy_(stored_scale(scale, self.domain) if self.learned else scale)
+        self.zero_point.copy_(zero_point)
+        self.calibrated = True
+
+    def set_observing(self, on: bool) -> None:
+        """Whether training batches move an observed range; a range that is learned or chosen once never moves."""
+        self._observing = on and self.follows
+        self.observing.fill_(self._observing if self.calibrates else FIXED)
+
+    def _fix(self) -> None:
+        self.follows = self.calibrates = False
+        self.set_observing(False)
+
+    def fix_range(self, bounds: tuple[float, float] | None) -> None:
+        """Keep a range that is known beforehand, as that of a softmax is; None does nothing."""
+        if bounds is not None:
+            self.set_range(*(torch.full_like(self.scale, bound) for bound in bounds))
+            self._fix()
+
+    def fix_scale(self, scale: Tensor) -> None:
+        """Keep a scale for good, the zero point staying: neither data nor a later calibration moves it."""
+        if not self.learned and not self.weight:
+            low = -self.scheme.quant_max if self.scheme.symmetric and self.scheme.signed else self.scheme.quant_min
+            self.low.copy_((low - self.zero_point) * scale)
+            self.high.copy_((self.scheme.quant_max - self.zero_point) * scale)
+        self._store(scale.reshape(self.scale.shape), self.zero_point)
+        self._fix()
+
+    def used_scale(self, x: Tensor) -> Tensor:
+        """The scale that `forward` uses for `x`, without its gradient."""
+        with torch.no_grad():
+            if self._observing and self.weight:
+                return self._present_range(x)[0]
+            return effective_scale(self.scale, self.domain) if self.learned else self.scale
+
+    def used_zero_point(self) -> Tensor:
+        """The zero point that `forward` uses, int32."""
+        if not self.zero_point.is_floating_point():
+            return self.zero_point
+        bounds = self.scheme.quant_min, self.scheme.quant_max
+        return torch.clamp(torch.round(self.zero_point.detach()), *bounds).to(torch.int32)
+
+    def start_calibration(self) -> None:
+        """Pass the tensor through unchanged and collect its statistics until `finish_calibration`."""
+        self.mode, self.observer = Mode.CALIBRATE, make_observer(self.observer_name, self.scheme)
+        self.calibrated = self.calibrated and not self.weight  # a weight is seen once, and anew each time
+
+    def finish_calibration(self) -> None:
+        """Set the range from what was seen; raises CalibrationError, naming the tensor, when nothing was."""
+        observer, self.mode, self.observer = self.observer, Mode.QUANTIZE, None
+        assert observer is not None
+        with self._named():
+            self.set_range(*observer.range())
+
+    def _calibrate(self, x: Tensor) -> bool:
+        """Collect statistics; whether the tensor may be quantized already (a weight, whose range is known at once)."""
+        assert self.observer is not None
+        if self.weight and self.calibrated:
+            return True
+        with self._named():
+            self.observer.update(self._channels_first(x))
+            if self.weight:
+                self.set_range(*self.observer.range())
+        return self.weight
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        with self._named():
+            low, high = finite_extremes(self._channels_first(x))
+        low, high = low.reshape(self.low.shape), high.reshape(self.high.shape)
+        # The first batch sets the range: blending it with nothing would leave NaN.
+        self.low.copy_(torch.lerp(self.low, low, RANGE_MOMENTUM) if self.calibrated else low)
+        self.high.copy_(torch.lerp(self.high, high, RANGE_MOMENTUM) if self.calibrated else high)
+        self._store(*scale_and_zero_point(self.low, self.high, self.scheme))
+
+    def _present_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale, zero_point = fused(_range_of)(rows(self._channels_first(x)), self.scheme)
+        return scale.reshape(self.scale.shape), zero_point.reshape(self.scale.shape)
+
+    def _gradient_factor(self, x: Tensor) -> float:
+        """LSQ's 1 / sqrt(N * quant_max); N is the weights that share a scale, or the features of one sample."""
+        sharing = self.scale.numel() if self.weight else x.shape[0]
+        elements = x.numel() // max(sharing, 1)
+        return float((max(elements, 1) * self.scheme.quant_max) ** -0.5)
+
+    def _channels_first(self, x: Tensor) -> Tensor:
+        """[channels, ...], or [1, ...] for one scale: what observers take."""
+        return x.detach()[None] if self.scheme.axis is None else x.detach().movedim(self.scheme.axis, 0)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except CalibrationError as error:
+            where = (
+                "float model's weights" if self.weight else "calibration data and at the float model's outputs on it"
+            )
+            raise CalibrationError(
+                f"No range can be set for {self.name or 'a tensor'}: {error}. A scale made of it would spoil every "
+                f"result. Look at the {where}."
+            ) from error
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.calibrated = bool(torch.isfinite(self.scale).all())
+        self._observing = bool(self.observing == 1)
+        if bool(self.observing == FIXED):
+            self.follows = self.calibrates = False
+
+    def extra_repr(self) -> str:
+        return f"{self.scheme}, {'learned' if self.learned else self.observer_name}"
+
+
+def _range_of(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that hold all values of each row of [channels, elements]."""
+    return scale_and_zero_point(*extremes(values), scheme)
+
+
+def quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """All quantizers of a model by the names of their modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
+
+
+def set_observing(model: nn.Module, on: bool) -> None:
+    """Let training batches move the observed ranges of a model, or keep them as they are."""
+    for quantizer in quantizers(model).values():
+        quantizer.set_observing(on)
+
+
+@contextmanager
+def weights_quantized_once(model: nn.Module) -> Iterator[None]:
+    """Within, every weight is quantized at its first use and kept: for the batches of one step, or an evaluation.
+
+    Gradients are those of quantizing it each time. Weights and scales must not change meanwhile.
+    """
+    found = [q for q in quantizers(model).values() if q.weight]
+    for quantizer in found:
+        quantizer.keeps = True
+    try:
+        yield
+    finally:
+        for quantizer in found:
+            quantizer.keeps, quantizer.kept = False, None
+
+
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Put all quantizers of a model in one mode, for example `Mode.FLOAT` to see the model without quantization."""
+    for quantizer in quantizers(model).values():
+        quantizer.mode = mode

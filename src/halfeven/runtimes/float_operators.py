@@ -1,0 +1,123 @@
+"""Operators that a runtime computes in float, asked of the runtime itself.
+
+The last bits of a softmax, a GELU or a normalization are those of one version's kernel on one processor. Where a
+quantizer reads them, one such bit moves an integer now and then, and everything behind it. An exact simulation
+therefore does not guess: the runtime computes such an operator, on the numbers that were simulated before it.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from halfeven.deployment.exported_program import exported_program
+from halfeven.graph.operators import OperatorKind, clipping, is_float_tensor, kind_of, module_of
+
+aten = torch.ops.aten
+K = OperatorKind
+
+ASKED_KINDS = frozenset((K.NORMALIZATION, K.BATCH_NORM, K.SOFTMAX, K.INTERPOLATION, K.AVERAGE, K.MATMUL))
+"""Kinds whose result depends on how a kernel orders its operations."""
+
+ASKED_FUNCTIONS = frozenset(
+    (
+        *(aten.exp.default, aten.expm1.default, aten.log.default, aten.log1p.default, aten.erf.default),
+        *(aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.sin.default, aten.cos.default, aten.rms_norm.default),
+        *(aten.sum.dim_IntList, aten.var.correction, aten.linalg_vector_norm.default, aten.logsumexp.default),
+    )
+)
+"""Functions without a kind of their own of which the same is true."""
+
+ROUNDED_ONCE = frozenset((aten.relu.default, aten.leaky_relu.default, aten.prelu.default))
+"""Activations of which IEEE 754 leaves nothing open."""
+
+Function = Callable[[Sequence[Tensor], Mapping[str, Tensor]], Tensor]
+"""From inputs, and constants by name, to a result."""
+
+
+def is_asked(node: fx.Node) -> bool:
+    """Whether the result of an operator, computed of float tensors, is the runtime's own in its last bits."""
+    kind, operands = kind_of(node), [operand for operand in node.all_input_nodes if operand.op != "get_attr"]
+    if not is_float_tensor(node) or not any(map(is_float_tensor, operands)):
+        return False
+    if kind is K.ACTIVATION:
+        return clipping(node) is None and node.target not in ROUNDED_ONCE
+    return kind in ASKED_KINDS or node.target in ASKED_FUNCTIONS
+
+
+class FloatOperators:
+    """The operators that a runtime is asked for.
+
+    Args:
+        function_of: makes a function that the runtime computes of a program.
+        constants_are_inputs: whether such a function can be given other constants than its program had. Operators that
+            differ in nothing else then share one, as those that differ in nothing always do.
+    """
+
+    def __init__(
+        self, function_of: Callable[[torch.export.ExportedProgram], Function], *, constants_are_inputs: bool = False
+    ) -> None:
+        self.function_of = function_of
+        self.constants_are_inputs = constants_are_inputs
+        self.functions: dict[object, Function] = {}
+        self.modules: dict[object, tuple[fx.GraphModule, object]] = {}
+
+    def compute(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> Tensor:
+        """What the runtime makes of operators one behind the other, as one file: the result of the last.
+
+        Args:
+            nodes: operators in their order.
+            values: of all that they read; numbers, and constants of the model, are part of the file.
+        """
+        read = [value.contiguous() for node, value in values.items() if _is_input(node, value)]
+        numbers = repr([value for value in values.values() if not isinstance(value, Tensor)])
+        if (nodes[-1], numbers) not in self.modules:
+            module, description = _alone(nodes, values)
+            constants = b"" if self.constants_are_inputs else _values(module.state_dict())
+            self.modules[nodes[-1], numbers] = module, (description, constants)
+        module, computed = self.modules[nodes[-1], numbers]
+        shape, shapes = read[0].shape, tuple(tuple(x.shape) for x in read)
+        elementwise = len(read) == len(nodes) == 1 and kind_of(nodes[0]) is K.ACTIVATION and shape.numel() > 1
+        if elementwise:  # one function for all shapes
+            read, shapes = [read[0].flatten()], ()
+        key = (computed, shapes)
+        if key not in self.functions:
+            self.functions[key] = self.function_of(exported_program(module, tuple(read), {}))
+        result = self.functions[key](read, module.state_dict())
+        return result.reshape(shape) if elementwise else result
+
+
+def _alone(nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> tuple[fx.GraphModule, str]:
+    """The operators as a module of their own, and what it has in common with that of others that compute the same:
+    all but the values of its constants."""
+    graph, parts = fx.Graph(), dict[str, Any]()
+    made: dict[fx.Node, Any] = {}
+    for node, value in values.items():
+        if _is_input(node, value):
+            made[node] = graph.placeholder(f"input_{len(made)}")
+        elif isinstance(value, Tensor):
+            parts[name := f"constant_{len(parts)}"] = nn.Buffer(value)
+            made[node] = graph.get_attr(name)
+        else:
+            made[node] = value
+    for index, node in enumerate(nodes):
+        target = node.target
+        if node.op == "call_module":
+            parts[target := f"module_{len(parts)}"] = module_of(node)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), made.__getitem__)
+        made[node] = graph.create_node(node.op, target, args, kwargs, f"operator_{index}")
+    graph.output(made[nodes[-1]])
+    module = fx.GraphModule(parts, graph).eval()
+    kept = [f"{name}: {part if isinstance(part, nn.Module) else tuple(part.shape)}" for name, part in parts.items()]
+    return module, "\n".join((module.code, *kept))
+
+
+def _values(constants: Mapping[str, Tensor]) -> bytes:
+    """What tells the values of constants from others."""
+    return hashlib.sha256(b"".join(x.detach().numpy().tobytes() for x in constants.values())).digest()
+
+
+def _is_input(node: fx.Node, value: Any) -> bool:
+    return isinstance(value, Tensor) and node.op != "get_attr"

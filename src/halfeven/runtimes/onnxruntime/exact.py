@@ -1,0 +1,312 @@
+"""ONNX Runtime's integer arithmetic on x86 CPUs, operator by operator.
+
+The formulas of its kernels (MLAS, QLinear operators) were found by experiment on each operator and are checked against
+the runtime by the tests. A number that a quantizer reads is requantized where the kernel ends in one, and quantized by
+QuantizeLinear where it computes in float. What it computes in float it is asked for (`float_operators`).
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from halfeven.deployment.forms import integer_bias
+from halfeven.deployment.quantize_op import ExportedQuantizer
+from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, kind_of, module_of
+from halfeven.graph.rebuild import CapturedModule
+from halfeven.runtimes.float_operators import FloatOperators, is_asked
+from halfeven.runtimes.integer_layers import IntegerLayer
+from halfeven.runtimes.onnxruntime.session import function_of, softmax_of_integers
+from halfeven.runtimes.simulation import Simulation
+
+aten = torch.ops.aten
+K = OperatorKind
+POOLS = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A quantizer as the runtime has it."""
+
+    scale: Tensor
+    zero_point: Tensor
+    low: int
+    high: int
+    first: int
+    """Smallest integer of its type."""
+
+    @staticmethod
+    def of(quantizer: ExportedQuantizer) -> "Grid":
+        first = -128 if quantizer.signed else 0
+        return Grid(quantizer.scale, quantizer.zero_point.float(), quantizer.quant_min, quantizer.quant_max, first)
+
+    def clipped(self, integers: Tensor) -> Tensor:
+        return integers.clamp(self.low, self.high)
+
+    def quantized(self, x: Tensor) -> Tensor:
+        """QuantizeLinear: a division, then rounding, then the zero point."""
+        return self.clipped(torch.round(x / self.scale) + self.zero_point)
+
+    def requantized(self, sums: Tensor, unit: Tensor) -> Tensor:
+        """The end of an integer kernel, given float32 sums in units of a scale: a product, then rounding, then the zero
+        point."""
+        return self.clipped(torch.round(sums * (unit / self.scale)) + self.zero_point)
+
+
+class Special(Protocol):
+    """What is known of a tensor beyond its real values."""
+
+    def real(self) -> Tensor: ...
+
+    def integers(self, grid: Grid) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Integers:
+    """A tensor on a quantizer's grid."""
+
+    values: Tensor
+    grid: Grid
+
+    @property
+    def levels(self) -> Tensor:
+        return self.values - self.grid.first
+
+    def real(self) -> Tensor:
+        return (self.values - self.grid.zero_point) * self.grid.scale
+
+    def integers(self, grid: Grid) -> Tensor:
+        if torch.equal(grid.scale, self.grid.scale) and torch.equal(grid.zero_point, self.grid.zero_point):
+            return grid.clipped(self.values)
+        return grid.quantized(self.real())
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Exact sums of integer products, rounded to float32, and the scale that they are in units of."""
+
+    values: Tensor
+    unit: Tensor
+
+    def real(self) -> Tensor:
+        return self.values * self.unit
+
+    def integers(self, grid: Grid) -> Tensor:
+        return grid.requantized(self.values, self.unit)
+
+
+@dataclass(frozen=True, eq=False)
+class Combined:
+    """Two tensors of integers added or multiplied: QLinearAdd, QLinearMul add the zero point before they round."""
+
+    a: Integers
+    b: Integers
+    kind: OperatorKind
+    sign: float = 1.0
+
+    def real(self) -> Tensor:
+        if self.kind is K.MULTIPLY:
+            return self.a.real() * self.b.real()
+        return self.a.real() + self.sign * self.b.real()
+
+    def integers(self, grid: Grid) -> Tensor:
+        if self.sign != 1.0:
+            return grid.quantized(self.real())  # there is no QLinearSub
+        a, b = self.a.grid, self.b.grid
+        if self.kind is K.MULTIPLY:
+            product = (self.a.values - a.zero_point) * (self.b.values - b.zero_point)
+            return grid.clipped(torch.round(_fma(product, a.scale * b.scale / grid.scale, grid.zero_point)))
+        k_a, k_b = a.scale / grid.scale, b.scale / grid.scale
+        fixed = grid.zero_point - _fma(k_a, a.zero_point, k_b * b.zero_point)
+        return grid.clipped(torch.round(_fma(self.a.values, k_a, _fma(self.b.values, k_b, fixed))))
+
+
+@dataclass(frozen=True, eq=False)
+class Mean:
+    """The mean of a tensor of integers over all positions."""
+
+    sums: Tensor
+    count: int
+    grid: Grid
+
+    def real(self) -> Tensor:
+        return self.sums / self.count * self.grid.scale
+
+    def integers(self, grid: Grid) -> Tensor:
+        factor = self.grid.scale / (grid.scale * self.count)
+        return grid.clipped(torch.round(self.sums * factor) + grid.zero_point)
+
+
+@dataclass(frozen=True, eq=False)
+class Pooled:
+    """Averages over windows of a tensor of integers: QLinearAveragePool adds the zero point before it rounds."""
+
+    values: Tensor
+
+    def real(self) -> Tensor:
+        return self.values
+
+    def integers(self, grid: Grid) -> Tensor:
+        return grid.clipped(torch.round(self.values / grid.scale + grid.zero_point))
+
+
+@dataclass(frozen=True, eq=False)
+class Added:
+    """A sum in float: a normalization that reads it becomes one kernel with it."""
+
+    a: Tensor
+    b: Tensor
+
+    def real(self) -> Tensor:
+        return self.a + self.b
+
+    def integers(self, grid: Grid) -> Tensor:
+        return grid.quantized(self.real())
+
+
+def _normalized_alone(node: fx.Node) -> bool:
+    """Whether a sum of two tensors is read by a normalization and by nothing else."""
+    if node.target is not aten.add.Tensor or len(node.all_input_nodes) != 2:
+        return False
+    return [kind_of(user) for user in node.users] == [K.NORMALIZATION]
+
+
+def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c, rounded to float32 once."""
+    return (a.double() * b.double() + c.double()).float()
+
+
+class ONNXRuntimeInterpreter(fx.Interpreter):
+    """Computes a region as the runtime does; the integers of each quantizer go to `simulation`."""
+
+    def __init__(self, region: CapturedModule, simulation: Simulation) -> None:
+        super().__init__(region)
+        self.simulation = simulation
+        self.layers: dict[fx.Node, IntegerLayer] = {}
+        self.float_operators = FloatOperators(function_of, constants_are_inputs=True)
+
+    def run_node(self, n: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.op in ("placeholder", "get_attr"):
+            return super().run_node(n)
+        if n.op == "output":
+            return pytree.tree_map(_real, args[0], is_leaf=_is_special)
+        if n.op == "call_module" and isinstance(quantizer := module_of(n), ExportedQuantizer):
+            return self._quantize(quantizer, args[0])
+        special = self._special(n, args, kwargs)
+        if special is not None:
+            return special
+        if is_asked(n):
+            return self._asked(n)
+        args, kwargs = pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special)
+        if _normalized_alone(n) and not kwargs and all(isinstance(a, Tensor) for a in args):
+            return Added(*args)
+        return getattr(super(), n.op)(n.target, args, kwargs)
+
+    def _asked(self, n: fx.Node) -> Tensor:
+        source, nodes = n.all_input_nodes[0], [n]
+        values = {operand: _real(self.env[operand]) for operand in n.all_input_nodes if operand is not source}
+        if isinstance(read := self.env[source], Added):
+            nodes = [source, n]
+            values |= zip(source.all_input_nodes, (read.a, read.b), strict=True)
+        else:
+            values[source] = _real(read)
+        return self.float_operators.compute(nodes, values)
+
+    def _special(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
+        """What an operator makes of integers, where it has an integer kernel; else None."""
+        kind = kind_of(n)
+        if n.target is torch.ops.halfeven.global_average_pool.default and isinstance(args[0], Integers):
+            return _mean(args[0])
+        if n.target in POOLS and isinstance(args[0], Integers):
+            return Pooled(getattr(super(), n.op)(n.target, (args[0].real(), *args[1:]), kwargs))
+        if n.target is operator.getitem and isinstance(args[0], tuple | list):
+            return args[0][args[1]]
+        if kind in TRANSPARENT and isinstance(args[0], Integers):
+            values = getattr(super(), n.op)(n.target, (args[0].values, *args[1:]), kwargs)
+            return pytree.tree_map(lambda one: Integers(one, args[0].grid), values)
+        if kind is K.CONCAT and _on_one_grid(args[0]):
+            return Integers(torch.cat([a.values for a in args[0]], *args[1:], **kwargs), args[0][0].grid)
+        if kind in WEIGHTED and n.op == "call_module" and isinstance(args[0], Integers):
+            layer = module_of(n)
+            if isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
+                return self._layer(n, layer, args[0])
+        if kind in (K.ADD, K.MULTIPLY) and len(args) == 2 and all(isinstance(a, Integers) for a in args):
+            sign = 1.0 if n.target is not aten.sub.Tensor else -1.0
+            return Combined(args[0], args[1], kind, sign) if not kwargs else None
+        if kind is K.MATMUL and all(isinstance(a, Integers) for a in args[:2]):
+            a, b = (x.values - x.grid.zero_point for x in args[:2])
+            product = getattr(super(), n.op)(n.target, (a.double(), b.double()), kwargs)
+            return Sums(product.float(), args[0].grid.scale * args[1].grid.scale)
+        if kind is K.SOFTMAX and isinstance(args[0], Integers) and (grid := _only_reader(n)) is not None:
+            return Integers(grid.clipped(softmax_of_integers(args[0].values, args[1], args[0].grid, grid)), grid)
+        return None
+
+    def _layer(self, node: fx.Node, layer: Any, x: Integers) -> Tensor | Sums:
+        if node not in self.layers:
+            zero_level = x.grid.zero_point - x.grid.first
+            self.layers[node] = IntegerLayer.of(layer, x.grid.scale, zero_level, 255)
+        made = self.layers[node]
+        sums = made.sums(x.levels)
+        if layer.bias is None:
+            return Sums(sums.float(), made.scale)
+        if isinstance(layer, nn.Linear) and sums.ndim != 2:  # a product, and an addition in float
+            bias: Tensor = layer.bias
+            return Sums(sums.float(), made.scale).real() + bias
+        after = 0 if isinstance(layer, nn.Linear) else sums.ndim - 2
+        integers = integer_bias(layer).reshape(-1, *[1] * after)
+        return Sums((sums.double() + integers).float(), made.scale)
+
+    def _quantize(self, quantizer: ExportedQuantizer, x: Any) -> Any:
+        if quantizer.weight:
+            return quantizer(x)
+        grid = Grid.of(quantizer)
+        integers = x.integers(grid) if _is_special(x) else grid.quantized(x)
+        return Integers(self.simulation.keep(quantizer.name, integers - grid.first) + grid.first, grid)
+
+
+class LiteralInterpreter(fx.Interpreter):
+    """Computes a region as ONNX defines its operators, in float: what a runtime without stated arithmetic is near."""
+
+    def __init__(self, region: CapturedModule, simulation: Simulation) -> None:
+        super().__init__(region)
+        self.simulation = simulation
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_module" or not isinstance(quantizer := module_of(n), ExportedQuantizer) or quantizer.weight:
+            return super().run_node(n)
+        (x,), _ = self.fetch_args_kwargs_from_env(n)
+        grid = Grid.of(quantizer)
+        integers = grid.quantized(x)
+        return Integers(self.simulation.keep(quantizer.name, integers - grid.first) + grid.first, grid).real()
+
+
+def _on_one_grid(tensors: Any) -> bool:
+    if not all(isinstance(one, Integers) for one in tensors):
+        return False
+    return len({(float(one.grid.scale), float(one.grid.zero_point)) for one in tensors}) == 1
+
+
+def _only_reader(node: fx.Node) -> Grid | None:
+    """The grid of the quantizer that alone reads a tensor."""
+    readers = [module_of(user) if user.op == "call_module" else None for user in node.users]
+    if len(readers) != 1 or not isinstance(quantizer := readers[0], ExportedQuantizer):
+        return None
+    return Grid.of(quantizer)
+
+
+def _mean(x: Integers) -> Mean:
+    axes = tuple(range(2, x.values.ndim))
+    count = x.values[0, 0].numel()
+    return Mean((x.values - x.grid.zero_point).double().sum(axes, keepdim=True).float(), count, x.grid)
+
+
+def _is_special(value: Any) -> bool:
+    return isinstance(value, Integers | Sums | Combined | Mean | Pooled | Added)
+
+
+def _real(value: Any) -> Any:
+    return value.real() if _is_special(value) else value

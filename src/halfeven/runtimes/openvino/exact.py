@@ -1,0 +1,278 @@
+"""OpenVINO's integer arithmetic, operator by operator.
+
+The formulas of its CPU plugin were found by experiment on each operator and are checked against the runtime by the
+tests. What the plugin computes in float it is asked for (`float_operators`).
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from halfeven.deployment.forms import quantizer_at
+from halfeven.deployment.quantize_op import ExportedQuantizer
+from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, clipping, kind_of, module_of
+from halfeven.graph.rebuild import CapturedModule
+from halfeven.placement.requests import is_rounded
+from halfeven.runtimes.cpu import fuses_attention
+from halfeven.runtimes.float_operators import FloatOperators, is_asked
+from halfeven.runtimes.integer_layers import IntegerLayer
+from halfeven.runtimes.openvino.exact_values import Average, Ends, InUnits, Levels, Products, Scaled
+from halfeven.runtimes.openvino.residual_add import fused_sum, is_unrounded, sum_in_kernel, sum_of_integers
+from halfeven.runtimes.openvino.session import function_of
+from halfeven.runtimes.simulation import Simulation
+
+ADAPTIVE_AVERAGES = (
+    torch.ops.aten.adaptive_avg_pool1d.default,
+    torch.ops.aten.adaptive_avg_pool2d.default,
+    torch.ops.aten.adaptive_avg_pool3d.default,
+)
+
+
+SLOPES = (torch.ops.aten.leaky_relu.default, torch.ops.aten.prelu.default)
+SCALINGS = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
+
+
+class OpenVINOInterpreter(fx.Interpreter):
+    """Computes a region as the plugin does; the integers of each quantizer go to `simulation`."""
+
+    def __init__(self, region: CapturedModule, simulation: Simulation) -> None:
+        super().__init__(region)
+        self.simulation = simulation
+        self.ends: dict[int, Ends] = {}
+        self.layers: dict[fx.Node, IntegerLayer] = {}
+        self.float_operators = FloatOperators(function_of)
+
+    def run_node(self, n: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.op in ("placeholder", "get_attr"):
+            return super().run_node(n)
+        if n.op == "output":
+            return pytree.tree_map(_real, args[0], is_leaf=_is_special)
+        if n.op == "call_module" and isinstance(quantizer := module_of(n), ExportedQuantizer):
+            return self._quantize(n, quantizer, args[0])
+        rule = RULES.get(n.target, RULES.get(kind_of(n)))
+        made = None if rule is None else rule(self, n, args, kwargs)
+        return self._in_float(n, args, kwargs) if made is None else made
+
+    def _run(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The operator itself, of other values."""
+        return getattr(super(), node.op)(node.target, args, kwargs)
+
+    def _in_float(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if is_asked(node):
+            values = {operand: _real(self.env[operand]) for operand in node.all_input_nodes}
+            if _is_layer_norm(node):
+                values[node.all_input_nodes[0]] = _normalized(args[0])
+            return self.float_operators.compute([node], values)
+        return self._run(node, *pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special))
+
+    def _layer(self, node: fx.Node, args: Any, kwargs: Any) -> Tensor | Products | None:
+        layer, x = module_of(node) if node.op == "call_module" else None, args[0]
+        if not isinstance(x, Levels) or not isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
+            return None
+        if node not in self.layers:  # its weight, and the grid of what it reads, are the same for all batches
+            zero_byte = x.ends.zero_byte if isinstance(layer, nn.Linear) else None
+            self.layers[node] = IntegerLayer.of(layer, x.ends.scale, x.ends.zero_level, x.ends.steps, zero_byte)
+        return self.layers[node](x.values)
+
+    def _on_same_grid(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        x = args[0]
+        if node.target is operator.getitem and isinstance(x, tuple | list):
+            return x[args[1]]
+        if not isinstance(x, Levels):
+            return None
+        result = self._run(node, (x.values, *args[1:]), kwargs)
+        return pytree.tree_map(lambda values: Levels(values, x.ends), result)
+
+    def _concatenated(self, node: fx.Node, args: Any, kwargs: Any) -> Levels | None:
+        if not all(isinstance(x, Levels) and x.ends is args[0][0].ends for x in args[0]):
+            return None
+        return Levels(torch.cat([x.values for x in args[0]], *args[1:], **kwargs), args[0][0].ends)
+
+    def _product(self, node: fx.Node, args: Any, kwargs: Any) -> Products | None:
+        if not all(isinstance(x, Levels) for x in args[:2]):
+            return None
+        sums = self._run(node, tuple(x.values.double() - x.ends.zero_level for x in args[:2]), {})
+        first, second = (x.ends.scale for x in args[:2])
+        return Products(sums.float(), first * second, (first, second))
+
+    def _scaled(self, node: fx.Node, args: Any, kwargs: Any) -> Products | Scaled | None:
+        """Integers times or by a number, which their scale takes in; or products of activations, where the plugin moves
+        it to the second factor unless something else reads the products."""
+        (x, number), product = args, node.all_input_nodes[0]
+        if not isinstance(x, Levels | Products) or not isinstance(number, int | float) or number == 0:
+            return None
+        factor = torch.tensor(float(number))
+        factor = 1 / factor if node.target is torch.ops.aten.div.Tensor else factor
+        if isinstance(x, Levels):
+            return Scaled(self._run(node, (x.real(), number), kwargs), x, x.ends.scale * factor)
+        if x.scales is None or kind_of(product) is not OperatorKind.MATMUL or len(product.users) != 1:
+            return None
+        first, second = x.scales
+        return Products(x.values, first * (second * factor))
+
+    def _sum(self, node: fx.Node, args: Any, kwargs: Any) -> InUnits | None:
+        """A sum that the plugin takes in units of an operand's scale."""
+        if len(args) < 2 or node.target is not torch.ops.aten.add.Tensor or kwargs:
+            return None
+        if not all(isinstance(x, Levels) for x in args):
+            return fused_sum(node, args)
+        if (in_kernel := sum_in_kernel(args)) is not None:
+            self.simulation.watching_matters = True
+            if not self.simulation.watched:
+                return in_kernel
+        return sum_of_integers(node, args)
+
+    def _average(self, node: fx.Node, args: Any, kwargs: Any) -> Average | None:
+        if not isinstance(args[0], Levels) or _adaptive_in_float(node):
+            return None
+        # Of integers: float64 rounds once, as their quotient does.
+        values = self._run(node, (args[0].bytes.double(), *args[1:]), kwargs).float()
+        return Average(torch.round(values) if is_rounded(node) else values, args[0].ends)
+
+    def _activated(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """A leaky ReLU, taken in units of a sum; or a clip, taken away where the quantizer that reads it clips as
+        much or more."""
+        bounds = clipping(node)
+        if node.target in SLOPES and isinstance(args[0], InUnits):
+            return dataclasses.replace(args[0], values=self._run(node, (args[0].values, *args[1:]), kwargs))
+        if bounds is None or not isinstance(args[0], InUnits | Products):
+            return None
+        readers = [module_of(user) if user.op == "call_module" else None for user in node.users]
+        if len(readers) == 1 and isinstance(quantizer := readers[0], ExportedQuantizer) and quantizer.bounds is None:
+            ends = self._ends(next(iter(node.users)), quantizer)
+            if bounds[0] <= float(ends.low) and float(ends.high) <= bounds[1]:
+                return args[0]
+        return _clipped(args[0], bounds)
+
+    def _quantize(self, node: fx.Node, quantizer: ExportedQuantizer, x: Any) -> Any:
+        if quantizer.weight:
+            return quantizer(x)
+        ends = self._ends(node, quantizer)
+        if quantizer.bounds is not None:
+            x = _clipped(x, quantizer.bounds)
+        unrounded = None
+        if quantizer.bounds is None and is_unrounded(node, (float(ends.low), float(ends.high))):
+            unrounded = _real(x).clamp(ends.low, ends.high)
+        kernel = ends.in_kernel() if _in_kernel(node) else ends
+        return Levels(self.simulation.keep(quantizer.name, self._levels(node, kernel, x)), ends, unrounded)
+
+    def _levels(self, quantizer: fx.Node, ends: Ends, x: Any) -> Tensor:
+        if isinstance(x, Tensor):
+            return ends.levels(x, from_layer=kind_of(_before_activations(quantizer)) in WEIGHTED)
+        watched: Tensor = x.levels(ends)
+        if isinstance(x, Products) and fuses_attention() and _ends_attention(quantizer):
+            return self.simulation.choose(watched, ends.moved(x.unit).levels_in_attention(x.values))
+        if isinstance(x, InUnits) and x.from_layer:
+            return self.simulation.choose(watched, ends.moved(x.unit).levels(x.values, from_layer=True))
+        return watched
+
+    def _ends(self, node: fx.Node, quantizer: ExportedQuantizer) -> Ends:
+        if quantizer.grid not in self.ends:  # one object for a shared grid: concatenation compares by identity
+            self.ends[quantizer.grid] = Ends.of(quantizer, signed_readers=not _read_by_convolution(node))
+        return self.ends[quantizer.grid]
+
+
+RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
+    **dict.fromkeys(WEIGHTED, OpenVINOInterpreter._layer),
+    **dict.fromkeys(TRANSPARENT, OpenVINOInterpreter._on_same_grid),
+    OperatorKind.CONCAT: OpenVINOInterpreter._concatenated,
+    OperatorKind.MATMUL: OpenVINOInterpreter._product,
+    OperatorKind.ADD: OpenVINOInterpreter._sum,
+    **dict.fromkeys(SCALINGS, OpenVINOInterpreter._scaled),
+    OperatorKind.AVERAGE: OpenVINOInterpreter._average,
+    OperatorKind.ACTIVATION: OpenVINOInterpreter._activated,
+}
+"""Operator or kind -> what the plugin makes of integers: the result, or None where it computes in float."""
+
+
+def _clipped(x: Any, bounds: tuple[float, float]) -> Any:
+    """Values clipped in their own units where these are the same for all channels, or a bound the same in all units."""
+    if isinstance(x, Levels | Scaled):
+        return (x.scaled if isinstance(x, Levels) else x).clipped(bounds)
+    if not isinstance(x, InUnits | Products):
+        return _real(x).clamp(*bounds)
+    if x.unit.numel() == 1:
+        low, high = (bound / float(x.unit) for bound in bounds)
+    elif all(bound in (0.0, float("-inf"), float("inf")) for bound in bounds):
+        low, high = bounds
+    else:
+        return x.real().clamp(*bounds)
+    return dataclasses.replace(x, values=x.values.clamp(low, high))
+
+
+def _read_by_convolution(node: fx.Node) -> bool:
+    """Whether a convolution takes the tensor, directly or through operators that keep the scale: it wants unsigned
+    bytes."""
+    return any(
+        kind_of(user) is OperatorKind.CONVOLUTION
+        or (kind_of(user) in (*TRANSPARENT, OperatorKind.CONCAT) and _read_by_convolution(user))
+        for user in node.users
+    )
+
+
+def _adaptive_in_float(node: fx.Node) -> bool:
+    """Whether an average is an adaptive pool to more than one place, for which the plugin has no integer kernel."""
+    if node.target not in ADAPTIVE_AVERAGES:
+        return False
+    sizes = node.args[1]
+    return any(size != 1 for size in (sizes if isinstance(sizes, list | tuple) else [sizes]))
+
+
+def _before_activations(quantizer: fx.Node) -> fx.Node:
+    """What a quantizer reads, before the activation functions between."""
+    node = quantizer.all_input_nodes[0]
+    while kind_of(node) is OperatorKind.ACTIVATION:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _in_kernel(quantizer: fx.Node) -> bool:
+    """Whether a quantizer is a part of the kernel of a layer, a product or a pool; elsewhere it is an operator of its
+    own, or one of elementwise operators, as a layer's sum with a skip connection is."""
+    return kind_of(_before_activations(quantizer)) in (*WEIGHTED, OperatorKind.MATMUL, OperatorKind.AVERAGE)
+
+
+def _ends_attention(quantizer: fx.Node) -> bool:
+    """Whether a quantizer reads the second product of an attention: of quantized weights, which a softmax made of the
+    first product or of elementwise functions of it."""
+    product = quantizer.all_input_nodes[0]
+    if kind_of(product) is not OperatorKind.MATMUL or quantizer_at(weights := product.all_input_nodes[0]) is None:
+        return False
+    softmax = weights.all_input_nodes[0]
+    return kind_of(softmax) is OperatorKind.SOFTMAX and _is_of_product(softmax.all_input_nodes[0])
+
+
+def _is_of_product(node: fx.Node) -> bool:
+    elementwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return kind_of(node) is OperatorKind.MATMUL or (elementwise and any(map(_is_of_product, node.all_input_nodes)))
+
+
+def _is_layer_norm(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(module_of(node), nn.LayerNorm)
+    return node.target is torch.ops.aten.layer_norm.default
+
+
+def _normalized(x: Any) -> Tensor:
+    """What a layer normalization computes with: of a tensor without a zero point its integers, for the plugin moves the
+    scale behind it, where it has none to put (its epsilon stays what it was)."""
+    if isinstance(x, InUnits):
+        return x.values
+    if isinstance(x, Levels) and not bool(x.ends.zero_byte):
+        return x.bytes
+    real: Tensor = _real(x)
+    return real
+
+
+def _is_special(value: Any) -> bool:
+    return isinstance(value, Levels | Scaled | Average | InUnits | Products)
+
+
+def _real(value: Any) -> Any:
+    return value.real() if _is_special(value) else value

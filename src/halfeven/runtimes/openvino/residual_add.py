@@ -1,0 +1,103 @@
+"""Sums as OpenVINO's CPU plugin takes them: in units of an operand's scale, in a convolution's kernel where it can."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from halfeven.deployment.forms import quantizer_at
+from halfeven.graph.operators import OperatorKind, clipping, kind_of
+from halfeven.runtimes.openvino.exact_values import InUnits, Levels, Products
+
+ADDED_IN_UNITS = (OperatorKind.CONVOLUTION, OperatorKind.LINEAR)
+"""Layers whose result is added to a quantized skip connection in units of its scale."""
+
+
+def sum_of_integers(node: fx.Node, args: Sequence[Levels]) -> InUnits | None:
+    """Two tensors of integers: one is brought to the other's scale, and both zero points are subtracted from it."""
+    if args[0].values.shape != args[1].values.shape or len(node.all_input_nodes) != 2:
+        return None
+    moved, kept = args if _first_is_moved(node) else reversed(args)
+    zero = moved.ends.zero_byte + kept.ends.zero_byte * kept.ends.scale / moved.ends.scale
+    values = (moved.bytes - zero) * (moved.ends.scale / kept.ends.scale) + kept.bytes
+    return InUnits(values, kept.ends.scale)
+
+
+def _first_is_moved(node: fx.Node) -> bool:
+    """Which operand of a sum of integers is brought to the other's scale: the first, unless the second alone comes from
+    a quantizer and not from an operator behind it. (Of two that do, one that is read here alone would come before
+    one that is read elsewhere too; but `verify` reads them all.)"""
+    first, second = (quantizer_at(operand) is not None for operand in node.all_input_nodes)
+    return first or not second
+
+
+def fused_sum(node: fx.Node, args: Any) -> InUnits | None:
+    """A layer added to a quantized skip connection: the plugin adds in units of the skip's scale."""
+    for branch, skip, source in ((args[0], args[1], node.args[0]), (args[1], args[0], node.args[1])):
+        if not (isinstance(branch, Tensor | Products) and isinstance(skip, Levels) and isinstance(source, fx.Node)):
+            continue
+        values = branch if isinstance(branch, Tensor) else branch.values
+        if kind_of(source) in ADDED_IN_UNITS and values.shape == skip.values.shape:
+            unit = skip.ends.scale
+            zero = skip.ends.zero_byte * unit
+            if isinstance(branch, Tensor):
+                values = (values - zero) * (torch.ones_like(unit) / unit)
+            else:  # the scales that a layer without a bias leaves are merged with the skip's
+                values = (values - zero / branch.unit) * (branch.unit / unit)
+            return InUnits(values + skip.bytes, unit, from_layer=kind_of(source) is OperatorKind.CONVOLUTION)
+    return None
+
+
+def sum_in_kernel(args: Sequence[Levels]) -> InUnits | None:
+    """The sum of a skip connection and what its quantizer does not round, see `is_unrounded`; None of others."""
+    for branch, skip in (args, reversed(args)):
+        if branch.unrounded is not None and branch.values.shape == skip.values.shape:
+            unit = skip.ends.scale
+            values = branch.unrounded * (torch.ones_like(unit) / unit) + (skip.bytes - skip.ends.zero_byte)
+            return InUnits(values, unit, from_layer=True)
+    return None
+
+
+def is_unrounded(quantizer: fx.Node, ends: tuple[float, float]) -> bool:
+    """Whether the plugin makes a quantizer a clip that does not round: one between a convolution, or a ReLU of one, and
+    a sum that is taken in the convolution's kernel.
+
+    The kernel writes the sum where the other operand lies, so all others that read that one must come before the
+    convolution. Behind other activation functions it rounds.
+
+    Args:
+        quantizer: what may stand between them.
+        ends: the least and the largest value that it lets pass.
+    """
+    convolution = _before_clips(quantizer, ends)
+    readers = list(quantizer.users)
+    if kind_of(convolution) is not OperatorKind.CONVOLUTION or len(convolution.users) != 1 or len(readers) != 1:
+        return False
+    (total,) = readers
+    if total.target is not torch.ops.aten.add.Tensor or len(total.all_input_nodes) != 2:
+        return False
+    (skip,) = (operand for operand in total.all_input_nodes if operand is not quantizer)
+    return all(reader is total or _leads_to(reader, convolution) for reader in skip.users)
+
+
+def _before_clips(quantizer: fx.Node, ends: tuple[float, float]) -> fx.Node:
+    """What a quantizer reads, before the clips between that clip no more than it does, and that nothing else reads."""
+    node = quantizer.all_input_nodes[0]
+    while len(node.users) == 1 and (bounds := clipping(node)) and bounds[0] <= ends[0] and ends[1] <= bounds[1]:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _leads_to(node: fx.Node, later: fx.Node) -> bool:
+    """Whether a node is computed before another one, which depends on it."""
+    if node is later:
+        return False
+    seen, waiting = set(), list(later.all_input_nodes)
+    while waiting:
+        if (current := waiting.pop()) is node:
+            return True
+        if current not in seen:
+            seen.add(current)
+            waiting.extend(current.all_input_nodes)
+    return False

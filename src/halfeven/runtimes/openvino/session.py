@@ -1,0 +1,234 @@
+"""OpenVINO as the runtime: running a deployed file, and asking it what it executed."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halfeven.deployment.quantize_op import WEIGHT_SUFFIX
+from halfeven.errors import VerificationError
+from halfeven.runtimes.layer_execution import Executed
+from halfeven.runtimes.openvino.telemetry import silently
+from halfeven.runtimes.openvino.writer import LAYER_TYPES, convert
+
+ACCURACY = {"EXECUTION_MODE_HINT": "ACCURACY"}
+"""Without it the plugin computes in bfloat16 what is not integer, and nothing can be compared."""
+
+INTEGER_TYPES = ("u8", "i8", "u4", "i4")
+
+
+@functools.cache
+def _core() -> Any:
+    """The one `openvino.Core` of the process.
+
+    Where there is AVX-512 each one's plugin gives its thread a stack for signal handlers (sigaltstack). Of several that
+    end in another order than the reverse of their making one that is freed stays, and the next signal that Python
+    handles is a segmentation fault: Ctrl-C, or a data loader's worker that ends.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
+@silently()
+def read(path: str | Path) -> Any:
+    """The `openvino.Model` of a file.
+
+    Raises:
+        VerificationError: no such file, or none that OpenVINO can read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise VerificationError(f"There is no file {path} to run. Write it with halfeven.export(qmodel, path).")
+    try:
+        return _core().read_model(path)
+    except RuntimeError as error:
+        raise VerificationError(
+            f"OpenVINO cannot read {path}: {str(error).strip().splitlines()[-1]} The file is damaged or of another "
+            f"kind: "
+            "write it again with halfeven.export(qmodel, path)."
+        ) from error
+
+
+@silently()
+def compile_model(model: Any, config: dict[str, str] | None = None) -> Any:
+    """A model ready to run on the CPU, in float32 where it is not integer unless `config` says otherwise."""
+    return _core().compile_model(model, "CPU", ACCURACY if config is None else config)
+
+
+def run_compiled(compiled: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """All outputs of a compiled model as tensors of their own."""
+    result = compiled([np.ascontiguousarray(x.detach().cpu().numpy()) for x in inputs])
+    return [torch.from_numpy(np.array(result[i])) for i in range(len(compiled.outputs))]
+
+
+def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Tensor], Mapping[str, Tensor]], Tensor]:
+    """A program without quantizers as a function that the runtime computes, of its inputs; the first output. Constants
+    are the program's own: the plugin makes other kernels where they are not known."""
+    compiled = compile_model(convert(program, []))
+    return lambda inputs, constants: run_compiled(compiled, inputs)[0]
+
+
+def request_with(compiled: Any, inputs: Sequence[Tensor]) -> Any:
+    """An `openvino.InferRequest` whose inputs are set already: `request.infer()` does nothing but compute."""
+    import openvino
+
+    request = compiled.create_infer_request()
+    for index, x in enumerate(inputs):
+        request.set_input_tensor(index, openvino.Tensor(np.array(x.detach().numpy(), order="C")))
+    return request
+
+
+def with_outputs(model: Any, names: Sequence[str]) -> list[str]:
+    """Make the named tensors outputs of a model, after its own; the names of those that it has."""
+    found = {name for node in model.get_ordered_ops() for port in node.outputs() for name in port.get_names()}
+    present = [name for name in names if name in found]
+    for name in present:
+        model.add_outputs(name)
+    return present
+
+
+def executed_layers(compiled: Any, layers: Sequence[str]) -> list[Executed]:
+    """What the runtime made of each named layer; layers that it does not mention come with precision "unknown"."""
+    found: dict[str, Executed] = {}
+    for info, _ in _executed(compiled):
+        for name in _layers(info):
+            found.setdefault(name, _described(name, info))
+    return [found.get(layer, Executed(layer, "unknown", "", integer=False)) for layer in layers]
+
+
+def executed_products(compiled: Any, products: Set[str]) -> list[Executed]:
+    """What the runtime made of the products of two activations, which have these names in the file."""
+    found = []
+    for info, types in _executed(compiled):
+        if info["layerType"] == "MatMul":
+            found.append(_described(info["originalLayersNames"], info))
+        elif info["layerType"] == "Subgraph" and not products.isdisjoint(_layers(info)):
+            found += _attention(info, types)
+    return found
+
+
+def _attention(info: dict[str, str], types: Sequence[str]) -> list[Executed]:
+    """Both products of an attention that the plugin runs as one operator, as it does where there is AVX-512: the first
+    is of two inputs, the second of the softmax inside and one more; its mask is not multiplied."""
+    integers = sum(one in INTEGER_TYPES for one in types)
+    names = info["originalLayersNames"]
+    return [
+        Executed(names, info["runtimePrecision"], info["primitiveType"], integer=integers >= needed)
+        for needed in (2, 3)
+    ]
+
+
+def _executed(compiled: Any) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """What the plugin says of each operator that it runs, and the types of the operator's inputs."""
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
+        if info.get("layerType") != "Const":
+            yield info, [port.get_element_type().get_type_name() for port in node.inputs()]
+
+
+def _layers(info: dict[str, str]) -> list[str]:
+    """The operators of the file that one of the runtime was made of."""
+    return [_layer(name) for name in info.get("originalLayersNames", "").split(",")]
+
+
+def _described(name: str, info: dict[str, str]) -> Executed:
+    precision, kernel = info["runtimePrecision"], info["primitiveType"]
+    reads_integers, computes = precision in INTEGER_TYPES, "i8" in kernel.lower()
+    return Executed(name, precision, kernel, integer=reads_integers and computes, stored=reads_integers)
+
+
+def products_of(model: Any) -> set[str]:
+    """The names of a model's products of two activations: neither factor is made of constants alone."""
+    computed: set[str] = set()  # from the model's inputs
+    found = set()
+    for node in model.get_ordered_ops():
+        sources = [port.get_source_output().get_node().get_name() in computed for port in node.inputs()]
+        if any(sources) or node.get_type_name() == "Parameter":
+            computed.add(node.get_name())
+        if node.get_type_name() == "MatMul" and all(sources):
+            found.add(_layer(node.get_friendly_name()))
+    return found
+
+
+def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
+    """The integer weights that a file holds for the named layers."""
+    found: dict[str, Tensor] = {}
+    for node in model.get_ordered_ops():
+        if node.get_type_name() not in LAYER_TYPES:
+            continue
+        names = [_layer(node.get_friendly_name())]
+        source = node.input_value(1).get_node()
+        while source.get_type_name() != "Constant" and source.get_input_size():
+            # The ONNX front end names a transposed convolution anew; its weight keeps the name it had.
+            names.append(source.get_friendly_name().removesuffix(WEIGHT_SUFFIX))
+            source = source.input_value(0).get_node()
+        layer = next((name for name in names if name in layers), None)
+        if layer and source.get_type_name() == "Constant" and source.get_element_type().is_integral_number():
+            integers = torch.from_numpy(_integers(source))
+            turned = node.get_type_name() == "MatMul" and not node.get_attributes()["transpose_b"]
+            found[layer] = integers.t() if turned and integers.ndim == 2 else integers
+    return found
+
+
+def _integers(constant: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The values of a constant of integers; two of 4 bits lie in a byte, the first in its lower half."""
+    values = np.array(constant.get_data())
+    if constant.get_element_type().get_type_name() == "i4":
+        halves = np.stack([values.view(np.int8) << 4 >> 4, values.view(np.int8) >> 4], axis=-1)
+        values = halves.reshape(-1)[: int(np.prod(constant.shape))].reshape(tuple(constant.shape))
+    return values.astype(np.float32)
+
+
+def _layer(name: str) -> str:
+    """The layer that an operator is part of: the plugin and the ONNX front end add "/DequantizationMultiply" and
+    the like."""
+    return name.split("/")[0]
+
+
+class OpenVINOFile:
+    """A file opened in OpenVINO; see `halfeven.runtimes.runtime.DeployedFile`."""
+
+    runtime = "OpenVINO"
+
+    def __init__(self, path: Path, tensors: Sequence[str] = ()) -> None:
+        self.path = path
+        opened = read(path)
+        with_outputs(opened, tensors)
+        # Where the model returns a tensor that is quantized, that output is the tensor's.
+        named = [(name, index) for index, port in enumerate(opened.outputs) for name in port.get_names()]
+        self.places = {name: index for name, index in named if name in tensors}
+        self.compiled = compile_model(opened)
+
+    @property
+    def tensors(self) -> list[str]:
+        return list(self.places)
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        outputs = run_compiled(self.plain, inputs)
+        if not self.places:
+            return outputs, {}
+        watched = run_compiled(self.compiled, inputs)
+        return outputs, {name: watched[index] for name, index in self.places.items()}
+
+    def executed_layers(self, layers: Sequence[str]) -> list[Executed]:
+        return executed_layers(self.plain, layers)
+
+    def executed_products(self) -> list[Executed]:
+        return executed_products(self.plain, products_of(read(self.path)))
+
+    @functools.cached_property
+    def plain(self) -> Any:
+        """Compiled without more outputs than its own, which keep operators from being fused: what users run."""
+        return self.compiled if not self.places else compile_model(read(self.path))
+
+    def stored_integers(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        return stored_integers(read(self.path), layers)
+
+    def timed(self, inputs: Sequence[Tensor]) -> Callable[[], object]:
+        request = request_with(self.compiled, inputs)
+        return lambda: request.infer(share_inputs=True, share_outputs=True)  # no copy of either is timed

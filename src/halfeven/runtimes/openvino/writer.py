@@ -1,0 +1,235 @@
+"""OpenVINO: writing a deployed model as IR with int8 weights."""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from halfeven.deployment.quantize_op import PER_TENSOR, WEIGHT_SUFFIX, ExportedQuantizer
+from halfeven.runtimes.openvino.telemetry import silently
+
+
+@silently()
+def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
+    """An `openvino.Model` of an exported program whose quantizers are `halfeven::fake_quantize` operators.
+
+    Each FakeQuantize bears its quantizer's name from `names`, and each layer with a quantized weight the layer's, so
+    that what runs can be found again in the file and in the runtime.
+    """
+    import openvino
+    from openvino.frontend.pytorch import ConversionExtension
+
+    keep_products_whole(program)
+    translations = {"fake_quantize": lambda context: _fake_quantize(context, names), "matmul": _matmul}
+    extensions = [ConversionExtension(f"halfeven.{name}.default", made) for name, made in translations.items()]
+    model = openvino.convert_model(program, extension=extensions)
+    # The front end forgets which sizes are fixed; the plugin's kernels are faster when it knows.
+    sizes = zip(model.inputs, _inputs(program), strict=True)
+    model.reshape({port: openvino.PartialShape(_sizes(value)) for port, value in sizes})
+    model.validate_nodes_and_infer_types()
+    write_out_ceilings(model)
+    write_out_moves(model)
+    write_out_means(model)
+    name_layers(model, set(names))
+    return model
+
+
+def keep_products_whole(program: torch.export.ExportedProgram) -> None:
+    """Let products of activations be one operator each. The front end's decomposition expands both factors to their own
+    size first, which is a copy of each in the runtime where the batch is free."""
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.matmul.default:
+            node.target = torch.ops.halfeven.matmul.default
+
+
+def write_out_ceilings(model: Any) -> None:
+    """Write max pools that round their output size up as ones that are padded to that size: the plugin's integers do
+    not pass through the former, and the layer behind would run in float."""
+    from openvino import opset8 as opset
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MaxPool" or not node.get_attributes()["rounding_type"].startswith("ceil"):
+            continue
+        sizes, results = (port.get_partial_shape() for port in (node.input_value(0), node.output(0)))
+        axes = range(2, sizes.rank.get_length())
+        if any(sizes[axis].is_dynamic for axis in axes):
+            continue
+        given = node.get_attributes()
+        ends = [
+            max(
+                given["pads_end"][i],
+                (results[axis].get_length() - 1) * given["strides"][i]
+                + given["dilations"][i] * (given["kernel"][i] - 1)
+                + 1
+                - sizes[axis].get_length()
+                - given["pads_begin"][i],
+            )
+            for i, axis in enumerate(axes)
+        ]
+        pool = opset.max_pool(
+            node.input_value(0), given["strides"], given["dilations"], given["pads_begin"], ends, given["kernel"]
+        )
+        pool.set_friendly_name(node.get_friendly_name())
+        node.output(0).replace(pool.output(0))
+
+
+def write_out_moves(model: Any) -> None:
+    """Write shifts along an axis (Swin's windows) and repetitions as indices: the plugin's integers do not pass through
+    the operators of their own that the front end makes of them, and the layer behind would run in float."""
+    from openvino import opset8 as opset
+
+    for node in model.get_ordered_ops():
+        if not (indices := _indices(node)):
+            continue
+        value = node.input_value(0)
+        for axis, index in indices.items():
+            value = opset.gather(value, index, np.int64(axis)).output(0)
+        value.get_node().set_friendly_name(node.get_friendly_name())
+        node.output(0).replace(value)
+
+
+def write_out_means(model: Any) -> None:
+    """Write means along one axis of a sequence as means of images, with a reshape behind. The plugin computes wrong
+    numbers where it merges the former with a quantizer that has a range for each channel, as one behind a BatchNorm
+    has (LeViT's head; OpenVINO 2026.4)."""
+    from openvino import opset8 as opset
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "ReduceMean":
+            continue
+        rank, axes = node.input_value(0).get_partial_shape().rank, node.input_value(1).get_node()
+        if rank.is_dynamic or rank.get_length() != 3 or axes.get_type_name() != "Constant" or axes.get_data().size != 1:
+            continue
+        axis = int(axes.get_data().item()) % 3
+        image = opset.unsqueeze(node.input_value(0), np.int64(axis))
+        mean = opset.reduce_mean(image, np.array([axis, axis + 1]), keep_dims=True)
+        kept = node.get_attributes()["keep_dims"]
+        sequence = opset.squeeze(mean, np.array([axis] if kept else [axis, axis + 1]))
+        mean.set_friendly_name(node.get_friendly_name())
+        node.output(0).replace(sequence.output(0))
+
+
+def _indices(node: Any) -> dict[int, Any]:
+    """For each axis that a shift or repetition moves, where its values come from; none where that is not known."""
+    kind = node.get_type_name()
+    if kind not in ("Roll", "Tile"):
+        return {}
+    given = [port.get_source_output().get_node() for port in node.inputs()[1:]]
+    sizes = node.input_value(0).get_partial_shape()
+    if sizes.rank.is_dynamic or any(constant.get_type_name() != "Constant" for constant in given):
+        return {}
+    counts, *axes = (constant.get_data().reshape(-1).tolist() for constant in given)
+    places = axes[0] if axes else range(len(sizes))
+    if len(places) != len(counts):
+        return {}
+    found: dict[int, Any] = {}
+    for axis, count in zip(places, counts, strict=True):
+        if count == (0 if kind == "Roll" else 1):
+            continue
+        if sizes[axis].is_dynamic or axis in found:
+            return {}
+        size = sizes[axis].get_length()
+        found[axis] = (np.arange(size) - count) % size if kind == "Roll" else np.arange(size * count) % size
+    return found
+
+
+def _inputs(program: torch.export.ExportedProgram) -> list[torch.Tensor]:
+    names = program.graph_signature.user_inputs
+    return [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+
+
+def _sizes(value: torch.Tensor) -> list[int]:
+    return [size if isinstance(size, int) else -1 for size in value.shape]
+
+
+def _matmul(context: Any) -> list[Any]:
+    """A MatMul as numpy defines it, of any number of axes."""
+    from openvino import opset13 as opset
+
+    return [opset.matmul(context.get_input(0), context.get_input(1), False, False).output(0)]
+
+
+def _fake_quantize(context: Any, names: Sequence[str]) -> list[Any]:
+    """One FakeQuantize whose ends are grid points: the plugin recovers scale and zero point from them."""
+    from openvino import opset13 as opset
+
+    x = context.get_input(0)
+    scale, zero_point = (_constant(context.get_input(i)).astype(np.float32) for i in (1, 2))
+    quant_min, quant_max, axis, number = (int(_constant(context.get_input(i))) for i in (3, 4, 5, 6))
+    low, high = (quant_min - zero_point) * scale, (quant_max - zero_point) * scale
+    if axis != PER_TENSOR:
+        shape = np.ones(x.get_partial_shape().rank.get_length(), dtype=np.int64)
+        shape[axis] = -1
+        low, high = low.reshape(shape), high.reshape(shape)
+    ends = [opset.constant(end.astype(np.float32)) for end in (low, high)]
+    node = opset.fake_quantize(x, *ends, *ends, levels=quant_max - quant_min + 1)
+    node.set_friendly_name(names[number])
+    return list(node.outputs())
+
+
+def _constant(output: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(output.get_node().get_data())
+
+
+LAYER_TYPES = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul")
+
+
+def name_layers(model: Any, quantizers: set[str]) -> None:
+    """Name each layer after its weight, "<layer>.weight_quantizer", and the tensors after their quantizers.
+
+    The front end may pull a transposition through a FakeQuantize: the node that then bears the quantizer's name is it.
+    """
+    used: dict[str, int] = {}
+    for node in model.get_ordered_ops():
+        name = node.get_friendly_name()
+        if name in quantizers and not name.endswith(WEIGHT_SUFFIX):
+            node.output(0).get_tensor().set_names({name})
+        if not name.endswith(WEIGHT_SUFFIX):
+            continue
+        layer = name.removesuffix(WEIGHT_SUFFIX)
+        for reader in _readers(node):
+            count = used[layer] = used.get(layer, 0) + 1
+            _name_layer(reader, layer if count == 1 else f"{layer}_{count - 1}")
+
+
+def _name_layer(node: Any, name: str) -> None:
+    """Name a layer, and a multiplication by or addition of a constant behind it: the plugin makes one operator of both,
+    under the latter's name."""
+    node.set_friendly_name(name)
+    readers = [port.get_node() for port in node.output(0).get_target_inputs()]
+    if len(readers) == 1 and readers[0].get_type_name() in ("Multiply", "Add"):
+        operands = [source.get_node().get_type_name() for source in readers[0].input_values()]
+        if "Constant" in operands:
+            readers[0].set_friendly_name(f"{name}/{readers[0].get_type_name()}")
+
+
+def _readers(node: Any) -> Iterator[Any]:
+    for port in node.output(0).get_target_inputs():
+        reader = port.get_node()
+        if reader.get_type_name() in LAYER_TYPES:
+            yield reader
+        elif reader.get_type_name() in ("Reshape", "Transpose", "Convert", "Multiply", "FakeQuantize"):
+            yield from _readers(reader)
+
+
+@silently()
+def write(
+    program: torch.export.ExportedProgram, model: nn.Module, quantizers: list[ExportedQuantizer], path: Path
+) -> None:
+    """Write an IR (.xml and .bin); float constants keep their 32 bits, so that they are what was simulated."""
+    import openvino
+
+    converted = convert(program, [quantizer.name for quantizer in quantizers])
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        openvino.save_model(converted, whole, compress_to_fp16=False)
+        whole.write_text(re.sub(r">\s+<", "><", whole.read_text()))  # a third of the file is indentation
+        # The weights first: a new .xml must never stand beside an old .bin.
+        os.replace(whole.with_suffix(".bin"), path.with_suffix(".bin"))
+        os.replace(whole, path)

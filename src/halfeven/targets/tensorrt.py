@@ -1,0 +1,21 @@
+"""TensorRT: what it executes in integers, and where it wants quantizers."""
+
+from halfeven.graph.operators import OperatorKind
+from halfeven.targets.target import Target, any_grid
+
+K = OperatorKind
+
+TENSORRT = Target(
+    name="tensorrt",
+    weight_bits=range(8, 9),
+    activation_bits=range(8, 9),
+    inputs={
+        K.CONVOLUTION: any_grid,
+        K.LINEAR: any_grid,
+        K.TRANSPOSED_CONVOLUTION: any_grid,
+        K.MATMUL: any_grid,
+        K.AVERAGE: any_grid,
+    },
+    residual_branch_in_float=True,  # a quantizer there would keep convolution, addition and ReLU from being one kernel
+    signed_only=True,
+)

@@ -1,0 +1,45 @@
+"""How much of a model's work ran in integers."""
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from halfeven.deployment.quantize_op import WEIGHT_SUFFIX, ExportedQuantizer
+from halfeven.graph.cost import multiply_accumulates
+from halfeven.graph.operators import WEIGHTED, OperatorKind, kind_of, module_of
+from halfeven.graph.rebuild import CapturedModule
+from halfeven.runtimes.layer_execution import Executed
+
+
+def integer_share(parts: dict[str, CapturedModule], layers: Sequence[Executed], products: Sequence[Executed]) -> float:
+    """Share of the multiply-accumulates of a deployed model's captured parts that ran with integer kernels.
+
+    Args:
+        parts: the deployed model's regions by name, their quantizers written as operators.
+        layers: what the runtime made of its layers with quantized weights.
+        products: what it made of products of activations. A runtime names them as it likes, so they are counted
+            together: the share of them that ran in integers is taken of their work.
+    """
+    ran = {layer.layer: layer.integer for layer in layers}
+    of_products = sum(product.integer for product in products) / len(products) if products else 0.0
+    whole, integer = 0, 0.0
+    for prefix, region in parts.items():
+        for node in region.graph.nodes:
+            if not (work := multiply_accumulates(node)):
+                continue
+            whole += work
+            if kind_of(node) is OperatorKind.MATMUL:
+                integer += work * of_products
+            elif kind_of(node) in WEIGHTED:
+                integer += work * ran.get(_layer_of(node, f"{prefix}." if prefix else ""), False)
+    return integer / whole if whole else 0.0
+
+
+def _layer_of(node: fx.Node, prefix: str) -> str:
+    """The name under which a layer is found in a file: its path, or that of its weight's quantizer."""
+    if node.op == "call_module":
+        return f"{prefix}{node.target}"
+    source = node.args[1]
+    assert isinstance(source, fx.Node)
+    quantizer = module_of(source) if source.op == "call_module" else None
+    return quantizer.name.removesuffix(WEIGHT_SUFFIX) if isinstance(quantizer, ExportedQuantizer) else ""

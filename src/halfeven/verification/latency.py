@@ -1,0 +1,50 @@
+"""How long a deployed file takes, beside the same model in float."""
+
+import copy
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from halfeven.deployment.exported_program import example_of, exported_program
+from halfeven.quantization.quantizer import Mode, set_mode
+from halfeven.runtimes.export import FORMATS, WRITERS
+from halfeven.runtimes.runtime import open_deployed
+
+LATENCY_PAIRS = 12
+
+
+def latency(
+    qmodel: nn.Module, path: Path, inputs: tuple[tuple[Any, ...], dict[str, Any]], target: str
+) -> dict[str, float]:
+    """Median milliseconds of the float model and of the file on one batch, timed in turn so that drift hits both
+    alike."""
+    floating = deployed_in_float(qmodel)
+    program = exported_program(floating, *example_of(qmodel))
+    with tempfile.TemporaryDirectory() as folder:
+        float_path = Path(folder) / f"float{FORMATS[target][0]}"
+        WRITERS[float_path.suffix](program, floating, [], float_path)
+        tensors = [x.cpu() for x in (*inputs[0], *inputs[1].values())]
+        runs = {
+            "float": open_deployed(float_path, target).timed(tensors),
+            "deployed": open_deployed(path, target).timed(tensors),
+        }
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(LATENCY_PAIRS + 2):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                if turn >= 2:  # the first runs allocate
+                    times[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(values) for name, values in times.items()}
+
+
+def deployed_in_float(qmodel: nn.Module) -> nn.Module:
+    """The float counterpart of a quantized model, for its latency: same layers, no quantizers, BatchNorm left to
+    the runtime."""
+    model = copy.deepcopy(qmodel).cpu().float().eval()
+    set_mode(model, Mode.FLOAT)
+    return model

@@ -1,0 +1,133 @@
+"""Fused kernels: as many as are needed, equal to the plain functions, and never needed."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from halfeven.quantization import compile as compilation
+from halfeven.quantization.fake_quantize import fake_quantize
+from halfeven.quantization.scheme import Scheme
+from quantization.grids import SIGNED4, int32
+
+
+def test_every_type_and_rank_has_its_kernels():
+    for dtype, elements, channels in itertools.product(
+        (torch.float32, torch.float16, torch.bfloat16), (1, 40), (None, 1, 3)
+    ):
+        x = torch.randn(channels or 1, elements).to(dtype)
+        scale = torch.full((channels,) if channels else (), 0.1)
+        scheme = Scheme(bits=4, signed=True, axis=None if channels is None else 0)
+        found = fake_quantize(x, scale, torch.zeros_like(scale, dtype=torch.int32), scheme)
+        assert torch.equal(found, (torch.round(x.float() / 0.1).clamp(-8, 7) * torch.tensor(0.1)).to(dtype))
+
+
+def test_more_kernels_than_the_compilers_limit_of_eight_are_no_error(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    scheme, variants = Scheme(bits=4, signed=True, axis=0), 0
+    for autocast, inference in itertools.product((False, True), repeat=2):
+        for elements, channels in itertools.product((1, 40), (1, 3)):
+            x, scale = torch.randn(channels, elements), torch.full((channels,), 0.1)
+            with torch.autocast("cpu", enabled=autocast), torch.inference_mode(inference):
+                found = fake_quantize(x, scale, torch.zeros_like(scale, dtype=torch.int32), scheme)
+            assert torch.equal(found, torch.round(x / 0.1).clamp(-8, 7) * torch.tensor(0.1))
+            variants += 1
+    assert variants > 8
+
+
+def test_bit_widths_share_a_kernel_and_ranks_and_types_have_their_own():
+    def kernels():
+        return compilation._compiled.cache_info().currsize
+
+    def run(x, **scheme):
+        fake_quantize(x, torch.tensor(0.1), int32(0), Scheme(**scheme))
+
+    run(torch.randn(30))
+    before = kernels()
+    for bits in (3, 4, 8):
+        run(torch.randn(10 * bits), bits=bits)
+        run(torch.randn(2, 5, bits), bits=bits, signed=True)
+    assert kernels() == before
+    run(torch.randn(30).double())
+    fake_quantize(torch.randn(3, 10).double(), torch.full((3,), 0.1), int32(0, 0, 0), Scheme(axis=0))
+    assert kernels() == before + 2
+
+
+def test_a_function_keeps_what_it_closes_over_and_its_defaults():
+    def shifted(by):
+        return lambda x, low, high=0.5: torch.clamp(x + by, low, high)
+
+    x = torch.linspace(-1, 1, 20)
+    for by in (0.25, 0.75):
+        assert torch.equal(compilation.fused(shifted(by))(x, 0), torch.clamp(x + by, 0, 0.5))
+
+
+EAGER = """
+import sys, torch
+from halfeven.quantization import compile as compilation
+from halfeven.quantization.fake_quantize import fake_quantize
+from halfeven.quantization.scheme import Scheme
+assert compilation.compiler_works() is False
+saved = torch.load(sys.argv[1], weights_only=True)
+results = []
+for axis, x, scale, zero_point, options in saved:
+    x.requires_grad_(); scale.requires_grad_()
+    y = fake_quantize(x, scale, zero_point.requires_grad_(zero_point.is_floating_point()), Scheme(axis=axis), 0.5,
+                      **options)
+    (y * torch.arange(1.0, y.numel() + 1).reshape(y.shape)).sum().backward()
+    results.append((y.detach(), x.grad, scale.grad, zero_point.grad))
+torch.save(results, sys.argv[2])
+"""
+
+
+def test_eager_equals_compiled(tmp_path):
+    if not compilation.compiler_works():
+        pytest.skip("torch.compile finds no compiler here")
+    cases = []
+    for axis, channels in ((None, None), (0, 4), (1, 5)):
+        scale = torch.rand(channels or ()) * 0.05 + 0.01
+        zero_point = torch.randint(0, 255, scale.shape, dtype=torch.int32)
+        ties = torch.randint(-300, 300, (4, 5, 6)).float() * 0.005
+        cases += [(axis, x, scale.clone(), zero_point, {}) for x in (torch.randn(4, 5, 6) * 3, ties)]
+        # A stored scale that is a power of two: exp2 may differ in its last bit from kernel to kernel.
+        log = {"domain": "log", "clip": (-1.0, 2.0), "rounding_gradient": False}
+        cases += [(axis, torch.round(ties * 1000) / 64, torch.full(scale.shape, -5.0), zero_point + 0.25, log)]
+        cases += [(axis, ties.clone(), -scale, zero_point + 0.25, {"domain": "linear", "clip": (0.0, float("inf"))})]
+    torch.save(cases, tmp_path / "in.pt")
+    environment = {**os.environ, "HALFEVEN_COMPILE": "0"}
+    command = [sys.executable, "-c", EAGER, str(tmp_path / "in.pt"), str(tmp_path / "out.pt")]
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    eager = torch.load(tmp_path / "out.pt", weights_only=True)
+    for (axis, x, scale, zero_point, options), (y, dx, ds, dz) in zip(cases, eager, strict=True):
+        x.requires_grad_()
+        scale.requires_grad_()
+        zero_point.requires_grad_(zero_point.is_floating_point())
+        found = fake_quantize(x, scale, zero_point, Scheme(axis=axis), 0.5, **options)
+        (found * torch.arange(1.0, found.numel() + 1).reshape(found.shape)).sum().backward()
+        assert torch.equal(found.detach(), y)
+        assert torch.equal(x.grad, dx)
+        torch.testing.assert_close(scale.grad, ds, rtol=1e-5, atol=1e-2)
+        torch.testing.assert_close(zero_point.grad, dz, rtol=1e-5, atol=1e-2)
+
+
+def test_a_missing_compiler_is_said_once_and_changes_nothing(monkeypatch, caplog):
+    def broken(function):
+        def fail(*arguments):
+            raise RuntimeError("no compiler found\ndetails")
+
+        return fail
+
+    x, scale = torch.randn(50), torch.tensor(0.1)
+    expected = fake_quantize(x, scale, int32(0), SIGNED4)
+    monkeypatch.setattr(compilation, "_works", None)
+    monkeypatch.setattr(compilation, "_compiled", broken)
+    with caplog.at_level("WARNING", logger="halfeven.quantization.compile"):
+        found = [fake_quantize(x, scale, int32(0), SIGNED4) for _ in range(3)]
+    assert all(torch.equal(f, expected) for f in found)
+    messages = [record.getMessage() for record in caplog.records if "torch.compile" in record.getMessage()]
+    assert len(messages) == 1
+    assert "no compiler found" in messages[0]
+    assert "details" not in messages[0]

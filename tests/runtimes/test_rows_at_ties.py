@@ -1,0 +1,77 @@
+"""Ties on the real runtimes: scales that are powers of two, odd zero points, and shapes drawn at random, row by row."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import halfeven as he
+from halfeven.quantization.quantizer import quantizers
+from halfeven.runtimes.cpu import overflows
+from runtimes.parity import quantized
+from runtimes.test_exact import Concat, Excite, Function, Residual, Split, body, conv
+
+FILES = {"onnxruntime": "model.onnx", "openvino": "model.xml"}
+
+LINEAR = (6, 16)
+TOKENS = (3, 5, 16)
+ROWS = {
+    "conv": (lambda: nn.Sequential(conv(3), nn.ReLU(), conv(8, 4)), None),
+    "conv without activation": (lambda: nn.Sequential(conv(3), conv(8, 4)), None),
+    "depthwise": (lambda: nn.Sequential(conv(3), nn.ReLU6(), conv(8, 8, groups=8), nn.ReLU6(), conv(8, 4, 1)), None),
+    "strided, dilated": (lambda: nn.Sequential(conv(3, stride=2), nn.ReLU(), conv(dilation=2), conv(8, 4)), None),
+    "linear": (lambda: nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8), nn.Linear(8, 4)), LINEAR),
+    "linear on tokens": (lambda: nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)), TOKENS),
+    "matrix product": (
+        lambda: nn.Sequential(nn.Linear(16, 16), Function(lambda x: x @ x.transpose(1, 2)), nn.Linear(5, 4)),
+        TOKENS,
+    ),
+    "addition": (lambda: Residual(act=lambda x: x, signed=True), None),
+    "addition, relu": (lambda: Residual(), None),
+    "multiplication": (lambda: body(Function(lambda x: x * x.flip(1))), None),
+    "gate": (lambda: Excite(F.hardsigmoid), None),
+    "concatenation": (lambda: Concat(), None),
+    "split": (lambda: Split(), None),
+    "average pool": (lambda: nn.Sequential(conv(3), nn.AvgPool2d(2), conv(8, 4)), None),
+    "mean": (lambda: nn.Sequential(conv(3), Function(lambda x: x.mean((2, 3))), nn.Linear(8, 4)), None),
+    "max pool": (lambda: body(nn.MaxPool2d(2)), None),
+    "nearest": (lambda: body(nn.Upsample(scale_factor=2)), None),
+}
+
+
+def made_of_halves(qmodel, generator):
+    """Scales become powers of two and zero points odd, weights multiples of 1/128: sums lie between two integers."""
+    for quantizer in quantizers(qmodel).values():
+        if quantizer.weight or not quantizer.calibrates:
+            continue
+        quantizer._store(2.0 ** torch.round(torch.log2(quantizer.scale)), quantizer.zero_point)
+        if not quantizer.scheme.symmetric:
+            zero_point = 2 * int(torch.randint(20, 108, (), generator=generator)) + 1
+            quantizer.zero_point.fill_(zero_point)
+    for module in qmodel.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.weight.data = torch.randint(-127, 128, module.weight.shape, generator=generator) / 128
+            module.weight.data.flatten(1)[:, 0] = 127 / 128
+            if module.bias is not None:
+                module.bias.data = torch.randint(-64, 65, module.bias.shape, generator=generator) / 64
+
+
+@pytest.mark.parametrize("target", FILES)
+@pytest.mark.parametrize("name", ROWS)
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2**20), height=st.integers(8, 15), width=st.integers(8, 15))
+def test_every_row_at_ties(name, target, seed, height, width, tmp_path_factory):
+    if name == "matrix product" and target == "openvino" and overflows():
+        pytest.skip("activations of 8 bits multiplied together overflow on this processor")
+    build, shape = ROWS[name]
+    torch.manual_seed(seed)
+    qmodel, batches = quantized(build(), shape or (3, 3, 2 * (height // 2), 2 * (width // 2)), target=target)
+    made_of_halves(qmodel, torch.Generator().manual_seed(seed))
+    path = he.export(qmodel, tmp_path_factory.mktemp("ties") / FILES[target])
+    report = he.verify(qmodel, path, batches, timed=False)
+    assert report.integer_match == 1.0, (report.first_difference, report.max_lsb_difference)
+    assert report.output_difference < 1e-5
+    assert report.weights_match
+    assert report.float_layers == []

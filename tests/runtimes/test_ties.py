@@ -1,0 +1,241 @@
+"""Integers that one wrong rounding changes: averages at ties, layers without a bias, and sums, on the real runtime."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import halfeven as he
+from halfeven.quantization.quantizer import quantizers
+from halfeven.runtimes.cpu import fuses_attention
+from halfeven.runtimes.exact_model import ExactModel
+from halfeven.runtimes.export import exportable
+from halfeven.runtimes.openvino.exact_values import Ends
+from runtimes.parity import SCHEME, quantized
+
+
+def conv(inputs=8, outputs=8, kernel=3, **options):
+    return nn.Conv2d(inputs, outputs, kernel, **({"padding": kernel // 2} | options))
+
+
+class Pools(nn.Module):
+    """Every kind of average of one tensor, each read by a convolution."""
+
+    def __init__(self, signed, padded=True):
+        super().__init__()
+        self.stem, self.signed = conv(3), signed
+        pools = [nn.AvgPool2d(2), nn.AvgPool2d((3, 2), 2), nn.AvgPool2d(7, 3), nn.AdaptiveAvgPool2d(1)]
+        pools += [nn.AdaptiveAvgPool2d((3, 2)), nn.AvgPool2d(3, 2, 1, count_include_pad=False)]
+        self.pools = nn.ModuleList([*pools, nn.AvgPool2d(3, 2, 1)] if padded else pools)
+        self.readers = nn.ModuleList(conv(8, 4, 1) for _ in range(len(self.pools) + 1))
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x if self.signed else F.relu(x)
+        averages = [pool(x) for pool in self.pools] + [x.mean((2, 3), keepdim=True)]
+        return [read(average) for read, average in zip(self.readers, averages, strict=True)]
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5, 0.75, 0.6113])
+@pytest.mark.parametrize("zero_point", [0, 101, 128])
+def test_averages_are_those_of_integers(ratio, zero_point, tmp_path):
+    """With one scale before and after, every fourth average of 2x2 integers is a tie: half to even decides."""
+    torch.manual_seed(zero_point)
+    qmodel, batches = quantized(Pools(zero_point != 0, padded=zero_point != 101), (4, 3, 24, 18))
+    found = {name: q for name, q in quantizers(qmodel).items() if not q.weight and name != "quantizers.x"}
+    stem, *pools = found.values()
+    for pool in pools:
+        pool._store(stem.scale * ratio, torch.full_like(pool.zero_point, zero_point + stem.scheme.quant_min))
+    stem.zero_point.fill_(zero_point + stem.scheme.quant_min)
+    he.export(qmodel, tmp_path / "model.xml")
+    report = he.verify(qmodel, tmp_path / "model.xml", batches, timed=False)
+    assert report.integer_match == 1.0, report.first_difference
+    assert sum(tensor.count for tensor in report.tensors) > 50_000
+
+    exact = ExactModel(exportable(qmodel)[0])
+    exact(batches[0])
+    means = F.avg_pool2d(next(levels for name, levels in exact.levels.items() if name != "quantizers.x"), 2)
+    assert int((means % 1 == 0.5).sum()) > 500, "no ties were made"
+
+
+def without_bias(activation):
+    layers = [conv(3, bias=False), activation, conv(kernel=1, bias=False), activation, conv(groups=8, bias=False)]
+    return nn.Sequential(*layers, activation, conv(bias=False), activation, conv(8, 4, bias=False))
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Identity(), nn.ReLU6(), nn.Hardtanh(0, 0.2)])
+def test_layers_without_a_bias(activation, per_channel, tmp_path):
+    """The scales of such a layer are merged into its quantizer's ends; a clip inside of these ends keeps them apart."""
+    torch.manual_seed(0)
+    qmodel, batches = quantized(without_bias(activation), (12, 3, 48, 48), per_channel=per_channel)
+    he.export(qmodel, tmp_path / "model.xml")
+    report = he.verify(qmodel, tmp_path / "model.xml", batches, timed=False)
+    assert report.integer_match == 1.0, report.first_difference
+    assert sum(tensor.count for tensor in report.tensors) > 2_000_000
+
+
+def test_a_bias_of_zeros_is_none(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3), conv(), nn.ReLU(), conv(groups=8), conv(8, 4))
+    for layer in model:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.zeros_(layer.bias)
+    qmodel, batches = quantized(model, (12, 3, 64, 64))
+    he.export(qmodel, tmp_path / "model.xml")
+    assert he.verify(qmodel, tmp_path / "model.xml", batches, timed=False).integer_match == 1.0
+
+
+class Sums(nn.Module):
+    """Residual sums one after the other, each with its own scales."""
+
+    def __init__(self, bias, kernel, signed, act, count=6):
+        super().__init__()
+        self.stem, self.signed, self.act = conv(3), signed, act
+        self.branches = nn.ModuleList(conv(kernel=kernel, bias=bias) for _ in range(count))
+        self.readers = nn.ModuleList(conv(8, 2, 1) for _ in range(count))
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x if self.signed else F.relu(x)
+        results = []
+        for index, (branch, read) in enumerate(zip(self.branches, self.readers, strict=True)):
+            y = x + branch(x) if index % 2 else branch(x) + x
+            x = self.act(y)
+            results.append(read(x))
+        return torch.cat(results, 1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "signed", "act"),
+    [(1, False, F.relu), (3, False, F.relu), (1, True, lambda x: x), (3, True, lambda x: x), (1, True, F.relu6)],
+)
+def test_sums_without_and_with_a_bias(bias, kernel, signed, act, tmp_path):
+    torch.manual_seed(kernel)
+    qmodel, batches = quantized(Sums(bias, kernel, signed, act), (8, 3, 48, 48))
+    he.export(qmodel, tmp_path / "model.xml")
+    report = he.verify(qmodel, tmp_path / "model.xml", batches, timed=False)
+    assert report.integer_match == 1.0, report.first_difference
+    assert sum(tensor.count for tensor in report.tensors) > 2_000_000
+
+
+class Attention(nn.Module):
+    """Four heads of 32 channels; the last layer hands on what they say."""
+
+    def __init__(self, width=128):
+        super().__init__()
+        self.query, self.key, self.value, self.last = (nn.Linear(width, width) for _ in range(4))
+        nn.init.eye_(self.last.weight)
+
+    def forward(self, x):
+        query, key, value = (
+            layer(x).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        weights = (query @ key.transpose(-1, -2) * 32**-0.5).softmax(-1)
+        return self.last((weights @ value).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.skipif(not fuses_attention(), reason="OpenVINO runs an attention as one operator where AVX512-VNNI is")
+@pytest.mark.parametrize("zero_point", [121, 126, 128])
+def test_the_end_of_an_attention_rounds_as_it_does_for_users(zero_point, tmp_path):
+    """Unwatched it is a product and a sum, watched one fused multiply-add: the outputs are those of the former. Of
+    signed bytes (128) nothing is added before the rounding, in either."""
+    torch.manual_seed(0)
+    qmodel, batches = quantized(Attention(), (16, 48, 128))
+    weights, value, end = (quantizers(qmodel)[f"quantizers.{name}"] for name in ("softmax", "value", "matmul_1"))
+    unit = weights.scale * value.scale
+    sums = torch.arange(-6000.0, 6000.0)
+
+    def ties(ratio):
+        ends = Ends(-zero_point * unit * ratio, (255 - zero_point) * unit * ratio, 255, signed=zero_point == 128)
+        ends = ends.moved(unit)
+        return int((ends.levels(sums) != ends.in_kernel().levels_in_attention(sums)).sum())
+
+    ratio = max((150 + 0.37 * step for step in range(200)), key=ties)
+    assert ties(ratio) > 0
+    end._store(unit * ratio, torch.full_like(end.zero_point, zero_point + end.scheme.quant_min))
+    he.export(qmodel, tmp_path / "model.xml")
+    report = he.verify(qmodel, tmp_path / "model.xml", batches, timed=False)
+    assert report.integer_match == 1.0, report.first_difference
+    assert report.output_difference == 0.0
+
+    exact = he.exact(qmodel)
+    used = exact(batches[0])
+    exact.simulation.watched = True
+    assert torch.equal(exact(batches[0]), used) == (zero_point == 128), "no tie was met"
+
+
+class Scaled(nn.Module):
+    """Halves of a tensor, one of which is multiplied by a number before the next layer reads it."""
+
+    def __init__(self, layer, factor=0.177):
+        super().__init__()
+        self.both, self.first, self.second = layer(4, 16), layer(8, 4), layer(8, 4)
+        self.factor = factor
+
+    def forward(self, x):
+        first, second = self.both(x).split(8, 1 if x.ndim == 4 else -1)
+        return self.first(first * self.factor) + self.second(second)
+
+
+@pytest.mark.parametrize("times", [0.99, 0.9925, 0.9937, 0.998, 1.0075, 1.0085])
+@pytest.mark.parametrize("scheme", [SCHEME, "w7a7"])
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear, (4, 10, 4)), (conv, (4, 4, 12, 12))], ids=["signed", "unsigned"]
+)
+def test_a_quantizer_is_left_out_where_integers_lie_on_nearly_its_grid(layer, shape, scheme, times, tmp_path):
+    torch.manual_seed(0)
+    qmodel, batches = quantized(Scaled(layer), shape, scheme=scheme)
+    found = {name.rpartition(".")[2]: quantizer for name, quantizer in quantizers(qmodel).items()}
+    found["mul"]._store(found["both"].scale * 0.177 * times, found["both"].zero_point)
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
+    assert report.integer_match == 1.0, (report.first_difference, report.max_lsb_difference)
+    assert report.output_difference < 1e-5
+
+
+@pytest.mark.parametrize("scheme", [SCHEME, "w7a7"])
+def test_integers_times_a_negative_number(scheme, tmp_path):
+    torch.manual_seed(0)
+    qmodel, batches = quantized(Scaled(nn.Linear, -0.5), (8, 10, 4), scheme=scheme)
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
+    assert report.integer_match == 1.0, (report.first_difference, report.max_lsb_difference)
+    assert report.output_difference < 1e-5
+
+
+class Branch(nn.Module):
+    """A skip connection around a layer whose result is activated, and quantized, before it is added."""
+
+    def __init__(self, act, kind=nn.Conv2d, *, depthwise=False, later=False):
+        super().__init__()
+        self.stem, self.wide = kind(3, 8, 3, padding=1), kind(8, 8, 3, padding=1, groups=1 if depthwise else 8)
+        self.layer = kind(8, 8, 3, padding=1, groups=8 if depthwise else 1)
+        self.act, self.last, self.later = act, nn.Linear(8, 4), later
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        total = x + self.act(self.layer(F.relu(self.wide(x))))
+        result = self.last(total.flatten(2).mean(2))
+        return result + self.last(x.flatten(2).mean(2)) if self.later else result
+
+
+BRANCHES = {
+    "relu": lambda: Branch(F.relu),
+    "relu6": lambda: Branch(F.relu6),
+    "depthwise": lambda: Branch(F.relu, depthwise=True),
+    "of sequences": lambda: Branch(F.relu, nn.Conv1d),
+    "hardswish, which is rounded": lambda: Branch(F.hardswish),
+    "leaky, which is rounded": lambda: Branch(F.leaky_relu),
+    "in memory that is read later": lambda: Branch(F.relu, later=True),
+}
+
+
+@pytest.mark.parametrize("scheme", [SCHEME, "w7a7"])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_quantizer_inside_a_convolutions_kernel_rounds_as_it_does_for_users(name, scheme, tmp_path):
+    torch.manual_seed(0)
+    shape = (8, 3, 20) if name == "of sequences" else (8, 3, 20, 20)
+    qmodel, batches = quantized(BRANCHES[name](), shape, scheme=scheme)
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
+    assert report.integer_match == 1.0
+    assert report.output_difference < 1e-5
