@@ -17,10 +17,10 @@ import halfeven
 from halfeven.cli import main as cli
 from halfeven.config import Experiment
 from halfeven.ptq.options import PTQOptions
-from halfeven.ptq.recipe import choose
+from halfeven.ptq.recipe import decide
 from halfeven.qat.batchnorm_schedule import ScheduleOptions
 from halfeven.qat.options import QATOptions
-from halfeven.qat.recipe import choose as choose_training
+from halfeven.qat.recipe import decide as decide_training
 from runtimes.parity import SCHEME
 
 ROOT = Path(__file__).parents[1]
@@ -205,7 +205,7 @@ def test_the_choices_shown_are_those_that_are_made():
     (shown,) = blocks(ROOT / "docs/ptq.md", "text")
     model = timm.create_model("mobilenetv2_100", in_chans=1, num_classes=10).eval()
     qmodel = halfeven.prepare(model, torch.randn(2, 1, 32, 32), batchnorm="fold")
-    assert shown.strip() == str(choose(qmodel, PTQOptions(), data=True))
+    assert shown.strip() == str(decide(qmodel, PTQOptions(), data=True))
 
 
 def test_the_recipe_shown_is_the_one_that_is_chosen():
@@ -213,7 +213,7 @@ def test_the_recipe_shown_is_the_one_that_is_chosen():
     (shown,) = blocks(ROOT / "docs/qat.md", "text")
     model = timm.create_model("mobilenetv2_100", in_chans=1, num_classes=10).eval()
     qmodel = halfeven.prepare(model, torch.randn(2, 1, 32, 32), scheme="w4a4", ranges="learned")
-    assert shown.strip() == str(choose_training(qmodel, QATOptions(), ScheduleOptions()))
+    assert shown.strip() == str(decide_training(qmodel, QATOptions(), ScheduleOptions()))
 
 
 @pytest.mark.usefixtures("unfused")

@@ -1,24 +1,24 @@
-"""A decision with its reason: what the recipes are made of, to be read before anything is done."""
+"""Decisions with their reasons: recipes are made of them, and print them before anything is done."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A step that is taken or left out."""
+class Decision:
+    """A step that is carried out or left out, with the reason."""
 
-    taken: bool
+    enabled: bool
     reason: str
 
 
-def switched(value: str) -> Choice | None:
-    """The user's choice, or None where it is left to us ("auto")."""
-    return None if value == "auto" else Choice(value not in ("off", "keep"), "as the options say")
+def switched(value: str) -> Decision | None:
+    """Return the user's decision on a step, or None where the option says "auto"."""
+    return None if value == "auto" else Decision(value not in ("off", "keep"), "as the options say")
 
 
-def table(title: str, choices: Mapping[str, Choice]) -> str:
-    """The choices, one a line, with yes or no and the reason."""
-    width = max(map(len, choices))
-    lines = [f"  {name:{width}}  {'yes' if c.taken else 'no ':3}  {c.reason}" for name, c in choices.items()]
+def table(title: str, decisions: Mapping[str, Decision]) -> str:
+    """Return a title and, below it, a line for each step: its name, yes or no, and the reason."""
+    width = max(map(len, decisions))
+    lines = [f"  {name:{width}}  {'yes' if d.enabled else 'no ':3}  {d.reason}" for name, d in decisions.items()]
     return "\n".join([title, *lines])

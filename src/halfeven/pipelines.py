@@ -23,12 +23,12 @@ from halfeven.placement.make_plan import make_plan, regions
 from halfeven.placement.plan import Plan, QuantizationOptions
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.pipeline import equalize_channels, take_steps
-from halfeven.ptq.recipe import choose
+from halfeven.ptq.recipe import decide
 from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
 from halfeven.qat.batchnorm_schedule import ScheduleOptions
 from halfeven.qat.options import QATOptions
 from halfeven.qat.recipe import Recipe as CourseRecipe
-from halfeven.qat.recipe import choose as choose_course
+from halfeven.qat.recipe import decide as decide_qat
 from halfeven.qat.session import Course
 from halfeven.tasks.task import first_tensor
 
@@ -133,7 +133,7 @@ def quantize(
 ) -> nn.Module:
     """Post-training quantization: the steps that suit the model, the bits and the data (white paper, figure 8).
 
-    BatchNorm is folded first. Which steps are taken is decided by `halfeven.ptq.recipe.choose` and told to `say` with
+    BatchNorm is folded first. Which steps are taken is decided by `halfeven.ptq.recipe.decide` and told to `say` with
     the reasons; `ptq` switches each of them.
 
     Args:
@@ -169,7 +169,7 @@ def quantize(
         example = kwargs or args
     assert example is not None
     qmodel = prepare(model, example, options, batchnorm="fold").eval()
-    recipe = choose(qmodel, ptq, data=data is not None)
+    recipe = decide(qmodel, ptq, data=data is not None)
     say(f"{plan_of(qmodel)}\n\n{recipe}\n")
     qmodel = take_steps(qmodel, [kwargs or args for args, kwargs in data or ()], recipe, ptq, say, state)
     return qmodel.eval()
@@ -211,15 +211,15 @@ def accompany(
         AlgorithmError: as the steps raise it.
     """
     options, schedule, say = options or QATOptions(), schedule or ScheduleOptions(), say or (lambda text: None)
-    recipe = choose_course(qmodel, options, schedule)
+    recipe = decide_qat(qmodel, options, schedule)
     say(f"{recipe}\n")
     ptq = ptq or PTQOptions()
-    if recipe.equalize.taken:
+    if recipe.equalize.enabled:
         batches = [kwargs or args for args, kwargs in _at_hand(loader, None)]
         ptq = dataclasses.replace(ptq, equalize="on")
-        equalize_channels(qmodel, batches, choose(qmodel, ptq, data=True), ptq, say)
+        equalize_channels(qmodel, batches, decide(qmodel, ptq, data=True), ptq, say)
         calibrate(qmodel, batches)
-    if recipe.reconstruct.taken:
+    if recipe.reconstruct.enabled:
         learn = reconstruct if recipe.blocks else adaround
         report = learn(qmodel, loader, options=ptq, state=state, say=say)
         say(f"Reconstructed {len(report.units)} units in {sum(unit.seconds for unit in report.units):.0f} s.")

@@ -6,7 +6,7 @@ from torch import nn
 
 import halfeven as he
 from halfeven.ptq.options import PTQOptions
-from halfeven.ptq.recipe import choose
+from halfeven.ptq.recipe import decide
 
 
 def net(act=nn.ReLU6, gain=1):
@@ -30,9 +30,9 @@ class Tokens(nn.Module):
 
 def steps(model=None, shape=(2, 3, 8, 8), data=True, ptq=None, **options):
     qmodel = he.prepare(model or net(), torch.randn(shape), batchnorm="fold", **options)
-    recipe = choose(qmodel, ptq or PTQOptions(), data=data)
+    recipe = decide(qmodel, ptq or PTQOptions(), data=data)
     names = ["equalize", "relu6", "absorb", "smooth", "reparametrize", "reconstruct", "correct_biases"]
-    return {name for name in names if getattr(recipe, name).taken}, recipe
+    return {name for name in names if getattr(recipe, name).enabled}, recipe
 
 
 @pytest.mark.parametrize(

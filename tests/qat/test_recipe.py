@@ -7,7 +7,7 @@ import halfeven as he
 from halfeven.errors import ConfigError
 from halfeven.qat.batchnorm_schedule import ScheduleOptions
 from halfeven.qat.options import QATOptions
-from halfeven.qat.recipe import choose
+from halfeven.qat.recipe import decide
 from placement.parts import IMAGE, Residual
 
 AT_LOW_BITS = ("average", "re_estimate")
@@ -16,13 +16,13 @@ AT_LOW_BITS = ("average", "re_estimate")
 def recipe(scheme, re_estimate=None, batchnorm="keep", freeze=None, per_channel=True, **options):
     torch.manual_seed(0)
     qmodel = he.prepare(Residual(), torch.randn(IMAGE), scheme=scheme, batchnorm=batchnorm, per_channel=per_channel)
-    return choose(
+    return decide(
         qmodel, QATOptions(**options), ScheduleOptions(re_estimate=re_estimate, freeze_batchnorm_after=freeze)
     )
 
 
 def taken(found):
-    return {name for name in vars(found) if name != "blocks" and getattr(found, name).taken}
+    return {name for name in vars(found) if name != "blocks" and getattr(found, name).enabled}
 
 
 @pytest.mark.parametrize(
@@ -55,35 +55,35 @@ def test_every_step_can_be_switched(option, name):
 
 
 def test_the_start_can_be_chosen():
-    assert not recipe("w4a4", start="ranges").reconstruct.taken
-    assert recipe("w8a8", start="layers").reconstruct.taken
+    assert not recipe("w4a4", start="ranges").reconstruct.enabled
+    assert recipe("w8a8", start="layers").reconstruct.enabled
     assert not recipe("w8a8", start="layers").blocks
     assert recipe("w8a8", start="blocks").blocks
 
 
 def test_channels_are_equalized_where_one_scale_serves_them_and_batchnorm_is_folded():
-    assert recipe("w8a8", batchnorm="fold", per_channel=False).equalize.taken
-    assert not recipe("w8a8", batchnorm="fold", per_channel=False, equalize="off").equalize.taken
-    assert not recipe("w8a8", batchnorm="fold").equalize.taken
-    assert recipe("w8a8", batchnorm="fold", equalize="on").equalize.taken
+    assert recipe("w8a8", batchnorm="fold", per_channel=False).equalize.enabled
+    assert not recipe("w8a8", batchnorm="fold", per_channel=False, equalize="off").equalize.enabled
+    assert not recipe("w8a8", batchnorm="fold").equalize.enabled
+    assert recipe("w8a8", batchnorm="fold", equalize="on").equalize.enabled
     for batchnorm in ("keep", "fold live"):
-        assert not recipe("w8a8", batchnorm=batchnorm, per_channel=False).equalize.taken
+        assert not recipe("w8a8", batchnorm=batchnorm, per_channel=False).equalize.enabled
         with pytest.raises(ConfigError, match="would undo it"):
             recipe("w8a8", batchnorm=batchnorm, equalize="on")
 
 
 def test_a_progression_starts_from_ranges():
     found = recipe("w4a4", progress="on", start="blocks")
-    assert not found.reconstruct.taken
+    assert not found.reconstruct.enabled
     assert "means nothing for the first" in str(found)
 
 
 def test_batchnorm_is_re_estimated_as_asked_and_never_where_it_is_folded():
-    assert recipe("w8a8", re_estimate=True).re_estimate.taken
-    assert not recipe("w4a4", re_estimate=False).re_estimate.taken
-    assert not recipe("w4a4", batchnorm="fold").re_estimate.taken
-    assert not recipe("w4a4", freeze=0.5).re_estimate.taken
-    assert recipe("w4a4", re_estimate=True, freeze=0.5).re_estimate.taken
+    assert recipe("w8a8", re_estimate=True).re_estimate.enabled
+    assert not recipe("w4a4", re_estimate=False).re_estimate.enabled
+    assert not recipe("w4a4", batchnorm="fold").re_estimate.enabled
+    assert not recipe("w4a4", freeze=0.5).re_estimate.enabled
+    assert recipe("w4a4", re_estimate=True, freeze=0.5).re_estimate.enabled
 
 
 def test_it_prints_every_step_with_its_reason():

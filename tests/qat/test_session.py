@@ -101,7 +101,7 @@ def test_the_average_is_another_form_and_lags_behind():
 def test_learned_rounding_is_where_training_starts():
     _, plain, _ = made()
     _, qmodel, course = made(start="blocks")
-    assert course.recipe.reconstruct.taken
+    assert course.recipe.reconstruct.enabled
     assert not torch.equal(qmodel.conv1.weight, plain.conv1.weight)
     assert all(p.requires_grad for p in qmodel.parameters())
     train(qmodel, course, 0, 2)

@@ -18,7 +18,7 @@ from halfeven.layerwise.calibrate import calibrate
 from halfeven.pipelines import accompany, course_of, prepare, rebuild
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import Plan
-from halfeven.qat.recipe import choose
+from halfeven.qat.recipe import decide
 from halfeven.qat.session import Course
 from halfeven.training.accelerator import mixed_precision
 from halfeven.training.options import TrainingOptions
@@ -88,7 +88,7 @@ def _continue(work: Work, model: nn.Module) -> tuple[nn.Module, Course, dict[str
         load_weights(model, trained)
     qmodel = rebuild(model, work.datasets.example(), Plan.from_dict(header["plan"])).to(work.accelerator.device)
     experiment, (loader, inputs) = work.experiment, _loaders(work)
-    recipe = choose(qmodel, experiment.qat, experiment.schedule)
+    recipe = decide(qmodel, experiment.qat, experiment.schedule)
     teacher, qat, schedule = model.to(work.accelerator.device), experiment.qat, experiment.schedule
     course = course_of(qmodel, teacher, recipe, loader, qat, schedule, inputs, work.task.logits)
     return qmodel, course, header
@@ -126,9 +126,9 @@ def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, Co
         state=work.folder / PTQ_STATE,
         logits=work.task.logits,
     )
-    if course.recipe.equalize.taken and not course.recipe.reconstruct.taken:
+    if course.recipe.equalize.enabled and not course.recipe.reconstruct.enabled:
         start = known[f"{scheme}, equalized"] = work.accuracy(qmodel)
-    if course.recipe.reconstruct.taken:
+    if course.recipe.reconstruct.enabled:
         start = known[f"{scheme}, rounding learned"] = work.accuracy(qmodel)
     facts = {"plan": plan_of(qmodel).to_dict(), "float": float_metrics, "known": known}
     # With progressive bit-width the start has more bits than it shall have, and says nothing of the end.

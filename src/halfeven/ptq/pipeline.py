@@ -43,22 +43,22 @@ def take_steps(
         state: folder for the finished units of a reconstruction.
     """
     equalize_channels(qmodel, batches, recipe, options, say)
-    if recipe.smooth.taken:
+    if recipe.smooth.enabled:
         say(str(smooth(qmodel, batches, strength=options.smoothing_strength)))
-    if recipe.reparametrize.taken:
+    if recipe.reparametrize.enabled:
         say(str(reparametrize(qmodel, batches)))
     if not recipe.data:
         return _without_data(qmodel, recipe, say)
     calibrate(qmodel, batches)
-    both = recipe.reconstruct.taken and recipe.correct_biases.taken
+    both = recipe.reconstruct.enabled and recipe.correct_biases.enabled
     reference = copy.deepcopy(qmodel) if both else None
-    if recipe.reconstruct.taken:
+    if recipe.reconstruct.enabled:
         learn = reconstruct if recipe.blocks else adaround
         report = learn(qmodel, batches, options=options, state=state, say=say)
         say(f"Reconstructed {len(report.units)} units in {sum(unit.seconds for unit in report.units):.0f} s.")
         if not recipe.blocks:
             calibrate(qmodel, batches)  # the weights have moved, and the activations with them
-    if recipe.correct_biases.taken:
+    if recipe.correct_biases.enabled:
         qmodel = _corrected(qmodel, reference, batches, options, say)
     return qmodel
 
@@ -85,7 +85,7 @@ def _corrected(
 
 
 def _without_data(qmodel: nn.Module, recipe: Recipe, say: Say) -> nn.Module:
-    if recipe.correct_biases.taken:
+    if recipe.correct_biases.enabled:
         say(str(correct_biases_analytically(qmodel)))
     say(str(ranges_from_batchnorm(qmodel)))
     say(
@@ -101,7 +101,7 @@ def _without_data(qmodel: nn.Module, recipe: Recipe, say: Say) -> nn.Module:
 def equalize_channels(qmodel: nn.Module, batches: Batches, recipe: Recipe, options: PTQOptions, say: Say) -> None:
     """Cross-layer equalization and what belongs to it, in place, as far as a recipe takes them; ranges that were set
     before must be set anew."""
-    unclip = recipe.relu6.taken
+    unclip = recipe.relu6.enabled
     if unclip and recipe.data and options.relu6 != "replace":
         unclip = _gains_without_relu6(qmodel, batches, recipe, say)
     _equalize(qmodel, batches, recipe, say, unclip=unclip)
@@ -126,9 +126,9 @@ def _gains_without_relu6(qmodel: nn.Module, batches: Batches, recipe: Recipe, sa
 def _equalize(qmodel: nn.Module, batches: Batches, recipe: Recipe, say: Say, *, unclip: bool) -> None:
     if unclip:
         unclip_relu6(qmodel)
-    if recipe.equalize.taken:
+    if recipe.equalize.enabled:
         say(str(equalize(qmodel)).split("\n")[0])
-    if recipe.absorb.taken:
+    if recipe.absorb.enabled:
         say(str(absorb_biases(qmodel, batches or None)).split("\n")[0])
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from halfeven.decision import Choice, switched, table
+from halfeven.decision import Decision, switched, table
 from halfeven.placement.graph_edits import clipped_relus
 from halfeven.placement.insertion import plan_of
 from halfeven.ptq.equalization.cross_layer import find_chains, unclipping_sqnr
@@ -23,15 +23,15 @@ MobileNetV2 that gains by it, 5 in EfficientNet-Lite0, which it would ruin."""
 
 @dataclass(frozen=True)
 class Recipe:
-    """The choices, in the order of the steps."""
+    """The decisions, in the order of the steps."""
 
-    equalize: Choice
-    relu6: Choice
-    absorb: Choice
-    smooth: Choice
-    reparametrize: Choice
-    reconstruct: Choice
-    correct_biases: Choice
+    equalize: Decision
+    relu6: Decision
+    absorb: Decision
+    smooth: Decision
+    reparametrize: Decision
+    reconstruct: Decision
+    correct_biases: Decision
     blocks: bool
     """Whether reconstruction goes by blocks; by layers otherwise."""
     data: bool
@@ -49,7 +49,7 @@ class Recipe:
         return table("Steps of post-training quantization:", rows)
 
 
-def choose(qmodel: nn.Module, options: PTQOptions, *, data: bool) -> Recipe:
+def decide(qmodel: nn.Module, options: PTQOptions, *, data: bool) -> Recipe:
     """Decide the steps for a prepared model.
 
     Args:
@@ -72,62 +72,62 @@ def choose(qmodel: nn.Module, options: PTQOptions, *, data: bool) -> Recipe:
     )
 
 
-def _equalize(qmodel: nn.Module, options: PTQOptions, *, per_channel: bool) -> Choice:
+def _equalize(qmodel: nn.Module, options: PTQOptions, *, per_channel: bool) -> Decision:
     if chosen := switched(options.equalize):
         return chosen
     if per_channel:
-        return Choice(False, "each weight channel has a scale of its own")
+        return Decision(False, "each weight channel has a scale of its own")
     if not find_chains(rewritable_layers(qmodel)[0]) and not clipped_relus(qmodel):
-        return Choice(False, "no two layers follow each other without a branch between them")
-    return Choice(True, "one scale serves all channels of a weight, so they need equal ranges")
+        return Decision(False, "no two layers follow each other without a branch between them")
+    return Decision(True, "one scale serves all channels of a weight, so they need equal ranges")
 
 
-def _relu6(qmodel: nn.Module, options: PTQOptions, equalize: Choice, *, data: bool) -> Choice:
+def _relu6(qmodel: nn.Module, options: PTQOptions, equalize: Decision, *, data: bool) -> Decision:
     clipped = len(clipped_relus(qmodel))
     if not clipped:
-        return Choice(False, "the model has none")
+        return Decision(False, "the model has none")
     if chosen := switched(options.relu6):
         return chosen
-    if not equalize.taken:
-        return Choice(False, "there is no equalization, which alone gains by it")
+    if not equalize.enabled:
+        return Decision(False, "there is no equalization, which alone gains by it")
     if not data:
         return _relu6_by_batchnorm(qmodel)
-    return Choice(True, f"{clipped} of them stop the equalization; kept if the quantized model gains, see below")
+    return Decision(True, f"{clipped} of them stop the equalization; kept if the quantized model gains, see below")
 
 
-def _relu6_by_batchnorm(qmodel: nn.Module) -> Choice:
+def _relu6_by_batchnorm(qmodel: nn.Module) -> Decision:
     kept = min(unclipping_sqnr(qmodel).values(), default=float("-inf"))
     if kept >= UNCLIPPING_SQNR:
-        return Choice(True, f"BatchNorm says that little is clipped: {kept:.0f} dB of the values stay")
-    return Choice(False, "by what BatchNorm says, the float model would not bear it")
+        return Decision(True, f"BatchNorm says that little is clipped: {kept:.0f} dB of the values stay")
+    return Decision(False, "by what BatchNorm says, the float model would not bear it")
 
 
-def _follows(value: str, first: Choice, yes: str, no: str) -> Choice:
-    return switched(value) or Choice(first.taken, yes if first.taken else no)
+def _follows(value: str, first: Decision, yes: str, no: str) -> Decision:
+    return switched(value) or Decision(first.enabled, yes if first.enabled else no)
 
 
-def _smooth(qmodel: nn.Module, options: PTQOptions, weight_bits: int, *, data: bool) -> Choice:
+def _smooth(qmodel: nn.Module, options: PTQOptions, weight_bits: int, *, data: bool) -> Decision:
     if reason := _no_norms(qmodel, data=data):
-        return Choice(False, reason)
+        return Decision(False, reason)
     if chosen := switched(options.smooth):
         return chosen
     if weight_bits < 8:
-        return Choice(False, "weights below 8 bits cannot take the outliers of activations over")
-    return Choice(True, "outliers after LayerNorm spoil a scale per tensor")
+        return Decision(False, "weights below 8 bits cannot take the outliers of activations over")
+    return Decision(True, "outliers after LayerNorm spoil a scale per tensor")
 
 
 def _reparametrize(
     qmodel: nn.Module, options: PTQOptions, weight_bits: int, activation_bits: int, *, data: bool
-) -> Choice:
+) -> Decision:
     if reason := _no_norms(qmodel, data=data):
-        return Choice(False, reason)
+        return Decision(False, reason)
     if chosen := switched(options.reparametrize):
         return chosen
     if weight_bits < 8:
-        return Choice(False, "weights below 8 bits cannot take the outliers of activations over")
+        return Decision(False, "weights below 8 bits cannot take the outliers of activations over")
     if activation_bits < 8:
-        return Choice(True, "below 8 bits each channel after LayerNorm needs a range of its own")
-    return Choice(False, "smoothing serves 8-bit activations")
+        return Decision(True, "below 8 bits each channel after LayerNorm needs a range of its own")
+    return Decision(False, "smoothing serves 8-bit activations")
 
 
 def _no_norms(qmodel: nn.Module, *, data: bool) -> str:
@@ -136,23 +136,23 @@ def _no_norms(qmodel: nn.Module, *, data: bool) -> str:
     return "" if data else "it needs data"
 
 
-def _reconstruct(options: PTQOptions, weight_bits: int, activation_bits: int, *, data: bool) -> Choice:
+def _reconstruct(options: PTQOptions, weight_bits: int, activation_bits: int, *, data: bool) -> Decision:
     if not data:
-        return Choice(False, "it needs data")
+        return Decision(False, "it needs data")
     if options.reconstruct != "auto":
-        return Choice(options.reconstruct != "off", "as the options say")
+        return Decision(options.reconstruct != "off", "as the options say")
     if weight_bits < 7 or activation_bits < 8:
-        return Choice(True, "at so few bits rounding to nearest costs accuracy; it learns by blocks")
-    return Choice(False, f"at {weight_bits} bits rounding to nearest costs next to nothing")
+        return Decision(True, "at so few bits rounding to nearest costs accuracy; it learns by blocks")
+    return Decision(False, f"at {weight_bits} bits rounding to nearest costs next to nothing")
 
 
-def _correct_biases(options: PTQOptions, reconstruct: Choice, *, data: bool, per_channel: bool) -> Choice:
+def _correct_biases(options: PTQOptions, reconstruct: Decision, *, data: bool, per_channel: bool) -> Decision:
     if chosen := switched(options.correct_biases):
         return chosen
     if not data:
-        return Choice(True, "analytic: the means come from the folded BatchNorm")
-    if reconstruct.taken:
-        return Choice(False, "reconstruction leaves no mean shift to correct")
+        return Decision(True, "analytic: the means come from the folded BatchNorm")
+    if reconstruct.enabled:
+        return Decision(False, "reconstruction leaves no mean shift to correct")
     if per_channel:
-        return Choice(False, "8-bit weights with a scale per channel shift no mean that counts")
-    return Choice(True, "tried, and kept if the quantized model gains, see below")
+        return Decision(False, "8-bit weights with a scale per channel shift no mean that counts")
+    return Decision(True, "tried, and kept if the quantized model gains, see below")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from halfeven.decision import Choice, switched, table
+from halfeven.decision import Decision, switched, table
 from halfeven.errors import ConfigError
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import QuantizationOptions
@@ -21,18 +21,18 @@ LOW_BITS = 4
 
 @dataclass(frozen=True)
 class Recipe:
-    """The choices, in the order in which they act."""
+    """The decisions, in the order in which they act."""
 
-    equalize: Choice
-    reconstruct: Choice
+    equalize: Decision
+    reconstruct: Decision
     blocks: bool
     """Whether the rounding of blocks is learned; of layers otherwise."""
-    progress: Choice
-    distill: Choice
-    dampen: Choice
-    freeze: Choice
-    average: Choice
-    re_estimate: Choice
+    progress: Decision
+    distill: Decision
+    dampen: Decision
+    freeze: Decision
+    average: Decision
+    re_estimate: Decision
 
     def __str__(self) -> str:
         rows = {
@@ -48,7 +48,7 @@ class Recipe:
         return table("Steps of quantization-aware training:", rows)
 
 
-def choose(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) -> Recipe:
+def decide(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) -> Recipe:
     """Decide what accompanies the training of a prepared model.
 
     Args:
@@ -74,8 +74,8 @@ def choose(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) ->
     )
 
 
-def _off_unless_asked(value: str, reason: str) -> Choice:
-    return switched(value) or Choice(False, reason)
+def _off_unless_asked(value: str, reason: str) -> Decision:
+    return switched(value) or Decision(False, reason)
 
 
 def check_equalize(options: QATOptions, batchnorm: str) -> None:
@@ -91,55 +91,55 @@ def check_equalize(options: QATOptions, batchnorm: str) -> None:
         )
 
 
-def _equalize(options: QATOptions, quantization: QuantizationOptions) -> Choice:
+def _equalize(options: QATOptions, quantization: QuantizationOptions) -> Decision:
     check_equalize(options, quantization.batchnorm)
     if chosen := switched(options.equalize):
         return chosen
     if quantization.per_channel:
-        return Choice(False, "each weight channel has a scale of its own")
+        return Decision(False, "each weight channel has a scale of its own")
     if quantization.batchnorm != "fold":
-        return Choice(False, "a BatchNorm between the layers would undo it")
-    return Choice(True, "one scale serves all channels of a weight, so they need equal ranges")
+        return Decision(False, "a BatchNorm between the layers would undo it")
+    return Decision(True, "one scale serves all channels of a weight, so they need equal ranges")
 
 
-def _start(options: QATOptions, bits: int, progress: Choice) -> Choice:
-    if progress.taken:
-        return Choice(False, "a rounding that is learned for the last bits means nothing for the first")
+def _start(options: QATOptions, bits: int, progress: Decision) -> Decision:
+    if progress.enabled:
+        return Decision(False, "a rounding that is learned for the last bits means nothing for the first")
     if options.start != "auto":
-        return Choice(options.start != "ranges", "as the options say")
+        return Decision(options.start != "ranges", "as the options say")
     if bits < LOW_BITS:
-        return Choice(True, f"at {bits} bits calibrated ranges alone leave little to start from")
-    return Choice(False, f"from {bits} bits training ends as well, or better, from calibrated ranges")
+        return Decision(True, f"at {bits} bits calibrated ranges alone leave little to start from")
+    return Decision(False, f"from {bits} bits training ends as well, or better, from calibrated ranges")
 
 
-def _progress(options: QATOptions, bits: int) -> Choice:
+def _progress(options: QATOptions, bits: int) -> Decision:
     reason = "learned rounding is a better start" if bits < LOW_BITS else f"{bits} bits need no way down"
     return _off_unless_asked(options.progress, reason)
 
 
-def _freeze(options: QATOptions, weight_bits: int) -> Choice:
+def _freeze(options: QATOptions, weight_bits: int) -> Decision:
     if chosen := switched(options.freeze_oscillations):
         return chosen
     if weight_bits <= options.oscillation.bits:
-        return Choice(False, "for long runs of depthwise networks, where hopping weights are what is left")
-    return Choice(False, f"weights of {weight_bits} bits hop by too little to matter")
+        return Decision(False, "for long runs of depthwise networks, where hopping weights are what is left")
+    return Decision(False, f"weights of {weight_bits} bits hop by too little to matter")
 
 
-def _average(options: QATOptions, bits: int) -> Choice:
+def _average(options: QATOptions, bits: int) -> Decision:
     if chosen := switched(options.average):
         return chosen
     if bits <= LOW_BITS:
-        return Choice(True, "low-bit training is noisy; the better of average and last weights is kept")
-    return Choice(False, f"at {bits} bits the last weights are as good")
+        return Decision(True, "low-bit training is noisy; the better of average and last weights is kept")
+    return Decision(False, f"at {bits} bits the last weights are as good")
 
 
-def _re_estimate(qmodel: nn.Module, schedule: ScheduleOptions, bits: int) -> Choice:
+def _re_estimate(qmodel: nn.Module, schedule: ScheduleOptions, bits: int) -> Decision:
     if plan_of(qmodel).options.batchnorm == "fold":
-        return Choice(False, "BatchNorm is folded")
+        return Decision(False, "BatchNorm is folded")
     if schedule.re_estimate is not None:
-        return Choice(schedule.re_estimate, "as the options say")
+        return Decision(schedule.re_estimate, "as the options say")
     if frozen_after(qmodel, schedule) < 1:
-        return Choice(False, "its statistics are frozen, and the weights have learned with them")
+        return Decision(False, "its statistics are frozen, and the weights have learned with them")
     if bits < 8:
-        return Choice(True, "below 8 bits weights hop, and running statistics describe none of the networks seen")
-    return Choice(False, "at 8 bits running statistics are right")
+        return Decision(True, "below 8 bits weights hop, and running statistics describe none of the networks seen")
+    return Decision(False, "at 8 bits running statistics are right")

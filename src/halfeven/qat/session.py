@@ -38,7 +38,7 @@ class Course:
     Args:
         qmodel: a calibrated model from `prepare`.
         float_model: the teacher of a distillation; None where there is none to be had.
-        recipe: what is done, from `choose`.
+        recipe: what is done, from `decide`.
         options: how it is done.
         schedule_options: when ranges and BatchNorm stop moving.
         calibrate: sets all ranges of a model anew, which a progression needs.
@@ -60,7 +60,7 @@ class Course:
         inputs: Callable[[], Iterable[Any]],
         logits: Callable[[Any], Tensor] = first_tensor,
     ) -> None:
-        if recipe.distill.taken and float_model is None:
+        if recipe.distill.enabled and float_model is None:
             raise ConfigError(
                 "Distillation was chosen, and there is no float model to learn from, so the loss would have no "
                 'teacher. Give the float model with its weights, or set qat.distill="off".'
@@ -68,17 +68,17 @@ class Course:
         self.recipe, self.inputs, self.schedule_options = recipe, inputs, schedule_options
         until = frozen_after(qmodel, schedule_options)  # by the plan's bits: a progression starts with others
         self._schedule = schedule(dataclasses.replace(schedule_options, freeze_batchnorm_after=until))
-        teacher = float_model if recipe.distill.taken else None
+        teacher = float_model if recipe.distill.enabled else None
         distilled = None if teacher is None else Distillation(teacher, qmodel, options.distillation, logits)
         self.distillation = distilled
-        self.average = WeightAverage(qmodel, options.averaging) if recipe.average.taken else None
-        self.progression = Progression(qmodel, options.progression, calibrate) if recipe.progress.taken else None
+        self.average = WeightAverage(qmodel, options.averaging) if recipe.average.enabled else None
+        self.progression = Progression(qmodel, options.progression, calibrate) if recipe.progress.enabled else None
         oscillation = dataclasses.replace(
             options.oscillation,
-            freeze=recipe.freeze.taken,
-            dampening=options.oscillation.dampening if recipe.dampen.taken else 0.0,
+            freeze=recipe.freeze.enabled,
+            dampening=options.oscillation.dampening if recipe.dampen.enabled else 0.0,
         )
-        follow = recipe.freeze.taken or recipe.dampen.taken or oscillation.track
+        follow = recipe.freeze.enabled or recipe.dampen.enabled or oscillation.track
         self.oscillations = Oscillations(qmodel, oscillation) if follow else None
         self.counts_from = options.progression.share if self.progression else 0.0
 
@@ -94,7 +94,7 @@ class Course:
 
     def penalty(self, done: float) -> Tensor | None:
         """What is added to the loss of a step; None: nothing."""
-        return self.oscillations.dampening(done) if self.oscillations and self.recipe.dampen.taken else None
+        return self.oscillations.dampening(done) if self.oscillations and self.recipe.dampen.enabled else None
 
     def after_step(self, step: int, done: float) -> None:
         """To be called after each step with its number, from 0, and the share of the run that is done then."""
@@ -107,7 +107,7 @@ class Course:
 
     def before_validation(self, model: nn.Module) -> None:
         """To be called before each form of the model is validated."""
-        if self.recipe.re_estimate.taken:
+        if self.recipe.re_estimate.enabled:
             re_estimate(model, self.inputs(), self.schedule_options.re_estimate_batches)
 
     @property
