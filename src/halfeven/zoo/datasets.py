@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from halfeven.errors import ConfigError
 from halfeven.imports import import_function
-from halfeven.zoo import dense
+from halfeven.zoo import detection_segmentation
 from halfeven.zoo.options import DataOptions
 from halfeven.zoo.text import texts
 
@@ -191,13 +191,15 @@ def image_folder(options: DataOptions) -> Datasets:
 
 
 def _voc(options: DataOptions) -> Datasets:
-    train, plain, validation = dense.voc_segmentation(options)
+    train, plain, validation = detection_segmentation.voc_segmentation(options)
     calibration = calibration_subset(plain, options)
-    return Datasets(train=train, calibration=calibration, validation=validation, num_classes=dense.VOC_CLASSES)
+    return Datasets(
+        train=train, calibration=calibration, validation=validation, num_classes=detection_segmentation.VOC_CLASSES
+    )
 
 
 def _coco(options: DataOptions) -> Datasets:
-    train, plain, validation = dense.coco_detection(options)
+    train, plain, validation = detection_segmentation.coco_detection(options)
     highest = max(train.items.coco.getCatIds())
     calibration = calibration_subset(plain, options)
     return Datasets(train=train, calibration=calibration, validation=validation, num_classes=highest + 1)
