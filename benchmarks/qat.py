@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import halfeven as he
+from halfeven.layerwise.re_estimate import re_estimate
 from halfeven.pipelines import accompany
-from halfeven.qat.batchnorm_schedule import ScheduleOptions, re_estimate
+from halfeven.qat.batchnorm_schedule import ScheduleOptions
 from halfeven.qat.distillation import DistillationOptions
 from halfeven.qat.ema import AveragingOptions, WeightAverage
 from halfeven.qat.options import QATOptions

@@ -30,6 +30,7 @@ from halfeven.qat.options import QATOptions
 from halfeven.qat.recipe import Recipe as CourseRecipe
 from halfeven.qat.recipe import decide as decide_qat
 from halfeven.qat.session import Course
+from halfeven.renamed import renamed_parameters
 from halfeven.tasks.task import first_tensor
 
 
@@ -119,6 +120,7 @@ def _captured(model: nn.Module, example: Example, options: QuantizationOptions) 
     return captured, tuple(notes)
 
 
+@renamed_parameters(say="log", state="resume_dir")
 def quantize(
     model: nn.Module,
     loader: Iterable[Any] | None = None,
@@ -127,13 +129,13 @@ def quantize(
     *,
     example: Example | None = None,
     batches: int | None = None,
-    say: Callable[[str], None] | None = None,
-    state: Path | None = None,
+    log: Callable[[str], None] | None = None,
+    resume_dir: Path | None = None,
     **changes: Any,
 ) -> nn.Module:
     """Post-training quantization: the steps that suit the model, the bits and the data (white paper, figure 8).
 
-    BatchNorm is folded first. Which steps are taken is decided by `halfeven.ptq.recipe.decide` and told to `say` with
+    BatchNorm is folded first. Which steps are taken is decided by `halfeven.ptq.recipe.decide` and passed to `log` with
     the reasons; `ptq` switches each of them.
 
     Args:
@@ -144,8 +146,8 @@ def quantize(
         ptq: which steps to take, and how.
         example: an input, as for `prepare`; None: the loader's first batch.
         batches: how many of the loader's batches to take; None: all.
-        say: told the plan, the choices and what each step did, for example `print`.
-        state: folder in which a reconstruction keeps finished layers, to go on from after an interruption.
+        log: called with the plan, the decisions and the result of each step, for example `print`.
+        resume_dir: folder in which a reconstruction keeps finished layers, to go on from after an interruption.
         changes: fields of `QuantizationOptions` or `PTQOptions` to set on top of the two.
 
     Returns:
@@ -157,7 +159,7 @@ def quantize(
         CaptureError, PlacementError, AlgorithmError: as the steps raise them.
     """
     options, ptq = _split(options or QuantizationOptions(), ptq or PTQOptions(), changes)
-    say = say or (lambda text: None)
+    log = log or (lambda text: None)
     data = None if loader is None else _at_hand(loader, batches)
     if data is None and example is None:
         raise ConfigError(
@@ -170,11 +172,12 @@ def quantize(
     assert example is not None
     qmodel = prepare(model, example, options, batchnorm="fold").eval()
     recipe = decide(qmodel, ptq, data=data is not None)
-    say(f"{plan_of(qmodel)}\n\n{recipe}\n")
-    qmodel = take_steps(qmodel, [kwargs or args for args, kwargs in data or ()], recipe, ptq, say, state)
+    log(f"{plan_of(qmodel)}\n\n{recipe}\n")
+    qmodel = take_steps(qmodel, [kwargs or args for args, kwargs in data or ()], recipe, ptq, log, resume_dir)
     return qmodel.eval()
 
 
+@renamed_parameters(say="log", state="resume_dir")
 def accompany(
     qmodel: nn.Module,
     float_model: nn.Module | None,
@@ -184,8 +187,8 @@ def accompany(
     *,
     ptq: PTQOptions | None = None,
     inputs: Callable[[], Iterable[Any]] | None = None,
-    say: Callable[[str], None] | None = None,
-    state: Path | None = None,
+    log: Callable[[str], None] | None = None,
+    resume_dir: Path | None = None,
     logits: Callable[[Any], Tensor] = first_tensor,
 ) -> Course:
     """Make a calibrated model ready for training, as the recipe for its bits says (white paper, figure 11).
@@ -199,8 +202,8 @@ def accompany(
         schedule: when ranges and BatchNorm stop moving.
         ptq: how channels are equalized and rounding is learned.
         inputs: gives batches for BatchNorm's statistics, better more than those of the calibration; None: the loader.
-        say: told the choices and what was done, for example `print`.
-        state: folder in which learned rounding keeps finished layers, to go on from after an interruption.
+        log: called with the decisions and the result of each step, for example `print`.
+        resume_dir: folder in which learned rounding keeps finished layers, to go on from after an interruption.
         logits: takes the logits, [samples, ..., classes], out of what the models return; by default the first tensor.
 
     Returns:
@@ -210,19 +213,21 @@ def accompany(
         ConfigError: equalization is asked for, and BatchNorm is not folded.
         AlgorithmError: as the steps raise it.
     """
-    options, schedule, say = options or QATOptions(), schedule or ScheduleOptions(), say or (lambda text: None)
+    options = options or QATOptions()
+    schedule = schedule or ScheduleOptions()
+    log = log or (lambda text: None)
     recipe = decide_qat(qmodel, options, schedule)
-    say(f"{recipe}\n")
+    log(f"{recipe}\n")
     ptq = ptq or PTQOptions()
     if recipe.equalize.enabled:
         batches = [kwargs or args for args, kwargs in _at_hand(loader, None)]
         ptq = dataclasses.replace(ptq, equalize="on")
-        equalize_channels(qmodel, batches, decide(qmodel, ptq, data=True), ptq, say)
+        equalize_channels(qmodel, batches, decide(qmodel, ptq, data=True), ptq, log)
         calibrate(qmodel, batches)
     if recipe.reconstruct.enabled:
         learn = reconstruct if recipe.blocks else adaround
-        report = learn(qmodel, loader, options=ptq, state=state, say=say)
-        say(f"Reconstructed {len(report.units)} units in {sum(unit.seconds for unit in report.units):.0f} s.")
+        report = learn(qmodel, loader, options=ptq, resume_dir=resume_dir, log=log)
+        log(f"Reconstructed {len(report.units)} units in {sum(unit.seconds for unit in report.units):.0f} s.")
     return course_of(qmodel, float_model, recipe, loader, options, schedule, inputs, logits)
 
 

@@ -51,7 +51,7 @@ QUICK = {"iterations": 40, "batch_size": 16}
 def test_equalization_saves_per_tensor_weights():
     said = []
     plain = he.quantize(model(), batches(), per_channel=False, equalize="off", correct_biases="off")
-    full = he.quantize(model(), batches(), per_channel=False, say=said.append)
+    full = he.quantize(model(), batches(), per_channel=False, log=said.append)
     assert quality(full) > quality(plain) + 4
     text = "\n".join(said)
     for step in ("Steps of post-training quantization", "ReLU6 to ReLU", "Equalization", "absorption", "SQNR"):
@@ -62,7 +62,7 @@ def test_equalization_saves_per_tensor_weights():
 def test_low_bits_are_reconstructed(scheme):
     said = []
     plain = he.quantize(model(), batches(), scheme=scheme, reconstruct="off", correct_biases="off")
-    full = he.quantize(model(), batches(), scheme=scheme, say=said.append, **QUICK)
+    full = he.quantize(model(), batches(), scheme=scheme, log=said.append, **QUICK)
     assert quality(full) > quality(plain)
     assert any("SQNR" in line and "stem" in line for line in said)
 
@@ -74,7 +74,7 @@ def test_layers_then_bias_correction():
 
 def test_without_data_it_works_and_says_what_it_gave_up():
     said = []
-    qmodel = he.quantize(model(), example=batches()[0][0], say=said.append, per_channel=False)
+    qmodel = he.quantize(model(), example=batches()[0][0], log=said.append, per_channel=False)
     assert quality(qmodel) > 2
     assert "No data was given" in said[-1]
 
@@ -92,7 +92,7 @@ def test_it_is_saved_loaded_and_deployed(tmp_path):
 
 def test_an_undone_bias_correction_leaves_the_model_as_calibration_made_it():
     said = []
-    qmodel = he.quantize(model(), batches(), per_channel=False, say=said.append)
+    qmodel = he.quantize(model(), batches(), per_channel=False, log=said.append)
     off = he.quantize(model(), batches(), per_channel=False, correct_biases="off")
     undone = "undone" in said[-1]
     same = all(torch.equal(a, b) for a, b in zip(qmodel.parameters(), off.parameters(), strict=True))

@@ -146,11 +146,11 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(algorithm, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        algorithm(calibrated("w4a4"), images().split(16), options=OPTIONS, state=tmp_path / "state", say=kill)
+        algorithm(calibrated("w4a4"), images().split(16), options=OPTIONS, resume_dir=tmp_path / "state", log=kill)
     resumed, said = calibrated("w4a4"), []
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "state").glob("*.safetensors")}
     assert len(times) == 2
-    report = algorithm(resumed, images().split(16), options=OPTIONS, state=tmp_path / "state", say=said.append)
+    report = algorithm(resumed, images().split(16), options=OPTIONS, resume_dir=tmp_path / "state", log=said.append)
     assert all(path.stat().st_mtime_ns == time for path, time in times.items()), "finished units were learned again"
     assert len(said) == len(report.units) > 2
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
@@ -160,7 +160,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(algorithm, tmp_path):
 
 @pytest.mark.parametrize("change", ["options", "images", "weights"])
 def test_the_state_of_another_run_is_refused(change, tmp_path):
-    reconstruct(calibrated(), images().split(16), options=OPTIONS, state=tmp_path)
+    reconstruct(calibrated(), images().split(16), options=OPTIONS, resume_dir=tmp_path)
     qmodel, options, x = calibrated(), OPTIONS, images()
     if change == "options":
         options = dataclasses.replace(OPTIONS, seed=1)
@@ -169,7 +169,7 @@ def test_the_state_of_another_run_is_refused(change, tmp_path):
     else:
         qmodel.get_parameter("fc.weight").data[0, 0] += 1
     with pytest.raises(CheckpointError, match="another reconstruction"):
-        reconstruct(qmodel, x.split(16), options=options, state=tmp_path)
+        reconstruct(qmodel, x.split(16), options=options, resume_dir=tmp_path)
 
 
 def test_a_rounding_is_learned_once():
@@ -234,5 +234,5 @@ class Heads(nn.Module):
 def test_a_head_that_is_called_twice_is_kept_once_for_each_call(learn, tmp_path):
     batches = list(images(16, seed=1).split(8))
     qmodel = he.calibrate(he.prepare(Heads().eval(), batches[0], scheme="w4a8", batchnorm="fold"), batches)
-    report = learn(qmodel, batches, options=PTQOptions(iterations=4), state=tmp_path)
+    report = learn(qmodel, batches, options=PTQOptions(iterations=4), resume_dir=tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == len(report.units)

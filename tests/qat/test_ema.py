@@ -13,9 +13,9 @@ from torch.nn import functional as F
 import halfeven
 from halfeven.checkpoint import save
 from halfeven.errors import CheckpointError, ConfigError
+from halfeven.layerwise.re_estimate import re_estimate
 from halfeven.pipelines import load, rebuild
 from halfeven.placement.insertion import plan_of
-from halfeven.qat.batchnorm_schedule import re_estimate
 from halfeven.qat.ema import AveragingOptions, WeightAverage, blend, warmed_up
 from halfeven.quantization.quantizer import Quantizer, quantizers, set_observing
 from halfeven.quantization.scheme import Scheme

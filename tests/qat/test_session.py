@@ -63,7 +63,7 @@ def test_channels_are_equalized_before_a_training_with_one_scale_per_weight():
     for equalize in ("off", "on"):
         options, ptq = QATOptions(**OFF, equalize=equalize), PTQOptions(relu6="replace")
         qmodel = he.prepare(model, X, scheme="w4a8", ranges="learned", batchnorm="fold", per_channel=False)
-        course = accompany(he.calibrate(qmodel, [X]), model, [X], options, ptq=ptq, say=said.append)
+        course = accompany(he.calibrate(qmodel, [X]), model, [X], options, ptq=ptq, log=said.append)
         wanted = nn.Sequential(first, nn.ReLU() if equalize == "on" else nn.ReLU6(), last)(X)
         errors[equalize] = float(((qmodel.eval()(X) - wanted).std() / wanted.std()).detach())
         assert len(he.plan_of(qmodel).changes.unclipped) == (equalize == "on")

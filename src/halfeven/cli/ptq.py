@@ -51,18 +51,19 @@ def _finished(work: Work, *, resume: bool) -> dict[str, Any] | None:
 
 def _quantize(work: Work, model: nn.Module) -> dict[str, Any]:
     """Quantize, and write the checkpoint with what is known of it: the float accuracy, and the seconds it took."""
-    start, state = time.perf_counter(), work.folder / PTQ_STATE
+    start = time.perf_counter()
+    resume_dir = work.folder / PTQ_STATE
     qmodel = quantize(
         model.to(work.accelerator.device),
         work.loader(work.datasets.calibration),
         work.experiment.quantization,
         work.experiment.ptq,
-        say=work.say,
-        state=state,
+        log=work.say,
+        resume_dir=resume_dir,
     )
     seconds = time.perf_counter() - start
     work.say(f"Quantized in {seconds:.0f} s.\n")
     facts = {"float": work.accuracy(model), "quantization_seconds": round(seconds, 1)}
     save(qmodel, work.folder / BEST, facts)
-    shutil.rmtree(state, ignore_errors=True)  # the checkpoint has it all now
+    shutil.rmtree(resume_dir, ignore_errors=True)  # the checkpoint has it all now
     return facts

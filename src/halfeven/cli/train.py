@@ -122,8 +122,8 @@ def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, Co
         experiment.schedule,
         ptq=experiment.ptq,
         inputs=inputs,
-        say=work.say,
-        state=work.folder / PTQ_STATE,
+        log=work.say,
+        resume_dir=work.folder / PTQ_STATE,
         logits=work.task.logits,
     )
     if course.recipe.equalize.enabled and not course.recipe.reconstruct.enabled:

@@ -27,68 +27,68 @@ TRIAL_SAMPLES = 64
 GAIN_SAMPLES = 256
 """Samples on which the last step's gain is measured."""
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 Batches = Sequence[Any]
 
 
 def take_steps(
-    qmodel: nn.Module, batches: Batches, recipe: Recipe, options: PTQOptions, say: Say, state: Path | None = None
+    qmodel: nn.Module, batches: Batches, recipe: Recipe, options: PTQOptions, log: Log, resume_dir: Path | None = None
 ) -> nn.Module:
     """Take the steps of a recipe; the quantized model, which may be another object than `qmodel`.
 
     Args:
         qmodel: a model from `prepare` with BatchNorm folded, its ranges not yet set.
         batches: calibration batches, iterated several times; empty where there is no data.
-        say: told what each step did.
-        state: folder for the finished units of a reconstruction.
+        log: called with the result of each step.
+        resume_dir: folder for the finished units of a reconstruction.
     """
-    equalize_channels(qmodel, batches, recipe, options, say)
+    equalize_channels(qmodel, batches, recipe, options, log)
     if recipe.smooth.enabled:
-        say(str(smooth(qmodel, batches, strength=options.smoothing_strength)))
+        log(str(smooth(qmodel, batches, strength=options.smoothing_strength)))
     if recipe.reparametrize.enabled:
-        say(str(reparametrize(qmodel, batches)))
+        log(str(reparametrize(qmodel, batches)))
     if not recipe.data:
-        return _without_data(qmodel, recipe, say)
+        return _without_data(qmodel, recipe, log)
     calibrate(qmodel, batches)
     both = recipe.reconstruct.enabled and recipe.correct_biases.enabled
     reference = copy.deepcopy(qmodel) if both else None
     if recipe.reconstruct.enabled:
         learn = reconstruct if recipe.blocks else adaround
-        report = learn(qmodel, batches, options=options, state=state, say=say)
-        say(f"Reconstructed {len(report.units)} units in {sum(unit.seconds for unit in report.units):.0f} s.")
+        report = learn(qmodel, batches, options=options, resume_dir=resume_dir, log=log)
+        log(f"Reconstructed {len(report.units)} units in {sum(unit.seconds for unit in report.units):.0f} s.")
         if not recipe.blocks:
             calibrate(qmodel, batches)  # the weights have moved, and the activations with them
     if recipe.correct_biases.enabled:
-        qmodel = _corrected(qmodel, reference, batches, options, say)
+        qmodel = _corrected(qmodel, reference, batches, options, log)
     return qmodel
 
 
 def _corrected(
-    qmodel: nn.Module, reference: nn.Module | None, batches: Batches, options: PTQOptions, say: Say
+    qmodel: nn.Module, reference: nn.Module | None, batches: Batches, options: PTQOptions, log: Log
 ) -> nn.Module:
     """The model with corrected biases; the one it was where the options leave it open and nothing is gained."""
     corrected = copy.deepcopy(qmodel)
     report = correct_biases(corrected, batches, reference=reference, options=options)
     calibrate(corrected, batches)
-    say(str(report))
+    log(str(report))
     if options.correct_biases == "on":
         return corrected
     trial = _trial(batches, GAIN_SAMPLES)
     wanted = _float_outputs(qmodel if reference is None else reference, trial)
     without, with_ = (sqnr(_outputs(model, trial), wanted) for model in (qmodel, corrected))
     kept = with_ > without
-    say(
+    log(
         f"The quantized outputs have an SQNR of {with_:.2f} dB with the correction, {without:.2f} dB without, so it is "
         f"{'kept' if kept else 'undone'}."
     )
     return corrected if kept else qmodel
 
 
-def _without_data(qmodel: nn.Module, recipe: Recipe, say: Say) -> nn.Module:
+def _without_data(qmodel: nn.Module, recipe: Recipe, log: Log) -> nn.Module:
     if recipe.correct_biases.enabled:
-        say(str(correct_biases_analytically(qmodel)))
-    say(str(ranges_from_batchnorm(qmodel)))
-    say(
+        log(str(correct_biases_analytically(qmodel)))
+    log(str(ranges_from_batchnorm(qmodel)))
+    log(
         "No data was given: activation ranges are guesses from BatchNorm, rounding is to nearest, and nothing was "
         "measured. A few hundred unlabelled inputs make a better model: halfeven.quantize(model, loader)."
     )
@@ -98,16 +98,16 @@ def _without_data(qmodel: nn.Module, recipe: Recipe, say: Say) -> nn.Module:
 # Equalization, and whether ReLU6 becomes ReLU for it
 
 
-def equalize_channels(qmodel: nn.Module, batches: Batches, recipe: Recipe, options: PTQOptions, say: Say) -> None:
+def equalize_channels(qmodel: nn.Module, batches: Batches, recipe: Recipe, options: PTQOptions, log: Log) -> None:
     """Cross-layer equalization and what belongs to it, in place, as far as a recipe takes them; ranges that were set
     before must be set anew."""
     unclip = recipe.relu6.enabled
     if unclip and recipe.data and options.relu6 != "replace":
-        unclip = _gains_without_relu6(qmodel, batches, recipe, say)
-    _equalize(qmodel, batches, recipe, say, unclip=unclip)
+        unclip = _gains_without_relu6(qmodel, batches, recipe, log)
+    _equalize(qmodel, batches, recipe, log, unclip=unclip)
 
 
-def _gains_without_relu6(qmodel: nn.Module, batches: Batches, recipe: Recipe, say: Say) -> bool:
+def _gains_without_relu6(qmodel: nn.Module, batches: Batches, recipe: Recipe, log: Log) -> bool:
     trial = _trial(batches)
     wanted = _float_outputs(qmodel, trial)
     kept, replaced = copy.deepcopy(qmodel), copy.deepcopy(qmodel)
@@ -115,7 +115,7 @@ def _gains_without_relu6(qmodel: nn.Module, batches: Batches, recipe: Recipe, sa
         _equalize(model, batches, recipe, lambda text: None, unclip=unclip)
     without, with_ = (sqnr(_quantized_outputs(model, trial), wanted) for model in (kept, replaced))
     changed = _float_outputs(replaced, trial)
-    say(
+    log(
         f"ReLU6 to ReLU: the quantized outputs have an SQNR of {with_:.1f} dB with it, {without:.1f} dB without, so it "
         f"{'is done' if with_ > without else 'is left'}; it moves the float model's own outputs to "
         f"{sqnr(changed, wanted):.1f} dB{_agreement(changed, wanted)}."
@@ -123,13 +123,13 @@ def _gains_without_relu6(qmodel: nn.Module, batches: Batches, recipe: Recipe, sa
     return with_ > without
 
 
-def _equalize(qmodel: nn.Module, batches: Batches, recipe: Recipe, say: Say, *, unclip: bool) -> None:
+def _equalize(qmodel: nn.Module, batches: Batches, recipe: Recipe, log: Log, *, unclip: bool) -> None:
     if unclip:
         unclip_relu6(qmodel)
     if recipe.equalize.enabled:
-        say(str(equalize(qmodel)).split("\n")[0])
+        log(str(equalize(qmodel)).split("\n")[0])
     if recipe.absorb.enabled:
-        say(str(absorb_biases(qmodel, batches or None)).split("\n")[0])
+        log(str(absorb_biases(qmodel, batches or None)).split("\n")[0])
 
 
 def _trial(batches: Batches, enough: int = TRIAL_SAMPLES) -> Batches:

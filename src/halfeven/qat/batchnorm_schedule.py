@@ -1,22 +1,17 @@
-"""BatchNorm while quantization is learned: freeze its statistics late, and re-estimate them before they are used.
+"""When BatchNorm's statistics and observed ranges stop moving while quantization is learned.
 
-Freezing: white paper, section 5.2 (arXiv:2106.08295). Re-estimation: Nagel et al., "Overcoming Oscillations in
-Quantization-Aware Training", section 3.3 (arXiv:2203.11086): while weights flip between two integers, running averages
-describe none of the networks that were seen, so the statistics are taken anew from the final weights.
+Freezing: white paper, section 5.2 (arXiv:2106.08295). Statistics are re-estimated by `halfeven.layerwise.re_estimate`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
 
-import torch
 from torch import nn
 
 from halfeven.distributed import average_batchnorm, batchnorms
-from halfeven.errors import CalibrationError, ConfigError
-from halfeven.graph.capture import inputs_of
+from halfeven.errors import ConfigError
 from halfeven.quantization.quantizer import quantizers, set_observing
+from halfeven.renamed import renamed_attributes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,42 +76,4 @@ def frozen_after(model: nn.Module, options: ScheduleOptions) -> float:
     return 1.0 if any(quantizer.scheme.bits < 8 for quantizer in quantizers(model).values()) else 2 / 3
 
 
-@torch.no_grad()
-def re_estimate(model: nn.Module, loader: Iterable[Any], batches: int = 50) -> None:
-    """Set BatchNorm's running statistics to the mean of single batches' means and variances under the present weights.
-
-    Everything else stays in `eval()`; momentum, batch counters and modes are as before afterwards. In a distributed
-    run all processes must call this; the statistics are averaged over them.
-
-    Raises:
-        CalibrationError: the loader is empty.
-    """
-    layers = list(batchnorms(model).values())
-    if not layers:
-        return
-    modes = {module: module.training for module in model.modules()}
-    kept = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
-    device = next(model.parameters()).device
-    seen = 0
-    try:
-        model.eval()
-        for layer in layers:
-            # Without momentum, PyTorch takes the plain mean over all batches since the reset.
-            layer.num_batches_tracked = torch.zeros((), dtype=torch.long, device=device)
-            layer.momentum = None
-            layer.train()
-        for batch in islice(loader, batches):
-            args, kwargs = inputs_of(batch)
-            model(*(a.to(device) for a in args), **{name: value.to(device) for name, value in kwargs.items()})
-            seen += 1
-    finally:
-        for layer, momentum, tracked in kept:
-            layer.momentum, layer.num_batches_tracked = momentum, tracked
-        for module, training in modes.items():
-            module.training = training
-    if seen == 0:
-        raise CalibrationError(
-            "BatchNorm was to be re-estimated on a loader without a batch, so its statistics would be none. "
-            "Give a loader of calibration images."
-        )
-    average_batchnorm(model)
+__getattr__ = renamed_attributes(__name__, re_estimate="layerwise.re_estimate.re_estimate")

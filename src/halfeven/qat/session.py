@@ -1,6 +1,6 @@
 """A training of a quantized model and what accompanies it, as a recipe says: for the trainer here, or a loop of yours.
 
-course = halfeven.pipelines.accompany(qmodel, float_model, calibration_loader, say=print)
+course = halfeven.pipelines.accompany(qmodel, float_model, calibration_loader, log=print)
 for step, (images, labels) in enumerate(batches):
     course.before_step(qmodel, step / steps)
     outputs = qmodel(images)
@@ -22,7 +22,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from halfeven.errors import ConfigError
-from halfeven.qat.batchnorm_schedule import ScheduleOptions, frozen_after, re_estimate, schedule
+from halfeven.layerwise.re_estimate import re_estimate
+from halfeven.qat.batchnorm_schedule import ScheduleOptions, frozen_after, schedule
 from halfeven.qat.bit_schedule import Progression
 from halfeven.qat.distillation import Distillation
 from halfeven.qat.ema import WeightAverage

@@ -28,11 +28,12 @@ from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.reconstruction.optimize import Outcome, decibels, learn
 from halfeven.ptq.reconstruction.resume import Saved
 from halfeven.quantization.quantizer import quantizers
+from halfeven.renamed import renamed_parameters
 
 ITERATIONS = 200
 """Steps of a unit where the options leave the number open."""
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,15 @@ class ReconstructionReport:
         return "\n".join([head, *(f"  {unit}" for unit in self.units), *disk])
 
 
+@renamed_parameters(say="log", state="resume_dir")
 def adaround(
     qmodel: nn.Module,
     loader: Iterable[Any],
     *,
     options: PTQOptions | None = None,
     batches: int | None = None,
-    state: Path | None = None,
-    say: Say | None = None,
+    resume_dir: Path | None = None,
+    log: Log | None = None,
 ) -> ReconstructionReport:
     """AdaRound: learn, layer by layer, whether each weight is rounded up or down.
 
@@ -89,26 +91,28 @@ def adaround(
         loader: batches as for `calibrate`; 500 to 1,000 samples suffice (white paper, section 3.4).
         options: `iterations`, `batch_size`, rates, memory bound and seed; what AdaRound does not learn is ignored.
         batches: how many of the loader's batches to take; None: all.
-        state: folder for finished layers; a run that was killed goes on from it, and ends as if it had not been.
-        say: told of each layer when it is done.
+        resume_dir: folder for finished layers. A killed run that is started again goes on from it, and ends with the
+            same weights as an uninterrupted run.
+        log: called with a line about each layer when it is finished.
 
     Raises:
         AlgorithmError: the rounding was learned before.
         CalibrationError: the loader gave nothing, or a range is not set.
-        CheckpointError: `state` belongs to another run.
+        CheckpointError: `resume_dir` belongs to another run.
     """
     options = dataclasses.replace(options or PTQOptions(), drop=0.0, scale_rate=0.0, bias_rate=0.0)
-    return _reconstruct(qmodel, loader, "layers", options, batches, state, say)
+    return _reconstruct(qmodel, loader, "layers", options, batches, resume_dir, log)
 
 
+@renamed_parameters(say="log", state="resume_dir")
 def reconstruct(
     qmodel: nn.Module,
     loader: Iterable[Any],
     *,
     options: PTQOptions | None = None,
     batches: int | None = None,
-    state: Path | None = None,
-    say: Say | None = None,
+    resume_dir: Path | None = None,
+    log: Log | None = None,
 ) -> ReconstructionReport:
     """Block reconstruction: learn the rounding and the activation scales of block after block, together.
 
@@ -116,7 +120,7 @@ def reconstruct(
     graph (`halfeven.layerwise.blocks`). Biases are learned too with `options.bias_rate`, weight scales with
     `options.learn_weight_scales`. Arguments and errors are those of `adaround`.
     """
-    return _reconstruct(qmodel, loader, "blocks", options or PTQOptions(), batches, state, say)
+    return _reconstruct(qmodel, loader, "blocks", options or PTQOptions(), batches, resume_dir, log)
 
 
 def _reconstruct(
@@ -125,8 +129,8 @@ def _reconstruct(
     granularity: Granularity,
     options: PTQOptions,
     batches: int | None,
-    state: Path | None,
-    say: Say | None,
+    resume_dir: Path | None,
+    log: Log | None,
 ) -> ReconstructionReport:
     options = dataclasses.replace(options, iterations=options.iterations or ITERATIONS)
     check_float_weights(qmodel, "Reconstruction")
@@ -136,13 +140,13 @@ def _reconstruct(
     found = [(prefix, units(region, granularity)) for prefix, region in regions(qmodel).items()]
     with evaluating(qmodel), _parameters_at_rest(qmodel), _bar(sum(len(parts) for _, parts in found)) as advance:
         inputs = store_inputs(loader, options.batch_size, cache, batches)
-        saved = Saved.open(state, qmodel, inputs, options, granularity)
+        saved = Saved.open(resume_dir, qmodel, inputs, options, granularity)
         for prefix, parts in found:
             for report in _walk(qmodel, prefix, parts, inputs, cache, options, saved):
                 reports.append(report)
                 advance(report)
-                if say is not None:
-                    say(f"  {report}")
+                if log is not None:
+                    log(f"  {report}")
     return ReconstructionReport(tuple(reports), options.iterations, cache.on_disk)
 
 
