@@ -1,7 +1,11 @@
 """The public names: those of the design, each with a docstring, and nothing more."""
 
+import ast
 import inspect
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,3 +78,35 @@ def test_the_designs_example(tmp_path):
     he.save(qmodel, tmp_path / "q.safetensors")
     qmodel = he.load(tmp_path / "q.safetensors", model, example)
     assert qmodel(example).shape == (4, 3)
+
+
+def test_the_door_that_mypy_sees_is_the_one_that_opens():
+    """The imports under TYPE_CHECKING and the table that serves them at run time name the same modules."""
+    tree = ast.parse(Path(he.__file__).read_text())
+    typed = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: statement.module.removeprefix("halfeven.") for statement in typed.body for alias in statement.names
+    }
+    assert seen == he._MODULES
+    assert set(seen) == set(he.__all__)
+    assert set(he.__all__) <= set(dir(he))
+
+
+def test_importing_halfeven_does_not_import_torch():
+    """`halfeven --help` shall answer at once; a public name brings torch with it."""
+    program = """
+import sys, halfeven
+assert halfeven.__version__ and "quantize" in dir(halfeven)
+assert "torch" not in sys.modules
+try:
+    halfeven.quantise
+except AttributeError as error:
+    assert "quantise" in str(error)
+else:
+    raise SystemExit("a name that does not exist")
+assert "torch" not in sys.modules
+assert callable(halfeven.export) and "torch" in sys.modules
+from halfeven.errors import HalfevenError
+assert halfeven.HalfevenError is HalfevenError
+"""
+    subprocess.run([sys.executable, "-W", "error::DeprecationWarning:halfeven", "-c", program], check=True)

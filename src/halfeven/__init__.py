@@ -1,15 +1,48 @@
 """halfeven: train and quantize PyTorch models for integer runtimes, and prove that what was trained is what runs."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 from halfeven import moved
-from halfeven.checkpoint import save
-from halfeven.errors import HalfevenError
-from halfeven.layerwise.calibrate import calibrate
-from halfeven.pipelines import load, prepare, quantize
-from halfeven.placement.insertion import plan_of
-from halfeven.placement.plan import Plan, QuantizationOptions, Rule
-from halfeven.runtimes.exact_model import exact
-from halfeven.runtimes.export import export
-from halfeven.verification.verify import verify
+
+if TYPE_CHECKING:
+    from halfeven.checkpoint import save
+    from halfeven.errors import HalfevenError
+    from halfeven.layerwise.calibrate import calibrate
+    from halfeven.pipelines import load, prepare, quantize
+    from halfeven.placement.insertion import plan_of
+    from halfeven.placement.plan import Plan, QuantizationOptions, Rule
+    from halfeven.runtimes.exact_model import exact
+    from halfeven.runtimes.export import export
+    from halfeven.verification.verify import verify
+else:
+    # torch takes seconds to import, and `halfeven --help` does without it: a public name is imported at its first use.
+    _MODULES = {
+        "HalfevenError": "errors",
+        "Plan": "placement.plan",
+        "QuantizationOptions": "placement.plan",
+        "Rule": "placement.plan",
+        "calibrate": "layerwise.calibrate",
+        "exact": "runtimes.exact_model",
+        "export": "runtimes.export",
+        "load": "pipelines",
+        "plan_of": "placement.insertion",
+        "prepare": "pipelines",
+        "quantize": "pipelines",
+        "save": "checkpoint",
+        "verify": "verification.verify",
+    }
+
+    def __getattr__(name):
+        if name not in _MODULES:
+            raise AttributeError(f"module 'halfeven' has no attribute '{name}'")
+        found = getattr(importlib.import_module(f"halfeven.{_MODULES[name]}"), name)
+        globals()[name] = found
+        return found
+
+    def __dir__():
+        return sorted({*globals(), *_MODULES})
+
 
 moved.install()
 
