@@ -10,8 +10,31 @@ os.environ.setdefault("CI", "true")  # else OpenVINO reports its use over the ne
 
 import pytest
 import torch
+from hypothesis import settings
+
+import sweeps
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="Run all members of each sweep, not a handful.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "exhaustive: a member of a sweep that runs with --exhaustive alone")
+    for name, profile in sweeps.EXAMPLES.items():
+        settings.register_profile(name, profile)
+    settings.load_profile("exhaustive" if config.getoption("--exhaustive") else "handful")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what runs with --exhaustive alone."""
+    if config.getoption("--exhaustive"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
 
 
 QUICKER = {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from halfeven.ptq.reconstruction.adaround import (
@@ -62,7 +62,6 @@ def test_the_regularizer_is_1_where_undecided_and_0_where_decided():
     assert values.tolist() == pytest.approx([1.0, 0.0, 0.0])
 
 
-@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 1000), st.floats(2.0, 20.0), st.floats(0.0, 0.1))
 def test_a_step_is_autograd_and_adam(seed, beta, strength):
     torch.manual_seed(seed)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -31,7 +31,6 @@ from ptq.nets import IMAGE, NETS, prepared, uneven
 
 
 @given(st.lists(st.lists(st.floats(1e-3, 1e3), min_size=4, max_size=4), min_size=2, max_size=5))
-@settings(max_examples=50, deadline=None)
 def test_factors_make_all_ranges_the_geometric_mean(ranges):
     r = torch.tensor(ranges, dtype=torch.float64)
     factors = equalizing_factors(list(r))

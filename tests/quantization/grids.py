@@ -1,14 +1,11 @@
 """Grids and tensors drawn at random, for the tests of arithmetic."""
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from halfeven.quantization.scheme import Scheme
 
 SIGNED4 = Scheme(bits=4, signed=True)
-settings.register_profile("arithmetic", max_examples=60, deadline=None)
-settings.load_profile("arithmetic")
 
 
 @st.composite

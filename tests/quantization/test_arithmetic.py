@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
@@ -182,7 +182,6 @@ def reference(x, scale, zero_point, kind, axis):
     return ReferenceEvaluator(model).run(None, {"x": x.numpy()})
 
 
-@settings(max_examples=25)
 @given(st.booleans(), st.booleans(), seeds, sizes, st.sampled_from([None, 0, 1, 2]))
 def test_equals_the_onnx_reference_evaluator(signed, symmetric, seed, size, axis):
     scheme = Scheme(signed=signed, symmetric=symmetric, axis=axis)
