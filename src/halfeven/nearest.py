@@ -1,0 +1,45 @@
+"""The nearest right name to a misspelt one, for messages."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+MEANT = {
+    **dict.fromkeys(("false", "no", "none", "0", "never"), "off"),
+    **dict.fromkeys(("true", "yes", "1", "always"), "on"),
+    "gpu": "cuda",
+    "fp32": "float32",
+    "fp16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+}
+"""Other tools' words for choices of ours, in lower case."""
+
+
+def shown(value: object) -> str:
+    """Return a value as it is written in Python, texts in double quotes."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def nearest(value: object, choices: Sequence[Any]) -> Any:
+    """Return the choice that a misspelt or mistyped value most likely means, or None."""
+    by_name = {_lower(choice): choice for choice in choices}
+    word = _lower(value)
+    words = [word, MEANT.get(word, word)]
+    if found := [by_name[one] for one in words if one in by_name]:
+        return found[0]
+    near = difflib.get_close_matches(word, by_name, n=1)
+    return by_name[near[0]] if near else None
+
+
+def did_you_mean(name: str, choices: Iterable[str], most: int = 1) -> str:
+    """Return the sentence that names the nearest choices, or all of them where none is near."""
+    choices = list(choices)
+    near = difflib.get_close_matches(name, choices, n=most)
+    return f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(choices)}."
+
+
+def _lower(value: object) -> str:
+    return str(value).lower()

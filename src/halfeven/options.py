@@ -1,0 +1,266 @@
+"""The base of all option classes, which checks every value where an object is made, whoever makes it.
+
+A field's annotation says all that one value must be: its type, its choices (`Literal`), its bounds
+(`Annotated[int, at_least(1)]`) and spellings of earlier versions (`formerly`). Rules between fields are left to a
+class's `__post_init__`, which runs after every value has been found right.
+"""
+
+import dataclasses
+import math
+import operator
+import types
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from halfeven.errors import ConfigError
+from halfeven.nearest import did_you_mean, nearest, shown
+
+Auto = Literal["auto"]
+"""The word for "you choose"."""
+Switch = Literal["auto", "on", "off"]
+"""A step that is left to the recipe, taken, or left out."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A limit that a number must keep."""
+
+    words: str
+    limit: float
+    keeps: Callable[[float, float], bool]
+    inclusive: bool
+
+
+def at_least(limit: float) -> Bound:
+    """Bound a number from below; the limit itself is allowed."""
+    return Bound("at least", limit, operator.ge, True)
+
+
+def above(limit: float) -> Bound:
+    """Bound a number from below; the limit itself is not allowed."""
+    return Bound("above", limit, operator.gt, False)
+
+
+def at_most(limit: float) -> Bound:
+    """Bound a number from above; the limit itself is allowed."""
+    return Bound("at most", limit, operator.le, True)
+
+
+def below(limit: float) -> Bound:
+    """Bound a number from above; the limit itself is not allowed."""
+    return Bound("below", limit, operator.lt, False)
+
+
+@dataclass(frozen=True)
+class Formerly:
+    """A value of an earlier version that stands for "auto"."""
+
+    value: object
+
+
+def formerly(value: object) -> Formerly:
+    """Accept an earlier version's spelling of "auto", with a DeprecationWarning."""
+    return Formerly(value)
+
+
+PositiveInt = Annotated[int, at_least(1)]
+NonNegativeInt = Annotated[int, at_least(0)]
+PositiveFloat = Annotated[float, above(0)]
+NonNegativeFloat = Annotated[float, at_least(0)]
+Share = Annotated[float, at_least(0), at_most(1)]
+"""A part of a whole, from none of it to all of it."""
+
+
+class OptionsType(type):
+    """Makes an object only of values that its fields can have.
+
+    Checking here, rather than in `__post_init__`, leaves no subclass a way around it and covers `dataclasses.replace`.
+    """
+
+    def __call__(cls, *positional: Any, **values: Any) -> Any:
+        """Make the object.
+
+        Raises:
+            ConfigError: names that are no fields, or values that their fields cannot have; all of them at once.
+        """
+        values = up_to_date(cls, values)
+        report([*(_unnamed(cls, positional) if positional else ()), *mistakes(cls, values, cls.__name__)])
+        return super().__call__(**values)
+
+
+class Options(metaclass=OptionsType):
+    """Base of all option classes, each of which is a `@dataclass(frozen=True, kw_only=True)`."""
+
+
+def report(found: list[str]) -> None:
+    """Raise a ConfigError that tells all mistakes, if there are any."""
+    if found:
+        options = "An option" if len(found) == 1 else f"{len(found)} options"
+        told = f" {found[0]}" if len(found) == 1 else "".join(f"\n  {one}" for one in found)
+        raise ConfigError(f"{options} cannot be used, so nothing was started:{told}")
+
+
+def mistakes(kind: type, values: Mapping[str, Any], path: str) -> list[str]:
+    """Return a sentence for each keyword that cannot be used to make an option class.
+
+    Args:
+        kind: the option class.
+        values: the keywords.
+        path: how the user calls the object, such as "training", for the messages.
+    """
+    fields = _fields(kind)
+    hints = _hints(kind)
+    unknown = [f'{path} has no option "{name}". {did_you_mean(name, fields)}' for name in values if name not in fields]
+    missing = [f"{path}.{name} must be given." for name, field in fields.items() if _required(field) - set(values)]
+    wrong = [
+        f"{path}.{name}={shown(value)} must be {describe(hints[name])}.{_hint(hints[name], value, fields[name])}"
+        for name, value in values.items()
+        if name in fields and not fits(hints[name], value)
+    ]
+    return unknown + missing + wrong
+
+
+def up_to_date(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords with earlier versions' spellings of "auto" replaced, each with a DeprecationWarning."""
+    hints = _hints(kind)
+    current = dict(values)
+    for name, value in values.items():
+        old = [note.value for note in _notes(hints.get(name)) if isinstance(note, Formerly)]
+        if any(type(value) is type(one) and value == one for one in old):
+            current[name] = "auto"
+            warnings.warn(
+                f'{kind.__name__}.{name}={shown(value)} is now written "auto"; the next version refuses it.',
+                DeprecationWarning,
+                stacklevel=3,
+            )
+    return current
+
+
+def fits(kind: Any, value: Any) -> bool:
+    """Return True where a value has a type, is one of its choices and keeps its bounds."""
+    origin = get_origin(kind)
+    arguments = get_args(kind)
+    if origin is Annotated:
+        bounds = [note for note in kind.__metadata__ if isinstance(note, Bound)]
+        return fits(arguments[0], value) and (not _is_number(value) or all(b.keeps(value, b.limit) for b in bounds))
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
+    if origin in (Union, types.UnionType):
+        return any(fits(member, value) for member in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and _fit_each(arguments, value)
+    if origin is dict:
+        key, item = arguments
+        return isinstance(value, dict) and all(fits(key, k) and fits(item, v) for k, v in value.items())
+    if kind is float:
+        return _is_number(value) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def describe(kind: Any) -> str:
+    """Return the words for what a field takes, such as 'an integer of at least 1'."""
+    origin = get_origin(kind)
+    arguments = get_args(kind)
+    if origin is Annotated:
+        bounds = [f"{note.words} {note.limit:g}" for note in kind.__metadata__ if isinstance(note, Bound)]
+        return describe(arguments[0]) + (f" ({' and '.join(bounds)})" if bounds else "")
+    if origin is Literal:
+        return _either(shown(choice) for choice in arguments)
+    if origin in (Union, types.UnionType):
+        return _either(describe(member) for member in arguments)
+    if origin is tuple:
+        each = arguments[:1] if arguments[-1] is Ellipsis else arguments
+        length = "" if arguments[-1] is Ellipsis else f"{len(arguments)} values, each "
+        return f"a tuple of {length}{_either(dict.fromkeys(map(describe, each)))}"
+    if origin is dict:
+        return f"a dict of {describe(arguments[0])} to {describe(arguments[1])}"
+    words = {bool: "True or False", int: "an integer", float: "a finite number", str: "a text (str)"}
+    return words.get(kind) or ("None" if kind is types.NoneType else f"{kind.__name__}(...)")
+
+
+def _hint(kind: Any, value: Any, field: dataclasses.Field[Any]) -> str:
+    """The nearest right value, or else the default as an example, as a sentence with a space before it."""
+    near = meant(kind, value)
+    if near is not None:
+        return f" Did you mean {shown(near)}?"
+    usual = field.default
+    return "" if usual in (dataclasses.MISSING, "", (), None) else f" Its default is {shown(usual)}."
+
+
+def meant(kind: Any, value: Any) -> Any:
+    """Return the right value that is nearest to a wrong one, or None."""
+    if fits(kind, value):
+        return value
+    origin = get_origin(kind)
+    arguments = get_args(kind)
+    if origin is Annotated:
+        near = meant(arguments[0], value)
+        bounds = [note for note in kind.__metadata__ if isinstance(note, Bound) and note.inclusive]
+        broken = [b.limit for b in bounds if _is_number(near) and not b.keeps(near, b.limit)]
+        near = type(near)(broken[0]) if broken else near
+        return near if fits(kind, near) else None
+    if origin is Literal:
+        return nearest(value, arguments)
+    if origin in (Union, types.UnionType):
+        return next((near for member in arguments if (near := meant(member, value)) is not None), None)
+    if origin is tuple:
+        several = tuple(value) if isinstance(value, list | tuple) else (value,)
+        kinds = arguments[:1] * len(several) if arguments[-1] is Ellipsis else arguments
+        near = tuple(meant(each, one) for each, one in zip(kinds, several, strict=False))
+        return near if fits(kind, near) else None
+    if kind is bool:
+        return {"on": True, "off": False}.get(nearest(value, ("on", "off")))
+    return _as_number(kind, value) if kind in (int, float) else None
+
+
+def _as_number(kind: type[int] | type[float], value: Any) -> int | float | None:
+    """The number that a text or another number stands for, of a kind."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return (kind(number) if math.isfinite(number) else None) if not isinstance(value, bool) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _fit_each(kinds: tuple[Any, ...], values: tuple[Any, ...]) -> bool:
+    if kinds[-1] is Ellipsis:
+        return all(fits(kinds[0], value) for value in values)
+    return len(kinds) == len(values) and all(map(fits, kinds, values))
+
+
+def _either(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _unnamed(kind: type, positional: tuple[Any, ...]) -> list[str]:
+    names = ", ".join(list(_fields(kind))[: len(positional)])
+    return [f"{kind.__name__} takes every option by its name, and {len(positional)} came without. It has {names}, ..."]
+
+
+def _required(field: dataclasses.Field[Any]) -> set[str]:
+    given = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+    return set() if given else {field.name}
+
+
+def _notes(kind: Any) -> tuple[Any, ...]:
+    return kind.__metadata__ if get_origin(kind) is Annotated else ()
+
+
+@cache
+def _fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
+    return {field.name: field for field in dataclasses.fields(kind) if field.init}
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
