@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from halfeven.errors import CaptureError
 from halfeven.graph.rebuild import assemble, leaf_markers
+from halfeven.graph.torch_private import pytree
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from halfeven.graph.operators import module_of
 from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.graph.torch_private import is_operator, is_pure
 
 
 @torch.no_grad()
@@ -47,10 +48,8 @@ def fold_constants(region: CapturedModule, stays: Callable[[nn.Module], bool]) -
 def _is_constant(node: fx.Node, values: dict[fx.Node, Any], stays: Callable[[nn.Module], bool]) -> bool:
     if node.op not in ("call_function", "call_module") or (node.op == "call_module" and stays(module_of(node))):
         return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        random = torch.Tag.nondeterministic_seeded in node.target.tags
-        if random or node.target._schema.is_mutable:
-            return False
+    if is_operator(node.target) and not is_pure(node.target):
+        return False
     return all(operand in values for operand in node.all_input_nodes)
 
 

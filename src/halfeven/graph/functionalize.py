@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from halfeven.graph.torch_private import functional_form, is_operator
+
 aten = torch.ops.aten
 
 VIEWS: dict[Any, Any] = {
@@ -20,20 +22,13 @@ def make_functional(node: fx.Node) -> None:
     What reads the changed tensor later reads the result. Where the tensor is a part of another (`x[:, 1:] += y`), later
     readers of the whole read it with that part exchanged.
     """
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+    functional = functional_form(node.target) if is_operator(node.target) else None
+    if functional is None:
         return
-    name = target._schema.name.split("::")[1]
-    if not name.endswith("_"):
-        return
-    packet = getattr(aten, name[:-1], None)
-    overload = target._overloadname
-    if packet is None or overload not in packet.overloads():
-        return
-    node.target = getattr(packet, overload)
+    node.target = functional
     changed = node.args[0]
     assert isinstance(changed, fx.Node)
-    if name == "copy_":
+    if functional is aten.copy.default:
         _write_as_expansion(node, changed)
     later = _after(node)
     changed.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)

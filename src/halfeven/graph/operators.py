@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from halfeven.graph.rebuild import arguments
+from halfeven.graph.torch_private import AnyDropout, is_operator, short_name
 
 aten = torch.ops.aten
 
@@ -63,7 +64,7 @@ MODULES: dict[type[nn.Module], OperatorKind] = {
     nn.SyncBatchNorm: K.BATCH_NORM,
     nn.LayerNorm: K.NORMALIZATION,
     nn.GroupNorm: K.NORMALIZATION,
-    nn.modules.dropout._DropoutNd: K.IDENTITY,
+    AnyDropout: K.IDENTITY,
     nn.Identity: K.IDENTITY,
 }
 
@@ -260,8 +261,8 @@ def operator_name(node: fx.Node) -> str:
     """Short name of an operator: "Conv2d", "relu", "add"."""
     if node.op == "call_module":
         return type(module_of(node)).__name__
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target._schema.name.split("::")[1])
+    if is_operator(node.target):
+        return short_name(node.target)
     return getattr(node.target, "__name__", str(node.target))
 
 

@@ -7,10 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from halfeven.errors import CaptureError
 from halfeven.graph.functionalize import make_functional
+from halfeven.graph.torch_private import (
+    AnyDropout,
+    input_keywords,
+    is_persistent,
+    own_buffers,
+    own_modules,
+    own_parameters,
+    parameters_of,
+    pytree,
+)
 
 aten = torch.ops.aten
 
@@ -63,9 +72,8 @@ class CapturedModule(fx.GraphModule):
 
     def flat_inputs(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The values of the graph's placeholders, in order, for a call with these arguments."""
-        codegen: Any = self.graph._codegen
-        keywords = codegen.pytree_info.in_spec.child(1).context  # in the order of the placeholders
-        return pytree.tree_leaves((args, {name: kwargs[name] for name in keywords if name in kwargs}))
+        keywords = {name: kwargs[name] for name in input_keywords(self.graph) if name in kwargs}
+        return pytree.tree_leaves((args, keywords))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModule":
         result: Any = super().__deepcopy__(memo)
@@ -145,10 +153,9 @@ def _check_mode_is_free(node: fx.Node) -> None:
 
 def arguments(node: fx.Node) -> Arguments:
     """An ATen node's arguments by their names, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    schema = node.target._schema.arguments
-    values = {a.name: a.default_value for a in schema if a.has_default_value()}
-    values |= {a.name: value for a, value in zip(schema, node.args, strict=False)}
+    parameters = parameters_of(node.target)
+    values = {p.name: p.default for p in parameters if p.has_default}
+    values |= {p.name: value for p, value in zip(parameters, node.args, strict=False)}
     return values | dict(node.kwargs)
 
 
@@ -310,7 +317,7 @@ def _dropout(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
         was = original.get_submodule(path)
     except AttributeError:
         was = original
-    if isinstance(was, nn.modules.dropout._DropoutNd):
+    if isinstance(was, AnyDropout):
         return path, type(was)(was.p)
     return f"{path}.{node.name}" if path else node.name, DROPOUTS[node.target](a["p"])
 
@@ -337,23 +344,23 @@ def adopt(root: nn.Module, source: nn.Module, convert: Callable[[Any], Any]) -> 
     """Give `root` every parameter and buffer of `source` that it lacks, at the same path, each through `convert`."""
     for path, parameter in source.named_parameters(remove_duplicate=False):
         owner, name = _owner(root, path)
-        if name not in owner._parameters:
+        if name not in own_parameters(owner):
             owner.register_parameter(name, convert(parameter))
     for prefix, module in source.named_modules(remove_duplicate=False):
-        for name, buffer in module._buffers.items():
+        for name, buffer in own_buffers(module).items():
             if buffer is None:
                 continue
             owner, _ = _owner(root, f"{prefix}.{name}" if prefix else name)
-            if name not in owner._buffers:
-                owner.register_buffer(name, convert(buffer), persistent=name not in module._non_persistent_buffers_set)
+            if name not in own_buffers(owner):
+                owner.register_buffer(name, convert(buffer), persistent=is_persistent(module, name))
 
 
 def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     *parents, name = path.split(".")
     for parent in parents:
-        if parent not in root._modules:
+        if parent not in own_modules(root):
             root.add_module(parent, nn.Module())
-        child = root._modules[parent]
+        child = own_modules(root)[parent]
         assert child is not None
         root = child
     return root, name

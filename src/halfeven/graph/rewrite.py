@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from halfeven.graph.rebuild import CapturedModule, arguments
+from halfeven.graph.torch_private import is_operator, is_pure
 
 aten = torch.ops.aten
 
@@ -79,7 +80,7 @@ def merge_duplicates(region: CapturedModule) -> int:
     known: dict[Any, fx.Node] = {}
     merged = 0
     for node in list(region.graph.nodes):
-        if node.op != "call_function" or not _pure(node.target):
+        if node.op != "call_function" or not (is_operator(node.target) and is_pure(node.target)):
             continue
         try:
             first = known.setdefault((node.target, _hashable(node.args), _hashable(node.kwargs)), node)
@@ -91,13 +92,6 @@ def merge_duplicates(region: CapturedModule) -> int:
             merged += 1
     region.recompile()
     return merged
-
-
-def _pure(target: Any) -> bool:
-    """Whether an operator gives the same for the same, and changes nothing."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _hashable(value: Any) -> Any:

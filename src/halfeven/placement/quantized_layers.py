@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from halfeven.graph.torch_private import convolution_of
 from halfeven.placement.folded_batchnorm import folded_weight
 from halfeven.quantization.arithmetic import per_channel
 from halfeven.quantization.quantizer import Mode, Quantizer
@@ -21,8 +22,7 @@ def operation(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     if isinstance(layer, nn.Linear):
         return F.linear
     if not layer.transposed:
-        convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor] = layer._conv_forward
-        return convolve
+        return convolution_of(layer)
     transpose: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[layer.weight.ndim - 3]
     return lambda x, weight, bias: transpose(
         x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation

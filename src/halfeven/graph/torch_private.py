@@ -1,0 +1,143 @@
+"""Every private name of torch that halfeven uses, each behind a function or a public name of its own.
+
+A new version of torch may rename any of them: this is the one file to mend then. `tests/test_architecture.py` lets no
+other file use one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
+from torch.nn.modules.batchnorm import _NormBase as AnyBatchOrInstanceNorm
+from torch.nn.modules.dropout import _DropoutNd as AnyDropout
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "AnyBatchNorm",
+    "AnyBatchOrInstanceNorm",
+    "AnyDropout",
+    "Parameter",
+    "blend_all",
+    "convolution_of",
+    "copy_all",
+    "functional_form",
+    "input_keywords",
+    "is_mutable",
+    "is_operator",
+    "is_persistent",
+    "is_pure",
+    "own_buffers",
+    "own_modules",
+    "own_parameters",
+    "parameters_of",
+    "pytree",
+    "short_name",
+]
+
+
+# Operators
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of an ATen operator; `default` is None where it has none and where that is its default."""
+
+    name: str
+    has_default: bool
+    default: Any
+
+
+def is_operator(target: Any) -> TypeGuard[OpOverload]:
+    """Return True for an overload of an operator of `torch.ops`, such as `torch.ops.aten.add.Tensor`."""
+    return isinstance(target, OpOverload)
+
+
+def parameters_of(operator: Any) -> list[Parameter]:
+    """Return the parameters of an operator's overload, in the order of its schema."""
+    return [
+        Parameter(a.name, a.has_default_value(), a.default_value if a.has_default_value() else None)
+        for a in operator._schema.arguments
+    ]
+
+
+def is_mutable(operator: Any) -> bool:
+    """Return True for an operator that changes one of its arguments in place."""
+    return bool(operator._schema.is_mutable)
+
+
+def is_pure(operator: Any) -> bool:
+    """Return True for an operator that gives the same results for the same arguments and changes nothing."""
+    return not is_mutable(operator) and torch.Tag.nondeterministic_seeded not in operator.tags
+
+
+def short_name(operator: Any) -> str:
+    """Return an operator's name without its namespace and overload: "add" of `aten.add.Tensor`."""
+    return str(operator._schema.name.split("::")[1])
+
+
+def functional_form(operator: Any) -> OpOverload | None:
+    """Return the overload of ATen that computes what an in-place operator writes; None where there is none."""
+    name = short_name(operator)
+    if not is_mutable(operator) or not name.endswith("_"):
+        return None
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    overload = operator._overloadname
+    if packet is None or overload not in packet.overloads():
+        return None
+    found: OpOverload = getattr(packet, overload)
+    return found
+
+
+# Graphs
+
+
+def input_keywords(graph: fx.Graph) -> list[str]:
+    """Return the names of the keyword arguments of a graph that `torch.export` made, in the order of its inputs."""
+    codegen: Any = graph._codegen
+    return list(codegen.pytree_info.in_spec.child(1).context)
+
+
+# Modules
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return a module's own table of parameters, which holds None for one that it could have; changes take effect."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return a module's own table of buffers, which holds None for one that it could have; changes take effect."""
+    return module._buffers
+
+
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return a module's own table of submodules; changes take effect."""
+    return module._modules
+
+
+def is_persistent(module: nn.Module, buffer: str) -> bool:
+    """Return True for a buffer of a module's own that its state dict contains."""
+    return buffer not in module._non_persistent_buffers_set
+
+
+def convolution_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """Return what a convolution module computes of (input, weight, bias), its padding mode included."""
+    compute: Callable[[Tensor, Tensor, Tensor | None], Tensor] = layer._conv_forward
+    return compute
+
+
+# Lists of tensors, one kernel for all
+
+
+def copy_all(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy each value into the tensor at the same place; all tensors have one dtype and one device."""
+    torch._foreach_copy_(list(into), list(values))
+
+
+def blend_all(into: Sequence[Tensor], values: Sequence[Tensor], weight: float) -> None:
+    """Move each tensor towards the value at the same place: into + weight * (value - into), in place."""
+    torch._foreach_lerp_(list(into), list(values), weight)
