@@ -31,6 +31,7 @@ from halfeven.qat.recipe import Recipe as CourseRecipe
 from halfeven.qat.recipe import decide as decide_qat
 from halfeven.qat.session import Course
 from halfeven.renamed import renamed_parameters
+from halfeven.targets.named import target_named
 from halfeven.tasks.task import first_tensor
 
 
@@ -54,8 +55,9 @@ def prepare(
         PlacementError: the target cannot do the scheme, or a rule held for nothing.
     """
     options = _changed(options or QuantizationOptions(), changes)
+    target = target_named(options.target)
     captured, notes = _captured(model, example, options)
-    return _with_example(insert(captured, make_plan(captured, options, notes)), example)
+    return _with_example(insert(captured, make_plan(captured, options, target, notes), target), example)
 
 
 def _changed(
@@ -73,7 +75,8 @@ def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
     """Make the quantized model that a plan describes, for a checkpoint to be loaded into."""
     captured, _ = _captured(model, example, plan.options)
     forget_statistics(captured)  # of the weights given here, not of those that the checkpoint brings
-    return _with_example(apply_changes(insert(captured, plan), plan.changes), example)
+    qmodel = insert(captured, plan, target_named(plan.options.target))
+    return _with_example(apply_changes(qmodel, plan.changes), example)
 
 
 def load(path: str | Path, model: nn.Module, example: Example) -> nn.Module:

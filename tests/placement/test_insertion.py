@@ -16,6 +16,7 @@ from halfeven.placement.plan import QuantizationOptions, Rule
 from halfeven.placement.quantized_layers import QUANTIZED_LAYERS
 from halfeven.quantization.fake_quantize import fake_quantize
 from halfeven.quantization.quantizer import Mode, Quantizer, quantizers, set_mode, set_observing
+from halfeven.targets.openvino import OPENVINO
 from placement.parts import IMAGE, Attention, Residual, captured, conv, plan
 
 
@@ -197,7 +198,7 @@ def test_integers_stay_exact_under_half_precision(dtype):
 def test_a_plan_of_another_model_is_an_error():
     planned = plan(Residual())
     with pytest.raises(PlacementError, match=r"made for another model: this one has no .*stem"):
-        insert(captured(nn.Sequential(conv(3))), planned)
+        insert(captured(nn.Sequential(conv(3))), planned, OPENVINO)
 
 
 def test_a_float_model_has_no_plan():
@@ -283,7 +284,7 @@ def test_inserting_is_deterministic():
     for _ in range(2):
         torch.manual_seed(1)
         model = captured(Residual())
-        models.append(insert(model, make_plan(model, options)))
+        models.append(insert(model, make_plan(model, options, OPENVINO), OPENVINO))
     assert models[0].code == models[1].code
     assert list(models[0].state_dict()) == list(models[1].state_dict())
     assert dataclasses.asdict(plan_of(models[0])) == dataclasses.asdict(plan_of(models[1]))

@@ -116,7 +116,7 @@ def _settle(region: CapturedModule, node: fx.Node, norm: fx.Node | None) -> None
     frozen.set_observing(False)
     layer.weight_quantizer = frozen.eval()
     layer.weight = nn.Parameter(dequantize(integers, scale, torch.zeros_like(scale), scheme), requires_grad=False)
-    layer.settled, layer.rounds_bias = True, False  # biases are the form's matter
+    layer.settled, layer.int32_bias = True, False  # biases are the form's matter
 
 
 def _multiplication(region: CapturedModule, node: fx.Node) -> tuple[fx.Node, Tensor] | None:

@@ -54,11 +54,11 @@ def shape_for(model: nn.Module, exported: list[ExportedQuantizer], target: Targe
         PlacementError: the target has no integers for a grid of the model.
     """
     _check_carries(target, exported)
-    if target.unsigned_only:
+    if target.int32_bias:
         _count_from_zero(exported)
     for name, region in regions(model).items():
         prefix = f"{name}." if name else ""
-        if target.integer_bias:
+        if target.int32_bias:
             _take_in_clips(region)
             _write_slices(region)
             _write_global_pools(region)

@@ -16,11 +16,16 @@ from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight, Quantiza
 from halfeven.placement.quantized_layers import QUANTIZED_LAYERS
 from halfeven.quantization.fake_quantize import Domain
 from halfeven.quantization.quantizer import Quantizer
-from halfeven.targets.named import target_named
+from halfeven.targets.target import Target
 
 
-def insert(model: nn.Module, plan: Plan) -> nn.Module:
+def insert(model: nn.Module, plan: Plan, target: Target) -> nn.Module:
     """Put the plan's quantizers, their ranges not yet set, into a captured model; it is changed and returned.
+
+    Args:
+        model: a captured model.
+        plan: the quantizers to insert.
+        target: the runtime that the plan was made for.
 
     Raises:
         PlacementError: the plan names a tensor that the model does not have.
@@ -41,7 +46,7 @@ def insert(model: nn.Module, plan: Plan) -> nn.Module:
         region.graph.lint()
         region.runs_as = fused_graph
         region.recompile()
-        _link_inputs(region, rounds_bias=target_named(plan.options.target).integer_bias)
+        _link_inputs(region, int32_bias=target.int32_bias)
         if plan.options.batchnorm == "fold live":
             fold_live(region)
     model.halfeven_plan = plan  # type: ignore[assignment]
@@ -125,7 +130,7 @@ def _place(region: CapturedModule, quantizer: Quantizer, name: str) -> str:
     return path
 
 
-def _link_inputs(region: CapturedModule, *, rounds_bias: bool) -> None:
+def _link_inputs(region: CapturedModule, *, int32_bias: bool) -> None:
     """Tell each quantized layer the quantizer of its input, whose scale makes integers of it again (see `layers`)."""
     for node in region.graph.nodes:
         if node.op != "call_module" or type(layer := module_of(node)) not in QUANTIZED_LAYERS.values():
@@ -133,7 +138,7 @@ def _link_inputs(region: CapturedModule, *, rounds_bias: bool) -> None:
         source = quantizer_of(node.all_input_nodes[0])
         # In a tuple, so that the quantizer does not become a submodule of the layer.
         layer.input_quantizers = () if source is None else (source,)  # type: ignore[assignment]
-        layer.rounds_bias = rounds_bias  # type: ignore[assignment]
+        layer.int32_bias = int32_bias  # type: ignore[assignment]
 
 
 def quantizer_of(node: fx.Node) -> Quantizer | None:

@@ -29,7 +29,6 @@ from halfeven.placement.rules import RuleBook
 from halfeven.quantization.observers import LOGITS
 from halfeven.quantization.quantizer import Ranges
 from halfeven.quantization.scheme import FLOAT_BITS, Scheme, parse_bits
-from halfeven.targets.named import target_named
 from halfeven.targets.target import Grid, Target
 
 K = OperatorKind
@@ -55,13 +54,13 @@ def named_nodes(model: nn.Module) -> dict[str, tuple[CapturedModule, fx.Node]]:
     }
 
 
-def make_plan(model: nn.Module, options: QuantizationOptions, notes: tuple[str, ...] = ()) -> Plan:
-    """Decide what to quantize in a captured model.
+def make_plan(model: nn.Module, options: QuantizationOptions, target: Target, notes: tuple[str, ...] = ()) -> Plan:
+    """Decide what to quantize in a captured model for a target.
 
     Raises:
         PlacementError: the target cannot do the scheme, or a rule held for nothing.
     """
-    target, rules = target_named(options.target), RuleBook(options.rules, _ends(model, options))
+    rules = RuleBook(options.rules, _ends(model, options))
     weight_bits, activation_bits = parse_bits(options.scheme)
     if activation_bits == FLOAT_BITS:
         _check_weights_alone(target, options, weight_bits)

@@ -63,7 +63,7 @@ def run_quantized(layer: Any, x: Tensor) -> Tensor:
 def _bias(layer: Any, x: Tensor, weight: Tensor) -> Tensor | None:
     """The layer's bias; on the grid of its products where the runtime adds integers, its gradient as if it were not."""
     bias: Tensor | None = layer.bias
-    if bias is None or not layer.rounds_bias or not layer.input_quantizers:
+    if bias is None or not layer.int32_bias or not layer.input_quantizers:
         return bias
     (quantizer,) = layer.input_quantizers
     if any(one.mode is not Mode.QUANTIZE or not one.calibrated for one in (quantizer, layer.weight_quantizer)):
@@ -88,7 +88,7 @@ class QuantizedConv1d(nn.Conv1d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
-    rounds_bias: bool = False
+    int32_bias: bool = False
     live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class QuantizedConv2d(nn.Conv2d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
-    rounds_bias: bool = False
+    int32_bias: bool = False
     live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class QuantizedConv3d(nn.Conv3d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
-    rounds_bias: bool = False
+    int32_bias: bool = False
     live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class QuantizedConvTranspose1d(nn.ConvTranspose1d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
-    rounds_bias: bool = False
+    int32_bias: bool = False
     live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -136,7 +136,7 @@ class QuantizedConvTranspose2d(nn.ConvTranspose2d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
-    rounds_bias: bool = False
+    int32_bias: bool = False
     live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -148,7 +148,7 @@ class QuantizedConvTranspose3d(nn.ConvTranspose3d):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
-    rounds_bias: bool = False
+    int32_bias: bool = False
     live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -160,7 +160,7 @@ class QuantizedLinear(nn.Linear):
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
-    rounds_bias: bool = False
+    int32_bias: bool = False
     live_norms: tuple[Any, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:

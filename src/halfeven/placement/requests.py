@@ -7,7 +7,6 @@ past the BatchNorm and activation that a runtime fuses into it.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
 from halfeven.graph.operators import (
@@ -65,47 +64,17 @@ def collect(region: Region, target: Target, rules: RuleBook) -> None:
             _demand(region, operand, wanted_grid(target, node) or Grid.ANY, node)
         if operands and kind in target.outputs:
             _demand_result(region, node, target)
-    if target.rounds_averages:
-        _collect_averages(region, rules)
+    _collect_averages(region, target, rules)
 
 
-def _collect_averages(region: Region, rules: RuleBook) -> None:
+def _collect_averages(region: Region, target: Target, rules: RuleBook) -> None:
     """Demand the averages of integers that the target rounds for a reader that it computes with bytes: with a quantizer
     the simulation rounds too, and on a grid of the average's own."""
     for node in region.graph.nodes:
         if kind_of(node) is not K.AVERAGE or not all(n in region.demands for n in sources(node.args[0])):
             continue
-        if is_rounded(node) and rules.quantizes(region.names[node], K.AVERAGE):
+        if target.rounds_average(node) and rules.quantizes(region.names[node], K.AVERAGE):
             region.demands.setdefault(node, Demand(consumers=[ROUNDED]))
-
-
-def is_rounded(average: fx.Node) -> bool:
-    """Whether OpenVINO rounds an average of integers to an integer, because of a reader that computes with bytes: a
-    BatchNorm, or a sum or product with another tensor, or with itself.
-
-    A BatchNorm that alone reads the average becomes a part of the quantizer behind, and nothing is rounded; but not one
-    behind a pool of sequences, which is a pool of images and a reshape there.
-    """
-    normalized = len(average.users) == 1 and kind_of(next(iter(average.users))) is K.BATCH_NORM
-    if normalized and average.target is not torch.ops.aten.avg_pool1d.default:
-        return False
-    return _read_as_bytes(average)
-
-
-def _read_as_bytes(node: fx.Node) -> bool:
-    """Whether a reader of a tensor, directly or behind operators that keep the scale, computes with bytes."""
-    return any(
-        kind_of(user) is K.BATCH_NORM
-        or (kind_of(user) in (K.ADD, K.MULTIPLY) and _is_of_tensors(user))
-        or (kind_of(user) in (*TRANSPARENT, K.CONCAT) and _read_as_bytes(user))
-        for user in node.users
-    )
-
-
-def _is_of_tensors(combination: fx.Node) -> bool:
-    """Whether both operands are computed, neither is a number or a parameter."""
-    operands = [operand for operand in combination.args[:2] if isinstance(operand, fx.Node)]
-    return len([operand for operand in operands if kind_of(operand) is not K.CONSTANT]) == 2
 
 
 def collect_outputs(region: Region, rules: RuleBook) -> None:

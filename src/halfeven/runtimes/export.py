@@ -90,6 +90,6 @@ def exportable(qmodel: nn.Module, target: str | None = None) -> tuple[nn.Module,
     row = target_named(target or plan_of(qmodel).options.target)
     model = deployed(qmodel)
     weights_alone = parse_bits(plan_of(qmodel).options.scheme)[1] == FLOAT_BITS
-    exported = with_exported_quantizers(model, clips_integers=row.integer_bias, narrow_weights=weights_alone)
+    exported = with_exported_quantizers(model, clips_integers=row.int32_bias, narrow_weights=weights_alone)
     shape_for(model, exported, row)
     return model, exported

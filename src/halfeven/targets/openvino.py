@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from halfeven.graph.operators import OperatorKind
+from halfeven.graph.operators import TRANSPARENT, OperatorKind, kind_of
 from halfeven.targets.target import Grid, Target, any_grid, no_zero_point
 
 K = OperatorKind
@@ -18,6 +18,36 @@ def _average(node: fx.Node) -> Grid:
 
 def _numbers(value: object) -> list[object]:
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _rounds_average(average: fx.Node) -> bool:
+    """Return True where an average of integers is rounded to an integer for a reader that computes with bytes.
+
+    Such readers are a BatchNorm, and a sum or product with another tensor or with itself.
+
+    A BatchNorm that alone reads the average becomes a part of the quantizer behind, and nothing is rounded; but not one
+    behind a pool of sequences, which is a pool of images and a reshape there.
+    """
+    normalized = len(average.users) == 1 and kind_of(next(iter(average.users))) is K.BATCH_NORM
+    if normalized and average.target is not torch.ops.aten.avg_pool1d.default:
+        return False
+    return _read_as_bytes(average)
+
+
+def _read_as_bytes(node: fx.Node) -> bool:
+    """Whether a reader of a tensor, directly or behind operators that keep the scale, computes with bytes."""
+    return any(
+        kind_of(user) is K.BATCH_NORM
+        or (kind_of(user) in (K.ADD, K.MULTIPLY) and _is_of_tensors(user))
+        or (kind_of(user) in (*TRANSPARENT, K.CONCAT) and _read_as_bytes(user))
+        for user in node.users
+    )
+
+
+def _is_of_tensors(combination: fx.Node) -> bool:
+    """Whether both operands are computed, neither is a number or a parameter."""
+    operands = [operand for operand in combination.args[:2] if isinstance(operand, fx.Node)]
+    return len([operand for operand in operands if kind_of(operand) is not K.CONSTANT]) == 2
 
 
 _PADDED_POOLS = (
@@ -37,7 +67,12 @@ OPENVINO = Target(
         K.MATMUL: no_zero_point,  # with one, the whole attention runs in float
         K.AVERAGE: _average,
     },
-    rounds_averages=True,
+    elementwise=frozenset({K.ADD}),
+    outputs=frozenset(),
     residual_branch_in_float=True,  # the plugin drops the rounding of a quantizer between a convolution and a fused sum
+    rounds_average=_rounds_average,
+    fuses_any_activation=True,
     stored_weights={K.LINEAR: (4, 8)},
+    signed_only=False,
+    int32_bias=False,  # biases are added in float32
 )

@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -20,34 +20,37 @@ class Grid(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a runtime executes in integers, and where it wants quantizers.
+    """The operators that a runtime executes in integers, and where it wants quantizers.
 
     `inputs` names the kinds that take integers; placement quantizes their inputs at the operators that produce them.
     Additions and multiplications of tensors are a case of their own: they are quantized where a convolution leads to
-    them, as in the residual blocks and gates of convolutional networks, and stay in float in transformers.
+    them, as in the residual blocks and gates of convolutional networks, and stay in float in transformers. No field
+    has a default: each rule of a runtime stands in its row.
     """
 
     name: str
+    """The runtime's name, as users write it."""
     weight_bits: range
+    """Bits of the weights that it multiplies as integers."""
     activation_bits: range
+    """Bits of the activations that it multiplies as integers."""
     inputs: Mapping[OperatorKind, Callable[[fx.Node], Grid]]
+    """Kinds that read integers, each with the grid that an operator of it asks for."""
+    elementwise: frozenset[OperatorKind]
+    """Kinds that combine two tensors in integers."""
+    outputs: frozenset[OperatorKind]
+    """Kinds that run in integers only where their own result is quantized, whoever reads it."""
     residual_branch_in_float: bool
     """A convolution that is added to a skip connection stays unquantized: it is fused with the addition."""
-    elementwise: frozenset[OperatorKind] = field(default=frozenset({K.ADD}))
-    """The kinds that combine two tensors in integers."""
-    outputs: frozenset[OperatorKind] = frozenset()
-    """Kinds that run in integers only where their own result is quantized, whoever reads it."""
-    rounds_averages: bool = False
-    """An average of integers is rounded where a sum, product or BatchNorm reads it as bytes."""
-    fuses_any_activation: bool = True
+    rounds_average: Callable[[fx.Node], bool]
+    """True for an average of integers that the runtime rounds, because a reader of it computes with bytes."""
+    fuses_any_activation: bool
     """Any activation is computed in the kernel before it; else only one that clips, which the rounding takes in."""
-    stored_weights: Mapping[OperatorKind, tuple[int, ...]] = field(default_factory=dict)
+    stored_weights: Mapping[OperatorKind, tuple[int, ...]]
     """Kinds whose weights alone may be integers, and of how many bits: the kernel makes floats of them as it reads."""
-    signed_only: bool = False
+    signed_only: bool
     """Activations are signed without a zero point, also after a ReLU."""
-    unsigned_only: bool = False
-    """The runtime's integer kernels take unsigned activations; signed ones are written with a zero point of 128."""
-    integer_bias: bool = False
+    int32_bias: bool
     """Biases are 32-bit integers on the grid of the layer's products."""
 
 
@@ -57,6 +60,10 @@ def any_grid(node: fx.Node) -> Grid:
 
 def no_zero_point(node: fx.Node) -> Grid:
     return Grid.NO_ZERO_POINT
+
+
+def never(node: fx.Node) -> bool:
+    return False
 
 
 def wanted_grid(target: Target, node: fx.Node) -> Grid | None:

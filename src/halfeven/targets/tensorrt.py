@@ -1,7 +1,7 @@
 """TensorRT: what it executes in integers, and where it wants quantizers."""
 
 from halfeven.graph.operators import OperatorKind
-from halfeven.targets.target import Target, any_grid
+from halfeven.targets.target import Target, any_grid, never
 
 K = OperatorKind
 
@@ -16,6 +16,12 @@ TENSORRT = Target(
         K.MATMUL: any_grid,
         K.AVERAGE: any_grid,
     },
+    elementwise=frozenset({K.ADD}),
+    outputs=frozenset(),
     residual_branch_in_float=True,  # a quantizer there would keep convolution, addition and ReLU from being one kernel
+    rounds_average=never,
+    fuses_any_activation=True,
+    stored_weights={},
     signed_only=True,
+    int32_bias=False,
 )

@@ -17,7 +17,6 @@ from halfeven.deployment.forms import quantizer_at
 from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, clipping, kind_of, module_of
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.placement.requests import is_rounded
 from halfeven.runtimes.cpu import fuses_attention
 from halfeven.runtimes.float_operators import FloatOperators, is_asked
 from halfeven.runtimes.integer_layers import IntegerLayer
@@ -25,6 +24,7 @@ from halfeven.runtimes.openvino.exact_values import Average, Ends, InUnits, Leve
 from halfeven.runtimes.openvino.residual_add import fused_sum, is_unrounded, sum_in_kernel, sum_of_integers
 from halfeven.runtimes.openvino.session import function_of
 from halfeven.runtimes.simulation import Simulation
+from halfeven.targets.openvino import OPENVINO
 
 ADAPTIVE_AVERAGES = (
     torch.ops.aten.adaptive_avg_pool1d.default,
@@ -133,7 +133,7 @@ class OpenVINOInterpreter(fx.Interpreter):
             return None
         # Of integers: float64 rounds once, as their quotient does.
         values = self._run(node, (args[0].bytes.double(), *args[1:]), kwargs).float()
-        return Average(torch.round(values) if is_rounded(node) else values, args[0].ends)
+        return Average(torch.round(values) if OPENVINO.rounds_average(node) else values, args[0].ends)
 
     def _activated(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """A leaky ReLU, taken in units of a sum; or a clip, taken away where the quantizer that reads it clips as
