@@ -141,7 +141,7 @@ def test_save_and_load(options, tmp_path):
     assert torch.equal(loaded(x), qmodel(x))
     assert he.plan_of(loaded) == he.plan_of(qmodel)
     assert not torch.equal(other.fc.weight, loaded.state_dict()["fc.weight"])
-    assert all(q.calibrated for q in quantizers(loaded).values())
+    assert all(q.state.has_range for q in quantizers(loaded).values())
     he.export(loaded, tmp_path / "model.onnx")
 
 

@@ -256,9 +256,9 @@ def test_rules_reach_the_modules():
 def test_the_softmaxs_range_is_set_from_the_start():
     qmodel = prepared(Attention(), (2, 5, 16))
     quantizer = qmodel.get_submodule("quantizers.softmax")
-    assert quantizer.calibrated
+    assert quantizer.state.has_range
     assert quantizer.scale.item() == pytest.approx(1 / 255, rel=1e-4)
-    unset = [name for name, q in quantizers(qmodel).items() if not q.calibrated]
+    unset = [name for name, q in quantizers(qmodel).items() if not q.state.has_range]
     assert "quantizers.qkv" in unset
 
 

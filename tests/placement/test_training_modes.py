@@ -65,10 +65,10 @@ def test_weights_are_quantized_once_while_gradients_accumulate():
     with weights_quantized_once(other):
         for _ in range(2):
             found = gradients(other, lambda model: model(X))
-            calls.append([q.kept.data_ptr() for q in weights])
+            calls.append([q.cached.data_ptr() for q in weights])
     same(expected, found, rtol=0, atol=0)
     assert calls[0] == calls[1]
-    assert all(q.kept is None for q in weights)
+    assert all(q.cached is None for q in weights)
 
 
 def test_after_a_step_weights_are_quantized_anew():

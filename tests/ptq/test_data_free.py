@@ -80,7 +80,9 @@ def test_afterwards_the_model_is_calibrated_and_close_to_float(options):
     model = measured(Small(), x)
     qmodel = prepared(model, **options)
     ranges_from_batchnorm(qmodel)
-    assert all(q.calibrated and q.mode is Mode.QUANTIZE and q.observer is None for q in quantizers(qmodel).values())
+    assert all(
+        q.state.has_range and q.mode is Mode.QUANTIZE and q.observer is None for q in quantizers(qmodel).values()
+    )
     with torch.no_grad():
         noise = (qmodel.eval()(x) - model(x)).square().mean() / model(x).var()
     assert noise < (0.3 if "scheme" in options else 0.02)
@@ -128,7 +130,7 @@ def test_what_nothing_is_known_of_is_an_error_and_nothing_is_set():
     qmodel = prepared(Unknown(), (2, 4))
     with pytest.raises(AlgorithmError, match=r"Nothing is known without data of cumsum.*Give a loader"):
         ranges_from_batchnorm(qmodel)
-    assert not any(q.calibrated for q in quantizers(qmodel).values())
+    assert not any(q.state.has_range for q in quantizers(qmodel).values())
     report = correct_biases_analytically(qmodel)
     assert report.left == ("b (nothing is known of its input)",)
     assert "left alone: b" in str(report)
@@ -137,8 +139,8 @@ def test_what_nothing_is_known_of_is_an_error_and_nothing_is_set():
 def test_weight_ranges_alone():
     qmodel = prepared(measured(Small(), images()))
     set_weight_ranges(qmodel)
-    assert {q.weight for q in quantizers(qmodel).values() if q.calibrated} == {True}
-    assert sum(q.calibrated for q in quantizers(qmodel).values()) == 5
+    assert {q.weight for q in quantizers(qmodel).values() if q.state.has_range} == {True}
+    assert sum(q.state.has_range for q in quantizers(qmodel).values()) == 5
     with torch.no_grad():
         qmodel.get_submodule("fc").weight.mul_(2)
         before = qmodel.get_submodule("fc").weight_quantizer.scale.clone()

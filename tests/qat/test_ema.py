@@ -156,7 +156,7 @@ def test_integers_and_constants_are_copied():
         assert torch.equal(own[name].zero_point, quantizer.zero_point)
         assert own[name].observing.dtype == torch.uint8
         assert not own[name].observing.any()
-        assert not own[name]._observing, "the weights' ranges are no longer those of the present weights"
+        assert not own[name].state.observing, "the weights' ranges are no longer those of the present weights"
 
 
 def test_the_raw_model_is_not_touched_and_shares_nothing():
@@ -183,7 +183,7 @@ def test_the_average_is_a_quantized_model(tmp_path):
         average.update(i)
     assert not any(module.training for module in average.model.modules())
     assert not any(parameter.requires_grad for parameter in average.model.parameters())
-    assert all(quantizer.calibrated for quantizer in quantizers(average.model).values())
+    assert all(quantizer.state.has_range for quantizer in quantizers(average.model).values())
     statistics = average.model.norm.running_mean.clone()
     re_estimate(average.model, batches())
     assert not torch.equal(average.model.norm.running_mean, statistics)
@@ -232,10 +232,10 @@ def test_a_range_that_comes_later_starts_the_average():
     qmodel = nn.Sequential(nn.Linear(2, 2), Quantizer(Scheme()))
     average = WeightAverage(qmodel, AveragingOptions(decay=0.9))
     average.update(0)
-    assert not average.model[1].calibrated
+    assert not average.model[1].state.has_range
     qmodel[1].set_range(torch.tensor(-1.0), torch.tensor(1.0))
     average.update(1)
-    assert average.model[1].calibrated
+    assert average.model[1].state.has_range
     assert torch.equal(average.model[1].scale, qmodel[1].scale)
     assert average.model(torch.ones(1, 2)).isfinite().all()
 

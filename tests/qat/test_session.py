@@ -105,7 +105,7 @@ def test_learned_rounding_is_where_training_starts():
     assert not torch.equal(qmodel.conv1.weight, plain.conv1.weight)
     assert all(p.requires_grad for p in qmodel.parameters())
     train(qmodel, course, 0, 2)
-    assert all(not q.calibrates for q in quantizers(qmodel).values() if q.weight)
+    assert all(q.state.fixed for q in quantizers(qmodel).values() if q.weight)
 
 
 def test_batchnorm_is_re_estimated_before_validation():

@@ -10,7 +10,15 @@ from halfeven.errors import CalibrationError
 from halfeven.quantization.arithmetic import scale_and_zero_point, snap
 from halfeven.quantization.fake_quantize import fake_quantize
 from halfeven.quantization.observers import OBSERVERS
-from halfeven.quantization.quantizer import RANGE_MOMENTUM, Mode, Quantizer, quantizers, set_mode, set_observing
+from halfeven.quantization.quantizer import (
+    RANGE_MOMENTUM,
+    Mode,
+    Quantizer,
+    RangeState,
+    quantizers,
+    set_mode,
+    set_observing,
+)
 from halfeven.quantization.scheme import Scheme
 
 ACTIVATION = Scheme()
@@ -246,14 +254,14 @@ def test_a_known_range_is_fixed():
     quantizer = Quantizer(Scheme(symmetric=True))
     quantizer.fix_range((0.0, 1.0))
     assert quantizer.scale.item() == pytest.approx(1 / 255, rel=2e-5)
-    assert not quantizer.calibrates
+    assert quantizer.state.fixed
     quantizer.set_observing(True)
     before = quantizer.scale.clone()
     quantizer.train()(torch.rand(10) * 50)
     assert torch.equal(quantizer.scale, before)
     free = Quantizer(Scheme(symmetric=True))
     free.fix_range(None)
-    assert free.calibrates
+    assert not free.state.fixed
     assert torch.isnan(free.scale)
 
 
@@ -308,3 +316,53 @@ def test_a_learned_range_keeps_its_dtype_and_gradient_under_autocast():
     assert y.dtype is torch.bfloat16
     assert x.grad.dtype is torch.bfloat16
     assert quantizer.scale.grad.dtype is torch.float32
+
+
+@pytest.mark.parametrize("ranges", ["observed", "learned"])
+def test_the_state_follows_from_what_happens_to_the_range(ranges):
+    moves = ranges == "observed"
+    quantizer = activation(ranges=ranges)
+    assert quantizer.state is (RangeState.STARTING if moves else RangeState.UNSET)
+    quantizer.set_observing(False)
+    assert quantizer.state is RangeState.UNSET
+    quantizer.set_observing(True)
+    calibrated(quantizer)
+    assert quantizer.state is (RangeState.OBSERVING if moves else RangeState.CALIBRATED)
+    assert int(quantizer.observing) == moves
+    quantizer.set_observing(False)
+    assert quantizer.state is RangeState.CALIBRATED
+    quantizer.fix()
+    quantizer.set_observing(True)
+    assert quantizer.state is RangeState.FIXED
+    assert int(quantizer.observing) == 2
+
+
+@pytest.mark.parametrize("state", list(RangeState))
+def test_a_file_restores_every_state(state):
+    saved = activation()
+    if state.has_range:
+        calibrated(saved)
+    saved.set_observing(state.observing)
+    if state.fixed:
+        saved.fix()
+    assert saved.state is state
+    loaded = activation()
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded.state is state
+
+
+def test_a_fixed_range_stays_fixed_under_a_file_that_only_says_that_it_is_not_observed():
+    saved = calibrated(activation(), torch.tensor([0.0, 1.0]))
+    saved.set_observing(False)
+    known = activation()
+    known.fix_range((0.0, 1.0))
+    known.load_state_dict(saved.state_dict())
+    assert known.state is RangeState.FIXED
+
+
+def test_a_learned_scale_that_is_fixed_is_the_buffer_in_use():
+    quantizer, x = calibrated(activation(ranges="learned", domain="log")), torch.linspace(-1, 2, 50)
+    expected = quantizer(x).detach()
+    quantizer.fix()
+    assert list(quantizer.parameters()) == []
+    assert torch.equal(quantizer(x), expected)

@@ -43,7 +43,7 @@ ROWS = {
 def made_of_halves(qmodel, generator):
     """Scales become powers of two and zero points odd, weights multiples of 1/128: sums lie between two integers."""
     for quantizer in quantizers(qmodel).values():
-        if quantizer.weight or not quantizer.calibrates:
+        if quantizer.weight or quantizer.state.fixed:
             continue
         quantizer._store(2.0 ** torch.round(torch.log2(quantizer.scale)), quantizer.zero_point)
         if not quantizer.scheme.symmetric:

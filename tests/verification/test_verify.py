@@ -321,7 +321,7 @@ def test_each_weight_is_quantized_once_and_then_as_before(deployed, monkeypatch)
     monkeypatch.setattr("halfeven.quantization.quantizer.fake_quantize", counted)
     he.verify(qmodel, path, batches)
     assert len(calls) == 3
-    assert all(quantizer.kept is None for quantizer in quantizers(qmodel).values())
+    assert all(quantizer.cached is None for quantizer in quantizers(qmodel).values())
     with torch.no_grad():
         before = qmodel(batches[0])
         qmodel.get_submodule("3").weight.mul_(0.5)

@@ -33,7 +33,7 @@ def deployed(qmodel: nn.Module) -> nn.Module:
         CalibrationError: a quantizer has no range yet.
     """
     for name, quantizer in quantizers(qmodel).items():
-        if not quantizer.calibrated and not (quantizer.weight and quantizer.follows):
+        if not quantizer.state.has_range and not (quantizer.weight and quantizer.state.observing):
             raise CalibrationError(
                 f"The quantizer {name} has no range yet, so there are no integers to deploy. "
                 "Run halfeven.calibrate(qmodel, loader) first, or load a checkpoint."
@@ -55,20 +55,9 @@ def deployed(qmodel: nn.Module) -> nn.Module:
             _settle(region, node, norms.get(node))
         region.recompile()
     for quantizer in quantizers(model).values():
-        if not (quantizer.weight and quantizer.follows):
-            freeze(quantizer)
+        if not (quantizer.weight and quantizer.state.observing):
+            quantizer.fix()
     return model
-
-
-def freeze(quantizer: Quantizer) -> None:
-    """Fix a quantizer's range as it is: an ordinary buffer that nothing moves."""
-    scale = quantizer.used_scale(torch.empty(0)).clone()
-    if quantizer.learned:
-        del quantizer.scale
-        quantizer.register_buffer("scale", scale)
-    quantizer.learned = quantizer.follows = False
-    quantizer.scale.copy_(scale)
-    quantizer.set_observing(False)
 
 
 def _remove_identities(region: CapturedModule) -> None:
@@ -112,8 +101,7 @@ def _settle(region: CapturedModule, node: fx.Node, norm: fx.Node | None) -> None
         region.graph.erase_node(multiplication)
     frozen = Quantizer(scheme, channels=None if scheme.axis is None else scale.numel(), weight=True, observer="mse")
     frozen.name = quantizer.name
-    frozen._store(scale, torch.zeros_like(scale, dtype=torch.int32))
-    frozen.set_observing(False)
+    frozen.fix_scale(scale)
     layer.weight_quantizer = frozen.eval()
     layer.weight = nn.Parameter(dequantize(integers, scale, torch.zeros_like(scale), scheme), requires_grad=False)
     layer.settled, layer.int32_bias = True, False  # biases are the form's matter

@@ -149,7 +149,7 @@ def _seen(
 def check_float_weights(qmodel: nn.Module, algorithm: str) -> None:
     """Raise AlgorithmError for a model whose rounding was learned: its float weights are gone, and the target with
     them."""
-    decided = [name for name, q in quantizers(qmodel).items() if q.weight and not q.calibrates]
+    decided = [name for name, q in quantizers(qmodel).items() if q.weight and q.state.fixed]
     if decided:
         raise AlgorithmError(
             f"{algorithm} compares the quantized model with the float one, and the float weights of {len(decided)} "

@@ -31,7 +31,7 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
         CalibrationError: no batch came, a tensor was never reached, or one held NaN or infinity; it is named. Ranges
             that were set before stay.
     """
-    found = [q for q in quantizers(qmodel).values() if q.calibrates]
+    found = [q for q in quantizers(qmodel).values() if not q.state.fixed]
     before = {q: {k: v.clone() for k, v in q.state_dict().items()} for q in found}
     try:
         for quantizer in found:
@@ -78,8 +78,8 @@ def set_weight_ranges(qmodel: nn.Module, *, missing_only: bool = False) -> None:
     Raises:
         CalibrationError: a weight holds NaN or infinity, or is not used; it is named.
     """
-    found = [q for q in quantizers(qmodel).values() if q.weight and q.calibrates]
-    found = [q for q in found if not (missing_only and q.calibrated)]
+    found = [q for q in quantizers(qmodel).values() if q.weight and not q.state.fixed]
+    found = [q for q in found if not (missing_only and q.state.has_range)]
     with float_function(qmodel):
         try:
             for quantizer in found:

@@ -66,7 +66,7 @@ def _bias(layer: Any, x: Tensor, weight: Tensor) -> Tensor | None:
     if bias is None or not layer.int32_bias or not layer.input_quantizers:
         return bias
     (quantizer,) = layer.input_quantizers
-    if any(one.mode is not Mode.QUANTIZE or not one.calibrated for one in (quantizer, layer.weight_quantizer)):
+    if any(one.mode is not Mode.QUANTIZE or not one.state.has_range for one in (quantizer, layer.weight_quantizer)):
         return bias
     unit = quantizer.used_scale(x) * layer.weight_quantizer.used_scale(weight)
     rounded: Tensor = bias + (torch.round(bias.detach() / unit) * unit - bias.detach())

@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from halfeven.errors import CheckpointError, ConfigError
 from halfeven.quantization.quantizer import Quantizer, quantizers
 
-PYTHON_STATE = ("scheme", "calibrated", "follows", "calibrates", "_observing")
+PYTHON_STATE = ("scheme", "state")
 """What a quantizer keeps of its state beside its tensors: reading those would wait for the device."""
 
 
@@ -121,7 +121,7 @@ class WeightAverage:
         """
         self._follow_device()
         for raw, mine in self._quantizers:
-            if raw.scheme != mine.scheme or (raw.calibrated and not mine.calibrated):
+            if raw.scheme != mine.scheme or (raw.state.has_range and not mine.state.has_range):
                 # An average with NaN, or with the scale of another grid, would be none.
                 mine.load_state_dict(raw.state_dict())
             for name in PYTHON_STATE:

@@ -22,8 +22,37 @@ RANGE_MOMENTUM = 0.01
 Ranges = Literal["observed", "learned", "clipped", "calibrated"]
 """What sets the range of a quantizer in training: the data; the loss, by LSQ or by PACT; or nothing any more."""
 
-FIXED = 2
-"""Value of the buffer `observing` for a range that nothing moves any more, calibration included."""
+
+class RangeState(enum.Enum):
+    """What is known of a quantizer's range, and what moves it.
+
+    A value is the content of the buffer `observing` (0: training batches do not move the range, 1: they do, 2: nothing
+    does) and whether the range is set.
+    """
+
+    UNSET = (0, False)
+    """No range yet; calibration sets it."""
+    STARTING = (1, False)
+    """No range yet; calibration sets it, or the first training batch."""
+    OBSERVING = (1, True)
+    """Training batches move the range; of a weight it is always that of the present weight."""
+    CALIBRATED = (0, True)
+    """The range stays until the next calibration, except that a learned one is trained."""
+    FIXED = (2, True)
+    """Nothing moves the range, calibration included."""
+
+    def __init__(self, code: int, has_range: bool) -> None:
+        self.code = code
+        self.has_range = has_range
+        self.observing = code == 1
+        self.fixed = code == 2
+
+
+def _state_of(*, observing: bool, has_range: bool) -> RangeState:
+    """Return the state of a range that is not fixed."""
+    if observing:
+        return RangeState.OBSERVING if has_range else RangeState.STARTING
+    return RangeState.CALIBRATED if has_range else RangeState.UNSET
 
 
 class Mode(enum.Enum):
@@ -37,10 +66,10 @@ class Mode(enum.Enum):
 class Quantizer(nn.Module):
     """Fake-quantizes one tensor.
 
-    An observed range follows the data while `observing`: of a weight with observer "minmax" it is that of the present
-    weight, of an activation the moving average over training batches. It never moves in `eval()`. A learned range is
-    the parameter `scale` (LSQ) and, with `learns_zero_point`, the parameter `zero_point` (LSQ+), which is used as an
-    integer of the grid. A calibrated range stays as calibration set it.
+    An observed range follows the data while `state.observing`: of a weight with observer "minmax" it is that of the
+    present weight, of an activation the moving average over training batches. It never moves in `eval()`. A learned
+    range is the parameter `scale` (LSQ) and, with `learns_zero_point`, the parameter `zero_point` (LSQ+), which is used
+    as an integer of the grid. A calibrated range stays as calibration set it.
 
     State, with final shapes from the start ([] or [channels]): `scale` (buffer, or parameter when learned, stored as
     `domain` says), `zero_point` (int32 buffer, or float32 parameter when learned), `observing` (uint8: 0 no, 1 yes, 2
@@ -82,9 +111,8 @@ class Quantizer(nn.Module):
         self.name = ""
         self.mode = Mode.QUANTIZE
         self.observer: Observer | None = None
-        self.calibrated = False
-        self.keeps = False
-        self.kept: Tensor | None = None
+        self.caches_output = False
+        self.cached: Tensor | None = None
         unset = torch.full(shape, float("nan"))
         if learned:
             self.scale = nn.Parameter(unset)
@@ -94,10 +122,10 @@ class Quantizer(nn.Module):
             self.zero_point = nn.Parameter(torch.zeros(shape))
         else:
             self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
-        self.calibrates = True
-        self.follows = ranges == "observed" and (not weight or observer == "minmax")
-        self.register_buffer("observing", torch.tensor(self.follows, dtype=torch.uint8))
-        self._observing = self.follows  # the buffer's value, readable without waiting for a device
+        self._observable = ranges == "observed" and (not weight or observer == "minmax")
+        # The buffer holds the state in the file; the attribute is read in each step, without waiting for a device.
+        self.state = RangeState.STARTING if self._observable else RangeState.UNSET
+        self.register_buffer("observing", torch.tensor(self.state.code, dtype=torch.uint8))
         if not learned and not weight:
             self.register_buffer("low", unset.clone())
             self.register_buffer("high", unset.clone())
@@ -108,19 +136,19 @@ class Quantizer(nn.Module):
         Raises:
             CalibrationError: no range has been set.
         """
-        if clip != UNCLIPPED and (self.mode is not Mode.QUANTIZE or (self._observing and self.training)):
+        if clip != UNCLIPPED and (self.mode is not Mode.QUANTIZE or (self.state.observing and self.training)):
             x, clip = torch.clamp(x, *clip), UNCLIPPED  # what looks at the tensor must see it as it is quantized
         if self.mode is Mode.FLOAT or (self.mode is Mode.CALIBRATE and not self._calibrate(x)):
             return x
-        if self._observing and self.weight:
+        if self.state.observing and self.weight:
             scale, zero_point = self._present_range(x)
             if self.training:
                 self._store(scale, zero_point)
             return self._once(x, lambda known: fake_quantize(x, scale, zero_point, self.scheme, known=known))
-        follows = self._observing and self.training
+        follows = self.state.observing and self.training
         if follows:
             self._follow(x)
-        if not self.calibrated:
+        if not self.state.has_range:
             raise CalibrationError(
                 f"The quantizer {self.name or '(unnamed)'} has no range yet, so its integers mean nothing. "
                 "Run halfeven.calibrate(qmodel, loader) first, or load a checkpoint."
@@ -140,9 +168,9 @@ class Quantizer(nn.Module):
 
     def _once(self, x: Tensor, quantized: Callable[[Tensor | None], Tensor]) -> Tensor:
         """The result of fake-quantization, from before where weights are quantized once."""
-        result = quantized(self.kept)
-        if self.keeps and isinstance(x, nn.Parameter):  # one that is computed from others is another in every call
-            self.kept = result.detach()
+        result = quantized(self.cached)
+        if self.caches_output and isinstance(x, nn.Parameter):  # a computed weight is another tensor in every call
+            self.cached = result.detach()
         return result
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
@@ -163,22 +191,33 @@ class Quantizer(nn.Module):
     def _store(self, scale: Tensor, zero_point: Tensor) -> None:
         self.scale.copy_(stored_scale(scale, self.domain) if self.learned else scale)
         self.zero_point.copy_(zero_point)
-        self.calibrated = True
+        if not self.state.has_range:
+            self.state = _state_of(observing=self.state.observing, has_range=True)
 
     def set_observing(self, on: bool) -> None:
-        """Whether training batches move an observed range; a range that is learned or chosen once never moves."""
-        self._observing = on and self.follows
-        self.observing.fill_(self._observing if self.calibrates else FIXED)
+        """Let training batches move an observed range, or keep it; a learned, searched or fixed range never moves."""
+        if not self.state.fixed:
+            observing = on and self._observable
+            self._set_state(_state_of(observing=observing, has_range=self.state.has_range))
 
-    def _fix(self) -> None:
-        self.follows = self.calibrates = False
-        self.set_observing(False)
+    def _set_state(self, state: RangeState) -> None:
+        self.state = state
+        self.observing.fill_(state.code)
+
+    def fix(self) -> None:
+        """Keep the range in use for good, and a learned scale as a buffer: nothing moves it any more."""
+        scale = effective_scale(self.scale.detach(), self.domain) if self.learned else self.scale
+        if self.learned:
+            del self.scale
+            self.register_buffer("scale", scale.clone())
+            self.learned = False
+        self._set_state(RangeState.FIXED)
 
     def fix_range(self, bounds: tuple[float, float] | None) -> None:
         """Keep a range that is known beforehand, as that of a softmax is; None does nothing."""
         if bounds is not None:
             self.set_range(*(torch.full_like(self.scale, bound) for bound in bounds))
-            self._fix()
+            self._set_state(RangeState.FIXED)
 
     def fix_scale(self, scale: Tensor) -> None:
         """Keep a scale for good, the zero point staying: neither data nor a later calibration moves it."""
@@ -187,12 +226,12 @@ class Quantizer(nn.Module):
             self.low.copy_((low - self.zero_point) * scale)
             self.high.copy_((self.scheme.quant_max - self.zero_point) * scale)
         self._store(scale.reshape(self.scale.shape), self.zero_point)
-        self._fix()
+        self._set_state(RangeState.FIXED)
 
     def used_scale(self, x: Tensor) -> Tensor:
         """The scale that `forward` uses for `x`, without its gradient."""
         with torch.no_grad():
-            if self._observing and self.weight:
+            if self.state.observing and self.weight:
                 return self._present_range(x)[0]
             return effective_scale(self.scale, self.domain) if self.learned else self.scale
 
@@ -206,7 +245,8 @@ class Quantizer(nn.Module):
     def start_calibration(self) -> None:
         """Pass the tensor through unchanged and collect its statistics until `finish_calibration`."""
         self.mode, self.observer = Mode.CALIBRATE, make_observer(self.observer_name, self.scheme)
-        self.calibrated = self.calibrated and not self.weight  # a weight is seen once, and anew each time
+        if self.weight and not self.state.fixed:  # a weight is seen once, and anew each time
+            self.state = _state_of(observing=self.state.observing, has_range=False)
 
     def finish_calibration(self) -> None:
         """Set the range from what was seen; raises CalibrationError, naming the tensor, when nothing was."""
@@ -218,7 +258,7 @@ class Quantizer(nn.Module):
     def _calibrate(self, x: Tensor) -> bool:
         """Collect statistics; whether the tensor may be quantized already (a weight, whose range is known at once)."""
         assert self.observer is not None
-        if self.weight and self.calibrated:
+        if self.weight and self.state.has_range:
             return True
         with self._named():
             self.observer.update(self._channels_first(x))
@@ -232,8 +272,8 @@ class Quantizer(nn.Module):
             low, high = finite_extremes(self._channels_first(x))
         low, high = low.reshape(self.low.shape), high.reshape(self.high.shape)
         # The first batch sets the range: blending it with nothing would leave NaN.
-        self.low.copy_(torch.lerp(self.low, low, RANGE_MOMENTUM) if self.calibrated else low)
-        self.high.copy_(torch.lerp(self.high, high, RANGE_MOMENTUM) if self.calibrated else high)
+        self.low.copy_(torch.lerp(self.low, low, RANGE_MOMENTUM) if self.state.has_range else low)
+        self.high.copy_(torch.lerp(self.high, high, RANGE_MOMENTUM) if self.state.has_range else high)
         self._store(*scale_and_zero_point(self.low, self.high, self.scheme))
 
     def _present_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,10 +305,11 @@ class Quantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.calibrated = bool(torch.isfinite(self.scale).all())
-        self._observing = bool(self.observing == 1)
-        if bool(self.observing == FIXED):
-            self.follows = self.calibrates = False
+        code = int(self.observing)
+        has_range = bool(torch.isfinite(self.scale).all())
+        # Files written before code 2 existed have 0 for a fixed range.
+        fixed = code == RangeState.FIXED.code or (code == 0 and self.state.fixed)
+        self.state = RangeState.FIXED if fixed and has_range else _state_of(observing=code == 1, has_range=has_range)
 
     def extra_repr(self) -> str:
         return f"{self.scheme}, {'learned' if self.learned else self.observer_name}"
@@ -298,12 +339,13 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
     """
     found = [q for q in quantizers(model).values() if q.weight]
     for quantizer in found:
-        quantizer.keeps = True
+        quantizer.caches_output = True
     try:
         yield
     finally:
         for quantizer in found:
-            quantizer.keeps, quantizer.kept = False, None
+            quantizer.caches_output = False
+            quantizer.cached = None
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:

@@ -93,7 +93,7 @@ def _places(qmodel: nn.Module, alpha: float, inputs: Inputs) -> dict[Quantizer, 
         known = propagated(region, alpha=alpha, inputs=None if name else inputs)
         for node in region.graph.nodes:
             quantizer = module_of(node) if node.op == "call_module" else None
-            if isinstance(quantizer, Quantizer) and quantizer.calibrates and not quantizer.weight:
+            if isinstance(quantizer, Quantizer) and not (quantizer.weight or quantizer.state.fixed):
                 found.setdefault(quantizer, []).append(known.get(node))
     return found
 

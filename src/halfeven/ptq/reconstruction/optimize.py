@@ -169,12 +169,12 @@ class _Learned:
 def _layers(unit: Unit) -> list[Any]:
     """The layers of a unit whose rounding is not decided yet: one that is used again was learned at its first use."""
     layers: list[Any] = [module_of(node) for node in unit.layers]
-    return list(dict.fromkeys(layer for layer in layers if layer.weight_quantizer.calibrates))
+    return list(dict.fromkeys(layer for layer in layers if not layer.weight_quantizer.state.fixed))
 
 
 def _activation_quantizers(unit: Unit) -> list[Quantizer]:
     modules = (module_of(node) for node in unit.nodes if node.op == "call_module")
-    return list(dict.fromkeys(m for m in modules if isinstance(m, Quantizer) and m.calibrates and not m.weight))
+    return list(dict.fromkeys(m for m in modules if isinstance(m, Quantizer) and not (m.weight or m.state.fixed)))
 
 
 def learned_quantizers(unit: Unit, options: PTQOptions) -> list[Quantizer]:
@@ -260,7 +260,7 @@ class _Dropping:
             quantized = module(x)
         else:
             quantized = fake_quantize(x, effective_scale(scale), module.zero_point, module.scheme)
-        return self._choose(x, quantized) if module.calibrates and not module.weight else quantized
+        return self._choose(x, quantized) if not (module.weight or module.state.fixed) else quantized
 
     def _choose(self, kept: Any, quantized: Any) -> Any:
         if not self.probability or not _is_real(quantized):

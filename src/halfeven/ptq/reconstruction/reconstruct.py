@@ -178,7 +178,7 @@ def _walk(
 
 
 def _check_calibrated(qmodel: nn.Module) -> None:
-    unset = [name for name, q in quantizers(qmodel).items() if not q.calibrated]
+    unset = [name for name, q in quantizers(qmodel).items() if not q.state.has_range]
     if unset:
         raise CalibrationError(
             f"{len(unset)} quantizers have no range yet, {unset[0]} for one, so there is no grid to round to. "
