@@ -34,10 +34,10 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.layerwise.re_estimate import re_estimate
-from halfeven.pipelines import accompany
+from halfeven.pipelines import setup_qat
 from halfeven.qat.batchnorm_schedule import ScheduleOptions
 from halfeven.qat.distillation import DistillationOptions
-from halfeven.qat.ema import AveragingOptions, WeightAverage
+from halfeven.qat.ema import AveragingOptions, WeightEMA
 from halfeven.qat.options import QATOptions
 from halfeven.quantization.scheme import parse_bits
 from halfeven.training.optimization import make_optimizer
@@ -116,10 +116,10 @@ def descend(
     batches: Batches,
     steps: int,
     rate: float,
-    course: Any = None,
-    average: WeightAverage | None = None,
+    session: Any = None,
+    average: WeightEMA | None = None,
 ) -> float:
-    """Train, and keep an average of a model without a course; seconds that it took."""
+    """Train, and keep an average of a model without a session; seconds that it took."""
     options = TrainingOptions(learning_rate=rate, weight_decay=0.0)
     optimizer = make_optimizer(model, options)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -127,21 +127,21 @@ def descend(
     model.train()
     for step in range(steps):
         images, labels = batches(step)
-        if course is not None:
-            course.before_step(model, step / steps)
+        if session is not None:
+            session.before_step(model, step / steps)
         outputs = model(images)
-        if course is None:
+        if session is None:
             loss = F.cross_entropy(outputs, labels)
         else:
-            loss = course.loss(outputs, images, labels, F.cross_entropy(outputs, labels))
-            penalty = course.penalty(step / steps)
+            loss = session.loss(outputs, images, labels, F.cross_entropy(outputs, labels))
+            penalty = session.penalty(step / steps)
             loss = loss if penalty is None else loss + penalty
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if course is not None:
-            course.after_step(step, (step + 1) / steps)
+        if session is not None:
+            session.after_step(step, (step + 1) / steps)
         if average is not None:
             average.update(step)
     return time.perf_counter() - started
@@ -157,21 +157,21 @@ def trained(
     qmodel = he.calibrate(he.prepare(model, calibration[0], scheme=scheme, **placement), calibration)
     started = time.perf_counter()
     qat = QATOptions(**{"averaging": AveragingOptions(decay=options.decay), **changes.get("qat", {})})
-    course = accompany(qmodel, model, calibration, qat, changes.get("schedule"), inputs=lambda: others)
+    session = setup_qat(qmodel, model, calibration, qat, changes.get("schedule"), inputs=lambda: others)
     result: dict[str, Any] = {"start, s": round(time.perf_counter() - started, 1), "start": accuracy(qmodel)}
     with passed_by(changes.get("gradient")):
-        seconds = descend(qmodel, Batches(*training, seed), options.steps, options.rate, course)
+        seconds = descend(qmodel, Batches(*training, seed), options.steps, options.rate, session)
     result["training, s"] = round(seconds, 1)
     plain = copy.deepcopy(qmodel)
     result["running statistics"] = accuracy(plain)
     re_estimate(plain, others)
     result["re-estimated"] = accuracy(plain)
-    forms = {"weights": qmodel, **course.others}
+    forms = {"weights": qmodel, **session.other_models}
     for name, form in forms.items():
-        course.before_validation(form)
+        session.before_validation(form)
         result[name] = accuracy(form)
     best = max(forms, key=lambda name: result[name])
-    return forms[best], result | {"end": result[best], **course.figures()}
+    return forms[best], result | {"end": result[best], **session.figures()}
 
 
 def by_peer(
@@ -242,7 +242,7 @@ def main() -> None:
     for seed in options.seeds:
         if not options.no_float:
             floating = copy.deepcopy(model)
-            average = WeightAverage(floating, AveragingOptions(decay=options.decay))
+            average = WeightEMA(floating, AveragingOptions(decay=options.decay))
             seconds = descend(floating, Batches(*training, seed), options.steps, options.rate, average=average)
             record("float", {"end": accuracy(floating), "training, s": round(seconds, 1)})
             record("float, average", {"end": accuracy(average.model)})

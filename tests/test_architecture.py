@@ -34,6 +34,9 @@ FLOORS = [
 ]
 """From the roof to the ground; rooms on one floor do not import each other."""
 
+FORBIDDEN = {("training", "placement"), ("training", "zoo")}
+"""Rooms below that a room does not know all the same: the trainer trains any model."""
+
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 FILES = sorted(SOURCE.rglob("*.py"))
 PRIVATE_DOOR = "graph/torch_private.py"
@@ -108,6 +111,7 @@ def test_imports_point_strictly_down(path):
     mine = room(path)
     for other in set(rooms_imported(path)) - {mine}:
         assert FLOOR_OF[other] > FLOOR_OF[mine], f"{relative(path)} imports {other}, which is not below it"
+        assert (mine, other) not in FORBIDDEN, f"{relative(path)} imports {other}, of which {mine} must know nothing"
 
 
 def test_importing_it_takes_little_longer_than_importing_torch():

@@ -7,11 +7,24 @@ import pytest
 import halfeven as he
 from halfeven.errors import ConfigError
 from halfeven.layerwise.re_estimate import re_estimate
-from halfeven.pipelines import accompany
+from halfeven.pipelines import resume_qat, setup_qat
 from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
+from halfeven.qat.bit_schedule import BitSchedule
+from halfeven.qat.ema import WeightEMA
+from halfeven.qat.recipe import QATRecipe, decide
+from halfeven.qat.session import QATSession
 from halfeven.renamed import renamed_attributes, renamed_parameters
 
-OLD_ATTRIBUTES = {"halfeven.qat.batchnorm_schedule.re_estimate": re_estimate}
+OLD_ATTRIBUTES = {
+    "halfeven.pipelines.accompany": setup_qat,
+    "halfeven.pipelines.course_of": resume_qat,
+    "halfeven.qat.batchnorm_schedule.re_estimate": re_estimate,
+    "halfeven.qat.bit_schedule.Progression": BitSchedule,
+    "halfeven.qat.ema.WeightAverage": WeightEMA,
+    "halfeven.qat.recipe.Recipe": QATRecipe,
+    "halfeven.qat.recipe.choose": decide,
+    "halfeven.qat.session.Course": QATSession,
+}
 
 
 @renamed_parameters(say="log", state="resume_dir")
@@ -39,7 +52,7 @@ def test_old_and_new_at_once_are_refused():
         greet("x", speak="a")
 
 
-@pytest.mark.parametrize("function", [he.quantize, accompany, adaround, reconstruct])
+@pytest.mark.parametrize("function", [he.quantize, setup_qat, adaround, reconstruct])
 def test_public_functions_take_say_and_state(function):
     with pytest.warns(DeprecationWarning, match="say="), pytest.raises(TypeError, match=r"missing|twice"):
         function(say=print, state=None, resume_dir=None)

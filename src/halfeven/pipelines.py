@@ -27,10 +27,10 @@ from halfeven.ptq.recipe import decide
 from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
 from halfeven.qat.batchnorm_schedule import ScheduleOptions
 from halfeven.qat.options import QATOptions
-from halfeven.qat.recipe import Recipe as CourseRecipe
+from halfeven.qat.recipe import QATRecipe
 from halfeven.qat.recipe import decide as decide_qat
-from halfeven.qat.session import Course
-from halfeven.renamed import renamed_parameters
+from halfeven.qat.session import QATSession
+from halfeven.renamed import renamed_attributes, renamed_parameters
 from halfeven.targets.named import target_named
 from halfeven.tasks.task import first_tensor
 
@@ -181,7 +181,7 @@ def quantize(
 
 
 @renamed_parameters(say="log", state="resume_dir")
-def accompany(
+def setup_qat(
     qmodel: nn.Module,
     float_model: nn.Module | None,
     loader: Iterable[Any],
@@ -193,7 +193,7 @@ def accompany(
     log: Callable[[str], None] | None = None,
     resume_dir: Path | None = None,
     logits: Callable[[Any], Tensor] = first_tensor,
-) -> Course:
+) -> QATSession:
     """Make a calibrated model ready for training, as the recipe for its bits says (white paper, figure 11).
 
     Args:
@@ -210,7 +210,7 @@ def accompany(
         logits: takes the logits, [samples, ..., classes], out of what the models return; by default the first tensor.
 
     Returns:
-        The course of the training: what to call before, in and after each step.
+        The session, whose hooks the trainer, or a loop of your own, calls before, in and after each step.
 
     Raises:
         ConfigError: equalization is asked for, and BatchNorm is not folded.
@@ -231,30 +231,21 @@ def accompany(
         learn = reconstruct if recipe.blocks else adaround
         report = learn(qmodel, loader, options=ptq, resume_dir=resume_dir, log=log)
         log(f"Reconstructed {len(report.units)} units in {sum(unit.seconds for unit in report.units):.0f} s.")
-    return course_of(qmodel, float_model, recipe, loader, options, schedule, inputs, logits)
+    return resume_qat(qmodel, float_model, recipe, loader, options, schedule, inputs, logits)
 
 
-def course_of(
+def resume_qat(
     qmodel: nn.Module,
     float_model: nn.Module | None,
-    recipe: CourseRecipe,
+    recipe: QATRecipe,
     loader: Iterable[Any],
     options: QATOptions,
     schedule: ScheduleOptions,
     inputs: Callable[[], Iterable[Any]] | None = None,
     logits: Callable[[Any], Tensor] = first_tensor,
-) -> Course:
-    """The course of a training whose start has been made, as `accompany` does, or whose interruption is over."""
-    return Course(
-        qmodel,
-        float_model,
-        recipe,
-        options,
-        schedule,
-        calibrate=lambda model: calibrate(model, loader),
-        inputs=inputs or (lambda: loader),
-        logits=logits,
-    )
+) -> QATSession:
+    """Return the session of a training whose start `setup_qat` has made, for a run that is resumed."""
+    return QATSession(qmodel, float_model, recipe, options, schedule, loader, inputs, logits)
 
 
 def _at_hand(loader: Iterable[Any], batches: int | None) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -276,3 +267,6 @@ def _split(
     steps = {name: value for name, value in changes.items() if name in names}
     others = {name: value for name, value in changes.items() if name not in names}
     return _changed(options, others, names), dataclasses.replace(ptq, **steps)
+
+
+__getattr__ = renamed_attributes(__name__, accompany="pipelines.setup_qat", course_of="pipelines.resume_qat")

@@ -5,19 +5,29 @@ import torch
 
 import halfeven as he
 from halfeven.errors import ConfigError
-from halfeven.qat.bit_schedule import Progression, ProgressionOptions
+from halfeven.qat.bit_schedule import BitSchedule, ProgressionOptions
 from halfeven.quantization.quantizer import quantizers
 from placement.parts import IMAGE, Residual
 
 X = torch.randn(IMAGE, generator=torch.Generator().manual_seed(0))
 
 
+class Loader:
+    """One calibration batch; counts how often it is read."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __iter__(self):
+        self.calls.append(1)
+        return iter([X])
+
+
 def progression(scheme="w4a8", **options):
     torch.manual_seed(0)
     qmodel = he.calibrate(he.prepare(Residual(), X, scheme=scheme, ranges="learned"), [X])
-    calls = []
-    made = Progression(qmodel, ProgressionOptions(**options), lambda model: (calls.append(1), he.calibrate(model, [X])))
-    return qmodel, made, calls
+    loader = Loader()
+    return qmodel, BitSchedule(qmodel, ProgressionOptions(**options), loader), loader.calls
 
 
 def bits(qmodel, weight):

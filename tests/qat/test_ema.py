@@ -16,7 +16,7 @@ from halfeven.errors import CheckpointError, ConfigError
 from halfeven.layerwise.re_estimate import re_estimate
 from halfeven.pipelines import load, rebuild
 from halfeven.placement.insertion import plan_of
-from halfeven.qat.ema import AveragingOptions, WeightAverage, blend, warmed_up
+from halfeven.qat.ema import AveragingOptions, WeightEMA, blend, warmed_up
 from halfeven.quantization.quantizer import Quantizer, quantizers, set_observing
 from halfeven.quantization.scheme import Scheme
 from runtimes.parity import SCHEME
@@ -87,7 +87,7 @@ def test_warm_up_ends_at_the_decay():
 @pytest.mark.parametrize("ranges", ["learned", "observed"])
 def test_closed_form_after_a_few_steps(ranges):
     qmodel = quantized(ranges=ranges, scale_domain="log" if ranges == "learned" else "linear")
-    average, optimizer, seen = WeightAverage(qmodel, AveragingOptions(decay=0.15)), sgd(qmodel), []
+    average, optimizer, seen = WeightEMA(qmodel, AveragingOptions(decay=0.15)), sgd(qmodel), []
     for i in range(4):
         step(qmodel, optimizer, i)
         average.update(i)
@@ -111,7 +111,7 @@ def test_closed_form_after_a_few_steps(ranges):
 
 def test_the_start_is_soon_forgotten():
     qmodel = nn.Linear(1, 1)
-    average = WeightAverage(qmodel, AveragingOptions(decay=0.999))
+    average = WeightEMA(qmodel, AveragingOptions(decay=0.999))
     for i, value in enumerate((5.0, 1.0, 2.0)):
         nn.init.constant_(qmodel.weight, value)
         average.update(i)
@@ -121,7 +121,7 @@ def test_the_start_is_soon_forgotten():
 
 def test_a_late_start_knows_nothing_of_what_was_before():
     qmodel = nn.Linear(1, 1)
-    average = WeightAverage(qmodel, AveragingOptions(decay=0.999))
+    average = WeightEMA(qmodel, AveragingOptions(decay=0.999))
     nn.init.constant_(qmodel.weight, 7.0)
     average.update(5000)
     assert float(average.model.weight) == 7.0
@@ -129,7 +129,7 @@ def test_a_late_start_knows_nothing_of_what_was_before():
 
 def test_without_decay_it_is_the_raw_model():
     qmodel = quantized()
-    average, optimizer = WeightAverage(qmodel, AveragingOptions()), sgd(qmodel)
+    average, optimizer = WeightEMA(qmodel, AveragingOptions()), sgd(qmodel)
     for i in range(3):
         step(qmodel, optimizer, i)
         average.update(i)
@@ -138,7 +138,7 @@ def test_without_decay_it_is_the_raw_model():
 
 def test_integers_and_constants_are_copied():
     qmodel = quantized(ranges="observed")
-    average, optimizer = WeightAverage(qmodel, AveragingOptions(decay=0.9)), sgd(qmodel)
+    average, optimizer = WeightEMA(qmodel, AveragingOptions(decay=0.9)), sgd(qmodel)
     for i in range(3):
         step(qmodel, optimizer, i)
         average.update(i)
@@ -162,7 +162,7 @@ def test_integers_and_constants_are_copied():
 def test_the_raw_model_is_not_touched_and_shares_nothing():
     qmodel = quantized()
     before = state_of(qmodel)
-    average = WeightAverage(qmodel, AveragingOptions(decay=0.9))
+    average = WeightEMA(qmodel, AveragingOptions(decay=0.9))
     average.update(0)
     for tensor in (*average.model.parameters(), *average.model.buffers()):
         tensor.zero_()
@@ -177,7 +177,7 @@ def test_the_raw_model_is_not_touched_and_shares_nothing():
 
 def test_the_average_is_a_quantized_model(tmp_path):
     qmodel = quantized(scheme="w4a4")
-    average, optimizer = WeightAverage(qmodel, AveragingOptions(decay=0.9)), sgd(qmodel)
+    average, optimizer = WeightEMA(qmodel, AveragingOptions(decay=0.9)), sgd(qmodel)
     for i in range(3):
         step(qmodel, optimizer, i)
         average.update(i)
@@ -200,7 +200,7 @@ def test_the_average_is_a_quantized_model(tmp_path):
 
 def test_the_average_is_exported_as_it_computes(tmp_path):
     qmodel = quantized(scheme=SCHEME)
-    average, optimizer = WeightAverage(qmodel, AveragingOptions(decay=0.9)), sgd(qmodel)
+    average, optimizer = WeightEMA(qmodel, AveragingOptions(decay=0.9)), sgd(qmodel)
     for i in range(3):
         step(qmodel, optimizer, i)
         average.update(i)
@@ -212,7 +212,7 @@ def test_the_average_is_exported_as_it_computes(tmp_path):
 
 def test_a_quantizer_with_other_bits_starts_anew():
     qmodel = quantized(scheme="w4a4")
-    average, optimizer = WeightAverage(qmodel, AveragingOptions(decay=0.9)), sgd(qmodel)
+    average, optimizer = WeightEMA(qmodel, AveragingOptions(decay=0.9)), sgd(qmodel)
     raw, mine = qmodel.head.weight_quantizer, average.model.head.weight_quantizer
     planned = raw.scheme
     raw.scheme = dataclasses.replace(planned, bits=8)
@@ -230,7 +230,7 @@ def test_a_quantizer_with_other_bits_starts_anew():
 
 def test_a_range_that_comes_later_starts_the_average():
     qmodel = nn.Sequential(nn.Linear(2, 2), Quantizer(Scheme()))
-    average = WeightAverage(qmodel, AveragingOptions(decay=0.9))
+    average = WeightEMA(qmodel, AveragingOptions(decay=0.9))
     average.update(0)
     assert not average.model[1].state.has_range
     qmodel[1].set_range(torch.tensor(-1.0), torch.tensor(1.0))
@@ -242,7 +242,7 @@ def test_a_range_that_comes_later_starts_the_average():
 
 def test_tensors_that_are_replaced_are_followed():
     qmodel = quantized()
-    average = WeightAverage(qmodel, AveragingOptions(decay=0.5))
+    average = WeightEMA(qmodel, AveragingOptions(decay=0.5))
     average.update(0)
     qmodel.norm.running_mean = torch.full((8,), 3.0)
     qmodel.conv.weight = nn.Parameter(qmodel.conv.weight.detach() + 1)
@@ -253,7 +253,7 @@ def test_tensors_that_are_replaced_are_followed():
 
 def test_the_average_follows_the_model_to_its_device():
     qmodel = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average = WeightAverage(qmodel, AveragingOptions(decay=0.5))
+    average = WeightEMA(qmodel, AveragingOptions(decay=0.5))
     average.update(0)
     qmodel.to("meta")
     average.update(1)
@@ -264,7 +264,7 @@ def test_a_tied_weight_is_averaged_once():
     qmodel = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
     qmodel["b"].weight = qmodel["a"].weight
     nn.init.constant_(qmodel["a"].weight, 0.0)
-    average = WeightAverage(qmodel, AveragingOptions(decay=0.5))
+    average = WeightEMA(qmodel, AveragingOptions(decay=0.5))
     average.update(20)
     nn.init.constant_(qmodel["a"].weight, 1.0)
     average.update(21)
@@ -284,7 +284,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(ranges, interrupted):
     torch.manual_seed(0)
     qmodel = quantized(ranges=ranges)
     plan, optimizer = plan_of(qmodel), sgd(qmodel)
-    average = WeightAverage(qmodel, AveragingOptions(decay=0.8))
+    average = WeightEMA(qmodel, AveragingOptions(decay=0.8))
     run(qmodel, optimizer, average, range(interrupted))
     file = io.BytesIO()
     torch.save([qmodel.state_dict(), optimizer.state_dict(), average.state_dict()], file)
@@ -296,7 +296,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(ranges, interrupted):
     saved = torch.load(file, weights_only=True)
     torch.manual_seed(1)
     again = rebuild(Net(), batches()[0], plan).train()  # not calibrated: the state brings the ranges
-    resumed, second = WeightAverage(again, AveragingOptions(decay=0.8)), sgd(again)
+    resumed, second = WeightEMA(again, AveragingOptions(decay=0.8)), sgd(again)
     for one, state in zip((again, second, resumed), saved, strict=True):
         one.load_state_dict(state)
     run(again, second, resumed, range(interrupted, 6))
@@ -307,20 +307,20 @@ def test_a_resumed_run_goes_on_bit_for_bit(ranges, interrupted):
 def test_resumption_knows_the_bits_that_were_averaged():
     qmodel = quantized(scheme="w4a4")
     planned = {name: quantizer.scheme for name, quantizer in quantizers(qmodel).items()}
-    average = WeightAverage(qmodel, AveragingOptions(decay=0.9))
+    average = WeightEMA(qmodel, AveragingOptions(decay=0.9))
     for quantizer in quantizers(qmodel).values():
         quantizer.scheme = dataclasses.replace(quantizer.scheme, bits=8)
     halfeven.calibrate(qmodel, batches())
     average.update(0)
-    resumed = WeightAverage(quantized(scheme="w4a4"), AveragingOptions(decay=0.9))
+    resumed = WeightEMA(quantized(scheme="w4a4"), AveragingOptions(decay=0.9))
     resumed.load_state_dict(copy.deepcopy(average.state_dict()))
     assert {quantizer.scheme.bits for quantizer in quantizers(resumed.model).values()} == {8}
     assert {scheme.bits for scheme in planned.values()} != {8}
 
 
 def test_the_state_of_another_model_is_refused():
-    average = WeightAverage(nn.Linear(2, 2), AveragingOptions(decay=0.9))
-    other = WeightAverage(nn.Linear(2, 3), AveragingOptions(decay=0.9))
+    average = WeightEMA(nn.Linear(2, 2), AveragingOptions(decay=0.9))
+    other = WeightEMA(nn.Linear(2, 3), AveragingOptions(decay=0.9))
     with pytest.raises(CheckpointError, match="size mismatch"):
         average.load_state_dict(other.state_dict())
 

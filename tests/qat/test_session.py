@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.errors import ConfigError
-from halfeven.pipelines import accompany
+from halfeven.pipelines import setup_qat
 from halfeven.ptq.options import PTQOptions
 from halfeven.qat.batchnorm_schedule import ScheduleOptions
 from halfeven.qat.options import QATOptions
@@ -25,31 +25,31 @@ def made(scheme="w4a4", model=None, **options):
     torch.manual_seed(0)
     model = model or Residual()
     qmodel = he.calibrate(he.prepare(model, X, scheme=scheme, ranges="learned"), [X]).train()
-    return model, qmodel, accompany(qmodel, model, [X], QATOptions(**OFF | options))
+    return model, qmodel, setup_qat(qmodel, model, [X], QATOptions(**OFF | options))
 
 
-def train(qmodel, course, first, last, steps=8):
+def train(qmodel, session, first, last, steps=8):
     optimizer = torch.optim.SGD(qmodel.parameters(), lr=0.05)
     for step in range(first, last):
         qmodel.train()
-        course.before_step(qmodel, step / steps)
+        session.before_step(qmodel, step / steps)
         outputs = qmodel(X)
-        loss = course.loss(outputs, X, Y, F.cross_entropy(outputs, Y))
-        if (penalty := course.penalty(step / steps)) is not None:
+        loss = session.loss(outputs, X, Y, F.cross_entropy(outputs, Y))
+        if (penalty := session.penalty(step / steps)) is not None:
             loss = loss + penalty
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        course.after_step(step, (step + 1) / steps)
+        session.after_step(step, (step + 1) / steps)
 
 
 def test_with_nothing_chosen_the_loss_is_the_tasks():
-    _, qmodel, course = made("w8a8")
+    _, qmodel, session = made("w8a8")
     outputs = qmodel(X)
     task = F.cross_entropy(outputs, Y)
-    assert course.loss(outputs, X, Y, task) is task
-    assert course.penalty(0.9) is None
-    assert course.others == {}
+    assert session.loss(outputs, X, Y, task) is task
+    assert session.penalty(0.9) is None
+    assert session.other_models == {}
 
 
 def test_channels_are_equalized_before_a_training_with_one_scale_per_weight():
@@ -63,20 +63,20 @@ def test_channels_are_equalized_before_a_training_with_one_scale_per_weight():
     for equalize in ("off", "on"):
         options, ptq = QATOptions(**OFF, equalize=equalize), PTQOptions(relu6="replace")
         qmodel = he.prepare(model, X, scheme="w4a8", ranges="learned", batchnorm="fold", per_channel=False)
-        course = accompany(he.calibrate(qmodel, [X]), model, [X], options, ptq=ptq, log=said.append)
+        session = setup_qat(he.calibrate(qmodel, [X]), model, [X], options, ptq=ptq, log=said.append)
         wanted = nn.Sequential(first, nn.ReLU() if equalize == "on" else nn.ReLU6(), last)(X)
         errors[equalize] = float(((qmodel.eval()(X) - wanted).std() / wanted.std()).detach())
         assert len(he.plan_of(qmodel).changes.unclipped) == (equalize == "on")
-        train(qmodel, course, 0, 2)
+        train(qmodel, session, 0, 2)
     assert errors["on"] < 0.1 < 0.5 < errors["off"]
     assert [text for text in said if text.startswith("Equalization: 1 chains")]
 
 
 def test_a_teacher_makes_the_loss():
-    model, qmodel, course = made(distill="on")
+    model, qmodel, session = made(distill="on")
     outputs = qmodel(X).flatten(2).mean(-1)
-    course.distillation.teacher.forward = lambda x: model.eval()(x).flatten(2).mean(-1)
-    found = course.loss(outputs, X, Y, outputs.sum())
+    session.distillation.teacher.forward = lambda x: model.eval()(x).flatten(2).mean(-1)
+    found = session.loss(outputs, X, Y, outputs.sum())
     wanted = F.kl_div(
         outputs.log_softmax(1), model.eval()(X).flatten(2).mean(-1).log_softmax(1),
         log_target=True, reduction="batchmean",
@@ -87,55 +87,55 @@ def test_a_teacher_makes_the_loss():
 def test_distillation_needs_the_float_model():
     _, qmodel, _ = made()
     with pytest.raises(ConfigError, match="no float model to learn from"):
-        accompany(qmodel, None, [X], QATOptions(**OFF | {"distill": "on"}))
+        setup_qat(qmodel, None, [X], QATOptions(**OFF | {"distill": "on"}))
 
 
 def test_the_average_is_another_form_and_lags_behind():
-    _, qmodel, course = made(average="on")
+    _, qmodel, session = made(average="on")
     before = qmodel.stem.weight.detach().clone()
-    train(qmodel, course, 0, 4)
-    average = course.others["average"].stem.weight
+    train(qmodel, session, 0, 4)
+    average = session.other_models["average"].stem.weight
     assert 0 < (average - before).norm() < (qmodel.stem.weight - before).norm()
 
 
 def test_learned_rounding_is_where_training_starts():
     _, plain, _ = made()
-    _, qmodel, course = made(start="blocks")
-    assert course.recipe.reconstruct.enabled
+    _, qmodel, session = made(start="blocks")
+    assert session.recipe.reconstruct.enabled
     assert not torch.equal(qmodel.conv1.weight, plain.conv1.weight)
     assert all(p.requires_grad for p in qmodel.parameters())
-    train(qmodel, course, 0, 2)
+    train(qmodel, session, 0, 2)
     assert all(q.state.fixed for q in quantizers(qmodel).values() if q.weight)
 
 
 def test_batchnorm_is_re_estimated_before_validation():
     model, qmodel, _ = made()
-    course = accompany(qmodel, model, [X], QATOptions(**OFF), ScheduleOptions(freeze_batchnorm_after=1.0))
+    session = setup_qat(qmodel, model, [X], QATOptions(**OFF), ScheduleOptions(freeze_batchnorm_after=1.0))
     qmodel.norm.running_mean.fill_(100.0)
-    course.before_validation(qmodel)
+    session.before_validation(qmodel)
     assert bool((qmodel.norm.running_mean.abs() < 50).all())
 
 
 def test_dampening_adds_to_the_loss_late_in_the_run():
-    _, _, course = made(dampen_oscillations="on")
-    assert course.penalty(0.1) == 0
-    assert course.penalty(0.9) > 0
+    _, _, session = made(dampen_oscillations="on")
+    assert session.penalty(0.1) == 0
+    assert session.penalty(0.9) > 0
 
 
 def test_shares_are_logged():
-    _, qmodel, course = made(freeze_oscillations="on")
-    train(qmodel, course, 0, 4)
-    assert set(course.figures()) == {"oscillating", "frozen"}
+    _, qmodel, session = made(freeze_oscillations="on")
+    train(qmodel, session, 0, 4)
+    assert set(session.figures()) == {"oscillating", "frozen"}
 
 
 def test_a_resumed_course_goes_on_the_same():
     options = {"average": "on", "freeze_oscillations": "on", "dampen_oscillations": "on"}
-    _, whole, course = made(**options)
-    train(whole, course, 0, 4)
+    _, whole, session = made(**options)
+    train(whole, session, 0, 4)
     weights, states = copy.deepcopy(whole.state_dict()), copy.deepcopy(
-        {name: one.state_dict() for name, one in course.stateful.items()}
+        {name: one.state_dict() for name, one in session.stateful.items()}
     )  # fmt: skip
-    train(whole, course, 4, 8)
+    train(whole, session, 4, 8)
     _, resumed, other = made(**options)
     resumed.load_state_dict(weights)
     for name, one in other.stateful.items():
@@ -143,5 +143,5 @@ def test_a_resumed_course_goes_on_the_same():
     train(resumed, other, 4, 8)
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
-    for name, value in course.average.model.state_dict().items():
+    for name, value in session.average.model.state_dict().items():
         assert torch.equal(other.average.model.state_dict()[name], value), name

@@ -16,8 +16,9 @@ from halfeven.errors import CheckpointError, ConfigError
 from halfeven.evaluation import evaluate, evaluation_loader
 from halfeven.tasks import Classification
 from halfeven.training.accelerator import DeviceOptions, make_accelerator
+from halfeven.training.callback import TrainerCallback
 from halfeven.training.options import TrainingOptions
-from halfeven.training.trainer import Callbacks, Run, Trainer
+from halfeven.training.trainer import Run, Trainer
 
 OPTIONS = TrainingOptions(epochs=3, batch_size=8, learning_rate=0.1, save_every=3, log_every=1)
 
@@ -44,19 +45,26 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def trainer(folder, options=OPTIONS, *, before_step=(), data=None, console=None, callbacks=None, **run):
+def callback(**hooks):
+    """A callback with some hooks: functions, or the values of its properties."""
+    given = {name: staticmethod(hook) if callable(hook) else hook for name, hook in hooks.items()}
+    return type("Hooks", (TrainerCallback,), given)()
+
+
+def trainer(folder, options=OPTIONS, *, data=None, console=None, hooks=None, calls=None, **run):
+    """A trainer of a small net; `calls` are what it is given besides hooks, such as `validate`."""
     torch.manual_seed(0)
     data = data or images()
-    callbacks = Callbacks(
-        task=Classification(2),
-        validate=lambda model: evaluate(model, evaluation_loader(data, 16), Classification(2)),
-        save=save_weights,
-        before_step=before_step,
-        **(callbacks or {}),
-    )
+    calls = {
+        "task": Classification(2),
+        "validate": lambda model: evaluate(model, evaluation_loader(data, 16), Classification(2)),
+        "save": save_weights,
+        "callback": callback(**(hooks or {})),
+        **(calls or {}),
+    }
     run = {"accelerator": make_accelerator(DeviceOptions(kind="cpu")), **run} if "accelerator" not in run else run
     place = Run(folder=folder, console=console or Console(file=io.StringIO()), **run)
-    return Trainer(Net(), data, options, callbacks, place)
+    return Trainer(Net(), data, options, place, **calls)
 
 
 def weights(one):
@@ -89,13 +97,12 @@ def test_it_learns_and_logs(tmp_path):
 
 def test_best_is_the_best(tmp_path):
     values = iter([50.0, 80.0, 70.0])
-    one = trainer(tmp_path)
     kept = []
-    one.callbacks = Callbacks(
-        task=Classification(2),
-        validate=lambda model: {"top1": next(values)},
-        save=lambda m, path, facts: (kept.append((path.name, facts)), path.touch()),
-    )
+    calls = {
+        "validate": lambda model: {"top1": next(values)},
+        "save": lambda m, path, facts: (kept.append((path.name, facts)), path.touch()),
+    }
+    one = trainer(tmp_path, calls=calls)
     outcome = one.run()
     assert (outcome.best, outcome.last) == ({"top1": 80.0}, {"top1": 70.0})
     assert [facts["epoch"] for name, facts in kept if "best" in name] == [1, 2]
@@ -111,7 +118,7 @@ def test_resumed_equals_uninterrupted(tmp_path, step):
         if round(done * 18) == step:
             raise Killed
 
-    cut = trainer(tmp_path / "cut", before_step=[kill])
+    cut = trainer(tmp_path / "cut", hooks={"before_step": kill})
     with pytest.raises(Killed):
         cut.run()
     resumed = trainer(tmp_path / "cut")
@@ -149,7 +156,8 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
     def run(name, options):
         one = trainer(tmp_path / name, options)
         one.model.norm, one.model.drop = nn.Identity(), nn.Identity()
-        one = Trainer(one.model, images(), options, one.callbacks, one.where)
+        calls = {"task": one.task, "validate": one.validate, "save": one.save}
+        one = Trainer(one.model, images(), options, one.where, **calls)
         one.run()
         return weights(one)
 
@@ -193,7 +201,7 @@ def test_hooks_survive_the_trainers_own_train_calls(tmp_path):
         model.norm.eval()
         seen.append(done)
 
-    one = trainer(tmp_path, before_step=[freeze])
+    one = trainer(tmp_path, hooks={"before_step": freeze})
     before = one.model.norm.running_mean.clone()
     one.run()
     assert torch.equal(one.model.norm.running_mean, before)
@@ -238,13 +246,11 @@ def test_another_form_of_the_model_is_validated_and_kept_if_it_is_the_best(tmp_p
     values = iter([50.0, 60.0, 70.0, 65.0, 40.0, 45.0])
     other = Net()
     kept = []
-    one = trainer(tmp_path)
-    one.callbacks = Callbacks(
-        task=Classification(2),
-        validate=lambda model: {"top1": next(values)},
-        save=lambda m, path, facts: (kept.append((path.name, m is other, facts)), path.touch()),
-        others={"average": other},
-    )
+    calls = {
+        "validate": lambda model: {"top1": next(values)},
+        "save": lambda m, path, facts: (kept.append((path.name, m is other, facts)), path.touch()),
+    }
+    one = trainer(tmp_path, calls=calls, hooks={"other_models": {"average": other}})
     assert one.run().best == {"top1": 70.0}
     best = [(is_other, facts["epoch"]) for name, is_other, facts in kept if "best" in name]
     assert best == [(False, 1), (True, 1), (False, 2)]
@@ -256,13 +262,12 @@ def test_another_form_of_the_model_is_validated_and_kept_if_it_is_the_best(tmp_p
 @pytest.mark.parametrize(("reached", "best", "epoch"), [(80.0, 85.0, 0), (90.0, 90.0, 1)])
 def test_the_start_is_the_best_until_training_makes_a_better_one(tmp_path, reached, best, epoch):
     kept, said = [], io.StringIO()
-    one = trainer(tmp_path, dataclasses.replace(OPTIONS, epochs=1), console=Console(file=said))
-    one.callbacks = Callbacks(
-        task=Classification(2),
-        validate=lambda model: {"top1": reached},
-        save=lambda m, path, facts: (kept.append((path.name, facts["epoch"])), path.touch()),
-        start={"top1": 85.0},
-    )
+    calls = {
+        "validate": lambda model: {"top1": reached},
+        "save": lambda m, path, facts: (kept.append((path.name, facts["epoch"])), path.touch()),
+        "start": {"top1": 85.0},
+    }
+    one = trainer(tmp_path, dataclasses.replace(OPTIONS, epochs=1), console=Console(file=said), calls=calls)
     assert one.run().best == {"top1": best}
     assert [e for name, e in kept if "best" in name][-1] == epoch
     assert ("the start is kept" in " ".join(said.getvalue().split())) is (epoch == 0)
@@ -271,31 +276,25 @@ def test_the_start_is_the_best_until_training_makes_a_better_one(tmp_path, reach
 def test_a_validation_before_the_model_is_what_it_shall_be_does_not_count(tmp_path):
     values = iter([90.0, 80.0, 70.0])
     kept = []
-    one = trainer(tmp_path)
-    one.callbacks = Callbacks(
-        task=Classification(2),
-        validate=lambda model: {"top1": next(values)},
-        save=lambda m, path, facts: (kept.append((path.name, facts["epoch"])), path.touch()),
-        counts_from=0.5,
-    )
+    calls = {
+        "validate": lambda model: {"top1": next(values)},
+        "save": lambda m, path, facts: (kept.append((path.name, facts["epoch"])), path.touch()),
+    }
+    one = trainer(tmp_path, calls=calls, hooks={"counts_from": 0.5})
     assert one.run().best == {"top1": 80.0}
     assert {epoch for _, epoch in kept} == {2, 3}
 
 
-def test_the_loss_of_the_callbacks_and_their_penalty_are_what_is_minimized(tmp_path):
+def test_the_loss_of_the_callback_and_its_penalty_are_what_is_minimized(tmp_path):
     seen = []
     loss = {"loss": lambda outputs, images, labels, task: 0 * task, "penalty": lambda done: seen.append(done)}
-    one = trainer(tmp_path / "none", OPTIONS, callbacks=loss)
+    one = trainer(tmp_path / "none", hooks=loss)
     before = one.model.head.weight.clone()
     one.run()
     torch.testing.assert_close(one.model.head.weight, before, rtol=1e-3, atol=0)  # weight decay alone
     assert seen == [step / 18 for step in range(18)]
     one = trainer(tmp_path / "pulled")
-    one.callbacks = Callbacks(
-        task=Classification(2),
-        validate=one.callbacks.validate, save=save_weights,
-        penalty=lambda done: 0.5 * one.model.head.weight.square().sum(), loss=loss["loss"],
-    )  # fmt: skip
+    one.callback = callback(penalty=lambda done: 0.5 * one.model.head.weight.square().sum(), loss=loss["loss"])
     norm = one.model.head.weight.norm()
     one.run()
     assert one.model.head.weight.norm() < 0.5 * norm
@@ -323,15 +322,15 @@ def test_what_keeps_a_state_is_saved_and_resumed(tmp_path):
 
     def counted():
         counter = Counter()
-        return counter, {"after_step": (counter.update,), "stateful": {"counter": counter}}
+        return counter, {"after_step": counter.update, "stateful": {"counter": counter}}
 
     with pytest.raises(Killed):
-        trainer(tmp_path, before_step=[kill], callbacks=counted()[1]).run()
-    counter, callbacks = counted()
-    trainer(tmp_path, callbacks=callbacks).run(resume=True)
+        trainer(tmp_path, hooks={"before_step": kill, **counted()[1]}).run()
+    counter, hooks = counted()
+    trainer(tmp_path, hooks=hooks).run(resume=True)
     assert counter.count == 18
 
 
 def test_figures_are_logged_with_the_loss(tmp_path):
-    trainer(tmp_path, callbacks={"figures": lambda: {"oscillating": 1.5}}).run()
+    trainer(tmp_path, hooks={"figures": lambda: {"oscillating": 1.5}}).run()
     assert {record["oscillating"] for record in log(tmp_path) if "loss" in record} == {1.5}

@@ -10,7 +10,7 @@ from halfeven.cli.run import BEST, FLOAT_FOLDER, Work
 from halfeven.config import Experiment
 from halfeven.errors import ConfigError
 from halfeven.training.state import STATE_FILE
-from halfeven.training.trainer import Callbacks, Run, Trainer
+from halfeven.training.trainer import Run, Trainer
 from halfeven.zoo.models import PRETRAINED, create_model
 from halfeven.zoo.weights import load_weights
 
@@ -40,8 +40,8 @@ def train_float(work: Work, model: nn.Module, *, resume: bool) -> None:
         workers=work.experiment.data.workers,
         name="float",
     )
-    callbacks = Callbacks(task=work.task, validate=work.accuracy, save=save_weights)
-    trainer = Trainer(model, work.datasets.train, work.experiment.pretraining, callbacks, run)
+    data, options = work.datasets.train, work.experiment.pretraining
+    trainer = Trainer(model, data, options, run, task=work.task, validate=work.accuracy, save=save_weights)
     trainer.run(resume=resume and (folder / STATE_FILE).is_file())
     work.accelerator.free_memory()
     load_weights(model, folder / BEST)

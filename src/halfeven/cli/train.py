@@ -15,15 +15,15 @@ from halfeven.cli.run import BEST, FLOAT_FOLDER, PTQ_STATE, Work, default_folder
 from halfeven.config import Experiment
 from halfeven.distributed import world_size
 from halfeven.layerwise.calibrate import calibrate
-from halfeven.pipelines import accompany, course_of, prepare, rebuild
+from halfeven.pipelines import prepare, rebuild, resume_qat, setup_qat
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import Plan
 from halfeven.qat.recipe import decide
-from halfeven.qat.session import Course
+from halfeven.qat.session import QATSession
 from halfeven.training.accelerator import mixed_precision
 from halfeven.training.options import TrainingOptions
 from halfeven.training.state import STATE_FILE, load_state
-from halfeven.training.trainer import Callbacks, Run, Trainer
+from halfeven.training.trainer import Run, Trainer
 from halfeven.zoo.models import create_model
 from halfeven.zoo.weights import load_weights
 
@@ -51,10 +51,10 @@ def run_training(
     model = create_model(experiment.model)
     resume_training = resume and (folder / STATE_FILE).is_file()
     if resume_training:
-        qmodel, course, header = _continue(work, model)
+        qmodel, session, header = _continue(work, model)
     else:
-        qmodel, course, header = _start(work, model, resume=resume)
-    _train_quantized(work, qmodel, course, header, resume=resume_training)
+        qmodel, session, header = _start(work, model, resume=resume)
+    _train_quantized(work, qmodel, session, header, resume=resume_training)
     main = work.accelerator.is_main_process
     work.accelerator.end_training()  # what follows is the first process's alone
     if main:
@@ -80,7 +80,7 @@ def _with_scaled_rates(work: Work) -> Work:
     return dataclasses.replace(work, experiment=experiment)
 
 
-def _continue(work: Work, model: nn.Module) -> tuple[nn.Module, Course, dict[str, Any]]:
+def _continue(work: Work, model: nn.Module) -> tuple[nn.Module, QATSession, dict[str, Any]]:
     """The quantized model as it was when the training was interrupted, but for its state, which the trainer loads."""
     header: dict[str, Any] = json.loads(load_state(work.folder / STATE_FILE).header)
     trained = work.folder / FLOAT_FOLDER / BEST
@@ -90,8 +90,8 @@ def _continue(work: Work, model: nn.Module) -> tuple[nn.Module, Course, dict[str
     experiment, (loader, inputs) = work.experiment, _loaders(work)
     recipe = decide(qmodel, experiment.qat, experiment.schedule)
     teacher, qat, schedule = model.to(work.accelerator.device), experiment.qat, experiment.schedule
-    course = course_of(qmodel, teacher, recipe, loader, qat, schedule, inputs, work.task.logits)
-    return qmodel, course, header
+    session = resume_qat(qmodel, teacher, recipe, loader, qat, schedule, inputs, work.task.logits)
+    return qmodel, session, header
 
 
 def _loaders(work: Work) -> tuple[Any, Callable[[], Any]]:
@@ -100,7 +100,7 @@ def _loaders(work: Work) -> tuple[Any, Callable[[], Any]]:
     return loader, lambda: loader
 
 
-def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, Course, dict[str, Any]]:
+def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, QATSession, dict[str, Any]]:
     """The quantized model as its training starts, and what is known of it. Its plan is shown before any long work."""
     experiment = work.experiment
     example, options = work.datasets.example(), experiment.quantization
@@ -114,7 +114,7 @@ def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, Co
     scheme = experiment.quantization.scheme
     start = work.accuracy(calibrate(qmodel.to(work.accelerator.device), loader))
     known = {"float": float_metrics, f"{scheme}, calibrated": start}
-    course = accompany(
+    session = setup_qat(
         qmodel,
         model,
         loader,
@@ -126,33 +126,19 @@ def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, Co
         resume_dir=work.folder / PTQ_STATE,
         logits=work.task.logits,
     )
-    if course.recipe.equalize.enabled and not course.recipe.reconstruct.enabled:
+    if session.recipe.equalize.enabled and not session.recipe.reconstruct.enabled:
         start = known[f"{scheme}, equalized"] = work.accuracy(qmodel)
-    if course.recipe.reconstruct.enabled:
+    if session.recipe.reconstruct.enabled:
         start = known[f"{scheme}, rounding learned"] = work.accuracy(qmodel)
     facts = {"plan": plan_of(qmodel).to_dict(), "float": float_metrics, "known": known}
     # With progressive bit-width the start has more bits than it shall have, and says nothing of the end.
-    return qmodel, course, facts | {"start": start if course.counts_from == 0 else None}
+    return qmodel, session, facts | {"start": start if session.counts_from == 0 else None}
 
 
-def _train_quantized(work: Work, qmodel: nn.Module, course: Course, header: dict[str, Any], *, resume: bool) -> None:
+def _train_quantized(
+    work: Work, qmodel: nn.Module, session: QATSession, header: dict[str, Any], *, resume: bool
+) -> None:
     experiment = work.experiment
-    callbacks = Callbacks(
-        task=work.task,
-        validate=work.accuracy,
-        save=lambda model, path, facts: save(model, path, facts | {"float": header["float"]}),
-        known=header["known"],
-        start=header.get("start"),
-        loss=course.loss,
-        penalty=course.penalty,
-        before_step=(course.before_step,),
-        after_step=(course.after_step,),
-        before_validation=(course.before_validation,),
-        others=course.others,
-        counts_from=course.counts_from,
-        figures=course.figures,
-        stateful=course.stateful,
-    )
     run = Run(
         folder=work.folder,
         accelerator=work.accelerator,
@@ -161,4 +147,17 @@ def _train_quantized(work: Work, qmodel: nn.Module, course: Course, header: dict
         workers=experiment.data.workers,
         name=experiment.quantization.scheme,
     )
-    Trainer(qmodel, work.datasets.train, experiment.training, callbacks, run, header).run(resume=resume)
+    trainer = Trainer(
+        qmodel,
+        work.datasets.train,
+        experiment.training,
+        run,
+        task=work.task,
+        validate=work.accuracy,
+        save=lambda model, path, facts: save(model, path, facts | {"float": header["float"]}),
+        callback=session,
+        measured=header["known"],
+        start=header.get("start"),
+        header=header,
+    )
+    trainer.run(resume=resume)

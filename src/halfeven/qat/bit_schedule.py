@@ -5,7 +5,7 @@ Zhuang et al., "Towards Effective Low-bitwidth Convolutional Neural Networks" (a
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from halfeven.errors import ConfigError
+from halfeven.layerwise.calibrate import calibrate
 from halfeven.quantization.quantizer import quantizers
+from halfeven.renamed import renamed_attributes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +40,19 @@ class ProgressionOptions:
             )
 
 
-class Progression:
+class BitSchedule:
     """Sets the bits of a model's quantizers by the share of the run that is done.
 
     Args:
         qmodel: a calibrated model from `prepare`.
-        calibrate: sets all ranges of the model anew, which other bits need.
+        options: bits of the stages, and their fraction of the run.
+        loader: calibration batches, as `calibrate` takes them: other bits need other ranges.
     """
 
-    def __init__(self, qmodel: nn.Module, options: ProgressionOptions, calibrate: Callable[[nn.Module], Any]) -> None:
-        self.qmodel, self.options, self.calibrate = qmodel, options, calibrate
+    def __init__(self, qmodel: nn.Module, options: ProgressionOptions, loader: Iterable[Any]) -> None:
+        self.qmodel = qmodel
+        self.options = options
+        self.loader = loader
         self.planned = {quantizer: quantizer.scheme for quantizer in quantizers(qmodel).values()}
         self.stage = len(options.bits)
         """Number of the stage whose bits are set; the last one is the plan."""
@@ -58,7 +63,7 @@ class Progression:
         stage = min(int(done / self.options.share * stages), stages)
         if stage != self.stage:
             self._set(stage)
-            self.calibrate(self.qmodel)
+            calibrate(self.qmodel, self.loader)
 
     def _set(self, stage: int) -> None:
         self.stage = stage
@@ -73,3 +78,6 @@ class Progression:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set the bits of a stage; the ranges come with the model."""
         self._set(int(state["stage"]))
+
+
+__getattr__ = renamed_attributes(__name__, Progression="qat.bit_schedule.BitSchedule")

@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from halfeven.errors import CheckpointError, ConfigError
 from halfeven.quantization.quantizer import Quantizer, quantizers
+from halfeven.renamed import renamed_attributes
 
 PYTHON_STATE = ("scheme", "state")
 """What a quantizer keeps of its state beside its tensors: reading those would wait for the device."""
@@ -76,7 +77,7 @@ def _by_dtype(averages: Sequence[Tensor], values: Sequence[Tensor]) -> list[tupl
     return list(groups.values())
 
 
-class WeightAverage:
+class WeightEMA:
     """The moving average of a model, itself a model: `model`, in eval mode, with a plan and ranges of its own.
 
     Averaged are parameters (learned scales as they are stored: logarithms as logarithms), BatchNorm's statistics and
@@ -163,3 +164,6 @@ class WeightAverage:
         for name, quantizer in quantizers(self.model).items():
             quantizer.scheme = dataclasses.replace(quantizer.scheme, bits=state["bits"][name])
         self._started = state["started"]
+
+
+__getattr__ = renamed_attributes(__name__, WeightAverage="qat.ema.WeightEMA")

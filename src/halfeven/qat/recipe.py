@@ -14,13 +14,14 @@ from halfeven.placement.plan import QuantizationOptions
 from halfeven.qat.batchnorm_schedule import ScheduleOptions, frozen_after
 from halfeven.qat.options import QATOptions
 from halfeven.quantization.quantizer import quantizers
+from halfeven.renamed import renamed_attributes
 
 LOW_BITS = 4
 """At so many bits or fewer rounding moves a network far from what it was trained as."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class QATRecipe:
     """The decisions, in the order in which they act."""
 
     equalize: Decision
@@ -48,7 +49,7 @@ class Recipe:
         return table("Steps of quantization-aware training:", rows)
 
 
-def decide(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) -> Recipe:
+def decide(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) -> QATRecipe:
     """Decide what accompanies the training of a prepared model.
 
     Args:
@@ -61,7 +62,7 @@ def decide(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) ->
     weight_bits = min((q.scheme.bits for q in found if q.weight), default=8)
     bits = min((q.scheme.bits for q in found), default=8)
     progress = _progress(options, bits)
-    return Recipe(
+    return QATRecipe(
         equalize=_equalize(options, plan_of(qmodel).options),
         reconstruct=_start(options, bits, progress),
         blocks=options.start != "layers",
@@ -143,3 +144,6 @@ def _re_estimate(qmodel: nn.Module, schedule: ScheduleOptions, bits: int) -> Dec
     if bits < 8:
         return Decision(True, "below 8 bits weights hop, and running statistics describe none of the networks seen")
     return Decision(False, "at 8 bits running statistics are right")
+
+
+__getattr__ = renamed_attributes(__name__, Recipe="qat.recipe.QATRecipe", choose="qat.recipe.decide")

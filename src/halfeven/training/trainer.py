@@ -2,10 +2,10 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,56 +20,12 @@ from halfeven.graph.capture import as_arguments
 from halfeven.quantization.quantizer import weights_quantized_once
 from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
+from halfeven.training.callback import TrainerCallback
 from halfeven.training.optimization import learning_rate, make_optimizer
 from halfeven.training.options import TrainingOptions
 from halfeven.training.progress import RunLog
 from halfeven.training.sampling import TrainingBatches, mix
 from halfeven.training.state import STATE_FILE, TrainingState, check_position, load_state, save_state
-
-Loss = Callable[[Any, Any, Any, Tensor], Tensor]
-
-
-class Stateful(Protocol):
-    """Whatever keeps a state from step to step."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Callbacks:
-    """What the trainer calls, and knows nothing of."""
-
-    task: Task
-    """The loss, how batches are made, and which metric decides on the best model."""
-    validate: Callable[[nn.Module], Metrics]
-    """Accuracy of the model, called by every process after each epoch."""
-    save: Callable[[nn.Module, Path, dict[str, Any]], None]
-    """Writes a checkpoint of the model to a path, with facts about it; called by the first process."""
-    known: Mapping[str, Metrics] = field(default_factory=dict)
-    """Accuracies measured before, by name, to be logged at step 0: that of the float model."""
-    start: Metrics | None = None
-    """Accuracy of the model as it is given, where it counts: it is the best until training makes a better one."""
-    before_step: Sequence[Callable[[nn.Module, float], None]] = ()
-    """Called with the share of the run that is done before each step, after `model.train()`: here layers are frozen."""
-    loss: Loss | None = None
-    """Makes the loss of (outputs, inputs, targets, task loss): here a teacher is listened to. None: the task loss."""
-    penalty: Callable[[float], Tensor | None] | None = None
-    """What is added to the loss of a step, given the share of the run that is done."""
-    after_step: Sequence[Callable[[int, float], None]] = ()
-    """Called after each step with its number, from 0, and the share of the run that is done then."""
-    before_validation: Sequence[Callable[[nn.Module], None]] = ()
-    """Called by every process before each validation, with each model to be validated: here BatchNorm is
-    re-estimated."""
-    others: Mapping[str, nn.Module] = field(default_factory=dict)
-    """Other forms of the model that are validated too, by name, such as an average of its weights."""
-    counts_from: float = 0.0
-    """Share of the run from which a validation may be the best: before it the model is not yet what it shall be."""
-    figures: Callable[[], Metrics] = dict
-    """Further figures for the log."""
-    stateful: Mapping[str, Stateful] = field(default_factory=dict)
-    """What must be saved, besides model and optimizer, for the run to go on as if it had not been interrupted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +43,8 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a run reached."""
+class TrainingResult:
+    """Metrics of the best and of the last validation, and the number of optimizer steps taken."""
 
     best: Metrics
     last: Metrics
@@ -96,58 +52,86 @@ class Outcome:
 
 
 class _Objective(nn.Module):
-    """Model and loss together, so that what Accelerate wraps for mixed precision and DDP is never the model itself."""
+    """Model and loss together: Accelerate wraps this module for mixed precision and DDP, and never the model itself."""
 
-    def __init__(self, model: nn.Module, task: Task, label_smoothing: float, loss: Loss | None) -> None:
+    def __init__(self, model: nn.Module, task: Task, label_smoothing: float, callback: TrainerCallback) -> None:
         super().__init__()
-        self.model, self.task, self.label_smoothing, self.loss = model, task, label_smoothing, loss
+        self.model = model
+        self.task = task
+        self.label_smoothing = label_smoothing
+        self.callback = callback
 
     def forward(self, inputs: Any, targets: Any) -> Tensor:
         args, kwargs = as_arguments(inputs)
         outputs = self.model(*args, **kwargs)
-        loss = self.task.loss(outputs, targets, self.label_smoothing)
-        return loss if self.loss is None else self.loss(outputs, inputs, targets, loss)
+        task_loss = self.task.loss(outputs, targets, self.label_smoothing)
+        return self.callback.loss(outputs, inputs, targets, task_loss)
 
 
 class Trainer:
-    """Trains `model` in place on pairs of input and target.
+    """Trains a model in place.
 
     Args:
-        header: JSON-able facts that the caller needs, besides the training state, to make the model anew for a
-        resumption.
+        model: the model.
+        samples: training data, pairs of input and target by index.
+        options: optimizer, schedule and length.
+        run: where the run takes place.
+        task: makes batches and the loss, and names the metric that decides on the best model.
+        validate: returns a model's accuracy; called on every process after each epoch.
+        save: writes a checkpoint of a model to a path, with facts about it; called on the first process.
+        callback: the method that the model is trained by.
+        measured: accuracies measured before, by name, which are logged at step 0; for example the float model's.
+        start: accuracy of the model as it is given: it is the best until training makes a better one. None: the first
+            validation is the best so far.
+        header: JSON-able facts that the caller needs, besides the training state, to make the model anew when the run
+            is resumed.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        images: Any,
+        samples: Any,
         options: TrainingOptions,
-        callbacks: Callbacks,
         run: Run,
+        *,
+        task: Task,
+        validate: Callable[[nn.Module], Metrics],
+        save: Callable[[nn.Module, Path, dict[str, Any]], None],
+        callback: TrainerCallback | None = None,
+        measured: Mapping[str, Metrics] | None = None,
+        start: Metrics | None = None,
         header: dict[str, Any] | None = None,
     ) -> None:
-        self.model, self.options, self.callbacks, self.where = model, options, callbacks, run
-        self.task = callbacks.task
+        self.model = model
+        self.options = options
+        self.where = run
+        self.task = task
+        self.validate = validate
+        self.save = save
+        self.callback = callback or TrainerCallback()
+        self.measured = measured or {}
+        self.start = start
         self.header = json.dumps(header or {})
-        collate = callbacks.task.collate
-        self.batches = TrainingBatches(images, options, seed=run.seed, workers=run.workers, collate=collate)
+        self.batches = TrainingBatches(samples, options, seed=run.seed, workers=run.workers, collate=task.collate)
         self.steps_per_epoch = -(-len(self.batches) // options.accumulation)
         whole = options.epochs * self.steps_per_epoch
         self.total_steps = min(options.max_steps, whole) if options.max_steps else whole
-        self.step, self.best, self.last = 0, Metrics(), Metrics()
+        self.step = 0
+        self.best = Metrics()
+        self.last = Metrics()
         self.accelerator = run.accelerator
         model.to(self.accelerator.device)
         self.optimizer = self.accelerator.prepare(make_optimizer(model, options))
-        # The number of images is part of the order: one more, and every epoch is shuffled otherwise.
+        # The number of samples is part of the order: with another number every epoch is shuffled otherwise.
         self.position = {
             "seed": run.seed,
-            "images": len(images),
+            "images": len(samples),
             "batch_size": options.batch_size,
             "accumulation": options.accumulation,
             "processes": world_size(),
         }
 
-    def run(self, *, resume: bool = False) -> Outcome:
+    def run(self, *, resume: bool = False) -> TrainingResult:
         """Train to the end, from the start or from the state in the folder.
 
         Raises:
@@ -156,7 +140,7 @@ class Trainer:
         """
         if resume:
             self._resume()
-        objective = _Objective(self.model, self.task, self.options.label_smoothing, self.callbacks.loss)
+        objective = _Objective(self.model, self.task, self.options.label_smoothing, self.callback)
         self.objective = self.accelerator.prepare(objective)
         place, console = self.where, self.where.console
         self.log = RunLog(
@@ -169,23 +153,23 @@ class Trainer:
         )
         try:
             if not resume:
-                for name, metrics in self.callbacks.known.items():
+                for name, metrics in self.measured.items():
                     self.log.validation(0, 0, name, metrics)
-                if self.callbacks.start is not None:
-                    self._write_best(self.model, self.callbacks.start, 0, self.where.name)
+                if self.start is not None:
+                    self._write_best(self.model, self.start, 0, self.where.name)
                 self._save_state()
             while self.step < self.total_steps:
                 self._train_epoch(self.step // self.steps_per_epoch)
         finally:
             self.log.close()
-        if self.best and self.best == self.callbacks.start:
+        if self.best and self.best == self.start:
             console.print(
                 f"No validation was better than the {self.best[self.task.key]:.2f} % that training started from (the "
                 f"last: {self.last[self.task.key]:.2f} %): the start is kept as the best. A lower "
                 "training.learning_rate or a longer run may gain.",
                 highlight=False,
             )
-        return Outcome(best=self.best, last=self.last, steps=self.step)
+        return TrainingResult(best=self.best, last=self.last, steps=self.step)
 
     def _train_epoch(self, epoch: int) -> None:
         self.model.train()
@@ -217,8 +201,7 @@ class Trainer:
     def _take_step(self, group: list[tuple[Any, Any]]) -> tuple[Tensor, float]:
         """One optimizer step on the mean gradient of a group of batches; gives its loss and learning rate."""
         torch.manual_seed(mix(self.where.seed, self.step, rank()))
-        for hook in self.callbacks.before_step:
-            hook(self.model, self.step / self.total_steps)
+        self.callback.before_step(self.model, self.step / self.total_steps)
         rate = learning_rate(self.step, self.total_steps, self.steps_per_epoch, self.options)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate * parameters.get("rate", 1.0)
@@ -228,8 +211,7 @@ class Trainer:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for update in self.callbacks.after_step:
-            update(self.step, (self.step + 1) / self.total_steps)
+        self.callback.after_step(self.step, (self.step + 1) / self.total_steps)
         return total, rate
 
     def _accumulate(self, group: list[tuple[Any, Any]]) -> Tensor:
@@ -240,7 +222,7 @@ class Trainer:
             last = i == len(group) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
                 loss = self.objective(*send_to_device(batch, device, non_blocking=True))
-                penalty = self.callbacks.penalty(self.step / self.total_steps) if self.callbacks.penalty else None
+                penalty = self.callback.penalty(self.step / self.total_steps)
                 loss = loss if penalty is None else loss + penalty
                 self.accelerator.backward(loss / len(group))
             total += loss.detach() / len(group)
@@ -254,22 +236,21 @@ class Trainer:
                 "NaN. "
                 "Lower training.learning_rate, set training.clip_norm or training.warmup_steps, or look at the data."
             )
-        self.log.training(self.step, epoch + 1, value, rate, self.callbacks.figures())
+        self.log.training(self.step, epoch + 1, value, rate, self.callback.figures())
 
     def _finish_epoch(self, epoch: int) -> None:
         self.last = self._validate(self.model, epoch, self.where.name, "last")
-        for name, model in self.callbacks.others.items():
+        for name, model in self.callback.other_models.items():
             self._validate(model, epoch, f"{self.where.name}, {name}")
         self._save_state()
 
     def _validate(self, model: nn.Module, epoch: int, name: str, file: str = "") -> Metrics:
         """Validate a form of the model, write it to `file` and, if none was better before, as the best."""
         average_batchnorm(model)
-        for hook in self.callbacks.before_validation:
-            hook(model)
-        metrics = self.callbacks.validate(model)
+        self.callback.before_validation(model)
+        metrics = self.validate(model)
         self.log.validation(self.step, epoch + 1, name, metrics)
-        counts = self.step >= self.callbacks.counts_from * self.total_steps
+        counts = self.step >= self.callback.counts_from * self.total_steps
         if counts and (not self.best or metrics[self.task.key] > self.best[self.task.key]):
             self._write_best(model, metrics, epoch + 1, name)
         if counts and file:
@@ -283,10 +264,10 @@ class Trainer:
     def _write(self, model: nn.Module, file: str, facts: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             path = self.where.folder / f"{file}.safetensors"
-            write_atomically(path, lambda partial: self.callbacks.save(model, partial, facts))
+            write_atomically(path, lambda partial: self.save(model, partial, facts))
 
     def _save_state(self) -> None:
-        for model in (self.model, *self.callbacks.others.values()):
+        for model in (self.model, *self.callback.other_models.values()):
             average_batchnorm(model)
         if different := differing(self.model):
             raise CheckpointError(
@@ -306,7 +287,7 @@ class Trainer:
                 last=self.last,
                 position=self.position,
                 header=self.header,
-                others={name: one.state_dict() for name, one in self.callbacks.stateful.items()},
+                others={name: one.state_dict() for name, one in self.callback.stateful.items()},
             )
             save_state(state, self.where.folder / STATE_FILE)
         self.accelerator.wait_for_everyone()
@@ -319,7 +300,7 @@ class Trainer:
         self.optimizer.load_state_dict(state.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
-        for name, one in self.callbacks.stateful.items():
+        for name, one in self.callback.stateful.items():
             one.load_state_dict(state.others[name])
         self.step, self.best, self.last = state.step, state.best, state.last
         self.where.console.print(f"Resumed {path} at step {self.step} of {self.total_steps}.", highlight=False)

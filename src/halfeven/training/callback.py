@@ -1,0 +1,62 @@
+"""The protocol between the trainer and the method that a model is trained by, such as quantization-aware training."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from halfeven.tasks.task import Metrics
+
+
+class Stateful(Protocol):
+    """An object with a state from step to step."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class TrainerCallback:
+    """The hooks that the trainer calls. Each of them does nothing here; derive a class and override the hooks you need.
+
+    `done` is the fraction of the run's optimizer steps that are taken, from 0 to 1.
+    """
+
+    counts_from: float = 0.0
+    """Fraction of the run from which a validation may be the best: before it the model has not its final form."""
+
+    def before_step(self, model: nn.Module, done: float) -> None:
+        """Prepare the model for an optimizer step, after `model.train()`; for example, freeze layers."""
+
+    def loss(self, outputs: Any, inputs: Any, targets: Any, task_loss: Tensor) -> Tensor:
+        """Return the loss of a batch, [], made from that of the task; for example, add a teacher's."""
+        return task_loss
+
+    def penalty(self, done: float) -> Tensor | None:
+        """Return a term, [], to add to the loss of each batch, or None."""
+        return None
+
+    def after_step(self, step: int, done: float) -> None:
+        """Follow the model after an optimizer step.
+
+        Args:
+            step: number of the step, from 0.
+            done: fraction of the run that is done with this step.
+        """
+
+    def before_validation(self, model: nn.Module) -> None:
+        """Prepare a model for its validation, on every process; for example, re-estimate BatchNorm."""
+
+    @property
+    def other_models(self) -> Mapping[str, nn.Module]:
+        """Models to validate beside the one in training, by name; for example, an average of its weights."""
+        return {}
+
+    @property
+    def stateful(self) -> Mapping[str, Stateful]:
+        """Objects to save with model and optimizer, by name, so that a resumed run equals an uninterrupted one."""
+        return {}
+
+    def figures(self) -> Metrics:
+        """Return further figures for the log, by name."""
+        return {}
