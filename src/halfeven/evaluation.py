@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import find_batch_size, send_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Subset, default_collate
 
 from halfeven.distributed import rank, world_size
+from halfeven.imports import extra
 from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
 
@@ -34,6 +34,9 @@ def evaluate(
         loader: batches of inputs and targets; inputs are a tensor, or a dict of keyword arguments.
         on_batch: called with the number of samples after each batch.
     """
+    with extra("train", "Evaluation"):
+        from accelerate.utils import find_batch_size, send_to_device
+
     metrics = task.metrics().to(device)
     with torch.no_grad(), evaluating(model):
         for batch in loader:

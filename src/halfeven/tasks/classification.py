@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from halfeven.imports import extra
 from halfeven.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ class Classification(Task):
 
     def metrics(self) -> "MetricCollection":
         """Accuracy among the first and, with more than 5 classes, the first 5."""
-        from torchmetrics import MetricCollection
-        from torchmetrics.classification import MulticlassAccuracy
+        with extra("train", "The metrics of a task"):
+            from torchmetrics import MetricCollection
+            from torchmetrics.classification import MulticlassAccuracy
 
         ranks = {"top1": 1, "top5": 5} if self.num_classes > 5 else {"top1": 1}
         return MetricCollection(

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from halfeven.errors import ConfigError
+from halfeven.imports import extra
 from halfeven.tasks.task import Metrics, Task
 
 if TYPE_CHECKING:
@@ -36,14 +37,12 @@ class Detection(Task):
         Raises:
             ConfigError: it is not installed.
         """
-        from torchmetrics.detection import MeanAveragePrecision
+        with extra("train", "The metrics of a task"):
+            from torchmetrics.detection import MeanAveragePrecision
 
-        try:
-            return MeanAveragePrecision(box_format="xyxy", iou_type="bbox")
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"Detections cannot be judged: {error}. Install it with `pip install 'halfeven[detection]'`."
-            ) from error
+        with extra("detection", "Mean average precision"):
+            metric: Metric = MeanAveragePrecision(box_format="xyxy", iou_type="bbox")
+        return metric
 
     def figures(self, computed: Mapping[str, Tensor]) -> Metrics:
         """The two figures of the many that it computes; -1 there stands for a data set without boxes."""

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from halfeven.errors import ConfigError
+from halfeven.imports import extra
 from halfeven.tasks.detection import Detection, Targets
 
 
@@ -22,7 +23,8 @@ class EfficientDetDetection(Detection):
     class_axis = 1
 
     def __init__(self, detector: nn.Module, example: Tensor) -> None:
-        from effdet.bench import DetBenchPredict, DetBenchTrain
+        with extra("detection", "A task of EfficientDet"):
+            from effdet.bench import DetBenchPredict, DetBenchTrain
 
         given: Any = _Given(detector)
         height, width = given.config.image_size

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from halfeven.imports import extra
 from halfeven.tasks.task import Task, first_tensor
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ class Segmentation(Task):
 
     def metrics(self) -> "MetricCollection":
         """Intersection over union and accuracy from the confusion matrix of the whole data set."""
-        from torchmetrics import MetricCollection
-        from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+        with extra("train", "The metrics of a task"):
+            from torchmetrics import MetricCollection
+            from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
         ignored: dict[str, Any] = {"ignore_index": self.ignore_index}
         return MetricCollection(

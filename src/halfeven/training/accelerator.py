@@ -2,12 +2,15 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from halfeven.errors import ConfigError
+from halfeven.imports import extra
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -24,12 +27,15 @@ class DeviceOptions:
     """CPU threads of each process; 0: as PyTorch decides."""
 
 
-def make_accelerator(options: DeviceOptions) -> Accelerator:
+def make_accelerator(options: DeviceOptions) -> "Accelerator":
     """Join the processes of this run, as `torchrun` or `accelerate launch` started them, or work alone.
 
     Raises:
         ConfigError: the device cannot do the precision.
     """
+    with extra("train", "Training"):
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
     if options.threads > 0:
         torch.set_num_threads(options.threads)
     cpu = options.kind == "cpu" or not torch.accelerator.is_available()

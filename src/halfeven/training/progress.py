@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from halfeven.imports import extra
+
 QUIET_SECONDS = 30.0
 """Without a terminal, where no bar can be drawn, a line is printed this often."""
 
@@ -43,7 +45,8 @@ class RunLog:
         self._path = folder / "log.jsonl"
         self._forget(step)
         self._lines = self._path.open("a", encoding="utf-8")
-        from torch.utils.tensorboard import SummaryWriter
+        with extra("train", "Training"):
+            from torch.utils.tensorboard import SummaryWriter
 
         self._curves = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
         columns = (

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from halfeven.errors import ConfigError
-from halfeven.imports import import_function
+from halfeven.imports import extra, import_function
 from halfeven.zoo import detection_segmentation
 from halfeven.zoo.options import DataOptions
 from halfeven.zoo.text import texts
@@ -90,7 +90,8 @@ def calibration_subset(images: Images, options: DataOptions) -> Images:
 
 def digits(options: DataOptions) -> Datasets:
     """scikit-learn's 1,797 handwritten digits of 8x8, enlarged to 32x32."""
-    from sklearn.datasets import load_digits
+    with extra("train", 'data.source="digits"'):
+        from sklearn.datasets import load_digits
 
     data = load_digits()
     images = torch.tensor(data.images / 16.0, dtype=torch.float32).unsqueeze(1)
@@ -153,9 +154,10 @@ def read_idx(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 def image_folder(options: DataOptions) -> Datasets:
     """ImageNet's layout, root/train and root/val with a folder per class, and its usual preprocessing at 224 pixels."""
-    from torchvision import transforms
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import InterpolationMode
+    with extra("train", 'data.source="image_folder"'):
+        from torchvision import transforms
+        from torchvision.datasets import ImageFolder
+        from torchvision.transforms import InterpolationMode
 
     root = Path(options.root)
     for part in ("train", "val"):

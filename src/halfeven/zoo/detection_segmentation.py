@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from halfeven.errors import ConfigError
+from halfeven.imports import extra
 from halfeven.zoo.options import DataOptions
 
 UNLABELLED = 255
@@ -31,7 +32,8 @@ class Squared:
     """
 
     def __init__(self, options: DataOptions, *, augment: bool) -> None:
-        from torchvision.transforms import v2
+        with extra("train", "Transforms of images and their labels"):
+            from torchvision.transforms import v2
 
         self.side, self.keep_aspect = options.image_size, options.keep_aspect
         square = v2.Resize((self.side, self.side), antialias=True)
@@ -75,7 +77,8 @@ def voc_segmentation(options: DataOptions) -> tuple[Labelled, Labelled, Labelled
     Raises:
         ConfigError: it is not there.
     """
-    from torchvision import datasets, tv_tensors
+    with extra("train", 'data.source="voc_segmentation"'):
+        from torchvision import datasets, tv_tensors
 
     def part(name: str, *, augment: bool) -> Labelled:
         try:
@@ -97,7 +100,8 @@ def coco_detection(options: DataOptions) -> tuple[Labelled, Labelled, Labelled]:
     Raises:
         ConfigError: it is not there, or pycocotools is not installed.
     """
-    from torchvision import datasets
+    with extra("train", 'data.source="coco_detection"'):
+        from torchvision import datasets
 
     def part(name: str, *, augment: bool) -> Labelled:
         images = Path(options.root) / f"{name}2017"
@@ -107,13 +111,9 @@ def coco_detection(options: DataOptions) -> tuple[Labelled, Labelled, Labelled]:
                 f"COCO cannot be read: {images} and {annotations} must both be there. Set data.root to the folder "
                 "that holds train2017, val2017 and annotations."
             )
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints how its index comes along
-                items: Any = datasets.CocoDetection(str(images), str(annotations))
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"COCO cannot be read: {error}. Install it with `pip install 'halfeven[detection]'`."
-            ) from error
+        # pycocotools prints how its index comes along
+        with extra("detection", 'data.source="coco_detection"'), contextlib.redirect_stdout(io.StringIO()):
+            items: Any = datasets.CocoDetection(str(images), str(annotations))
         # Images without boxes teach nothing, and losses over no box are not defined everywhere.
         items.ids = [index for index in items.ids if name == "val" or items.coco.getAnnIds(index, iscrowd=False)]
         items = datasets.wrap_dataset_for_transforms_v2(items, target_keys=("boxes", "labels"))

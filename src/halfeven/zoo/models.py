@@ -1,7 +1,6 @@
 """Float models by name: from timm, from torchvision, or from any function of yours, with their weights."""
 
 import difflib
-import importlib
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from halfeven.errors import ConfigError
-from halfeven.imports import import_function
+from halfeven.imports import extra, import_function
 from halfeven.tasks.detection import TensorPart
 from halfeven.zoo.weights import load_weights
 
@@ -72,7 +71,8 @@ def create_model(options: ModelOptions) -> nn.Module:
 
 
 def _from_timm(options: ModelOptions, pretrained: bool) -> nn.Module:
-    import timm
+    with extra("train", 'model.source="timm"'):
+        import timm
 
     if not timm.is_model(options.name):
         raise ConfigError(
@@ -97,7 +97,8 @@ def torchvision_model(options: ModelOptions, pretrained: bool = False) -> nn.Mod
     Raises:
         ConfigError: no such model, or weights that are not at hand.
     """
-    from torchvision import models
+    with extra("train", 'model.source="torchvision"'):
+        from torchvision import models
 
     if options.in_chans != 3:
         raise ConfigError(
@@ -120,7 +121,8 @@ def torchvision_model(options: ModelOptions, pretrained: bool = False) -> nn.Mod
 
 def _from_transformers(options: ModelOptions, pretrained: bool) -> nn.Module:
     """A classifier of texts. Its head is new where the weights are those of a model without one."""
-    transformers = _library("transformers", "halfeven[text]")
+    with extra("text", 'model.source="transformers"'):
+        import transformers
     arguments = {"num_labels": options.num_classes, **options.arguments}
     try:
         if pretrained:
@@ -139,7 +141,8 @@ def effdet_model(options: ModelOptions, pretrained: bool = False) -> nn.Module:
     Raises:
         ConfigError: no such model, or weights that are not at hand.
     """
-    effdet = _library("effdet", "halfeven[detection]")
+    with extra("detection", 'model.source="effdet"'):
+        import effdet
     arguments: dict[str, Any] = {"pretrained_backbone": False, **options.arguments}
     if isinstance(side := arguments.get("image_size"), int):
         arguments["image_size"] = (side, side)
@@ -150,15 +153,6 @@ def effdet_model(options: ModelOptions, pretrained: bool = False) -> nn.Module:
         )
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise _no_model(options, pretrained, error) from error
-
-
-def _library(name: str, wanted: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f'model.source="{name}" cannot make a model: {error}. Install it with `pip install "{wanted}"`.'
-        ) from error
 
 
 def _from_callable(options: ModelOptions, pretrained: bool) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from halfeven.errors import ConfigError
+from halfeven.imports import extra
 from halfeven.zoo.options import DataOptions
 
 
@@ -44,10 +45,8 @@ def texts(options: DataOptions) -> tuple[Texts, Texts, list[str]]:
 
 
 def _tokenizer(options: DataOptions) -> Any:
-    try:
+    with extra("text", 'data.source="texts"'):
         from transformers import AutoTokenizer
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"Texts cannot be read: {error}. Install it with `pip install 'halfeven[text]'`.") from error
     if not options.text.tokenizer:
         raise ConfigError(
             "data.text.tokenizer is not set, so texts cannot become tokens. Set it to the model's folder or name."
