@@ -128,7 +128,7 @@ def _run(arguments: list[str]) -> None:
         sys.exit(2)
     parsed = parse(arguments[0], arguments[1:])
     # What imports the runtimes comes last, so that mistakes in the arguments show at once.
-    from halfeven.cli.checkpoints import run_export, run_test
+    from halfeven.cli.test import run_export, run_test
     from halfeven.cli.ptq import run_ptq
     from halfeven.cli.train import run_training
 

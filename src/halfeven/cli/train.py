@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from halfeven.checkpoint import save
-from halfeven.cli.delivery import deliver
+from halfeven.cli.deliver import deliver
 from halfeven.cli.float_model import check_has_weights, train_float
 from halfeven.cli.run import BEST, FLOAT_FOLDER, PTQ_STATE, Work, default_folder, open_folder, open_work
 from halfeven.config import Experiment

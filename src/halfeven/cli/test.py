@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from halfeven.checkpoint import read_facts
-from halfeven.cli.delivery import export_verified, target_of
+from halfeven.cli.deliver import export_verified, target_of
 from halfeven.cli.float_model import float_model_of
 from halfeven.cli.run import open_work, show, write_json
 from halfeven.config import Experiment
