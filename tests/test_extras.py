@@ -8,17 +8,23 @@ from pathlib import Path
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
-WITHOUT_EXTRAS = """
+WITHOUT_EXTRAS = '''
 import sys
-import importlib.abc
 
-class Missing(importlib.abc.MetaPathFinder):
+class Without:
+    """A finder of modules that does not find the missing ones."""
+
+    def __init__(self, finder):
+        self.finder = finder
+
     def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in MISSING:
-            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+        return None if name.partition(".")[0] in MISSING else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
 
 MISSING = set(sys.argv[1].split(","))
-sys.meta_path.insert(0, Missing())
+sys.meta_path[:] = map(Without, sys.meta_path)
 
 def refused(act, *words):
     try:
@@ -57,7 +63,7 @@ refused(lambda: load_datasets(DataOptions(source="digits")), "sklearn", install)
 refused(lambda: Classification(3).metrics(), "torchmetrics", install)
 refused(lambda: evaluate(model, [], Classification(3)), "accelerate", install)
 refused(lambda: make_accelerator(DeviceOptions(kind="cpu")), "accelerate", install)
-"""
+'''
 
 
 def of_extras():
