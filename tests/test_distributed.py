@@ -7,7 +7,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from halfeven.distributed import average, average_batchnorm, differing, rank, world_size
+from halfeven.distributed import average, differing, rank, world_size
+from halfeven.layerwise.batchnorm_statistics import average_batchnorm
 
 
 def net(number: int) -> nn.Module:

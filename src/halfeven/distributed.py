@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from halfeven.renamed import renamed_attributes
 
 
 def is_distributed() -> bool:
@@ -39,21 +40,6 @@ def average(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The BatchNorm modules of a model that keep running statistics, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
-
-
-def average_batchnorm(model: nn.Module) -> None:
-    """Give all processes the same BatchNorm statistics: the mean of what each has seen of its share of the data."""
-    statistics = [(module.running_mean, module.running_var) for module in batchnorms(model).values()]
-    average(tensor for pair in statistics for tensor in pair if tensor is not None)
-
-
 @torch.no_grad()
 def differing(model: nn.Module) -> list[str]:
     """Names of the model's tensors that are not the same, bit for bit, in all processes: [] when all agree."""
@@ -74,3 +60,10 @@ def _checksum(tensor: Tensor) -> Tensor:
     # Integer overflow wraps around, which loses nothing here; odd weights tell places apart.
     weights = torch.arange(1, 2 * len(padded), 2, dtype=torch.int64, device=padded.device)
     return (padded * weights).sum()
+
+
+__getattr__ = renamed_attributes(
+    __name__,
+    average_batchnorm="layerwise.batchnorm_statistics.average_batchnorm",
+    batchnorms="layerwise.batchnorm_statistics.batchnorms",
+)

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from halfeven.checkpoint import restore
 from halfeven.errors import CalibrationError, ConfigError
-from halfeven.graph.batchnorm import fold, forget_statistics
-from halfeven.graph.capture import Example, as_arguments, batched, capture, inputs_of
-from halfeven.graph.rewrite import lower_attention, lower_stacked_sums, merge_duplicates
+from halfeven.graph.batchnorm import forget_statistics
+from halfeven.graph.capture import Example, as_arguments, batched, inputs_of
+from halfeven.graph.torch_private import pytree
 from halfeven.layerwise.calibrate import calibrate
+from halfeven.placement.captured_model import capture_for_quantization
 from halfeven.placement.graph_edits import apply_changes
 from halfeven.placement.insertion import insert, plan_of
-from halfeven.placement.make_plan import make_plan, regions
+from halfeven.placement.make_plan import make_plan
 from halfeven.placement.plan import Plan, QuantizationOptions
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.pipeline import equalize_channels, take_steps
@@ -56,7 +56,7 @@ def prepare(
     """
     options = _changed(options or QuantizationOptions(), changes)
     target = target_named(options.target)
-    captured, notes = _captured(model, example, options)
+    captured, notes = capture_for_quantization(copy.deepcopy(model), example, options)
     return _with_example(insert(captured, make_plan(captured, options, target, notes), target), example)
 
 
@@ -73,7 +73,7 @@ def _changed(
 
 def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
     """Make the quantized model that a plan describes, for a checkpoint to be loaded into."""
-    captured, _ = _captured(model, example, plan.options)
+    captured, _ = capture_for_quantization(copy.deepcopy(model), example, plan.options)
     forget_statistics(captured)  # of the weights given here, not of those that the checkpoint brings
     qmodel = insert(captured, plan, target_named(plan.options.target))
     return _with_example(apply_changes(qmodel, plan.changes), example)
@@ -103,24 +103,6 @@ def _with_example(qmodel: nn.Module, example: Example) -> nn.Module:
 
     qmodel.halfeven_example = pytree.tree_map(two, (args, kwargs))
     return qmodel
-
-
-def _captured(model: nn.Module, example: Example, options: QuantizationOptions) -> tuple[nn.Module, tuple[str, ...]]:
-    captured, report = capture(copy.deepcopy(model), example, options.leave_out)
-    notes = [f"Stays Python, in float: {left}" for left in report.left]
-    lowered = sum(lower_attention(region) for region in regions(captured).values())
-    if lowered:
-        notes.append(
-            f"{lowered} attention operators are written out as products and softmax. Dropout inside of them, if there "
-            "was any, takes no part in training: the model is captured in eval mode, where it is 0."
-        )
-    for region in regions(captured).values():
-        merge_duplicates(region)
-        lower_stacked_sums(region)
-        if options.batchnorm == "fold":
-            fold(region)
-    captured.train(model.training)
-    return captured, tuple(notes)
 
 
 @renamed_parameters(say="log", state="resume_dir")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfeven.distributed import average_batchnorm, batchnorms
 from halfeven.errors import CalibrationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.capture import inputs_of
+from halfeven.layerwise.batchnorm_statistics import average_batchnorm, batchnorms
 
 
 @torch.no_grad()

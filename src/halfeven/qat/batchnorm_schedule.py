@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from halfeven.distributed import average_batchnorm, batchnorms
 from halfeven.errors import ConfigError
+from halfeven.layerwise.batchnorm_statistics import average_batchnorm, batchnorms
 from halfeven.quantization.quantizer import quantizers, set_observing
 from halfeven.renamed import renamed_attributes
 

@@ -6,6 +6,7 @@ Mishra and Marr, "Apprentice" (arXiv:1711.05852); Kim et al., "QKD" (arXiv:1911.
 """
 
 import copy
+import dataclasses
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from halfeven.errors import AlgorithmError, ConfigError
-from halfeven.graph.batchnorm import fold
-from halfeven.graph.capture import as_arguments, capture
+from halfeven.graph.capture import as_arguments
 from halfeven.graph.operators import module_of
+from halfeven.placement.captured_model import capture_for_quantization
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.quantizer import Quantizer
@@ -207,11 +208,9 @@ def _captured_as(qmodel: nn.Module, teacher: nn.Module) -> nn.Module:
         )
     args, kwargs = example
     there = dict(teacher.named_modules())
-    captured, _ = capture(teacher.cpu(), kwargs or args, [name for name in options.leave_out if name in there])
-    if options.batchnorm == "fold":
-        for region in regions(captured).values():
-            fold(region)
-    return captured
+    leave_out = tuple(name for name in options.leave_out if name in there)
+    options = dataclasses.replace(options, leave_out=leave_out)
+    return capture_for_quantization(teacher.cpu(), kwargs or args, options)[0]
 
 
 def _check_shape(what: str, given: Tensor, wanted: Any) -> None:

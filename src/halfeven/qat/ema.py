@@ -15,15 +15,15 @@ knows no warm-up, nothing of a quantizer's flags, and waits for the device at ev
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from halfeven.errors import CheckpointError, ConfigError
+from halfeven.graph.torch_private import AnyBatchNorm, blend_all, copy_all, own_buffers, own_parameters
 from halfeven.quantization.quantizer import Quantizer, quantizers
 from halfeven.renamed import renamed_attributes
 
@@ -63,9 +63,9 @@ def blend(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) ->
     """
     for mine, new in _by_dtype(averages, values):
         if decay == 0:
-            torch._foreach_copy_(mine, new)
+            copy_all(mine, new)
         else:
-            torch._foreach_lerp_(mine, new, 1 - decay)
+            blend_all(mine, new, 1 - decay)
 
 
 def _by_dtype(averages: Sequence[Tensor], values: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
@@ -86,7 +86,7 @@ class WeightEMA:
     its first range or other bits since the last update starts anew with them.
 
     In a distributed run every process keeps the same average, but for BatchNorm's statistics: call
-    `halfeven.distributed.average_batchnorm(average.model)` before it is evaluated or saved.
+    `halfeven.layerwise.batchnorm_statistics.average_batchnorm(average.model)` before it is evaluated or saved.
 
     Args:
         qmodel: the model in training, of which no module may be replaced meanwhile.
@@ -100,18 +100,19 @@ class WeightEMA:
         self._quantizers = [(quantizer, own[name]) for name, quantizer in quantizers(qmodel).items()]
         self._started = False
         # By owner and name: moving a model to a device, or loading into it, may put other tensors in their places.
-        self._averaged = [self._places(name, "_parameters") for name, _ in qmodel.named_parameters()]
+        self._averaged = [self._places(name, own_parameters) for name, _ in qmodel.named_parameters()]
         self._copied: list[tuple[dict[str, Any], dict[str, Any], str]] = []
         for name, buffer in qmodel.named_buffers():
             owner = qmodel.get_submodule(name.rpartition(".")[0])
-            averaged = buffer.is_floating_point() and isinstance(owner, _BatchNorm | Quantizer)
-            (self._averaged if averaged else self._copied).append(self._places(name, "_buffers"))
+            averaged = buffer.is_floating_point() and isinstance(owner, AnyBatchNorm | Quantizer)
+            (self._averaged if averaged else self._copied).append(self._places(name, own_buffers))
 
-    def _places(self, name: str, kind: str) -> tuple[dict[str, Any], dict[str, Any], str]:
-        """Where a tensor lies in the average and in the raw model."""
+    def _places(
+        self, name: str, table: Callable[[nn.Module], dict[str, Any]]
+    ) -> tuple[dict[str, Any], dict[str, Any], str]:
+        """Return the tables that hold a tensor in the average and in the raw model, and its name in them."""
         path, _, attribute = name.rpartition(".")
-        mine, raw = self.model.get_submodule(path), self._raw.get_submodule(path)
-        return getattr(mine, kind), getattr(raw, kind), attribute
+        return table(self.model.get_submodule(path)), table(self._raw.get_submodule(path)), attribute
 
     @torch.no_grad()
     def update(self, step: int) -> None:

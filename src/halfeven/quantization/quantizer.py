@@ -129,6 +129,8 @@ class Quantizer(nn.Module):
         if not learned and not weight:
             self.register_buffer("low", unset.clone())
             self.register_buffer("high", unset.clone())
+        hook_after_load: Callable[..., Any] = self.register_load_state_dict_post_hook
+        hook_after_load(_read_state)
 
     def forward(self, x: Tensor, clip: Clip = UNCLIPPED) -> Tensor:
         """Fake-quantize `x`, clipped before where an activation was fused into the quantizer; shape and dtype stay.
@@ -303,14 +305,6 @@ class Quantizer(nn.Module):
                 f"result. Look at the {where}."
             ) from error
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        code = int(self.observing)
-        has_range = bool(torch.isfinite(self.scale).all())
-        # Files written before code 2 existed have 0 for a fixed range.
-        fixed = code == RangeState.FIXED.code or (code == 0 and self.state.fixed)
-        self.state = RangeState.FIXED if fixed and has_range else _state_of(observing=code == 1, has_range=has_range)
-
     def extra_repr(self) -> str:
         return f"{self.scheme}, {'learned' if self.learned else self.observer_name}"
 
@@ -318,6 +312,16 @@ class Quantizer(nn.Module):
 def _range_of(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Scale and zero point that hold all values of each row of [channels, elements]."""
     return scale_and_zero_point(*extremes(values), scheme)
+
+
+def _read_state(quantizer: nn.Module, incompatible_keys: Any) -> None:
+    """Set a quantizer's state from the tensors that were just loaded into it."""
+    assert isinstance(quantizer, Quantizer)
+    code = int(quantizer.observing)
+    has_range = bool(torch.isfinite(quantizer.scale).all())
+    # Files written before code 2 existed have 0 for a fixed range.
+    fixed = code == RangeState.FIXED.code or (code == 0 and quantizer.state.fixed)
+    quantizer.state = RangeState.FIXED if fixed and has_range else _state_of(observing=code == 1, has_range=has_range)
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:

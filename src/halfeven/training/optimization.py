@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfeven.graph.torch_private import AnyBatchOrInstanceNorm
 from halfeven.quantization.quantizer import quantizers
 from halfeven.training.options import TrainingOptions
 
-NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NORMALIZATIONS = (AnyBatchOrInstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[str, Any]]:

@@ -13,10 +13,11 @@ from accelerate.utils import find_batch_size, send_to_device
 from rich.console import Console
 from torch import Tensor, nn
 
-from halfeven.distributed import average_batchnorm, differing, rank, world_size
+from halfeven.distributed import differing, rank, world_size
 from halfeven.errors import CheckpointError, ConfigError
 from halfeven.files import write_atomically
 from halfeven.graph.capture import as_arguments
+from halfeven.layerwise.batchnorm_statistics import average_batchnorm
 from halfeven.quantization.quantizer import weights_quantized_once
 from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
