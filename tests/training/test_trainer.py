@@ -129,7 +129,7 @@ def test_resumed_equals_uninterrupted(tmp_path, step):
     assert (outcome.best, outcome.last) == (whole.best, whole.last)
 
     def strip(records):
-        return [{k: v for k, v in record.items() if k not in ("time", "images_per_second")} for record in records]
+        return [{k: v for k, v in record.items() if k not in ("time", "samples_per_second")} for record in records]
 
     assert strip(log(tmp_path / "cut")) == strip(log(tmp_path / "whole")), (
         "the log tells of one run, without repetition"
