@@ -254,7 +254,7 @@ def test_cross_entropy_keeps_the_large_logits_that_squared_error_clips():
 
 
 def test_cross_entropy_keeps_a_bounded_choice_that_batching_does_not_change(monkeypatch):
-    monkeypatch.setattr("halfeven.quantization.observers.cross_entropy.KEPT", 200)
+    monkeypatch.setattr("halfeven.quantization.observers.cross_entropy.MAX_LOGITS", 200)
     values = torch.cat(class_batches())
     kept = []
     for size in (7, 20, len(values)):

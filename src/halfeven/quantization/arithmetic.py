@@ -11,17 +11,17 @@ from torch import Tensor
 from halfeven.quantization.scheme import Scheme
 
 SIGNIFICAND_BITS = 16
-"""Scales keep this many significand bits, so that (scale, zero_point) -> (low, high) -> scale is lossless in
-float32."""
+"""Significand bits of a scale: few enough that (scale, zero_point) -> (low, high) -> scale is lossless in float32."""
 
 SMALLEST_EXPONENT = -40
 SMALLEST_SCALE = 2.0**SMALLEST_EXPONENT
-"""No scale is smaller: products of two scales and their reciprocals stay normal float32 numbers."""
+"""Lower bound of scales: products of two scales and their reciprocals stay normal float32 numbers."""
 
 
 def snap(scale: Tensor) -> Tensor:
-    """Round float32 scales to 16 significand bits (ties to even); the shape stays."""
+    """Round float32 scales, of any shape, to `SIGNIFICAND_BITS` significand bits, ties to even."""
     dropped = 24 - SIGNIFICAND_BITS
+    # On the bit pattern: adding half of the last bit kept, less one where that bit is even, carries as rounding does.
     bits = scale.detach().float().view(torch.int32)
     half = (1 << (dropped - 1)) - 1
     bits = (bits + half + ((bits >> dropped) & 1)) & ~((1 << dropped) - 1)
@@ -29,19 +29,20 @@ def snap(scale: Tensor) -> Tensor:
 
 
 def scale_and_zero_point(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a float range; zero lies exactly on the grid, the zero point is an integer inside it.
+    """Return scale and zero point of a float range (white paper, section 2.2). Zero lies exactly on the grid.
 
-    A dead channel (an empty range at zero) takes the largest scale of its neighbours, or 1 / quant_max where all are
-    dead.
+    A dead channel (an empty range at zero) takes the largest scale of the other channels, or 1 / quant_max where all
+    channels are dead.
 
     Args:
-        low, high: ends of the range, shape [] or [channels], float32; widened to contain 0.
+        low, high: ends of the range, [] or [channels], float32; widened to contain 0.
         scheme: the grid.
 
     Returns:
-        scale (float32, snapped) and zero_point (int32), shaped like `low`.
+        scale (float32, snapped) and zero_point (int32, an integer of the grid), shaped like `low`.
     """
-    low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
+    low = low.float().clamp(max=0.0)
+    high = high.float().clamp(min=0.0)
     if scheme.symmetric:
         largest = torch.maximum(-low, high) if scheme.signed else high
         scale = largest / scheme.quant_max
@@ -58,7 +59,7 @@ def scale_and_zero_point(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Ten
 
 
 def per_channel(values: Tensor, axis: int | None, ndim: int) -> Tensor:
-    """Shape per-channel values [channels] so that they broadcast over a tensor with `ndim` axes; scalars stay."""
+    """Reshape per-channel values [channels] to broadcast over a tensor with `ndim` axes; scalars (axis None) stay."""
     if axis is None:
         return values
     shape = [1] * ndim
@@ -67,13 +68,13 @@ def per_channel(values: Tensor, axis: int | None, ndim: int) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
-    """Integers of `x` on the scheme's grid, as float32 (exact up to 2^24), shaped like `x`."""
+    """Return the integers of `x` on the scheme's grid, shaped like `x`, as float32, which is exact up to 2^24."""
     scale = per_channel(scale, scheme.axis, x.ndim)
     zero_point = per_channel(zero_point, scheme.axis, x.ndim)
     return torch.clamp(torch.round(x.float() / scale) + zero_point, scheme.quant_min, scheme.quant_max)
 
 
 def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
-    """Real values of integers: (integer - zero_point) * scale."""
+    """Return the real values of integers, (integer - zero_point) * scale, shaped like `integers`."""
     scale = per_channel(scale, scheme.axis, integers.ndim)
     return (integers - per_channel(zero_point, scheme.axis, integers.ndim)) * scale

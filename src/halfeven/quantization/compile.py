@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KERNELS = 64
-"""Variants of one function that may be compiled, where this torch lets a limit be given."""
+MAX_KERNELS_PER_FUNCTION = 64
+"""Largest number of compiled variants of a function, where this version of torch takes a limit."""
 
 logger = logging.getLogger(__name__)
 
@@ -23,31 +23,35 @@ _works: bool | None = None if os.environ.get("HALFEVEN_COMPILE", "1") != "0" els
 
 @functools.cache
 def _compiled(function: types.FunctionType, variant: tuple[Any, ...] = ()) -> Callable[..., Any]:
-    # Each device, autocast or inference mode and number of threads needs a kernel of its own: more than the compiler's
-    # limit of eight in ordinary use. Past it a call runs unfused, and torch says so; with fullgraph=True it would
-    # raise.
+    # Each device, autocast mode, inference mode and number of threads needs a kernel of its own: in ordinary use more
+    # than the eight that the compiler allows by default. Past the limit torch warns and runs the call unfused; with
+    # fullgraph=True it would raise.
     known = "recompile_limit" in inspect.signature(torch.compile).parameters
-    options: dict[str, Any] = {"recompile_limit": KERNELS} if known else {}
-    # The compiler keeps kernels by the code object.
+    options: dict[str, Any] = {"recompile_limit": MAX_KERNELS_PER_FUNCTION} if known else {}
+    # The compiler stores kernels by code object, so each variant gets a code object of its own.
     code = function.__code__.replace()
     own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     return torch.compile(own, dynamic=True, **options)
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as one kernel of torch.compile; as it stands while a whole model is compiled or where no
-    compiler is.
+    """Return the function as one kernel of torch.compile, or unchanged where a whole model is compiled or no compiler
+    works.
 
-    The kernel is looked up by the ranks and types of tensors and by all other arguments but integers: with the kernels
-    for all of them in one place the compiler would try one after the other, a third of a small call's time. A number
-    that changes from call to call is given as a tensor.
+    The kernel is looked up by the ranks and types of the tensors and by all other arguments except integers: were all
+    kernels in one place, the compiler would try one after the other, a third of the time of a small call. Give a number
+    that changes from call to call as a tensor.
+
+    Args:
+        function: a plain function of tensors, without side effects except on its arguments.
     """
     if torch.compiler.is_compiling() or not compiler_works():
         return function
 
     def kernel(*arguments: Any) -> Any:
-        # A kernel is compiled anew for each requires_grad and for each tensor that views another (its base is looked
-        # at too): with learned scales that passes any limit. What autograd knows of the tensors is not needed here.
+        # The compiler compiles anew for each requires_grad and for each tensor that is a view (it guards on the base
+        # too): with learned scales that passes any limit. The kernel needs none of autograd's knowledge, so it gets
+        # tensors without it.
         bare = [a.data if isinstance(a, Tensor) else a for a in arguments]
         return _compiled(function, tuple(map(_kind, bare)))(*bare)
 
@@ -68,8 +72,7 @@ def _kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def compiler_works() -> bool:
-    """Whether torch.compile can build kernels here; tried once on a small tensor. HALFEVEN_COMPILE=0 says no at
-    once."""
+    """Return True where torch.compile can build kernels: tried once, on a small tensor. HALFEVEN_COMPILE=0 is False."""
     global _works
     with _lock:
         if _works is None:
@@ -84,7 +87,7 @@ def _doubled(x: Tensor) -> Tensor:
 def _try_compiler() -> bool:
     try:
         _compiled(_doubled)(torch.linspace(-1, 1, 64))
-    except Exception as error:  # whatever a missing or broken toolchain raises: it is said, and nothing depends on it
+    except Exception as error:  # a missing or broken toolchain raises many kinds: each is reported, none is fatal
         logger.warning(
             "torch.compile cannot build kernels here (%s), so fake-quantization runs unfused and training steps take "
             "longer; results are the same. Install a C++ compiler such as g++, or set HALFEVEN_COMPILE=0 to silence "

@@ -1,7 +1,8 @@
-"""Fake-quantization, differentiable, in one fused pass forward and one backward, with a clip fused into it.
+"""Differentiable fake-quantization: one fused kernel forward and one backward, with the clip of an activation in both.
 
-Gradients are those of learned step size quantization: LSQ (arXiv 1902.08153) for the scale, LSQ+ (arXiv 2004.09576) for
-the zero point, which stays an integer of the grid here.
+The gradients are those of learned step size quantization: LSQ (arXiv 1902.08153) for the input and the scale, LSQ+
+(arXiv 2004.09576) for the zero point, which stays an integer of the grid here. The LSQ gradient of the scale is in
+`_backward_scale`.
 """
 
 import math
@@ -16,30 +17,31 @@ from halfeven.quantization.compile import fused
 from halfeven.quantization.scheme import Scheme
 
 Domain = Literal["linear", "log"]
-"""How a learned scale is stored: as itself, used by its absolute value, or as its binary logarithm."""
+"""How a learned scale is stored: "linear", as itself, of which the absolute value is used; "log", as its binary
+logarithm."""
 
 Clip = tuple[float, float]
-"""The bounds of an activation that clips, such as (0, inf) of ReLU, before it is quantized."""
+"""Bounds of an activation function that clips, for example (0, inf) for ReLU."""
 
 UNCLIPPED: Clip = (-math.inf, math.inf)
 
 
 def effective_scale(stored: Tensor, domain: Domain = "linear") -> Tensor:
-    """The scale that is used for a stored one: positive, at least `arithmetic.SMALLEST_SCALE`, snapped to 16 bits.
+    """Return the scale in use for a stored one: positive, at least `arithmetic.SMALLEST_SCALE`, snapped to 16 bits.
 
-    In the linear domain the absolute value keeps a learned scale positive without a dead zone: one that crosses zero is
-    reflected, and its gradient with it. Snapping passes the gradient through.
+    In the linear domain the absolute value keeps a learned scale positive without a dead zone: a scale that crosses
+    zero is reflected, and so is its gradient. Snapping passes the gradient through.
     """
     positive = torch.exp2(stored) if domain == "log" else torch.where(stored < 0, -stored, stored)
-    # A power of an integer: the compiler builds it into a kernel. A floating-point constant of a module would be an
-    # argument, which every call makes a tensor of.
+    # The compiler builds a power of two integers into the kernel; a floating-point constant of a module would be an
+    # argument of the kernel, and each call would make a tensor of it.
     least = 2.0**SMALLEST_EXPONENT
-    # The first summand carries the gradient and is exactly 0.
+    # The first term is exactly 0 and carries the gradient (straight-through).
     return (positive - positive.detach()) + snap(positive.detach().clamp(min=least))
 
 
 def stored_scale(scale: Tensor, domain: Domain) -> Tensor:
-    """What is stored for a positive scale; `effective_scale` gives it back."""
+    """Return the number to store for a positive scale: the inverse of `effective_scale`."""
     return torch.log2(scale) if domain == "log" else scale
 
 
@@ -55,48 +57,51 @@ def fake_quantize(
     rounding_gradient: bool = True,
     known: Tensor | None = None,
 ) -> Tensor:
-    """Quantize and dequantize, with the gradients of learned step size quantization.
+    """Quantize and dequantize a tensor, with the gradients of learned step size quantization.
 
-    x gets the gradient inside the grid and 0 outside (straight-through). The scale gets `round(x/s) - x/s` inside and
-    `bound - zero_point` outside, a floating zero point 0 inside and `-scale` outside, each summed over the elements
-    that share it, times `gradient_factor`.
+    Let x be an element, s its scale and z its zero point. x gets the incoming gradient inside the grid and 0 outside
+    (straight-through). s gets the incoming gradient times `round(x/s) - x/s` inside the grid and times `bound - z`
+    outside. A learned z gets 0 inside and the incoming gradient times `-s` outside. The gradients of s and z are summed
+    over the elements that share them and multiplied by `gradient_factor`.
 
     Args:
         x: any shape, floating.
-        scale: [] or [channels], float32: positive, or as `domain` says.
-        zero_point: like `scale`; integers, or a learned one in float32, which is rounded and clamped to the grid.
+        scale: [] or [channels], float32: positive, or stored as `domain` says.
+        zero_point: like `scale`; integers, or a learned zero point in float32, which is rounded and clamped to the
+            grid.
         scheme: grid and axis.
-        gradient_factor: LSQ's gradient scale, 1 / sqrt(elements * quant_max).
-        domain: how a learned scale is stored; None: `scale` is used as it is.
-        clip: bounds that x is clipped to first, at no cost; the same as a clamp before.
-        rounding_gradient: whether the scale gets the gradient of rounding inside the grid (LSQ); False: of clipping
-            alone (PACT, arXiv 1805.06085).
-        known: the result, where it is known from before; then only the backward pass computes.
+        gradient_factor: LSQ's gradient scale, 1 / sqrt(elements * quant_max) (LSQ, section 2.2).
+        domain: how a learned scale is stored; None: `scale` is the scale in use.
+        clip: bounds that x is clipped to before it is quantized, in the same kernel.
+        rounding_gradient: True: inside the grid the scale gets the gradient of rounding (LSQ); False: it gets 0 there,
+            the gradient of clipping alone (PACT, arXiv 1805.06085, section 3).
+        known: the result, where an earlier call has computed it; then only the backward pass computes.
     """
-    # A kernel sees [elements] or [channels, elements], but in a model that is compiled as a whole.
+    # A kernel sees [elements] or [channels, elements], except in a model that is compiled as a whole.
     axis = scheme.axis if scheme.axis is None or torch.compiler.is_compiling() else 0
-    grid = _Grid(scheme.quant_min, scheme.quant_max, axis, domain, clip, rounding_gradient)
-    ends_at_zero = scheme.symmetric and not scheme.signed and clip[0] == 0  # then the grid is the lower bound already
+    grid = _Kernel(scheme.quant_min, scheme.quant_max, axis, domain, clip, rounding_gradient)
+    # An unsigned symmetric grid starts at 0: it is the lower bound of a ReLU already.
+    ends_at_zero = scheme.symmetric and not scheme.signed and clip[0] == 0
     forward = grid._replace(clip=(-math.inf, clip[1])) if ends_at_zero else grid
     result = _FakeQuantize.apply(x, scale, zero_point, scheme.axis, forward, grid, gradient_factor, known)
     assert isinstance(result, Tensor)
     return result
 
 
-class _Grid(NamedTuple):
-    """What a kernel is compiled for, but for the integers, which are its arguments."""
+class _Kernel(NamedTuple):
+    """The settings of a kernel. It is compiled for all of them except the integers, which are its arguments."""
 
     low: int
     high: int
     axis: int | None
-    """That of the channels, along which `scale` and `zero_point` lie, in the tensor as the kernel sees it."""
+    """Axis of the channels in the tensor as the kernel sees it; None: one scale."""
     domain: Domain | None
     clip: Clip
     rounding: bool
 
 
-def _used(scale: Tensor, zero_point: Tensor, ndim: int, grid: _Grid) -> tuple[Tensor, Tensor]:
-    """Scale and zero point in use, in float32, to broadcast over a tensor with `ndim` axes."""
+def _used(scale: Tensor, zero_point: Tensor, ndim: int, grid: _Kernel) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point in use, float32, in shapes that broadcast over a tensor with `ndim` axes."""
     if grid.domain is not None:
         scale = effective_scale(scale, grid.domain)
     if zero_point.is_floating_point():
@@ -105,63 +110,69 @@ def _used(scale: Tensor, zero_point: Tensor, ndim: int, grid: _Grid) -> tuple[Te
 
 
 def _clipped(x: Tensor, clip: Clip) -> Tensor:
-    """A clamp as two selections, which the compiler makes faster code of; NaN stays NaN."""
+    """Clamp by two selections, of which the compiler makes faster code; NaN stays NaN."""
     low, high = clip
     x = torch.where(x < low, low, x) if low > -math.inf else x
     return torch.where(x > high, high, x) if high < math.inf else x
 
 
-def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, grid: _Grid) -> Tensor:
+def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, grid: _Kernel) -> Tensor:
+    # LSQ, equations 1 and 2, with a zero point: q = clamp(round(x / s) + z, low, high); result = (q - z) * s.
     used, zero = _used(scale, zero_point, x.ndim, grid)
     integers = torch.clamp(torch.round(_clipped(x.float(), grid.clip) / used) + zero, grid.low, grid.high)
     return ((integers - zero) * used).to(x.dtype)
 
 
 def _passed(grad: Tensor, x: Tensor, inside: Tensor, clip: Clip) -> Tensor:
-    """The gradient where it goes through: inside the grid, and inside the clip."""
+    """Return the gradient of the input: the incoming one inside of grid and clip, else 0 (LSQ, equation 5)."""
     low, high = clip
     inside = inside & (x > low) if low > -math.inf else inside
     inside = inside & (x < high) if high < math.inf else inside
     return torch.where(inside, grad, 0.0)
 
 
-def _backward_input(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: _Grid) -> tuple[Tensor]:
-    """The gradient of the input alone."""
+def _backward_input(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: _Kernel) -> tuple[Tensor]:
+    """Return the gradient of the input alone."""
     used, zero = _used(scale, zero_point, x.ndim, grid)
     shifted = torch.round(x.float() / used) + zero
     return (_passed(grad, x, (shifted >= grid.low) & (shifted <= grid.high), grid.clip),)
 
 
-def _backward_scale(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
-    """Gradients of the input and of the stored scale; the latter summed over the axes that share it."""
+def _backward_scale(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: _Kernel) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the input and of the stored scale, the latter summed over the elements that share it."""
     used, zero = _used(scale, zero_point, x.ndim, grid)
     ratio = _clipped(x.float(), grid.clip) / used
     shifted = torch.round(ratio) + zero
     inside = (shifted >= grid.low) & (shifted <= grid.high)
     clipped = torch.clamp(shifted, grid.low, grid.high) - zero
+    # LSQ, equation 3: d(result) / ds = round(x / s) - x / s inside the grid, and its lower or upper bound outside.
+    # PACT (section 3) has 0 inside.
     slope = torch.where(inside, shifted - zero - ratio if grid.rounding else 0.0, clipped)
     total = (grad.float() * slope).sum_to_size(used.shape)
     if grid.domain == "log":
+        # s = 2^stored, so ds / d(stored) = s * ln 2 (TQT, arXiv 1903.08066, learns the logarithm too).
         total = total * (used * math.log(2))
     elif grid.domain == "linear":
+        # s = |stored|, so ds / d(stored) is the sign of the stored scale.
         total = torch.where(per_channel(scale, grid.axis, x.ndim) < 0, -total, total)
     return _passed(grad, x, inside, grid.clip), total.reshape(scale.shape)
 
 
 def _backward_all(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: _Grid
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: _Kernel
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the input, the stored scale and the zero point."""
+    """Return the gradients of the input, of the stored scale and of the zero point."""
     used, zero = _used(scale, zero_point, x.ndim, grid)
     shifted = torch.round(_clipped(x.float(), grid.clip) / used) + zero
     outside = (shifted < grid.low) | (shifted > grid.high)
+    # LSQ+, section 3.1: its offset is beta = -s * z, so d(result) / dz is 0 inside the grid and -s outside.
     total = -torch.where(outside, grad.float() * used, 0.0).sum_to_size(used.shape)
     passed, for_scale = _backward_scale(grad, x, scale, zero_point, grid)
     return passed, for_scale, total.reshape(zero_point.shape)
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Saves only its input: the integers are computed again in the backward pass, where they cost nothing."""
+    """Saves its inputs alone: the backward pass computes the integers again, which a fused kernel does for free."""
 
     @staticmethod
     def forward(
@@ -170,13 +181,15 @@ class _FakeQuantize(torch.autograd.Function):
         scale: Tensor,
         zero_point: Tensor,
         axis: int | None,
-        forward: _Grid,
-        grid: _Grid,
+        forward: _Kernel,
+        grid: _Kernel,
         gradient_factor: float,
         known: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.axis, ctx.grid, ctx.gradient_factor = axis, grid, gradient_factor
+        ctx.axis = axis
+        ctx.grid = grid
+        ctx.gradient_factor = gradient_factor
         if known is not None:
             return known.view_as(known)
         rows, restore = _rows(x, axis)
@@ -198,7 +211,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _laid_out_like(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient with the strides of the input, so that both flatten in the same order."""
+    """Return the gradient in the memory layout of the input, so that both flatten in the same order."""
     if torch.compiler.is_compiling():
         return grad
     if x.is_contiguous():
@@ -209,10 +222,13 @@ def _laid_out_like(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, axis: int | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """View `x` as [elements] or [channels, elements], so that one kernel serves every shape; and the way back.
+    """View `x` as [elements] or [channels, elements], so that one kernel serves every shape.
 
     In a model that is compiled as a whole `x` stays as it is: there the compiler chooses the layout, and flattening
     would make it copy.
+
+    Returns:
+        The view, and a function that brings a tensor of the view's shape back to the shape of `x`.
     """
     if torch.compiler.is_compiling():
         return x, lambda rows: rows

@@ -16,30 +16,30 @@ from halfeven.quantization.observers import Observer, extremes, finite_extremes,
 from halfeven.quantization.scheme import Scheme
 
 RANGE_MOMENTUM = 0.01
-"""Weight of a training batch in the moving average of an observed activation range (the seed recipe's constant)."""
-
+"""Weight of a training batch in the moving average of an observed activation range."""
 
 Ranges = Literal["observed", "learned", "clipped", "calibrated"]
-"""What sets the range of a quantizer in training: the data; the loss, by LSQ or by PACT; or nothing any more."""
+"""How a range moves in training: "observed" follows the data, "learned" follows the loss (LSQ), "clipped" follows the
+loss of clipping alone (PACT), "calibrated" stays."""
 
 
 class RangeState(enum.Enum):
-    """What is known of a quantizer's range, and what moves it.
+    """The state of a quantizer's range.
 
-    A value is the content of the buffer `observing` (0: training batches do not move the range, 1: they do, 2: nothing
-    does) and whether the range is set.
+    The value of a state is its code in files (the buffer `observing`: 1 where training batches move the range, 2 where
+    nothing does, else 0) and True where a range is set.
     """
 
     UNSET = (0, False)
-    """No range yet; calibration sets it."""
+    """There is no range; calibration sets it."""
     STARTING = (1, False)
-    """No range yet; calibration sets it, or the first training batch."""
+    """There is no range; calibration or the first training batch sets it."""
     OBSERVING = (1, True)
-    """Training batches move the range; of a weight it is always that of the present weight."""
+    """Training batches move the range. A weight in this state always has the range of its present values."""
     CALIBRATED = (0, True)
-    """The range stays until the next calibration, except that a learned one is trained."""
+    """The range stays until the next calibration, except that the loss moves a learned range."""
     FIXED = (2, True)
-    """Nothing moves the range, calibration included."""
+    """Nothing moves the range, not even calibration."""
 
     def __init__(self, code: int, has_range: bool) -> None:
         self.code = code
@@ -56,7 +56,7 @@ def _state_of(*, observing: bool, has_range: bool) -> RangeState:
 
 
 class Mode(enum.Enum):
-    """What a quantizer does with its tensor."""
+    """The mode of a quantizer: fake-quantize the tensor, pass it through, or pass it through and observe it."""
 
     QUANTIZE = "quantize"
     FLOAT = "float"
@@ -66,23 +66,23 @@ class Mode(enum.Enum):
 class Quantizer(nn.Module):
     """Fake-quantizes one tensor.
 
-    An observed range follows the data while `state.observing`: of a weight with observer "minmax" it is that of the
-    present weight, of an activation the moving average over training batches. It never moves in `eval()`. A learned
-    range is the parameter `scale` (LSQ) and, with `learns_zero_point`, the parameter `zero_point` (LSQ+), which is used
-    as an integer of the grid. A calibrated range stays as calibration set it.
+    In training an observed range follows the data while `state.observing`: the range of a weight with the observer
+    "minmax" is that of the present weight, the range of an activation is a moving average over the batches. It never
+    moves in `eval()`. A learned range is the parameter `scale` (LSQ) and, with `learns_zero_point`, the parameter
+    `zero_point` (LSQ+), of which the nearest integer of the grid is used. A calibrated range stays.
 
-    State, with final shapes from the start ([] or [channels]): `scale` (buffer, or parameter when learned, stored as
-    `domain` says), `zero_point` (int32 buffer, or float32 parameter when learned), `observing` (uint8: 0 no, 1 yes, 2
-    fixed for good), and for observed activations `low`, `high`. `scale` is NaN until a range is set.
+    The state dict has its final shapes, [] or [channels], from the start: `scale` (buffer, or parameter when learned,
+    stored as `domain` says; NaN without a range), `zero_point` (int32 buffer, or float32 parameter when learned),
+    `observing` (uint8, the code of `state`) and, for activations whose range is not learned, `low` and `high`.
 
     Args:
         scheme: the integer grid and its granularity.
         channels: size of the scheme's axis; None for one scale per tensor.
-        observer: estimator that calibration uses, a name of `halfeven.quantization.observers.OBSERVERS`.
-        ranges: what sets the range in training.
-        domain: what a learned scale is stored as: itself, or its binary logarithm.
-        learns_zero_point: whether the zero point of an asymmetric grid is learned too.
-        weight: whether the tensor is a weight, which is at hand at every step and needs no moving average.
+        observer: range estimator of the calibration, a key of `halfeven.quantization.observers.OBSERVERS`.
+        ranges: how the range moves in training.
+        domain: how a learned scale is stored: as itself, or as its binary logarithm.
+        learns_zero_point: True to learn the zero point of an asymmetric grid too.
+        weight: True for a weight, which is at hand in each step and needs no moving average.
     """
 
     scale: Tensor
@@ -105,7 +105,10 @@ class Quantizer(nn.Module):
         super().__init__()
         shape = () if channels is None else (channels,)
         learned = ranges in ("learned", "clipped")
-        self.scheme, self.observer_name, self.learned, self.weight = scheme, observer, learned, weight
+        self.scheme = scheme
+        self.observer_name = observer
+        self.learned = learned
+        self.weight = weight
         self.domain: Domain = domain
         self.ranges: Ranges = ranges
         self.name = ""
@@ -133,13 +136,19 @@ class Quantizer(nn.Module):
         hook_after_load(_read_state)
 
     def forward(self, x: Tensor, clip: Clip = UNCLIPPED) -> Tensor:
-        """Fake-quantize `x`, clipped before where an activation was fused into the quantizer; shape and dtype stay.
+        """Fake-quantize a tensor; shape and dtype stay.
+
+        Args:
+            x: any shape, floating, with the channels on the scheme's axis.
+            clip: bounds of an activation function that is fused into the quantizer.
 
         Raises:
-            CalibrationError: no range has been set.
+            CalibrationError: there is no range.
         """
         if clip != UNCLIPPED and (self.mode is not Mode.QUANTIZE or (self.state.observing and self.training)):
-            x, clip = torch.clamp(x, *clip), UNCLIPPED  # what looks at the tensor must see it as it is quantized
+            # An observer must see the tensor that is quantized, which is the clipped one.
+            x = torch.clamp(x, *clip)
+            clip = UNCLIPPED
         if self.mode is Mode.FLOAT or (self.mode is Mode.CALIBRATE and not self._calibrate(x)):
             return x
         if self.state.observing and self.weight:
@@ -157,8 +166,8 @@ class Quantizer(nn.Module):
             )
         factor, domain = (self._gradient_factor(x), self.domain) if self.learned else (1.0, None)
         rounding = self.ranges != "clipped"
-        # A quantizer of several tensors moves its range at each of them, which the backward pass of the others must
-        # not see.
+        # A quantizer that several tensors share moves its range at each of them; the backward pass of the tensors
+        # before must see the range that they were quantized with.
         scale, zero_point = (t.clone() if follows else t for t in (self.scale, self.zero_point))
         return self._once(
             x,
@@ -169,20 +178,27 @@ class Quantizer(nn.Module):
         )  # fmt: skip
 
     def _once(self, x: Tensor, quantized: Callable[[Tensor | None], Tensor]) -> Tensor:
-        """The result of fake-quantization, from before where weights are quantized once."""
+        """Return the fake-quantized tensor: the cached one, where weights are quantized once."""
         result = quantized(self.cached)
         if self.caches_output and isinstance(x, nn.Parameter):  # a computed weight is another tensor in every call
             self.cached = result.detach()
         return result
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Set scale and zero point from a float range, each end of shape [], [1] or [channels]."""
-        low, high = low.reshape(self.scale.shape), high.reshape(self.scale.shape)
+        """Set scale and zero point from a float range.
+
+        Args:
+            low, high: ends of the range, [], [1] or [channels].
+
+        Raises:
+            CalibrationError: an end is NaN or infinite.
+        """
+        low = low.reshape(self.scale.shape)
+        high = high.reshape(self.scale.shape)
         if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
             raise CalibrationError(
-                f"The range of {self.name or 'a quantizer'} is not finite (low {low.tolist()}, high "
-                f"{high.tolist()}), so no "
-                "scale can be made of it. Look for NaN or infinity in the weights and in the calibration data."
+                f"The range of {self.name or 'a quantizer'} is not finite (low {low.tolist()}, high {high.tolist()}), "
+                "so it has no scale. Look for NaN or infinity in the weights and in the calibration data."
             )
         if not self.learned and not self.weight:
             self.low.copy_(low)
@@ -216,13 +232,13 @@ class Quantizer(nn.Module):
         self._set_state(RangeState.FIXED)
 
     def fix_range(self, bounds: tuple[float, float] | None) -> None:
-        """Keep a range that is known beforehand, as that of a softmax is; None does nothing."""
+        """Set a range that is known beforehand, such as that of a softmax, and keep it for good; None does nothing."""
         if bounds is not None:
             self.set_range(*(torch.full_like(self.scale, bound) for bound in bounds))
             self._set_state(RangeState.FIXED)
 
     def fix_scale(self, scale: Tensor) -> None:
-        """Keep a scale for good, the zero point staying: neither data nor a later calibration moves it."""
+        """Set a scale, [] or [channels], and keep it for good; the zero point stays."""
         if not self.learned and not self.weight:
             low = -self.scheme.quant_max if self.scheme.symmetric and self.scheme.signed else self.scheme.quant_min
             self.low.copy_((low - self.zero_point) * scale)
@@ -231,34 +247,41 @@ class Quantizer(nn.Module):
         self._set_state(RangeState.FIXED)
 
     def used_scale(self, x: Tensor) -> Tensor:
-        """The scale that `forward` uses for `x`, without its gradient."""
+        """Return the scale that `forward` uses for `x`, [] or [channels], without its gradient."""
         with torch.no_grad():
             if self.state.observing and self.weight:
                 return self._present_range(x)[0]
             return effective_scale(self.scale, self.domain) if self.learned else self.scale
 
     def used_zero_point(self) -> Tensor:
-        """The zero point that `forward` uses, int32."""
+        """Return the zero point that `forward` uses, [] or [channels], int32."""
         if not self.zero_point.is_floating_point():
             return self.zero_point
-        bounds = self.scheme.quant_min, self.scheme.quant_max
-        return torch.clamp(torch.round(self.zero_point.detach()), *bounds).to(torch.int32)
+        nearest = torch.round(self.zero_point.detach())
+        return torch.clamp(nearest, self.scheme.quant_min, self.scheme.quant_max).to(torch.int32)
 
     def start_calibration(self) -> None:
         """Pass the tensor through unchanged and collect its statistics until `finish_calibration`."""
-        self.mode, self.observer = Mode.CALIBRATE, make_observer(self.observer_name, self.scheme)
-        if self.weight and not self.state.fixed:  # a weight is seen once, and anew each time
+        self.mode = Mode.CALIBRATE
+        self.observer = make_observer(self.observer_name, self.scheme)
+        if self.weight and not self.state.fixed:  # each calibration sees the present weight, once
             self.state = _state_of(observing=self.state.observing, has_range=False)
 
     def finish_calibration(self) -> None:
-        """Set the range from what was seen; raises CalibrationError, naming the tensor, when nothing was."""
-        observer, self.mode, self.observer = self.observer, Mode.QUANTIZE, None
+        """Set the range from the statistics collected.
+
+        Raises:
+            CalibrationError: no batch reached the tensor, which the message names.
+        """
+        observer = self.observer
         assert observer is not None
+        self.mode = Mode.QUANTIZE
+        self.observer = None
         with self._named():
             self.set_range(*observer.range())
 
     def _calibrate(self, x: Tensor) -> bool:
-        """Collect statistics; whether the tensor may be quantized already (a weight, whose range is known at once)."""
+        """Collect statistics. Returns True for a tensor to quantize at once: a weight, whose range is known then."""
         assert self.observer is not None
         if self.weight and self.state.has_range:
             return True
@@ -272,8 +295,9 @@ class Quantizer(nn.Module):
     def _follow(self, x: Tensor) -> None:
         with self._named():
             low, high = finite_extremes(self._channels_first(x))
-        low, high = low.reshape(self.low.shape), high.reshape(self.high.shape)
-        # The first batch sets the range: blending it with nothing would leave NaN.
+        low = low.reshape(self.low.shape)
+        high = high.reshape(self.high.shape)
+        # The first batch sets the range: before it, low and high are NaN.
         self.low.copy_(torch.lerp(self.low, low, RANGE_MOMENTUM) if self.state.has_range else low)
         self.high.copy_(torch.lerp(self.high, high, RANGE_MOMENTUM) if self.state.has_range else high)
         self._store(*scale_and_zero_point(self.low, self.high, self.scheme))
@@ -283,13 +307,13 @@ class Quantizer(nn.Module):
         return scale.reshape(self.scale.shape), zero_point.reshape(self.scale.shape)
 
     def _gradient_factor(self, x: Tensor) -> float:
-        """LSQ's 1 / sqrt(N * quant_max); N is the weights that share a scale, or the features of one sample."""
+        """Return LSQ's 1 / sqrt(N * quant_max) (section 2.2) for the N weights of a scale or features of a sample."""
         sharing = self.scale.numel() if self.weight else x.shape[0]
         elements = x.numel() // max(sharing, 1)
         return float((max(elements, 1) * self.scheme.quant_max) ** -0.5)
 
     def _channels_first(self, x: Tensor) -> Tensor:
-        """[channels, ...], or [1, ...] for one scale: what observers take."""
+        """Return the tensor in the shape that observers take: [channels, ...], or [1, ...] for one scale."""
         return x.detach()[None] if self.scheme.axis is None else x.detach().movedim(self.scheme.axis, 0)
 
     @contextmanager
@@ -301,8 +325,8 @@ class Quantizer(nn.Module):
                 "float model's weights" if self.weight else "calibration data and at the float model's outputs on it"
             )
             raise CalibrationError(
-                f"No range can be set for {self.name or 'a tensor'}: {error}. A scale made of it would spoil every "
-                f"result. Look at the {where}."
+                f"No range can be set for {self.name or 'a tensor'}: {error}. A scale made of it would spoil all "
+                f"results. Look at the {where}."
             ) from error
 
     def extra_repr(self) -> str:
@@ -310,7 +334,7 @@ class Quantizer(nn.Module):
 
 
 def _range_of(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Scale and zero point that hold all values of each row of [channels, elements]."""
+    """Return scale and zero point, [channels] each, of the extremes of each row of [channels, elements]."""
     return scale_and_zero_point(*extremes(values), scheme)
 
 
@@ -325,21 +349,21 @@ def _read_state(quantizer: nn.Module, incompatible_keys: Any) -> None:
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
-    """All quantizers of a model by the names of their modules."""
+    """Return all quantizers of a model by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
 
 
 def set_observing(model: nn.Module, on: bool) -> None:
-    """Let training batches move the observed ranges of a model, or keep them as they are."""
+    """Let training batches move the observed ranges of a model (on), or keep the ranges (off)."""
     for quantizer in quantizers(model).values():
         quantizer.set_observing(on)
 
 
 @contextmanager
 def weights_quantized_once(model: nn.Module) -> Iterator[None]:
-    """Within, every weight is quantized at its first use and kept: for the batches of one step, or an evaluation.
+    """Quantize each weight once, at its first use within the context: for the batches of a step, or an evaluation.
 
-    Gradients are those of quantizing it each time. Weights and scales must not change meanwhile.
+    Gradients are the same as without. Weights and scales must not change meanwhile.
     """
     found = [q for q in quantizers(model).values() if q.weight]
     for quantizer in found:
@@ -353,6 +377,6 @@ def weights_quantized_once(model: nn.Module) -> Iterator[None]:
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:
-    """Put all quantizers of a model in one mode, for example `Mode.FLOAT` to see the model without quantization."""
+    """Set the mode of all quantizers of a model, for example `Mode.FLOAT` to run the model without quantization."""
     for quantizer in quantizers(model).values():
         quantizer.mode = mode

@@ -1,7 +1,7 @@
 """Observers see the batches of a tensor and propose its range (white paper, section 3.1).
 
-An observer is given a tensor with the channels, or 1 where the tensor has one scale, on the first axis. All statistics
-accumulate over all batches and processes; the range is chosen once, at the end.
+An observer sees tensors of shape [channels, ...], or [1, ...] where the tensor has one scale. Statistics accumulate
+over all batches and processes; the range is chosen once, at the end.
 """
 
 from collections.abc import Callable
@@ -51,15 +51,23 @@ OBSERVERS: dict[str, Callable[[Scheme], Observer]] = {
     "entropy": lambda scheme: HistogramObserver(scheme, entropy_range),
     "cross_entropy": CrossEntropyObserver,
 }
-"""Range estimators by their names in options. "lp" is "mse" with the power 2.4 of BRECQ (arXiv 2102.05426) and QDrop
-(arXiv 2203.05740), which clips less."""
+"""Constructors of observers by their names in options. "lp" is "mse" with the power 2.4 of BRECQ (arXiv 2102.05426) and
+QDrop (arXiv 2203.05740), which clips less."""
 
 LOGITS = "cross_entropy"
-"""The estimator that looks at a tensor's values as the logits of classes: of no other tensor they are."""
+"""Name of the observer for logits of classes, which suits no other tensor."""
 
 
 def make_observer(name: str, scheme: Scheme) -> Observer:
-    """An observer by its name; raises ConfigError for a name that does not exist."""
+    """Return a new observer.
+
+    Args:
+        name: a key of `OBSERVERS`.
+        scheme: the grid that the range is for.
+
+    Raises:
+        ConfigError: there is no observer of that name.
+    """
     if name not in OBSERVERS:
         raise ConfigError(f'There is no observer "{name}". Choose one of {", ".join(OBSERVERS)}.')
     return OBSERVERS[name](scheme)

@@ -1,4 +1,4 @@
-"""Observers that keep a histogram of everything seen, and the ranges that can be read from it."""
+"""The observer that keeps a histogram of all values seen, and the ranges that are chosen from it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,20 +14,25 @@ from halfeven.quantization.observers.search import CANDIDATES, best, by_parts, l
 from halfeven.quantization.scheme import Scheme
 
 BINS = 4096
+"""Number of bins in a histogram."""
 
 SMALLEST_EXPONENT = -126
-"""Of the width of a bin: its reciprocal is a float32 number too."""
+"""Smallest binary exponent of a bin's width: its reciprocal is a float32 number too."""
 
-AT_ONCE = 2**20
-"""Numbers that a search over candidate ranges holds at a time: few enough for a processor's cache."""
+MAX_SEARCH_NUMBERS = 2**20
+"""Largest number of bins, over all candidate ranges, in memory at a time: few enough for a processor's cache."""
 
 
 class HistogramObserver:
-    """A histogram of everything seen, from which `select` chooses the range.
+    """Keeps a histogram of all values seen, from which `select` chooses the range.
 
-    Bins are a power of two wide and their edges are multiples of it, so that doubling the width merges pairs of bins
-    exactly: the histogram is that of all values at once, whatever the order and size of the batches and the process
-    that saw them.
+    The width of a bin is a power of two and its edges are multiples of the width, so that doubling the width merges
+    pairs of bins exactly: the histogram does not depend on the order and size of the batches, nor on the process that
+    saw them.
+
+    Args:
+        scheme: the grid.
+        select: returns the range, (low, high), each [rows], for a histogram.
     """
 
     def __init__(self, scheme: Scheme, select: Callable[["HistogramObserver"], tuple[Tensor, Tensor]]) -> None:
@@ -40,16 +45,21 @@ class HistogramObserver:
         self.largest = torch.empty(0)
 
     def update(self, values: Tensor) -> None:
+        """Count a batch, [channels or 1, ...]."""
         low, high = finite_extremes(values)
         if self.counts.numel():
-            low, high = torch.minimum(self.smallest, low), torch.maximum(self.largest, high)
+            low = torch.minimum(self.smallest, low)
+            high = torch.maximum(self.largest, high)
         first, exponent = _bins(low, high)
         if self.counts.numel():
             self._widen(first, exponent)
         else:
             self.counts = torch.zeros(len(low), BINS, dtype=torch.float64, device=low.device)
-        self.first, self.exponent, self.smallest, self.largest = first, exponent, low, high
-        # A power of two and indices below 2^24: exact in float32.
+        self.first = first
+        self.exponent = exponent
+        self.smallest = low
+        self.largest = high
+        # Exact in float32: the factor is a power of two, and indices are below 2^24.
         bins = (torch.floor(rows(values) * _power_of_two(-exponent)[:, None]) - first[:, None]).long()
         bins += torch.arange(len(bins), device=bins.device)[:, None] * BINS
         self.counts += torch.bincount(bins.flatten(), minlength=self.counts.numel()).view_as(self.counts)
@@ -57,10 +67,11 @@ class HistogramObserver:
     def _widen(self, first: Tensor, exponent: Tensor) -> None:
         old = self.first[:, None] + torch.arange(BINS, device=first.device)
         new = (old >> (exponent - self.exponent).clamp(max=62)[:, None]) - first[:, None]
-        # Only bins that were empty fall outside of the new ones.
+        # Only empty bins fall outside of the new ones.
         self.counts = torch.zeros_like(self.counts).scatter_add_(1, new.clamp(0, BINS - 1), self.counts)
 
     def range(self) -> tuple[Tensor, Tensor]:
+        """Return the selected range, (low, high), each [channels or 1]."""
         if not self.counts.numel():
             seen(None)
         self.counts = all_reduce(self.counts, dist.ReduceOp.SUM)
@@ -68,7 +79,7 @@ class HistogramObserver:
 
     @property
     def width(self) -> Tensor:
-        """Of a bin, [rows]."""
+        """Width of a bin, [rows]."""
         return _power_of_two(self.exponent)
 
     @property
@@ -84,7 +95,8 @@ class HistogramObserver:
 
 
 def _bins(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """First bin, and exponent of the width, of the narrowest bins that hold a range; not finer than float32."""
+    """Return the index of the first bin and the exponent of the width, [rows] each, of the narrowest bins that hold a
+    range. They are no finer than float32."""
     largest = torch.maximum(-low, high)
     exponent = torch.where(high > low, torch.frexp((high - low) / BINS).exponent, SMALLEST_EXPONENT).long()
     finest = torch.where(largest > 0, torch.frexp(largest).exponent - 24, SMALLEST_EXPONENT).long()
@@ -99,9 +111,9 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 
 def percentile_range(histogram: HistogramObserver, percentile: float = 99.99) -> tuple[Tensor, Tensor]:
-    """The range that leaves out (100 - percentile)/2 percent of the values at each end of two-sided data.
+    """Return the range that leaves out (100 - percentile)/2 percent of the values at each end, [rows] each.
 
-    One-sided data (no negative, or no positive value) keeps its end at zero and gives up all at the other.
+    Data of one sign keep their end at zero and lose (100 - percentile) percent at the other end.
     """
     cumulative = histogram.counts.cumsum(1)
     total = cumulative[:, -1:]
@@ -116,9 +128,10 @@ def percentile_range(histogram: HistogramObserver, percentile: float = 99.99) ->
 
 
 def mse_range(histogram: HistogramObserver, power: float = 2.0) -> tuple[Tensor, Tensor]:
-    """The range with the least error sum |x - fake_quantize(x)|^power over all values seen (white paper, equation 16).
+    """Return the range with the least sum of |x - fake_quantize(x)|^power over all values seen, [rows] each.
 
-    A higher power gives the large errors of clipping more weight against the small ones of rounding.
+    White paper, section 3.1, equation 16. A higher power weighs the large errors of clipping more against the small
+    errors of rounding.
     """
     scheme = dataclasses.replace(histogram.scheme, axis=0)
     centers, counts = _occupied(histogram)
@@ -129,24 +142,25 @@ def mse_range(histogram: HistogramObserver, power: float = 2.0) -> tuple[Tensor,
         found: Tensor = fused(_errors)(centers, counts, *grids, scheme.quant_min, scheme.quant_max, power)
         return found
 
-    bounded = by_parts(errors, max(1, AT_ONCE // counts.numel()))
+    bounded = by_parts(errors, max(1, MAX_SEARCH_NUMBERS // counts.numel()))
     return least_error(bounded, histogram.smallest, histogram.largest, scheme.symmetric)
 
 
 def _errors(x: Tensor, counts: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, power: float) -> Tensor:
-    """Sum of |x - fake_quantize(x)|^power over bins, [candidates, rows], in one pass; in place where none is compiled.
+    """Return the sum of |x - fake_quantize(x)|^power over bins, [candidates, rows], in one pass over memory.
 
     Args:
-        x, counts: values of the bins and how often they were seen, [rows, bins].
-        scale, zero_point: of the candidates, [candidates, rows, 1].
+        x, counts: values of the bins, and their number of occurrences, [rows, bins].
+        scale, zero_point: those of the candidates, [candidates, rows, 1].
     """
+    # In place: without a compiler each operation would otherwise write a tensor of its own.
     integers = (x / scale).round_().add_(zero_point).clamp_(low, high)
     distance = integers.sub_(zero_point).mul_(scale).sub_(x).abs_()
     return distance.pow_(power).double().mul_(counts).sum(-1)
 
 
 def _occupied(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
-    """Centers and counts of the bins that are not empty, [rows, the most that a row has]: a filter has few weights."""
+    """Return centers and counts of the bins that are not empty, [rows, most of a row]: a filter has few weights."""
     row, bin_ = (histogram.counts > 0).nonzero(as_tuple=True)
     each = torch.bincount(row, minlength=len(histogram.counts))
     place = torch.arange(len(row), device=row.device) - (each.cumsum(0) - each)[row]
@@ -158,10 +172,10 @@ def _occupied(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
 
 
 def entropy_range(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
-    """The range whose quantized distribution has the least Kullback-Leibler divergence from the clipped one seen.
+    """Return the range whose quantized distribution has the least Kullback-Leibler divergence from the clipped one.
 
-    The clipped reference puts its tails into the outermost bins; the quantized distribution spreads the mass of each of
-    the grid's levels evenly over the bins that were not empty (Migacz, "8-bit inference with TensorRT", GTC 2017).
+    Migacz, "8-bit inference with TensorRT" (GTC 2017): the clipped reference puts its tails into the outermost bins;
+    the quantized distribution spreads the mass of each level of the grid evenly over the bins that are not empty.
     """
     scheme = dataclasses.replace(histogram.scheme, axis=0)
 
@@ -173,24 +187,33 @@ def entropy_range(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
         return _divergence(histogram.counts.repeat(len(lows), 1), level, inside, scheme.levels).view_as(lows)
 
     fractions = torch.linspace(1.0, 0.1, CANDIDATES, device=histogram.smallest.device)[:, None]
-    bounded = by_parts(divergences, max(1, AT_ONCE // histogram.counts.numel()))
+    bounded = by_parts(divergences, max(1, MAX_SEARCH_NUMBERS // histogram.counts.numel()))
     return best(bounded, histogram.smallest * fractions, histogram.largest * fractions)
 
 
 def _divergence(counts: Tensor, level: Tensor, inside: Tensor, levels: int) -> Tensor:
-    """Kullback-Leibler divergence of each row, [rows]; infinite where no bin is inside."""
+    """Return the Kullback-Leibler divergence of each row, [rows], in nats; infinite where no bin is inside.
+
+    Args:
+        counts: the histograms, [rows, bins].
+        level: index of the grid's integer that each bin is quantized to, [rows, bins].
+        inside: True for the bins within the range, [rows, bins].
+        levels: number of integers of the grid.
+    """
     first = inside.int().argmax(1, keepdim=True)
     last = counts.shape[1] - 1 - inside.flip(1).int().argmax(1, keepdim=True)
     position = torch.arange(counts.shape[1], device=counts.device)
+    # The reference distribution P: the values outside of the range are clipped into the outermost bins inside.
     reference = torch.where(inside, counts, 0.0)
     reference.scatter_add_(1, first, torch.where(position < first, counts, 0.0).sum(1, keepdim=True))
     reference.scatter_add_(1, last, torch.where(position > last, counts, 0.0).sum(1, keepdim=True))
+    # The quantized distribution Q: the mass of a level, shared by its bins that are not empty.
     occupied = (inside & (counts > 0)).to(counts.dtype)
     empty = torch.zeros(len(counts), levels, dtype=counts.dtype, device=counts.device)
     mass = empty.scatter_add(1, level, occupied * counts)
     bins = empty.scatter_add(1, level, occupied)
     quantized = occupied * mass.gather(1, level) / bins.gather(1, level).clamp(min=1)
     p = reference / reference.sum(1, keepdim=True)
-    # A bin that only clipping filled has no mass in the quantized distribution: a small floor keeps its price finite.
+    # A bin that clipping alone has filled has no mass in Q: a small floor keeps its contribution finite.
     q = (quantized / quantized.sum(1, keepdim=True).clamp(min=1)).clamp(min=1e-12)
     return torch.where(inside.any(1), (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(1), torch.inf)

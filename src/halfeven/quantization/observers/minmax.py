@@ -1,4 +1,4 @@
-"""What all observers do with a batch, and the observers that keep only its extremes."""
+"""The protocol of observers, what they share, and the observers that keep the extremes of batches."""
 
 from typing import Protocol
 
@@ -12,35 +12,43 @@ from halfeven.quantization.scheme import Scheme
 
 
 class Observer(Protocol):
-    """What calibration asks of a range estimator."""
+    """A range estimator, as calibration uses it."""
 
     def update(self, values: Tensor) -> None:
-        """See one batch, shape [channels or 1, ...]; raises CalibrationError on NaN or infinity."""
+        """See a batch, [channels or 1, ...].
+
+        Raises:
+            CalibrationError: the batch has NaN or infinite values.
+        """
 
     def range(self) -> tuple[Tensor, Tensor]:
-        """The proposed (low, high), each of shape [channels or 1]; raises CalibrationError when nothing was seen."""
+        """Return the proposed range, (low, high), each [channels or 1].
+
+        Raises:
+            CalibrationError: no batch was seen.
+        """
 
 
 def rows(values: Tensor) -> Tensor:
-    """Values [channels or 1, ...] as float32 numbers [channels or 1, elements], without their gradient."""
+    """Return values [channels or 1, ...] as float32 [channels or 1, elements], without their gradient."""
     return values.detach().float().reshape(values.shape[0], -1)
 
 
 def finite_extremes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each channel, [channels], reduced over all processes.
+    """Return the smallest and the largest value of each channel, [channels or 1], over all processes.
 
     Args:
         values: [channels or 1, ...].
 
     Raises:
-        CalibrationError: NaN or infinity.
+        CalibrationError: a value is NaN or infinite.
     """
     low, high = fused(extremes)(rows(values))
-    # An average or a plain minimum would differ from rank to rank; the union of what all ranks saw does not. A
-    # reduction may lose NaN, never infinity: all ranks must raise, or one waits for the others for ever.
+    # Every process must get the same range, so it is that of the values of all processes. A reduction may drop NaN but
+    # never infinity: all processes must raise together, or one waits for the others for ever.
     low = -all_reduce(torch.where(torch.isfinite(low), -low, torch.inf), dist.ReduceOp.MAX)
     high = all_reduce(torch.where(torch.isfinite(high), high, torch.inf), dist.ReduceOp.MAX)
-    if torch.compiler.is_compiling():  # looking at values would cut the compiled model in two; the loss is NaN soon
+    if torch.compiler.is_compiling():  # reading values would break the compiled graph; NaN shows in the loss
         return low, high
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
         raise CalibrationError("a batch holds NaN or infinite values")
@@ -48,12 +56,12 @@ def finite_extremes(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each row of [channels, elements]."""
+    """Return the smallest and the largest value of each row of [channels, elements], each [channels]."""
     return values.amin(-1), values.amax(-1)
 
 
 def all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-    """The reduction over all processes of a run; the values themselves in a run of one."""
+    """Return the reduction of a tensor over all processes of a run; the tensor itself in a run of one process."""
     if not (dist.is_available() and dist.is_initialized()):
         return values
     values = values.clone()
@@ -62,30 +70,32 @@ def all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
 
 
 def seen(value: Tensor | None) -> Tensor:
-    """The value; raises CalibrationError where no batch has set it."""
+    """Return the value, or raise CalibrationError where it is None: no batch has set it."""
     if value is None:
         raise CalibrationError("no batch reached it during calibration")
     return value
 
 
 class MinMaxObserver:
-    """The extremes of everything seen: nothing is clipped."""
+    """Proposes the extremes of all values seen: nothing is clipped."""
 
     def __init__(self, scheme: Scheme) -> None:
         self.low: Tensor | None = None
         self.high: Tensor | None = None
 
     def update(self, values: Tensor) -> None:
+        """See a batch, [channels or 1, ...]."""
         low, high = finite_extremes(values)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
     def range(self) -> tuple[Tensor, Tensor]:
+        """Return the proposed range, (low, high), each [channels or 1]."""
         return seen(self.low), seen(self.high)
 
 
 class MovingAverageObserver:
-    """Exponential moving average of the extremes of the batches; the first batch sets it."""
+    """Proposes the exponential moving average of the extremes of the batches; the first batch sets it."""
 
     def __init__(self, scheme: Scheme, momentum: float = 0.1) -> None:
         self.momentum = momentum
@@ -93,9 +103,11 @@ class MovingAverageObserver:
         self.high: Tensor | None = None
 
     def update(self, values: Tensor) -> None:
+        """See a batch, [channels or 1, ...]."""
         low, high = finite_extremes(values)
         self.low = low if self.low is None else torch.lerp(self.low, low, self.momentum)
         self.high = high if self.high is None else torch.lerp(self.high, high, self.momentum)
 
     def range(self) -> tuple[Tensor, Tensor]:
+        """Return the proposed range, (low, high), each [channels or 1]."""
         return seen(self.low), seen(self.high)
