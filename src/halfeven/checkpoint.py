@@ -18,32 +18,36 @@ from halfeven.placement.plan import Plan
 from halfeven.zoo.weights import differences
 
 FORMAT = "1"
+"""Version of the files' layout; a file of another version is refused."""
 
 
 def save(qmodel: nn.Module, path: str | Path, extra: dict[str, Any] | None = None) -> None:
-    """Write a quantized model: its state dict, its plan, and the versions that wrote it.
+    """Write a quantized model to a safetensors file: its state dict, its plan, and the versions that wrote it.
 
     Args:
-        extra: further JSON-able facts, such as the accuracy that was reached; `read_facts` gives them back.
+        qmodel: a model from `prepare`, `quantize` or `load`.
+        path: the file; a file of that name is replaced at once, when the new one is complete.
+        extra: further JSON-able facts, for example the accuracy reached; `read_facts` returns them.
     """
     facts = {"plan": json.dumps(plan_of(qmodel).to_dict()), "extra": json.dumps(extra or {})}
     write_tensors(qmodel.state_dict(), Path(path), facts)
 
 
 def restore(path: str | Path, rebuild: Callable[[Plan], nn.Module]) -> nn.Module:
-    """Make the quantized model of a checkpoint.
+    """Return the quantized model of a checkpoint.
 
     Args:
-        rebuild: makes the quantized model of a plan, with any weights, for the checkpoint's to be loaded into.
+        path: a file that `save` wrote.
+        rebuild: returns the quantized model of a plan, with any weights; the weights of the file are loaded into it.
 
     Raises:
-        CheckpointError: a file of something else, or of another model; the message lists what differs.
+        CheckpointError: the file is no such checkpoint, or belongs to another model; the message lists the differences.
     """
     state, facts = read_tensors(Path(path))
     if "plan" not in facts:
         raise CheckpointError(
-            f"{path} holds weights without a plan, so nothing says how they are quantized. Give a checkpoint that "
-            "halfeven.save or a training run wrote (best.safetensors, last.safetensors); for float weights set "
+            f"{path} has weights without a plan, so it does not say how they are quantized. Give a checkpoint that "
+            "halfeven.save or a training run wrote (best.safetensors, last.safetensors). For float weights, set "
             "model.weights."
         )
     qmodel = rebuild(Plan.from_dict(json.loads(facts["plan"])))
@@ -52,33 +56,38 @@ def restore(path: str | Path, rebuild: Callable[[Plan], nn.Module]) -> nn.Module
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load a state dict that must fit entirely.
+    """Load a state dict that must have exactly the model's names and shapes.
+
+    Args:
+        path: the file that the state dict comes from, for the message.
 
     Raises:
-        CheckpointError: it does not; the message lists what differs.
+        CheckpointError: names or shapes differ; the message lists them.
     """
     problem = differences(state, model.state_dict())
     if problem:
         raise CheckpointError(
-            f"{path} is not a checkpoint of this model:\n{problem}\nLoading a part of it would give another model. "
-            "Give the float model, number of classes and example input that it was trained with."
+            f"{path} is not a checkpoint of this model:\n{problem}\nWith a part of its weights this would be another "
+            "model. Give the float model, number of classes and example input that it was trained with."
         )
     model.load_state_dict(state)
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
-    """The facts that were saved with a checkpoint: `plan`, `extra`, and the versions `halfeven` and `torch`."""
+    """Return the facts saved with a checkpoint: `plan`, `extra`, and the versions of `halfeven` and `torch`."""
     facts: dict[str, Any] = dict(read_metadata(Path(path)))
     return facts | {key: json.loads(facts[key]) for key in ("plan", "extra") if key in facts}
 
 
 def save_weights(model: nn.Module, path: Path, extra: dict[str, Any] | None = None) -> None:
-    """Write a float model's state dict."""
+    """Write a float model's state dict to a safetensors file, with JSON-able facts about it."""
     write_tensors(model.state_dict(), path, {"extra": json.dumps(extra or {})})
 
 
 def write_tensors(state: dict[str, Tensor], path: Path, facts: dict[str, str]) -> None:
-    """Write tensors and facts atomically. Tensors that are one and the same (tied weights) are written once."""
+    """Write tensors and facts atomically. Tied weights, which are one tensor under several names, are written once."""
+    # Not `safetensors.torch.save_model`: it leaves out each tensor that shares memory with a written one, be it another
+    # part or another layout, and only a model with the same sharing can read its file.
     names: dict[tuple[Any, ...], str] = {}
     tensors: dict[str, Tensor] = {}
     same: dict[str, str] = {}
@@ -95,32 +104,38 @@ def write_tensors(state: dict[str, Tensor], path: Path, facts: dict[str, str]) -
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The JSON metadata of a safetensors file that halfeven wrote."""
+    """Return the metadata of a safetensors file, JSON by key; {} for a file of another library.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or another version of halfeven wrote it.
+    """
     if not path.is_file():
         raise CheckpointError(
-            f"There is no checkpoint {path}. Without it there is no quantized model. Give the path of a "
-            "best.safetensors "
-            "or last.safetensors in the --work-dir of a training run."
+            f"There is no checkpoint {path}, so there is no quantized model. Give the path of a best.safetensors or "
+            "last.safetensors in the --work-dir of a training run."
         )
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file: {error}. No model can be made of it. "
-            "Give a best.safetensors or last.safetensors (state.pt is for --resume alone)."
+            f"{path} is not a whole safetensors file: {error}. It cannot be loaded. Give a best.safetensors or "
+            "last.safetensors (state.pt is for --resume alone)."
         ) from error
     if metadata.get("format") not in (FORMAT, "pt", None):
         raise CheckpointError(
             f"{path} has format {metadata['format']}, written by halfeven {metadata.get('halfeven', '?')}; this "
-            "version reads "
-            f"format {FORMAT}. Its parts would be misread. Load it with that version of halfeven."
+            f"version reads format {FORMAT} and would misread it. Load it with the version that wrote it."
         )
     return metadata
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and facts of a file that `write_tensors` wrote."""
+    """Return the tensors, by name, and the facts of a file that `write_tensors` wrote.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or another version of halfeven wrote it.
+    """
     metadata = read_metadata(path)
     with safe_open(path, "pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)

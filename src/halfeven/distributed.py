@@ -1,4 +1,4 @@
-"""What one process knows of the others: rank, number of processes, and the averages taken over all of them."""
+"""The processes of a distributed run: rank, number, averages over all of them, and a check that all agree."""
 
 from collections.abc import Iterable
 
@@ -10,23 +10,23 @@ from halfeven.renamed import renamed_attributes
 
 
 def is_distributed() -> bool:
-    """Whether several processes work together."""
+    """Return True where several processes work together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def world_size() -> int:
-    """Number of processes that work together."""
+    """Return the number of processes that work together."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if is_distributed() else 0
 
 
 @torch.no_grad()
 def average(tensors: Iterable[Tensor]) -> None:
-    """Replace each floating-point tensor by its mean over all processes, in one exchange for each dtype."""
+    """Replace floating-point tensors, in place, by their means over all processes, in one exchange for each dtype."""
     if not is_distributed():
         return
     groups: dict[torch.dtype, list[Tensor]] = {}
@@ -42,22 +42,23 @@ def average(tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def differing(model: nn.Module) -> list[str]:
-    """Names of the model's tensors that are not the same, bit for bit, in all processes: [] when all agree."""
+    """Return the names of the model's tensors that differ between processes in any bit; [] where all agree."""
     if not is_distributed():
         return []
     state = model.state_dict()
     sums = torch.stack([_checksum(tensor) for tensor in state.values()])
-    low, high = sums.clone(), sums.clone()
+    low = sums.clone()
+    high = sums.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN)
     dist.all_reduce(high, dist.ReduceOp.MAX)
     return [name for name, same in zip(state, (low == high).tolist(), strict=True) if not same]
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """A number made of all bits of a tensor: its bytes, each row of eight as one integer, weighted by position."""
+    """Return a number made of all bits of a tensor: the sum of its 64-bit words, weighted by position."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     padded = torch.nn.functional.pad(data, (0, -len(data) % 8)).view(torch.int64)
-    # Integer overflow wraps around, which loses nothing here; odd weights tell places apart.
+    # Integer overflow wraps around; a change of a word always changes the sum, since odd weights are invertible.
     weights = torch.arange(1, 2 * len(padded), 2, dtype=torch.int64, device=padded.device)
     return (padded * weights).sum()
 

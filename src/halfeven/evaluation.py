@@ -1,4 +1,4 @@
-"""Run a model (float, simulated or deployed) over labelled data, in one process or many: its accuracy."""
+"""Measure the accuracy of a model (float, simulated or deployed) on labelled data, in one process or many."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
 
 Model = Callable[..., Any]
+"""A module, or any function from a batch of inputs to outputs."""
 
 
 def evaluate(
@@ -24,15 +25,20 @@ def evaluate(
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] | None = None,
 ) -> Metrics:
-    """The task's figures in percent: for classification `top1`, and `top5` where there are more than 5 classes.
+    """Return the task's metrics in percent: for classification `top1`, and `top5` where there are more than 5 classes.
 
-    In a distributed run every process must call this, each with its own share of the data (`evaluation_loader`); all
-    get the figures over all of it. A module is put in `eval()` and given back as it was.
+    In a distributed run every process must call this function with its own share of the data (`evaluation_loader`);
+    each gets the metrics over all data. A module computes in eval mode, and its modes are restored.
 
     Args:
         model: a module, or any function from a batch of inputs to outputs.
         loader: batches of inputs and targets; inputs are a tensor, or a dict of keyword arguments.
+        task: computes the metrics.
+        device: where the model is.
         on_batch: called with the number of samples after each batch.
+
+    Raises:
+        ConfigError: the packages of the extra `train` are not installed.
     """
     with extra("train", "Evaluation"):
         from accelerate.utils import find_batch_size, send_to_device
@@ -50,7 +56,7 @@ def evaluate(
 
 @contextmanager
 def evaluating(model: Callable[..., Any]) -> Iterator[None]:
-    """Put a module in eval() and give each submodule its own mode back: some may be frozen in a training one."""
+    """Put a module in eval mode within the context. Each submodule gets its own mode back: some may be frozen."""
     modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
     try:
         if isinstance(model, nn.Module):
@@ -69,7 +75,15 @@ def evaluation_loader(
     shared: bool = True,
     collate: Callable[[Any], Any] = default_collate,
 ) -> DataLoader[Any]:
-    """Batches in order; in a distributed run each process gets its share, every item once, or all if not `shared`."""
+    """Return a loader of batches in order.
+
+    Args:
+        items: a data set.
+        batch_size: samples of a batch.
+        workers: number of processes that read samples.
+        shared: in a distributed run, True: the processes share the data, each sample once; False: each has all of it.
+        collate: makes a batch of a list of samples.
+    """
     if shared and world_size() > 1:
         items = Subset(items, range(rank(), len(items), world_size()))
     pinned = torch.cuda.is_available()

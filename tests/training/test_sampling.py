@@ -9,7 +9,7 @@ import torch
 from halfeven.errors import ConfigError
 from halfeven.training import sampling
 from halfeven.training.options import TrainingOptions
-from halfeven.training.sampling import EpochBatches, SeededImages, TrainingBatches, seeded
+from halfeven.training.sampling import EpochBatches, SeededSamples, TrainingBatches, seeded
 
 
 class Noisy:
@@ -45,7 +45,7 @@ def test_epochs_and_seeds_differ():
 
 
 def test_an_image_is_augmented_anew_in_each_epoch():
-    images = SeededImages(Noisy(), seed=0)
+    images = SeededSamples(Noisy(), seed=0)
     assert torch.equal(images[2, 5][0], images[2, 5][0])
     assert not torch.equal(images[2, 5][0][1:], images[3, 5][0][1:])
 
@@ -87,5 +87,5 @@ def test_too_few_images():
 
 
 def test_single_image_batch():
-    with pytest.raises(ConfigError, match="last batch would hold one image"):
+    with pytest.raises(ConfigError, match="would have one sample"):
         EpochBatches(9, 4, seed=0, drop_last=False)

@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups and the learning rate of every step, as plain functions of the options."""
+"""The optimizer, its parameter groups, and the learning rate of each step, as functions of the options."""
 
 import math
 from typing import Any
@@ -14,12 +14,19 @@ NORMALIZATIONS = (AnyBatchOrInstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 
 
 def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay, and the learned scales of quantizers, at their own rate.
+    """Return parameter groups for an optimizer: with weight decay, without, and learned scales at their own rate.
 
-    A scale never decays: decay would pull the step size to zero whatever the loss says. Under SGD it learns more slowly
-    than the weights (white paper, section 4.4): BatchNorm forgives a weight any length, a scale that moved as far would
-    clip. Scales that learn by clipping alone are the exception: nothing but decay ever makes them smaller (PACT, arXiv
+    Scales do not decay: decay would pull the step size to zero whatever the loss says. Under SGD they learn more slowly
+    than the weights (white paper, section 4.4): BatchNorm makes up for any length of a weight, while a scale that moves
+    as far clips. Scales that learn from clipping alone do decay: nothing else makes them smaller (PACT, arXiv
     1805.06085, section 3).
+
+    Args:
+        model: the model; parameters that do not require gradients are left out.
+        options: learning rate, weight decay, and the scales' share of the learning rate (`scale_rate`).
+
+    Returns:
+        The groups that are not empty. "rate" is the factor on the learning rate of each step.
     """
     found = quantizers(model).values()
     scales = {id(p) for quantizer in found for p in quantizer.parameters(recurse=False)}
@@ -48,7 +55,7 @@ def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[st
 
 
 def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
-    """The optimizer that the options name, over all parameters of the model that require gradients."""
+    """Return the optimizer that the options name, over the parameters of the model that require gradients."""
     groups = parameter_groups(model, options)
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum)
@@ -56,15 +63,24 @@ def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Op
 
 
 def learning_rate(step: int, total_steps: int, steps_per_epoch: int, options: TrainingOptions) -> float:
-    """Learning rate of the optimizer step `step`, counted from 0."""
+    """Return the learning rate of an optimizer step.
+
+    Args:
+        step: number of the step, from 0.
+        total_steps: number of steps of the run.
+        steps_per_epoch: number of steps of an epoch.
+        options: schedule and warm-up.
+    """
     if step < options.warmup_steps:
         return options.learning_rate * (step + 1) / (options.warmup_steps + 1)
     epoch = step // steps_per_epoch
     if options.schedule == "cosine":
         if options.schedule_by == "epoch":
-            done, whole = epoch, math.ceil(total_steps / steps_per_epoch)
+            done = epoch
+            whole = math.ceil(total_steps / steps_per_epoch)
         else:
-            done, whole = step - options.warmup_steps, total_steps - options.warmup_steps
+            done = step - options.warmup_steps
+            whole = total_steps - options.warmup_steps
         return options.learning_rate * 0.5 * (1 + math.cos(math.pi * done / max(whole, 1)))
     if options.schedule == "step":
         passed = sum(epoch >= milestone for milestone in options.step_epochs)

@@ -1,8 +1,8 @@
-"""Which images come when, and with which random numbers: pure functions of the seed, the same in a resumed run.
+"""The order of samples and all random numbers of a training: pure functions of seed and position.
 
-Nothing here depends on what was drawn before: the order is a function of (seed, epoch), an image's augmentation of
-(seed, epoch, index), and the model's own random numbers (dropout) of (seed, step, process). So workers, interruptions
-and resumptions do not matter.
+Nothing depends on earlier draws: the order is a function of (seed, epoch), a sample's augmentation of (seed, epoch,
+index), and the model's own random numbers (dropout) of (seed, step, process). So a run is the same with any number of
+workers, and after an interruption.
 """
 
 import random
@@ -20,14 +20,16 @@ from halfeven.training.options import TrainingOptions
 
 
 def mix(*numbers: int) -> int:
-    """One well-mixed 63-bit seed from several small numbers."""
+    """Return a well-mixed 63-bit seed made of several small numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Run a block with the generators of torch (CPU), Python and NumPy seeded, and give them back as they were."""
-    state = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    """Seed the generators of torch (CPU), Python and NumPy within the context, and restore their states after it."""
+    torch_state = torch.get_rng_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     seed = mix(*numbers)
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
@@ -35,49 +37,63 @@ def seeded(*numbers: int) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_rng_state(state[0])
-        random.setstate(state[1])
-        np.random.set_state(state[2])
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
-class SeededImages(Dataset[Any]):
-    """Images whose random augmentation depends only on (seed, epoch, index); items are asked for by (epoch, index)."""
+class SeededSamples(Dataset[Any]):
+    """Samples, indexed by (epoch, index), whose random augmentation depends on (seed, epoch, index) alone."""
 
-    def __init__(self, images: Any, seed: int) -> None:
-        self.images, self.seed = images, seed
+    def __init__(self, samples: Any, seed: int) -> None:
+        self.samples = samples
+        self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
-        """The image `index` as it looks in `epoch`."""
+        """Return the sample `index` as it is augmented in `epoch`."""
         epoch, index = key
         with seeded(self.seed, epoch, index):
-            return self.images[index]
+            return self.samples[index]
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """This process's batches of an epoch, from any position on.
+    """Yields this process's batches of `epoch`, from batch `start` on, as lists of (epoch, index).
 
-    All processes draw the same order; it is lengthened from its own start to a whole number of images each, and dealt
-    out in turn.
+    All processes draw the same order, which is lengthened from its own start so that each gets equally many samples,
+    and deal it out in turn.
+
+    Args:
+        length: number of samples.
+        batch_size: samples that a process takes at a time.
+        seed: decides on the order, with the epoch.
+        drop_last: True to leave out the last, smaller batch of an epoch.
+
+    Raises:
+        ConfigError: an epoch has no batch, or a last batch of one sample.
     """
 
     def __init__(self, length: int, batch_size: int, *, seed: int, drop_last: bool) -> None:
-        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
         self.share = -(-length // world_size())
         self.batches = self.share // batch_size if drop_last else -(-self.share // batch_size)
-        self.epoch, self.start = 0, 0
+        self.epoch = 0
+        self.start = 0
         self._check(drop_last)
 
     def _check(self, drop_last: bool) -> None:
         if self.batches == 0:
             raise ConfigError(
-                f"{self.length} training images on {world_size()} process(es) do not fill one batch of "
-                f"{self.batch_size}: "
-                "no step would be taken. Set training.batch_size lower, or training.drop_last=False."
+                f"{self.length} training samples on {world_size()} process(es) do not fill one batch of "
+                f"{self.batch_size}, so no step would be taken. Lower training.batch_size, or set "
+                "training.drop_last=False."
             )
         if not drop_last and self.share % self.batch_size == 1 and self.batch_size > 1:
             raise ConfigError(
-                f"An epoch's last batch would hold one image ({self.share} images in batches of {self.batch_size}), "
-                "of which BatchNorm cannot take a variance. Set training.drop_last=True or another training.batch_size."
+                f"The last batch of an epoch would have one sample ({self.share} samples in batches of "
+                f"{self.batch_size}), which has no variance for BatchNorm. Set training.drop_last=True or another "
+                "training.batch_size."
             )
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -92,20 +108,28 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 class TrainingBatches:
-    """The loader of the training images, which can start at any batch of any epoch."""
+    """The loader of the training samples, which can start at any batch of any epoch.
+
+    Args:
+        samples: training data, by index.
+        options: batch size, and what becomes of an epoch's last batch.
+        seed: decides on order and augmentation.
+        workers: number of processes that read samples.
+        collate: makes a batch of a list of samples.
+    """
 
     def __init__(
         self,
-        images: Any,
+        samples: Any,
         options: TrainingOptions,
         *,
         seed: int,
         workers: int,
         collate: Callable[[Any], Any] = default_collate,
     ) -> None:
-        self.sampler = EpochBatches(len(images), options.batch_size, seed=seed, drop_last=options.drop_last)
+        self.sampler = EpochBatches(len(samples), options.batch_size, seed=seed, drop_last=options.drop_last)
         self.loader: DataLoader[Any] = DataLoader(
-            SeededImages(images, seed),
+            SeededSamples(samples, seed),
             batch_sampler=self.sampler,
             collate_fn=collate,
             num_workers=workers,
@@ -117,6 +141,7 @@ class TrainingBatches:
         return self.sampler.batches
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Any]:
-        """The batches of one epoch from batch `start` on."""
-        self.sampler.epoch, self.sampler.start = number, start
+        """Return the batches of an epoch, from batch `start` on."""
+        self.sampler.epoch = number
+        self.sampler.start = start
         return iter(self.loader)

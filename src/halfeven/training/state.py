@@ -1,4 +1,4 @@
-"""The state of a training run in one file, written atomically; the run goes on from it as if never interrupted."""
+"""The state of a training run, in one file: a run resumed from it equals an uninterrupted run."""
 
 import pickle
 from dataclasses import dataclass, field
@@ -12,75 +12,82 @@ from halfeven.files import write_atomically
 
 STATE_FILE = "state.pt"
 FORMAT = 2
+"""Version of the file's layout; a file of another version is refused."""
+
+LABELS = {"images": "samples"}
+"""Names of positions in messages, where they differ from those in files."""
 
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """All that a run needs to go on. It holds no random generator: every draw is a function of seed and position."""
+    """The state of a run. It has no random generator: each draw is a function of seed and position."""
 
     model: dict[str, Any]
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     step: int
-    """Optimizer steps taken."""
+    """Number of optimizer steps taken."""
     best: dict[str, float]
     """Metrics of the best validation so far; {} before the first."""
     last: dict[str, float]
     """Metrics of the last validation; {} before the first."""
     position: dict[str, int]
-    """What the order of the images depends on: seed, number of images, batch size, accumulation, processes."""
+    """Settings that the order of the samples depends on: seed, number of samples (under the name "images"), batch size,
+    accumulation, processes."""
     others: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """States of what accompanies the training, by name: averages, oscillations."""
+    """States of the callback's objects by name, for example of the average of the weights."""
     header: str = ""
-    """JSON of what the caller needs to make the model anew: the plan, for a quantized one."""
+    """JSON of the facts that the caller needs to make the model anew; for a quantized model its plan."""
     format: int = FORMAT
 
 
 def save_state(state: TrainingState, path: Path) -> None:
-    """Write the state of a run."""
+    """Write the state of a run atomically."""
     content = {key: getattr(state, key) for key in TrainingState.__dataclass_fields__}
     write_atomically(path, lambda partial: torch.save(content, partial))
 
 
 def load_state(path: Path) -> TrainingState:
-    """Read the state of a run; nothing in it is executed.
+    """Return the state of a run, read without executing any code of the file.
 
     Raises:
-        CheckpointError: no such file, or not one that this version writes.
+        CheckpointError: there is no such file, it is damaged, or another version of halfeven wrote it.
     """
     if not path.is_file():
         raise CheckpointError(
             f"There is no training state {path}, so there is no run to resume. Leave --resume out, or give the "
-            "--work-dir "
-            "of the interrupted run."
+            "--work-dir of the interrupted run."
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as a training state: {str(error).splitlines()[0]} A run cannot go on from it. "
-            "Start anew in another --work-dir."
+            f"{path} cannot be read as a training state: {str(error).splitlines()[0]} The run cannot be resumed from "
+            "it. Start anew in another --work-dir."
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
-            f"{path} holds a training state of format {found}; this version of halfeven writes and reads format "
-            f"{FORMAT}. "
-            "Its parts would be misread. Resume with the version that wrote it, or start anew in another --work-dir."
+            f"{path} holds a training state of format {found}; this version of halfeven reads format {FORMAT} and "
+            "would misread it. Resume with the version that wrote it, or start anew in another --work-dir."
         )
     return TrainingState(**content)
 
 
 def check_position(found: dict[str, int], wanted: dict[str, int], path: Path) -> None:
-    """Refuse to resume where the order of the images would not be the same.
+    """Check that a resumed run would see the samples in the same order.
 
     Raises:
-        CheckpointError: a seed, batch size or number of processes that differs.
+        CheckpointError: seed, number of samples, batch size, accumulation or number of processes has changed.
     """
-    changed = [f"{key} {found.get(key)} then, {wanted[key]} now" for key in wanted if found.get(key) != wanted[key]]
+    changed = [
+        f"{LABELS.get(key, key)} {found.get(key)} then, {wanted[key]} now"
+        for key in wanted
+        if found.get(key) != wanted[key]
+    ]
     if changed:
         raise CheckpointError(
-            f"The run in {path} cannot be resumed with other settings ({'; '.join(changed)}): it would see images "
-            "twice or not at "
-            "all. Resume with the settings it was started with, or start a new run in another --work-dir."
+            f"The run in {path} cannot be resumed with other settings ({'; '.join(changed)}): it would see samples "
+            "twice or never. Resume with the settings that it was started with, or start a new run in another "
+            "--work-dir."
         )

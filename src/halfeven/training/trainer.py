@@ -1,4 +1,4 @@
-"""The training loop on Accelerate: one process or many, float or quantized models, interrupted and resumed exactly."""
+"""The training loop on Accelerate: float or quantized models, one process or many; a resumed run equals a whole one."""
 
 import contextlib
 import json
@@ -31,16 +31,17 @@ from halfeven.training.state import STATE_FILE, TrainingState, check_position, l
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where and how a run takes place."""
+    """The place of a run: folder, device, processes and seed."""
 
     folder: Path
-    """Where its state, checkpoints and logs go."""
+    """Folder for state, checkpoints and logs."""
     accelerator: Accelerator
     console: Console = field(default_factory=Console)
     seed: int = 0
     workers: int = 0
+    """Number of processes that read samples."""
     name: str = "quantized"
-    """What the trained model's accuracy is called in the logs, for example "w8a8"."""
+    """Name of the trained model's accuracy in the logs, for example "w8a8"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,21 +136,23 @@ class Trainer:
     def run(self, *, resume: bool = False) -> TrainingResult:
         """Train to the end, from the start or from the state in the folder.
 
+        Args:
+            resume: True to go on from the state in the folder.
+
         Raises:
-            CheckpointError: a state that cannot be resumed.
-            ConfigError: a loss that is not finite.
+            CheckpointError: the state cannot be resumed, or the processes have come to different models.
+            ConfigError: the loss became NaN or infinite.
         """
         if resume:
             self._resume()
         objective = _Objective(self.model, self.task, self.options.label_smoothing, self.callback)
         self.objective = self.accelerator.prepare(objective)
-        place, console = self.where, self.where.console
         self.log = RunLog(
-            place.folder,
-            f"Training {place.name}",
+            self.where.folder,
+            f"Training {self.where.name}",
             total=self.total_steps,
             step=self.step,
-            console=console,
+            console=self.where.console,
             main=self.accelerator.is_main_process,
         )
         try:
@@ -164,10 +167,10 @@ class Trainer:
         finally:
             self.log.close()
         if self.best and self.best == self.start:
-            console.print(
+            self.where.console.print(
                 f"No validation was better than the {self.best[self.task.key]:.2f} % that training started from (the "
                 f"last: {self.last[self.task.key]:.2f} %): the start is kept as the best. A lower "
-                "training.learning_rate or a longer run may gain.",
+                "training.learning_rate or a longer run may help.",
                 highlight=False,
             )
         return TrainingResult(best=self.best, last=self.last, steps=self.step)
@@ -181,7 +184,7 @@ class Trainer:
             self.log.advance(self.step, sum(find_batch_size(inputs) for inputs, _ in group) * world_size())
             if self.step % self.options.log_every == 0 or self.step == self.total_steps:
                 self._log_loss(epoch, loss, rate)
-            # The end of an epoch is saved after its validation, which a resumed run must not skip.
+            # At the end of an epoch the state is saved after the validation, which a resumed run must not skip.
             if self.step == self.total_steps or self.step % self.steps_per_epoch == 0:
                 break
             if self.step % self.options.save_every == 0:
@@ -189,7 +192,7 @@ class Trainer:
         self._finish_epoch(epoch)
 
     def _groups(self, batches: Iterator[Any]) -> Iterator[list[tuple[Any, Any]]]:
-        """Batches that share an optimizer step; the last group of an epoch may be smaller."""
+        """Yield the batches of each optimizer step; the last group of an epoch may be smaller."""
         group: list[tuple[Any, Any]] = []
         for inputs, targets in batches:
             group.append((inputs, targets))
@@ -200,7 +203,7 @@ class Trainer:
             yield group
 
     def _take_step(self, group: list[tuple[Any, Any]]) -> tuple[Tensor, float]:
-        """One optimizer step on the mean gradient of a group of batches; gives its loss and learning rate."""
+        """Take an optimizer step on the mean gradient of a group of batches. Returns its loss and learning rate."""
         torch.manual_seed(mix(self.where.seed, self.step, rank()))
         self.callback.before_step(self.model, self.step / self.total_steps)
         rate = learning_rate(self.step, self.total_steps, self.steps_per_epoch, self.options)
@@ -216,10 +219,11 @@ class Trainer:
         return total, rate
 
     def _accumulate(self, group: list[tuple[Any, Any]]) -> Tensor:
-        """The mean gradient of a group of batches in the parameters' `grad`; gives the mean loss."""
-        total, device = torch.zeros((), device=self.accelerator.device), self.accelerator.device
+        """Add the mean gradient of a group of batches to the parameters' `grad`. Returns the mean loss, []."""
+        device = self.accelerator.device
+        total = torch.zeros((), device=device)
         for i, batch in enumerate(group):
-            # Gradients are exchanged between processes once, with the last batch of the group.
+            # The processes exchange gradients once, with the last batch of the group.
             last = i == len(group) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
                 loss = self.objective(*send_to_device(batch, device, non_blocking=True))
@@ -234,8 +238,8 @@ class Trainer:
         if value != value or value in (float("inf"), float("-inf")):
             raise ConfigError(
                 f"The loss became {value} at step {self.step} (learning rate {rate:g}); all weights after it would be "
-                "NaN. "
-                "Lower training.learning_rate, set training.clip_norm or training.warmup_steps, or look at the data."
+                "NaN. Lower training.learning_rate, set training.clip_norm or training.warmup_steps, or look at the "
+                "data."
             )
         self.log.training(self.step, epoch + 1, value, rate, self.callback.figures())
 
@@ -246,7 +250,7 @@ class Trainer:
         self._save_state()
 
     def _validate(self, model: nn.Module, epoch: int, name: str, file: str = "") -> Metrics:
-        """Validate a form of the model, write it to `file` and, if none was better before, as the best."""
+        """Validate a model, write it to `file` and, where it is better than all before, as the best."""
         average_batchnorm(model)
         self.callback.before_validation(model)
         metrics = self.validate(model)
@@ -272,10 +276,9 @@ class Trainer:
             average_batchnorm(model)
         if different := differing(self.model):
             raise CheckpointError(
-                f"After step {self.step} the processes of this run hold different models ("
-                f"{', '.join(different[:5])}), so none can be saved for all. Something in the model or "
-                "the callbacks is not the same everywhere, such as a module that keeps statistics without "
-                "exchanging them. Find it in the list, or train on one process."
+                f"After step {self.step} the processes of this run have different models ("
+                f"{', '.join(different[:5])}), so none of them stands for all. Look for a module of that name, or a "
+                "callback, that keeps statistics without exchanging them, or train on one process."
             )
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
@@ -288,7 +291,7 @@ class Trainer:
                 last=self.last,
                 position=self.position,
                 header=self.header,
-                others={name: one.state_dict() for name, one in self.callback.stateful.items()},
+                others={name: kept.state_dict() for name, kept in self.callback.stateful.items()},
             )
             save_state(state, self.where.folder / STATE_FILE)
         self.accelerator.wait_for_everyone()
@@ -301,7 +304,9 @@ class Trainer:
         self.optimizer.load_state_dict(state.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
-        for name, one in self.callback.stateful.items():
-            one.load_state_dict(state.others[name])
-        self.step, self.best, self.last = state.step, state.best, state.last
+        for name, kept in self.callback.stateful.items():
+            kept.load_state_dict(state.others[name])
+        self.step = state.step
+        self.best = state.best
+        self.last = state.last
         self.where.console.print(f"Resumed {path} at step {self.step} of {self.total_steps}.", highlight=False)
