@@ -41,10 +41,10 @@ class ScheduleOptions:
 
 
 def freeze(model: nn.Module) -> None:
-    """Let BatchNorm use its running statistics and move them no more, until the next call of `train()`.
+    """Let BatchNorm use its running statistics and keep them, until the next call of `train()`.
 
-    Scale and shift go on learning. In a distributed run the processes' statistics are averaged first, so that all
-    freeze the same.
+    Scale and shift are still trained. In a distributed run every process must call this function: the statistics are
+    averaged over the processes first.
     """
     live = [module for module in batchnorms(model).values() if module.training]
     if live:
@@ -54,13 +54,17 @@ def freeze(model: nn.Module) -> None:
 
 
 def schedule(options: ScheduleOptions) -> Callable[[nn.Module, float], None]:
-    """The function that freezes what is due: to be called before each training step with the share of the run done."""
+    """Return a function that stops ranges and BatchNorm statistics when they are due.
+
+    Call it before each training step with the model and the fraction of the run that is done.
+    """
     observing: dict[str, bool] = {}
     batchnorm: dict[str, float] = {}
 
     def before_step(model: nn.Module, done: float) -> None:
-        # Only changes are written: filling a device's flags at every step would cost more than it is worth.
-        if observing.get("now") != (wanted := done < options.stop_observing_after):
+        wanted = done < options.stop_observing_after
+        # Only changes are written: to fill the quantizers' flags on a device in each step would take time.
+        if observing.get("now") != wanted:
             set_observing(model, wanted)
             observing["now"] = wanted
         if done >= batchnorm.setdefault("until", frozen_after(model, options)):
@@ -70,7 +74,7 @@ def schedule(options: ScheduleOptions) -> Callable[[nn.Module, float], None]:
 
 
 def frozen_after(model: nn.Module, options: ScheduleOptions) -> float:
-    """Share of the run after which BatchNorm is frozen: as the options say, or by the bits of the quantizers."""
+    """Return the fraction of the run after which BatchNorm is frozen: that of the options, or one by the bits."""
     if options.freeze_batchnorm_after is not None:
         return options.freeze_batchnorm_after
     return 1.0 if any(quantizer.scheme.bits < 8 for quantizer in quantizers(model).values()) else 2 / 3

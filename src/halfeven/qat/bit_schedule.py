@@ -41,7 +41,7 @@ class ProgressionOptions:
 
 
 class BitSchedule:
-    """Sets the bits of a model's quantizers by the share of the run that is done.
+    """Sets the bits of a model's quantizers by the fraction of the run that is done.
 
     Args:
         qmodel: a calibrated model from `prepare`.
@@ -55,10 +55,10 @@ class BitSchedule:
         self.loader = loader
         self.planned = {quantizer: quantizer.scheme for quantizer in quantizers(qmodel).values()}
         self.stage = len(options.bits)
-        """Number of the stage whose bits are set; the last one is the plan."""
+        """Number of the stage whose bits are set; the last stage has the plan's bits."""
 
     def before_step(self, model: nn.Module, done: float) -> None:
-        """Go to the stage that is due, and calibrate where it is a new one."""
+        """Set the bits of the stage that is due, and calibrate where the stage is new."""
         stages = len(self.options.bits)
         stage = min(int(done / self.options.share * stages), stages)
         if stage != self.stage:
@@ -72,11 +72,11 @@ class BitSchedule:
             quantizer.scheme = dataclasses.replace(scheme, bits=max(scheme.bits, least))
 
     def state_dict(self) -> dict[str, Any]:
-        """The stage that is set."""
+        """Return the number of the stage."""
         return {"stage": torch.tensor(self.stage)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set the bits of a stage; the ranges come with the model."""
+        """Set the bits of a stage that `state_dict` returned; the ranges come with the model's state."""
         self._set(int(state["stage"]))
 
 

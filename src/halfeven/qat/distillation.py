@@ -1,4 +1,4 @@
-"""Distillation: the float model teaches the quantized one, by its soft labels and by what its layers give.
+"""Distillation: the float model teaches the quantized model, by its soft labels and by the outputs of its layers.
 
 Soft labels: Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv:1503.02531). For quantized students:
 Mishra and Marr, "Apprentice" (arXiv:1711.05852); Kim et al., "QKD" (arXiv:1911.12491); without any labels, Liu et al.,
@@ -64,14 +64,15 @@ class DistillationOptions:
 
 
 def soft_label_loss(outputs: Tensor, expected: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 * KL(teacher || student) in nats, the mean over samples, [] in float32.
+    """Return T^2 * KL(teacher || student) in nats, the mean over samples, [] in float32 (Hinton et al., section 2).
 
-    T^2 makes up for the gradients, which shrink with it (Hinton et al., section 2), so that the weight need not follow
-    the temperature.
+    The gradients of the divergence shrink by T^2; the factor makes up for that, so that the weight need not follow the
+    temperature T.
 
     Args:
         outputs: the student's logits, [samples, classes]; axes between the two count as samples.
-        expected: the teacher's logits, of the same shape; no gradient goes there.
+        expected: the teacher's logits, of the same shape; they get no gradient.
+        temperature: divides the logits of both before the softmax.
     """
     student = F.log_softmax(outputs.float() / temperature, -1)
     teacher = F.log_softmax(expected.detach().float() / temperature, -1)
@@ -79,17 +80,17 @@ def soft_label_loss(outputs: Tensor, expected: Tensor, temperature: float = 1.0)
 
 
 def feature_loss(feature: Tensor, expected: Tensor) -> Tensor:
-    """Mean squared error over the teacher's mean square, [] in float32; 0 where the teacher's feature is all 0.
+    """Return the mean squared error over the teacher's mean square, [] in float32; 0 for a teacher of zeros.
 
-    It is the noise-to-signal ratio: 1 for a student that gives zeros, whatever the scale of the layer.
+    This is the noise-to-signal ratio: 1 for a student of zeros, whatever the scale of the layer.
 
     Args:
-        feature: what the student's layer gives, of any shape.
-        expected: what the teacher's gives, of the same shape; no gradient goes there.
+        feature: the output of the student's layer, of any shape.
+        expected: the output of the teacher's layer, of the same shape; it gets no gradient.
     """
     wanted = expected.detach().float()
     power = wanted.square().mean()
-    # Where there is no signal, there is nothing to learn; dividing by 0 would make the whole loss NaN.
+    # Without a signal there is nothing to learn, and division by 0 would make the whole loss NaN.
     return F.mse_loss(feature.float(), wanted) / torch.where(power > 0, power, float("inf"))
 
 
@@ -98,27 +99,28 @@ class Distillation:
 
     `loss = (1 - weight) * task + weight * T^2 * KL(teacher || student) + feature_weight * mean of the features' errors`
 
-    The teacher is a copy of the one given, in eval mode, without gradients, and no part of the student: neither its
-    parameters nor its state know of it. For logits alone it may be any module with the same classes.
+    The teacher is a copy of the model given, in eval mode, without gradients. It is no part of the student, whose
+    parameters and state do not contain it. For logits alone the teacher may be any module with the same classes.
 
-    Features are read off layers with parameters or statistics that the model *calls*: convolutions, linear layers and
-    normalizations. In a quantized model nothing else is called: of a container such as "layer4.1", its last such layer
-    is taken ("layer4.1.bn2": before the addition and the ReLU), and of a layer called more than once, its last output.
-    The teacher is captured as the student was, and its BatchNorm folded where the student's is, so that both names mean
-    the same tensor. They do not where the student's channels were rescaled since (cross-layer equalization).
+    Features are the outputs of layers with parameters or statistics that the model *calls*: convolutions, linear layers
+    and normalizations. A quantized model calls nothing else: for a container such as "layer4.1" its last such layer
+    counts ("layer4.1.bn2": before the addition and the ReLU), and for a layer that is called more than once its last
+    output. The teacher is captured as the student was, and its BatchNorm folded where the student's is, so that a name
+    means the same tensor in both. It does not where the student's channels were rescaled since (cross-layer
+    equalization).
 
-    Use it as a context manager, or `close()` it: until then hooks on the student keep its features of each forward pass
-    with gradients. A copy of the student has no such hooks at work.
+    Use it as a context manager, or `close()` it: until then hooks on the student keep the features of each forward pass
+    with gradients. In a copy of the student these hooks do nothing.
 
     Args:
         teacher: the float model; it is not changed.
         qmodel: the student, from `prepare`, or any module that calls the layers named.
-        options: what is compared and how much it counts.
-        logits: takes the logits, [samples, ..., classes], out of what the models return; by default the first tensor.
+        options: the tensors to compare, and their weights in the loss.
+        logits: takes the logits, [samples, ..., classes], out of a model's outputs; by default the first tensor.
 
     Raises:
-        ConfigError: a feature that one of the two does not have, or that means another tensor in each.
-        CaptureError: features are wanted and the teacher cannot be captured.
+        ConfigError: a feature does not exist in one of the two models, or means different tensors in them.
+        CaptureError: features are compared, and the teacher cannot be captured.
     """
 
     def __init__(
@@ -128,7 +130,8 @@ class Distillation:
         options: DistillationOptions,
         logits: Callable[[Any], Tensor] = first_tensor,
     ) -> None:
-        self.options, self.logits = options, logits
+        self.options = options
+        self.logits = logits
         self.teacher = copy.deepcopy(teacher)
         if options.features and regions(qmodel) and not regions(teacher):
             self.teacher = _captured_as(qmodel, self.teacher)
@@ -140,24 +143,25 @@ class Distillation:
 
     @property
     def layers(self) -> dict[str, str]:
-        """The layer of the student that stands for each feature, by the feature's name in the options."""
+        """The name of the student's layer that each feature is read from, by the feature's name in the options."""
         return dict(zip(self.options.features, self._student_features.names, strict=True))
 
     def loss(self, outputs: Any, inputs: Any, labels: Any, task_loss: Tensor) -> Tensor:
-        """The loss of one batch, []; to be called once after the student was run, under the same autocast.
+        """Return the loss of a batch, []. Call it once after each forward pass of the student, under the same autocast.
 
         Args:
-            outputs: what the student gave: its logits, [samples, classes], or what `logits` takes them out of.
-            inputs: what the student was given: a tensor, a tuple of positional or a dict of keyword arguments.
-            labels: what `task_loss` was made of; nothing else is made of them here.
-            task_loss: the loss of outputs and labels, [], for example their cross-entropy; 0 and 1 are exact: at weight
-                0 and without features it is given back as it is, at 1 it takes no part.
+            outputs: the student's outputs: logits, [samples, classes], or whatever `logits` takes them out of.
+            inputs: the student's inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+            labels: the labels, which `task_loss` was made from; they are not used here.
+            task_loss: the loss of outputs and labels, [], for example their cross-entropy. At weight 0 and without
+                features it is returned as it is; at weight 1 it does not count.
 
         Raises:
-            ConfigError: the teacher gives logits or features of another shape.
-            AlgorithmError: a layer whose feature is wanted was not run, or gave no tensor.
+            ConfigError: the teacher's logits or features have another shape.
+            AlgorithmError: a layer of a feature was not run, or its output is no tensor.
         """
-        options, weight = self.options, self.options.weight
+        options = self.options
+        weight = options.weight
         total = task_loss
         if weight > 0 or options.features:
             expected = self._teach(inputs, first_tensor(outputs).device)
@@ -187,7 +191,7 @@ class Distillation:
         return torch.stack(errors).mean()
 
     def close(self) -> None:
-        """Take the hooks off the student and let go of what they kept."""
+        """Remove the hooks from the student, and the features that they kept."""
         self._student_features.close()
         self._teacher_features.close()
 
@@ -199,12 +203,13 @@ class Distillation:
 
 
 def _captured_as(qmodel: nn.Module, teacher: nn.Module) -> nn.Module:
-    """A float model captured as a quantized one was: the same layers are called, under the same names."""
-    options, example = plan_of(qmodel).options, getattr(qmodel, "halfeven_example", None)
+    """Capture a float model as a quantized model was, so that both call the same layers under the same names."""
+    options = plan_of(qmodel).options
+    example = getattr(qmodel, "halfeven_example", None)
     if example is None:
         raise ConfigError(
-            "Features are to be compared, and this quantized model keeps no example input to capture the teacher with. "
-            "Make it with halfeven.prepare(model, example), or give a teacher that is captured already."
+            "Features are compared, and this quantized model has no example input to capture the teacher with. Make it "
+            "with halfeven.prepare(model, example), or give a teacher that is captured already."
         )
     args, kwargs = example
     there = dict(teacher.named_modules())
@@ -223,11 +228,12 @@ def _check_shape(what: str, given: Tensor, wanted: Any) -> None:
 
 
 class _Features:
-    """The last outputs of some layers of one model."""
+    """Keeps the last outputs of some layers of a model."""
 
     def __init__(self, model: nn.Module, whose: str, wanted: tuple[str, ...], *, with_gradients: bool) -> None:
         layers = _called_layers(model) if wanted else {}
-        self.whose, self.with_gradients = whose, with_gradients
+        self.whose = whose
+        self.with_gradients = with_gradients
         self.names = [_resolve(name, layers, whose) for name in wanted]
         if len(set(self.names)) < len(self.names):
             raise ConfigError(
@@ -263,17 +269,19 @@ class _Features:
 
 
 class _Catch:
-    """Forward hook that keeps a layer's output. Copied or pickled with the layer, it does nothing any more."""
+    """A forward hook that keeps a layer's output. A copy of it, made with the layer, does nothing."""
 
     def __init__(self, store: dict[str, Tensor] | None, name: str, with_gradients: bool) -> None:
-        self.store, self.name, self.with_gradients = store, name, with_gradients
+        self.store = store
+        self.name = name
+        self.with_gradients = with_gradients
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        # Validation needs no features, and one that is frozen in eval mode trains all the same: gradients tell.
+        # Validation needs no features. The mode does not tell (a frozen layer is in eval mode); gradients do.
         if self.store is None or (self.with_gradients and not torch.is_grad_enabled()):
             return
         if isinstance(output, Tensor):
-            self.store[self.name] = output.clone()  # what follows may change it in place: `ReLU(inplace=True)`
+            self.store[self.name] = output.clone()  # a later `ReLU(inplace=True)` may change it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Catch":
         return _Catch(None, self.name, self.with_gradients)
@@ -283,9 +291,9 @@ class _Catch:
 
 
 def _called_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules with parameters or statistics that a model calls, in the order of their last calls.
+    """Return the modules with parameters or statistics that a model calls, by name, in the order of their last calls.
 
-    Where the model is Python, calls cannot be seen beforehand: there it is all modules.
+    Where a model is Python, its calls are not known beforehand: there all modules count.
     """
     captured = regions(model)
     found: dict[str, nn.Module] = {}
@@ -296,7 +304,7 @@ def _called_layers(model: nn.Module) -> dict[str, nn.Module]:
                 name = f"{prefix}.{node.target}" if prefix else str(node.target)
                 inside.pop(name, None)
                 inside[name] = module
-        # A layer that was captured on its own is a graph that computes with the parameters itself.
+        # A layer that was captured on its own is a graph that calls no module.
         found |= inside or {prefix: region}
     for name, module in model.named_modules():
         if name and _is_layer(module) and not any(f"{name}.".startswith(f"{p}." if p else "") for p in captured):
@@ -309,7 +317,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _resolve(name: str, layers: dict[str, nn.Module], whose: str) -> str:
-    """The name itself or, of a container, that of the last layer in it."""
+    """Return the name of a layer, or for a container the name of the last layer in it."""
     inside = [layer for layer in layers if layer.startswith(f"{name}.")]
     if name not in layers and not inside:
         parents = {layer.rsplit(".", depth)[0] for layer in layers for depth in range(1, layer.count(".") + 1)}
@@ -317,7 +325,7 @@ def _resolve(name: str, layers: dict[str, nn.Module], whose: str) -> str:
         hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(list(layers)[:8])}, ..."
         raise ConfigError(
             f'distillation.features names "{name}", and the {whose} calls no layer with parameters of that name or '
-            "inside of it, so there is nothing to compare (a BatchNorm that was folded is part of the layer before). "
+            "inside of it, so there is nothing to compare (a folded BatchNorm is part of the layer before). "
             f"{hint}"
         )
     found = name if name in layers else inside[-1]
@@ -325,7 +333,8 @@ def _resolve(name: str, layers: dict[str, nn.Module], whose: str) -> str:
     if live:
         norm = next((other for other, layer in layers.items() if layer is live[0]), "its BatchNorm")
         raise ConfigError(
-            f'distillation.features names "{name}", that is {found}, whose outputs hold the factor of the BatchNorm '
-            f"folded into it at every step: the teacher's do not, so they would never match. Name {norm} instead."
+            f'distillation.features names "{name}", that is {found}, whose outputs have the factor of the BatchNorm '
+            "that is folded into it in each step. The teacher's outputs do not have it, so the two would never match. "
+            f"Name {norm} instead."
         )
     return found

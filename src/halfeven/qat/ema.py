@@ -1,16 +1,16 @@
-"""An exponential moving average of the weights while quantization is learned, to be evaluated beside the weights.
+"""An exponential moving average (EMA) of the weights in quantization-aware training, to evaluate beside the weights.
 
 Averaging the iterates: Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging" (1992); for
 quantized networks: Park and Yoo, "PROFIT" (arXiv:2008.04693).
 
-What is averaged are the latent float weights. A weight that hops between two integers has its average near the boundary
-between the two, and its rounding may be one that was never trained with: the average of good networks may be a worse
-one. So evaluate both, the average and the raw model, and keep the better. BatchNorm's averaged statistics belong to
-none of the networks averaged; below 8 bits re-estimate them first: `re_estimate(average.model, loader)`.
+The latent float weights are averaged. The average of a weight that hops between two integers is near the boundary
+between them, and its integer may be one that was never trained with: the average of good networks may be worse than
+each of them. So evaluate both the average and the model in training, and keep the better. The average of BatchNorm's
+statistics belongs to none of the networks; below 8 bits re-estimate it first: `re_estimate(average.model, loader)`.
 
-`torch.optim.swa_utils.AveragedModel` does not fit: with `use_buffers` it averages integers too, truncated (a zero point
-that rises is never followed), and a mask's -inf becomes NaN; without it BatchNorm's statistics are not averaged. It
-knows no warm-up, nothing of a quantizer's flags, and waits for the device at every step.
+`torch.optim.swa_utils.AveragedModel` does not fit: with `use_buffers` it averages integers too, and truncates them (a
+zero point that rises is never followed), and a mask's -inf becomes NaN; without it BatchNorm's statistics are not
+averaged. It has no warm-up, ignores the state of quantizers, and waits for the device in each step.
 """
 
 import copy
@@ -28,7 +28,7 @@ from halfeven.quantization.quantizer import Quantizer, quantizers
 from halfeven.renamed import renamed_attributes
 
 PYTHON_STATE = ("scheme", "state")
-"""What a quantizer keeps of its state beside its tensors: reading those would wait for the device."""
+"""Attributes of a quantizer's state beside its tensors: to read those instead would wait for the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +48,18 @@ class AveragingOptions:
 
 
 def warmed_up(decay: float, step: int) -> float:
-    """The decay at a step, from 0: at most (1 + step) / (10 + step), so that the start is soon forgotten."""
+    """Return the decay at a step, from 0: at most (1 + step) / (10 + step), so that the start is soon forgotten."""
     return min(decay, (1 + step) / (10 + step))
 
 
 @torch.no_grad()
 def blend(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> None:
-    """average = decay * average + (1 - decay) * value, in place, in one operation for each dtype.
+    """Set each average to decay * average + (1 - decay) * value, in place, in one operation for each dtype.
 
     Args:
-        averages: floating-point tensors; of any dtype where the decay is 0, which copies.
+        averages: floating-point tensors; tensors of any dtype where the decay is 0, which copies.
         values: tensors of the same shapes, dtypes and devices.
-        decay: what stays of the average, in [0, 1).
+        decay: weight of the present average, in [0, 1).
     """
     for mine, new in _by_dtype(averages, values):
         if decay == 0:
@@ -78,28 +78,29 @@ def _by_dtype(averages: Sequence[Tensor], values: Sequence[Tensor]) -> list[tupl
 
 
 class WeightEMA:
-    """The moving average of a model, itself a model: `model`, in eval mode, with a plan and ranges of its own.
+    """The moving average of a model: `model`, a model in eval mode with a plan and ranges of its own.
 
-    Averaged are parameters (learned scales as they are stored: logarithms as logarithms), BatchNorm's statistics and
-    the quantizers' ranges. Every other buffer is copied: integers such as zero points, and constants. The average
-    starts with the first update, whenever that is; until then it is the model that was given. A quantizer that has got
-    its first range or other bits since the last update starts anew with them.
+    Parameters (learned scales as they are stored: logarithms as logarithms), BatchNorm's statistics and the quantizers'
+    ranges are averaged. All other buffers are copied: integers such as zero points, and constants. The average starts
+    with the first update, whenever that is; until then it is the model given. A quantizer that has got its first range
+    or other bits since the last update starts anew with them.
 
-    In a distributed run every process keeps the same average, but for BatchNorm's statistics: call
-    `halfeven.layerwise.batchnorm_statistics.average_batchnorm(average.model)` before it is evaluated or saved.
+    In a distributed run all processes have the same average, except for BatchNorm's statistics: call
+    `halfeven.layerwise.batchnorm_statistics.average_batchnorm(average.model)` before you evaluate or save it.
 
     Args:
-        qmodel: the model in training, of which no module may be replaced meanwhile.
-        options: how long the average remembers.
+        qmodel: the model in training; none of its modules may be replaced meanwhile.
+        options: the decay.
     """
 
     def __init__(self, qmodel: nn.Module, options: AveragingOptions) -> None:
-        self.options, self._raw = options, qmodel
+        self.options = options
+        self._raw = qmodel
         self.model = copy.deepcopy(qmodel).eval().requires_grad_(False)
         own = quantizers(self.model)
         self._quantizers = [(quantizer, own[name]) for name, quantizer in quantizers(qmodel).items()]
         self._started = False
-        # By owner and name: moving a model to a device, or loading into it, may put other tensors in their places.
+        # By owner and name: to move a model to a device, or to load into it, may replace its tensors.
         self._averaged = [self._places(name, own_parameters) for name, _ in qmodel.named_parameters()]
         self._copied: list[tuple[dict[str, Any], dict[str, Any], str]] = []
         for name, buffer in qmodel.named_buffers():
@@ -116,15 +117,15 @@ class WeightEMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after an optimizer step.
+        """Average the weights in, after an optimizer step.
 
         Args:
-            step: the number of the step just taken, from 0: the first ones count more (see `warmed_up`).
+            step: number of the step just taken, from 0: the first steps count more (see `warmed_up`).
         """
         self._follow_device()
         for raw, mine in self._quantizers:
             if raw.scheme != mine.scheme or (raw.state.has_range and not mine.state.has_range):
-                # An average with NaN, or with the scale of another grid, would be none.
+                # An average with NaN, or with the scale of another grid, would mean nothing.
                 mine.load_state_dict(raw.state_dict())
             for name in PYTHON_STATE:
                 setattr(mine, name, getattr(raw, name))
@@ -144,16 +145,18 @@ class WeightEMA:
         return [mine[name] for mine, _, name in places], [raw[name].detach() for _, raw, name in places]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on bit for bit, the options being the same: "model", tensors by name;
-        "bits" of its quantizers by name; "started", whether any weights were taken in."""
+        """Return the state that a resumed run with the same options needs.
+
+        "model": tensors by name; "bits": those of the quantizers by name; "started": True after the first update.
+        """
         bits = {name: quantizer.scheme.bits for name, quantizer in quantizers(self.model).items()}
         return {"model": self.model.state_dict(), "bits": bits, "started": self._started}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state that `state_dict` gave.
+        """Restore a state that `state_dict` returned.
 
         Raises:
-            CheckpointError: the state of another model; the message lists what differs.
+            CheckpointError: the state belongs to another model; the message lists the differences.
         """
         try:
             self.model.load_state_dict(state["model"])

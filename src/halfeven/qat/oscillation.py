@@ -1,8 +1,8 @@
-"""Oscillations of weights between two integers: found, logged, dampened, frozen.
+"""Oscillations of weights between two integers: detected, logged, dampened and frozen.
 
 Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (arXiv 2203.11086): under straight-through
-gradients a weight that is best between two integers hops from one to the other to the end. That spoils BatchNorm's
-statistics and holds other weights back, most of all in depthwise convolutions of 4 bits and fewer.
+gradients a weight whose optimum is between two integers hops from one to the other until the end of the training. That
+spoils BatchNorm's statistics and holds other weights back, most of all in depthwise convolutions at 4 bits and fewer.
 """
 
 import math
@@ -17,8 +17,8 @@ from halfeven.quantization.arithmetic import per_channel, quantize
 from halfeven.quantization.compile import fused
 from halfeven.quantization.quantizer import Quantizer
 
-OSCILLATING = 0.005
-"""A weight counts as oscillating where it turns back more often than once in 200 steps (section 2.3)."""
+OSCILLATING_FREQUENCY = 0.005
+"""Frequency, in turns per step, above which a weight counts as oscillating: one in 200 steps (section 2.3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +85,19 @@ def _follow(
     frozen: Tensor,
     momentum: float,
 ) -> None:
-    """One step of the moving averages, in place; all [channels, elements], the scale [channels or 1, 1]. Nothing moves
-    of a frozen weight.
+    """Follow the integers of a weight over a step, in place. The integers of frozen elements do not move.
 
-    A weight oscillates at a step where its integer changes in the direction opposite to its previous change.
+    Args:
+        weight: latent weights, [channels, elements].
+        scale: [channels or 1, 1].
+        bounds: ends of the grid.
+        before, direction: integers after the last step, and the sign of their last change, like `weight`.
+        frequency, average: moving averages of turns per step and of the integers, like `weight`.
+        frozen: True for elements that are held on their integers, like `weight`.
+        momentum: weight of this step in the moving averages.
     """
+    # Section 2.3: a weight oscillates in a step where its integer changes, in the direction opposite to its last
+    # change. The frequency is a moving average of these events; section 4.3 averages the integers too.
     integers = torch.where(frozen, average, _integers(weight, scale, bounds))
     change = torch.sign(integers - before)
     turned = (change * direction < 0).float()
@@ -104,14 +112,16 @@ def _integers(weight: Tensor, scale: Tensor, bounds: tuple[int, int]) -> Tensor:
 
 
 class _Weight:
-    """What is known of the weight of one layer; tensors are [channels, elements] or [1, elements]."""
+    """The weight of a layer with its oscillation state; tensors are [channels, elements] or [1, elements]."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.quantizer: Quantizer = layer.weight_quantizer
         start = _integers(*self._grid())
-        self.before, self.direction = start.to(torch.int8), torch.zeros_like(start, dtype=torch.int8)
-        self.frequency, self.average = torch.zeros_like(start), start.clone()
+        self.before = start.to(torch.int8)
+        self.direction = torch.zeros_like(start, dtype=torch.int8)
+        self.frequency = torch.zeros_like(start)
+        self.average = start.clone()
         self.frozen = torch.zeros_like(start, dtype=torch.bool)
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -119,37 +129,38 @@ class _Weight:
         return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
 
     def _grid(self) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """The weight, [channels, elements], its scale, [channels or 1, 1], and the ends of its grid."""
-        weight, scheme = self.layer.weight.detach(), self.quantizer.scheme
-        return (
-            self._rows(weight),
-            self.quantizer.used_scale(weight).reshape(-1, 1),
-            (scheme.quant_min, scheme.quant_max),
-        )
+        """Return the weight, [channels, elements], its scale, [channels or 1, 1], and the ends of its grid."""
+        weight = self.layer.weight.detach()
+        scheme = self.quantizer.scheme
+        scale = self.quantizer.used_scale(weight).reshape(-1, 1)
+        return self._rows(weight), scale, (scheme.quant_min, scheme.quant_max)
 
     def step(self, momentum: float, threshold: float | None) -> None:
-        """Follow the weight over a step, and freeze what turns more often than the threshold."""
+        """Follow the weight over a step, and freeze the elements whose frequency is above the threshold."""
         state = (self.before, self.direction, self.frequency, self.average, self.frozen)
         fused(_follow)(*self._grid(), *state, momentum)
         if threshold is not None:
             chosen = (self.frequency > threshold) & ~self.frozen
-            # From now on the average of such a weight is its integer.
+            # Section 4.3: a frozen element stays on the integer nearest to its moving average.
             self.average = torch.where(chosen, torch.round(self.average), self.average)
             self.before = torch.where(chosen, self.average, self.before).to(torch.int8)
             self.frozen |= chosen
             self._hold()
 
     def _hold(self) -> None:
-        """Put frozen weights back on their integers, whatever the optimizer did and wherever the scale went."""
-        axis, weight = self.quantizer.scheme.axis, self.layer.weight
+        """Put frozen elements back on their integers, which the optimizer or a new scale has moved them from."""
+        axis = self.quantizer.scheme.axis
+        weight = self.layer.weight
         rows, scale, _ = self._grid()
         shape = weight.shape if axis is None else weight.movedim(axis, 0).shape
         held = torch.where(self.frozen, self.average * scale, rows).reshape(shape)
         weight.data.copy_(held if axis is None else held.movedim(0, axis))
 
     def distance(self) -> Tensor:
-        """Squared distance of the weights inside the grid to their integers, the mean over kernels of the sums, []."""
-        weight, scheme = self.layer.weight, self.quantizer.scheme
+        """Return the sum of squared distances of weights to their integers, the mean over output channels, []."""
+        # Section 4.2: |fake_quantize(w) - clip(w, s * low, s * high)|^2, without a gradient to s.
+        weight = self.layer.weight
+        scheme = self.quantizer.scheme
         scale = self.quantizer.used_scale(weight.detach()).detach()
         column = per_channel(scale, scheme.axis, weight.ndim)
         inside = torch.minimum(torch.maximum(weight, scheme.quant_min * column), scheme.quant_max * column)
@@ -161,9 +172,10 @@ class _Weight:
 
 @dataclass(frozen=True)
 class OscillationReport:
-    """Shares of the weights, in percent, that oscillate and that are frozen; layer by layer."""
+    """Percentages of the weights that oscillate and that are frozen, in all and by layer."""
 
     layers: dict[str, tuple[float, float]]
+    """(oscillating, frozen) by layer."""
     oscillating: float
     frozen: float
 
@@ -175,15 +187,15 @@ class OscillationReport:
 
 
 class Oscillations:
-    """Follows the integers of a model's weights from step to step, and holds those that are frozen.
+    """Follows the integers of a model's weights from step to step, and holds the frozen ones.
 
-    The weights of layers are followed whose scheme has at most `options.bits` bits. Not followed are weights that a
-    function takes, and those that BatchNorm is folded into at every step, whose integers move with its statistics. All
-    processes of a run compute the same, as their weights are equal.
+    Followed are the weights of layers with at most `options.bits` bits, except those that BatchNorm is folded into in
+    each step, whose integers move with its statistics. All processes of a run compute the same, since their weights are
+    equal.
 
     Args:
         qmodel: a calibrated model from `prepare`.
-        options: what is done, and when.
+        options: whether and when weights are frozen and dampened.
     """
 
     def __init__(self, qmodel: nn.Module, options: OscillationOptions) -> None:
@@ -197,41 +209,45 @@ class Oscillations:
                 self.weights[name] = _Weight(layer)
 
     def threshold(self, done: float) -> float | None:
-        """The frequency above which weights are frozen when a share of the run is done; None: none is."""
+        """Return the frequency above which weights are frozen, or None where none is frozen (section 4.3).
+
+        Args:
+            done: fraction of the run that is done.
+        """
         options = self.options
         if not options.freeze or done < options.start:
             return None
         return options.freeze_to + (options.freeze_from - options.freeze_to) * (1 - self._risen(done))
 
     def _risen(self, done: float) -> float:
-        """0 at the start, 1 at the end of the run, by a cosine."""
+        """Return a number that rises from 0, at `options.start`, to 1, at the end of the run, by a cosine."""
         return 0.5 * (1 - math.cos(math.pi * (done - self.options.start) / (1 - self.options.start)))
 
     @torch.no_grad()
     def after_step(self, done: float) -> None:
-        """To be called after every optimizer step with the share of the run that is done."""
+        """Follow the weights over an optimizer step; `done` is the fraction of the run that is done."""
         threshold = self.threshold(done)
         for weight in self.weights.values():
             weight.step(self.options.momentum, threshold)
 
     def dampening(self, done: float) -> Tensor:
-        """The term of the loss that pulls weights to their integers, []; 0 before it is due. Scales get no gradient."""
+        """Return the loss term that pulls weights to their integers, []; 0 before `options.start` (section 4.2)."""
         if self.options.dampening == 0 or done < self.options.start or not self.weights:
             return torch.zeros(())
         total = torch.stack([weight.distance() for weight in self.weights.values()]).sum()
         return self.options.dampening * self._risen(done) * total
 
     def shares(self) -> dict[str, float]:
-        """Shares of all followed weights, in percent; {} where none is followed."""
+        """Return the percentages of the followed weights that oscillate and that are frozen; {} without any."""
         if not self.weights:
             return {}
         report = self.report()
         return {"oscillating": report.oscillating, "frozen": report.frozen}
 
     def report(self) -> OscillationReport:
-        """What oscillates and what is frozen, layer by layer."""
+        """Return the percentages of weights that oscillate and that are frozen, layer by layer."""
         counts = {
-            name: (int((w.frequency > OSCILLATING).sum()), int(w.frozen.sum()), w.frequency.numel())
+            name: (int((w.frequency > OSCILLATING_FREQUENCY).sum()), int(w.frozen.sum()), w.frequency.numel())
             for name, w in self.weights.items()
         }
         turning, held, total = (sum(column) for column in zip(*counts.values(), strict=True)) if counts else (0, 0, 1)
@@ -239,20 +255,20 @@ class Oscillations:
         return OscillationReport(layers, 100 * turning / total, 100 * held / total)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that is known, by layer."""
+        """Return the oscillation state of all layers."""
         return {f"{name}.{key}": getattr(w, key) for name, w in self.weights.items() for key in STATE}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state.
+        """Restore a state that `state_dict` returned.
 
         Raises:
-            CheckpointError: a state of other layers.
+            CheckpointError: the state belongs to other layers.
         """
         expected = {key: value.shape for key, value in self.state_dict().items()}
         if {key: value.shape for key, value in state.items()} != expected:
             raise CheckpointError(
-                "The state of the oscillations belongs to another model or to other bits, so frozen weights could not "
-                "be told. Resume with the model and the options that the run was started with."
+                "The state of the oscillations belongs to another model or to other bits, so it does not say which "
+                "weights are frozen. Resume with the model and the options that the run was started with."
             )
         for name, weight in self.weights.items():
             for key in STATE:

@@ -1,6 +1,6 @@
-"""What accompanies quantization-aware training, and why: decided from the bits, printed before it is acted upon.
+"""The recipe of quantization-aware training: methods chosen by the bits, and printed with reasons before they act.
 
-White paper, figure 11, with what came after it. `docs/qat.md` has what was measured.
+White paper, figure 11, and later methods. `docs/qat.md` has the measurements.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from halfeven.quantization.quantizer import quantizers
 from halfeven.renamed import renamed_attributes
 
 LOW_BITS = 4
-"""At so many bits or fewer rounding moves a network far from what it was trained as."""
+"""Largest number of bits at which rounding takes a network far from its float model."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class QATRecipe:
     equalize: Decision
     reconstruct: Decision
     blocks: bool
-    """Whether the rounding of blocks is learned; of layers otherwise."""
+    """True where the rounding of whole blocks is learned, False where that of single layers is."""
     progress: Decision
     distill: Decision
     dampen: Decision
@@ -50,13 +50,15 @@ class QATRecipe:
 
 
 def decide(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) -> QATRecipe:
-    """Decide what accompanies the training of a prepared model.
+    """Choose the methods for the training of a prepared model.
 
     Args:
-        schedule: whether BatchNorm is frozen on the way, and what the user chose on its statistics.
+        qmodel: a model from `prepare`.
+        options: methods that the user has switched on or off.
+        schedule: when BatchNorm is frozen, and whether its statistics are re-estimated.
 
     Raises:
-        ConfigError: equalization is asked for, and BatchNorm is not folded.
+        ConfigError: `options.equalize` is "on" and BatchNorm is not folded.
     """
     found = quantizers(qmodel).values()
     weight_bits = min((q.scheme.bits for q in found if q.weight), default=8)
@@ -80,10 +82,10 @@ def _off_unless_asked(value: str, reason: str) -> Decision:
 
 
 def check_equalize(options: QATOptions, batchnorm: str) -> None:
-    """Refuse an equalization that is asked for where BatchNorm is not folded.
+    """Check that the user's equalization can take place.
 
     Raises:
-        ConfigError: so it is.
+        ConfigError: `options.equalize` is "on" and BatchNorm is not folded.
     """
     if options.equalize == "on" and batchnorm != "fold":
         raise ConfigError(
