@@ -63,6 +63,15 @@ refused(lambda: load_datasets(DataOptions(source="digits")), "sklearn", install)
 refused(lambda: Classification(3).metrics(), "torchmetrics", install)
 refused(lambda: evaluate(model, [], Classification(3)), "accelerate", install)
 refused(lambda: make_accelerator(DeviceOptions(kind="cpu")), "accelerate", install)
+
+from halfeven.cli.main import main
+main(["--version"])
+try:
+    main(["ptq", "config.py"])
+except SystemExit as end:
+    assert end.code == 2
+else:
+    raise SystemExit("the command line ran without its packages")
 '''
 
 
@@ -87,3 +96,5 @@ def test_the_core_quantizes_exports_and_verifies_alone(tmp_path):
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "The command line cannot be used: No module named 'tyro'" in done.stderr
+    assert "pip install 'halfeven[train]'" in done.stderr

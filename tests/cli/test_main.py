@@ -1,12 +1,25 @@
 """The command line finds mistakes before any work, says what is wrong, and exits with code 2."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import tyro
+from torch import nn
 
+import halfeven
 from halfeven.cli import main as cli
-from halfeven.config import Experiment, as_dict, load_experiment
+from halfeven.cli.help import FIRST, POSITIONALS
+from halfeven.cli.verify import problems_of
+from halfeven.config import as_dict, load_experiment
 from halfeven.ptq.options import PTQOptions
 from halfeven.zoo.models import ModelOptions
 
@@ -22,6 +35,19 @@ experiment = Experiment(
     device=DeviceOptions(kind="cpu"),
 )
 """
+
+
+WITH_CONFIG = ["train", "ptq", "test", "export", "verify"]
+CONFIGS_FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(CONFIGS_FOLDER.rglob("*.py"))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of a layer."""
+    model = halfeven.prepare(nn.Sequential(nn.Linear(4, 2)), torch.randn(2, 4))
+    halfeven.save(halfeven.calibrate(model, [torch.randn(2, 4)]), tmp_path / "layer.safetensors")
+    return tmp_path / "layer.safetensors"
 
 
 @pytest.fixture
@@ -85,15 +111,29 @@ def test_steps_of_ptq_are_switched_on_the_command_line(config):
 
 def test_unknown_command(refused):
     assert 'no command "tran". Did you mean train?' in refused("tran")
+    assert "There are train, ptq, test, export, verify, init." in refused("quux")
 
 
-@pytest.mark.parametrize("command", ["train", "ptq", "test", "export"])
+@pytest.mark.parametrize("command", WITH_CONFIG)
 def test_a_config_is_required(refused, command):
-    assert "CONFIG" in refused(command)
+    assert "No CONFIG was given" in refused(command)
+    assert "No CONFIG was given" in refused(command, "--seed", "1")
 
 
-def test_a_checkpoint_is_required(refused, config):
+@pytest.mark.parametrize("command", WITH_CONFIG)
+def test_a_config_that_is_no_python_file_is_refused_by_name(refused, command):
+    assert "digits" in refused(command, "digits")
+
+
+def test_a_checkpoint_and_a_file_are_required(refused, config):
     assert "CKPT" in refused("test", config)
+    assert "FILE" in refused("verify", config, "best.safetensors")
+
+
+def test_a_config_behind_the_checkpoint(refused, config):
+    said = refused("test", "best.safetensors", config)
+    assert "best.safetensors stands where the config belongs" in said
+    assert f"Write `halfeven test {config}" in said
 
 
 def test_an_unknown_option_names_the_nearest(refused, config):
@@ -153,8 +193,8 @@ def test_a_run_is_not_overwritten(refused, config, tmp_path, command):
 
 
 def test_missing_checkpoint(refused, config, tmp_path):
-    for command in ("test", "export"):
-        assert "There is no checkpoint" in refused(command, config, tmp_path / "best.safetensors")
+    for command, *file in (("test",), ("export",), ("verify", "model.xml")):
+        assert "There is no checkpoint" in refused(command, config, tmp_path / "best.safetensors", *file)
 
 
 def test_a_training_state_is_no_checkpoint(refused, config, tmp_path):
@@ -162,24 +202,129 @@ def test_a_training_state_is_no_checkpoint(refused, config, tmp_path):
     assert "not a whole safetensors file" in refused("test", config, tmp_path / "state.pt")
 
 
-@pytest.mark.parametrize("command", ["train", "ptq", "test", "export"])
-def test_help_lists_every_field(command, config, capsys):
+def lines_of_help(capsys, *arguments):
+    """What `--help` prints, line by line, at the width of the terminal."""
     with pytest.raises(SystemExit) as caught:
-        cli.main([command, config, "--help"])
+        cli.main([*arguments, "--help"])
     assert caught.value.code == 0
-    said = capsys.readouterr().out
-    for option in dataclasses.fields(Experiment):
-        if dataclasses.is_dataclass(option.type):
-            for name in (f.name for f in dataclasses.fields(option.type)):
-                # Rules are values with fields of their own, written in the config.
-                if name != "rules":
-                    assert f"--{option.name}.{name.replace('_', '-')}" in said
-    assert "--seed" in said
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("command", WITH_CONFIG)
+@pytest.mark.parametrize("columns", [80, 100])
+def test_help_lists_what_can_be_set(command, columns, config, capsys, monkeypatch):
+    """Every option that is read, once; those that matter first before the parts; no line wider than the terminal."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = lines_of_help(capsys, command, config)
+    assert all(len(line) <= columns for line in lines)
+    listed = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert len(listed) == len(set(listed))
+    kind = cli.found(next(one.arguments for one in cli.COMMANDS if one.name == command))
+    first = [f"--{name.replace('_', '-')}" for name in FIRST[command]]
+    own = [f for f in dataclasses.fields(kind) if f.name not in {*POSITIONALS, "experiment"}]
+    assert listed[len(own) : len(own) + len(first)] == first
+    fields = {name for name in listed if "." in name}
+    assert fields == {name for name in read_by_tyro(kind, load_experiment(config)) if "." in name}
+
+
+def read_by_tyro(kind, experiment):
+    """The options in tyro's own help, which lists in another order what it reads; wide enough for none to break."""
+    required = {name: tyro.MISSING for name in POSITIONALS if name in {f.name for f in dataclasses.fields(kind)}}
+    out = io.StringIO()
+    default = kind(experiment=experiment, **required)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        patch.setenv("COLUMNS", "1000")
+        tyro.cli(kind, args=["--help"], default=default, config=(tyro.conf.AvoidSubcommands,))
+    return set(re.findall(r"--[a-z][\w.-]+", out.getvalue()))
+
+
+def test_the_help_of_train_begins_with_twenty_options():
+    assert len(FIRST["train"]) == len(set(FIRST["train"])) == 20
+
+
+def test_help_shows_the_configs_values(config, capsys):
+    said = " ".join(" ".join(lines_of_help(capsys, "train", config)).split())
+    assert "(in brackets: the config's values)" in said
+    assert "Channels of the input image (timm; torchvision's models take 3). [1]" in said
+    said = " ".join(" ".join(lines_of_help(capsys, "train")).split())
+    assert "(in brackets: the defaults)" in said
+    assert "Channels of the input image (timm; torchvision's models take 3). [3]" in said
 
 
 def test_overview(capsys):
     cli.main([])
-    assert "halfeven train CONFIG" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for command in cli.COMMANDS:
+        assert f"halfeven {command.name} {command.takes}" in said
+        assert callable(cli.found(command.run))
+    cli.main(["--help"])
+    assert capsys.readouterr().out == said
+
+
+def test_version_and_overview_need_neither_torch_nor_the_commands():
+    """Both answer at once: what takes seconds to import is not imported."""
+    program = """
+import sys
+from halfeven.cli.main import main
+main(["--version"])
+main(["--help"])
+assert not {"torch", "numpy", "tyro", "rich", "halfeven.config"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"halfeven {halfeven.__version__}\n")
+
+
+def test_init_writes_the_configs_and_overwrites_none(refused, tmp_path, capsys):
+    cli.main(["init", str(tmp_path)])
+    assert f"Wrote {len(CONFIGS)} configs" in capsys.readouterr().out
+    for path in CONFIGS:
+        assert (tmp_path / path.relative_to(CONFIGS_FOLDER.parent)).read_bytes() == path.read_bytes()
+    quickstart = tmp_path / "configs" / "quickstart" / "digits.py"
+    quickstart.write_text("mine")
+    (tmp_path / "configs" / "qat" / "bert_base_sst2.py").unlink()
+    said = refused("init", tmp_path)
+    assert f"{quickstart} is there already and would be lost" in said
+    assert quickstart.read_text() == "mine"
+    assert not (tmp_path / "configs" / "qat" / "bert_base_sst2.py").exists(), "nothing is written, rather than a part"
+    cli.main(["init", str(tmp_path), "--overwrite"])
+    assert f"Wrote 2 of {len(CONFIGS)} configs" in capsys.readouterr().out
+    assert load_experiment(quickstart).model.name == "resnet18"
+
+
+def report(**changes):
+    """A report without a fault, but for the changes."""
+    good = {"weights_match": True, "alone_match": 1.0, "float_layers": [], "quantizable_layers": 3}
+    return SimpleNamespace(**{**good, "first_difference": "conv1", **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, ""),
+        ({"alone_match": float("nan")}, ""),  # weights alone are quantized: no integers to compare
+        ({"alone_match": 0.99995}, ""),
+        ({"alone_match": 0.9998}, "99.9800 % of the integers"),
+        ({"weights_match": False}, "integer weights in the file are not the checkpoint's"),
+        ({"float_layers": ["fc (f32 gemm)"]}, "1 of 3 layers with quantized weights ran in float: fc (f32 gemm)"),
+    ],
+)
+def test_verify_says_what_is_wrong_with_a_file(changes, problem):
+    found = problems_of(report(**changes), 0.9999, allow_float=False)
+    assert len(found) == bool(problem)
+    assert not problem or problem in found[0]
+
+
+def test_layers_in_float_can_be_allowed():
+    assert not problems_of(report(float_layers=["fc"]), 0.9999, allow_float=True)
+
+
+def test_a_share_beyond_one_is_refused(refused, config, checkpoint):
+    said = refused("verify", config, checkpoint, checkpoint, "--min-match", "99.9")
+    assert "--min-match 99.9 is no share" in said
+
+
+def test_a_file_to_verify_that_is_not_there(refused, config, checkpoint, tmp_path):
+    assert "nothing can be verified" in refused("verify", config, checkpoint, tmp_path / "model.xml")
 
 
 def test_fields_are_overridden(config):
@@ -199,7 +344,7 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys, config):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_run", interrupt)
+    monkeypatch.setattr(cli, "run", interrupt)
     with pytest.raises(SystemExit) as caught:
         cli.main(["train", config])
     assert caught.value.code == 130

@@ -100,6 +100,31 @@ def test_export_writes_both_formats(config, trained, tmp_path):
         assert report["integer_layers"] == 3
 
 
+def test_verify_tells_a_file_from_one_of_other_weights(config, trained, tmp_path):
+    folder = trained[0]
+    untimed = ("--export.timed", "False", "--json", tmp_path / "v.json")
+    done = halfeven("verify", config, folder / "best.safetensors", folder / "model.xml", *untimed)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines().count("Verified.") == 1
+    report = json.loads((tmp_path / "v.json").read_text())
+    recorded = json.loads((folder / "results.json").read_text())["verification"]["model.xml"]
+    assert (report["verified"], report["problems"]) == (True, [])
+    assert report["integer_match"] == recorded["integer_match"]
+
+    # The same network with the classes in another order: every tensor is there, the last layer's weights differ.
+    tensors = load_file(folder / "best.safetensors")
+    with safe_open(folder / "best.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors["fc.weight"] = tensors["fc.weight"].flip(0).contiguous()
+    save_file(tensors, tmp_path / "best.safetensors", metadata)
+    done = halfeven("verify", config, tmp_path / "best.safetensors", folder / "model.xml", *untimed)
+    assert done.returncode == 1, done.stderr
+    assert "The integer weights in the file are not the checkpoint's." in done.stdout
+    report = json.loads((tmp_path / "v.json").read_text())
+    assert not report["verified"]
+    assert not report["weights_match"]
+
+
 def test_one_checkpoint_goes_to_another_runtime(config, trained, tmp_path):
     to = ["--export.target", "onnxruntime"]
     untimed = (*to, "--export.timed", "False")

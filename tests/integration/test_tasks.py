@@ -61,7 +61,7 @@ def test_segmentation(voc, tmp_path):
     said, results = run("ptq", "ptq/deeplabv3_voc.py", tmp_path / "ptq", *given)
     assert_deployed_as_simulated(results, "mIoU")
     assert set(results["float"]) == {"mIoU", "pixel_accuracy"}
-    assert "8 validation images" in said
+    assert "8 validation samples" in said
     assert "mIoU, %" in said
     weights = ("--model.weights", tmp_path / "ptq" / "float" / "best.safetensors")
     trained = (*voc, *weights, *UNTIMED, "--training.epochs", "1", "--training.batch-size", "8")
@@ -85,7 +85,7 @@ def test_ssdlite(coco, tmp_path):
     given = (*coco, *SHORT, "--pretraining.epochs", "1", "--pretraining.batch-size", "4")
     said, results = run("ptq", "ptq/ssdlite_coco.py", tmp_path / "ptq", *given)
     assert_deployed_as_simulated(results, "mAP")
-    assert "4 validation images" in said
+    assert "4 validation samples" in said
 
 
 def test_texts(glue, tmp_path):

@@ -6,57 +6,82 @@ from typing import Any
 
 from torch import nn
 
-from halfeven.cli.run import BEST, RESULTS, Work, show, write_json
+from halfeven.cli.run import BEST, RESULTS, RunContext, show, write_json
 from halfeven.pipelines import load
 from halfeven.placement.insertion import plan_of
 from halfeven.runtimes.export import export
 from halfeven.runtimes.runtime import load_deployed
 from halfeven.tasks.task import Metrics
+from halfeven.verification.report import Report
 from halfeven.verification.verify import verify
 
 
-def deliver(work: Work, model: nn.Module, float_metrics: Metrics, facts: dict[str, Any] | None = None) -> None:
+def deliver(context: RunContext, model: nn.Module, float_metrics: Metrics, facts: dict[str, Any] | None = None) -> None:
     """Export the best checkpoint, verify the files, and show the accuracy of all three models.
 
     Args:
+        context: the run.
         model: the float model.
-        float_metrics: its accuracy.
-        facts: what else `results.json` shall hold.
+        float_metrics: the float model's accuracy.
+        facts: further entries of `results.json`.
     """
-    best = work.folder / BEST
-    qmodel = load(best, model.cpu(), work.datasets.example())
-    reports = export_verified(work, qmodel, work.folder, model)
-    rows = {"float": float_metrics, "simulated": work.accuracy(qmodel)}
+    best = context.folder / BEST
+    qmodel = load(best, model.cpu(), context.datasets.example())
+    reports = export_verified(context, qmodel, context.folder, model)
+    rows = {"float": float_metrics, "simulated": context.accuracy(qmodel)}
     files = {"simulated": best}
     for path in reports:
         name = "deployed" if len(reports) == 1 else f"deployed {path.suffix}"
-        rows[name], files[name] = work.accuracy(load_deployed(path, target_of(work, qmodel), qmodel), "cpu"), path
-    show(work, rows, files)
+        rows[name] = context.accuracy(load_deployed(path, target_of(context, qmodel), qmodel), "cpu")
+        files[name] = path
+    show(context, rows, files)
     verification = {path.name: report.to_dict() for path, report in reports.items()}
-    write_json(work.folder / RESULTS, {**rows, **(facts or {}), "verification": verification})
+    write_json(context.folder / RESULTS, {**rows, **(facts or {}), "verification": verification})
 
 
-def target_of(work: Work, qmodel: nn.Module) -> str:
-    """The runtime that files are for: the one asked for, else the one that the model was quantized for."""
-    return work.experiment.export.target or plan_of(qmodel).options.target
+def target_of(context: RunContext, qmodel: nn.Module) -> str:
+    """Return the runtime of the files: `export.target`, or else the runtime that the model was quantized for."""
+    return context.experiment.export.target or plan_of(qmodel).options.target
 
 
-def export_verified(work: Work, qmodel: nn.Module, folder: Path, float_model: nn.Module | None) -> dict[Path, Any]:
-    """Write the files that the experiment names, and print what the runtime says of each."""
-    options, images = work.experiment.export, work.datasets.validation
-    target = target_of(work, qmodel)
+def export_verified(
+    context: RunContext, qmodel: nn.Module, folder: Path, float_model: nn.Module | None
+) -> dict[Path, Report]:
+    """Write the files that the experiment names, and print the report of each.
+
+    Args:
+        context: the run.
+        qmodel: the quantized model.
+        folder: where the files go.
+        float_model: the float model, for its accuracy in the reports.
+    """
+    target = target_of(context, qmodel)
     qmodel = qmodel.cpu().eval()
     folder.mkdir(parents=True, exist_ok=True)
     reports = {}
-    for ending in work.experiment.endings(target):
+    for ending in context.experiment.endings(target):
         path = folder / f"model{ending}"
-        work.say(f"Exporting {path}, verifying it on {min(options.verify_images, len(images))} images ...")
+        context.log(f"Exporting {path} ...")
         export(qmodel, path, target)
-        loader = work.loader(images, shared=False, batch_size=options.verify_batch_size)
-        batches = [batch[0] for batch in islice(loader, -(-options.verify_images // options.verify_batch_size))]
-        reports[path] = verify(
-            qmodel, path, batches, float_model=float_model, target=target, class_axis=work.task.class_axis,
-            timed=options.timed,
-        )  # fmt: skip
-        work.say(f"{reports[path]}\n")
+        reports[path] = verify_file(context, qmodel, path, float_model)
     return reports
+
+
+def verify_file(context: RunContext, qmodel: nn.Module, path: Path, float_model: nn.Module | None) -> Report:
+    """Verify a file on validation samples, in its runtime, and print the report."""
+    options = context.experiment.export
+    samples = context.datasets.validation
+    context.log(f"Verifying {path} on {min(options.verify_images, len(samples))} samples ...")
+    loader = context.loader(samples, shared=False, batch_size=options.verify_batch_size)
+    count = -(-options.verify_images // options.verify_batch_size)
+    report = verify(
+        qmodel.cpu().eval(),
+        path,
+        [inputs for inputs, _ in islice(loader, count)],
+        float_model=float_model,
+        target=target_of(context, qmodel),
+        class_axis=context.task.class_axis,
+        timed=options.timed,
+    )
+    context.log(f"{report}\n")
+    return report

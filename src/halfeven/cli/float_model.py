@@ -1,4 +1,4 @@
-"""The float model of a run: given by its weights, or trained first."""
+"""Get the float model of a run: from its weights, or by training it first."""
 
 import dataclasses
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from halfeven.checkpoint import save_weights
-from halfeven.cli.run import BEST, FLOAT_FOLDER, Work
+from halfeven.cli.run import BEST, FLOAT_FOLDER, RunContext
 from halfeven.config import Experiment
 from halfeven.errors import ConfigError
 from halfeven.training.state import STATE_FILE
@@ -25,31 +25,34 @@ def check_has_weights(experiment: Experiment) -> None:
         )
 
 
-def train_float(work: Work, model: nn.Module, *, resume: bool) -> None:
-    """Train the float model and leave it with its best weights.
+def train_float(context: RunContext, model: nn.Module, *, resume: bool) -> None:
+    """Train the float model, and load its best weights into it.
 
     Args:
-        resume: go on with its training, if it has begun.
+        context: the run.
+        model: the float model.
+        resume: continue its training, if it has begun.
     """
-    folder = work.folder / FLOAT_FOLDER
+    folder = context.folder / FLOAT_FOLDER
     run = Run(
         folder=folder,
-        accelerator=work.accelerator,
-        console=work.console,
-        seed=work.experiment.seed,
-        workers=work.experiment.data.workers,
+        accelerator=context.accelerator,
+        console=context.console,
+        seed=context.experiment.seed,
+        workers=context.experiment.data.workers,
         name="float",
     )
-    data, options = work.datasets.train, work.experiment.pretraining
-    trainer = Trainer(model, data, options, run, task=work.task, validate=work.accuracy, save=save_weights)
+    data, options = context.datasets.train, context.experiment.pretraining
+    trainer = Trainer(model, data, options, run, task=context.task, validate=context.accuracy, save=save_weights)
     trainer.run(resume=resume and (folder / STATE_FILE).is_file())
-    work.accelerator.free_memory()
+    context.accelerator.free_memory()
     load_weights(model, folder / BEST)
 
 
 def float_model_of(experiment: Experiment, checkpoint: Path) -> tuple[nn.Module, bool]:
-    """The float model of a checkpoint, and whether it has its weights: a quantized model can be tested without them."""
-    trained, options = checkpoint.parent / FLOAT_FOLDER / BEST, experiment.model
+    """Return the float model of a checkpoint, and True if it has its weights: testing works without them too."""
+    trained = checkpoint.parent / FLOAT_FOLDER / BEST
+    options = experiment.model
     if experiment.pretraining.epochs:
         options = dataclasses.replace(options, weights=str(trained) if trained.is_file() else "")
     elif options.weights != PRETRAINED and not Path(options.weights).is_file():

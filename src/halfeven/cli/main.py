@@ -1,168 +1,166 @@
-"""The command line: train, ptq, test and export. It reads arguments and shows errors; the other files do the work."""
+"""The command line: finds the command that is named, and shows errors. A command's own file does the work."""
 
-import dataclasses
-import difflib
+import importlib
+import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-from rich.console import Console
-
-from halfeven.config import Experiment, load_experiment
+import halfeven
 from halfeven.errors import HalfevenError
-from halfeven.zoo.models import ModelOptions
-from halfeven.zoo.options import DataOptions
-
-Config = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG")]
-Checkpoint = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
-Fields = Annotated[Experiment, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+from halfeven.imports import extra
+from halfeven.nearest import did_you_mean
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainArguments:
-    """Quantization-aware training: a float model becomes a verified integer one."""
+@dataclass(frozen=True)
+class Command:
+    """A command, named as texts: what it needs is imported when it is run, and takes seconds."""
 
-    config: Config
-    """Python file that ends with `experiment = Experiment(...)`."""
-    experiment: Fields
-    work_dir: str = ""
-    """Folder for checkpoints, logs and exported files; "" for work_dirs/<name of the config>."""
-    resume: bool = False
-    """Go on with the interrupted run in the work folder; it ends as if it had not been interrupted."""
-    overwrite: bool = False
-    """Start anew in a work folder that holds a run already."""
-    amp: bool = False
-    """Train in the mixed precision that the device can do, bfloat16 or float16."""
-    auto_scale_lr: bool = False
-    """Multiply the learning rate by the batch over all processes / training.base_batch_size."""
+    name: str
+    takes: str
+    """What follows the name in its shortest form."""
+    summary: str
+    arguments: str
+    """"module:class" of a dataclass with the command's arguments."""
+    run: str
+    """"module:function" that takes these arguments, and returns the exit code or None for 0."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PtqArguments:
-    """Post-training quantization: a float model becomes a verified integer one without training."""
-
-    config: Config
-    """Python file that ends with `experiment = Experiment(...)`."""
-    experiment: Fields
-    work_dir: str = ""
-    """Folder for the checkpoint and the exported files; "" for work_dirs/<name of the config>."""
-    resume: bool = False
-    """Go on with the interrupted run in the work folder; what it has reconstructed is not done again."""
-    overwrite: bool = False
-    """Start anew in a work folder that holds a run already."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TestArguments:
-    """Accuracy of the float, the simulated and the deployed model of a checkpoint, in one table."""
-
-    config: Config
-    """Python file that ends with `experiment = Experiment(...)`."""
-    checkpoint: Checkpoint
-    """best.safetensors or last.safetensors of a run."""
-    experiment: Fields
-    json_file: Annotated[str, tyro.conf.arg(name="json")] = ""
-    """File for the same figures as JSON, with the keys float, simulated and deployed."""
-    deployed: str = ""
-    """Deployed file (.xml or .onnx) to test; "" to export the checkpoint for the test."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportArguments:
-    """Write the deployable files of a checkpoint, and verify their integers in the runtime."""
-
-    config: Config
-    """Python file that ends with `experiment = Experiment(...)`."""
-    checkpoint: Checkpoint
-    """best.safetensors or last.safetensors of a run."""
-    experiment: Fields
-    work_dir: str = ""
-    """Folder for the files; "" for that of the checkpoint."""
-
-
-COMMANDS: dict[str, type[Any]] = {
-    "train": TrainArguments,
-    "ptq": PtqArguments,
-    "test": TestArguments,
-    "export": ExportArguments,
-}
-
-USAGE = """usage: halfeven COMMAND CONFIG ... [OPTIONS]
-
-  halfeven train CONFIG          train a float model's quantized form, export and verify it
-  halfeven ptq CONFIG            quantize a float model without training, export and verify it
-  halfeven test CONFIG CKPT      float, simulated and deployed accuracy in one table
-  halfeven export CONFIG CKPT    deployable files, verified
-
-halfeven COMMAND [CONFIG] --help lists all options, with the config's values."""
+COMMANDS = (
+    Command(
+        name="train",
+        takes="CONFIG",
+        summary="train a float model's quantized form, export and verify it",
+        arguments="halfeven.cli.train:TrainArguments",
+        run="halfeven.cli.train:run_train",
+    ),
+    Command(
+        name="ptq",
+        takes="CONFIG",
+        summary="quantize a float model without training, export and verify it",
+        arguments="halfeven.cli.ptq:PtqArguments",
+        run="halfeven.cli.ptq:run_ptq",
+    ),
+    Command(
+        name="test",
+        takes="CONFIG CKPT",
+        summary="show float, simulated and deployed accuracy in one table",
+        arguments="halfeven.cli.test:TestArguments",
+        run="halfeven.cli.test:run_test",
+    ),
+    Command(
+        name="export",
+        takes="CONFIG CKPT",
+        summary="write the deployable files of a checkpoint, and verify them",
+        arguments="halfeven.cli.export:ExportArguments",
+        run="halfeven.cli.export:run_export",
+    ),
+    Command(
+        name="verify",
+        takes="CONFIG CKPT FILE",
+        summary="compare a deployed file with its checkpoint, in the runtime",
+        arguments="halfeven.cli.verify:VerifyArguments",
+        run="halfeven.cli.verify:run_verify",
+    ),
+    Command(
+        name="init",
+        takes="[FOLDER]",
+        summary="write the quickstart's config and the recipes into a folder",
+        arguments="halfeven.cli.init:InitArguments",
+        run="halfeven.cli.init:run_init",
+    ),
+)
+"""All commands, in the order in which the help lists them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; exit with code 2 and a message on input that cannot be used, 130 on an interruption."""
+    """Run a command.
+
+    Exits with the command's own code, with 2 and a message on input that cannot be used, and with 130 where the user
+    interrupts it.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # torch.compile looks for CUDA's compiler and warns where only the CPU is there, which is nothing to mend.
+    # torch.compile looks for CUDA's compiler, and warns where there is only the CPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
-        _run(arguments)
+        code = run(arguments)
     except HalfevenError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]", end=": ")
-        Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
+        _print_error(error)
         sys.exit(2)
     except KeyboardInterrupt:
         print("Interrupted. `--resume` goes on with a run from what it has saved.", file=sys.stderr)
         sys.exit(130)
+    if code:
+        sys.exit(code)
 
 
-def _run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> int:
+    """Run the command that the arguments name, and return its exit code.
+
+    Raises:
+        HalfevenError: the input cannot be used.
+    """
+    if arguments[:1] == ["--version"]:
+        print(f"halfeven {halfeven.__version__}")
+        return 0
+    with extra("train", "The command line"):
+        for package in ("tyro", "accelerate"):
+            if importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(f"No module named '{package}'")
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    if arguments[0] not in COMMANDS:
-        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
-        meant = f"Did you mean {near[0]}?" if near else ""
-        print(f'There is no command "{arguments[0]}". {meant}\n\n{USAGE}', file=sys.stderr)
-        sys.exit(2)
-    parsed = parse(arguments[0], arguments[1:])
-    # What imports the runtimes comes last, so that mistakes in the arguments show at once.
-    from halfeven.cli.test import run_export, run_test
-    from halfeven.cli.ptq import run_ptq
-    from halfeven.cli.train import run_training
+        print(usage())
+        return 0
+    command = next((command for command in COMMANDS if command.name == arguments[0]), None)
+    if command is None:
+        meant = did_you_mean(arguments[0], [command.name for command in COMMANDS])
+        print(f'There is no command "{arguments[0]}". {meant}\n\n{usage()}', file=sys.stderr)
+        return 2
+    return found(command.run)(parse(command.name, arguments[1:])) or 0
 
-    options = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(parsed) if f.name != "experiment"}
-    run: dict[str, Callable[..., None]] = {
-        "train": run_training,
-        "ptq": run_ptq,
-        "test": run_test,
-        "export": run_export,
-    }
-    run[arguments[0]](parsed.experiment, **options)
+
+def usage() -> str:
+    """Return the text of `halfeven --help`."""
+    width = max(len(f"{command.name} {command.takes}") for command in COMMANDS)
+    lines = [f"  halfeven {f'{command.name} {command.takes}':{width}}  {command.summary}" for command in COMMANDS]
+    return "\n".join(
+        [
+            "usage: halfeven COMMAND ... [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "halfeven COMMAND [CONFIG] --help lists all options, with the config's values.",
+            "halfeven --version prints the version.",
+        ]
+    )
 
 
 def parse(command: str, arguments: list[str]) -> Any:
-    """The arguments of a command: the config's experiment, with the fields that the command line changes.
+    """Return the arguments of a command, as an object of its class of arguments.
 
     Raises:
         ConfigError: a config that cannot be run, or values that do not go together.
-        SystemExit: with code 2, after a message: an unknown option, or a value of the wrong type.
+        SystemExit: the help was asked for (code 0); an unknown option, or a value of the wrong type (code 2).
     """
-    path = next((argument for argument in arguments if argument.endswith(".py")), None)
-    if path is not None:
-        experiment = load_experiment(path)
-    else:  # only --help can be answered without a config
-        experiment = Experiment(model=ModelOptions(weights="pretrained"), data=DataOptions())
-    fields = {field.name for field in dataclasses.fields(COMMANDS[command])}
-    required = {name: tyro.MISSING for name in ("config", "checkpoint") if name in fields}
-    return tyro.cli(
-        COMMANDS[command],
-        prog=f"halfeven {command}",
-        args=arguments,
-        default=COMMANDS[command](experiment=experiment, **required),
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
-    )
+    from halfeven.cli.arguments import parsed
+
+    kind = next(one.arguments for one in COMMANDS if one.name == command)
+    return parsed(command, found(kind), arguments)
+
+
+def found(name: str) -> Any:
+    """Return what "module:name" names, in a module of halfeven."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _print_error(error: HalfevenError) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    console.print(f"[bold red]{type(error).__name__}[/]", end=": ")
+    console.print(str(error), markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,53 @@
-"""Post-training quantization: float model, the pipeline with its choices, and the verified files."""
+"""`halfeven ptq`: post-training quantization, from the float model to verified files."""
 
 import shutil
 import time
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from halfeven.checkpoint import read_facts, save
+from halfeven.cli.arguments import Config, Fields
 from halfeven.cli.deliver import deliver
 from halfeven.cli.float_model import check_has_weights, train_float
-from halfeven.cli.run import BEST, PTQ_STATE, Work, default_folder, open_folder, open_work
-from halfeven.config import Experiment
+from halfeven.cli.run import BEST, PTQ_STATE, RunContext, default_folder, open_folder, open_run
 from halfeven.distributed import world_size
 from halfeven.errors import ConfigError
 from halfeven.pipelines import quantize
 from halfeven.zoo.models import create_model
 
 
-def run_ptq(
-    experiment: Experiment, *, config: Path, work_dir: str = "", resume: bool = False, overwrite: bool = False
-) -> None:
-    """Float model, plan, quantization from calibration images, export, verification; then one table."""
+@dataclass(frozen=True, kw_only=True)
+class PtqArguments:
+    """Quantize a float model without training (PTQ), write its deployable files and verify them."""
+
+    config: Config
+    """Python file that ends with `experiment = Experiment(...)`."""
+    experiment: Fields
+    work_dir: str = ""
+    """Folder for the checkpoint and the exported files; "" for work_dirs/<name of the config>."""
+    resume: bool = False
+    """Continue the interrupted run in the work folder; what it has reconstructed is not done again."""
+    overwrite: bool = False
+    """Start anew in a work folder that holds a run already."""
+
+
+def run_ptq(arguments: PtqArguments) -> None:
+    """Quantize, export and verify, and print one table of accuracies."""
+    experiment = arguments.experiment
+    resume = arguments.resume
     check_has_weights(experiment)
-    work = open_work(experiment, default_folder(config, work_dir))
+    context = open_run(experiment, default_folder(arguments.config, arguments.work_dir))
     _check_alone()
-    open_folder(work, "ptq", resume=resume, overwrite=overwrite)
-    model, facts = create_model(experiment.model), _finished(work, resume=resume)
+    open_folder(context, "ptq", resume=resume, overwrite=arguments.overwrite)
+    model = create_model(experiment.model)
+    facts = _finished(context, resume=resume)
     if experiment.pretraining.epochs:
-        train_float(work, model, resume=resume)
+        train_float(context, model, resume=resume)
     if facts is None:
-        facts = _quantize(work, model)
-    deliver(work, model, facts["float"], {"quantization_seconds": facts["quantization_seconds"]})
+        facts = _quantize(context, model)
+    deliver(context, model, facts["float"], {"quantization_seconds": facts["quantization_seconds"]})
 
 
 def _check_alone() -> None:
@@ -42,28 +58,28 @@ def _check_alone() -> None:
         )
 
 
-def _finished(work: Work, *, resume: bool) -> dict[str, Any] | None:
-    """What is known of the quantized model, if the run that is resumed got so far."""
-    best = work.folder / BEST
+def _finished(context: RunContext, *, resume: bool) -> dict[str, Any] | None:
+    """Return the facts in the checkpoint of the run that is resumed; None if the run was not that far."""
+    best = context.folder / BEST
     found: dict[str, Any] | None = read_facts(best)["extra"] if resume and best.is_file() else None
     return found
 
 
-def _quantize(work: Work, model: nn.Module) -> dict[str, Any]:
-    """Quantize, and write the checkpoint with what is known of it: the float accuracy, and the seconds it took."""
+def _quantize(context: RunContext, model: nn.Module) -> dict[str, Any]:
+    """Quantize and write the checkpoint. Returns the facts in it: the float accuracy, and the seconds it took."""
     start = time.perf_counter()
-    resume_dir = work.folder / PTQ_STATE
+    resume_dir = context.folder / PTQ_STATE
     qmodel = quantize(
-        model.to(work.accelerator.device),
-        work.loader(work.datasets.calibration),
-        work.experiment.quantization,
-        work.experiment.ptq,
-        log=work.say,
+        model.to(context.accelerator.device),
+        context.loader(context.datasets.calibration),
+        context.experiment.quantization,
+        context.experiment.ptq,
+        log=context.log,
         resume_dir=resume_dir,
     )
     seconds = time.perf_counter() - start
-    work.say(f"Quantized in {seconds:.0f} s.\n")
-    facts = {"float": work.accuracy(model), "quantization_seconds": round(seconds, 1)}
-    save(qmodel, work.folder / BEST, facts)
+    context.log(f"Quantized in {seconds:.0f} s.\n")
+    facts = {"float": context.accuracy(model), "quantization_seconds": round(seconds, 1)}
+    save(qmodel, context.folder / BEST, facts)
     shutil.rmtree(resume_dir, ignore_errors=True)  # the checkpoint has it all now
     return facts

@@ -1,4 +1,4 @@
-"""What the commands share: the data, the processes, the folder that holds a run, and the table of accuracies."""
+"""Open a run for a command: the data, the processes, the folder that holds a run, and the table of accuracies."""
 
 import json
 import shutil
@@ -26,18 +26,25 @@ from halfeven.zoo.datasets import Datasets, load_datasets
 from halfeven.zoo.leakage import check_apart
 
 RECORD = "experiment.json"
-"""The resolved experiment, written beside the results: a folder that holds it holds a run."""
+"""The resolved experiment, written beside the results: a folder that has it holds a run."""
 FLOAT_FOLDER = "float"
 """Where the training of the float model, if there is one, keeps its files."""
 BEST = "best.safetensors"
 PTQ_STATE = "ptq_state"
-"""Where post-training quantization keeps what it has reconstructed, until it is through."""
+"""Where post-training quantization keeps what it has reconstructed, until it has finished."""
 RESULTS = "results.json"
+RESUMED_FROM = (STATE_FILE, BEST, f"{FLOAT_FOLDER}/{STATE_FILE}", f"{FLOAT_FOLDER}/{BEST}", PTQ_STATE)
+"""Files that a resumed run continues from; a new run in the same folder removes them first."""
+MAY_CHANGE = (
+    *("device", "export", "data.workers", "data.root", "training.log_every", "training.save_every"),
+    *("ptq.memory", "ptq.cache_folder"),
+)
+"""Fields that may differ when a run is resumed: they do not change its result."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """What all steps of a command share."""
+class RunContext:
+    """The experiment, data, task, device and folder that all steps of a command share."""
 
     experiment: Experiment
     folder: Path
@@ -47,93 +54,106 @@ class Work:
     task: Task
 
     def loader(self, items: Any, *, shared: bool = True, batch_size: int = 0) -> Any:
-        """Evaluation batches of some of the data."""
+        """Return evaluation batches of a part of the data.
+
+        Args:
+            items: the part, such as `datasets.validation`.
+            shared: give each process its own share of the items, rather than all.
+            batch_size: samples of a batch; 0: as the experiment says.
+        """
         data = self.experiment.data
         size = batch_size or data.evaluation_batch_size
         return evaluation_loader(items, size, data.workers, shared=shared, collate=self.task.collate)
 
     def accuracy(self, model: Callable[..., Any], device: torch.device | str | None = None) -> Metrics:
-        """The task's figures on the validation data, taken by all processes of the run together."""
+        """Return the task's metrics on the validation data, computed by all processes of the run together."""
         device = self.accelerator.device if device is None else device
         if isinstance(model, nn.Module):
             model.to(device)
         return evaluate(model, self.loader(self.datasets.validation), self.task, device=device)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line, from the first process alone."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def open_work(experiment: Experiment, folder: Path) -> Work:
+def open_run(experiment: Experiment, folder: Path) -> RunContext:
     """Join the processes and open the data.
 
     Raises:
-        ConfigError: data, model and device that do not go together.
+        ConfigError: data, model and device do not go together.
     """
     accelerator = make_accelerator(experiment.device)
     console = Console(quiet=not accelerator.is_main_process)
     datasets = load_datasets(experiment.data)
-    example, options = datasets.example(), experiment.model
-    wrong = []
-    if options.source != "callable" and options.num_classes != datasets.num_classes:
-        wrong.append(f"model.num_classes={options.num_classes}, and the data has {datasets.num_classes}")
-    if isinstance(example, dict) and options.source not in ("transformers", "callable"):
-        wrong.append(f'model.source="{options.source}" reads images, and the data gives texts')
-    if isinstance(example, Tensor) and options.source == "transformers":
-        wrong.append('model.source="transformers" reads texts here, and the data gives images')
-    if isinstance(example, Tensor) and options.source != "callable" and options.in_chans != example.shape[1]:
-        wrong.append(f"model.in_chans={options.in_chans}, and the images have {example.shape[1]}")
-    if wrong:
+    if mismatches := _mismatches(experiment, datasets):
         raise ConfigError(
-            f"Model and data do not go together: {'; '.join(wrong)}. The loss could not be computed. Set the model's "
-            "to the data's."
+            f"Model and data do not go together, so no loss can be computed: {'; '.join(mismatches)}. Set the options "
+            "of `model` to match the data."
         )
     torch.manual_seed(experiment.seed)
-    return Work(experiment, folder, accelerator, console, datasets, make_task(experiment, datasets))
+    return RunContext(experiment, folder, accelerator, console, datasets, make_task(experiment, datasets))
+
+
+def _mismatches(experiment: Experiment, datasets: Datasets) -> list[str]:
+    """List the options of the model that do not match the data; of a model of the user's own there are none."""
+    options = experiment.model
+    if options.source == "callable":
+        return []
+    example = datasets.example()
+    found = []
+    if options.num_classes != datasets.num_classes:
+        found.append(f"model.num_classes={options.num_classes}, and the data has {datasets.num_classes}")
+    if isinstance(example, dict) and options.source != "transformers":
+        found.append(f'model.source="{options.source}" reads images, and the data gives texts')
+    if isinstance(example, Tensor) and options.source == "transformers":
+        found.append('model.source="transformers" reads texts, and the data gives images')
+    if isinstance(example, Tensor) and options.in_chans != example.shape[1]:
+        found.append(f"model.in_chans={options.in_chans}, and the images have {example.shape[1]}")
+    return found
 
 
 def default_folder(config: Path, work_dir: str) -> Path:
-    """The work folder that was asked for, or the one of the config's name."""
+    """Return the work folder that the user named, or else the folder with the config's name."""
     return Path(work_dir or Path("work_dirs") / config.stem)
 
 
-def open_folder(work: Work, command: str, *, resume: bool, overwrite: bool) -> None:
+def open_folder(context: RunContext, command: str, *, resume: bool, overwrite: bool) -> None:
     """Make the work folder and write down the experiment, or check that there is a run to resume.
 
     Args:
+        context: the run.
         command: "train" or "ptq": a run is resumed by the command that started it.
+        resume: continue the run in the folder.
+        overwrite: start anew where the folder holds a run.
 
     Raises:
-        ConfigError: nothing to resume, other options than the run's, a run that would be lost, or calibration images
-            that are validation images.
+        ConfigError: there is nothing to resume, the options differ from the run's, a run would be lost, or calibration
+            samples are validation samples too.
     """
-    check_apart(work.datasets)
-    record = work.folder / RECORD
+    check_apart(context.datasets)
+    record = context.folder / RECORD
     held = record.is_file()
-    work.accelerator.wait_for_everyone()  # all processes look before the first one writes
+    context.accelerator.wait_for_everyone()  # all processes look before the first one writes
     if resume and not held:
         raise ConfigError(
-            f"There is no run in {work.folder}, so nothing can be resumed. Leave --resume out, or give the --work-dir "
-            "of the run."
+            f"There is no run in {context.folder}, so nothing can be resumed. Leave --resume out, or give the "
+            "--work-dir of the run."
         )
     if held and not resume and not overwrite:
         raise ConfigError(
-            f"{work.folder} holds a run already, whose checkpoints would be lost. Give --resume to go on with it, "
+            f"{context.folder} holds a run already, whose checkpoints would be lost. Give --resume to continue it, "
             "another --work-dir to keep it, or --overwrite to start anew."
         )
-    facts = {"command": command, **as_dict(work.experiment)}
+    facts = {"command": command, **as_dict(context.experiment)}
     if resume:
-        _check_same_run(json.loads(record.read_text(encoding="utf-8")), facts, work.folder)
-    if work.accelerator.is_main_process:
+        _check_same_run(json.loads(record.read_text(encoding="utf-8")), facts, context.folder)
+    if context.accelerator.is_main_process:
         for name in RESUMED_FROM if not resume else ():
-            _remove(work.folder / name)
+            _remove(context.folder / name)
         text = json.dumps(facts, indent=2) + "\n"
         write_atomically(record, lambda path: path.write_text(text, encoding="utf-8"))
-    work.accelerator.wait_for_everyone()
-
-
-RESUMED_FROM = (STATE_FILE, BEST, f"{FLOAT_FOLDER}/{STATE_FILE}", f"{FLOAT_FOLDER}/{BEST}", PTQ_STATE)
-"""What a run goes on from, and what a new one in the same folder must not find."""
+    context.accelerator.wait_for_everyone()
 
 
 def _remove(path: Path) -> None:
@@ -143,15 +163,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-MAY_CHANGE = (
-    *("device", "export", "data.workers", "data.root", "training.log_every", "training.save_every"),
-    *("ptq.memory", "ptq.cache_folder"),
-)
-"""Fields that a resumed run may have otherwise: they do not change what it ends with."""
-
-
 def _check_same_run(recorded: dict[str, Any], present: dict[str, Any], folder: Path) -> None:
-    """Raise ConfigError where a run shall be resumed with other options: its result would be that of neither."""
+    """Raise ConfigError where a run is resumed with other options: its result would be that of neither run."""
     differing = [
         f"{name} was {json.dumps(was)} and is {json.dumps(now)}"
         for name, was, now in _differences("", {"command": "train"} | recorded, json.loads(json.dumps(present)))
@@ -173,21 +186,26 @@ def _differences(name: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]
         yield name, was, now
 
 
-def show(work: Work, rows: dict[str, Metrics], files: Mapping[str, object]) -> None:
-    """Print the accuracies as one table."""
-    kind = "images" if isinstance(work.datasets.example(), Tensor) else "texts"
-    table = Table(title=f"{len(work.datasets.validation)} validation {kind}", title_justify="left")
+def show(context: RunContext, rows: dict[str, Metrics], files: Mapping[str, object]) -> None:
+    """Print the accuracies as one table.
+
+    Args:
+        context: the run.
+        rows: metrics by the model's name.
+        files: the file of a model, by the same name.
+    """
+    table = Table(title=f"{len(context.datasets.validation)} validation samples", title_justify="left")
     table.add_column("model")
     for metric in next(iter(rows.values())):
         table.add_column(f"{metric}, %", justify="right")
     table.add_column("file")
     for name, metrics in rows.items():
         table.add_row(name, *(f"{value:.2f}" for value in metrics.values()), str(files.get(name, "")))
-    work.console.print(table)
+    context.console.print(table)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write results for other programs."""
+    """Write results for other programs, and print where."""
     text = json.dumps(content, indent=2) + "\n"
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     print(f"Wrote {path}.")

@@ -1,4 +1,4 @@
-"""Which task a run has: the one that its config names, made for its model and data."""
+"""Make the task that a config names, for its model and data."""
 
 from torch import Tensor
 
@@ -12,12 +12,13 @@ from halfeven.zoo.models import effdet_model, torchvision_model
 
 
 def make_task(experiment: Experiment, datasets: Datasets) -> Task:
-    """The task of an experiment.
+    """Return the task of an experiment.
 
     Raises:
-        ConfigError: a detector whose loss and post-processing are not known, or a function that returns no task.
+        ConfigError: the detector's loss and post-processing are not known, or the user's function returns no task.
     """
-    options, classes = experiment.task, datasets.num_classes
+    options = experiment.task
+    classes = datasets.num_classes
     if options.kind == "classification":
         return Classification(classes)
     if options.kind == "segmentation":
@@ -34,11 +35,12 @@ def make_task(experiment: Experiment, datasets: Datasets) -> Task:
 
 
 def _detection(experiment: Experiment, datasets: Datasets) -> Detection:
-    model, example = experiment.model, datasets.example()
+    model = experiment.model
+    example = datasets.example()
     if not isinstance(example, Tensor) or model.source not in ("torchvision", "effdet"):
         raise ConfigError(
-            f'task.kind="detection" and model.source="{model.source}": only of torchvision\'s and effdet\'s detectors '
-            "are loss and post-processing known. Take one of these, or give a task of your own "
+            f'The loss and the post-processing of a detector with model.source="{model.source}" are not known, so it '
+            'cannot be trained or measured. Take a detector of "torchvision" or "effdet", or give a task of your own '
             '(task.kind="callable").'
         )
     if model.source == "torchvision":

@@ -1,18 +1,18 @@
-"""Quantization-aware training: float model, plan, calibration, training, and the verified files."""
+"""`halfeven train`: quantization-aware training, from the float model to verified files."""
 
 import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from halfeven.checkpoint import save
+from halfeven.cli.arguments import Config, Fields
 from halfeven.cli.deliver import deliver
 from halfeven.cli.float_model import check_has_weights, train_float
-from halfeven.cli.run import BEST, FLOAT_FOLDER, PTQ_STATE, Work, default_folder, open_folder, open_work
-from halfeven.config import Experiment
+from halfeven.cli.run import BEST, FLOAT_FOLDER, PTQ_STATE, RunContext, default_folder, open_folder, open_run
 from halfeven.distributed import world_size
 from halfeven.layerwise.calibrate import calibrate
 from halfeven.pipelines import prepare, rebuild, resume_qat, setup_qat
@@ -28,91 +28,105 @@ from halfeven.zoo.models import create_model
 from halfeven.zoo.weights import load_weights
 
 
-def run_training(
-    experiment: Experiment,
-    *,
-    config: Path,
-    work_dir: str = "",
-    resume: bool = False,
-    overwrite: bool = False,
-    amp: bool = False,
-    auto_scale_lr: bool = False,
-) -> None:
-    """Float model, plan, calibration, training, export, verification; then one table."""
-    folder = default_folder(config, work_dir)
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """Train the quantized form of a float model (QAT), write its deployable files and verify them."""
+
+    config: Config
+    """Python file that ends with `experiment = Experiment(...)`."""
+    experiment: Fields
+    work_dir: str = ""
+    """Folder for checkpoints, logs and exported files; "" for work_dirs/<name of the config>."""
+    resume: bool = False
+    """Continue the interrupted run in the work folder; it ends as if it had not been interrupted."""
+    overwrite: bool = False
+    """Start anew in a work folder that holds a run already."""
+    amp: bool = False
+    """Train in the mixed precision that the device has, bfloat16 or float16."""
+    auto_scale_lr: bool = False
+    """Multiply the learning rate by the batch over all processes / training.base_batch_size."""
+
+
+def run_train(arguments: TrainArguments) -> None:
+    """Train, export and verify, and print one table of accuracies."""
+    experiment = arguments.experiment
+    folder = default_folder(arguments.config, arguments.work_dir)
+    resume = arguments.resume
     check_has_weights(experiment)
-    if amp:
+    if arguments.amp:
         device = dataclasses.replace(experiment.device, precision=mixed_precision())
         experiment = dataclasses.replace(experiment, device=device)
-    work = open_work(experiment, folder)
-    if auto_scale_lr:
-        work = _with_scaled_rates(work)
-    open_folder(work, "train", resume=resume, overwrite=overwrite)
+    context = open_run(experiment, folder)
+    if arguments.auto_scale_lr:
+        context = _with_scaled_rates(context)
+    open_folder(context, "train", resume=resume, overwrite=arguments.overwrite)
     model = create_model(experiment.model)
     resume_training = resume and (folder / STATE_FILE).is_file()
     if resume_training:
-        qmodel, session, header = _continue(work, model)
+        qmodel, session, header = _continue(context, model)
     else:
-        qmodel, session, header = _start(work, model, resume=resume)
-    _train_quantized(work, qmodel, session, header, resume=resume_training)
-    main = work.accelerator.is_main_process
-    work.accelerator.end_training()  # what follows is the first process's alone
+        qmodel, session, header = _start(context, model, resume=resume)
+    _train_quantized(context, qmodel, session, header, resume=resume_training)
+    main = context.accelerator.is_main_process
+    context.accelerator.end_training()  # what follows is the first process's alone
     if main:
-        deliver(work, model, header["float"])
+        deliver(context, model, header["float"])
 
 
-def _with_scaled_rates(work: Work) -> Work:
-    """Learning rates meant for `base_batch_size` images, for the batch over all processes."""
+def _with_scaled_rates(context: RunContext) -> RunContext:
+    """Scale the learning rates, meant for `base_batch_size` samples, to the batch over all processes."""
 
     def scaled(options: TrainingOptions) -> TrainingOptions:
         batch = options.batch_size * options.accumulation * world_size()
         return dataclasses.replace(options, learning_rate=options.learning_rate * batch / options.base_batch_size)
 
-    names = ("training", "pretraining")
-    experiment = work.experiment
-    for name in names:
+    experiment = context.experiment
+    for name in ("training", "pretraining"):
         before: TrainingOptions = getattr(experiment, name)
         changes: dict[str, Any] = {name: scaled(before)}
         experiment = dataclasses.replace(experiment, **changes)
         if before.epochs:
-            rate = changes[name].learning_rate
-            work.say(f"{name}.learning_rate: {before.learning_rate:g} scaled to {rate:g}.")
-    return dataclasses.replace(work, experiment=experiment)
+            rate: float = changes[name].learning_rate
+            context.log(f"{name}.learning_rate: {before.learning_rate:g} scaled to {rate:g}.")
+    return dataclasses.replace(context, experiment=experiment)
 
 
-def _continue(work: Work, model: nn.Module) -> tuple[nn.Module, QATSession, dict[str, Any]]:
-    """The quantized model as it was when the training was interrupted, but for its state, which the trainer loads."""
-    header: dict[str, Any] = json.loads(load_state(work.folder / STATE_FILE).header)
-    trained = work.folder / FLOAT_FOLDER / BEST
-    if work.experiment.pretraining.epochs:
+def _continue(context: RunContext, model: nn.Module) -> tuple[nn.Module, QATSession, dict[str, Any]]:
+    """Rebuild the quantized model of an interrupted training, except for its state, which the trainer loads."""
+    header: dict[str, Any] = json.loads(load_state(context.folder / STATE_FILE).header)
+    trained = context.folder / FLOAT_FOLDER / BEST
+    if context.experiment.pretraining.epochs:
         load_weights(model, trained)
-    qmodel = rebuild(model, work.datasets.example(), Plan.from_dict(header["plan"])).to(work.accelerator.device)
-    experiment, (loader, inputs) = work.experiment, _loaders(work)
-    recipe = decide(qmodel, experiment.qat, experiment.schedule)
-    teacher, qat, schedule = model.to(work.accelerator.device), experiment.qat, experiment.schedule
-    session = resume_qat(qmodel, teacher, recipe, loader, qat, schedule, inputs, work.task.logits)
+    qmodel = rebuild(model, context.datasets.example(), Plan.from_dict(header["plan"])).to(context.accelerator.device)
+    loader, inputs = _loaders(context)
+    qat = context.experiment.qat
+    schedule = context.experiment.schedule
+    recipe = decide(qmodel, qat, schedule)
+    teacher = model.to(context.accelerator.device)
+    session = resume_qat(qmodel, teacher, recipe, loader, qat, schedule, inputs, context.task.logits)
     return qmodel, session, header
 
 
-def _loaders(work: Work) -> tuple[Any, Callable[[], Any]]:
-    """The calibration batches, and what gives batches for BatchNorm's statistics."""
-    loader = work.loader(work.datasets.calibration, shared=False)
+def _loaders(context: RunContext) -> tuple[Any, Callable[[], Any]]:
+    """Return the calibration batches, and a function that gives batches for BatchNorm's statistics."""
+    loader = context.loader(context.datasets.calibration, shared=False)
     return loader, lambda: loader
 
 
-def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, QATSession, dict[str, Any]]:
-    """The quantized model as its training starts, and what is known of it. Its plan is shown before any long work."""
-    experiment = work.experiment
-    example, options = work.datasets.example(), experiment.quantization
+def _start(context: RunContext, model: nn.Module, *, resume: bool) -> tuple[nn.Module, QATSession, dict[str, Any]]:
+    """Prepare the quantized model for its training. Its plan is printed before any long work."""
+    experiment = context.experiment
+    example = context.datasets.example()
+    options = experiment.quantization
     qmodel = prepare(model, example, options)
-    work.say(f"{plan_of(qmodel)}\n")
-    if work.experiment.pretraining.epochs:
-        train_float(work, model, resume=resume)
+    context.log(f"{plan_of(qmodel)}\n")
+    if context.experiment.pretraining.epochs:
+        train_float(context, model, resume=resume)
         qmodel = prepare(model, example, options)
-    float_metrics = work.accuracy(model)
-    loader, inputs = _loaders(work)
+    float_metrics = context.accuracy(model)
+    loader, inputs = _loaders(context)
     scheme = experiment.quantization.scheme
-    start = work.accuracy(calibrate(qmodel.to(work.accelerator.device), loader))
+    start = context.accuracy(calibrate(qmodel.to(context.accelerator.device), loader))
     known = {"float": float_metrics, f"{scheme}, calibrated": start}
     session = setup_qat(
         qmodel,
@@ -122,38 +136,38 @@ def _start(work: Work, model: nn.Module, *, resume: bool) -> tuple[nn.Module, QA
         experiment.schedule,
         ptq=experiment.ptq,
         inputs=inputs,
-        log=work.say,
-        resume_dir=work.folder / PTQ_STATE,
-        logits=work.task.logits,
+        log=context.log,
+        resume_dir=context.folder / PTQ_STATE,
+        logits=context.task.logits,
     )
     if session.recipe.equalize.enabled and not session.recipe.reconstruct.enabled:
-        start = known[f"{scheme}, equalized"] = work.accuracy(qmodel)
+        start = known[f"{scheme}, equalized"] = context.accuracy(qmodel)
     if session.recipe.reconstruct.enabled:
-        start = known[f"{scheme}, rounding learned"] = work.accuracy(qmodel)
+        start = known[f"{scheme}, rounding learned"] = context.accuracy(qmodel)
     facts = {"plan": plan_of(qmodel).to_dict(), "float": float_metrics, "known": known}
     # With progressive bit-width the start has more bits than it shall have, and says nothing of the end.
     return qmodel, session, facts | {"start": start if session.counts_from == 0 else None}
 
 
 def _train_quantized(
-    work: Work, qmodel: nn.Module, session: QATSession, header: dict[str, Any], *, resume: bool
+    context: RunContext, qmodel: nn.Module, session: QATSession, header: dict[str, Any], *, resume: bool
 ) -> None:
-    experiment = work.experiment
+    experiment = context.experiment
     run = Run(
-        folder=work.folder,
-        accelerator=work.accelerator,
-        console=work.console,
+        folder=context.folder,
+        accelerator=context.accelerator,
+        console=context.console,
         seed=experiment.seed,
         workers=experiment.data.workers,
         name=experiment.quantization.scheme,
     )
     trainer = Trainer(
         qmodel,
-        work.datasets.train,
+        context.datasets.train,
         experiment.training,
         run,
-        task=work.task,
-        validate=work.accuracy,
+        task=context.task,
+        validate=context.accuracy,
         save=lambda model, path, facts: save(model, path, facts | {"float": header["float"]}),
         callback=session,
         measured=header["known"],

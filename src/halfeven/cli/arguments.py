@@ -1,0 +1,72 @@
+"""Arguments that several commands take, and how they are read: a config's experiment, with single fields changed."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from halfeven.cli.help import help_text
+from halfeven.config import Experiment, load_experiment
+from halfeven.errors import ConfigError
+from halfeven.zoo.models import ModelOptions
+from halfeven.zoo.options import DataOptions
+
+Config = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG")]
+Checkpoint = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
+DeployedFile = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+Fields = Annotated[Experiment, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+"""The config's experiment; each of its fields is an option, `--training.epochs` for example."""
+
+
+def parsed(command: str, kind: type[Any], arguments: list[str]) -> Any:
+    """Return the arguments of a command as an object of `kind`.
+
+    Raises:
+        ConfigError: no config, one that cannot be run, or values that do not go together.
+        SystemExit: the help was asked for (code 0); an unknown option, or a value of the wrong type (code 2).
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    wants_help = bool({"-h", "--help"} & set(arguments))
+    values: dict[str, Any] = {
+        name: tyro.MISSING for name, field in fields.items() if field.default is dataclasses.MISSING
+    }
+    path = None
+    if "experiment" in fields:
+        path = _config_among(arguments, required=not wants_help)
+        values["experiment"] = load_experiment(path) if path else _defaults()
+    default = kind(**values)
+    if wants_help:
+        print(help_text(command, default, from_config=path is not None))
+        raise SystemExit(0)
+    found = tyro.cli(
+        kind,
+        prog=f"halfeven {command}",
+        args=arguments,
+        default=default,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+    )
+    if path is not None and found.config != path:
+        raise ConfigError(
+            f"{found.config} stands where the config belongs, and {path} behind it, so it is not clear what to do. "
+            f"Write `halfeven {command} {path} ...`."
+        )
+    return found
+
+
+def _config_among(arguments: list[str], *, required: bool) -> Path | None:
+    """The first argument that is a Python file; None where only the help is asked for and there is none."""
+    found = next((Path(argument) for argument in arguments if argument.endswith(".py")), None)
+    if found is not None or not required:
+        return found
+    if arguments and not arguments[0].startswith("-"):
+        return Path(arguments[0])  # loading it says why it is no config
+    raise ConfigError(
+        "No CONFIG was given, so nothing says which model and data to use. Give the path of a Python file that makes "
+        "an Experiment; `halfeven init` writes some to begin with."
+    )
+
+
+def _defaults() -> Experiment:
+    return Experiment(model=ModelOptions(), data=DataOptions())

@@ -1,0 +1,36 @@
+"""`halfeven export`: the deployable files of a checkpoint, verified."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from halfeven.checkpoint import read_facts
+from halfeven.cli.arguments import Checkpoint, Config, Fields
+from halfeven.cli.deliver import export_verified
+from halfeven.cli.float_model import float_model_of
+from halfeven.cli.run import open_run, write_json
+from halfeven.pipelines import load
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """Write the deployable files of a checkpoint, and verify their integers in the runtime."""
+
+    config: Config
+    """Python file that ends with `experiment = Experiment(...)`."""
+    checkpoint: Checkpoint
+    """best.safetensors or last.safetensors of a run."""
+    experiment: Fields
+    work_dir: str = ""
+    """Folder for the files; "" for the checkpoint's."""
+
+
+def run_export(arguments: ExportArguments) -> None:
+    """Export the checkpoint, verify each file, and write the reports to verification.json."""
+    checkpoint = arguments.checkpoint
+    folder = Path(arguments.work_dir or checkpoint.parent)
+    read_facts(checkpoint)  # a wrong path shows before the data is read
+    context = open_run(arguments.experiment, folder)
+    model, has_weights = float_model_of(arguments.experiment, checkpoint)
+    qmodel = load(checkpoint, model, context.datasets.example())
+    reports = export_verified(context, qmodel, folder, model if has_weights else None)
+    write_json(folder / "verification.json", {path.name: report.to_dict() for path, report in reports.items()})

@@ -1,0 +1,199 @@
+"""The help of a command: its own arguments, the options that matter first, then all others part by part."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import shutil
+import textwrap
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+WIDEST = 100
+"""Columns beyond which lines are hard to read."""
+COLUMN = 34
+"""Where the descriptions begin; a longer option has a line of its own."""
+LONGEST_FORM = 30
+"""Characters of choices that stand behind an option; longer ones are told with its meaning."""
+
+POSITIONALS = {"config": "CONFIG", "checkpoint": "CKPT", "file": "FILE", "folder": "FOLDER"}
+"""Arguments without dashes, in the order in which they are given."""
+
+MODEL_AND_DATA = (
+    *("model.source", "model.name", "model.weights", "model.num_classes"),
+    *("data.source", "data.root", "data.calibration_images", "task.kind"),
+)
+QUANTIZATION = ("quantization.target", "quantization.scheme", "quantization.per_channel", "quantization.batchnorm")
+FILES = ("export.target", "export.formats", "export.verify_images", "export.timed")
+
+FIRST = {
+    "train": (
+        *MODEL_AND_DATA,
+        *(*QUANTIZATION, "quantization.ranges", "pretraining.epochs"),
+        *("training.epochs", "training.batch_size", "training.optimizer", "training.learning_rate"),
+        *("device.kind", "seed"),
+    ),
+    "ptq": (
+        *MODEL_AND_DATA,
+        *(*QUANTIZATION, "pretraining.epochs"),
+        *("ptq.equalize", "ptq.smooth", "ptq.reconstruct", "ptq.correct_biases"),
+        *("export.formats", "device.kind", "seed"),
+    ),
+    "test": ("model.weights", "data.root", "data.workers", "data.evaluation_batch_size", "export.target"),
+    "export": ("model.weights", "data.root", *FILES),
+    "verify": ("model.weights", "data.root", "export.target", "export.verify_images", "export.timed"),
+}
+"""The options that matter first, by command."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option as the help shows it."""
+
+    name: str
+    """The field, "training.epochs" for example."""
+    form: str
+    """The option with the form of its value, "--training.epochs INT" for example."""
+    meaning: str
+
+
+def help_text(command: str, arguments: Any, *, from_config: bool) -> str:
+    """Return the help of a command.
+
+    Args:
+        command: its name.
+        arguments: an object of its class of arguments, whose values are shown.
+        from_config: the values are those of a config, rather than the defaults.
+    """
+    fields = vars(arguments)
+    labels = [label for name, label in POSITIONALS.items() if name in fields]
+    lines = [f"usage: halfeven {' '.join((command, *labels))} [OPTIONS]", ""]
+    lines += _wrapped(_first_paragraph(type(arguments)))
+    lines += ["", *_described(_arguments(arguments))]
+    if (experiment := fields.get("experiment")) is None:
+        return "\n".join(lines)
+    parts = _parts("", experiment, _first_paragraph(type(experiment)))
+    options = {option.name: option for group in parts.values() for option in group}
+    first = [options.pop(name) for name in FIRST[command]]
+    values = "the config's values" if from_config else "the defaults"
+    lines += ["", *_wrapped(f"The options that matter first (in brackets: {values}):"), *_described(first)]
+    for title, group in parts.items():
+        if rest := [option for option in group if option.name in options]:
+            lines += ["", *_wrapped(title), *_described(rest)]
+    return "\n".join(lines)
+
+
+def _arguments(arguments: Any) -> Iterator[Option]:
+    """The arguments of a command itself: those without dashes, then its switches and values."""
+    kind: Any = type(arguments)
+    hints = get_type_hints(kind)
+    meanings = _meanings(kind)
+    names = [field.name for field in dataclasses.fields(kind) if field.name != "experiment"]
+    for name in sorted(names, key=lambda name: name not in POSITIONALS):
+        switch = hints[name] is bool
+        form = POSITIONALS.get(name) or _dashed(name) + ("" if switch else f" {_metavar(hints[name])}")
+        value = "" if name in POSITIONALS or switch else f" [{_shown(getattr(arguments, name))}]"
+        yield Option(name, form, meanings[name] + value)
+    yield Option("help", "-h, --help", "Show this help.")
+
+
+def _parts(prefix: str, options: Any, meaning: str) -> dict[str, list[Option]]:
+    """The options of an option class and of those in it, by the title under which they stand."""
+    kind: Any = type(options)
+    hints = get_type_hints(kind, include_extras=True)
+    meanings = _meanings(kind)
+    own: list[Option] = []
+    parts = {f"{prefix or 'experiment'}: {meaning}": own}
+    for field in dataclasses.fields(kind):
+        name = f"{prefix}.{field.name}".lstrip(".")
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            parts |= _parts(name, value, meanings[field.name])
+        elif not _holds_options(hints[field.name]):
+            own.append(_option(name, hints[field.name], meanings[field.name], value))
+    return parts
+
+
+def _option(name: str, kind: Any, meaning: str, value: Any) -> Option:
+    """An option whose choices stand behind it, or, where they are many, before its meaning."""
+    form = _metavar(kind)
+    if len(form) > LONGEST_FORM:
+        meaning = f"One of {', '.join(form.strip('{}').split(','))}. {meaning}"
+        form = "CHOICE"
+    return Option(name, f"{_dashed(name)} {form}", f"{meaning} [{_shown(value)}]")
+
+
+def _holds_options(kind: Any) -> bool:
+    """True for a sequence of option classes, which is set in the config alone."""
+    return any(dataclasses.is_dataclass(one) for one in get_args(kind))
+
+
+def _metavar(kind: Any) -> str:
+    """The form of a value: INT, {a,b}, STR ..."""
+    origin = get_origin(kind)
+    arguments = get_args(kind)
+    if origin is Annotated:
+        return _metavar(arguments[0])
+    if origin is Literal:
+        return f"{{{','.join(map(str, arguments))}}}"
+    if origin in (Union, types.UnionType):
+        return "|".join(_metavar(one) for one in arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"{_metavar(arguments[0])} ..."
+    if origin is tuple:
+        return " ".join(map(_metavar, arguments))
+    if origin is dict:
+        return "NAME VALUE ..."
+    return "{True,False}" if kind is bool else str(kind.__name__).upper()
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, dict):
+        value = [word for pair in value.items() for word in pair]
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or "none"
+    return '""' if value == "" else str(value)
+
+
+@cache
+def _meanings(kind: Any) -> dict[str, str]:
+    """The docstring below each field of a dataclass, in one line; those of a base class too."""
+    found: dict[str, str] = {}
+    for base in [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]:
+        source: Any = ast.parse(textwrap.dedent(inspect.getsource(base)))  # type: ignore[arg-type]
+        for field, text in itertools.pairwise(source.body[0].body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
+    return found
+
+
+def _first_paragraph(kind: type[Any]) -> str:
+    return " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
+
+
+def _dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _described(options: Iterable[Option]) -> Iterator[str]:
+    """The lines of options: each with its form, and its meaning beside it."""
+    for option in options:
+        form = f"  {option.form}"
+        meaning = _wrapped(option.meaning, indent=COLUMN)
+        if len(form) + 2 > COLUMN:
+            yield from (form, *meaning)
+        else:
+            yield form.ljust(COLUMN) + meaning[0].lstrip()
+            yield from meaning[1:]
+
+
+def _wrapped(text: str, indent: int = 0) -> list[str]:
+    width = min(shutil.get_terminal_size().columns, WIDEST)
+    margin = " " * indent
+    return textwrap.wrap(
+        text, width, initial_indent=margin, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False
+    )

@@ -1,0 +1,82 @@
+"""`halfeven verify`: a deployed file that exists, compared with its checkpoint in the runtime."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from halfeven.checkpoint import read_facts
+from halfeven.cli.arguments import Checkpoint, Config, DeployedFile, Fields
+from halfeven.cli.deliver import verify_file
+from halfeven.cli.float_model import float_model_of
+from halfeven.cli.run import open_run, write_json
+from halfeven.errors import ConfigError
+from halfeven.pipelines import load
+from halfeven.verification.report import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyArguments:
+    """Run a deployed file in its runtime and compare its integers with the checkpoint's. Exits with code 0 where the
+    file is verified, with 1 where it is not and the last lines say why, and with 2 where it cannot be compared."""
+
+    config: Config
+    """Python file that ends with `experiment = Experiment(...)`."""
+    checkpoint: Checkpoint
+    """The checkpoint that the file was exported from."""
+    file: DeployedFile
+    """Deployed file (.xml or .onnx)."""
+    experiment: Fields
+    json: str = ""
+    """File to write the report to as JSON, with the keys verified and problems; "" for none."""
+    min_match: float = 0.9999
+    """Smallest share of integers, from 0 to 1, that must equal the exact simulation, each layer alone."""
+    allow_float: bool = False
+    """Verify the file although layers with quantized weights ran in float."""
+
+
+def run_verify(arguments: VerifyArguments) -> int:
+    """Verify the file, print the report, and return the exit code."""
+    checkpoint = arguments.checkpoint
+    read_facts(checkpoint)  # wrong paths show before the data is read
+    if not arguments.file.is_file():
+        raise ConfigError(
+            f"There is no file {arguments.file}, so nothing can be verified. Give the .xml or .onnx that "
+            "`halfeven export` wrote."
+        )
+    if not 0 <= arguments.min_match <= 1:
+        raise ConfigError(
+            f"--min-match {arguments.min_match} is no share, so no file could be judged by it. Give a number from 0 "
+            "to 1."
+        )
+    context = open_run(arguments.experiment, checkpoint.parent)
+    model, has_weights = float_model_of(arguments.experiment, checkpoint)
+    qmodel = load(checkpoint, model, context.datasets.example())
+    report = verify_file(context, qmodel, arguments.file, model if has_weights else None)
+    problems = problems_of(report, arguments.min_match, allow_float=arguments.allow_float)
+    context.log("\n".join(["NOT verified:", *(f"  {problem}" for problem in problems)]) if problems else "Verified.")
+    if arguments.json and context.accelerator.is_main_process:
+        write_json(Path(arguments.json), {"verified": not problems, "problems": problems, **report.to_dict()})
+    return 1 if problems else 0
+
+
+def problems_of(report: Report, min_match: float, *, allow_float: bool) -> list[str]:
+    """List the reasons why a file does not do what its checkpoint says; none where it is verified.
+
+    Args:
+        report: of the file.
+        min_match: smallest share of equal integers, each layer alone; not compared where no activation is quantized.
+        allow_float: accept layers with quantized weights that ran in float.
+    """
+    problems = []
+    if not report.weights_match:
+        problems.append("The integer weights in the file are not the checkpoint's. Export the checkpoint again.")
+    if report.alone_match < min_match:
+        problems.append(
+            f"{100 * report.alone_match:.4f} % of the integers equal the exact simulation, each layer alone, and "
+            f"{100 * min_match:.4f} % must. The first that differs is in {report.first_difference}."
+        )
+    if report.float_layers and not allow_float:
+        problems.append(
+            f"{len(report.float_layers)} of {report.quantizable_layers} layers with quantized weights ran in float: "
+            f"{', '.join(report.float_layers)}. --allow-float accepts that."
+        )
+    return problems
