@@ -245,3 +245,47 @@ def test_marked_as_typed_and_free_of_leftovers(path):
     text = path.read_text()
     assert not any(word in text for word in ("TODO", "FIXME", "XXX", "breakpoint(", 'print(f"debug'))
     assert (SOURCE / "py.typed").exists()
+
+
+RUNTIME_NAMES = ("openvino", "onnxruntime", "tensorrt")
+NAMING_A_RUNTIME = {
+    "runtimes/runtime.py": "the table itself",
+    "placement/plan.py": "the default target",
+    "moved.py": "names of version 0.1",
+}
+"""Files outside the runtimes' own rooms whose code names one, and why."""
+ROOMS_OF_RUNTIMES = ("runtimes/openvino/", "runtimes/onnxruntime/", "runtimes/tensorrt/", "runtimes/onnx/", "targets/")
+
+
+def code_strings(tree):
+    """The strings of a file that are no documentation."""
+    documentation = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and node not in documentation]
+
+
+def runtimes_named(path):
+    tree = ast.parse(path.read_text())
+    words = [str(node.value) for node in code_strings(tree) if isinstance(node.value, str) and " " not in node.value]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            words.append(node.attr)
+        elif isinstance(node, ast.Name):
+            words.append(node.id)
+    words += [part for module, name in imports(path) for part in (*module.split("."), name or "")]
+    return {name for name in RUNTIME_NAMES for word in words if name in word.lower().replace("_", "")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_no_file_outside_a_runtimes_rooms_knows_it(path):
+    if relative(path) not in NAMING_A_RUNTIME and not relative(path).startswith(ROOMS_OF_RUNTIMES):
+        assert not runtimes_named(path)
+    if relative(path) in NAMING_A_RUNTIME:
+        assert runtimes_named(path), "it is no exception any more"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_only_the_table_imports_a_runtimes_folder(path):
+    folders = {module.split(".")[2] for module, _ in imports(path) if module.startswith("halfeven.runtimes.")}
+    if relative(path) != "runtimes/runtime.py":
+        own = relative(path).split("/")[1] if relative(path).startswith("runtimes/") else ""
+        assert not folders & {*RUNTIME_NAMES} - {own}

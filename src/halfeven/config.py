@@ -20,8 +20,7 @@ from halfeven.qat.ema import AveragingOptions
 from halfeven.qat.options import QATOptions
 from halfeven.qat.oscillation import OscillationOptions
 from halfeven.qat.recipe import check_equalize
-from halfeven.runtimes.export import FORMATS
-from halfeven.targets.named import target_named
+from halfeven.runtimes.runtime import runtime_named
 from halfeven.tasks.options import TaskOptions
 from halfeven.training.accelerator import DeviceOptions
 from halfeven.training.options import TrainingOptions
@@ -110,7 +109,7 @@ class Experiment:
         Raises:
             ConfigError: a format that it does not read.
         """
-        readable = FORMATS[target_named(target).name]
+        readable = tuple(runtime_named(target).writers)
         if unread := [one for one in self.export.formats if f".{one}" not in readable]:
             raise ConfigError(
                 f"export.formats names {', '.join(unread)}, and {target} reads no such files, so nothing "

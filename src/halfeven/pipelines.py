@@ -31,7 +31,7 @@ from halfeven.qat.recipe import QATRecipe
 from halfeven.qat.recipe import decide as decide_qat
 from halfeven.qat.session import QATSession
 from halfeven.renamed import renamed_attributes, renamed_parameters
-from halfeven.targets.named import target_named
+from halfeven.runtimes.runtime import runtime_named
 from halfeven.tasks.task import first_tensor
 
 
@@ -55,7 +55,7 @@ def prepare(
         PlacementError: the target cannot do the scheme, or a rule held for nothing.
     """
     options = _changed(options or QuantizationOptions(), changes)
-    target = target_named(options.target)
+    target = runtime_named(options.target).target
     captured, notes = capture_for_quantization(copy.deepcopy(model), example, options)
     return _with_example(insert(captured, make_plan(captured, options, target, notes), target), example)
 
@@ -75,7 +75,7 @@ def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
     """Make the quantized model that a plan describes, for a checkpoint to be loaded into."""
     captured, _ = capture_for_quantization(copy.deepcopy(model), example, plan.options)
     forget_statistics(captured)  # of the weights given here, not of those that the checkpoint brings
-    qmodel = insert(captured, plan, target_named(plan.options.target))
+    qmodel = insert(captured, plan, runtime_named(plan.options.target).target)
     return _with_example(apply_changes(qmodel, plan.changes), example)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import halfeven as he
-from halfeven.deployment.deployed import deployed, recoverable
+from halfeven.deployment.deployed import deployed_form, recoverable
 from halfeven.errors import CalibrationError
 from halfeven.quantization.arithmetic import quantize
 from halfeven.quantization.quantizer import Quantizer, quantizers
@@ -44,7 +44,7 @@ def assert_same_outputs(qmodel, model, x):
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
 def test_folding_keeps_the_integers(scheme, ranges):
     qmodel, (x, *_) = quantized(net(), IMAGE, scheme=scheme, ranges=ranges)
-    model = deployed(qmodel)
+    model = deployed_form(qmodel)
     before, after = integers_of(qmodel.get_submodule("0")), integers_of(model.get_submodule("0"))
     sign = torch.sign(qmodel.get_submodule("1").weight).reshape(-1, 1, 1, 1)
     assert torch.equal(after, before * sign)
@@ -56,7 +56,7 @@ def test_folding_keeps_the_integers(scheme, ranges):
 
 def test_weights_lie_on_their_grid():
     qmodel, _ = quantized(net(), IMAGE)
-    for layer in deployed(qmodel).modules():
+    for layer in deployed_form(qmodel).modules():
         if hasattr(layer, "weight_quantizer"):
             assert torch.equal(layer.weight_quantizer(layer.weight), layer.weight)
             assert integers_of(layer).abs().max() <= 127
@@ -68,7 +68,7 @@ def test_gamma_of_zero_and_below():
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([0.0, -1.0, 1e-38, -0.0, 2.0, -1e-3]))
     he.calibrate(qmodel, [torch.randn(IMAGE)])
-    model, x = deployed(qmodel), torch.randn(IMAGE)
+    model, x = deployed_form(qmodel), torch.randn(IMAGE)
     layer = model.get_submodule("0")
     assert torch.isfinite(layer.weight).all()
     assert torch.isfinite(layer.weight_quantizer.scale).all()
@@ -89,7 +89,7 @@ def test_one_scale_for_the_weight_becomes_one_for_each_channel(gamma):
         qmodel.get_submodule("1").weight.copy_(torch.tensor(gamma))
     assert qmodel.get_submodule("0").weight_quantizer.scale.ndim == 0
     he.calibrate(qmodel, [x])
-    model = deployed(qmodel)
+    model = deployed_form(qmodel)
     layer = model.get_submodule("0")
     assert layer.weight_quantizer.scale.shape == (6,)
     sign = torch.sign(torch.tensor(gamma)).reshape(-1, 1, 1, 1)
@@ -106,7 +106,7 @@ def test_one_scale_for_the_weight_becomes_one_for_each_channel(gamma):
 )
 def test_other_layers(layer, norm, shape):
     qmodel, (x, *_) = quantized(net(layer(), norm()), shape)
-    model = deployed(qmodel)
+    model = deployed_form(qmodel)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     axis = (1, -1, 1, 1) if isinstance(layer(), nn.ConvTranspose2d) else (-1, 1, 1, 1)
     sign = torch.sign(qmodel.get_submodule("1").weight).reshape(axis)
@@ -117,7 +117,7 @@ def test_other_layers(layer, norm, shape):
 def test_folded_before_needs_no_folding_after():
     qmodel, (x, *_) = quantized(net(), IMAGE, batchnorm="fold")
     assert not any(isinstance(m, nn.BatchNorm2d) for m in qmodel.modules())
-    model = deployed(qmodel)
+    model = deployed_form(qmodel)
     assert torch.equal(integers_of(model.get_submodule("0")), integers_of(qmodel.get_submodule("0")))
     assert_same_outputs(qmodel, model, x)
 
@@ -126,7 +126,7 @@ def test_the_model_itself_is_not_changed():
     qmodel, _ = quantized(net(), IMAGE)
     qmodel.train()
     before = copy.deepcopy(qmodel.state_dict())
-    deployed(qmodel)
+    deployed_form(qmodel)
     assert qmodel.training
     assert all(torch.equal(value, before[name]) for name, value in qmodel.state_dict().items())
     assert any(isinstance(m, nn.BatchNorm2d) for m in qmodel.modules())
@@ -134,7 +134,7 @@ def test_the_model_itself_is_not_changed():
 
 def test_nothing_moves_any_more():
     qmodel, (x, *_) = quantized(net(), IMAGE, ranges="learned")
-    model = deployed(qmodel)
+    model = deployed_form(qmodel)
     before = copy.deepcopy(model.state_dict())
     model.train()(x * 50)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -151,13 +151,13 @@ def test_a_reused_layer_is_settled_once():
             return self.conv(torch.relu(self.conv(x)))
 
     qmodel, (x, *_) = quantized(Twice(), IMAGE)
-    assert_same_outputs(qmodel, deployed(qmodel), x)
+    assert_same_outputs(qmodel, deployed_form(qmodel), x)
 
 
 def test_without_ranges_there_is_nothing_to_deploy():
     qmodel = he.prepare(trained(net()), torch.randn(IMAGE))
     with pytest.raises(CalibrationError, match=r"no range yet.*calibrate"):
-        deployed(qmodel)
+        deployed_form(qmodel)
 
 
 def test_recoverable_scales_survive_their_ends():
@@ -170,7 +170,7 @@ def test_recoverable_scales_survive_their_ends():
 
 def test_used_scales_are_the_trained_ones():
     qmodel, _ = quantized(net(), IMAGE, ranges="learned")
-    model = deployed(qmodel)
+    model = deployed_form(qmodel)
     for name, quantizer in quantizers(qmodel).items():
         if not quantizer.weight:
             other = model.get_submodule(name)

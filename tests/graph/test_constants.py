@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from halfeven.deployment.deployed import deployed
+from halfeven.deployment.deployed import deployed_form
 from halfeven.graph.capture import capture
 from halfeven.graph.constants import fold_constants
 from runtimes.parity import quantized
@@ -99,4 +99,4 @@ def test_a_trained_computed_weight_is_deployed_as_it_is_now():
     qmodel, batches = quantized(nn.Sequential(Standardized(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), IMAGE)
     with torch.no_grad():
         qmodel.get_parameter("0.weight").add_(torch.randn(8, 3, 3, 3))
-    assert torch.allclose(deployed(qmodel)(batches[0]), qmodel(batches[0]), atol=1e-4)
+    assert torch.allclose(deployed_form(qmodel)(batches[0]), qmodel(batches[0]), atol=1e-4)

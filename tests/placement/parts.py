@@ -8,7 +8,7 @@ from halfeven.graph.capture import capture
 from halfeven.graph.rewrite import lower_attention
 from halfeven.placement.make_plan import make_plan, regions
 from halfeven.placement.plan import Plan, QuantizationOptions
-from halfeven.targets.named import target_named
+from halfeven.runtimes.runtime import runtime_named
 
 IMAGE = (2, 3, 8, 8)
 
@@ -26,7 +26,7 @@ def captured(model: nn.Module, shape=IMAGE, leave_out=()) -> nn.Module:
 
 def plan(model: nn.Module, shape=IMAGE, **options) -> Plan:
     wanted = QuantizationOptions(**options)
-    return make_plan(captured(model, shape, wanted.leave_out), wanted, target_named(wanted.target))
+    return make_plan(captured(model, shape, wanted.leave_out), wanted, runtime_named(wanted.target).target)
 
 
 def places(planned: Plan) -> list[tuple[str, ...]]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import halfeven as he
-from halfeven.deployment.deployed import deployed
+from halfeven.deployment.deployed import deployed_form
 from halfeven.quantization.arithmetic import quantize
 from halfeven.quantization.quantizer import Mode, quantizers, set_mode
 
@@ -106,7 +106,7 @@ def test_deployed_it_computes_the_same_with_no_batchnorm_left():
         optimizer.step()
     qmodel.eval()
     before = copy.deepcopy(qmodel.state_dict())
-    model = deployed(qmodel)
+    model = deployed_form(qmodel)
     torch.testing.assert_close(model(X), qmodel(X), rtol=1e-4, atol=1e-4)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     for name, quantizer in quantizers(qmodel).items():

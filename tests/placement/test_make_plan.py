@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from halfeven.errors import ConfigError, PlacementError
 from halfeven.placement.plan import Rule
-from halfeven.targets.named import TARGETS
 from placement.parts import IMAGE, Attention, Residual, conv, places, plan
 
 
@@ -552,11 +551,9 @@ def test_a_rules_widths_are_checked_too():
         plan(net(), rules=(Rule(pattern="0", activation_bits=16),))
 
 
-def test_unreadable_schemes_and_unknown_targets():
+def test_unreadable_schemes():
     with pytest.raises(ConfigError, match="cannot be read"):
         plan(net(), scheme="int8")
-    with pytest.raises(PlacementError, match=f'no target "tvm". Choose one of {", ".join(TARGETS)}'):
-        plan(net(), target="tvm")
 
 
 def test_planning_changes_nothing():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import halfeven as he
-from halfeven.deployment.deployed import deployed
+from halfeven.deployment.deployed import deployed_form
 from halfeven.errors import CheckpointError, ConfigError
 from halfeven.qat.oscillation import OscillationOptions, Oscillations
 
@@ -76,7 +76,7 @@ def test_frozen_integers_stay_while_optimizer_and_scale_move():
     assert bool(frozen[0, 0])
 
     def integer():
-        (weight,) = [p for n, p in deployed(qmodel).named_parameters() if n.endswith("weight")]
+        (weight,) = [p for n, p in deployed_form(qmodel).named_parameters() if n.endswith("weight")]
         scale = layer.weight_quantizer.used_scale(layer.weight)[0]
         return round(float(weight[0, 0] / scale))
 

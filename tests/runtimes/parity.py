@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 import halfeven as he
-from halfeven.runtimes.cpu import overflows
+from halfeven.runtimes.cpu import adds_pairs_in_16_bits
 
-SCHEME = "w7a8" if overflows() else "w8a8"
+SCHEME = "w7a8" if adds_pairs_in_16_bits() else "w8a8"
 """What integer kernels compute exactly on this processor."""
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from halfeven.runtimes.cpu import fuses_attention, overflows, pair_fits
+from halfeven.runtimes.cpu import adds_pairs_in_16_bits, has_avx512_vnni, pair_fits
 
 
 @pytest.mark.parametrize(
@@ -18,14 +18,14 @@ from halfeven.runtimes.cpu import fuses_attention, overflows, pair_fits
 def test_x86_without_vnni_overflows(architecture, flags, expected, monkeypatch):
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": architecture, **flags}, raising=False)
-    assert overflows() is expected
+    assert adds_pairs_in_16_bits() is expected
 
 
 def test_onednn_can_be_told_to_be_a_lesser_processor(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"}, raising=False)
-    assert not overflows()
+    assert not adds_pairs_in_16_bits()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx2")
-    assert overflows()
+    assert adds_pairs_in_16_bits()
 
 
 @pytest.mark.parametrize(
@@ -41,13 +41,13 @@ def test_onednn_can_be_told_to_be_a_lesser_processor(monkeypatch):
 def test_an_attention_is_one_operator_with_avx512_and_vnni(flag, told, expected, monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", told)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", flag: True}, raising=False)
-    assert fuses_attention() is expected
+    assert has_avx512_vnni() is expected
 
 
 def test_an_older_torch_says_nothing(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert not overflows()
-    assert not fuses_attention()
+    assert not adds_pairs_in_16_bits()
+    assert not has_avx512_vnni()
 
 
 def test_which_pairs_of_products_fit_in_16_bits():

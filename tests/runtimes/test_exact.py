@@ -8,9 +8,7 @@ from torch.nn import functional as F
 import halfeven as he
 from halfeven.quantization.arithmetic import snap
 from halfeven.quantization.quantizer import quantizers as he_quantizers
-from halfeven.runtimes.cpu import overflows
-from halfeven.runtimes.exact_model import ExactModel
-from halfeven.runtimes.export import exportable
+from halfeven.runtimes.cpu import adds_pairs_in_16_bits
 from halfeven.runtimes.integer_layers import EXACT_IN_FLOAT32
 from halfeven.runtimes.openvino.exact_values import Ends
 from runtimes.parity import SCHEME, deployed, quantized
@@ -413,7 +411,7 @@ NOT_EXACT = {"relu before batch norm", "stacked sums", "average pool less itself
 """One in a million: the plugin merges a BatchNorm with the quantizer behind it; a chain of sums is taken in units of
 its last operand."""
 
-if overflows():
+if adds_pairs_in_16_bits():
     NOT_EXACT.add("average pool and a sum")  # a chain of sums, exact with VNNI
 
 AS_ONNX = (
@@ -432,7 +430,7 @@ AS_ONNX = (
 
 def in_float(name):
     """How many layers of a row have no integer kernel: transposed convolutions on a processor without VNNI."""
-    return int(name.startswith("transposed") and overflows())
+    return int(name.startswith("transposed") and adds_pairs_in_16_bits())
 
 
 def assert_parity(report, exact=True, simulated=0.99, in_float=0):
@@ -631,8 +629,7 @@ def test_the_exact_simulation_keeps_structured_outputs():
             return {"logits": self.last(x), "more": [x]}
 
     qmodel, (x, *_) = quantized(Heads(), IMAGE)
-    model, _ = exportable(qmodel)
     expected = qmodel(x)
-    found = ExactModel(model)(x)
+    found = he.exact(qmodel)(x)
     assert set(found) == {"logits", "more"}
     torch.testing.assert_close(found["logits"], expected["logits"], rtol=0.02, atol=0.02)

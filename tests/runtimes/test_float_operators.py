@@ -16,8 +16,8 @@ import halfeven as he
 from halfeven.graph.capture import capture
 from halfeven.quantization.quantizer import quantizers
 from halfeven.runtimes.float_operators import is_asked
-from halfeven.runtimes.integer_layers import ZeroShare
 from halfeven.runtimes.onnxruntime.session import ONNXRuntimeFile
+from halfeven.runtimes.openvino.layers import ZeroShare
 from halfeven.runtimes.openvino.session import compile_model, read, run_compiled
 from runtimes.parity import quantized
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from halfeven.deployment.forms import integer_bias
 from halfeven.errors import ConfigError, PlacementError
+from halfeven.runtimes.deploy import deploy
 from halfeven.runtimes.onnxruntime.session import ONNXRuntimeFile
-from halfeven.runtimes.runtime import load_deployed
+from halfeven.runtimes.runtime import RUNTIMES, load_deployed
 from runtimes.parity import quantized, trained
 from runtimes.test_exact import IMAGE, MODELS, NOT_EXACT, Block, Concat, Residual, activated, conv
 
@@ -248,13 +248,11 @@ def test_attention_multiplies_integers(tmp_path):
 
 
 def test_integer_biases_are_on_their_grid(tmp_path):
-    from halfeven.runtimes.export import exportable
-
     qmodel, _ = quantized(activated(nn.ReLU()), IMAGE, target="onnxruntime")
-    model, _ = exportable(qmodel)
-    layer = model.get_submodule("2")
-    assert torch.equal((integer_bias(layer) * layer.bias_grid.double()).float(), layer.bias)
+    deployed = deploy(qmodel, RUNTIMES["onnxruntime"])
+    bias = deployed.int32_biases["2"]
+    assert torch.equal((bias.integers * bias.scale.double()).float(), deployed.model.get_submodule("2").bias)
     he.export(qmodel, tmp_path / "model.onnx")
     constants = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "model.onnx").graph.initializer}
     assert constants["2.bias.integers"].dtype == np.int32
-    assert np.array_equal(constants["2.bias.integers"], integer_bias(layer).numpy())
+    assert np.array_equal(constants["2.bias.integers"], bias.integers.numpy())

@@ -7,9 +7,7 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.quantization.quantizer import quantizers
-from halfeven.runtimes.cpu import fuses_attention
-from halfeven.runtimes.exact_model import ExactModel
-from halfeven.runtimes.export import exportable
+from halfeven.runtimes.cpu import has_avx512_vnni
 from halfeven.runtimes.openvino.exact_values import Ends
 from runtimes.parity import SCHEME, quantized
 
@@ -52,7 +50,7 @@ def test_averages_are_those_of_integers(ratio, zero_point, tmp_path):
     assert report.integer_match == 1.0, report.first_difference
     assert sum(tensor.count for tensor in report.tensors) > 50_000
 
-    exact = ExactModel(exportable(qmodel)[0])
+    exact = he.exact(qmodel)
     exact(batches[0])
     means = F.avg_pool2d(next(levels for name, levels in exact.levels.items() if name != "quantizers.x"), 2)
     assert int((means % 1 == 0.5).sum()) > 500, "no ties were made"
@@ -136,7 +134,7 @@ class Attention(nn.Module):
         return self.last((weights @ value).transpose(1, 2).flatten(2))
 
 
-@pytest.mark.skipif(not fuses_attention(), reason="OpenVINO runs an attention as one operator where AVX512-VNNI is")
+@pytest.mark.skipif(not has_avx512_vnni(), reason="OpenVINO runs an attention as one operator where AVX512-VNNI is")
 @pytest.mark.parametrize("zero_point", [121, 126, 128])
 def test_the_end_of_an_attention_rounds_as_it_does_for_users(zero_point, tmp_path):
     """Unwatched it is a product and a sum, watched one fused multiply-add: the outputs are those of the former. Of

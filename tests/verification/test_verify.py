@@ -1,6 +1,5 @@
 """verify must see what is wrong: each test here breaks something."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ import halfeven as he
 from halfeven.errors import VerificationError
 from halfeven.quantization.fake_quantize import fake_quantize
 from halfeven.quantization.quantizer import quantizers
+from halfeven.runtimes import deploy
 from halfeven.runtimes.exact_model import ExactModel
 from halfeven.runtimes.openvino.session import OpenVINOFile, compile_model, read, request_with
 from halfeven.runtimes.runtime import load_deployed
@@ -83,10 +83,10 @@ def find(data, integers):
 
 
 def folded_integers(qmodel, name):
-    from halfeven.deployment.deployed import deployed
+    from halfeven.deployment.deployed import deployed_form
     from halfeven.quantization.arithmetic import per_channel
 
-    layer = deployed(qmodel).get_submodule(name)
+    layer = deployed_form(qmodel).get_submodule(name)
     scale = per_channel(layer.weight_quantizer.scale, 0, layer.weight.ndim)
     return torch.round(layer.weight / scale).flatten()
 
@@ -149,7 +149,7 @@ def test_only_weights_of_8_bits_overflow(scheme, expected, tmp_path, monkeypatch
     qmodel, batches = quantized(net(), IMAGE, scheme=scheme)
     path = he.export(qmodel, tmp_path / "model.onnx")
     widen(path)
-    monkeypatch.setattr(importlib.import_module("halfeven.verification.verify"), "overflows", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"}, raising=False)
     report = he.verify(qmodel, path, batches, timed=False)
     assert report.integer_match < 1.0
     assert report.overflows is expected
@@ -160,7 +160,7 @@ def test_a_file_that_is_not_run_does_not_overflow(tmp_path, monkeypatch):
     qmodel, batches = quantized(net(), IMAGE, target="tensorrt")
     path = he.export(qmodel, tmp_path / "model.onnx")
     widen(path)
-    monkeypatch.setattr(importlib.import_module("halfeven.verification.verify"), "overflows", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"}, raising=False)
     report = he.verify(qmodel, path, batches, timed=False)
     assert report.integer_match < 1.0
     assert not report.overflows
@@ -441,3 +441,25 @@ def test_tensors_that_equal_another_one_may_be_merged_however_many(tmp_path):
     assert len(report.unseen) == 2
     assert len(report.tensors) == 1
     assert report.integer_match == 1.0
+
+
+@pytest.mark.parametrize(
+    ("call", "traces"),
+    [
+        (lambda qmodel, path, batches: he.export(qmodel, path.with_name("again.xml")), 1),
+        (lambda qmodel, path, batches: he.verify(qmodel, path, batches), 1),  # the float model, whose latency is taken
+        (lambda qmodel, path, batches: he.verify(qmodel, path, batches, timed=False), 0),
+        (lambda qmodel, path, batches: he.exact(qmodel)(batches[0]), 0),
+    ],
+    ids=["export", "verify", "verify untimed", "exact"],
+)
+def test_a_model_is_deployed_and_traced_once_a_call(call, traces, tmp_path, monkeypatch):
+    qmodel, batches = quantized(net(), IMAGE)
+    path = he.export(qmodel, tmp_path / "model.xml")
+    deployed_form, trace = deploy.deployed_form, torch.export.export
+    built, traced = [], []
+    monkeypatch.setattr(deploy, "deployed_form", lambda model: built.append(model) or deployed_form(model))
+    monkeypatch.setattr(torch.export, "export", lambda *args, **how: traced.append(args) or trace(*args, **how))
+    call(qmodel, path, batches)
+    assert built == [qmodel]
+    assert len(traced) == traces

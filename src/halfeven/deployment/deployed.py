@@ -1,15 +1,17 @@
 """The deployed form of a quantized model: BatchNorm folded, weights on their integer grids, training forgotten.
 
-Both exporters write it and the exact simulation computes it, so that all three agree by construction.
+Writers write it and the exact simulation computes it, so that they agree by construction.
 """
 
 import copy
 import dataclasses
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.errors import CalibrationError
 from halfeven.graph.batchnorm import foldable, folding, output_axis, remove, split_shared
 from halfeven.graph.constants import attribute, fold_constants
@@ -20,11 +22,48 @@ from halfeven.placement.make_plan import regions
 from halfeven.placement.quantized_layers import QUANTIZED_LAYERS
 from halfeven.quantization.arithmetic import dequantize, quantize, snap
 from halfeven.quantization.quantizer import Quantizer, quantizers
+from halfeven.targets.target import Target
+
+
+@dataclass(frozen=True, eq=False)
+class Int32Bias:
+    """A layer's bias as 32-bit integers on the grid of the layer's products."""
+
+    integers: Tensor
+    """[outputs], in float64, which holds all 32 bits."""
+    scale: Tensor
+    """[outputs], or [] where the weight has one scale."""
+
+    @staticmethod
+    def of(bias: Tensor, scale: Tensor) -> "Int32Bias":
+        """Round a bias [outputs] to a grid."""
+        return Int32Bias(torch.round(bias.double() / scale.double()), scale)
+
+    def real(self) -> Tensor:
+        """Return the numbers that the integers stand for, in float32."""
+        return (self.integers * self.scale.double()).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Deployed:
+    """A quantized model in the form that a runtime's file has.
+
+    The passes of the runtime change it in place; then writers write it, and the exact simulation computes it.
+    """
+
+    model: nn.Module
+    """BatchNorm folded, weights on their grids, quantizers written as operators."""
+    quantizers: list[ExportedQuantizer]
+    """The model's quantizers, in the order of their numbers."""
+    target: Target
+    """The rules of the runtime that the form is for."""
+    int32_biases: dict[str, Int32Bias] = field(default_factory=dict)
+    """Biases that the file holds as integers, by their layers' names."""
 
 
 @torch.no_grad()
-def deployed(qmodel: nn.Module) -> nn.Module:
-    """A copy of a quantized model in the form that runs: in eval mode, BatchNorm folded, weights on their grids.
+def deployed_form(qmodel: nn.Module) -> nn.Module:
+    """Return a copy of a quantized model in the form that runs: in eval mode, BatchNorm folded, weights on their grids.
 
     A BatchNorm after a layer with quantized weights multiplies that layer's scales (white paper, section 4.2 c): the
     integers stay what they were, but for the sign where gamma is negative. The result still simulates in float.
@@ -41,6 +80,7 @@ def deployed(qmodel: nn.Module) -> nn.Module:
     model = copy.deepcopy(qmodel).cpu().float().eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    settled: set[nn.Module] = set()
     for region in regions(model).values():
         region.runs_as = None  # exporters trace what runs, and shall see the graph as it is
         settle_live(region)
@@ -51,8 +91,10 @@ def deployed(qmodel: nn.Module) -> nn.Module:
         split_shared(region)
         norms = dict(foldable(region.graph))
         calls = [node for node in region.graph.nodes if node.op == "call_module"]
-        for node in [call for call in calls if hasattr(module_of(call), "weight_quantizer")]:
-            _settle(region, node, norms.get(node))
+        for call in [node for node in calls if hasattr(module_of(node), "weight_quantizer")]:
+            if (layer := module_of(call)) not in settled:  # a layer may be called more than once
+                settled.add(layer)
+                _settle(region, call, norms.get(call))
         region.recompile()
     for quantizer in quantizers(model).values():
         if not (quantizer.weight and quantizer.state.observing):
@@ -76,8 +118,6 @@ def _remove_identities(region: CapturedModule) -> None:
 def _settle(region: CapturedModule, node: fx.Node, norm: fx.Node | None) -> None:
     """Put a layer's weight on its grid, and fold the BatchNorm that follows it."""
     layer: Any = module_of(node)
-    if getattr(layer, "settled", False):  # a layer that is used more than once
-        return
     quantizer: Quantizer = layer.weight_quantizer
     scale = quantizer.used_scale(layer.weight)
     integers = quantize(layer.weight, scale, torch.zeros_like(scale), quantizer.scheme)
@@ -104,7 +144,7 @@ def _settle(region: CapturedModule, node: fx.Node, norm: fx.Node | None) -> None
     frozen.fix_scale(scale)
     layer.weight_quantizer = frozen.eval()
     layer.weight = nn.Parameter(dequantize(integers, scale, torch.zeros_like(scale), scheme), requires_grad=False)
-    layer.settled, layer.int32_bias = True, False  # biases are the form's matter
+    layer.int32_bias = False  # the runtime's passes round biases
 
 
 def _multiplication(region: CapturedModule, node: fx.Node) -> tuple[fx.Node, Tensor] | None:

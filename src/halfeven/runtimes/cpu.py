@@ -1,4 +1,4 @@
-"""What the processor means for a file that is run here: how its 8-bit products are added, and what is fused."""
+"""The processor that files are run on: how it adds 8-bit products, and which instructions it has."""
 
 import os
 from collections.abc import Mapping
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 WITHOUT_VNNI = {"SSE41", "AVX", "AVX2", "AVX512_CORE"}
-"""Values of ONEDNN_MAX_CPU_ISA that make oneDNN, and so OpenVINO, take the processor for one without VNNI."""
+"""Values of ONEDNN_MAX_CPU_ISA that make oneDNN, and what is built on it, take the processor for one without VNNI."""
 
 WITHOUT_AVX512 = {"AVX2_VNNI", "AVX2_VNNI_2"}
 """Values that leave VNNI, and take away AVX-512."""
 
 
-def overflows() -> bool:
-    """Whether kernels add pairs of 8-bit products in 16 bits here, which weights of more than 7 bits overflow.
+def adds_pairs_in_16_bits() -> bool:
+    """Return True where kernels add pairs of 8-bit products in 16 bits, which weights of more than 7 bits overflow.
 
     So do x86 processors without VNNI. False where this torch cannot say what the processor has.
     """
@@ -24,14 +24,16 @@ def overflows() -> bool:
     return "x86" in str(has.get("architecture")) and not (has.get("avx512_vnni") or has.get("avx_vnni"))
 
 
-def fuses_attention() -> bool:
-    """Whether OpenVINO runs an attention of integers as one operator here: with AVX-512 and VNNI."""
+def has_avx512_vnni() -> bool:
+    """Return True for a processor with AVX-512 and its VNNI; False where this torch cannot say."""
     return _told_to_be() not in WITHOUT_VNNI | WITHOUT_AVX512 and bool(_capabilities().get("avx512_vnni"))
 
 
 def pair_fits(levels: int, factor: int) -> bool:
-    """Whether two products of activations up to `levels` with factors up to `factor` fit in 16 bits together: weights
-    of 7 bits do with activations of 8, 2 * 255 * 63 < 2 ** 15."""
+    """Return True if two products of activations up to `levels` with factors up to `factor` fit in 16 bits together.
+
+    Weights of 7 bits do with activations of 8: 2 * 255 * 63 < 2 ** 15.
+    """
     return 2 * levels * factor < 2**15
 
 
@@ -40,5 +42,5 @@ def _told_to_be() -> str:
 
 
 def _capabilities() -> Mapping[str, Any]:
-    """What the processor has; nothing where this torch cannot say."""
+    """Return the names of what the processor has; none where this torch cannot say."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -1,34 +1,22 @@
 """The exact simulation: a deployed model computed with the target's own integer arithmetic.
 
 Products of integers are summed exactly; the requantization follows the runtime's formulas, in its order of float32
-operations (`exact_openvino`, `exact_onnxruntime`). Functions that the runtime computes in float it computes here, too
+operations (`exact.py` in the runtime's folder). Functions that the runtime computes in float it computes here, too
 (`float_operators`).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from halfeven.deployment.deployed import Deployed
 from halfeven.errors import PlacementError
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.placement.insertion import plan_of
 from halfeven.placement.make_plan import regions
-from halfeven.runtimes.export import exportable
-from halfeven.runtimes.onnxruntime.exact import LiteralInterpreter, ONNXRuntimeInterpreter
-from halfeven.runtimes.openvino.exact import OpenVINOInterpreter
+from halfeven.runtimes.deploy import deploy, runtime_of
+from halfeven.runtimes.runtime import RUNTIMES, Interpreter
 from halfeven.runtimes.simulation import Simulation
-
-INTERPRETERS: dict[str, Callable[[CapturedModule, Simulation], fx.Interpreter]] = {
-    "openvino": OpenVINOInterpreter,
-    "onnxruntime": ONNXRuntimeInterpreter,
-    "tensorrt": LiteralInterpreter,
-}
-"""Target -> what computes a region as it does."""
-
-SPECIFIED = ("openvino", "onnxruntime")
-"""Targets whose integers are known; TensorRT reserves the order of its float operations."""
 
 
 def exact(qmodel: nn.Module, target: str | None = None) -> "ExactModel":
@@ -46,41 +34,44 @@ def exact(qmodel: nn.Module, target: str | None = None) -> "ExactModel":
         CalibrationError: a range is not set yet.
         PlacementError: a target whose arithmetic is not specified.
     """
-    target = target or plan_of(qmodel).options.target
-    if target not in SPECIFIED:
+    runtime = runtime_of(qmodel, target)
+    if runtime.exact is None:
+        specified = [row.name for row in RUNTIMES.values() if row.exact is not None]
         raise PlacementError(
-            f"{target} does not specify the order of its float operations, so no exact simulation of it exists. The "
-            f"quantized model itself is the closest. Exact targets: {', '.join(SPECIFIED)}."
+            f"{runtime.name} does not specify the order of its float operations, so no exact simulation of it exists. "
+            f"The quantized model itself is the closest. Exact targets: {', '.join(specified)}."
         )
-    return ExactModel(exportable(qmodel, target)[0], target)
+    return ExactModel(deploy(qmodel, runtime), runtime.interpreter)
 
 
 class ExactModel(nn.Module):
     """A deployed model whose captured regions compute as the target does; called like the model.
 
     `simulation` says how, and keeps what was computed.
+
+    Args:
+        deployed: the model, whose regions are exchanged in place.
+        interpreter: makes what computes a region.
     """
 
-    def __init__(self, exported: nn.Module, target: str = "openvino") -> None:
+    def __init__(self, deployed: Deployed, interpreter: Interpreter) -> None:
         super().__init__()
-        self.target = target
         self.simulation = Simulation()
-        found = regions(exported)
-        if "" in found:
-            exported = self._exact(found[""])
-        else:
-            for name, region in found.items():
-                parent, _, attribute = name.rpartition(".")
-                setattr(exported.get_submodule(parent), attribute, self._exact(region))
-        self.model = exported
+        model = deployed.model
+        found = regions(model)
+        for name, region in found.items():
+            exact_region = _ExactRegion(region, interpreter(region, self.simulation))
+            if not name:
+                model = exact_region
+                break
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, exact_region)
+        self.model = model
 
     @property
     def levels(self) -> dict[str, Tensor]:
         """The integers of every quantizer, by its name, after a call."""
         return self.simulation.levels
-
-    def _exact(self, region: CapturedModule) -> "_ExactRegion":
-        return _ExactRegion(region, INTERPRETERS[self.target](region, self.simulation))
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,16 +1,14 @@
-"""Layers of integers: exact sums of products, then scales and bias in the target's order of float32 operations."""
+"""Layers of integers: exact sums of products, which each runtime scales and adds a bias to in its own order."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from halfeven.placement.quantized_layers import operation
 from halfeven.quantization.arithmetic import per_channel
-from halfeven.runtimes.openvino.exact_values import Products
 
 EXACT_IN_FLOAT32 = 2.0**24
 """Integer sums below this are exact in float32; layers that could exceed it are summed in pieces or in float64."""
@@ -26,35 +24,8 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
-class ZeroShare:
-    """What a zero point adds to the sums of a linear layer, [outputs] each: exactly, and as the runtime subtracts it.
-
-    OpenVINO multiplies the zero point by the weights in float32, one input after the other. It is a little off an
-    integer sometimes, and sums of many bytes are rounded when they become float32: single integers move.
-    """
-
-    exact: Tensor
-    found: Tensor
-
-    @staticmethod
-    def of(weight: Tensor, zero_byte: Tensor) -> "ZeroShare":
-        """The share of integer weights [outputs, inputs]."""
-        products = (zero_byte * weight).numpy()
-        one_by_one = np.cumsum(products, axis=1, dtype=np.float32)[:, -1]
-        return ZeroShare(torch.round(zero_byte).double() * weight.double().sum(1), torch.from_numpy(one_by_one))
-
-    def taken(self, sums: Tensor) -> Tensor:
-        """Exact sums [..., outputs] as the runtime finds them."""
-        return (sums.double() + self.exact).float() - self.found
-
-
-@dataclass(frozen=True, eq=False)
 class IntegerLayer:
-    """A layer with its integer weights at hand, called with the levels of its input.
-
-    y = sum * (s_x * s_w) + bias, multiplied and then added in float32; the sum is exact. A bias of zeros is none.
-    A runtime that sums products of bytes takes the zero point's share from them in float32 (`zero`).
-    """
+    """A layer with its integer weights at hand: y = sum * (s_x * s_w) + bias, of which the sum is exact."""
 
     compute: Callable[[Tensor, Tensor, None], Tensor]
     pieces: tuple[Piece, ...]
@@ -62,12 +33,10 @@ class IntegerLayer:
     zero_level: Tensor
     scale: Tensor
     bias: Tensor | None
-    zero: "ZeroShare | None" = None
+    """None also where the layer has a bias of zeros."""
 
     @staticmethod
-    def of(
-        layer: Any, input_scale: Tensor, zero_level: Tensor, steps: int, zero_byte: Tensor | None = None
-    ) -> "IntegerLayer":
+    def of(layer: Any, input_scale: Tensor, zero_level: Tensor, steps: int) -> "IntegerLayer":
         """The integers of a layer with an exported weight quantizer.
 
         Args:
@@ -75,12 +44,9 @@ class IntegerLayer:
             input_scale: of the levels that it reads, [].
             zero_level: the level that stands for 0, [].
             steps: the largest level.
-            zero_byte: what stands for 0 in the bytes whose products a linear layer sums, as the runtime subtracts it,
-                []; None: products of what has no zero point are summed.
         """
         quantizer = layer.weight_quantizer
-        axis = None if quantizer.scale.ndim == 0 else quantizer.axis
-        integers = torch.round(layer.weight / per_channel(quantizer.scale, axis, layer.weight.ndim))
+        integers = integer_weight(layer)
         largest = max(float(zero_level), steps - float(zero_level))
         linear = isinstance(layer, nn.Linear)
         # Shapes that stand before the axes of the window: [outputs], or [batch, outputs, ...].
@@ -96,17 +62,7 @@ class IntegerLayer:
             zero_level=zero_level,
             scale=by_output(input_scale * quantizer.scale),
             bias=None if layer.bias is None or not bool(layer.bias.any()) else by_output(layer.bias),
-            zero=None if zero_byte is None or not bool(zero_byte) else ZeroShare.of(integers, zero_byte),
         )
-
-    def __call__(self, levels: Tensor) -> Tensor | Products:
-        sums = self.sums(levels)
-        products = Products(sums.float() if self.zero is None else self.zero.taken(sums), self.scale)
-        if self.bias is not None:
-            return products.real() + self.bias
-        # The scales of a linear layer's outputs stand at the third axis of tokens: there the runtime merges none.
-        tokens = self.input_axis == -1 and levels.ndim > 2 and self.scale.numel() > 1
-        return products.real() if tokens else products
 
     def sums(self, levels: Tensor) -> Tensor:
         """The sums of integer products, exact; float64 where float32 could not hold them."""
@@ -119,6 +75,13 @@ class IntegerLayer:
             part = self.compute(x.narrow(self.input_axis, piece.start, piece.count), piece.weight, None)
             total = total + part.double()
         return total
+
+
+def integer_weight(layer: Any) -> Tensor:
+    """Return the integers of a layer's weight, which lies on its quantizer's grid; in the weight's shape."""
+    quantizer = layer.weight_quantizer
+    axis = None if quantizer.scale.ndim == 0 else quantizer.axis
+    return torch.round(layer.weight / per_channel(quantizer.scale, axis, layer.weight.ndim))
 
 
 def _pieces(layer: Any, weight: Tensor, largest: float) -> list[Piece]:

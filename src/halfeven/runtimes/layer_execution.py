@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Executed:
+class LayerExecution:
     """How the runtime executed a layer."""
 
     layer: str

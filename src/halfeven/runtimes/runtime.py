@@ -1,20 +1,42 @@
-"""The runtimes that can be asked: one way to run a file and to learn what was executed, whatever the target."""
+"""One row per runtime: its rules, the files that it reads, how a model is prepared for it, and how it is run.
+
+This file alone imports the runtimes' folders: a new runtime is its folder, its target and its row.
+"""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx, nn
 
+from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.exported_program import example_of
 from halfeven.errors import ConfigError
 from halfeven.evaluation import evaluating
-from halfeven.runtimes.layer_execution import Executed
-from halfeven.runtimes.onnxruntime.session import ONNXRuntimeFile, TensorRTFile
+from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.torch_private import pytree
+from halfeven.nearest import did_you_mean
+from halfeven.runtimes.cpu import adds_pairs_in_16_bits
+from halfeven.runtimes.layer_execution import LayerExecution
+from halfeven.runtimes.onnx import writer as onnx_writer
+from halfeven.runtimes.onnx.literal import LiteralInterpreter
+from halfeven.runtimes.onnxruntime import passes as onnxruntime_passes
+from halfeven.runtimes.onnxruntime.exact import ONNXRuntimeInterpreter
+from halfeven.runtimes.onnxruntime.session import ONNXRuntimeFile
+from halfeven.runtimes.openvino import passes as openvino_passes
+from halfeven.runtimes.openvino import writer as openvino_writer
+from halfeven.runtimes.openvino.exact import OpenVINOInterpreter
 from halfeven.runtimes.openvino.session import OpenVINOFile
+from halfeven.runtimes.simulation import Simulation
+from halfeven.runtimes.tensorrt import passes as tensorrt_passes
+from halfeven.runtimes.tensorrt.session import TensorRTFile
+from halfeven.targets.onnxruntime import ONNXRUNTIME
+from halfeven.targets.openvino import OPENVINO
+from halfeven.targets.target import Target
+from halfeven.targets.tensorrt import TENSORRT
 
 
 class DeployedFile(Protocol):
@@ -33,11 +55,11 @@ class DeployedFile(Protocol):
         of a second run: to be outputs keeps operators from being fused."""
         ...
 
-    def executed_layers(self, layers: Sequence[str]) -> list[Executed]:
+    def executed_layers(self, layers: Sequence[str]) -> list[LayerExecution]:
         """What the runtime made of each named layer; "unknown" where it does not mention one."""
         ...
 
-    def executed_products(self) -> list[Executed]:
+    def executed_products(self) -> list[LayerExecution]:
         """What the runtime made of the products of two activations."""
         ...
 
@@ -50,24 +72,90 @@ class DeployedFile(Protocol):
         ...
 
 
-RUNTIMES: dict[str, Callable[[Path, Sequence[str]], DeployedFile]] = {
-    "openvino": OpenVINOFile,
-    "onnxruntime": ONNXRuntimeFile,
-    "tensorrt": TensorRTFile,
+Writer = Callable[[torch.export.ExportedProgram, Deployed, Path], None]
+"""Writes the program of a deployed model as one file."""
+
+Interpreter = Callable[[CapturedModule, Simulation], fx.Interpreter]
+"""Makes what computes a captured region of a deployed model; the integers of its quantizers go to the simulation."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Runtime:
+    """All that halfeven knows of a runtime; no field has a default, each fact stands in the runtime's row."""
+
+    target: Target
+    """What it executes in integers, and where it wants quantizers."""
+    writers: Mapping[str, Writer]
+    """Endings of the files that it reads, the usual one first, with what writes them."""
+    clips_integers: bool
+    """Grids of fewer than 8 bits are clipped in integers, by an operator that the writer adds; else in float, by an
+    operator of the model."""
+    prepare_graph: Callable[[Deployed], None]
+    """Gives the graph of a deployed model the form that the runtime's optimizer needs, in place."""
+    open_file: Callable[[Path, Sequence[str]], DeployedFile]
+    """Opens a file, with the named tensors at hand besides its outputs."""
+    exact: Interpreter | None
+    """Computes integer for integer what the runtime does; None where its arithmetic is not specified."""
+    sums_in_16_bits: Callable[[], bool]
+    """True where the runtime's kernels, on this processor, add pairs of 8-bit products in 16 bits."""
+
+    @property
+    def name(self) -> str:
+        """The name that users write, which is the target's."""
+        return self.target.name
+
+    @property
+    def interpreter(self) -> Interpreter:
+        """What simulates the runtime: its exact arithmetic, or where that is not specified ONNX's definitions."""
+        return self.exact or LiteralInterpreter
+
+
+RUNTIMES: dict[str, Runtime] = {
+    row.name: row
+    for row in (
+        Runtime(
+            target=OPENVINO,
+            writers={".xml": openvino_writer.write, ".onnx": onnx_writer.write},
+            clips_integers=False,
+            prepare_graph=openvino_passes.prepare_graph,
+            open_file=OpenVINOFile,
+            exact=OpenVINOInterpreter,
+            sums_in_16_bits=adds_pairs_in_16_bits,
+        ),
+        Runtime(
+            target=ONNXRUNTIME,
+            writers={".onnx": onnx_writer.write},
+            clips_integers=True,
+            prepare_graph=onnxruntime_passes.prepare_graph,
+            open_file=ONNXRuntimeFile,
+            exact=ONNXRuntimeInterpreter,
+            sums_in_16_bits=adds_pairs_in_16_bits,
+        ),
+        Runtime(
+            target=TENSORRT,
+            writers={".onnx": onnx_writer.write},
+            clips_integers=False,
+            prepare_graph=tensorrt_passes.prepare_graph,
+            open_file=TensorRTFile,
+            exact=None,  # TensorRT reserves the order of its float operations
+            sums_in_16_bits=lambda: False,  # its file is evaluated in float, not run
+        ),
+    )
 }
-"""Target -> what opens its files."""
+"""The runtimes by name."""
 
 
-def open_deployed(path: str | Path, target: str, tensors: Sequence[str] = ()) -> DeployedFile:
-    """Open a file in its target's runtime, with the named tensors at hand besides its outputs.
+def runtime_named(name: str) -> Runtime:
+    """Return the runtime of a name.
 
     Raises:
-        ConfigError: a target without a runtime.
-        VerificationError: no such file, or none that the runtime can read.
+        ConfigError: there is no such runtime.
     """
-    if target not in RUNTIMES:
-        raise ConfigError(f'There is no runtime "{target}". Choose one of {", ".join(RUNTIMES)}.')
-    return RUNTIMES[target](Path(path), tensors)
+    if name not in RUNTIMES:
+        raise ConfigError(
+            f'There is no runtime "{name}", so nothing says how to quantize for it. {did_you_mean(name, RUNTIMES)}'
+        )
+    return RUNTIMES[name]
 
 
 def load_deployed(path: str | Path, target: str = "openvino", qmodel: nn.Module | None = None) -> Callable[..., Any]:
@@ -83,7 +171,7 @@ def load_deployed(path: str | Path, target: str = "openvino", qmodel: nn.Module 
         A function of the model's inputs; without `qmodel` they are given in their order, and it returns one tensor, or
         a tuple where the model has several outputs.
     """
-    opened = open_deployed(path, target)
+    opened = runtime_named(target).open_file(Path(path), ())
     names, leaves, form = _form_of(qmodel) if qmodel is not None else ((), (), None)
 
     def run(*inputs: Tensor, **named: Tensor) -> Any:

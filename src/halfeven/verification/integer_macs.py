@@ -8,10 +8,12 @@ from halfeven.deployment.quantize_op import WEIGHT_SUFFIX, ExportedQuantizer
 from halfeven.graph.cost import multiply_accumulates
 from halfeven.graph.operators import WEIGHTED, OperatorKind, kind_of, module_of
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.runtimes.layer_execution import Executed
+from halfeven.runtimes.layer_execution import LayerExecution
 
 
-def integer_share(parts: dict[str, CapturedModule], layers: Sequence[Executed], products: Sequence[Executed]) -> float:
+def integer_share(
+    parts: dict[str, CapturedModule], layers: Sequence[LayerExecution], products: Sequence[LayerExecution]
+) -> float:
     """Share of the multiply-accumulates of a deployed model's captured parts that ran with integer kernels.
 
     Args:

@@ -9,28 +9,31 @@ from typing import Any
 
 from torch import nn
 
+from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.exported_program import example_of, exported_program
 from halfeven.quantization.quantizer import Mode, set_mode
-from halfeven.runtimes.export import FORMATS, WRITERS
-from halfeven.runtimes.runtime import open_deployed
+from halfeven.runtimes.runtime import Runtime
 
 LATENCY_PAIRS = 12
 
 
 def latency(
-    qmodel: nn.Module, path: Path, inputs: tuple[tuple[Any, ...], dict[str, Any]], target: str
+    qmodel: nn.Module, path: Path, inputs: tuple[tuple[Any, ...], dict[str, Any]], runtime: Runtime
 ) -> dict[str, float]:
-    """Median milliseconds of the float model and of the file on one batch, timed in turn so that drift hits both
-    alike."""
-    floating = deployed_in_float(qmodel)
-    program = exported_program(floating, *example_of(qmodel))
+    """Return the median milliseconds of the float model and of the file on one batch.
+
+    They are timed in turn, so that drift hits both alike.
+    """
+    floating = Deployed(deployed_in_float(qmodel), [], runtime.target)
+    program = exported_program(floating.model, *example_of(qmodel))
+    ending, write = next(iter(runtime.writers.items()))
     with tempfile.TemporaryDirectory() as folder:
-        float_path = Path(folder) / f"float{FORMATS[target][0]}"
-        WRITERS[float_path.suffix](program, floating, [], float_path)
+        float_path = Path(folder) / f"float{ending}"
+        write(program, floating, float_path)
         tensors = [x.cpu() for x in (*inputs[0], *inputs[1].values())]
         runs = {
-            "float": open_deployed(float_path, target).timed(tensors),
-            "deployed": open_deployed(path, target).timed(tensors),
+            "float": runtime.open_file(float_path, ()).timed(tensors),
+            "deployed": runtime.open_file(path, ()).timed(tensors),
         }
         times: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(LATENCY_PAIRS + 2):

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.quantize_op import WEIGHT_SUFFIX, ExportedQuantizer
 from halfeven.errors import VerificationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.capture import inputs_of
 from halfeven.graph.operators import module_of
 from halfeven.placement.execution_graph import as_planned
-from halfeven.placement.insertion import plan_of
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.quantizer import Quantizer, quantizers, weights_quantized_once
-from halfeven.runtimes.cpu import overflows, pair_fits
-from halfeven.runtimes.exact_model import SPECIFIED, ExactModel
-from halfeven.runtimes.export import exportable
-from halfeven.runtimes.layer_execution import Executed
-from halfeven.runtimes.runtime import open_deployed
+from halfeven.runtimes.cpu import pair_fits
+from halfeven.runtimes.deploy import deploy, runtime_of
+from halfeven.runtimes.exact_model import ExactModel
+from halfeven.runtimes.layer_execution import LayerExecution
+from halfeven.runtimes.runtime import Runtime
 from halfeven.tasks.task import first_tensor
 from halfeven.verification.integer_macs import integer_share
 from halfeven.verification.latency import latency
@@ -65,14 +65,13 @@ def verify(
     if not batches:
         raise VerificationError("verify got no batch, so nothing can be compared. Give at least one.")
     quantized = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
-    target = target or plan_of(qmodel).options.target
-    model, exported = exportable(qmodel, target)
-    comparison = _Comparison(qmodel, model, exported, Path(path), target)
+    runtime = runtime_of(qmodel, target)
+    comparison = _Comparison(qmodel, deploy(qmodel, runtime), Path(path), runtime)
     with as_planned(qmodel):
         rows = _compare(comparison, batches, quantized, float_model, class_axis)
     layers = comparison.file.executed_layers(comparison.layers)
     alone = not comparison.activations  # weights alone are quantized: to be read by float kernels is all they are for
-    milliseconds = latency(qmodel, Path(path), inputs_of(batches[0]), target) if timed else {}
+    milliseconds = latency(qmodel, Path(path), inputs_of(batches[0]), runtime) if timed else {}
     return Report(
         path=str(path),
         runtime=comparison.file.runtime,
@@ -93,34 +92,31 @@ def verify(
     )
 
 
-def _in_float(layer: Executed) -> str:
+def _in_float(layer: LayerExecution) -> str:
     return f"{layer.layer} ({layer.precision} {layer.kernel})".replace(" )", ")")
 
 
 class _Comparison:
     """The file, opened with all its integers as outputs, and the two simulations of it."""
 
-    def __init__(
-        self, qmodel: nn.Module, model: nn.Module, exported: list[ExportedQuantizer], path: Path, target: str
-    ) -> None:
-        self.target = target
-        self.weights = [q for q in exported if q.weight]
+    def __init__(self, qmodel: nn.Module, deployed: Deployed, path: Path, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.weights = [q for q in deployed.quantizers if q.weight]
         self.layers = [q.name.removesuffix(WEIGHT_SUFFIX) for q in self.weights]
-        self.activations = in_graph_order(model)
-        self.parts = regions(model)  # which the exact simulation takes over
-        self.exact = ExactModel(model, target)
-        self.modules = dict(model.named_modules())
+        self.activations = in_graph_order(deployed.model)
+        self.parts = regions(deployed.model)  # which the exact simulation takes over
+        self.modules = dict(deployed.model.named_modules())
+        self.exact = ExactModel(deployed, runtime.interpreter)
         self.qmodel = qmodel
-        self.file = open_deployed(path, target, list(self.activations))
+        self.file = runtime.open_file(path, list(self.activations))
         self.names = [name for name in self.activations if name in self.file.tensors]
         self.unseen = [name for name in self.activations if name not in self.file.tensors]
         if len(lacking := self._lacking()) > MERGED * len(self.activations):
             raise VerificationError(
                 f"{path} lacks the quantized tensors {', '.join(lacking[:3])}, so it was not written from "
-                f"this model. "
-                "Export the model again, then verify."
+                "this model. Export the model again, then verify."
             )
-        first = {q.number: q.name for q in exported}
+        first = {q.number: q.name for q in deployed.quantizers}
         self.calls: dict[str, list[str]] = {}  # of a quantizer of the model, its tensors in the order of the graph
         for name, quantizer in self.activations.items():
             self.calls.setdefault(first[quantizer.grid], []).append(name)
@@ -197,7 +193,7 @@ class _Comparison:
     def may_overflow(self) -> bool:
         """Whether a kernel that was run multiplies activations by weights, or by activations, so large that a pair of
         products does not fit where the processor adds it."""
-        if self.target not in SPECIFIED or not overflows():
+        if not self.runtime.sums_in_16_bits():
             return False
         found = list(quantizers(self.qmodel).values())
         steps = max((q.scheme.quant_max - q.scheme.quant_min for q in found if not q.weight), default=0)

@@ -10,9 +10,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from torch import nn
 
-from halfeven.deployment.forms import integer_bias
+from halfeven.deployment.deployed import Deployed, Int32Bias
 from halfeven.deployment.quantize_op import PER_TENSOR, WEIGHT_SUFFIX, ExportedQuantizer
 
 OPSET = 19
@@ -29,14 +28,12 @@ lie on them."""
 LAYERS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 
 
-def write(
-    program: torch.export.ExportedProgram, model: nn.Module, quantizers: list[ExportedQuantizer], path: Path
-) -> None:
-    """Write the program of a model as one ONNX file with a free batch size."""
+def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path) -> None:
+    """Write the program of a deployed model as one ONNX file with a free batch size."""
     import onnx
 
-    proto = translated(program, quantizers)
-    _Graph(proto.graph, quantizers).name_and_fold(dict(model.named_modules()))
+    proto = translated(program, deployed.quantizers)
+    _Graph(proto.graph, deployed).name_and_fold()
     for described in (*proto.graph.node, *proto.graph.initializer, *proto.graph.value_info, proto.graph, proto):
         del described.metadata_props[:]  # the tracer's notes, a quarter of a small file
     _describe_alone(proto.graph, _skip_connections(proto.graph))
@@ -146,9 +143,10 @@ def _translate_linear(x: Any, weight: Any, bias: Any = None) -> Any:
 class _Graph:
     """An ONNX graph with the lookups that rewriting it needs."""
 
-    def __init__(self, graph: Any, quantizers: list[ExportedQuantizer]) -> None:
+    def __init__(self, graph: Any, deployed: Deployed) -> None:
         self.graph = graph
-        self.quantizers = {quantizer.path: quantizer for quantizer in quantizers}
+        self.deployed = deployed
+        self.quantizers = {quantizer.path: quantizer for quantizer in deployed.quantizers}
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
         self.makers = {output: node for node in graph.node for output in node.output}
         self.names: dict[str, int] = {}
@@ -157,8 +155,9 @@ class _Graph:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
 
-    def name_and_fold(self, modules: dict[str, nn.Module]) -> None:
+    def name_and_fold(self) -> None:
         """Name the nodes after their quantizers and layers, and replace weights and biases by their integers."""
+        modules = dict(self.deployed.model.named_modules())
         for node in list(self.graph.node):
             if node.op_type != "QuantizeLinear":
                 continue
@@ -173,8 +172,8 @@ class _Graph:
                 reader.name = self._unused(layer)
                 if getattr(modules.get(layer), "bias", reader) is None:
                     del reader.input[2:]  # zeros in float, which the exporter writes where there is no bias
-                if hasattr(modules.get(layer), "bias_grid"):
-                    self._fold_bias(reader, layer, modules[layer])
+                if layer in self.deployed.int32_biases:
+                    self._fold_bias(reader, layer, self.deployed.int32_biases[layer])
         self._drop_unused()
 
     def _named_pair(self, node: Any, quantizer: ExportedQuantizer) -> Any:
@@ -256,7 +255,7 @@ class _Graph:
             self.readers[node.input[0]] = [r for r in self.readers[node.input[0]] if r is not node] + [reader]
         self.graph.node.remove(node)
 
-    def _fold_bias(self, layer_node: Any, layer: str, module: Any) -> None:
+    def _fold_bias(self, layer_node: Any, layer: str, bias: Int32Bias) -> None:
         """Write a layer's bias, its third input or what is added to its product, as 32-bit integers."""
         import onnx
 
@@ -265,7 +264,8 @@ class _Graph:
             (holder,) = self.readers[layer_node.output[0]]
         index = next(i for i, name in enumerate(holder.input) if name.endswith(".bias") and name in self.constants)
         name = f"{layer}.bias"
-        integers, scale = integer_bias(module).numpy().astype(np.int32), module.bias_grid.numpy()
+        integers = bias.integers.numpy().astype(np.int32)
+        scale = bias.scale.numpy()
         if f"{name}.dequantized" not in self.readers:
             inputs = [self._constant(f"{name}.integers", integers), self._constant(f"{name}.scale", scale)]
             pair = onnx.helper.make_node("DequantizeLinear", inputs, [f"{name}.dequantized"], name=name, axis=0)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from halfeven.deployment.forms import integer_bias
+from halfeven.deployment.deployed import Int32Bias
 from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, kind_of, module_of
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.runtimes.float_operators import FloatOperators, is_asked
 from halfeven.runtimes.integer_layers import IntegerLayer
+from halfeven.runtimes.onnx.literal import Grid, Integers
 from halfeven.runtimes.onnxruntime.session import function_of, softmax_of_integers
 from halfeven.runtimes.simulation import Simulation
 
@@ -27,33 +28,10 @@ K = OperatorKind
 POOLS = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 
 
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """A quantizer as the runtime has it."""
-
-    scale: Tensor
-    zero_point: Tensor
-    low: int
-    high: int
-    first: int
-    """Smallest integer of its type."""
-
-    @staticmethod
-    def of(quantizer: ExportedQuantizer) -> "Grid":
-        first = -128 if quantizer.signed else 0
-        return Grid(quantizer.scale, quantizer.zero_point.float(), quantizer.quant_min, quantizer.quant_max, first)
-
-    def clipped(self, integers: Tensor) -> Tensor:
-        return integers.clamp(self.low, self.high)
-
-    def quantized(self, x: Tensor) -> Tensor:
-        """QuantizeLinear: a division, then rounding, then the zero point."""
-        return self.clipped(torch.round(x / self.scale) + self.zero_point)
-
-    def requantized(self, sums: Tensor, unit: Tensor) -> Tensor:
-        """The end of an integer kernel, given float32 sums in units of a scale: a product, then rounding, then the zero
-        point."""
-        return self.clipped(torch.round(sums * (unit / self.scale)) + self.zero_point)
+def _requantized(grid: Grid, sums: Tensor, unit: Tensor) -> Tensor:
+    """Return the integers that a kernel ends with, of float32 sums in units of a scale: a product, then rounding, then
+    the zero point."""
+    return grid.clipped(torch.round(sums * (unit / grid.scale)) + grid.zero_point)
 
 
 class Special(Protocol):
@@ -62,26 +40,6 @@ class Special(Protocol):
     def real(self) -> Tensor: ...
 
     def integers(self, grid: Grid) -> Tensor: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Integers:
-    """A tensor on a quantizer's grid."""
-
-    values: Tensor
-    grid: Grid
-
-    @property
-    def levels(self) -> Tensor:
-        return self.values - self.grid.first
-
-    def real(self) -> Tensor:
-        return (self.values - self.grid.zero_point) * self.grid.scale
-
-    def integers(self, grid: Grid) -> Tensor:
-        if torch.equal(grid.scale, self.grid.scale) and torch.equal(grid.zero_point, self.grid.zero_point):
-            return grid.clipped(self.values)
-        return grid.quantized(self.real())
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +53,7 @@ class Sums:
         return self.values * self.unit
 
     def integers(self, grid: Grid) -> Tensor:
-        return grid.requantized(self.values, self.unit)
+        return _requantized(grid, self.values, self.unit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +215,8 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
             bias: Tensor = layer.bias
             return Sums(sums.float(), made.scale).real() + bias
         after = 0 if isinstance(layer, nn.Linear) else sums.ndim - 2
-        integers = integer_bias(layer).reshape(-1, *[1] * after)
+        scale = x.grid.scale * layer.weight_quantizer.scale
+        integers = Int32Bias.of(layer.bias, scale).integers.reshape(-1, *[1] * after)
         return Sums((sums.double() + integers).float(), made.scale)
 
     def _quantize(self, quantizer: ExportedQuantizer, x: Any) -> Any:
@@ -266,22 +225,6 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         grid = Grid.of(quantizer)
         integers = x.integers(grid) if _is_special(x) else grid.quantized(x)
         return Integers(self.simulation.keep(quantizer.name, integers - grid.first) + grid.first, grid)
-
-
-class LiteralInterpreter(fx.Interpreter):
-    """Computes a region as ONNX defines its operators, in float: what a runtime without stated arithmetic is near."""
-
-    def __init__(self, region: CapturedModule, simulation: Simulation) -> None:
-        super().__init__(region)
-        self.simulation = simulation
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op != "call_module" or not isinstance(quantizer := module_of(n), ExportedQuantizer) or quantizer.weight:
-            return super().run_node(n)
-        (x,), _ = self.fetch_args_kwargs_from_env(n)
-        grid = Grid.of(quantizer)
-        integers = grid.quantized(x)
-        return Integers(self.simulation.keep(quantizer.name, integers - grid.first) + grid.first, grid).real()
 
 
 def _on_one_grid(tensors: Any) -> bool:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from halfeven.deployment.forms import quantizer_at
+from halfeven.deployment.grids import quantizer_at
 from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, clipping, kind_of, module_of
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.runtimes.cpu import fuses_attention
+from halfeven.runtimes.cpu import has_avx512_vnni
 from halfeven.runtimes.float_operators import FloatOperators, is_asked
-from halfeven.runtimes.integer_layers import IntegerLayer
 from halfeven.runtimes.openvino.exact_values import Average, Ends, InUnits, Levels, Products, Scaled
+from halfeven.runtimes.openvino.layers import OpenVINOLayer
 from halfeven.runtimes.openvino.residual_add import fused_sum, is_unrounded, sum_in_kernel, sum_of_integers
 from halfeven.runtimes.openvino.session import function_of
 from halfeven.runtimes.simulation import Simulation
@@ -44,7 +44,7 @@ class OpenVINOInterpreter(fx.Interpreter):
         super().__init__(region)
         self.simulation = simulation
         self.ends: dict[int, Ends] = {}
-        self.layers: dict[fx.Node, IntegerLayer] = {}
+        self.layers: dict[fx.Node, OpenVINOLayer] = {}
         self.float_operators = FloatOperators(function_of)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -76,8 +76,7 @@ class OpenVINOInterpreter(fx.Interpreter):
         if not isinstance(x, Levels) or not isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
             return None
         if node not in self.layers:  # its weight, and the grid of what it reads, are the same for all batches
-            zero_byte = x.ends.zero_byte if isinstance(layer, nn.Linear) else None
-            self.layers[node] = IntegerLayer.of(layer, x.ends.scale, x.ends.zero_level, x.ends.steps, zero_byte)
+            self.layers[node] = OpenVINOLayer.of(layer, x.ends)
         return self.layers[node](x.values)
 
     def _on_same_grid(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -166,7 +165,7 @@ class OpenVINOInterpreter(fx.Interpreter):
         if isinstance(x, Tensor):
             return ends.levels(x, from_layer=kind_of(_before_activations(quantizer)) in WEIGHTED)
         watched: Tensor = x.levels(ends)
-        if isinstance(x, Products) and fuses_attention() and _ends_attention(quantizer):
+        if isinstance(x, Products) and has_avx512_vnni() and _ends_attention(quantizer):
             return self.simulation.choose(watched, ends.moved(x.unit).levels_in_attention(x.values))
         if isinstance(x, InUnits) and x.from_layer:
             return self.simulation.choose(watched, ends.moved(x.unit).levels(x.values, from_layer=True))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from halfeven.deployment.forms import quantizer_at
+from halfeven.deployment.grids import quantizer_at
 from halfeven.graph.operators import OperatorKind, clipping, kind_of
 from halfeven.runtimes.openvino.exact_values import InUnits, Levels, Products
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from halfeven.deployment.quantize_op import WEIGHT_SUFFIX
 from halfeven.errors import VerificationError
-from halfeven.runtimes.layer_execution import Executed
+from halfeven.runtimes.layer_execution import LayerExecution
 from halfeven.runtimes.openvino.telemetry import silently
 from halfeven.runtimes.openvino.writer import LAYER_TYPES, convert
 
@@ -92,16 +92,16 @@ def with_outputs(model: Any, names: Sequence[str]) -> list[str]:
     return present
 
 
-def executed_layers(compiled: Any, layers: Sequence[str]) -> list[Executed]:
+def executed_layers(compiled: Any, layers: Sequence[str]) -> list[LayerExecution]:
     """What the runtime made of each named layer; layers that it does not mention come with precision "unknown"."""
-    found: dict[str, Executed] = {}
+    found: dict[str, LayerExecution] = {}
     for info, _ in _executed(compiled):
         for name in _layers(info):
             found.setdefault(name, _described(name, info))
-    return [found.get(layer, Executed(layer, "unknown", "", integer=False)) for layer in layers]
+    return [found.get(layer, LayerExecution(layer, "unknown", "", integer=False)) for layer in layers]
 
 
-def executed_products(compiled: Any, products: Set[str]) -> list[Executed]:
+def executed_products(compiled: Any, products: Set[str]) -> list[LayerExecution]:
     """What the runtime made of the products of two activations, which have these names in the file."""
     found = []
     for info, types in _executed(compiled):
@@ -112,13 +112,13 @@ def executed_products(compiled: Any, products: Set[str]) -> list[Executed]:
     return found
 
 
-def _attention(info: dict[str, str], types: Sequence[str]) -> list[Executed]:
+def _attention(info: dict[str, str], types: Sequence[str]) -> list[LayerExecution]:
     """Both products of an attention that the plugin runs as one operator, as it does where there is AVX-512: the first
     is of two inputs, the second of the softmax inside and one more; its mask is not multiplied."""
     integers = sum(one in INTEGER_TYPES for one in types)
     names = info["originalLayersNames"]
     return [
-        Executed(names, info["runtimePrecision"], info["primitiveType"], integer=integers >= needed)
+        LayerExecution(names, info["runtimePrecision"], info["primitiveType"], integer=integers >= needed)
         for needed in (2, 3)
     ]
 
@@ -136,10 +136,10 @@ def _layers(info: dict[str, str]) -> list[str]:
     return [_layer(name) for name in info.get("originalLayersNames", "").split(",")]
 
 
-def _described(name: str, info: dict[str, str]) -> Executed:
+def _described(name: str, info: dict[str, str]) -> LayerExecution:
     precision, kernel = info["runtimePrecision"], info["primitiveType"]
     reads_integers, computes = precision in INTEGER_TYPES, "i8" in kernel.lower()
-    return Executed(name, precision, kernel, integer=reads_integers and computes, stored=reads_integers)
+    return LayerExecution(name, precision, kernel, integer=reads_integers and computes, stored=reads_integers)
 
 
 def products_of(model: Any) -> set[str]:
@@ -215,10 +215,10 @@ class OpenVINOFile:
         watched = run_compiled(self.compiled, inputs)
         return outputs, {name: watched[index] for name, index in self.places.items()}
 
-    def executed_layers(self, layers: Sequence[str]) -> list[Executed]:
+    def executed_layers(self, layers: Sequence[str]) -> list[LayerExecution]:
         return executed_layers(self.plain, layers)
 
-    def executed_products(self) -> list[Executed]:
+    def executed_products(self) -> list[LayerExecution]:
         return executed_products(self.plain, products_of(read(self.path)))
 
     @functools.cached_property

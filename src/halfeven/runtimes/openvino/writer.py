@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from halfeven.deployment.quantize_op import PER_TENSOR, WEIGHT_SUFFIX, ExportedQuantizer
+from halfeven.deployment.deployed import Deployed
+from halfeven.deployment.quantize_op import PER_TENSOR, WEIGHT_SUFFIX
 from halfeven.runtimes.openvino.telemetry import silently
 
 
@@ -219,13 +219,11 @@ def _readers(node: Any) -> Iterator[Any]:
 
 
 @silently()
-def write(
-    program: torch.export.ExportedProgram, model: nn.Module, quantizers: list[ExportedQuantizer], path: Path
-) -> None:
+def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path) -> None:
     """Write an IR (.xml and .bin); float constants keep their 32 bits, so that they are what was simulated."""
     import openvino
 
-    converted = convert(program, [quantizer.name for quantizer in quantizers])
+    converted = convert(program, [quantizer.name for quantizer in deployed.quantizers])
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         whole = Path(folder) / path.name
         openvino.save_model(converted, whole, compress_to_fp16=False)

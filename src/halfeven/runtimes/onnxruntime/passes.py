@@ -1,7 +1,7 @@
-"""What a runtime's file needs around the same integers: patterns that its optimizer recognizes, and biases it can add.
+"""ONNX Runtime's form of a deployed model: patterns that its optimizer makes integer kernels of, biases as integers.
 
-Each step changes the graph of a deployed model whose quantizers are operators, in place, and no integer that it
-computes; only biases move, to the nearest number that the runtime can hold.
+Each pass changes the graph of a deployed model, in place, and no integer that it computes; only biases move, to the
+nearest number that the runtime can hold.
 """
 
 import copy
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from halfeven.deployment.deployed import Deployed, Int32Bias
+from halfeven.deployment.grids import grid_of, quantizer_at
 from halfeven.deployment.quantize_op import ExportedQuantizer, twin_of
-from halfeven.errors import PlacementError
 from halfeven.graph.operators import (
     TRANSPARENT,
     WEIGHTED,
@@ -27,58 +28,27 @@ from halfeven.graph.operators import (
 from halfeven.graph.rebuild import CapturedModule, arguments, place
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.arithmetic import per_channel
-from halfeven.targets.target import Target
 
 aten = torch.ops.aten
 
-CONVOLUTIONS = (OperatorKind.CONVOLUTION, OperatorKind.TRANSPOSED_CONVOLUTION)
-
 SPLITS = (aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default)
-
-NO_BIAS = 1e-30
-"""A bias that no float32 number changes by, and that is not 0, which the converter would take away."""
 
 LARGEST_BIAS = 2.0**30
 """Integer biases stay below this, so that a sum of products and bias fits in 32 bits."""
 
 
-def integer_bias(layer: Any) -> Tensor:
-    """The integers of a layer's bias [outputs] on its `bias_grid`, in float64, which holds all 32 bits."""
-    return torch.round(layer.bias.double() / layer.bias_grid.double())
-
-
-def shape_for(model: nn.Module, exported: list[ExportedQuantizer], target: Target) -> None:
-    """Give a model with exported quantizers the form that a target's file has.
-
-    Raises:
-        PlacementError: the target has no integers for a grid of the model.
-    """
-    _check_carries(target, exported)
-    if target.int32_bias:
-        _count_from_zero(exported)
-    for name, region in regions(model).items():
+def prepare_graph(deployed: Deployed) -> None:
+    """Give a deployed model the patterns and the integer biases of ONNX Runtime, in place."""
+    _count_from_zero(deployed.quantizers)
+    for name, region in regions(deployed.model).items():
         prefix = f"{name}." if name else ""
-        if target.int32_bias:
-            _take_in_clips(region)
-            _write_slices(region)
-            _write_global_pools(region)
-            _repeat_quantizers(region, exported, prefix)
-            _round_biases(region, exported, prefix)
-        if target.residual_branch_in_float:
-            _keep_branch_roundings(region)
-            _keep_scales_apart(region, whole=name == "")
+        _take_in_clips(region)
+        _write_slices(region)
+        _write_global_pools(region)
+        _repeat_quantizers(region, deployed.quantizers, prefix)
+        _round_biases(region, deployed, prefix)
         region.graph.lint()
         region.recompile()
-
-
-def _check_carries(target: Target, exported: list[ExportedQuantizer]) -> None:
-    unsigned = [q.name.removeprefix("quantizers.") for q in exported if not (q.weight or q.signed)]
-    if target.signed_only and unsigned:
-        raise PlacementError(
-            f"{target.name} has signed activations without a zero point alone, and {len(unsigned)} of this model are "
-            f'unsigned ({", ".join(unsigned[:3])}): other integers would run. Prepare it with target="{target.name}"; '
-            "OpenVINO and ONNX Runtime run such a model too."
-        )
 
 
 def _count_from_zero(exported: list[ExportedQuantizer]) -> None:
@@ -88,63 +58,6 @@ def _count_from_zero(exported: list[ExportedQuantizer]) -> None:
             quantizer.signed = False
             quantizer.zero_point = quantizer.zero_point + 128
             quantizer.quant_min, quantizer.quant_max = quantizer.quant_min + 128, quantizer.quant_max + 128
-
-
-def _keep_branch_roundings(region: CapturedModule) -> None:
-    """Put an operator that does nothing between a convolution and a quantizer that an addition reads.
-
-    A model made for a runtime that wants integers there has such quantizers. OpenVINO drops the rounding of one that
-    is the first to be fused into a convolution before an addition; behind another operator it keeps it.
-    """
-    for node in list(region.graph.nodes):
-        if quantizer_at(node) is None or kind_of(source := node.all_input_nodes[0]) is not OperatorKind.CONVOLUTION:
-            continue
-        if any(kind_of(user) is OperatorKind.ADD and _reads_grids(user) for user in node.users):
-            with region.graph.inserting_before(node):
-                same = region.graph.call_function(aten.leaky_relu.default, (source, 1.0))
-            same.meta = dict(source.meta)
-            node.replace_input_with(source, same)
-
-
-def _keep_scales_apart(region: CapturedModule, *, whole: bool) -> None:
-    """Give convolutions without a bias whose result is read more than once one that changes nothing.
-
-    What a part of a model returns may be read more than once by the Python around it. OpenVINO (2026.4) otherwise moves
-    the scale behind such a layer into the quantizer of one of its readers, and all of them read wrong numbers.
-    """
-    for node in region.graph.nodes:
-        if kind_of(node) not in CONVOLUTIONS or node.op != "call_module":
-            continue
-        if len(node.users) < 2 and (whole or all(user.op != "output" for user in node.users)):
-            continue
-        layer: Any = module_of(node)
-        if layer.bias is None or not bool(layer.bias.any()):
-            bias = torch.full((node.meta["val"].shape[1],), NO_BIAS)
-            layer.bias = nn.Parameter(bias, requires_grad=False)
-
-
-def _reads_grids(node: fx.Node) -> bool:
-    """Whether all that an operator reads is quantized: in a model made for OpenVINO, one branch of a sum is not."""
-    return all(quantizer_at(operand) is not None for operand in node.all_input_nodes)
-
-
-def quantizer_at(node: fx.Node) -> ExportedQuantizer | None:
-    """The quantizer of an activation that a node is, or None."""
-    if node.op != "call_module" or not isinstance(module := module_of(node), ExportedQuantizer) or module.weight:
-        return None
-    return module
-
-
-def grid_of(node: fx.Node) -> ExportedQuantizer | None:
-    """The quantizer on whose grid the values of a node lie, or None; upwards through operators that keep the scale."""
-    if (found := quantizer_at(node)) is not None:
-        return found
-    kind = kind_of(node)
-    if kind is OperatorKind.CONCAT:
-        grids = [grid_of(operand) for operand in node.all_input_nodes]
-        alike = {None if grid is None else grid.grid for grid in grids}
-        return grids[0] if len(alike) == 1 else None
-    return grid_of(node.all_input_nodes[0]) if kind in TRANSPARENT and node.all_input_nodes else None
 
 
 def _take_in_clips(region: CapturedModule) -> None:
@@ -254,8 +167,10 @@ def _repeat_quantizers(region: CapturedModule, exported: list[ExportedQuantizer]
         node.replace_all_uses_with(again, delete_user_cb=partial(operator.is_not, again))
 
 
-def _round_biases(region: CapturedModule, exported: list[ExportedQuantizer], prefix: str) -> None:
+def _round_biases(region: CapturedModule, deployed: Deployed, prefix: str) -> None:
     """Put the biases of layers that multiply integers on the grid of their products."""
+    names = {module: name for name, module in deployed.model.named_modules()}
+    unrounded: dict[nn.Module, tuple[int, Tensor]] = {}  # layer -> number of its input's grid, its bias as it was
     for node in region.graph.nodes:
         if node.op != "call_module" or kind_of(node) not in WEIGHTED:
             continue
@@ -263,27 +178,29 @@ def _round_biases(region: CapturedModule, exported: list[ExportedQuantizer], pre
         grid = grid_of(node.all_input_nodes[0])
         if layer.bias is None or grid is None or not hasattr(layer, "weight_quantizer"):
             continue
-        if not hasattr(layer, "bias_grid"):
-            _round_bias(layer, grid.scale)
-        elif layer.input_grid != grid.grid:  # the same layer on other integers: their products have another grid
-            layer = _own_copy(region, node, layer, exported, prefix)
-            _round_bias(layer, grid.scale)
-        layer.input_grid = grid.grid
+        if layer not in unrounded:
+            unrounded[layer] = grid.grid, layer.bias.detach()
+            deployed.int32_biases[names[layer]] = _round_bias(layer, grid.scale)
+        elif unrounded[layer][0] != grid.grid:  # the same layer on other integers: their products have another grid
+            copied, name = _own_copy(region, node, unrounded[layer][1], deployed, prefix)
+            deployed.int32_biases[name] = _round_bias(copied, grid.scale)
 
 
-def _own_copy(region: CapturedModule, node: fx.Node, layer: Any, exported: list[ExportedQuantizer], prefix: str) -> Any:
+def _own_copy(region: CapturedModule, node: fx.Node, bias: Tensor, deployed: Deployed, prefix: str) -> tuple[Any, str]:
+    """Give a call of a layer a copy of it, with a bias of its own; the copy and its name."""
+    layer: Any = module_of(node)
     path = f"{node.target}_on_{node.all_input_nodes[0].name}"
     copied = copy.deepcopy(layer)
-    copied.weight_quantizer = twin_of(layer.weight_quantizer, f"{prefix}{path}.weight_quantizer", exported)
-    copied.bias = nn.Parameter(layer.unrounded_bias, requires_grad=False)
+    copied.weight_quantizer = twin_of(layer.weight_quantizer, f"{prefix}{path}.weight_quantizer", deployed.quantizers)
+    copied.bias = nn.Parameter(bias, requires_grad=False)
     place(region, path, copied)
     node.target = path
-    return copied
+    return copied, f"{prefix}{path}"
 
 
-def _round_bias(layer: Any, input_scale: Tensor) -> None:
+def _round_bias(layer: Any, input_scale: Tensor) -> Int32Bias:
+    """Put a layer's bias on the grid of its products, and its weights on a coarser one where that grid is too fine."""
     quantizer: ExportedQuantizer = layer.weight_quantizer
-    layer.unrounded_bias = layer.bias.detach()
     needed = layer.bias.abs() / (input_scale * LARGEST_BIAS)
     if bool((needed > quantizer.scale).any()) and quantizer.scale.ndim:
         # Weights so small that the bias has no place on their grid: a coarser grid is theirs, of fewer integers.
@@ -292,5 +209,6 @@ def _round_bias(layer: Any, input_scale: Tensor) -> None:
         integers = torch.round(layer.weight / per_channel(scale, axis, layer.weight.ndim))
         layer.weight = nn.Parameter(integers * per_channel(scale, axis, layer.weight.ndim), requires_grad=False)
         quantizer.scale = scale
-    layer.bias_grid = input_scale * quantizer.scale
-    layer.bias = nn.Parameter((integer_bias(layer) * layer.bias_grid.double()).float(), requires_grad=False)
+    scale = input_scale * quantizer.scale
+    layer.bias = nn.Parameter(Int32Bias.of(layer.bias, scale).real(), requires_grad=False)
+    return Int32Bias.of(layer.bias, scale)

@@ -1,0 +1,25 @@
+"""The grid that a tensor of a deployed model lies on: which quantizer's integers it holds."""
+
+from torch import fx
+
+from halfeven.deployment.quantize_op import ExportedQuantizer
+from halfeven.graph.operators import TRANSPARENT, OperatorKind, kind_of, module_of
+
+
+def quantizer_at(node: fx.Node) -> ExportedQuantizer | None:
+    """The quantizer of an activation that a node is, or None."""
+    if node.op != "call_module" or not isinstance(module := module_of(node), ExportedQuantizer) or module.weight:
+        return None
+    return module
+
+
+def grid_of(node: fx.Node) -> ExportedQuantizer | None:
+    """The quantizer on whose grid the values of a node lie, or None; upwards through operators that keep the scale."""
+    if (found := quantizer_at(node)) is not None:
+        return found
+    kind = kind_of(node)
+    if kind is OperatorKind.CONCAT:
+        grids = [grid_of(operand) for operand in node.all_input_nodes]
+        alike = {None if grid is None else grid.grid for grid in grids}
+        return grids[0] if len(alike) == 1 else None
+    return grid_of(node.all_input_nodes[0]) if kind in TRANSPARENT and node.all_input_nodes else None

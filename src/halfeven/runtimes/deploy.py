@@ -1,0 +1,29 @@
+"""The deployed form of a quantized model, as a runtime's file has it."""
+
+from torch import nn
+
+from halfeven.deployment.deployed import Deployed, deployed_form
+from halfeven.deployment.quantize_op import with_exported_quantizers
+from halfeven.placement.insertion import plan_of
+from halfeven.quantization.scheme import FLOAT_BITS, parse_bits
+from halfeven.runtimes.runtime import Runtime, runtime_named
+
+
+def deploy(qmodel: nn.Module, runtime: Runtime) -> Deployed:
+    """Return the deployed form of a quantized model for a runtime; the model is not changed.
+
+    Raises:
+        CalibrationError: a quantizer has no range yet.
+        PlacementError: the runtime cannot carry the model's integers.
+    """
+    model = deployed_form(qmodel)
+    weights_alone = parse_bits(plan_of(qmodel).options.scheme)[1] == FLOAT_BITS
+    quantizers = with_exported_quantizers(model, clips_integers=runtime.clips_integers, narrow_weights=weights_alone)
+    deployed = Deployed(model, quantizers, runtime.target)
+    runtime.prepare_graph(deployed)
+    return deployed
+
+
+def runtime_of(qmodel: nn.Module, name: str | None = None) -> Runtime:
+    """Return the runtime of a name; of None, the runtime that a quantized model was made for."""
+    return runtime_named(name or plan_of(qmodel).options.target)

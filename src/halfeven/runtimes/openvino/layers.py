@@ -1,0 +1,63 @@
+"""Layers of integers as OpenVINO's CPU plugin scales them: products in float32, then the bias."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from halfeven.runtimes.integer_layers import IntegerLayer, integer_weight
+from halfeven.runtimes.openvino.exact_values import Ends, Products
+
+
+@dataclass(frozen=True, eq=False)
+class ZeroShare:
+    """What a zero point adds to the sums of a linear layer, [outputs] each: exactly, and as the runtime subtracts it.
+
+    OpenVINO multiplies the zero point by the weights in float32, one input after the other. It is a little off an
+    integer sometimes, and sums of many bytes are rounded when they become float32: single integers move.
+    """
+
+    exact: Tensor
+    found: Tensor
+
+    @staticmethod
+    def of(weight: Tensor, zero_byte: Tensor) -> "ZeroShare":
+        """The share of integer weights [outputs, inputs]."""
+        products = (zero_byte * weight).numpy()
+        one_by_one = np.cumsum(products, axis=1, dtype=np.float32)[:, -1]
+        return ZeroShare(torch.round(zero_byte).double() * weight.double().sum(1), torch.from_numpy(one_by_one))
+
+    def taken(self, sums: Tensor) -> Tensor:
+        """Exact sums [..., outputs] as the runtime finds them."""
+        return (sums.double() + self.exact).float() - self.found
+
+
+@dataclass(frozen=True, eq=False)
+class OpenVINOLayer:
+    """A layer of integers, called with the levels of its input.
+
+    y = sum * (s_x * s_w) + bias, multiplied and then added in float32; the sum is exact. The plugin sums products of
+    bytes in a linear layer, and takes the zero point's share from them in float32 (`zero`).
+    """
+
+    layer: IntegerLayer
+    zero: ZeroShare | None
+
+    @staticmethod
+    def of(layer: Any, ends: Ends) -> "OpenVINOLayer":
+        """Return the integers of a layer with an exported weight quantizer, whose input has these ends."""
+        integers = IntegerLayer.of(layer, ends.scale, ends.zero_level, ends.steps)
+        summed_bytes = isinstance(layer, nn.Linear) and bool(ends.zero_byte)
+        return OpenVINOLayer(integers, ZeroShare.of(integer_weight(layer), ends.zero_byte) if summed_bytes else None)
+
+    def __call__(self, levels: Tensor) -> Tensor | Products:
+        layer = self.layer
+        sums = layer.sums(levels)
+        products = Products(sums.float() if self.zero is None else self.zero.taken(sums), layer.scale)
+        if layer.bias is not None:
+            return products.real() + layer.bias
+        # The scales of a linear layer's outputs stand at the third axis of tokens: there the plugin merges none.
+        tokens = layer.input_axis == -1 and levels.ndim > 2 and layer.scale.numel() > 1
+        return products.real() if tokens else products
