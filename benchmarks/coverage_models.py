@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from halfeven.tasks.detection import TensorPart
+from halfeven.zoo.detectors import TensorPart
 
 FAMILIES = [
     "beit_base_patch16_224",

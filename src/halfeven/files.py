@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Write files that are either whole or not there."""
 
 import os
 from collections.abc import Callable
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, and put it in its place once it is whole and on the disk.
+    """Call `write` with a path beside `path`, and move the file into place once it is whole and on the disk.
 
-    Whoever reads `path`, at whatever moment the writer is killed, finds the old content or the new one.
+    A reader of `path` finds the old content or the new one, at whatever moment the writer is killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")

@@ -87,7 +87,7 @@ def test_calibration_on_the_validation_images_is_refused(refused, config, tmp_pa
     monkeypatch.syspath_prepend(tmp_path)
     data = ["--data.source", "callable", "--data.function", "same_images:images"]
     said = refused(command, config, *data, "--work-dir", tmp_path / "w")
-    assert "360 of the 360 calibration images are validation images too" in said
+    assert "360 of the 360 calibration samples are validation samples too" in said
     assert not (tmp_path / "w").exists(), "nothing is written before the mistake is found"
 
 

@@ -173,5 +173,5 @@ def test_linked_folders_are_refused(images, tmp_path):
     options = ("--data.root", tmp_path, "--model.num-classes", "2", "--work-dir", tmp_path / "work")
     done = halfeven("ptq", config, *options)
     assert done.returncode == 2
-    assert "8 of the 8 calibration images are validation images too" in " ".join(done.stderr.split())
+    assert "8 of the 8 calibration samples are validation samples too" in " ".join(done.stderr.split())
     assert not (tmp_path / "work").exists()

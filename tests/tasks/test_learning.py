@@ -6,8 +6,9 @@ import halfeven as he
 from halfeven.evaluation import evaluate, evaluation_loader
 from halfeven.runtimes.runtime import load_deployed
 from halfeven.tasks import Segmentation
-from halfeven.tasks.detection import TensorPart, TorchvisionDetection
+from halfeven.tasks.detection import TorchvisionDetection
 from halfeven.zoo.datasets import load_datasets
+from halfeven.zoo.detectors import TensorPart
 from halfeven.zoo.options import DataOptions
 from runtimes.parity import SCHEME
 from scenes import write_coco, write_voc

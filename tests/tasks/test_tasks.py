@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from halfeven.errors import ConfigError
 from halfeven.evaluation import evaluate, evaluation_loader
 from halfeven.tasks import Classification, Segmentation
-from halfeven.tasks.detection import TensorPart, TorchvisionDetection
+from halfeven.tasks.detection import TorchvisionDetection
 from halfeven.tasks.efficientdet import EfficientDetDetection
 from halfeven.tasks.options import TaskOptions
+from halfeven.zoo.detectors import TensorPart
 from halfeven.zoo.models import ModelOptions, create_model, effdet_model, torchvision_model
 
 
@@ -144,7 +145,7 @@ def test_efficientdet_is_that_of_effdets_own_benches():
         row = row[row[:, 4] > 0]
         assert torch.equal(torch.cat([one["boxes"], one["scores"][:, None], one["labels"][:, None]], 1), row)
     assert {int(label) for one in found for label in one["labels"]} <= {1, 2, 3}
-    with pytest.raises(ConfigError, match="anchors of the EfficientDet are those of images of 128 x 128"):
+    with pytest.raises(ConfigError, match="EfficientDet has anchors for images of 128 x 128"):
         EfficientDetDetection(effdet_model(options), torch.randn(2, 3, 64, 64))
 
 
@@ -165,7 +166,7 @@ def test_mean_average_precision_of_a_detector_that_is_always_right():
 
 
 def test_detectors_without_a_tensor_part_are_refused():
-    with pytest.raises(ConfigError, match="FasterRCNN has no part that goes from a batch of images to fixed tensors"):
+    with pytest.raises(ConfigError, match="A FasterRCNN cannot be deployed"):
         create_model(ModelOptions(source="torchvision", name="fasterrcnn_mobilenet_v3_large_fpn", num_classes=3))
 
 

@@ -101,7 +101,7 @@ def test_calibrating_on_validation_pictures_is_found(voc, tmp_path):
     shutil.copytree(voc, folder)
     lists = folder / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation"
     (lists / "val.txt").write_text((lists / "train.txt").read_text())
-    with pytest.raises(ConfigError, match="6 of the 6 calibration images are validation images too"):
+    with pytest.raises(ConfigError, match="6 of the 6 calibration samples are validation samples too"):
         check_apart(segmentation(folder))
     check_apart(segmentation(voc))
 

@@ -40,7 +40,7 @@ WHOLE, PLAIN = tensors(0, 20), [(PIXELS[i], 0) for i in range(20)]
     ids=["same", "subsets", "nested subsets", "same memory", "same list", "part of a list"],
 )
 def test_shared_images_are_refused(calibration, validation, count):
-    with pytest.raises(ConfigError, match=f"{count} calibration images are validation images too"):
+    with pytest.raises(ConfigError, match=f"{count} calibration samples are validation samples too"):
         check_apart(parts(calibration, validation))
 
 

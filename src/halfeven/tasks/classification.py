@@ -24,11 +24,11 @@ class Classification(Task):
         self.num_classes = num_classes
 
     def loss(self, outputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Cross-entropy, the mean over samples."""
+        """Return the mean cross-entropy over samples."""
         return F.cross_entropy(self.logits(outputs).float(), targets, label_smoothing=label_smoothing)
 
     def metrics(self) -> "MetricCollection":
-        """Accuracy among the first and, with more than 5 classes, the first 5."""
+        """Return new metrics: top-1 and, where there are more than 5 classes, top-5 accuracy."""
         with extra("train", "The metrics of a task"):
             from torchmetrics import MetricCollection
             from torchmetrics.classification import MulticlassAccuracy
@@ -40,5 +40,5 @@ class Classification(Task):
         )
 
     def judged(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and labels."""
+        """Return the logits and the labels."""
         return self.logits(outputs).float(), targets

@@ -1,9 +1,9 @@
 """Detection: the network is quantized from tensor to tensor; anchors, losses and post-processing are the model's own.
 
-A detector of torchvision reads lists of images, and returns losses in training and boxes otherwise. What lies between,
-from a batch of images to the tensors of its heads, is a network like any other: that part is captured, quantized and
-deployed (`TensorPart`). Targets are dicts with "boxes", [boxes, 4] as left, top, right, bottom in pixels of the input,
-and "labels", [boxes].
+A detector of torchvision reads lists of images, and returns losses in training and boxes otherwise. Between them, from
+a batch of images to the tensors of its heads, it is a network like any other: that part is captured, quantized and
+deployed (`halfeven.zoo.detectors.TensorPart`). Targets are dicts with "boxes", [boxes, 4] as left, top, right, bottom
+in pixels of the input, and "labels", [boxes].
 """
 
 import copy
@@ -32,10 +32,10 @@ class Detection(Task):
     class_axis = -1
 
     def metrics(self) -> "Metric":
-        """Mean average precision; needs pycocotools.
+        """Return a new mean average precision, which pycocotools computes.
 
         Raises:
-            ConfigError: it is not installed.
+            ConfigError: torchmetrics or pycocotools is not installed.
         """
         with extra("train", "The metrics of a task"):
             from torchmetrics.detection import MeanAveragePrecision
@@ -45,12 +45,13 @@ class Detection(Task):
         return metric
 
     def figures(self, computed: Mapping[str, Tensor]) -> Metrics:
-        """The two figures of the many that it computes; -1 there stands for a data set without boxes."""
+        """Return mAP and mAP50 in percent. Where the data set has no boxes, torchmetrics gives -1, and this 0."""
         return super().figures({"mAP": computed["map"].clamp(min=0), "mAP50": computed["map_50"].clamp(min=0)})
 
     def collate(self, items: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
-        """Images in a batch, targets in a list: there are as many boxes as there are."""
-        return default_collate([item[0] for item in items]), [item[1] for item in items]
+        """Return the images as a batch, and the targets as a list, since images differ in their number of boxes."""
+        images = default_collate([image for image, _ in items])
+        return images, [target for _, target in items]
 
 
 class TorchvisionDetection(Detection):
@@ -70,29 +71,29 @@ class TorchvisionDetection(Detection):
         self.features = pytree.tree_map(lambda feature: feature.to("meta"), features)
         self.size = tuple(example.shape[1:])
         for parameter in self.detector.parameters():
-            parameter.data = parameter.data.new_empty(0)  # shapes were all that they were needed for
+            parameter.data = parameter.data.new_empty(0)  # only the shapes of the features were needed
         self.detector.transform = _AsGiven()
 
     def loss(self, outputs: Any, targets: Targets, label_smoothing: float = 0.0) -> Tensor:
-        """The sum of the detector's losses.
+        """Return the sum of the detector's losses.
 
         Raises:
-            ConfigError: smoothed labels, which torchvision's losses do not know.
+            ConfigError: `label_smoothing` is not 0; torchvision's losses take labels as they are.
         """
         if label_smoothing:
             raise ConfigError(
-                f"training.label_smoothing={label_smoothing}, and the losses of torchvision's detectors take labels as "
-                "they are. Set it to 0."
+                f"training.label_smoothing={label_smoothing} would have no effect: the losses of torchvision's "
+                "detectors take labels as they are. Set it to 0."
             )
         losses = self._after_heads(outputs, targets)
         return torch.stack(list(losses.values())).sum()
 
     def judged(self, outputs: Any, targets: Targets) -> tuple[Any, Any]:
-        """Boxes with scores and labels, after thresholds and suppression of overlapping ones."""
+        """Return boxes with scores and labels, after thresholds and non-maximum suppression, and the targets."""
         return self._after_heads(outputs, None), list(targets)
 
     def _after_heads(self, outputs: dict[str, Tensor], targets: Targets | None) -> Any:
-        """Run the detector with the heads' outputs given: its own code does all the rest."""
+        """Run the detector's own code behind the heads, on outputs that are given."""
         outputs = {name: output.float() for name, output in outputs.items()}
         first = next(iter(outputs.values()))
         features = pytree.tree_map(lambda f: first.new_zeros(1).expand(len(first), *f.shape[1:]), self.features)
@@ -103,27 +104,8 @@ class TorchvisionDetection(Detection):
         return self.detector(list(images), targets)
 
 
-class TensorPart(nn.Module):
-    """Backbone and heads of a detector of torchvision: images, [samples, 3, height, width], to the heads' outputs.
-
-    Its state dict is that of the detector. Images come as the data gives them: normalized, and of one size.
-    """
-
-    def __init__(self, detector: Any) -> None:
-        super().__init__()
-        check_detector(detector)
-        self.backbone: nn.Module = detector.backbone
-        self.head: nn.Module = detector.head
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """For each anchor the logits of the classes, [samples, anchors, classes], and the offsets of its box."""
-        features = self.backbone(images)
-        found: dict[str, Tensor] = self.head([features] if isinstance(features, Tensor) else list(features.values()))
-        return found
-
-
 class _AsGiven(nn.Module):
-    """In the place of the transform that scales and normalizes images: the data has done so."""
+    """Pass images on unchanged, in place of the detector's scaling and normalization, which the data does."""
 
     def forward(self, images: list[Tensor], targets: Any = None) -> tuple[Any, Any]:
         from torchvision.models.detection.image_list import ImageList
@@ -135,13 +117,13 @@ class _AsGiven(nn.Module):
 
 
 def check_detector(detector: nn.Module) -> None:
-    """Raise ConfigError for a detector without a part from tensor to tensor."""
+    """Raise ConfigError for a detector whose part from tensor to tensor is not known."""
     from torchvision.models.detection import FCOS, RetinaNet
     from torchvision.models.detection.ssd import SSD
 
     if not isinstance(detector, RetinaNet | FCOS | SSD):
         raise ConfigError(
-            f"A {type(detector).__name__} has no part that goes from a batch of images to fixed tensors, or is not one "
-            "of torchvision's RetinaNet, FCOS, SSD and SSDlite, whose part is known, so it cannot be deployed. Take "
-            'one of these, or give a module of your own and its task (task.kind="callable").'
+            f"A {type(detector).__name__} cannot be deployed: halfeven knows the part from a batch of images to fixed "
+            "tensors of torchvision's RetinaNet, FCOS, SSD and SSDlite alone. Take one of these, or give a module of "
+            'your own and its task (task.kind="callable").'
         )

@@ -1,4 +1,4 @@
-"""Detection with EfficientDet of the package effdet: its own anchors, loss and post-processing around the network."""
+"""Detection with EfficientDet of the package effdet: the network, with effdet's anchors, loss and post-processing."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ from halfeven.tasks.detection import Detection, Targets
 class EfficientDetDetection(Detection):
     """The loss and the post-processing of effdet's EfficientDet.
 
-    Outputs are two lists of a tensor for each level, of classes, [samples, anchors * classes, height, width], and of
-    boxes. Labels count from 1, as COCO's do.
+    Outputs are two lists with a tensor for each level: classes, [samples, anchors * classes, height, width], and boxes.
+    Labels count from 1, as COCO's do.
 
     Args:
         detector: the model as effdet makes it; its weights are not used.
@@ -30,22 +30,24 @@ class EfficientDetDetection(Detection):
         height, width = given.config.image_size
         if example.shape[-2:] != (height, width):
             raise ConfigError(
-                f"The anchors of the EfficientDet are those of images of {height} x {width}, and the data gives "
-                f"{example.shape[-2]} x {example.shape[-1]}: boxes would lie elsewhere. Set data.image_size, or "
-                "image_size in model.arguments, to the other's."
+                f"The EfficientDet has anchors for images of {height} x {width}, and the data gives images of "
+                f"{example.shape[-2]} x {example.shape[-1]}, so boxes would be in the wrong places. Set "
+                "data.image_size, or image_size in model.arguments, so that the two are equal."
             )
-        self.given, self.training, self.predicting = given, DetBenchTrain(given), DetBenchPredict(given)
+        self.given = given
+        self.training = DetBenchTrain(given)
+        self.predicting = DetBenchPredict(given)
 
     def loss(self, outputs: Any, targets: Targets, label_smoothing: float = 0.0) -> Tensor:
-        """Focal and box loss, weighted as the model's config says.
+        """Return the focal loss and the box loss, weighted as the model's config says.
 
         Raises:
-            ConfigError: smoothed labels, which are a setting of the model's own config.
+            ConfigError: `label_smoothing` is not 0; the model's own config has that setting.
         """
         if label_smoothing:
             raise ConfigError(
-                f"training.label_smoothing={label_smoothing} is not for EfficientDet, whose loss has its own. Set it "
-                "to 0, and label_smoothing in model.arguments."
+                f"training.label_smoothing={label_smoothing} would have no effect: EfficientDet's loss has its own "
+                "setting. Set it to 0, and label_smoothing in model.arguments."
             )
         boxes = [target["boxes"][:, [1, 0, 3, 2]] for target in targets]  # effdet has top, left, bottom, right
         labels = [target["labels"].float() for target in targets]
@@ -54,21 +56,21 @@ class EfficientDetDetection(Detection):
         return loss
 
     def judged(self, outputs: Any, targets: Targets) -> tuple[Any, Any]:
-        """Boxes with scores and labels, after suppression of overlapping ones."""
+        """Return boxes with scores and labels, after non-maximum suppression, and the targets."""
         images = self._give(outputs)
         rows = self.predicting.to(images.device).eval()(images)
-        found = [row[row[:, 4] > 0] for row in rows]  # it fills up with zeros
+        found = [row[row[:, 4] > 0] for row in rows]  # effdet pads with zeros
         return [{"boxes": r[:, :4], "scores": r[:, 4], "labels": r[:, 5].long()} for r in found], list(targets)
 
     def _give(self, outputs: Any) -> Tensor:
-        """Let the network give these outputs; what stands for the images is returned."""
+        """Make the network return these outputs. Returns a tensor to pass in place of images."""
         classes, boxes = ([level.float() for level in levels] for levels in _two_lists(outputs))
-        self.given.outputs = classes, boxes
+        self.given.outputs = (classes, boxes)
         return classes[0]
 
 
 class _Given(nn.Module):
-    """A network whose outputs are given."""
+    """Stand for a network, and return outputs that were given."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()

@@ -29,10 +29,12 @@ class Segmentation(Task):
     key = "mIoU"
 
     def __init__(self, num_classes: int, *, ignore_index: int = 255, auxiliary_weight: float = 0.5) -> None:
-        self.num_classes, self.ignore_index, self.auxiliary_weight = num_classes, ignore_index, auxiliary_weight
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.auxiliary_weight = auxiliary_weight
 
     def loss(self, outputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Cross-entropy, the mean over pixels, with a share of the auxiliary head's."""
+        """Return the mean cross-entropy over pixels, plus the auxiliary head's by its weight."""
 
         def cross_entropy(logits: Tensor) -> Tensor:
             scaled = _at_size_of(logits.float(), targets)
@@ -44,7 +46,7 @@ class Segmentation(Task):
         return total
 
     def metrics(self) -> "MetricCollection":
-        """Intersection over union and accuracy from the confusion matrix of the whole data set."""
+        """Return new metrics: intersection over union and accuracy over the whole data set."""
         with extra("train", "The metrics of a task"):
             from torchmetrics import MetricCollection
             from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
@@ -59,11 +61,11 @@ class Segmentation(Task):
         )
 
     def judged(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The class of each pixel, and the labels."""
+        """Return the class of each pixel, and the labels."""
         return _at_size_of(_main(outputs).float(), targets).argmax(1), targets
 
     def logits(self, outputs: Any) -> Tensor:
-        """The main head's logits, [samples, height, width, classes]."""
+        """Return the main head's logits, [samples, height, width, classes]."""
         return _main(outputs).movedim(1, -1)
 
 

@@ -1,4 +1,4 @@
-"""The interface of a task. Derive from `Task` for one of your own, and name it in `task.function`."""
+"""The interface of a task. Derive your own from `Task`, and name the function that returns it in `task.function`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch, a
     from torchmetrics import Metric, MetricCollection
 
 Metrics = dict[str, float]
-"""Figures by name, in percent; more is better."""
+"""Metrics by name, in percent; more is better."""
 
 
 class Task(ABC):
-    """The loss of a batch, and what is measured on a data set. Outputs are whatever the model returns."""
+    """The loss of a batch and the metrics of a data set. Outputs are those of the model, in its own structure."""
 
     key: str
     """The metric that decides which of several models is the best."""
@@ -25,37 +25,37 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, outputs: Any, targets: Any, label_smoothing: float = 0.0) -> Tensor:
-        """The loss of a batch, [] in float32.
+        """Return the loss of a batch, [] in float32.
 
         Args:
-            outputs: what the model gave, in training mode.
-            targets: what the data gives beside the inputs, collated.
-            label_smoothing: share of each label that goes to all classes alike.
+            outputs: the model's, in training mode.
+            targets: the data's, collated.
+            label_smoothing: share of each label that is spread evenly over all classes.
         """
 
     @abstractmethod
     def metrics(self) -> "Metric | MetricCollection":
-        """New metrics of torchmetrics, which `judged` feeds."""
+        """Return new metrics of torchmetrics, which are updated with the result of `judged`."""
 
     @abstractmethod
     def judged(self, outputs: Any, targets: Any) -> tuple[Any, Any]:
-        """Predictions and targets of a batch, as the metrics take them."""
+        """Return predictions and targets of a batch, as the metrics take them."""
 
     def figures(self, computed: Mapping[str, Tensor]) -> Metrics:
-        """What the metrics computed, in percent."""
+        """Return the values that the metrics computed, in percent."""
         return {name: round(100 * float(value), 4) for name, value in computed.items()}
 
     def collate(self, items: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
-        """A batch of (input, target) pairs."""
+        """Return the inputs and the targets of a batch, from (input, target) pairs."""
         inputs, targets = default_collate(list(items))
         return inputs, targets
 
     def logits(self, outputs: Any) -> Tensor:
-        """Logits of classes that exclude each other, [samples, ..., classes]: what a teacher's soft labels are of."""
+        """Return the logits of classes that exclude each other, [samples, ..., classes]; distillation compares them."""
         return first_tensor(outputs)
 
 
 def first_tensor(outputs: Any) -> Tensor:
-    """The first tensor of a model's outputs, whatever holds them."""
+    """Return the first tensor of a model's outputs, in whatever structure they are."""
     found: Tensor = next(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
     return found

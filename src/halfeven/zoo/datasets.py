@@ -1,7 +1,7 @@
-"""Labelled data: scikit-learn's digits, Fashion-MNIST, folders of images, Pascal VOC, COCO, texts, a function of yours.
+"""Labelled data: scikit-learn's digits, Fashion-MNIST, folders of images, Pascal VOC, COCO, texts, or your function's.
 
-Each gives samples for training, for calibration (a seeded part of the training samples, seen as in evaluation) and for
-validation.
+Each source gives samples for training, for calibration and for validation. Calibration samples are a seeded draw of the
+training samples, preprocessed as in evaluation.
 """
 
 import gzip
@@ -19,23 +19,26 @@ from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from halfeven.errors import ConfigError
 from halfeven.imports import extra, import_function
+from halfeven.renamed import renamed_attributes
 from halfeven.zoo import detection_segmentation
 from halfeven.zoo.options import DataOptions
 from halfeven.zoo.text import texts
 
 FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"
 """Where Debian's package dataset-fashion-mnist puts its files."""
-FASHION_MNIST_MEAN, FASHION_MNIST_STD = 0.2860, 0.3530
-DIGITS_MEAN, DIGITS_STD = 0.3053, 0.3236
+FASHION_MNIST_MEAN = 0.2860
+FASHION_MNIST_STD = 0.3530
+DIGITS_MEAN = 0.3053
+DIGITS_STD = 0.3236
 DIGITS_VALIDATION = 360
-"""Of 1,797 digits, those that nothing is trained or calibrated on."""
+"""Number of the 1,797 digits that are kept for validation."""
 
 
 Example = Tensor | dict[str, Tensor]
 
 
-class Images(Protocol):
-    """A dataset of known length whose items are (input, target): mostly (image, label)."""
+class Samples(Protocol):
+    """A dataset of known length whose items are (input, target): (image, label) for example."""
 
     def __len__(self) -> int: ...
 
@@ -44,15 +47,15 @@ class Images(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Datasets:
-    """The three parts of the data, and how many classes their labels have."""
+    """The three parts of the data, and the number of classes of their labels."""
 
-    train: Images
-    calibration: Images
-    validation: Images
+    train: Samples
+    calibration: Samples
+    validation: Samples
     num_classes: int
 
     def example(self) -> Example:
-        """Two validation inputs as a batch, to capture a model with."""
+        """Return two validation inputs as a batch, to capture a model with."""
         found: Example = default_collate([self.validation[index][0] for index in range(min(2, len(self.validation)))])
         return found
 
@@ -61,7 +64,7 @@ def load_datasets(options: DataOptions) -> Datasets:
     """Open the data that the options name.
 
     Raises:
-        ConfigError: it is not where the options say, or not what they say.
+        ConfigError: the data is not where the options say, or is other data.
     """
     loaders: dict[str, Callable[[DataOptions], Datasets]] = {
         "digits": digits,
@@ -76,20 +79,21 @@ def load_datasets(options: DataOptions) -> Datasets:
     for part in ("train", "calibration", "validation"):
         if len(getattr(datasets, part)) == 0:
             raise ConfigError(
-                f"The {part} part of the data {options.source} is empty: nothing can be done with it. Add images."
+                f'The {part} part of the data is empty (data.source="{options.source}"), so there is nothing to use '
+                "for it. Add samples to that part."
             )
     return datasets
 
 
-def calibration_subset(images: Images, options: DataOptions) -> Images:
-    """Draw the calibration images, always the same ones for a seed."""
-    count = min(options.calibration_images, len(images))
-    order = np.random.default_rng(options.calibration_seed).permutation(len(images))[:count]
-    return Subset(images, sorted(order.tolist()))  # type: ignore[arg-type]
+def calibration_subset(samples: Samples, options: DataOptions) -> Samples:
+    """Draw the calibration samples: the same ones for the same seed."""
+    count = min(options.calibration_images, len(samples))
+    order = np.random.default_rng(options.calibration_seed).permutation(len(samples))[:count]
+    return Subset(samples, sorted(order.tolist()))  # type: ignore[arg-type]
 
 
 def digits(options: DataOptions) -> Datasets:
-    """scikit-learn's 1,797 handwritten digits of 8x8, enlarged to 32x32."""
+    """Open scikit-learn's 1,797 handwritten digits of 8x8 pixels, enlarged to 32x32."""
     with extra("train", 'data.source="digits"'):
         from sklearn.datasets import load_digits
 
@@ -99,7 +103,8 @@ def digits(options: DataOptions) -> Datasets:
     images = (images - DIGITS_MEAN) / DIGITS_STD
     labels = torch.tensor(data.target, dtype=torch.int64)
     order = torch.tensor(np.random.default_rng(0).permutation(len(labels)))
-    validation, train = order[:DIGITS_VALIDATION], order[DIGITS_VALIDATION:]
+    validation = order[:DIGITS_VALIDATION]
+    train = order[DIGITS_VALIDATION:]
     train_images: Dataset[tuple[Tensor, ...]] = TensorDataset(images[train], labels[train])
     return Datasets(
         train=train_images,  # type: ignore[arg-type]
@@ -110,7 +115,7 @@ def digits(options: DataOptions) -> Datasets:
 
 
 def fashion_mnist(options: DataOptions) -> Datasets:
-    """Zalando's 70,000 grey images of clothes, padded from 28x28 to 32x32."""
+    """Open Zalando's 70,000 grey images of clothes, padded from 28x28 to 32x32 pixels."""
     root = Path(options.root or FASHION_MNIST_ROOT)
     parts = {}
     for part, stem, count in (("train", "train", 60000), ("validation", "t10k", 10000)):
@@ -118,9 +123,9 @@ def fashion_mnist(options: DataOptions) -> Datasets:
         labels = read_idx(root / f"{stem}-labels-idx1-ubyte.gz")
         if pixels.shape != (count, 28, 28) or labels.shape != (count,):
             raise ConfigError(
-                f"The {stem} files in {root} hold images of shape {pixels.shape} and labels of shape {labels.shape}; "
-                f"Fashion-MNIST has {count} of 28x28. Another data set under these names would be misread. Give its "
-                "own folder."
+                f"The {stem} files in {root} have images of shape {pixels.shape} and labels of shape {labels.shape}; "
+                f"Fashion-MNIST has {count} of 28x28. Another data set under these names would be misread. Set "
+                "data.root to Fashion-MNIST's folder."
             )
         images = F.pad(torch.from_numpy(pixels).unsqueeze(1).float() / 255, (2, 2, 2, 2))
         images = (images - FASHION_MNIST_MEAN) / FASHION_MNIST_STD
@@ -130,7 +135,11 @@ def fashion_mnist(options: DataOptions) -> Datasets:
 
 
 def read_idx(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Read a gzipped IDX file of unsigned bytes: two zeros, type 8, number of axes, big-endian sizes, the bytes."""
+    """Read a gzipped IDX file of unsigned bytes: two zeros, type 8, number of axes, big-endian sizes, the bytes.
+
+    Raises:
+        ConfigError: the file is missing, damaged or of another type.
+    """
     if not path.is_file():
         raise ConfigError(
             f"There is no file {path}, so Fashion-MNIST cannot be read. Install Debian's package dataset-fashion-mnist "
@@ -143,17 +152,18 @@ def read_idx(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
         values = np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
     except (OSError, EOFError, struct.error, ValueError) as error:
         raise ConfigError(
-            f"The file {path} is not a whole IDX file: {error}. Its images cannot be read; fetch it again."
+            f"The file {path} is not a whole IDX file ({error}), so its images cannot be read. Download it again."
         ) from error
     if (zero, kind) != (0, 8):
         raise ConfigError(
-            f"The file {path} is not an IDX file of bytes (it starts with {zero}, {kind}). Fetch it again."
+            f"The file {path} is not an IDX file of bytes (it starts with {zero}, {kind}), so its images cannot be "
+            "read. Download it again."
         )
     return values
 
 
 def image_folder(options: DataOptions) -> Datasets:
-    """ImageNet's layout, root/train and root/val with a folder per class, and its usual preprocessing at 224 pixels."""
+    """Open images in ImageNet's layout, root/train and root/val with a folder per class, with its preprocessing."""
     with extra("train", 'data.source="image_folder"'):
         from torchvision import transforms
         from torchvision.datasets import ImageFolder
@@ -164,8 +174,7 @@ def image_folder(options: DataOptions) -> Datasets:
         if not options.root or not (root / part).is_dir():
             raise ConfigError(
                 f"There is no folder {root / part if options.root else 'data.root'}, so there are no images. Set "
-                "data.root to a "
-                "folder with train/CLASS/IMAGE and val/CLASS/IMAGE (ImageNet as usually unpacked)."
+                "data.root to a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (ImageNet as usually unpacked)."
             )
     finish = [transforms.ToTensor(), transforms.Normalize(options.mean, options.std)]
     bilinear = InterpolationMode.BILINEAR
@@ -185,8 +194,7 @@ def image_folder(options: DataOptions) -> Datasets:
         odd = sorted(set(train.classes) ^ set(validation.classes))
         raise ConfigError(
             f"The class folders of {root / 'train'} and {root / 'val'} differ ({', '.join(odd[:6])}), so their labels "
-            "would not "
-            "mean the same. Make the same folders in both."
+            "would not mean the same. Put the same class folders in both."
         )
     calibration = calibration_subset(seen_as_in_evaluation, options)
     return Datasets(train=train, calibration=calibration, validation=validation, num_classes=len(train.classes))
@@ -217,7 +225,10 @@ def _from_callable(options: DataOptions) -> Datasets:
     datasets = import_function(options.function, "data.function")(options)
     if not isinstance(datasets, Datasets):
         raise ConfigError(
-            f"{options.function} returned a {type(datasets).__name__}, whose parts are unknown. "
-            "It must return a halfeven.zoo.datasets.Datasets."
+            f"{options.function} returned a {type(datasets).__name__}, so it is not known which samples to train and "
+            "validate on. It must return a halfeven.zoo.datasets.Datasets."
         )
     return datasets
+
+
+__getattr__ = renamed_attributes(__name__, Images="zoo.datasets.Samples")

@@ -20,22 +20,24 @@ from halfeven.imports import extra
 from halfeven.zoo.options import DataOptions
 
 UNLABELLED = 255
-"""Pascal VOC's label of the borders of objects; here that of what is not part of the image too."""
+"""Pascal VOC's label of object borders; also given to the margin around a smaller image."""
 VOC_CLASSES = 21
 
 
 class Squared:
-    """Makes tensors of one size from an image and what is labelled in it.
+    """Make tensors of one size from an image and its target.
 
     Args:
-        augment: whether to flip at random, as in training.
+        options: size, mean and standard deviation of the images.
+        augment: flip images at random, as in training.
     """
 
     def __init__(self, options: DataOptions, *, augment: bool) -> None:
         with extra("train", "Transforms of images and their labels"):
             from torchvision.transforms import v2
 
-        self.side, self.keep_aspect = options.image_size, options.keep_aspect
+        self.side = options.image_size
+        self.keep_aspect = options.keep_aspect
         square = v2.Resize((self.side, self.side), antialias=True)
         fitting = v2.Resize(None, max_size=self.side, antialias=True)
         steps: list[Any] = [v2.RandomHorizontalFlip()] if augment else []
@@ -44,7 +46,7 @@ class Squared:
         self.transform = v2.Compose(steps)
 
     def __call__(self, image: Any, target: Any) -> tuple[Tensor, Any]:
-        """The image, [3, side, side] normalized, and its target in the same place."""
+        """Return the normalized image, [3, side, side], and its target, scaled and padded likewise."""
         image, target = self.transform(image, target)
         height, width = image.shape[-2:]
         margin = (0, self.side - width, 0, self.side - height)
@@ -58,11 +60,12 @@ class Squared:
 
 
 class Labelled(Dataset[Any]):
-    """Items of a data set through a function of image and target."""
+    """Apply a function of image and target to the items of a data set."""
 
     def __init__(self, items: Any, files: list[str], transform: Callable[[Any, Any], Any]) -> None:
-        self.items, self.transform = items, transform
-        self.samples = [(file, 0) for file in files]  # as torchvision's folders have them: tells images apart
+        self.items = items
+        self.transform = transform
+        self.samples = [(file, 0) for file in files]  # as torchvision's folders have them, for `leakage`
 
     def __len__(self) -> int:
         return len(self.items)
@@ -72,10 +75,13 @@ class Labelled(Dataset[Any]):
 
 
 def voc_segmentation(options: DataOptions) -> tuple[Labelled, Labelled, Labelled]:
-    """Pascal VOC 2012's segmentation, root/VOCdevkit/VOC2012 as usually unpacked: train, train unaugmented, val.
+    """Open Pascal VOC 2012's segmentation, root/VOCdevkit/VOC2012 as usually unpacked.
+
+    Returns:
+        The training part, the same part without augmentation, and the validation part.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: the data is not there, or torchvision is not installed.
     """
     with extra("train", 'data.source="voc_segmentation"'):
         from torchvision import datasets, tv_tensors
@@ -85,7 +91,7 @@ def voc_segmentation(options: DataOptions) -> tuple[Labelled, Labelled, Labelled
             items = datasets.VOCSegmentation(options.root, year="2012", image_set=name, download=False)
         except (RuntimeError, FileNotFoundError) as error:
             raise ConfigError(
-                f"Pascal VOC cannot be read: {error} There are no images. Set data.root to the folder that holds "
+                f"Pascal VOC cannot be read, so there are no images: {error} Set data.root to the folder that has "
                 "VOCdevkit/VOC2012 with JPEGImages, SegmentationClass and ImageSets/Segmentation."
             ) from error
         squared = Squared(options, augment=augment)
@@ -95,10 +101,13 @@ def voc_segmentation(options: DataOptions) -> tuple[Labelled, Labelled, Labelled
 
 
 def coco_detection(options: DataOptions) -> tuple[Labelled, Labelled, Labelled]:
-    """COCO's boxes, root/train2017, root/val2017 and root/annotations: train, train unaugmented, val.
+    """Open COCO's boxes, root/train2017, root/val2017 and root/annotations.
+
+    Returns:
+        The training part, the same part without augmentation, and the validation part.
 
     Raises:
-        ConfigError: it is not there, or pycocotools is not installed.
+        ConfigError: the data is not there, or torchvision or pycocotools is not installed.
     """
     with extra("train", 'data.source="coco_detection"'):
         from torchvision import datasets
@@ -109,12 +118,12 @@ def coco_detection(options: DataOptions) -> tuple[Labelled, Labelled, Labelled]:
         if not (options.root and images.is_dir() and annotations.is_file()):
             raise ConfigError(
                 f"COCO cannot be read: {images} and {annotations} must both be there. Set data.root to the folder "
-                "that holds train2017, val2017 and annotations."
+                "that has train2017, val2017 and annotations."
             )
-        # pycocotools prints how its index comes along
+        # pycocotools prints its progress
         with extra("detection", 'data.source="coco_detection"'), contextlib.redirect_stdout(io.StringIO()):
             items: Any = datasets.CocoDetection(str(images), str(annotations))
-        # Images without boxes teach nothing, and losses over no box are not defined everywhere.
+        # Images without boxes teach nothing, and some losses are not defined without a box.
         items.ids = [index for index in items.ids if name == "val" or items.coco.getAnnIds(index, iscrowd=False)]
         items = datasets.wrap_dataset_for_transforms_v2(items, target_keys=("boxes", "labels"))
         files = [str(images / items.coco.loadImgs(index)[0]["file_name"]) for index in items.ids]
@@ -125,7 +134,7 @@ def coco_detection(options: DataOptions) -> tuple[Labelled, Labelled, Labelled]:
 
 
 def _boxes(image: Any, target: dict[str, Any]) -> dict[str, Any]:
-    """The target of an image; of one without boxes the empty one."""
+    """Return the target of an image; an empty one where the image has no boxes."""
     from torchvision import tv_tensors
 
     if "boxes" in target:

@@ -1,4 +1,4 @@
-"""Whether calibration images are validation images: an accuracy measured on them would be too good to be true."""
+"""Keep calibration and validation apart: an accuracy measured on calibration samples would be too good to be true."""
 
 import os
 from collections.abc import Hashable, Iterator
@@ -11,40 +11,41 @@ from halfeven.zoo.datasets import Datasets
 
 
 def check_apart(datasets: Datasets) -> None:
-    """Refuse calibration images that are also validation images.
+    """Refuse calibration samples that are also validation samples.
 
-    Images are the same if they are the same item of one data set (also through subsets of it), the same place in one
+    Samples are the same if they are the same item of one data set (also through subsets of it), the same place in one
     tensor's memory, or the same file, whatever links lead to it. Copies are not recognised.
 
     Raises:
-        ConfigError: some are.
+        ConfigError: a sample is in both parts.
     """
     calibration = list(origins(datasets.calibration))
     shared = set(calibration) & set(origins(datasets.validation))
     if shared:
         count = sum(origin in shared for origin in calibration)
         raise ConfigError(
-            f"{count} of the {len(calibration)} calibration images are validation images too. The "
-            "model would be fitted to the images that its accuracy is measured on, which would then say nothing of "
-            "others. Calibrate on training images: give data.root a train folder with images of its own, or let your "
-            "data.function return other images as `calibration`."
+            f"{count} of the {len(calibration)} calibration samples are validation samples too. The model would be "
+            "fitted to the samples that its accuracy is measured on, and the accuracy would say nothing about others. "
+            "Calibrate on training samples: give data.root a train folder with files of its own, or let your "
+            "data.function return other samples as `calibration`."
         )
 
 
-def origins(images: Any) -> Iterator[Hashable]:
-    """Where each image of a data set comes from: equal for images that are one and the same."""
-    for index in range(len(images)):
-        yield _origin(images, index)
+def origins(samples: Any) -> Iterator[Hashable]:
+    """Return the origin of each sample of a data set; samples that are one and the same have equal origins."""
+    for index in range(len(samples)):
+        yield _origin(samples, index)
 
 
-def _origin(images: Any, index: int) -> Hashable:
-    while isinstance(images, Subset):
-        images, index = images.dataset, images.indices[index]
-    if isinstance(images, TensorDataset):
-        first = images.tensors[0]
+def _origin(samples: Any, index: int) -> Hashable:
+    while isinstance(samples, Subset):
+        index = samples.indices[index]
+        samples = samples.dataset
+    if isinstance(samples, TensorDataset):
+        first = samples.tensors[0]
         return "memory", first.data_ptr() + index * first.stride(0) * first.element_size()
-    files = getattr(images, "samples", None)  # torchvision's folders: pairs of path and label
-    if isinstance(files, list) and len(files) == len(images) and isinstance(files[index][0], str):
+    files = getattr(samples, "samples", None)  # torchvision's folders: pairs of path and label
+    if isinstance(files, list) and len(files) == len(samples) and isinstance(files[index][0], str):
         found = os.stat(files[index][0])  # follows links; a hard link has the number of its file
         return "file", found.st_dev, found.st_ino
-    return "item", id(images), index
+    return "item", id(samples), index

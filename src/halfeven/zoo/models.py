@@ -10,7 +10,7 @@ from torch import nn
 
 from halfeven.errors import ConfigError
 from halfeven.imports import extra, import_function
-from halfeven.tasks.detection import TensorPart
+from halfeven.zoo.detectors import TensorPart
 from halfeven.zoo.weights import load_weights
 
 PRETRAINED = "pretrained"
@@ -47,8 +47,8 @@ def create_model(options: ModelOptions) -> nn.Module:
     """Make the float model and load its weights.
 
     Raises:
-        ConfigError: no such model, or arguments that it does not take.
-        CheckpointError: a weights file that is not this model's.
+        ConfigError: there is no such model, it does not take the arguments, or its library is not installed.
+        CheckpointError: the weights are not this model's.
     """
     makers = {
         "timm": _from_timm,
@@ -62,8 +62,8 @@ def create_model(options: ModelOptions) -> nn.Module:
         model = makers[options.source](options, pretrained)
     except TypeError as error:
         raise ConfigError(
-            f"{options.source} cannot make {options.name} with model.arguments={options.arguments}: {error}. "
-            "There is no model to train. Leave out the arguments that it does not take."
+            f"The model {options.name} of {options.source} could not be created with "
+            f"model.arguments={options.arguments}: {error}. Remove the arguments that it does not take."
         ) from error
     if options.weights and not pretrained:
         load_weights(model, options.weights)
@@ -92,18 +92,18 @@ def _from_torchvision(options: ModelOptions, pretrained: bool) -> nn.Module:
 
 
 def torchvision_model(options: ModelOptions, pretrained: bool = False) -> nn.Module:
-    """A model as torchvision makes it; of a detector that includes anchors, losses and post-processing.
+    """Make a model of torchvision; a detector has its anchors, losses and post-processing in it.
 
     Raises:
-        ConfigError: no such model, or weights that are not at hand.
+        ConfigError: there is no such model, its weights cannot be loaded, or torchvision is not installed.
     """
     with extra("train", 'model.source="torchvision"'):
         from torchvision import models
 
     if options.in_chans != 3:
         raise ConfigError(
-            f"model.in_chans={options.in_chans} was asked of torchvision, whose models take 3 channels. "
-            'Use model.source="timm", or repeat the channel in your data.'
+            f"model.in_chans={options.in_chans} cannot be had from torchvision, whose models take images of 3 "
+            'channels. Use model.source="timm", or repeat the channel in your data.'
         )
     if options.name not in models.list_models():
         raise ConfigError(
@@ -112,7 +112,7 @@ def torchvision_model(options: ModelOptions, pretrained: bool = False) -> nn.Mod
         )
     arguments: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None, **options.arguments}
     if "weights_backbone" in inspect.signature(models.get_model_builder(options.name)).parameters:
-        arguments.setdefault("weights_backbone", None)  # else it would be downloaded
+        arguments.setdefault("weights_backbone", None)  # else torchvision downloads it
     try:
         return cast(nn.Module, models.get_model(options.name, num_classes=options.num_classes, **arguments))
     except (OSError, RuntimeError, ValueError) as error:
@@ -120,7 +120,7 @@ def torchvision_model(options: ModelOptions, pretrained: bool = False) -> nn.Mod
 
 
 def _from_transformers(options: ModelOptions, pretrained: bool) -> nn.Module:
-    """A classifier of texts. Its head is new where the weights are those of a model without one."""
+    """Make a classifier of texts. Its head is new where the weights are of a model without a head."""
     with extra("text", 'model.source="transformers"'):
         import transformers
     arguments = {"num_labels": options.num_classes, **options.arguments}
@@ -136,10 +136,10 @@ def _from_transformers(options: ModelOptions, pretrained: bool) -> nn.Module:
 
 
 def effdet_model(options: ModelOptions, pretrained: bool = False) -> nn.Module:
-    """An EfficientDet as effdet makes it: the network, which has its config.
+    """Make an EfficientDet of effdet: the network, with its config.
 
     Raises:
-        ConfigError: no such model, or weights that are not at hand.
+        ConfigError: there is no such model, its weights cannot be loaded, or effdet is not installed.
     """
     with extra("detection", 'model.source="effdet"'):
         import effdet
@@ -158,8 +158,8 @@ def effdet_model(options: ModelOptions, pretrained: bool = False) -> nn.Module:
 def _from_callable(options: ModelOptions, pretrained: bool) -> nn.Module:
     if pretrained:
         raise ConfigError(
-            'model.weights="pretrained" was asked of your own function, which has no library of weights behind it. '
-            "Let the function load them, or give the path of a file."
+            'model.weights="pretrained" names the weights of a library, and the model is made by your own function '
+            '(model.source="callable"). Let the function load its weights, or give the path of a file.'
         )
     model = import_function(options.name, "model.name")(**options.arguments)
     if not isinstance(model, nn.Module):
@@ -172,13 +172,15 @@ def _from_callable(options: ModelOptions, pretrained: bool) -> nn.Module:
 
 def _nearest(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=4)
-    return f"Did you mean {' or '.join(near)}?" if near else "Look at the library's list of models."
+    return f"Did you mean {' or '.join(near)}?" if near else "See the library's list of models."
 
 
 def _no_model(options: ModelOptions, pretrained: bool, error: Exception) -> ConfigError:
-    way_out = "give model.weights the path of a file, if they cannot be downloaded here" if pretrained else "look at it"
+    with_weights = " with its own weights" if pretrained else ""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
+    way_out = (
+        "Set model.weights to a file if they cannot be downloaded here." if pretrained else "Check the error above."
+    )
     return ConfigError(
-        f"{options.source} could not make {options.name}{' with its own weights' if pretrained else ''}: {reason} "
-        f"There is no model to train; {way_out}."
+        f"The model {options.name} of {options.source} could not be created{with_weights}: {reason} {way_out}"
     )

@@ -14,10 +14,11 @@ from halfeven.zoo.options import DataOptions
 
 
 class Texts(Dataset[Any]):
-    """Pairs of a dict of token tensors, [max_length] each, and a label."""
+    """Pairs of token tensors by name, [max_length] each, and a label."""
 
     def __init__(self, tokens: dict[str, Tensor], labels: Tensor) -> None:
-        self.tokens, self.labels = tokens, labels
+        self.tokens = tokens
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -27,10 +28,13 @@ class Texts(Dataset[Any]):
 
 
 def texts(options: DataOptions) -> tuple[Texts, Texts, list[str]]:
-    """root/train.tsv and root/dev.tsv, with a line of column names: training texts, validation texts, the classes.
+    """Read root/train.tsv and root/dev.tsv, whose first line has the names of the columns.
+
+    Returns:
+        The training texts, the validation texts, and the classes.
 
     Raises:
-        ConfigError: files, columns or labels that are not there, or transformers is not installed.
+        ConfigError: a file, column or label is not there, or transformers is not installed.
     """
     tokenizer = _tokenizer(options)
     train, validation = (_rows(Path(options.root) / name, options) for name in ("train.tsv", "dev.tsv"))
@@ -39,7 +43,7 @@ def texts(options: DataOptions) -> tuple[Texts, Texts, list[str]]:
     if unknown := sorted({row[column] for row in validation} - set(classes)):
         raise ConfigError(
             f"The labels {', '.join(unknown[:5])} of dev.tsv do not occur in train.tsv (which has "
-            f"{', '.join(classes[:5])}), so no model could give them. Look at data.text.label_column."
+            f"{', '.join(classes[:5])}), so no model can learn them. Check data.text.label_column."
         )
     return _encoded(train, classes, tokenizer, options), _encoded(validation, classes, tokenizer, options), classes
 
@@ -56,8 +60,8 @@ def _tokenizer(options: DataOptions) -> Any:
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"There is no tokenizer {options.text.tokenizer}: {reason} Texts cannot become tokens. Give "
-            "data.text.tokenizer a folder with tokenizer.json or vocab.txt, or a name of transformers' hub."
+            f"There is no tokenizer {options.text.tokenizer}, so texts cannot become tokens: {reason} Set "
+            "data.text.tokenizer to a folder with tokenizer.json or vocab.txt, or to a name of transformers' hub."
         ) from error
 
 
@@ -73,11 +77,14 @@ def _rows(path: Path, options: DataOptions) -> list[dict[str, str]]:
     if missing := [name for name in wanted if name not in (reader.fieldnames or ())]:
         raise ConfigError(
             f"{path} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ())}. Set "
-            "data.text.columns and data.text.label_column."
+            "data.text.columns and data.text.label_column to columns that it has."
         )
     short = [number for number, row in enumerate(rows, 2) if any(row[name] is None for name in wanted)]
     if short:
-        raise ConfigError(f"Line {short[0]} of {path} has fewer fields than the first. Mend the file.")
+        raise ConfigError(
+            f"Line {short[0]} of {path} has fewer fields than the first line, so its text or label is missing. Correct "
+            "the file."
+        )
     return rows
 
 

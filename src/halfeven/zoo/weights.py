@@ -1,4 +1,4 @@
-"""Files of float weights: reading them without running code, and renaming what other libraries call the same layers."""
+"""Read files of float weights without running code, and rename the layers that other libraries name differently."""
 
 import pickle
 from collections.abc import Callable
@@ -17,7 +17,7 @@ MOBILENET_V2_REPEATS = (1, 2, 3, 4, 3, 3, 1)
 
 
 def _mobilenet_v2_names() -> list[tuple[str, str, str]]:
-    """The same module in timm, torchvision and OpenMMLab, for all of MobileNetV2."""
+    """List the names of each module of MobileNetV2 in timm, torchvision and OpenMMLab."""
     names = [
         ("conv_stem", "features.0.0", "conv1.conv"),
         ("bn1", "features.0.1", "conv1.bn"),
@@ -61,45 +61,45 @@ RENAMINGS: dict[str, Callable[[str], str]] = {
     "MobileNetV2, timm to torchvision": _with_table(0, 1),
     "MobileNetV2, OpenMMLab to torchvision": _with_table(2, 1),
 }
-"""Ways to call the same layers. ResNets have the same names everywhere, once OpenMMLab's two prefixes are off."""
+"""Functions from a tensor's name in one library to its name in another. ResNets have the same names everywhere, once
+OpenMMLab's two prefixes are removed."""
 
 WRAPPERS = (("module.", ""), ("_orig_mod.", ""), ("backbone.", ""), ("head.fc.", "fc."))
-"""Prefixes that DDP, torch.compile and OpenMMLab put before a model's own names, with what they stand for."""
+"""Prefixes that DDP, torch.compile and OpenMMLab put before a model's own names -> their replacements."""
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a .safetensors file, or of a .pth / .pt file without unpickling any code.
 
     Raises:
-        CheckpointError: no such file, an unknown kind of file, or one that holds more than tensors.
+        CheckpointError: the file is missing, of an unknown kind, or has more in it than tensors.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(
             f"There is no weights file {path}, so the model would start from random numbers. Give the path of an "
-            "existing "
-            '.safetensors or .pth file, "pretrained" for the library\'s own weights, or "" to start from random ones.'
+            'existing .safetensors or .pth file, "pretrained" for the library\'s own weights, or "" to start from '
+            "random ones."
         )
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except SafetensorError as error:
             raise CheckpointError(
-                f"{path} is not a whole safetensors file: {error}. There is nothing to give the model. Fetch or write "
-                "it again."
+                f"{path} is not a whole safetensors file ({error}), so there are no weights for the model. Download or "
+                "write it again."
             ) from error
     if path.suffix not in {".pth", ".pt", ".tar", ".bin"}:
         raise CheckpointError(
-            f"The weights file {path} ends with {path.suffix or 'nothing'!r}, which says nothing of its format. "
-            "Give a .safetensors file, or a .pth / .pt file written by torch.save."
+            f"The weights file {path} ends with {path.suffix or 'nothing'!r}, so its format is not known. Give a "
+            ".safetensors file, or a .pth / .pt file written by torch.save."
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(
             f"The weights file {path} cannot be read as tensors alone: {str(error).splitlines()[0]} Anything else in "
-            "it would "
-            "be code, which halfeven never runs. Load it where you trust it and save its state_dict alone: "
+            "it would be code, which halfeven never runs. Load it where you trust it, and save its state_dict alone: "
             'torch.save(torch.load(path, weights_only=False)["state_dict"], "weights.pth").'
         ) from error
     return _state_dict_of(content, path)
@@ -112,9 +112,8 @@ def _state_dict_of(content: Any, path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(
-            f'The file {path} holds no state_dict: neither tensors by name, nor such a table under "state_dict" or '
-            '"model". '
-            "There is nothing to give the model. Save model.state_dict() with torch.save."
+            f"The file {path} has no state_dict, so there are no weights for the model: it is neither a dict of "
+            'tensors by name, nor has it one under "state_dict" or "model". Save model.state_dict() with torch.save.'
         )
     return dict(content)
 
@@ -123,13 +122,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load float weights into `model`, renaming timm's, torchvision's or OpenMMLab's names to the model's own.
 
     Raises:
-        CheckpointError: the file cannot be read, or its tensors are not those of the model; the message lists what
-        differs.
+        CheckpointError: the file cannot be read, or its tensors are not the model's; the message lists the differences.
     """
     written = read_weights(path)
     found = {_unwrap(key): tensor for key, tensor in written.items()}
     wanted = model.state_dict()
-    # A detector calls a part of itself "backbone" too, so the names may be right as they were written.
+    # A detector has a "backbone" of its own, so the names may be right as they were written.
     candidates = [written, *({rename(key): one for key, one in found.items()} for rename in RENAMINGS.values())]
     best = min(candidates, key=lambda state: len(state.keys() ^ wanted.keys()))
     # Checkpoints from before BatchNorm counted its batches lack the counter, which has no effect on the model.
@@ -139,9 +137,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     problem = differences(best, wanted)
     if problem:
         raise CheckpointError(
-            f"The weights of {path} are not those of the model:\n{problem}\nLoading a part of them would leave the "
-            "rest "
-            "random. Give the file of this architecture, number of classes and of input channels."
+            f"The weights of {path} are not the model's:\n{problem}\nLoading a part of them would leave the others "
+            "random. Give a file of this architecture, with its number of classes and of input channels."
         )
     model.load_state_dict(best)
 
@@ -154,7 +151,7 @@ def _unwrap(key: str) -> str:
 
 
 def differences(found: dict[str, Tensor], wanted: dict[str, Tensor], shown: int = 8) -> str:
-    """What two state dicts do not share: lines of missing, unexpected and differently shaped tensors; "" if nothing."""
+    """Return lines of missing, unexpected and differently shaped tensors; "" where two state dicts match."""
     shapes = [
         f"{key} {tuple(found[key].shape)} instead of {tuple(wanted[key].shape)}"
         for key in wanted
