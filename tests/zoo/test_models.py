@@ -47,7 +47,10 @@ def test_weights_come_from_the_file(tmp_path):
         (dict(source="callable", name="no_such_module:f"), "no_such_module"),
         (dict(source="callable", name="builtins:list"), "returned a list"),
         (dict(source="callable", name="torch.nn:Linear", weights="pretrained"), "your own function"),
-        (dict(source="callable", name="torch.nn:Linear", arguments={"size": 3}), "model torch.nn:Linear of callable could not be created"),
+        (
+            dict(source="callable", name="torch.nn:Linear", arguments={"size": 3}),
+            "Linear of callable could not be created",
+        ),
         (dict(name="resnet18", arguments={"no_such": 1}), "model resnet18 of timm could not be created"),
         (dict(num_classes=0), "num_classes=0"),
     ],
