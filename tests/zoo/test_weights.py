@@ -137,7 +137,7 @@ def test_code_in_a_file_is_never_run(tmp_path):
     ("name", "content", "message"),
     [
         ("absent.pth", None, "no weights file"),
-        ("weights.bin2", b"", "says nothing of its format"),
+        ("weights.bin2", b"", "its format is not known"),
         ("cut.pth", b"PK\x03\x04", "cannot be read as tensors"),
         ("cut.safetensors", b"\x09\x00", "not a whole safetensors file"),
     ],
