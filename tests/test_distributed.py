@@ -9,6 +9,7 @@ from torch import nn
 
 from halfeven.distributed import average, differing, rank, world_size
 from halfeven.layerwise.batchnorm_statistics import average_batchnorm
+from processes import forked
 
 
 def net(number: int) -> nn.Module:
@@ -39,7 +40,7 @@ def work(number: int, folder: str) -> None:
 
 
 def test_two_processes(tmp_path):
-    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
+    mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method=forked().get_start_method())
     for number in range(2):
         found = torch.load(tmp_path / f"{number}.pt", weights_only=True)
         assert found["place"] == (number, 2)

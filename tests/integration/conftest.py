@@ -45,7 +45,7 @@ def digits(options):
 '''
 
 CONFIG = f"""
-from halfeven.config import DeviceOptions, Experiment
+from halfeven.config import DeviceOptions, Experiment, ExportOptions
 from halfeven.placement.plan import QuantizationOptions
 from halfeven.training.options import TrainingOptions
 from halfeven.zoo.options import DataOptions
@@ -58,6 +58,7 @@ experiment = Experiment(
     pretraining=TrainingOptions(epochs=2, batch_size=16, learning_rate=0.1, save_every=1),
     training=TrainingOptions(epochs=3, batch_size=16, learning_rate=0.01, save_every=1),
     device=DeviceOptions(kind="cpu", threads=1),
+    export=ExportOptions(timed=False),  # for a latency the float model is written, too
 )
 """
 

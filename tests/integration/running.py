@@ -7,12 +7,14 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
 
 import pytest
 from accelerate.state import AcceleratorState
 
 from halfeven.cli.main import main
 from halfeven.quantization import compile as compilation
+from processes import forked
 
 COMMAND = (sys.executable, "-m", "halfeven.cli.main")
 WITHOUT_KERNELS = {"HALFEVEN_COMPILE": "0"}
@@ -38,6 +40,18 @@ def in_a_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line as a shell does."""
     command = [*COMMAND, *map(str, arguments)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def start(*arguments: object) -> ForkServerProcess:
+    """Run the command line in a process of its own, and go on."""
+    process = forked().Process(target=_run_silently, args=(list(map(str, arguments)),), daemon=True)
+    process.start()
+    return process
+
+
+def _run_silently(arguments: list[str]) -> None:
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+        main(arguments)
 
 
 @contextlib.contextmanager

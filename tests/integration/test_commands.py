@@ -90,14 +90,15 @@ def test_test_needs_no_float_weights(config, trained, tmp_path):
 
 
 def test_export_writes_both_formats(config, trained, tmp_path):
-    formats = ["--export.formats", "xml", "onnx"]
-    done = halfeven("export", config, trained[0] / "best.safetensors", "--work-dir", tmp_path, *formats)
+    options = ["--export.formats", "xml", "onnx", "--export.timed", "True"]
+    done = halfeven("export", config, trained[0] / "best.safetensors", "--work-dir", tmp_path, *options)
     assert done.returncode == 0, done.stderr
     reports = json.loads((tmp_path / "verification.json").read_text())
     assert reports.keys() == {"model.xml", "model.onnx"}
     for name, report in reports.items():
         assert (tmp_path / name).is_file()
         assert report["integer_layers"] == 3
+        assert report["latency_ratio"] > 0
 
 
 def test_verify_tells_a_file_from_one_of_other_weights(config, trained, tmp_path):
@@ -127,8 +128,7 @@ def test_verify_tells_a_file_from_one_of_other_weights(config, trained, tmp_path
 
 def test_one_checkpoint_goes_to_another_runtime(config, trained, tmp_path):
     to = ["--export.target", "onnxruntime"]
-    untimed = (*to, "--export.timed", "False")
-    done = halfeven("export", config, trained[0] / "best.safetensors", "--work-dir", tmp_path, *untimed)
+    done = halfeven("export", config, trained[0] / "best.safetensors", "--work-dir", tmp_path, *to)
     assert done.returncode == 0, done.stderr
     assert "latency" not in done.stdout
     report = json.loads((tmp_path / "verification.json").read_text())["model.onnx"]

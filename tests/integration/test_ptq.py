@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from runtimes.parity import SCHEME
+from sweeps import sweep
 
-from .running import COMMAND, environment, halfeven
+from .running import halfeven, start
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "ptq"
 RECONSTRUCTION = ("--quantization.scheme", "w4a8", "--ptq.reconstruct", "layers", "--ptq.iterations")
@@ -99,15 +99,14 @@ def test_killed_and_resumed_equals_uninterrupted(config, float_weights, tmp_path
     done = ptq(config, whole, float_weights, *RECONSTRUCTION, iterations)
     assert done.returncode == 0, done.stdout + done.stderr
 
-    given = ("--pretraining.epochs", "0", "--model.weights", str(float_weights), "--work-dir", str(cut))
-    command = [*COMMAND, "ptq", str(config), *given, *RECONSTRUCTION, iterations]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    given = ("--pretraining.epochs", "0", "--model.weights", float_weights, "--work-dir", cut)
+    process = start("ptq", config, *given, *RECONSTRUCTION, iterations)
     deadline = time.monotonic() + 120
-    while not stored(cut) and process.poll() is None:
+    while not stored(cut) and process.is_alive():
         assert time.monotonic() < deadline, "nothing was stored"
         time.sleep(0.005)
     process.kill()
-    process.wait()
+    process.join()
     assert not (cut / "best.safetensors").exists(), "the kill came too late to interrupt anything"
 
     done = ptq(config, cut, float_weights, *RECONSTRUCTION, iterations, "--resume")
@@ -137,7 +136,8 @@ def images(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "model"), [("resnet18", "resnet18"), ("resnet50", "resnet50"), ("mbv2", "mobilenetv2_100")]
+    ("name", "model"),
+    sweep((("resnet18", "resnet18"), ("resnet50", "resnet50"), ("mbv2", "mobilenetv2_100")), ("resnet18", "resnet18")),
 )
 def test_recipes_on_a_folder_of_images(name, model, images, tmp_path):
     torch.manual_seed(0)

@@ -1,8 +1,6 @@
 """A run killed with SIGKILL at any moment and resumed ends with exactly the weights of the run that was not."""
 
 import random
-import signal
-import subprocess
 import time
 
 import torch
@@ -10,24 +8,19 @@ from safetensors.torch import load_file
 
 from halfeven.training.state import load_state
 
-from .running import COMMAND, environment, halfeven
-
-
-def start(config, folder, *options):
-    command = [*COMMAND, "train", str(config), "--work-dir", str(folder), *options]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+from .running import halfeven, start
 
 
 def kill_after(process, condition, delay):
     """Wait for a condition, then a little longer, and kill without warning; whether the process was still running."""
     deadline = time.monotonic() + 120
-    while not condition() and process.poll() is None:
+    while not condition() and process.is_alive():
         assert time.monotonic() < deadline, "the run did not get there"
         time.sleep(0.01)
     time.sleep(delay)
-    running = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    running = process.is_alive()
+    process.kill()
+    process.join()
     return running
 
 
@@ -36,12 +29,12 @@ def test_killed_and_resumed_equals_uninterrupted(config, trained, tmp_path):
     moments = random.Random()
     float_state, state = cut / "float" / "state.pt", cut / "state.pt"
     killed = [
-        kill_after(start(config, cut), float_state.is_file, moments.uniform(0, 0.5)),
-        kill_after(start(config, cut, "--resume"), state.is_file, moments.uniform(0, 0.3)),
+        kill_after(start("train", config, "--work-dir", cut), float_state.is_file, moments.uniform(0, 0.5)),
+        kill_after(start("train", config, "--work-dir", cut, "--resume"), state.is_file, moments.uniform(0, 0.3)),
     ]
     # A third time inside the quantized training, at whatever step it has got to then.
     before = load_state(state).step
-    process = start(config, cut, "--resume")
+    process = start("train", config, "--work-dir", cut, "--resume")
     killed.append(
         kill_after(process, lambda: load_state(state).step > before + moments.randrange(12), moments.uniform(0, 0.05))
     )

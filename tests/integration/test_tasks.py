@@ -3,18 +3,21 @@
 import json
 from pathlib import Path
 
+import effdet.config.model_config
 import pytest
 
 from runtimes.parity import SCHEME
 from scenes import write_bert, write_coco, write_glue, write_voc
+from sweeps import sweep
+from tasks.small import small_retinanet, small_segmenter
 
 from .running import halfeven
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+SEGMENTERS = (small_segmenter.__name__, "deeplabv3_mobilenet_v3_large")
+DETECTORS = (small_retinanet.__name__, "ssdlite320_mobilenet_v3_large")
 SMALL = ("--data.workers", "0", "--device.kind", "cpu", "--device.threads", "1", "--export.verify-images", "8")
-SMALL += ("--quantization.scheme", SCHEME)
-UNTIMED = ("--export.timed", "False")
-"""Latencies of large networks, whose float model would be written and converted too."""
+SMALL += ("--quantization.scheme", SCHEME, "--export.timed", "False")
 SHORT = ("--pretraining.learning-rate", "2e-3", "--pretraining.optimizer", "adamw", "--model.weights", "")
 
 
@@ -56,15 +59,16 @@ def glue(tmp_path_factory):
     return (*texts, "--model.name", bert, "--pretraining.epochs", "6", "--pretraining.batch-size", "16")
 
 
-def test_segmentation(voc, tmp_path):
-    given = (*voc, *SHORT, "--pretraining.epochs", "2", "--pretraining.batch-size", "8")
+@pytest.mark.parametrize("name", sweep(SEGMENTERS, SEGMENTERS[0]))
+def test_segmentation(name, voc, tmp_path):
+    given = (*voc, *SHORT, "--model.name", name, "--pretraining.epochs", "2", "--pretraining.batch-size", "8")
     said, results = run("ptq", "ptq/deeplabv3_voc.py", tmp_path / "ptq", *given)
     assert_deployed_as_simulated(results, "mIoU")
     assert set(results["float"]) == {"mIoU", "pixel_accuracy"}
     assert "8 validation samples" in said
     assert "mIoU, %" in said
     weights = ("--model.weights", tmp_path / "ptq" / "float" / "best.safetensors")
-    trained = (*voc, *weights, *UNTIMED, "--training.epochs", "1", "--training.batch-size", "8")
+    trained = (*voc, *weights, "--model.name", name, "--training.epochs", "1", "--training.batch-size", "8")
     taught = ("--qat.distill", "on", "--qat.distillation.weight", "0.5")
     said, results = run("train", "qat/deeplabv3_voc.py", tmp_path / "qat", *trained, *taught)
     # Two steps leave a network in which single roundings spread. At 7 bits mIoU of 8 small scenes moved by 6 with them.
@@ -72,17 +76,22 @@ def test_segmentation(voc, tmp_path):
     assert f"{SCHEME}: mIoU" in said
 
 
-def test_efficientdet(coco, tmp_path):
-    small = ("--model.name", "tf_efficientdet_lite0", "--model.weights", "", "--data.image-size", "128")
+@pytest.mark.parametrize("name", sweep(("small", "tf_efficientdet_lite0"), "small"))
+def test_efficientdet(name, coco, tmp_path, monkeypatch):
+    known = effdet.config.model_config.efficientdet_model_param_dict
+    fewer = {"fpn_channels": 16, "fpn_cell_repeats": 1, "box_class_repeats": 1, "backbone_name": "resnet10t"}
+    monkeypatch.setitem(known, "small", {**known["tf_efficientdet_lite0"], "name": "small", **fewer})
+    small = ("--model.name", name, "--model.weights", "", "--data.image-size", "128")
     sized = ("--model.arguments", "image_size", "128")
-    given = (*coco, *small, *sized, *UNTIMED, "--pretraining.epochs", "1", "--pretraining.batch-size", "4")
+    given = (*coco, *small, *sized, "--pretraining.epochs", "1", "--pretraining.batch-size", "4")
     _, results = run("ptq", "ptq/efficientdet_d1_coco.py", tmp_path / "ptq", *given)
     assert_deployed_as_simulated(results, "mAP")
     assert set(results["float"]) == {"mAP", "mAP50"}
 
 
-def test_ssdlite(coco, tmp_path):
-    given = (*coco, *SHORT, "--pretraining.epochs", "1", "--pretraining.batch-size", "4")
+@pytest.mark.parametrize("name", sweep(DETECTORS, DETECTORS[0]))
+def test_torchvisions_detectors(name, coco, tmp_path):
+    given = (*coco, *SHORT, "--model.name", name, "--pretraining.epochs", "1", "--pretraining.batch-size", "4")
     said, results = run("ptq", "ptq/ssdlite_coco.py", tmp_path / "ptq", *given)
     assert_deployed_as_simulated(results, "mAP")
     assert "4 validation samples" in said

@@ -1,9 +1,6 @@
 """Fused kernels: as many as are needed, equal to the plain functions, and never needed."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +8,7 @@ import torch
 from halfeven.quantization import compile as compilation
 from halfeven.quantization.fake_quantize import fake_quantize
 from halfeven.quantization.scheme import Scheme
+from processes import in_a_process
 from quantization.grids import SIGNED4, int32
 
 
@@ -65,25 +63,16 @@ def test_a_function_keeps_what_it_closes_over_and_its_defaults():
         assert torch.equal(compilation.fused(shifted(by))(x, 0), torch.clamp(x + by, 0, 0.5))
 
 
-EAGER = """
-import sys, torch
-from halfeven.quantization import compile as compilation
-from halfeven.quantization.fake_quantize import fake_quantize
-from halfeven.quantization.scheme import Scheme
-assert compilation.compiler_works() is False
-saved = torch.load(sys.argv[1], weights_only=True)
-results = []
-for axis, x, scale, zero_point, options in saved:
-    x.requires_grad_(); scale.requires_grad_()
-    y = fake_quantize(x, scale, zero_point.requires_grad_(zero_point.is_floating_point()), Scheme(axis=axis), 0.5,
-                      **options)
+def results(x, scale, zero_point, axis, options):
+    """The value and all gradients."""
+    given = [tensor.clone() for tensor in (x, scale, zero_point)]
+    leaves = [tensor.requires_grad_() for tensor in given if tensor.is_floating_point()]
+    y = fake_quantize(*given, Scheme(axis=axis), 0.5, **options)
     (y * torch.arange(1.0, y.numel() + 1).reshape(y.shape)).sum().backward()
-    results.append((y.detach(), x.grad, scale.grad, zero_point.grad))
-torch.save(results, sys.argv[2])
-"""
+    return y.detach(), *(leaf.grad for leaf in leaves)
 
 
-def test_eager_equals_compiled(tmp_path):
+def test_eager_equals_compiled(monkeypatch):
     if not compilation.compiler_works():
         pytest.skip("torch.compile finds no compiler here")
     cases = []
@@ -91,26 +80,27 @@ def test_eager_equals_compiled(tmp_path):
         scale = torch.rand(channels or ()) * 0.05 + 0.01
         zero_point = torch.randint(0, 255, scale.shape, dtype=torch.int32)
         ties = torch.randint(-300, 300, (4, 5, 6)).float() * 0.005
-        cases += [(axis, x, scale.clone(), zero_point, {}) for x in (torch.randn(4, 5, 6) * 3, ties)]
+        cases += [(x, scale, zero_point, axis, {}) for x in (torch.randn(4, 5, 6) * 3, ties)]
         # A stored scale that is a power of two: exp2 may differ in its last bit from kernel to kernel.
         log = {"domain": "log", "clip": (-1.0, 2.0), "rounding_gradient": False}
-        cases += [(axis, torch.round(ties * 1000) / 64, torch.full(scale.shape, -5.0), zero_point + 0.25, log)]
-        cases += [(axis, ties.clone(), -scale, zero_point + 0.25, {"domain": "linear", "clip": (0.0, float("inf"))})]
-    torch.save(cases, tmp_path / "in.pt")
-    environment = {**os.environ, "HALFEVEN_COMPILE": "0"}
-    command = [sys.executable, "-c", EAGER, str(tmp_path / "in.pt"), str(tmp_path / "out.pt")]
-    subprocess.run(command, env=environment, check=True, timeout=120)
-    eager = torch.load(tmp_path / "out.pt", weights_only=True)
-    for (axis, x, scale, zero_point, options), (y, dx, ds, dz) in zip(cases, eager, strict=True):
-        x.requires_grad_()
-        scale.requires_grad_()
-        zero_point.requires_grad_(zero_point.is_floating_point())
-        found = fake_quantize(x, scale, zero_point, Scheme(axis=axis), 0.5, **options)
-        (found * torch.arange(1.0, found.numel() + 1).reshape(found.shape)).sum().backward()
-        assert torch.equal(found.detach(), y)
-        assert torch.equal(x.grad, dx)
-        torch.testing.assert_close(scale.grad, ds, rtol=1e-5, atol=1e-2)
-        torch.testing.assert_close(zero_point.grad, dz, rtol=1e-5, atol=1e-2)
+        cases += [(torch.round(ties * 1000) / 64, torch.full(scale.shape, -5.0), zero_point + 0.25, axis, log)]
+        cases += [(ties, -scale, zero_point + 0.25, axis, {"domain": "linear", "clip": (0.0, float("inf"))})]
+    compiled = [results(*case) for case in cases]
+    monkeypatch.setattr(compilation, "_works", False)
+    for found, case in zip(compiled, cases, strict=True):
+        expected = results(*case)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+        for mine, its in zip(found[2:], expected[2:], strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-2)
+
+
+def works_in_a_new_process():
+    return compilation.compiler_works()
+
+
+def test_kernels_are_switched_off_by_the_environment():
+    assert in_a_process(works_in_a_new_process) is False
 
 
 def test_a_missing_compiler_is_said_once_and_changes_nothing(monkeypatch, caplog):

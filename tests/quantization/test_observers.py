@@ -19,6 +19,8 @@ from halfeven.quantization.observers import (
     percentile_range,
 )
 from halfeven.quantization.scheme import Scheme
+from processes import forked
+from sweeps import crossed
 
 HISTOGRAMS = ("percentile", "mse", "lp", "entropy")
 BY_CHANNEL = sorted(set(OBSERVERS) - {"cross_entropy"})
@@ -154,9 +156,9 @@ def test_percentile_of_one_sided_data_keeps_its_end_at_zero():
     assert low.item() == pytest.approx(np.percentile(-data, 1), abs=2 / BINS)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("kind", ["gauss", "outlier", "laplace", "relu"])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("bits", "kind", "symmetric"), crossed([2, 3, 4, 8], ["gauss", "outlier", "laplace", "relu"], [True, False])
+)
 @pytest.mark.parametrize(("name", "power"), [("mse", 2.0), ("lp", 2.4)])
 def test_the_search_finds_the_brute_force_optimum(bits, kind, symmetric, name, power):
     x = torch.randn(1, 4000)
@@ -347,9 +349,8 @@ def _rank(rank, folder):
         dist.destroy_process_group()
 
 
-def test_two_processes_agree_on_the_range_of_all_data(tmp_path, monkeypatch):
-    monkeypatch.setenv("HALFEVEN_COMPILE", "0")
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+def test_two_processes_agree_on_the_range_of_all_data(tmp_path):
+    mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method=forked().get_start_method())
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name in sorted(OBSERVERS):
         assert torch.equal(first[name][0], second[name][0]), name

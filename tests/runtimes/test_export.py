@@ -16,6 +16,7 @@ from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.errors import CalibrationError, ConfigError, ExportError
 from halfeven.runtimes.runtime import load_deployed
 from runtimes.parity import SCHEME, quantized, trained
+from sweeps import crossed
 
 IMAGE = (2, 3, 8, 8)
 
@@ -106,8 +107,9 @@ def test_any_batch_size(suffix, example, tmp_path):
         assert torch.equal(run(x[one : one + 1])[0], whole[one])
 
 
-@pytest.mark.parametrize("suffix", [".xml", ".onnx"])
-@pytest.mark.parametrize("scheme", [SCHEME, "w4a8", "w4a4", "w6a6", "w3a7", "w2a8"])
+@pytest.mark.parametrize(
+    ("scheme", "suffix"), crossed([SCHEME, "w4a8", "w4a4", "w6a6", "w3a7", "w2a8"], [".xml", ".onnx"])
+)
 def test_all_widths_run_in_integers(scheme, suffix, tmp_path):
     qmodel, batches = quantized(net(8), (32, 3, 8, 8), scheme=scheme, activation_observer="mse")
     report = he.verify(qmodel, he.export(qmodel, tmp_path / f"model{suffix}"), batches, timed=False)

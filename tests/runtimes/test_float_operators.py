@@ -1,11 +1,7 @@
 """What a runtime computes in float it is asked for, so that the integers behind it are the file's own."""
 
 import importlib
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import itertools
 
 import pytest
 import torch
@@ -19,7 +15,9 @@ from halfeven.runtimes.float_operators import is_asked
 from halfeven.runtimes.onnxruntime.session import ONNXRuntimeFile
 from halfeven.runtimes.openvino.layers import ZeroShare
 from halfeven.runtimes.openvino.session import compile_model, read, run_compiled
+from processes import in_a_process
 from runtimes.parity import quantized
+from sweeps import crossed, sweep
 
 WIDTH = 96
 TOKENS = (16, 64, WIDTH)
@@ -75,10 +73,16 @@ ROWS = {
     "attention of heads": heads,
     "mean": lambda x, a, b, c, d, n, m: b(a(x).mean(1)),
 }
+BY_DEFAULT = {
+    *itertools.product(("norms after sums", "gelu", "attention of heads"), FILES),
+    *itertools.product(("normalized", "norms before sums", "silu", "softmax", "mean"), ["openvino"]),
+    *itertools.product(
+        ("integers normalized", "sum with a skip connection normalized", "gelu by tanh", "attention"), ["onnxruntime"]
+    ),
+}
 
 
-@pytest.mark.parametrize("target", FILES)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(("name", "target"), sweep(itertools.product(ROWS, FILES), *BY_DEFAULT))
 def test_integers_behind_a_function(name, target, tmp_path):
     """Where PyTorch computes these functions one integer in a thousand to a million is another, and all behind it."""
     torch.manual_seed(0)
@@ -109,8 +113,7 @@ def test_alike_operators_share_a_function(target, functions, monkeypatch):
     assert len(asked) == functions
 
 
-@pytest.mark.parametrize("exponent", [-1, 1])
-@pytest.mark.parametrize("number", [0.1767766952966369, 0.3, 7.0])
+@pytest.mark.parametrize(("number", "exponent"), crossed([0.1767766952966369, 0.3, 7.0], [-1, 1]))
 def test_scores_are_scaled_as_the_plugin_scales_them(exponent, number, tmp_path):
     """To the last bit, which integers behind a softmax show once in three million: the scores of the file itself."""
     torch.manual_seed(0)
@@ -193,28 +196,18 @@ def test_onnx_runtime_is_given_what_its_kernels_need(tmp_path):
     assert not {"LayerNormalization", "Erf"}.intersection(kernels)
 
 
-TIES = """
-import json, sys, torch
-from torch import nn
-import halfeven as he
-from halfeven.quantization.quantizer import quantizers
-torch.manual_seed(0)
-x = torch.randn(8, 64)
-qmodel = he.calibrate(he.prepare(nn.Sequential(nn.Linear(64, 64)).eval(), x, scheme="w7a8"), [x]).eval()
-(quantizer,) = (q for q in quantizers(qmodel).values() if not q.weight)
-quantizer._store(torch.tensor(2.0**-5), torch.tensor(128 + quantizer.scheme.quant_min))
-x = torch.randint(-256, 256, (64, 64)) * 2.0**-6 * (1 + torch.randint(-4, 5, (64, 64)) * 6e-8)
-report = he.verify(qmodel, he.export(qmodel, sys.argv[1]), [x], timed=False)
-print(json.dumps([report.integer_match, sum(tensor.count for tensor in report.tensors)]))
-"""
+def verified_at_ties(path):
+    torch.manual_seed(0)
+    x = torch.randn(8, 64)
+    qmodel = he.calibrate(he.prepare(nn.Sequential(nn.Linear(64, 64)).eval(), x, scheme="w7a8"), [x]).eval()
+    (quantizer,) = (q for q in quantizers(qmodel).values() if not q.weight)
+    quantizer._store(torch.tensor(2.0**-5), torch.tensor(128 + quantizer.scheme.quant_min))
+    x = torch.randint(-256, 256, (64, 64)) * 2.0**-6 * (1 + torch.randint(-4, 5, (64, 64)) * 6e-8)
+    return he.verify(qmodel, he.export(qmodel, path), [x], timed=False)
 
 
 def test_a_quantizer_of_its_own_rounds_after_128_is_added(tmp_path):
     """It is told from one in a layer's kernel by numbers so near to a tie that adding 128 makes them one."""
-    paths = os.pathsep.join((str(Path(__file__).parents[2] / "src"), os.environ.get("PYTHONPATH", "")))
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": paths, "HALFEVEN_COMPILE": "0"}
-    command = [sys.executable, "-c", TIES, str(tmp_path / "model.xml")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    match, count = json.loads(done.stdout.strip().splitlines()[-1])
-    assert (match, count) == (1.0, 4096)
+    report = in_a_process(verified_at_ties, tmp_path / "model.xml", ONEDNN_MAX_CPU_ISA="AVX2")
+    assert report.integer_match == 1.0
+    assert sum(tensor.count for tensor in report.tensors) == 4096

@@ -1,5 +1,7 @@
 """Integers that one wrong rounding changes: averages at ties, layers without a bias, and sums, on the real runtime."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from halfeven.quantization.quantizer import quantizers
 from halfeven.runtimes.cpu import has_avx512_vnni
 from halfeven.runtimes.openvino.exact_values import Ends
 from runtimes.parity import SCHEME, quantized
+from sweeps import crossed
 
 
 def conv(inputs=8, outputs=8, kernel=3, **options):
@@ -34,8 +37,7 @@ class Pools(nn.Module):
         return [read(average) for read, average in zip(self.readers, averages, strict=True)]
 
 
-@pytest.mark.parametrize("ratio", [1.0, 0.5, 0.75, 0.6113])
-@pytest.mark.parametrize("zero_point", [0, 101, 128])
+@pytest.mark.parametrize(("ratio", "zero_point"), crossed([1.0, 0.5, 0.75, 0.6113], [0, 101, 128]))
 def test_averages_are_those_of_integers(ratio, zero_point, tmp_path):
     """With one scale before and after, every fourth average of 2x2 integers is a tie: half to even decides."""
     torch.manual_seed(zero_point)
@@ -61,8 +63,9 @@ def without_bias(activation):
     return nn.Sequential(*layers, activation, conv(bias=False), activation, conv(8, 4, bias=False))
 
 
-@pytest.mark.parametrize("per_channel", [True, False])
-@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Identity(), nn.ReLU6(), nn.Hardtanh(0, 0.2)])
+@pytest.mark.parametrize(
+    ("activation", "per_channel"), crossed([nn.ReLU(), nn.Identity(), nn.ReLU6(), nn.Hardtanh(0, 0.2)], [True, False])
+)
 def test_layers_without_a_bias(activation, per_channel, tmp_path):
     """The scales of such a layer are merged into its quantizer's ends; a clip inside of these ends keeps them apart."""
     torch.manual_seed(0)
@@ -104,12 +107,12 @@ class Sums(nn.Module):
         return torch.cat(results, 1)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    ("kernel", "signed", "act"),
-    [(1, False, F.relu), (3, False, F.relu), (1, True, lambda x: x), (3, True, lambda x: x), (1, True, F.relu6)],
-)
-def test_sums_without_and_with_a_bias(bias, kernel, signed, act, tmp_path):
+SUMS = [(1, False, F.relu), (3, False, F.relu), (1, True, lambda x: x), (3, True, lambda x: x), (1, True, F.relu6)]
+
+
+@pytest.mark.parametrize(("options", "bias"), crossed(SUMS, [True, False]))
+def test_sums_without_and_with_a_bias(options, bias, tmp_path):
+    kernel, signed, act = options
     torch.manual_seed(kernel)
     qmodel, batches = quantized(Sums(bias, kernel, signed, act), (8, 3, 48, 48))
     he.export(qmodel, tmp_path / "model.xml")
@@ -177,13 +180,18 @@ class Scaled(nn.Module):
         return self.first(first * self.factor) + self.second(second)
 
 
-@pytest.mark.parametrize("times", [0.99, 0.9925, 0.9937, 0.998, 1.0075, 1.0085])
-@pytest.mark.parametrize("scheme", [SCHEME, "w7a7"])
+SIGNED, UNSIGNED = (nn.Linear, (4, 10, 4)), (conv, (4, 4, 12, 12))
+
+
 @pytest.mark.parametrize(
-    ("layer", "shape"), [(nn.Linear, (4, 10, 4)), (conv, (4, 4, 12, 12))], ids=["signed", "unsigned"]
+    ("times", "built"),
+    crossed(
+        [0.99, 0.9925, 0.9937, 0.998, 1.0075, 1.0085], list(itertools.product((SIGNED, UNSIGNED), (SCHEME, "w7a7")))
+    ),
 )
-def test_a_quantizer_is_left_out_where_integers_lie_on_nearly_its_grid(layer, shape, scheme, times, tmp_path):
+def test_a_quantizer_is_left_out_where_integers_lie_on_nearly_its_grid(times, built, tmp_path):
     torch.manual_seed(0)
+    (layer, shape), scheme = built
     qmodel, batches = quantized(Scaled(layer), shape, scheme=scheme)
     found = {name.rpartition(".")[2]: quantizer for name, quantizer in quantizers(qmodel).items()}
     found["mul"]._store(found["both"].scale * 0.177 * times, found["both"].zero_point)
@@ -228,8 +236,7 @@ BRANCHES = {
 }
 
 
-@pytest.mark.parametrize("scheme", [SCHEME, "w7a7"])
-@pytest.mark.parametrize("name", BRANCHES)
+@pytest.mark.parametrize(("name", "scheme"), crossed(list(BRANCHES), [SCHEME, "w7a7"]))
 def test_a_quantizer_inside_a_convolutions_kernel_rounds_as_it_does_for_users(name, scheme, tmp_path):
     torch.manual_seed(0)
     shape = (8, 3, 20) if name == "of sequences" else (8, 3, 20, 20)

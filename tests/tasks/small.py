@@ -1,8 +1,9 @@
-"""Small networks that learn the made-up scenes in seconds, and the loop that trains them."""
+"""Small networks that learn the made-up scenes in seconds, as models of torchvision, and the loop that trains them."""
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.models._api import register_model
 
 
 def block(inside, outside, stride):
@@ -11,12 +12,12 @@ def block(inside, outside, stride):
 
 
 class Segmenter(nn.Module):
-    """Logits of three classes at a quarter of the resolution, scaled up; and an auxiliary head, as torchvision has."""
+    """Logits at a quarter of the resolution, scaled up; and those of an auxiliary head, as torchvision has it."""
 
-    def __init__(self):
+    def __init__(self, classes=3):
         super().__init__()
         self.down = nn.Sequential(block(3, 16, 2), block(16, 32, 2), block(32, 32, 1))
-        self.head, self.aux = nn.Conv2d(32, 3, 1), nn.Conv2d(32, 3, 1)
+        self.head, self.aux = nn.Conv2d(32, classes, 1), nn.Conv2d(32, classes, 1)
 
     def forward(self, x):
         x = self.down(x)
@@ -37,15 +38,23 @@ class Pyramid(nn.Module):
         return {"0": self.down(x)}
 
 
-def retinanet():
-    """torchvision's RetinaNet with three classes, the background among them, on one feature map."""
+@register_model()
+def small_segmenter(weights=None, num_classes=3):
+    return Segmenter(num_classes)
+
+
+@register_model()
+def small_retinanet(weights=None, num_classes=3):
+    """torchvision's RetinaNet on one feature map; the background is one of its classes."""
     from torchvision.models.detection import RetinaNet
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.retinanet import RetinaNetHead
 
     torch.manual_seed(0)
-    head = RetinaNetHead(32, 2, 3, norm_layer=nn.BatchNorm2d)  # without, its small weights take long to get going
-    return RetinaNet(Pyramid(), 3, anchor_generator=AnchorGenerator(((16, 24),), ((1.0,),)), head=head)
+    # Without BatchNorm its small weights take long to get going.
+    head = RetinaNetHead(32, 2, num_classes, norm_layer=nn.BatchNorm2d)
+    anchors = AnchorGenerator(((16, 24),), ((1.0,),))
+    return RetinaNet(Pyramid(), num_classes, anchor_generator=anchors, head=head)
 
 
 def fit(model, data, task, *, epochs, rate=3e-3):

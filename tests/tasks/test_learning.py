@@ -13,7 +13,7 @@ from halfeven.zoo.options import DataOptions
 from runtimes.parity import SCHEME
 from scenes import write_coco, write_voc
 
-from .small import Segmenter, fit, retinanet
+from .small import Segmenter, fit, small_retinanet
 
 
 def assert_survives(model, data, task, target, path, *, loss):
@@ -56,7 +56,7 @@ def test_detection(tmp_path):
     options = DataOptions(
         source="coco_detection", root=str(write_coco(tmp_path / "coco", train=48)), image_size=80, workers=0
     )
-    data, detector = load_datasets(options), retinanet()
+    data, detector = load_datasets(options), small_retinanet()
     task, model = TorchvisionDetection(detector, data.example()), TensorPart(detector)
     losses = fit(model, data.train, task, epochs=30)
     assert losses[-1] < 0.4 * losses[0]
