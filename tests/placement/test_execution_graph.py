@@ -1,6 +1,7 @@
 """The graph that is run: fewer passes over memory, the same numbers, and the plan's graph as it was."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from halfeven.placement.execution_graph import as_planned, fused_graph
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.quantizer import Mode, Quantizer, quantizers, set_mode
 from placement.parts import IMAGE, Attention, Residual, conv
+from sweeps import crossed
 
 INF = float("inf")
 
@@ -211,19 +213,25 @@ def test_an_activation_that_another_operator_reads_stays(name, expected):
 # The same numbers
 
 
-@pytest.mark.parametrize("ranges", ["observed", "learned"])
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a4"])
-@pytest.mark.parametrize("name", NETS)
-def test_values_are_those_of_the_graph_bit_for_bit(name, scheme, ranges):
+@pytest.mark.parametrize(
+    ("name", "options"), crossed(list(NETS), list(itertools.product(["w8a8", "w4a4"], ["observed", "learned"])))
+)
+def test_values_are_those_of_the_graph_bit_for_bit(name, options):
+    scheme, ranges = options
     qmodel, x = prepared(name, scheme=scheme, ranges=ranges)
     x *= 3  # some are clipped
     assert_equal(outputs(qmodel.eval(), x), outputs(unfused(qmodel).eval(), x))
 
 
-@pytest.mark.parametrize("domain", ["linear", "log"])
-@pytest.mark.parametrize("ranges", ["learned", "clipped"])
-@pytest.mark.parametrize("name", [name for name in NETS if "pool" not in name and name != "one dimension"])
-def test_gradients_are_those_of_the_graph(name, ranges, domain):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    crossed(
+        [name for name in NETS if "pool" not in name and name != "one dimension"],
+        list(itertools.product(["learned", "clipped"], ["linear", "log"])),
+    ),
+)
+def test_gradients_are_those_of_the_graph(name, options):
+    ranges, domain = options
     qmodel, x = prepared(name, scheme="w4a4", ranges=ranges, scale_domain=domain, learn_zero_points=True)
     values, found = gradients(qmodel.train(), x)
     others, expected = gradients(unfused(qmodel), x)

@@ -15,6 +15,7 @@ from halfeven.ptq.transformers import smoothing
 from halfeven.ptq.transformers.smoothing import reparametrize, smooth, smoothing_factors, to_one_range
 from halfeven.quantization.quantizer import Mode, quantizers
 from runtimes.parity import SCHEME
+from sweeps import crossed
 
 WIDTH = 16
 METHODS = {"smooth": smooth, "reparametrize": reparametrize}
@@ -343,8 +344,7 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.parametrize("reason", sorted(LEFT))
+@pytest.mark.parametrize(("reason", "method"), crossed(sorted(LEFT), sorted(METHODS)))
 def test_what_cannot_be_folded_is_left_alone_and_named(reason, method):
     batch = torch.randn(3, WIDTH, WIDTH)
     qmodel = he.prepare(copy.deepcopy(LEFT[reason]), batch)

@@ -1,7 +1,9 @@
 """verify must see what is wrong: each test here breaks something."""
 
+import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -39,10 +41,19 @@ def net(middle=None):
     )
 
 
-@pytest.fixture
-def deployed(tmp_path):
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    torch.manual_seed(0)
     qmodel, batches = quantized(net(), IMAGE)
-    return qmodel, he.export(qmodel, tmp_path / "model.xml"), batches
+    return qmodel, he.export(qmodel, tmp_path_factory.mktemp("exported") / "model.xml"), batches
+
+
+@pytest.fixture
+def deployed(exported, tmp_path):
+    """A model, its file and batches, for this test alone."""
+    qmodel, path, batches = exported
+    shutil.copytree(path.parent, tmp_path, dirs_exist_ok=True)
+    return copy.deepcopy(qmodel), tmp_path / path.name, batches
 
 
 def test_a_good_file(deployed):
@@ -100,7 +111,7 @@ def test_one_changed_weight_is_seen(deployed):
         data[place] = -data[place] if data[place] else 5
 
     edit_bin(path, change)
-    report = he.verify(qmodel, path, batches)
+    report = he.verify(qmodel, path, batches, timed=False)
     assert not report.weights_match
     assert report.integer_match < 1.0
     assert report.first_difference == "4_relu"
@@ -126,7 +137,7 @@ def test_a_weight_that_changes_nothing_visible_is_seen(deployed):
         data[place] = data[place] + 1 if data[place] < 100 else data[place] - 1
 
     edit_bin(path, change)
-    report = he.verify(qmodel, path, batches)
+    report = he.verify(qmodel, path, batches, timed=False)
     assert report.integer_match == 1.0
     assert not report.weights_match
 
@@ -170,7 +181,7 @@ def test_a_changed_range_is_seen(tmp_path):
     qmodel, batches = quantized(net(), IMAGE)
     path = he.export(qmodel, tmp_path / "model.onnx")
     widen(path)
-    report = he.verify(qmodel, path, batches)
+    report = he.verify(qmodel, path, batches, timed=False)
     assert report.integer_match < 0.99
     assert report.first_difference == "2_relu"
     assert report.weights_match
@@ -180,7 +191,7 @@ def test_a_changed_bias_is_seen(deployed):
     qmodel, path, batches = deployed
     with torch.no_grad():
         qmodel.get_submodule("3").bias[2] += 0.05
-    report = he.verify(qmodel, path, batches)
+    report = he.verify(qmodel, path, batches, timed=False)
     assert report.weights_match
     assert report.first_difference == "4_relu"
     assert report.integer_match < 1.0
@@ -200,7 +211,7 @@ def test_another_models_file_is_an_error(deployed, tmp_path):
     other, _ = quantized(Other(), IMAGE)
     path = he.export(other, tmp_path / "other.xml")
     with pytest.raises(VerificationError, match=r"not written from.*this model.*Export the model again"):
-        he.verify(qmodel, path, batches)
+        he.verify(qmodel, path, batches, timed=False)
 
 
 def test_the_file_before_training_is_not_that_after(deployed):
@@ -208,7 +219,7 @@ def test_the_file_before_training_is_not_that_after(deployed):
     with torch.no_grad():
         for parameter in qmodel.parameters():
             parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
-    report = he.verify(qmodel, path, batches)
+    report = he.verify(qmodel, path, batches, timed=False)
     assert not report.weights_match
     assert report.integer_match < 0.9
 
@@ -216,7 +227,8 @@ def test_the_file_before_training_is_not_that_after(deployed):
 def test_layers_that_the_runtime_leaves_in_float_are_named(deployed, tmp_path):
     """A convolution whose input has 128 levels: OpenVINO computes it in float and says nothing."""
     qmodel, path, batches = deployed
-    report = he.verify(qmodel, with_levels(path, tmp_path / "seven.xml", "quantizers.2_relu", 128), batches)
+    seven = with_levels(path, tmp_path / "seven.xml", "quantizers.2_relu", 128)
+    report = he.verify(qmodel, seven, batches, timed=False)
     assert report.integer_layers < report.quantizable_layers == 3
     assert any(name.startswith("3 (") for name in report.float_layers)
     assert "in float" in str(report)
@@ -241,7 +253,7 @@ def test_labels_give_accuracies(deployed):
         labels = qmodel(x).argmax(1)
         labels[0] = (labels[0] + 1) % 5
         labelled.append((x, labels))
-    report = he.verify(qmodel, path, labelled, float_model)
+    report = he.verify(qmodel, path, labelled, float_model, timed=False)
     right = sum(int((float_model(x).argmax(1) == y).sum()) for x, y in labelled)
     assert report.accuracy == {"float": 100 * right / 12, "simulated": 75.0, "deployed": 75.0}
     assert "top-1 float" in str(report)
@@ -283,7 +295,7 @@ def test_batches_of_dicts_and_a_generator(tmp_path):
     batches = [{"pixels": torch.randn(IMAGE)} for _ in range(2)]
     qmodel = he.quantize(Keyword().eval(), batches, scheme=SCHEME)
     path = he.export(qmodel, tmp_path / "model.xml")
-    report = he.verify(qmodel, path, (batch for batch in batches))
+    report = he.verify(qmodel, path, (batch for batch in batches), timed=False)
     assert isinstance(report, Report)
     assert report.samples == 8
     assert report.integer_match == 1.0
@@ -300,12 +312,12 @@ def test_a_quantized_tensor_that_is_shared_is_compared_at_each_place(tmp_path):
 
     qmodel, batches = quantized(Concat(), IMAGE)
     path = he.export(qmodel, tmp_path / "model.xml")
-    report = he.verify(qmodel, path, batches)
+    report = he.verify(qmodel, path, batches, timed=False)
     assert [t.count for t in report.tensors] == [12 * 64 * n for n in (3, 4, 6)]
     assert report.integer_match == 1.0
     with torch.no_grad():
         qmodel.get_submodule("b").bias += 0.1
-    report = he.verify(qmodel, path, batches)
+    report = he.verify(qmodel, path, batches, timed=False)
     assert [t.different > 0 for t in report.tensors] == [False, False, True]
 
 
@@ -319,7 +331,7 @@ def test_each_weight_is_quantized_once_and_then_as_before(deployed, monkeypatch)
         return fake_quantize(x, *args, known=known, **kwargs)
 
     monkeypatch.setattr("halfeven.quantization.quantizer.fake_quantize", counted)
-    he.verify(qmodel, path, batches)
+    he.verify(qmodel, path, batches, timed=False)
     assert len(calls) == 3
     assert all(quantizer.cached is None for quantizer in quantizers(qmodel).values())
     with torch.no_grad():
@@ -335,7 +347,7 @@ def test_layers_alone_are_computed_only_where_integers_differ(deployed, monkeypa
     monkeypatch.setattr(
         ExactModel, "forward", lambda self, *args: runs.append(dict(self.simulation.given)) or forward(self, *args)
     )
-    report = he.verify(qmodel, path, batches)
+    report = he.verify(qmodel, path, batches, timed=False)
     assert runs == [{}] * len(batches)
     assert all(tensor.different_alone == 0 for tensor in report.tensors)
 
@@ -373,7 +385,7 @@ def test_latency_times_the_model_alone(deployed):
 def test_a_quantizer_that_runs_after_a_max_pool_is_compared_where_the_plan_has_it(tmp_path):
     pooled = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1))
     qmodel, batches = quantized(net(pooled), IMAGE)
-    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches)
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
     assert report.integer_match == 1.0
     assert report.float_simulation_match > 0.99
     assert next(t.count for t in report.tensors if t.name == "2_relu") == 12 * 8 * 64
