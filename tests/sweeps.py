@@ -1,7 +1,7 @@
 """Sweeps over seeds, rows and relatives: a handful runs by default, all of them under `pytest --exhaustive`."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -21,10 +21,18 @@ def sweep(members: Iterable[Any], *handful: Any) -> list[Any]:
     return [member if member in handful else _exhaustive(member) for member in members]
 
 
-def crossed(*axes: Sequence[Any]) -> list[Any]:
-    """Return the sweep over all combinations of the axes' values. Its handful has each value at least once."""
-    count = max(map(len, axes))
-    return sweep(itertools.product(*axes), *(tuple(axis[i % len(axis)] for axis in axes) for i in range(count)))
+def crossed(*axes: Iterable[Any]) -> list[Any]:
+    """Return the sweep over all combinations of the axes' values. Its handful has each value at least once.
+
+    A value that is a tuple stands for several parameters.
+    """
+    axes = [list(axis) for axis in axes]
+    handful = [[axis[i % len(axis)] for axis in axes] for i in range(max(map(len, axes)))]
+    return sweep(map(_flat, itertools.product(*axes)), *map(_flat, handful))
+
+
+def _flat(values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(itertools.chain.from_iterable(v if isinstance(v, tuple) else [v] for v in values))
 
 
 def _exhaustive(member: Any) -> Any:

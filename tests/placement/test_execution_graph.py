@@ -214,24 +214,22 @@ def test_an_activation_that_another_operator_reads_stays(name, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), crossed(list(NETS), list(itertools.product(["w8a8", "w4a4"], ["observed", "learned"])))
+    ("name", "scheme", "ranges"), crossed(NETS, itertools.product(["w8a8", "w4a4"], ["observed", "learned"]))
 )
-def test_values_are_those_of_the_graph_bit_for_bit(name, options):
-    scheme, ranges = options
+def test_values_are_those_of_the_graph_bit_for_bit(name, scheme, ranges):
     qmodel, x = prepared(name, scheme=scheme, ranges=ranges)
     x *= 3  # some are clipped
     assert_equal(outputs(qmodel.eval(), x), outputs(unfused(qmodel).eval(), x))
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "ranges", "domain"),
     crossed(
         [name for name in NETS if "pool" not in name and name != "one dimension"],
-        list(itertools.product(["learned", "clipped"], ["linear", "log"])),
+        itertools.product(["learned", "clipped"], ["linear", "log"]),
     ),
 )
-def test_gradients_are_those_of_the_graph(name, options):
-    ranges, domain = options
+def test_gradients_are_those_of_the_graph(name, ranges, domain):
     qmodel, x = prepared(name, scheme="w4a4", ranges=ranges, scale_domain=domain, learn_zero_points=True)
     values, found = gradients(qmodel.train(), x)
     others, expected = gradients(unfused(qmodel), x)

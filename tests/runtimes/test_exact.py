@@ -640,11 +640,10 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "written"), crossed(sorted(OUTPUTS), list(itertools.product(["xml", "onnx"], [SCHEME, "w4a4"])))
+    ("name", "ending", "scheme"), crossed(sorted(OUTPUTS), itertools.product(["xml", "onnx"], [SCHEME, "w4a4"]))
 )
-def test_quantized_outputs(name, written, tmp_path):
+def test_quantized_outputs(name, ending, scheme, tmp_path):
     model, shape = OUTPUTS[name]
-    ending, scheme = written
     options = {"quantize_outputs": True, "activation_observer": "mse", "scheme": scheme}
     report = deployed(model, shape, tmp_path / f"model.{ending}", **options)
     assert report.integer_match == report.last_integer_match == 1.0

@@ -110,9 +110,8 @@ class Sums(nn.Module):
 SUMS = [(1, False, F.relu), (3, False, F.relu), (1, True, lambda x: x), (3, True, lambda x: x), (1, True, F.relu6)]
 
 
-@pytest.mark.parametrize(("options", "bias"), crossed(SUMS, [True, False]))
-def test_sums_without_and_with_a_bias(options, bias, tmp_path):
-    kernel, signed, act = options
+@pytest.mark.parametrize(("kernel", "signed", "act", "bias"), crossed(SUMS, [True, False]))
+def test_sums_without_and_with_a_bias(kernel, signed, act, bias, tmp_path):
     torch.manual_seed(kernel)
     qmodel, batches = quantized(Sums(bias, kernel, signed, act), (8, 3, 48, 48))
     he.export(qmodel, tmp_path / "model.xml")
@@ -180,18 +179,16 @@ class Scaled(nn.Module):
         return self.first(first * self.factor) + self.second(second)
 
 
-SIGNED, UNSIGNED = (nn.Linear, (4, 10, 4)), (conv, (4, 4, 12, 12))
+SHAPES = {"signed": (nn.Linear, (4, 10, 4)), "unsigned": (conv, (4, 4, 12, 12))}
 
 
 @pytest.mark.parametrize(
-    ("times", "built"),
-    crossed(
-        [0.99, 0.9925, 0.9937, 0.998, 1.0075, 1.0085], list(itertools.product((SIGNED, UNSIGNED), (SCHEME, "w7a7")))
-    ),
+    ("times", "integers", "scheme"),
+    crossed([0.99, 0.9925, 0.9937, 0.998, 1.0075, 1.0085], itertools.product(SHAPES, (SCHEME, "w7a7"))),
 )
-def test_a_quantizer_is_left_out_where_integers_lie_on_nearly_its_grid(times, built, tmp_path):
+def test_a_quantizer_is_left_out_where_integers_lie_on_nearly_its_grid(times, integers, scheme, tmp_path):
     torch.manual_seed(0)
-    (layer, shape), scheme = built
+    layer, shape = SHAPES[integers]
     qmodel, batches = quantized(Scaled(layer), shape, scheme=scheme)
     found = {name.rpartition(".")[2]: quantizer for name, quantizer in quantizers(qmodel).items()}
     found["mul"]._store(found["both"].scale * 0.177 * times, found["both"].zero_point)
@@ -236,7 +233,7 @@ BRANCHES = {
 }
 
 
-@pytest.mark.parametrize(("name", "scheme"), crossed(list(BRANCHES), [SCHEME, "w7a7"]))
+@pytest.mark.parametrize(("name", "scheme"), crossed(BRANCHES, [SCHEME, "w7a7"]))
 def test_a_quantizer_inside_a_convolutions_kernel_rounds_as_it_does_for_users(name, scheme, tmp_path):
     torch.manual_seed(0)
     shape = (8, 3, 20) if name == "of sequences" else (8, 3, 20, 20)
