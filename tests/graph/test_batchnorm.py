@@ -6,7 +6,7 @@ from torch import nn
 
 from halfeven.graph.batchnorm import fold, foldable, folding, forget_statistics
 from halfeven.graph.capture import capture
-from halfeven.graph.operators import describe
+from halfeven.graph.view import Op
 
 LAYERS = {
     "conv": (lambda: nn.Conv2d(3, 6, 3), nn.BatchNorm2d, (2, 3, 7, 7)),
@@ -85,7 +85,7 @@ class Shared(nn.Module):
 
 def test_what_is_shared_is_not_folded():
     captured, _ = capture(Shared().eval(), torch.randn(2, 3, 5, 5))
-    pairs = [(describe(layer), describe(norm)) for layer, norm in foldable(captured.graph)]
+    pairs = [(Op(layer).path, Op(norm).path) for layer, norm in foldable(captured.graph)]
     assert pairs == [("alone", "d")]
     x = torch.randn(2, 3, 5, 5)
     expected = captured(x)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from halfeven.errors import CaptureError
 from halfeven.graph.capture import capture
-from halfeven.graph.operators import OperatorKind, kind_of
+from halfeven.graph.operators import OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from sweeps import sweep
 

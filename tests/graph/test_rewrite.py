@@ -6,9 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from halfeven.graph.capture import capture
-from halfeven.graph.operators import OperatorKind, kind_of
+from halfeven.graph.operators import OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.rewrite import lower_attention, lower_stacked_sums, merge_duplicates
+from halfeven.graph.view import kind_of
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from halfeven.graph.operators import module_of, operator_name
+from halfeven.graph.view import Op, module_of
 from halfeven.placement.execution_graph import as_planned, fused_graph
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.quantizer import Mode, Quantizer, quantizers, set_mode
@@ -110,7 +110,7 @@ def order(graph):
         if node.op == "call_module" and isinstance(module_of(node), Quantizer):
             found.append(("quantizer", *node.args[1]) if len(node.args) > 1 else "quantizer")
         elif node.op in ("call_module", "call_function"):
-            found.append(operator_name(node).removeprefix("Quantized"))
+            found.append(Op(node).name.removeprefix("Quantized"))
     return found
 
 
@@ -181,7 +181,7 @@ def test_the_graph_that_algorithms_and_exporters_read_stays():
 
 def test_what_runs_follows_a_change_of_the_graph():
     qmodel, x = prepared("relu, max pool")
-    (relu,) = [node for node in qmodel.graph.nodes if operator_name(node) == "relu"]
+    (relu,) = [node for node in qmodel.graph.nodes if Op(node).name == "relu"]
     relu.target = torch.ops.aten.relu6.default
     qmodel.recompile()
     assert calls(qmodel, "quantizers.2_relu", x) == [[(2, 8, 4, 4), (0, 6)]]
@@ -197,7 +197,7 @@ def test_what_runs_follows_a_change_of_the_graph():
 def test_an_activation_that_another_operator_reads_stays(name, expected):
     qmodel, x = prepared(name)
     plain = qmodel.eval()(x)
-    (relu,) = [node for node in qmodel.graph.nodes if operator_name(node) == "relu"]
+    (relu,) = [node for node in qmodel.graph.nodes if Op(node).name == "relu"]
     (output,) = [node for node in qmodel.graph.nodes if node.op == "output"]
     (result,) = output.all_input_nodes
     with qmodel.graph.inserting_before(output):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.errors import PlacementError
-from halfeven.graph.operators import clipping, tensor_names
+from halfeven.graph.view import Op, tensor_names
 from halfeven.placement.graph_edits import apply_changes, clipped_relus, give_bias, record_changes
 from halfeven.placement.plan import GraphChanges, Plan
 from halfeven.quantization.quantizer import Mode, set_mode
@@ -35,7 +35,7 @@ class Clipped(nn.Module):
 
 
 def clips(model):
-    return {name: clipping(node) for name, node in tensor_names(model.graph).items() if clipping(node)}
+    return {name: Op(node).bounds for name, node in tensor_names(model.graph).items() if Op(node).bounds}
 
 
 def test_clipping():

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from halfeven.graph.capture import capture
-from halfeven.graph.operators import tensor_names
+from halfeven.graph.view import tensor_names
 from halfeven.ptq.data_free.moment_propagation import Inputs, layer_moments, propagated
 from halfeven.ptq.data_free.moments import collapsed
 from ptq.nets import prepared

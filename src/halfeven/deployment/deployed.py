@@ -14,9 +14,10 @@ from torch import Tensor, fx, nn
 from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.errors import CalibrationError
 from halfeven.graph.batchnorm import foldable, folding, output_axis, remove, split_shared
-from halfeven.graph.constants import attribute, fold_constants
-from halfeven.graph.operators import WEIGHTED, OperatorKind, kind_of, module_of
-from halfeven.graph.rebuild import BUILDERS, CapturedModule, arguments, place
+from halfeven.graph.constants import fold_constants
+from halfeven.graph.operators import WEIGHTED, OperatorKind
+from halfeven.graph.rebuild import CapturedModule, build_module, place
+from halfeven.graph.view import Op, kind_of, module_of, replace_call
 from halfeven.placement.folded_batchnorm import settle_live
 from halfeven.placement.make_plan import regions
 from halfeven.placement.quantized_layers import QUANTIZED_LAYERS
@@ -161,7 +162,7 @@ def _multiplication(region: CapturedModule, node: fx.Node) -> tuple[fx.Node, Ten
     if isinstance(constant, int | float):
         values = torch.tensor(float(constant))
     elif isinstance(constant, fx.Node) and constant.op == "get_attr":
-        values = attribute(region, constant)
+        values = Op(constant).constant
     else:
         return None
     shape, ndim = node.meta["val"].shape, node.meta["val"].ndim
@@ -175,9 +176,9 @@ def _multiplication(region: CapturedModule, node: fx.Node) -> tuple[fx.Node, Ten
 def _make_modules(region: CapturedModule) -> None:
     """Make modules of quantized layers that are functions, where their weight and bias are constants by now."""
     for node in list(region.graph.nodes):
-        if node.op != "call_function" or kind_of(node) not in WEIGHTED or node.target not in BUILDERS:
+        if not Op(node).is_function or kind_of(node) not in WEIGHTED or Op(node).row.module is None:
             continue
-        quantized, bias = node.args[1], arguments(node)["bias"]
+        quantized, bias = node.args[1], Op(node).arguments["bias"]
         if quantized.op != "call_module" or not isinstance(quantizer := module_of(quantized), Quantizer):
             continue
         parts = {"weight": quantized.all_input_nodes[0]} | ({} if bias is None else {"bias": bias})
@@ -192,15 +193,15 @@ def _make_module(region: CapturedModule, node: fx.Node, quantizer: Quantizer, pa
     place(region, path, holder)
     with region.graph.inserting_before(node):
         for name, part in parts.items():
-            holder.register_parameter(name, nn.Parameter(attribute(region, part).detach(), requires_grad=False))
+            holder.register_parameter(name, nn.Parameter(Op(part).constant.detach(), requires_grad=False))
             node.update_arg(("input", "weight", "bias").index(name), region.graph.get_attr(f"{path}.{name}"))
-    built = BUILDERS[node.target](node, arguments(node), region)
+    built = build_module(node, region)
     assert built is not None
     layer: Any = built[1]
     layer.__class__ = QUANTIZED_LAYERS[type(layer)]
     layer.weight_quantizer = quantizer
     place(region, path, layer)
-    node.op, node.target, node.args, node.kwargs = "call_module", path, (node.args[0],), {}
+    replace_call(node, path, (node.args[0],))
     region.graph.erase_node(quantized)
     region.delete_submodule(str(quantized.target))
 

@@ -3,7 +3,8 @@
 from torch import fx
 
 from halfeven.deployment.quantize_op import ExportedQuantizer
-from halfeven.graph.operators import TRANSPARENT, OperatorKind, kind_of, module_of
+from halfeven.graph.operators import TRANSPARENT, OperatorKind
+from halfeven.graph.view import kind_of, module_of
 
 
 def quantizer_at(node: fx.Node) -> ExportedQuantizer | None:

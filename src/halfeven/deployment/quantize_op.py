@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from halfeven.graph.operators import module_of
 from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.graph.view import module_of
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.arithmetic import per_channel
 from halfeven.quantization.quantizer import Quantizer

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from halfeven.graph.operators import WEIGHTED, OperatorKind, kind_of, module_of
+from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.graph.view import kind_of, module_of
 
 
 def folding(norm: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:

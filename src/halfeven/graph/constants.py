@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from halfeven.graph.operators import module_of
 from halfeven.graph.rebuild import CapturedModule, place
 from halfeven.graph.torch_private import is_operator, is_pure
+from halfeven.graph.view import Op
 
 
 @torch.no_grad()
@@ -23,14 +23,14 @@ def fold_constants(region: CapturedModule, stays: Callable[[nn.Module], bool]) -
     """
     values: dict[fx.Node, Any] = {}
     for node in region.graph.nodes:
-        if node.op == "get_attr":
-            values[node] = attribute(region, node)
+        if Op(node).is_constant:
+            values[node] = Op(node).constant
         elif _is_constant(node, values, stays):
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            function: Any = module_of(node) if node.op == "call_module" else node.target
+            function: Any = Op(node).module if Op(node).is_module else node.target
             values[node] = function(*args, **kwargs)
     for count, node in enumerate(list(region.graph.nodes)):
-        computed = node.op != "get_attr" and isinstance(values.get(node), Tensor)
+        computed = not Op(node).is_constant and isinstance(values.get(node), Tensor)
         if not computed or all(user in values for user in node.users):
             continue
         name = f"constants.{node.name}_{count}"
@@ -46,17 +46,12 @@ def fold_constants(region: CapturedModule, stays: Callable[[nn.Module], bool]) -
 
 
 def _is_constant(node: fx.Node, values: dict[fx.Node, Any], stays: Callable[[nn.Module], bool]) -> bool:
-    if node.op not in ("call_function", "call_module") or (node.op == "call_module" and stays(module_of(node))):
+    op = Op(node)
+    if not (op.is_function or op.is_module) or (op.is_module and stays(op.module)):
         return False
     if is_operator(node.target) and not is_pure(node.target):
         return False
     return all(operand in values for operand in node.all_input_nodes)
-
-
-def attribute(region: CapturedModule, node: fx.Node) -> Any:
-    """What a `get_attr` node reads."""
-    owner, _, name = str(node.target).rpartition(".")
-    return getattr(region.get_submodule(owner), name)
 
 
 def _keep(region: CapturedModule, path: str, value: Tensor) -> None:

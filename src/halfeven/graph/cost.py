@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import fx
 
-from halfeven.graph.operators import WEIGHTED, OperatorKind, kind_of, module_of
+from halfeven.graph.operators import WEIGHTED, OperatorKind
+from halfeven.graph.view import kind_of, module_of
 
 
 def multiply_accumulates(node: fx.Node) -> int:

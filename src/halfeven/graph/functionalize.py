@@ -1,19 +1,12 @@
 """In-place operators in their functional form: a quantizer must not see its tensor change afterwards."""
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from halfeven.graph.torch_private import functional_form, is_operator
+from halfeven.graph.view import Op, replace_call
 
 aten = torch.ops.aten
-
-VIEWS: dict[Any, Any] = {
-    aten.slice.Tensor: aten.slice_scatter.default,
-    aten.select.int: aten.select_scatter.default,
-}
-"""Operators that look at a part of a tensor -> what gives the tensor with that part exchanged."""
 
 
 def make_functional(node: fx.Node) -> None:
@@ -38,26 +31,28 @@ def make_functional(node: fx.Node) -> None:
 def _write_as_expansion(node: fx.Node, changed: fx.Node) -> None:
     """Write `copy` as its source in the form of what it overwrites: torch has no derivative of `copy` itself."""
     source = node.args[1]
-    if isinstance(source, fx.Node) and source.meta["val"].dtype == changed.meta["val"].dtype:
-        node.target, node.args, node.kwargs = aten.expand_as.default, (source, changed), {}
+    if isinstance(source, fx.Node) and Op(source).value.dtype == Op(changed).value.dtype:
+        replace_call(node, aten.expand_as.default, (source, changed))
 
 
 def _write_back(result: fx.Node, view: fx.Node, later: set[fx.Node]) -> None:
-    while view.target in VIEWS:
+    while (scatter := Op(view).row.scatter) is not None:
         base = view.args[0]
         assert isinstance(base, fx.Node)
-        if view.meta["val"].shape == base.meta["val"].shape:
+        if Op(view).shape == Op(base).shape:
             whole = result
         else:
             with result.graph.inserting_after(result):
-                whole = result.graph.call_function(VIEWS[view.target], (base, result, *view.args[1:]))
+                whole = result.graph.call_function(scatter, (base, result, *view.args[1:]))
             whole.meta = dict(base.meta)
         base.replace_all_uses_with(whole, delete_user_cb=lambda user: user in later)
-        result, view = whole, base
+        result = whole
+        view = base
 
 
 def _after(node: fx.Node) -> set[fx.Node]:
-    nodes, current = set(), node.next
+    nodes = set()
+    current = node.next
     while current.op != "root":
         nodes.add(current)
         current = current.next

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from halfeven.errors import CaptureError
 from halfeven.graph.functionalize import make_functional
+from halfeven.graph.operators import Arguments, OperatorKind, is_stochastic_depth
 from halfeven.graph.torch_private import (
     AnyDropout,
     input_keywords,
@@ -17,39 +18,11 @@ from halfeven.graph.torch_private import (
     own_buffers,
     own_modules,
     own_parameters,
-    parameters_of,
     pytree,
 )
+from halfeven.graph.view import Op, operations, replace_call
 
-aten = torch.ops.aten
-
-Arguments = dict[str, Any]
-CONVOLUTIONS: dict[Any, type[nn.Module]] = {
-    aten.conv1d.default: nn.Conv1d,
-    aten.conv2d.default: nn.Conv2d,
-    aten.conv3d.default: nn.Conv3d,
-    aten.conv1d.padding: nn.Conv1d,
-    aten.conv2d.padding: nn.Conv2d,
-    aten.conv3d.padding: nn.Conv3d,
-}
-TRANSPOSED: dict[Any, type[nn.Module]] = {
-    aten.conv_transpose1d.default: nn.ConvTranspose1d,
-    aten.conv_transpose2d.input: nn.ConvTranspose2d,
-    aten.conv_transpose3d.input: nn.ConvTranspose3d,
-}
 BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-DROPOUTS: dict[Any, type[nn.Module]] = {
-    aten.dropout.default: nn.Dropout,
-    aten.dropout_.default: nn.Dropout,
-    aten.feature_dropout.default: nn.Dropout2d,
-    aten.feature_dropout_.default: nn.Dropout2d,
-}
-RUNNING_STATISTICS: dict[Any, str] = {
-    aten.batch_norm.default: "training",
-    aten.instance_norm.default: "use_input_stats",
-}
-"""Operators that compute otherwise in training mode, with the argument that says so."""
-
 CHECKS = ("_assert", "sym_constrain", "_guards")
 
 
@@ -99,11 +72,7 @@ def _(x: Tensor, name: str) -> Tensor:
 @contextmanager
 def leaf_markers(model: nn.Module) -> Iterator[None]:
     """While exporting, modules for stochastic depth leave a mark: in eval mode they do nothing and would vanish."""
-    marked = [
-        (name, module)
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith(("DropPath", "StochasticDepth"))
-    ]
+    marked = [(name, module) for name, module in model.named_modules() if is_stochastic_depth(module)]
     for name, module in marked:
         module.forward = lambda x, *_, name=name: torch.ops.halfeven.leaf(x, name)
     try:
@@ -120,7 +89,7 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule) -> CapturedModule:
     for node in list(graph.nodes):
         if any(check in str(node.target) for check in CHECKS):
             graph.erase_node(node)
-        elif node.op == "call_function":
+        elif Op(node).is_function:
             make_functional(node)
             _restore(node, original, modules)
             _check_mode_is_free(node)
@@ -128,13 +97,10 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule) -> CapturedModule:
     for name in sorted(modules, key=lambda name: name.count(".")):
         place(root, name, modules[name])
     adopt(root, original, lambda value: value)
-    for node in graph.nodes:
-        if node.op == "get_attr" and not _has(root, node.target):  # a constant that export lifted out of the code
-            owner, attribute = _owner(root, node.target)
-            value: Any = unlifted
-            for part in node.target.split("."):
-                value = getattr(value, part)
-            owner.register_buffer(attribute, value.detach(), persistent=False)
+    for op in operations(graph):
+        if op.is_constant and not _has(root, op.path):  # a constant that export lifted out of the code
+            owner, attribute = _owner(root, op.path)
+            owner.register_buffer(attribute, op.constant.detach(), persistent=False)
     root.graph = graph
     graph.eliminate_dead_code()
     root.recompile()
@@ -143,37 +109,26 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule) -> CapturedModule:
 
 def _check_mode_is_free(node: fx.Node) -> None:
     """Raise CaptureError for a normalization that stayed a function: it would compute as in eval mode for ever."""
-    flag = RUNNING_STATISTICS.get(node.target)
-    if node.op == "call_function" and flag is not None and not arguments(node)[flag]:
+    op = Op(node)
+    flag = op.row.training_flag if op.is_function else None
+    if flag is not None and not op.argument(flag):
         raise CaptureError(
-            f"the running statistics {arguments(node)['running_mean']} belong to no module inside of it, so train() "
-            "would not reach them"
+            f"the running statistics {op.argument('running_mean')} belong to no module inside of it, so train() would "
+            "not reach them"
         )
 
 
-def arguments(node: fx.Node) -> Arguments:
-    """An ATen node's arguments by their names, defaults filled in."""
-    parameters = parameters_of(node.target)
-    values = {p.name: p.default for p in parameters if p.has_default}
-    values |= {p.name: value for p, value in zip(parameters, node.args, strict=False)}
-    return values | dict(node.kwargs)
-
-
 def _restore(node: fx.Node, original: nn.Module, modules: dict[str, nn.Module]) -> None:
-    target = node.target
-    if target is torch.ops.halfeven.leaf.default:
+    if node.target is torch.ops.halfeven.leaf.default:
         name = str(node.args[1])
         _call(node, name, original.get_submodule(name), modules)
         return
-    builder = BUILDERS.get(target)
-    if builder is None:
-        return
-    built = builder(node, arguments(node), original)
+    built = build_module(node, original)
     if built is None:
         return
     name, module = built
     present = modules.get(name)
-    if present is None and not _fits(original, name, module):
+    if present is None and not _is_free(original, name):
         return
     if present is None:
         _call(node, name, module, modules)
@@ -181,32 +136,30 @@ def _restore(node: fx.Node, original: nn.Module, modules: dict[str, nn.Module]) 
         _call(node, name, present, modules)
 
 
-def _fits(original: nn.Module, name: str, module: nn.Module) -> bool:
-    """The place is free: no parameter of the original has this very name."""
+def _is_free(original: nn.Module, name: str) -> bool:
+    """Return True if no parameter of the original has this very name."""
     return name not in dict(original.named_parameters(remove_duplicate=False))
 
 
 def _call(node: fx.Node, name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
     modules[name] = module
-    node.op, node.target, node.args, node.kwargs = "call_module", name, (node.args[0],), {}
+    replace_call(node, name, (node.args[0],))
 
 
 Built = tuple[str, nn.Module] | None
 
 
 def _path(node: Any, attribute: str) -> str | None:
-    """The module path of a parameter node called `<path>.<attribute>`."""
-    if not (isinstance(node, fx.Node) and node.op == "get_attr"):
+    """Return the module path of a parameter node called `<path>.<attribute>`, None for any other."""
+    if not isinstance(node, fx.Node) or not Op(node).is_constant:
         return None
-    path, _, name = str(node.target).rpartition(".")
-    return path if path and name == attribute else None
+    return (Op(node).parent_path or None) if Op(node).last_name == attribute else None
 
 
 def _parameter(original: nn.Module, node: Any) -> Any:
     if node is None:
         return None
-    path, _, name = str(node.target).rpartition(".")
-    return getattr(original.get_submodule(path), name)
+    return getattr(original.get_submodule(Op(node).parent_path), Op(node).last_name)
 
 
 def _layer(arguments: Arguments, original: nn.Module) -> tuple[str, Any, Any] | None:
@@ -229,7 +182,7 @@ def _convolution(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
     if (layer := _layer(a, original)) is None:
         return None
     path, weight, bias = layer
-    build: Any = CONVOLUTIONS[node.target]
+    build: Any = Op(node).row.module
     padding = a["padding"] if isinstance(a["padding"], str) else tuple(a["padding"])
     shape = (weight.shape[1] * a["groups"], weight.shape[0], tuple(weight.shape[2:]), tuple(a["stride"]), padding)
     module = build(*_spread(shape, weight.ndim - 2), tuple(_many(a["dilation"], weight.ndim - 2)), a["groups"],
@@ -242,7 +195,7 @@ def _transposed(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
         return None
     path, weight, bias = layer
     axes = weight.ndim - 2
-    build: Any = TRANSPOSED[node.target]
+    build: Any = Op(node).row.module
     module = build(
         weight.shape[0], weight.shape[1] * a["groups"], tuple(weight.shape[2:]), _many(a["stride"], axes),
         _many(a["padding"], axes), _many(a["output_padding"], axes), a["groups"], bias is not None,
@@ -281,8 +234,7 @@ def _batch_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
     if isinstance(was, nn.SyncBatchNorm):
         return path, was
     mean = was.running_mean
-    assert isinstance(node.args[0], fx.Node)
-    build: Any = BATCH_NORMS[node.args[0].meta["val"].ndim]
+    build: Any = BATCH_NORMS[Op(node).inputs[0].ndim]
     # The momentum of the operator is that of eval mode; a module with momentum=None keeps a cumulative average.
     module = build(
         mean.numel(), a["eps"], getattr(was, "momentum", a["momentum"]), affine=weight is not None, device="meta"
@@ -311,27 +263,48 @@ def _group_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
 
 
 def _dropout(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = str(stack[-1][0]) if stack else ""
+    op = Op(node)
     try:
-        was = original.get_submodule(path)
+        was = original.get_submodule(op.path)
     except AttributeError:
         was = original
     if isinstance(was, AnyDropout):
-        return path, type(was)(was.p)
-    return f"{path}.{node.name}" if path else node.name, DROPOUTS[node.target](a["p"])
+        return op.path, type(was)(was.p)
+    build: Any = op.row.module
+    return f"{op.path}.{node.name}" if op.path else node.name, build(a["p"])
 
 
-BUILDERS: dict[Any, Callable[[fx.Node, Arguments, nn.Module], Built]] = {
-    **dict.fromkeys(CONVOLUTIONS, _convolution),
-    **dict.fromkeys(TRANSPOSED, _transposed),
-    **dict.fromkeys(DROPOUTS, _dropout),
-    aten.linear.default: _linear,
-    aten.batch_norm.default: _batch_norm,
-    aten.layer_norm.default: _layer_norm,
-    aten.group_norm.default: _group_norm,
+Builder = Callable[[fx.Node, Arguments, nn.Module], Built]
+
+BUILDERS: dict[OperatorKind, Builder] = {
+    OperatorKind.CONVOLUTION: _convolution,
+    OperatorKind.TRANSPOSED_CONVOLUTION: _transposed,
+    OperatorKind.LINEAR: _linear,
+    OperatorKind.IDENTITY: _dropout,
 }
-"""ATen operator -> how its module is built; None from a builder leaves the operator as it is."""
+NORMALIZATION_BUILDERS: dict[type[nn.Module], Builder] = {
+    nn.BatchNorm2d: _batch_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+}
+
+
+def build_module(node: fx.Node, original: nn.Module) -> Built:
+    """Build the standard module that computes what the call of an operator computes.
+
+    Args:
+        node: any node.
+        original: the model whose parameters the call reads.
+
+    Returns:
+        The module's path and the module, around the original's parameters; None where the operator has no such module
+        or its parameters belong to none.
+    """
+    op = Op(node)
+    if not op.is_function or (standard := op.row.module) is None:
+        return None
+    builder = BUILDERS.get(op.kind) or NORMALIZATION_BUILDERS[standard]
+    return builder(node, op.arguments, original)
 
 
 def place(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from halfeven.graph.rebuild import CapturedModule, arguments
+from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import is_operator, is_pure
+from halfeven.graph.view import Op, record_value
 
 aten = torch.ops.aten
 
@@ -25,17 +26,18 @@ def lower_attention(region: CapturedModule) -> int:
 
 
 def _lower(region: CapturedModule, node: fx.Node) -> bool:
-    values = arguments(node)
+    values = Op(node).arguments
     if values["is_causal"] or values.get("enable_gqa"):
         return False  # a causal mask is made of sizes; such a layer stays whole, in float, and the plan says so
     query, key = values["query"], values["key"]
-    width = query.meta["val"].shape[-1]
+    width = Op(query).shape[-1]
     scale = values["scale"] if values["scale"] is not None else float(width) ** -0.5
-    graph, call = region.graph, _caller(node)
+    graph = region.graph
+    call = _caller(node)
     with graph.inserting_before(node):
         scores = call(aten.mul.Tensor, call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1)), scale)
         mask = values["attn_mask"]
-        if mask is not None and mask.meta["val"].dtype is torch.bool:
+        if mask is not None and Op(mask).value.dtype is torch.bool:
             scores = call(aten.masked_fill.Scalar, scores, call(aten.logical_not.default, mask), float("-inf"))
         elif mask is not None:
             scores = call(aten.add.Tensor, scores, mask)
@@ -55,10 +57,12 @@ def lower_stacked_sums(region: CapturedModule) -> int:
     for node in list(region.graph.nodes):
         if node.target is not aten.sum.dim_IntList:
             continue
-        stack, values = node.args[0], arguments(node)
+        stack = node.args[0]
+        values = Op(node).arguments
         if stack.target is not aten.stack.default or len(stack.users) != 1 or values["keepdim"] or values["dtype"]:
             continue
-        given, ndim = arguments(stack), stack.meta["val"].ndim
+        given = Op(stack).arguments
+        ndim = Op(stack).ndim
         if [axis % ndim for axis in values["dim"]] != [given["dim"] % ndim]:
             continue
         call = _caller(node)
@@ -80,7 +84,7 @@ def merge_duplicates(region: CapturedModule) -> int:
     known: dict[Any, fx.Node] = {}
     merged = 0
     for node in list(region.graph.nodes):
-        if node.op != "call_function" or not (is_operator(node.target) and is_pure(node.target)):
+        if not (Op(node).is_function and is_operator(node.target) and is_pure(node.target)):
             continue
         try:
             first = known.setdefault((node.target, _hashable(node.args), _hashable(node.kwargs)), node)
@@ -109,8 +113,8 @@ def _caller(node: fx.Node) -> Callable[..., fx.Node]:
         new = node.graph.call_function(target, args)
         new.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
         with torch.no_grad():
-            fakes = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
-            new.meta["val"] = _evaluate(target, fakes)
+            fakes = [Op(a).value if isinstance(a, fx.Node) else a for a in args]
+            record_value(new, _evaluate(target, fakes))
         return new
 
     return call

@@ -4,15 +4,18 @@
 here and nowhere else.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from halfeven.graph import operators
-from halfeven.graph.operators import OperatorKind
-from halfeven.graph.rebuild import arguments
+from halfeven.graph.operators import TRANSPARENT, Call, Operator, OperatorKind, row_of, row_of_module
+from halfeven.graph.torch_private import is_operator, parameters_of, short_name
+
+K = OperatorKind
+GRAPH_ENDS = {"placeholder": K.INPUT, "get_attr": K.CONSTANT, "output": K.OUTPUT}
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,23 @@ class Op:
 
     @property
     def kind(self) -> OperatorKind:
-        """What the operator does to scales, as its row in `halfeven.graph.operators` says."""
-        return operators.kind_of(self.node)
+        """What the operator does to scales; `OperatorKind.FLOAT` for an operator without a row."""
+        return GRAPH_ENDS.get(self.node.op) or self.row.kind
 
     @property
-    def module(self) -> nn.Module | None:
+    def row(self) -> Operator:
+        """The operator's row in the table `halfeven.graph.operators.OPERATORS`."""
+        return row_of_module(self._called()) if self.is_module else row_of(self.node.target)
+
+    @property
+    def module(self) -> Any:
         """The module that is called; None for any other node."""
-        return operators.module_of(self.node) if self.is_module else None
+        return self._called() if self.is_module else None
+
+    def _called(self) -> nn.Module:
+        owner = self.node.graph.owning_module
+        assert owner is not None
+        return owner.get_submodule(str(self.node.target))
 
     @property
     def function(self) -> Any:
@@ -72,7 +85,11 @@ class Op:
     @property
     def name(self) -> str:
         """The operator's short name: "Conv2d", "relu", "add"."""
-        return operators.operator_name(self.node)
+        if self.is_module:
+            return type(self.module).__name__
+        if is_operator(self.node.target):
+            return short_name(self.node.target)
+        return getattr(self.node.target, "__name__", str(self.node.target))
 
     @property
     def path(self) -> str:
@@ -93,6 +110,15 @@ class Op:
         """The last part of the path: "weight" of "layer1.0.conv1.weight"."""
         return self.path.rpartition(".")[2]
 
+    @property
+    def tensor_name(self) -> str:
+        """The name by which users know the result, without the number that tells it from another of the name."""
+        if "halfeven_name" in self.node.meta:
+            return str(self.node.meta["halfeven_name"])
+        if not self.is_function:
+            return self.path
+        return f"{self.path}.{self.name}" if self.path else self.name
+
     # What it computes
 
     def argument(self, name: str) -> Any:
@@ -106,7 +132,10 @@ class Op:
     @property
     def arguments(self) -> dict[str, Any]:
         """All arguments of an operator by the names of ATen's schema, defaults filled in."""
-        return arguments(self.node)
+        parameters = parameters_of(self.node.target)
+        values = {p.name: p.default for p in parameters if p.has_default}
+        values |= {p.name: value for p, value in zip(parameters, self.node.args, strict=False)}
+        return values | dict(self.node.kwargs)
 
     @property
     def constant(self) -> Any:
@@ -148,6 +177,68 @@ class Op:
         """True if the result is one tensor of real numbers, not of integers or booleans."""
         return isinstance(self.value, Tensor) and self.value.is_floating_point()
 
+    # What its row says of this call
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The bounds [low, high] that the operator clips its input to; None where it does something else.
+
+        A bound may be infinite: ReLU clips to [0, inf].
+        """
+        given = self._given_bounds()
+        if given is None or any(bound is not None and not isinstance(bound, int | float) for bound in given):
+            return None
+        low, high = given
+        return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+
+    def _given_bounds(self) -> tuple[Any, Any] | None:
+        rule = self.row.bounds if self.is_function else None
+        return None if rule is None else rule(self.arguments)
+
+    @property
+    def is_non_negative(self) -> bool:
+        """True if no value can be negative, by the operators that lead to it."""
+        if (bounds := self._given_bounds()) is not None:
+            return isinstance(bounds[0], int | float) and bounds[0] >= 0
+        kind = self.kind
+        if self.row.results[0] >= 0:
+            return True
+        if kind in TRANSPARENT or kind is K.AVERAGE:
+            return self.inputs[0].is_non_negative
+        if kind in (K.CONCAT, K.MULTIPLY) or (kind is K.ADD and not self.row.subtracts):
+            numbers = [a for a in (*self.node.args, *self.node.kwargs.values()) if isinstance(a, int | float)]
+            return all(operand.is_non_negative for operand in self.inputs) and all(number >= 0 for number in numbers)
+        return False
+
+    @property
+    def has_kernel_rounding(self) -> bool:
+        """True where the last bits of the result, computed in float, are those of one version's kernel."""
+        return self.row.has_kernel_rounding
+
+    @property
+    def pads_zeros(self) -> bool:
+        """True if this call may put zeros beside the values of its input."""
+        rule = self.row.pads_zeros if self.is_function else None
+        return rule is not None and rule(self.arguments)
+
+    def factor_axis(self, axis: int) -> int | None:
+        """Return the axis of the channels after this call, where a positive factor on each channel before is one after
+        it; None where it is not."""
+        rule = self.row.factor_axis if self.is_function else None
+        return None if rule is None else rule(self._call(), axis)
+
+    @property
+    def passes_features(self) -> bool:
+        """True if this call leaves the last axis as it is, and passes a factor and an offset of each of its
+        channels."""
+        rule = self.row.passes_features
+        return rule is not None and rule(self._call())
+
+    def _call(self) -> Call:
+        source = self.inputs[0].value if self.inputs else None
+        arguments = self.arguments if is_operator(self.node.target) else {}
+        return Call(arguments, tuple(getattr(source, "shape", ())), tuple(getattr(self.value, "shape", ())))
+
     # What is around it
 
     @property
@@ -165,6 +256,23 @@ class Op:
         """The node that reads the result where it is the only one; else None."""
         readers = self.readers
         return readers[0] if len(readers) == 1 else None
+
+
+# Short forms for the facts that are asked for most
+
+
+def kind_of(node: fx.Node) -> OperatorKind:
+    """Return the operator kind of a node; `OperatorKind.FLOAT` for an operator without a row."""
+    return Op(node).kind
+
+
+def module_of(node: fx.Node) -> nn.Module:
+    """Return the module that a node calls; only for nodes that call one."""
+    module: nn.Module = Op(node).module
+    return module
+
+
+# Whole graphs
 
 
 def operations(graph: fx.Graph) -> list[Op]:
@@ -195,3 +303,29 @@ def replace_call(node: fx.Node, target: Any, args: Iterable[Any], kwargs: dict[s
 def record_value(node: fx.Node, value: Any) -> None:
     """Record the result of a node that was added or changed after capture: a tensor without data, or a number."""
     node.meta["val"] = value
+
+
+def tensor_names(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Return the names by which users know the tensors of a graph, each with its node.
+
+    A layer's output has the layer's path; a function's result the path of the module that calls it and the operator's
+    name, numbered where there are several; an input its own name. An operator that took another's place keeps the
+    name, which is in its `meta["halfeven_name"]`.
+    """
+    names: dict[str, fx.Node] = {}
+    for op in operations(graph):
+        if op.is_output or op.is_constant:
+            continue
+        name = op.tensor_name
+        unique = name
+        number = 1
+        while unique in names:
+            unique = f"{name}_{number}"
+            number += 1
+        names[unique] = op.node
+    return names
+
+
+def keep_tensor_name(node: fx.Node, name: str) -> None:
+    """Let a node's tensor be known by this name, whatever operator makes it from now on."""
+    node.meta["halfeven_name"] = name

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from halfeven.errors import AlgorithmError
-from halfeven.graph.operators import module_of
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.view import module_of
 from halfeven.layerwise.blocks import Unit
 from halfeven.layerwise.cache import Cache, Stored
 from halfeven.quantization.quantizer import Mode, Quantizer, quantizers, set_mode

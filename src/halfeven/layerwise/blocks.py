@@ -11,8 +11,9 @@ from typing import Literal
 
 from torch import Tensor, fx
 
-from halfeven.graph.operators import WEIGHTED, OperatorKind, is_float_tensor, kind_of, module_of
+from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.view import Op, kind_of, module_of
 
 Granularity = Literal["layers", "blocks"]
 
@@ -143,5 +144,5 @@ def _one_chain(nodes: Sequence[fx.Node], all_layers: Sequence[fx.Node]) -> bool:
 
 
 def _joins_branches(node: fx.Node) -> bool:
-    tensors = [i for i in node.all_input_nodes if is_float_tensor(i) and kind_of(i) is not OperatorKind.CONSTANT]
+    tensors = [i for i in node.all_input_nodes if Op(i).is_float_tensor and kind_of(i) is not OperatorKind.CONSTANT]
     return kind_of(node) is OperatorKind.ADD and len(tensors) > 1

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, fx, nn
 
-from halfeven.graph.operators import OperatorKind, kind_of, module_of
+from halfeven.graph.operators import OperatorKind
 from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.graph.view import kind_of, module_of
 from halfeven.quantization.quantizer import Quantizer
 
 

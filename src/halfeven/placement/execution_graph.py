@@ -10,12 +10,10 @@ from contextlib import contextmanager
 
 from torch import fx, nn
 
-from halfeven.graph.operators import clipping, module_of, operator_name
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.view import Op, module_of
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.quantizer import Quantizer
-
-POOLS = ("max_pool1d", "max_pool2d", "max_pool3d")
 
 
 def fused_graph(region: CapturedModule) -> fx.Graph:
@@ -61,10 +59,10 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
 
 def _sink_below_pools(quantizer: fx.Node) -> None:
     """From `clip -> quantizer -> pool` to `pool -> clip -> quantizer`, pool after pool."""
-    while (pool := _only_reader(quantizer)) is not None and operator_name(pool) in POOLS:
+    while (pool := _only_reader(quantizer)) is not None and Op(pool).row.takes_maximum:
         source = quantizer.all_input_nodes[0]
         moved = [quantizer]
-        if clipping(source) is not None and _only_reader(source) is quantizer:
+        if Op(source).bounds is not None and _only_reader(source) is quantizer:
             moved = [source, quantizer]
         before = moved[0].all_input_nodes[0]
         pool.replace_all_uses_with(quantizer)
@@ -76,7 +74,7 @@ def _sink_below_pools(quantizer: fx.Node) -> None:
 
 def _fuse_clip(quantizer: fx.Node) -> None:
     activation = quantizer.all_input_nodes[0]
-    bounds = clipping(activation)
+    bounds = Op(activation).bounds
     if bounds is None or _only_reader(activation) is not quantizer:
         return
     quantizer.args = (activation.all_input_nodes[0], bounds)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.graph.batchnorm import foldable, output_axis, remove
-from halfeven.graph.operators import module_of
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.view import module_of
 from halfeven.quantization.arithmetic import per_channel
 
 SMALLEST_FACTOR = 1e-6

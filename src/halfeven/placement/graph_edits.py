@@ -7,8 +7,9 @@ import torch
 from torch import fx, nn
 
 from halfeven.errors import PlacementError
-from halfeven.graph.operators import WEIGHTED, clipping, kind_of, module_of, operator_name
+from halfeven.graph.operators import WEIGHTED
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.placement.channel_affine import insert_rescaling
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.make_plan import named_nodes
@@ -19,7 +20,7 @@ aten = torch.ops.aten
 
 def clipped_relus(model: nn.Module) -> tuple[str, ...]:
     """Names of the operators that are a ReLU with an upper bound: ReLU6, hardtanh and clamp from 0."""
-    bounds = {name: clipping(node) for name, (_, node) in named_nodes(model).items()}
+    bounds = {name: Op(node).bounds for name, (_, node) in named_nodes(model).items()}
     return tuple(name for name, b in bounds.items() if b is not None and b[0] == 0 and 0 < b[1] < float("inf"))
 
 
@@ -84,10 +85,10 @@ def _found(nodes: dict[str, tuple[CapturedModule, fx.Node]], name: str) -> tuple
 
 
 def _unclip(name: str, node: fx.Node) -> None:
-    bounds = clipping(node)
+    bounds = Op(node).bounds
     if bounds is None or bounds[0] != 0:
         raise PlacementError(
-            f"{name} is a {operator_name(node)}, which is no ReLU with an upper bound, so it cannot be made a ReLU. "
+            f"{name} is a {Op(node).name}, which is no ReLU with an upper bound, so it cannot be made a ReLU. "
             "Name ReLU6 operators and clamps from 0 only."
         )
     if bounds[1] == float("inf"):
@@ -107,7 +108,7 @@ def _give_bias(name: str, node: fx.Node) -> None:
 def _layer(name: str, node: fx.Node) -> nn.Module:
     if node.op != "call_module" or kind_of(node) not in WEIGHTED:
         raise PlacementError(
-            f"{name} is a {operator_name(node)} and no convolution or linear module, so it has no bias to set. Name a "
+            f"{name} is a {Op(node).name} and no convolution or linear module, so it has no bias to set. Name a "
             "layer of the plan's table of weights that is a module."
         )
     return module_of(node)

@@ -7,8 +7,9 @@ from typing import Any
 from torch import fx, nn
 
 from halfeven.errors import PlacementError
-from halfeven.graph.operators import OperatorKind, kind_of, module_of
+from halfeven.graph.operators import OperatorKind
 from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.graph.view import kind_of, module_of
 from halfeven.placement.execution_graph import fused_graph
 from halfeven.placement.folded_batchnorm import fold_live
 from halfeven.placement.make_plan import named_nodes, regions

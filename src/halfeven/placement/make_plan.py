@@ -11,18 +11,9 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from halfeven.errors import PlacementError
-from halfeven.graph.operators import (
-    TRANSPARENT,
-    WEIGHTED,
-    OperatorKind,
-    is_float_tensor,
-    kind_of,
-    module_of,
-    non_negative,
-    operator_name,
-    tensor_names,
-)
+from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.view import Op, kind_of, module_of, tensor_names
 from halfeven.placement.plan import LeftInFloat, Plan, PlannedTensor, PlannedWeight, QuantizationOptions, Rule
 from halfeven.placement.requests import ITSELF, OUTPUT, Region, collect, collect_outputs, fused_group, head, sources
 from halfeven.placement.rules import RuleBook
@@ -206,7 +197,7 @@ def _tied(region: Region, node: fx.Node) -> set[fx.Node]:
 def _activation_scheme(region: Region, places: list[fx.Node], target: Target, bits: int) -> Scheme:
     if target.signed_only:
         return Scheme(bits=bits, signed=True, symmetric=True)
-    if all(non_negative(node) for node in places):
+    if all(Op(node).is_non_negative for node in places):
         return Scheme(bits=bits, signed=False, symmetric=True)
     if any(region.demands[node].grid is Grid.NO_ZERO_POINT for node in places):
         return Scheme(bits=bits, signed=True, symmetric=True)
@@ -268,13 +259,13 @@ def _left(region: Region, rules: RuleBook, target: Target, kinds: frozenset[Oper
         kind = kind_of(node)
         if kind in WEIGHTED and kind not in kinds:
             lacks = "has no integer kernel for it" if kinds == set(target.inputs) else "reads no integer weights here"
-            yield LeftInFloat(name=region.names[node], operator=operator_name(node), reason=f"{target.name} {lacks}")
+            yield LeftInFloat(name=region.names[node], operator=Op(node).name, reason=f"{target.name} {lacks}")
             continue
         if kinds != set(target.inputs) and kind not in WEIGHTED:
             continue  # all are in float, as the scheme says
         if kind in (K.OUTPUT, K.CONSTANT, K.CONCAT, *TRANSPARENT) or node in region.demands:
             continue
-        if not is_float_tensor(node):
+        if not Op(node).is_float_tensor:
             continue
         name = region.names[node]
         reason = None
@@ -290,7 +281,7 @@ def _left(region: Region, rules: RuleBook, target: Target, kinds: frozenset[Oper
         else:
             reason = _unread(node)
         if reason is not None:
-            yield LeftInFloat(name=name, operator=operator_name(node), reason=reason)
+            yield LeftInFloat(name=name, operator=Op(node).name, reason=reason)
 
 
 def _fused_into_reader(node: fx.Node) -> bool:
@@ -298,7 +289,7 @@ def _fused_into_reader(node: fx.Node) -> bool:
 
 
 def _unread(node: fx.Node) -> str:
-    readers = list(dict.fromkeys(operator_name(user) for user in node.users if user.op != "output"))
+    readers = list(dict.fromkeys(Op(user).name for user in node.users if user.op != "output"))
     if not readers:
         return "an output of the model"
     return f"its readers compute in float ({', '.join(readers)})"

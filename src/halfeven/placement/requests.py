@@ -9,14 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from halfeven.graph.operators import (
-    TRANSPARENT,
-    OperatorKind,
-    clipping,
-    is_float_tensor,
-    kind_of,
-    operator_name,
-)
+from halfeven.graph.operators import TRANSPARENT, OperatorKind
+from halfeven.graph.view import Op, kind_of
 from halfeven.placement.rules import RuleBook
 from halfeven.targets.target import Grid, Target, wanted_grid
 
@@ -98,7 +92,7 @@ def _integer_operands(region: Region, node: fx.Node, target: Target) -> list[fx.
 
 
 def _demand(region: Region, operand: fx.Node, grid: Grid, reader: fx.Node) -> None:
-    makers = [node for node in sources(operand) if is_float_tensor(node) and kind_of(node) is not K.CONSTANT]
+    makers = [node for node in sources(operand) if Op(node).is_float_tensor and kind_of(node) is not K.CONSTANT]
     for maker in makers:
         demand = region.demands.setdefault(maker, Demand())
         demand.tied_to.update(makers)
@@ -121,7 +115,7 @@ def _fused(node: fx.Node, target: Target) -> bool:
     kind = kind_of(node)
     if kind in (K.BATCH_NORM, K.IDENTITY):
         return True
-    return kind is K.ACTIVATION and (target.fuses_any_activation or clipping(node) is not None)
+    return kind is K.ACTIVATION and (target.fuses_any_activation or Op(node).bounds is not None)
 
 
 def sources(node: fx.Node) -> Iterator[fx.Node]:
@@ -142,10 +136,10 @@ def _elementwise_operands(node: fx.Node, target: Target, region: Region) -> list
     A convolution that is added to a skip connection may be fused with the addition: then its result stays as it is,
     and the skip is quantized. Where no convolution leads (the residual stream of a transformer) all stay in float.
     """
-    operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and is_float_tensor(a)]
+    operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and Op(a).is_float_tensor]
     if len(operands) < 2 or any(kind_of(o) is K.CONSTANT for o in operands):
         return []
-    if target.residual_branch_in_float and operator_name(node) == "add" and _same_shape(*operands):
+    if target.residual_branch_in_float and Op(node).name == "add" and _same_shape(*operands):
         for branch, skip in (operands, operands[::-1]):
             if branch is not skip and (end := _convolution_branch(branch)) is not None:
                 region.branches.update(end)

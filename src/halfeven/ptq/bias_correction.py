@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.evaluation import evaluating
-from halfeven.graph.operators import OperatorKind, kind_of, module_of
+from halfeven.graph.operators import OperatorKind
+from halfeven.graph.view import kind_of, module_of
 from halfeven.layerwise.activations import Stream, check_float_weights, in_float, streams
 from halfeven.layerwise.blocks import Unit, units
 from halfeven.layerwise.cache import Cache, store_inputs

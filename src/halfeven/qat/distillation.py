@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from halfeven.errors import AlgorithmError, ConfigError
 from halfeven.graph.capture import as_arguments
-from halfeven.graph.operators import module_of
+from halfeven.graph.view import module_of
 from halfeven.placement.captured_model import capture_for_quantization
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.make_plan import regions

@@ -13,25 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from halfeven.deployment.exported_program import exported_program
-from halfeven.graph.operators import OperatorKind, clipping, is_float_tensor, kind_of, module_of
+from halfeven.graph.operators import OperatorKind
+from halfeven.graph.view import Op, kind_of, module_of
 
-aten = torch.ops.aten
 K = OperatorKind
-
-ASKED_KINDS = frozenset((K.NORMALIZATION, K.BATCH_NORM, K.SOFTMAX, K.INTERPOLATION, K.AVERAGE, K.MATMUL))
-"""Kinds whose result depends on how a kernel orders its operations."""
-
-ASKED_FUNCTIONS = frozenset(
-    (
-        *(aten.exp.default, aten.expm1.default, aten.log.default, aten.log1p.default, aten.erf.default),
-        *(aten.pow.Tensor_Scalar, aten.rsqrt.default, aten.sin.default, aten.cos.default, aten.rms_norm.default),
-        *(aten.sum.dim_IntList, aten.var.correction, aten.linalg_vector_norm.default, aten.logsumexp.default),
-    )
-)
-"""Functions without a kind of their own of which the same is true."""
-
-ROUNDED_ONCE = frozenset((aten.relu.default, aten.leaky_relu.default, aten.prelu.default))
-"""Activations of which IEEE 754 leaves nothing open."""
 
 Function = Callable[[Sequence[Tensor], Mapping[str, Tensor]], Tensor]
 """From inputs, and constants by name, to a result."""
@@ -39,12 +24,10 @@ Function = Callable[[Sequence[Tensor], Mapping[str, Tensor]], Tensor]
 
 def is_asked(node: fx.Node) -> bool:
     """Whether the result of an operator, computed of float tensors, is the runtime's own in its last bits."""
-    kind, operands = kind_of(node), [operand for operand in node.all_input_nodes if operand.op != "get_attr"]
-    if not is_float_tensor(node) or not any(map(is_float_tensor, operands)):
+    operands = [operand for operand in Op(node).inputs if not operand.is_constant]
+    if not Op(node).is_float_tensor or not any(operand.is_float_tensor for operand in operands):
         return False
-    if kind is K.ACTIVATION:
-        return clipping(node) is None and node.target not in ROUNDED_ONCE
-    return kind in ASKED_KINDS or node.target in ASKED_FUNCTIONS
+    return Op(node).has_kernel_rounding
 
 
 class FloatOperators:

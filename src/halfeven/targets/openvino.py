@@ -1,9 +1,9 @@
 """OpenVINO's CPU plugin: what it executes in integers, and where it wants quantizers."""
 
-import torch
 from torch import fx
 
-from halfeven.graph.operators import TRANSPARENT, OperatorKind, kind_of
+from halfeven.graph.operators import TRANSPARENT, OperatorKind
+from halfeven.graph.view import Op, kind_of
 from halfeven.targets.target import Grid, Target, any_grid, no_zero_point
 
 K = OperatorKind
@@ -11,13 +11,7 @@ K = OperatorKind
 
 def _average(node: fx.Node) -> Grid:
     """OpenVINO pads an average pool with level 0, which is not zero where there is a zero point."""
-    pads = node.target in _PADDED_POOLS and len(node.args) > 3 and any(_numbers(node.args[3]))
-    counted = len(node.args) <= 5 or bool(node.args[5])
-    return Grid.NO_ZERO_POINT if pads and counted else Grid.ANY
-
-
-def _numbers(value: object) -> list[object]:
-    return list(value) if isinstance(value, list | tuple) else [value]
+    return Grid.NO_ZERO_POINT if Op(node).pads_zeros else Grid.ANY
 
 
 def _rounds_average(average: fx.Node) -> bool:
@@ -29,7 +23,9 @@ def _rounds_average(average: fx.Node) -> bool:
     behind a pool of sequences, which is a pool of images and a reshape there.
     """
     normalized = len(average.users) == 1 and kind_of(next(iter(average.users))) is K.BATCH_NORM
-    if normalized and average.target is not torch.ops.aten.avg_pool1d.default:
+    row = Op(average).row
+    of_sequences = row.window == 1 and not row.adaptive
+    if normalized and not of_sequences:
         return False
     return _read_as_bytes(average)
 
@@ -49,12 +45,6 @@ def _is_of_tensors(combination: fx.Node) -> bool:
     operands = [operand for operand in combination.args[:2] if isinstance(operand, fx.Node)]
     return len([operand for operand in operands if kind_of(operand) is not K.CONSTANT]) == 2
 
-
-_PADDED_POOLS = (
-    torch.ops.aten.avg_pool1d.default,
-    torch.ops.aten.avg_pool2d.default,
-    torch.ops.aten.avg_pool3d.default,
-)
 
 OPENVINO = Target(
     name="openvino",

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from halfeven.graph.operators import OperatorKind, kind_of
+from halfeven.graph.operators import OperatorKind
+from halfeven.graph.view import kind_of
 
 K = OperatorKind
 

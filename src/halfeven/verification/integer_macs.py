@@ -6,8 +6,9 @@ from torch import fx
 
 from halfeven.deployment.quantize_op import WEIGHT_SUFFIX, ExportedQuantizer
 from halfeven.graph.cost import multiply_accumulates
-from halfeven.graph.operators import WEIGHTED, OperatorKind, kind_of, module_of
+from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.view import kind_of, module_of
 from halfeven.runtimes.layer_execution import LayerExecution
 
 

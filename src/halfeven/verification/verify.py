@@ -14,7 +14,7 @@ from halfeven.deployment.quantize_op import WEIGHT_SUFFIX, ExportedQuantizer
 from halfeven.errors import VerificationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.capture import inputs_of
-from halfeven.graph.operators import module_of
+from halfeven.graph.view import module_of
 from halfeven.placement.execution_graph import as_planned
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.quantizer import Quantizer, quantizers, weights_quantized_once

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from halfeven.errors import AlgorithmError
-from halfeven.graph.operators import module_of
+from halfeven.graph.view import module_of
 from halfeven.layerwise.calibrate import set_weight_ranges
 from halfeven.placement.graph_edits import give_bias
 from halfeven.placement.make_plan import regions

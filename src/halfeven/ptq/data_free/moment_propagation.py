@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from halfeven.graph.batchnorm import statistics
-from halfeven.graph.operators import WEIGHTED, OperatorKind, clipping, is_float_tensor, kind_of, module_of
-from halfeven.graph.rebuild import CapturedModule, arguments
+from halfeven.graph.operators import WEIGHTED, OperatorKind
+from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.ptq.data_free.moments import (
     Distribution,
     added,
@@ -26,11 +27,10 @@ from halfeven.ptq.data_free.moments import (
     scaled,
     through,
 )
-from halfeven.ptq.equalization.layer_pairs import PASSED, apply_to_constant, channel_axis, weight_by_channel
+from halfeven.ptq.equalization.layer_pairs import apply_to_constant, channel_axis, weight_by_channel
 from halfeven.quantization.quantizer import Quantizer
 
 K = OperatorKind
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def propagated(
     found: dict[fx.Node, Distribution] = {}
     walk = _Walk(region, found, alpha, inputs)
     for node in region.graph.nodes:
-        if is_float_tensor(node) and (known := walk.of(node)) is not None:
+        if Op(node).is_float_tensor and (known := walk.of(node)) is not None:
             found[node] = known
     return found
 
@@ -117,7 +117,7 @@ class _Walk:
         return gaussian(mean, std, self.alpha, channel_axis(node, node), False)
 
     def _of_function(self, node: fx.Node, kind: OperatorKind, x: Distribution) -> Distribution | None:
-        if (bounds := clipping(node)) is not None:
+        if (bounds := Op(node).bounds) is not None:
             return clipped(x, *bounds)
         if kind is K.ACTIVATION:
             function: Any = node.target
@@ -137,8 +137,8 @@ class _Walk:
         assert b is not None
         if kind_of(node) is K.MULTIPLY:
             return multiplied(a, b)
-        sign = -1.0 if node.target is aten.sub.Tensor else 1.0
-        return added(a, scaled(b, sign * float(arguments(node).get("alpha", 1))), self.alpha)
+        sign = -1.0 if Op(node).row.subtracts else 1.0
+        return added(a, scaled(b, sign * float(Op(node).arguments.get("alpha", 1))), self.alpha)
 
     def _operand(self, node: fx.Node, operand: Any) -> Distribution | None:
         if not isinstance(operand, fx.Node):
@@ -149,7 +149,7 @@ class _Walk:
         return collapsed(x) if x is not None and _ndim(operand) != _ndim(node) else x
 
     def _joined(self, node: fx.Node) -> Distribution | None:
-        given = arguments(node)
+        given = Op(node).arguments
         parts = [self.found[i] for i in given["tensors"] if i in self.found]
         if len(parts) < len(given["tensors"]):
             return None
@@ -204,8 +204,7 @@ def _moved(node: fx.Node, x: Distribution) -> Distribution:
     """After an operator that moves, selects or averages values. An average's deviation is at most that of its terms."""
     if x.axis is None or kind_of(node) is K.IDENTITY:
         return x
-    rule = PASSED.get(node.target)
-    axis = None if rule is None else rule(node, x.axis)
+    axis = Op(node).factor_axis(x.axis)
     if axis is None:
         return collapsed(x)
     channels = int(node.meta["val"].shape[axis])

@@ -6,21 +6,19 @@ W2 relu(W1 x + b1) + b2 is W2 relu(W1 x + b1 - c) + (b2 + W2 c): the tensor betw
 Equalization, which divides biases with their weights, makes large biases, so this follows it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from halfeven.graph.operators import OperatorKind, kind_of, module_of
-from halfeven.graph.rebuild import arguments
+from halfeven.graph.operators import OperatorKind
+from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.layerwise.calibrate import run_batches
 from halfeven.layerwise.float_equivalence import float_function, float_outputs, sqnr
 from halfeven.placement.graph_edits import give_bias
 from halfeven.ptq.equalization.layer_pairs import Link, apply_to_constant, links, rewritable_layers, weight_by_channel
-
-aten = torch.ops.aten
 
 
 def certain_part(mean: Tensor, std: Tensor, deviations: float) -> Tensor:
@@ -130,7 +128,7 @@ def _refusal(link: Link, needs_statistics: bool, across_padding: bool) -> str | 
 
 def _pads(link: Link) -> bool:
     """Whether zeros come in between the layers: by the consumer's own padding or an operator on the way."""
-    if any(node.target in PADDING and PADDING[node.target](node) for node in link.between):
+    if any(Op(node).pads_zeros for node in link.between):
         return True
     layer: Any = module_of(link.consumer)
     if isinstance(layer, nn.Linear) or layer.padding == "valid":
@@ -138,11 +136,6 @@ def _pads(link: Link) -> bool:
     if layer.padding == "same":
         return any(size > 1 for size in layer.kernel_size)
     return any(layer.padding)
-
-
-def _pool_pads(node: fx.Node) -> bool:
-    given = arguments(node)
-    return any(given["padding"]) and bool(given["count_include_pad"])
 
 
 def _activated(link: Link) -> bool:
@@ -181,11 +174,3 @@ def _absorb(producer: Any, consumer: Any, constant: Tensor) -> None:
     if hasattr(producer, "output_statistics"):
         mean, std = producer.output_statistics
         producer.output_statistics = (mean - constant.to(mean), std)
-
-
-PADDING: dict[Any, Callable[[fx.Node], bool]] = {
-    aten.constant_pad_nd.default: lambda node: True,
-    aten.pad.default: lambda node: arguments(node)["mode"] == "constant",
-    **dict.fromkeys((aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default), _pool_pads),
-}
-"""Operators that may bring zeros in, with the condition on a call."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from halfeven.graph.operators import clipping, module_of
+from halfeven.graph.view import Op, module_of
 from halfeven.layerwise.float_equivalence import preserving_the_float_function
 from halfeven.placement.graph_edits import record_changes
 from halfeven.placement.make_plan import named_nodes, regions
@@ -255,7 +255,7 @@ def unclipping_sqnr(qmodel: nn.Module) -> dict[str, float]:
 
 
 def _clips(link: Link) -> dict[fx.Node, tuple[float, float]]:
-    bounds = {node: clipping(node) for node in link.between}
+    bounds = {node: Op(node).bounds for node in link.between}
     return {node: ends for node, ends in bounds.items() if ends is not None and ends[1] < float("inf")}
 
 

@@ -5,20 +5,16 @@ that treat each channel by itself and commute with a positive factor; a branch, 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from halfeven.graph.operators import WEIGHTED, OperatorKind, clipping, kind_of, module_of, tensor_names
-from halfeven.graph.rebuild import arguments
+from halfeven.graph.operators import WEIGHTED, OperatorKind
+from halfeven.graph.view import Op, kind_of, module_of, tensor_names
 from halfeven.placement.make_plan import qualified, regions
 from halfeven.quantization.quantizer import Quantizer
-
-aten = torch.ops.aten
-
 
 # Weights by channel
 
@@ -165,72 +161,11 @@ def _axis_after(reader: fx.Node, node: fx.Node, axis: int, through_clips: bool) 
     if reader.op == "call_module":
         module = module_of(reader)
         return axis if isinstance(module, Quantizer) and module.scheme.axis is None else None
-    if (bounds := clipping(reader)) is not None:
+    if (bounds := Op(reader).bounds) is not None:
         low, high = bounds
         return axis if low == 0 and (high == float("inf") or through_clips) else None
-    rule = PASSED.get(reader.target)
-    return None if rule is None else rule(reader, axis)
+    return Op(reader).factor_axis(axis)
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
-
-
-def _always(node: fx.Node, axis: int) -> int | None:
-    return axis
-
-
-def _window(axes: int) -> Callable[[fx.Node, int], int | None]:
-    """A rule for operators on the last axes of a tensor, which must not be the channels'."""
-    return lambda node, axis: axis if axis < len(_shape(node)) - axes else None
-
-
-def _reduced(node: fx.Node, axis: int) -> int | None:
-    """A mean or maximum over some axes, the channels' not among them."""
-    given = arguments(node)
-    ndim = len(_shape(node.all_input_nodes[0]))
-    dims = {dim % ndim for dim in given["dim"] or range(ndim)}
-    if axis in dims:
-        return None
-    return axis if given["keepdim"] else axis - sum(dim < axis for dim in dims)
-
-
-def _flattened(node: fx.Node, axis: int) -> int | None:
-    """[batch, channels, ...] to [batch, features]: the features of a channel stay side by side."""
-    before, after = _shape(node.all_input_nodes[0]), _shape(node)
-    features = 1
-    for size in before[1:]:
-        features = features * size
-    return 1 if axis == 1 and len(after) == 2 and after[1] == features else None
-
-
-def _zero_padded(node: fx.Node, axis: int) -> int | None:
-    given = arguments(node)
-    padded = len(given["pad"]) // 2
-    constant = given.get("mode", "constant") == "constant"
-    zero = not constant or given.get("value") in (None, 0)
-    return axis if zero and axis < len(_shape(node)) - padded else None
-
-
-PASSED: dict[Any, Callable[[fx.Node, int], int | None]] = {
-    **dict.fromkeys((aten.leaky_relu.default, aten.prelu.default), _always),
-    **dict.fromkeys((aten.max_pool1d.default, aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default), _window(1)),
-    **dict.fromkeys(
-        (
-            aten.max_pool2d.default,
-            aten.avg_pool2d.default,
-            aten.adaptive_avg_pool2d.default,
-            aten.adaptive_max_pool2d.default,
-            aten.upsample_nearest2d.vec,
-            aten.upsample_nearest2d.default,
-            aten.upsample_bilinear2d.vec,
-        ),
-        _window(2),
-    ),
-    **dict.fromkeys((aten.max_pool3d.default, aten.avg_pool3d.default, aten.adaptive_avg_pool3d.default), _window(3)),
-    **dict.fromkeys((aten.mean.dim, aten.amax.default), _reduced),
-    **dict.fromkeys((aten.flatten.using_ints, aten.view.default, aten.reshape.default), _flattened),
-    **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), _zero_padded),
-}
-"""Operators that a link passes, besides ReLU and what does nothing: the axis of the channels afterwards, or None where
-this call is not passed. A factor that multiplies a channel before multiplies it after."""

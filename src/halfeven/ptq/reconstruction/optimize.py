@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from halfeven.graph.operators import module_of
+from halfeven.graph.view import module_of
 from halfeven.layerwise.activations import Stream, Values, run
 from halfeven.layerwise.blocks import Unit
 from halfeven.ptq.options import PTQOptions

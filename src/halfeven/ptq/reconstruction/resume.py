@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from halfeven.errors import CheckpointError
 from halfeven.files import write_atomically
-from halfeven.graph.operators import module_of
+from halfeven.graph.view import module_of
 from halfeven.layerwise.blocks import Unit
 from halfeven.layerwise.cache import Stored
 from halfeven.placement.insertion import plan_of

@@ -1,21 +1,18 @@
 """LayerNorms whose channels linear layers read: their factors and offsets can move into those layers' weights."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from halfeven.graph.operators import OperatorKind, kind_of, module_of, operator_name
-from halfeven.graph.rebuild import arguments
+from halfeven.graph.operators import OperatorKind
+from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.placement.channel_affine import ChannelAffine, readers
 from halfeven.placement.make_plan import named_nodes
 from halfeven.ptq.equalization.layer_pairs import rewritable_layers
 from halfeven.quantization.quantizer import Quantizer
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def norm_sites(qmodel: nn.Module) -> tuple[list[NormSite], tuple[str, ...]]:
         linear = [end for end in ends if end in layers]
         others = [end for end in ends if end not in layers]
         if others and not (linear and _only_additions(node, others)):
-            left.append(f"{name} (read by {', '.join(dict.fromkeys(operator_name(end) for end in others))})")
+            left.append(f"{name} (read by {', '.join(dict.fromkeys(Op(end).name for end in others))})")
         elif calls[id(norm)] > 1 or any(owners[id(p)] > 1 for p in norm.parameters()):
             left.append(f"{name} (used more than once)")
         elif linear:
@@ -84,45 +81,6 @@ def _passes(node: fx.Node) -> bool:
         module = module_of(node)
         if isinstance(module, nn.Dropout):
             return module.p == 0  # what it drops would become 0 here, and c there
-        return (isinstance(module, Quantizer) and module.scheme.axis is None) or isinstance(module, nn.Identity)
-    rule = PASSED.get(node.target)
-    return rule is not None and rule(node)
-
-
-def _dims_of(argument: str) -> Callable[[fx.Node], bool]:
-    """A rule for operators on the axes that an argument names, which must not be the last."""
-
-    def rule(node: fx.Node) -> bool:
-        given = arguments(node)[argument]
-        ndim = node.all_input_nodes[0].meta["val"].ndim
-        dims = given if isinstance(given, list | tuple) else [given]
-        return all(dim % ndim != ndim - 1 for dim in dims) and bool(dims)
-
-    return rule
-
-
-def _keeps_last_size(node: fx.Node) -> bool:
-    return bool(node.meta["val"].shape[-1] == node.all_input_nodes[0].meta["val"].shape[-1])
-
-
-def _adds_nothing(node: fx.Node) -> bool:
-    """A padding by 0 elements, which models write for the sizes that do not divide."""
-    return all(isinstance(amount, int) and amount == 0 for amount in arguments(node)["pad"])
-
-
-def _keeps_last_place(node: fx.Node) -> bool:
-    dims = arguments(node)["dims"]
-    return bool(dims[-1] % len(dims) == len(dims) - 1)
-
-
-PASSED: dict[Any, Callable[[fx.Node], bool]] = {
-    **dict.fromkeys((aten.contiguous.default, aten.clone.default, aten.alias.default), lambda node: True),
-    **dict.fromkeys((aten.view.default, aten.reshape.default, aten.flatten.using_ints), _keeps_last_size),
-    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _adds_nothing),
-    aten.permute.default: _keeps_last_place,
-    aten.transpose.int: lambda node: _dims_of("dim0")(node) and _dims_of("dim1")(node),
-    aten.roll.default: _dims_of("dims"),
-    aten.mean.dim: _dims_of("dim"),
-    **dict.fromkeys((aten.slice.Tensor, aten.select.int), _dims_of("dim")),
-}
-"""Operators between a LayerNorm and its readers that the channels pass one by one, with the condition on a call."""
+        if isinstance(module, Quantizer):
+            return module.scheme.axis is None
+    return Op(node).passes_features

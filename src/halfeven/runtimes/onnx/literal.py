@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx
 
 from halfeven.deployment.quantize_op import ExportedQuantizer
-from halfeven.graph.operators import module_of
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.view import module_of
 from halfeven.runtimes.simulation import Simulation
 
 

@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 
 from halfeven.deployment.deployed import Int32Bias
 from halfeven.deployment.quantize_op import ExportedQuantizer
-from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, kind_of, module_of
+from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.runtimes.float_operators import FloatOperators, is_asked
 from halfeven.runtimes.integer_layers import IntegerLayer
 from halfeven.runtimes.onnx.literal import Grid, Integers
@@ -25,7 +26,6 @@ from halfeven.runtimes.simulation import Simulation
 
 aten = torch.ops.aten
 K = OperatorKind
-POOLS = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 
 
 def _requantized(grid: Grid, sums: Tensor, unit: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         kind = kind_of(n)
         if n.target is torch.ops.halfeven.global_average_pool.default and isinstance(args[0], Integers):
             return _mean(args[0])
-        if n.target in POOLS and isinstance(args[0], Integers):
+        if _is_average_pool(n) and isinstance(args[0], Integers):
             return Pooled(getattr(super(), n.op)(n.target, (args[0].real(), *args[1:]), kwargs))
         if n.target is operator.getitem and isinstance(args[0], tuple | list):
             return args[0][args[1]]
@@ -193,7 +193,7 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
             if isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
                 return self._layer(n, layer, args[0])
         if kind in (K.ADD, K.MULTIPLY) and len(args) == 2 and all(isinstance(a, Integers) for a in args):
-            sign = 1.0 if n.target is not aten.sub.Tensor else -1.0
+            sign = -1.0 if Op(n).row.subtracts else 1.0
             return Combined(args[0], args[1], kind, sign) if not kwargs else None
         if kind is K.MATMUL and all(isinstance(a, Integers) for a in args[:2]):
             a, b = (x.values - x.grid.zero_point for x in args[:2])
@@ -225,6 +225,12 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         grid = Grid.of(quantizer)
         integers = x.integers(grid) if _is_special(x) else grid.quantized(x)
         return Integers(self.simulation.keep(quantizer.name, integers - grid.first) + grid.first, grid)
+
+
+def _is_average_pool(node: fx.Node) -> bool:
+    """Return True for an average over windows whose size the call gives."""
+    row = Op(node).row
+    return row.kind is K.AVERAGE and row.window > 0 and not row.adaptive
 
 
 def _on_one_grid(tensors: Any) -> bool:

@@ -16,22 +16,14 @@ from torch import Tensor, fx, nn
 from halfeven.deployment.deployed import Deployed, Int32Bias
 from halfeven.deployment.grids import grid_of, quantizer_at
 from halfeven.deployment.quantize_op import ExportedQuantizer, twin_of
-from halfeven.graph.operators import (
-    TRANSPARENT,
-    WEIGHTED,
-    OperatorKind,
-    clipping,
-    is_float_tensor,
-    kind_of,
-    module_of,
-)
-from halfeven.graph.rebuild import CapturedModule, arguments, place
+from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
+from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.arithmetic import per_channel
 
 aten = torch.ops.aten
 
-SPLITS = (aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default)
 
 LARGEST_BIAS = 2.0**30
 """Integer biases stay below this, so that a sum of products and bias fits in 32 bits."""
@@ -67,7 +59,7 @@ def _take_in_clips(region: CapturedModule) -> None:
         if (quantizer := quantizer_at(node)) is None:
             continue
         clip = node.all_input_nodes[0]
-        while (bounds := clipping(clip)) is not None and len(clip.users) == 1:
+        while (bounds := Op(clip).bounds) is not None and len(clip.users) == 1:
             low, high = (_integer_of(quantizer, bound) for bound in bounds)
             quantizer.quant_min = int(max(quantizer.quant_min, min(low, quantizer.quant_max)))
             quantizer.quant_max = int(min(quantizer.quant_max, max(high, quantizer.quant_min)))
@@ -84,9 +76,9 @@ def _integer_of(quantizer: ExportedQuantizer, bound: float) -> float:
 def _write_slices(region: CapturedModule) -> None:
     """Write the parts of a split as slices, which the runtime cuts out of integers."""
     for node in list(region.graph.nodes):
-        if node.target not in SPLITS or not all(user.target is operator.getitem for user in node.users):
+        if not Op(node).row.splits or not all(user.target is operator.getitem for user in node.users):
             continue
-        given = arguments(node)
+        given = Op(node).arguments
         source, dim = given["self"], given["dim"]
         sizes = [part.shape[dim] for part in node.meta["val"]]
         if not all(isinstance(size, int) for size in sizes):
@@ -138,7 +130,7 @@ def _is_global_mean(node: fx.Node) -> bool:
     ndim = node.all_input_nodes[0].meta["val"].ndim
     if ndim != 4:
         return False  # the integer kernel takes images alone
-    given = arguments(node)
+    given = Op(node).arguments
     if node.target is not aten.mean.dim:
         sizes = given["output_size"]
         return all(size == 1 for size in sizes)
@@ -151,7 +143,7 @@ def _repeat_quantizers(region: CapturedModule, exported: list[ExportedQuantizer]
     runs the operator on integers."""
     count = 0
     for node in list(region.graph.nodes):
-        if kind_of(node) not in (*TRANSPARENT, OperatorKind.CONCAT) or not is_float_tensor(node):
+        if kind_of(node) not in (*TRANSPARENT, OperatorKind.CONCAT) or not Op(node).is_float_tensor:
             continue
         if (quantizer := grid_of(node)) is None or all(user.op == "output" for user in node.users):
             continue

@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 
 from halfeven.deployment.grids import quantizer_at
 from halfeven.deployment.quantize_op import ExportedQuantizer
-from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind, clipping, kind_of, module_of
+from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.runtimes.cpu import has_avx512_vnni
 from halfeven.runtimes.float_operators import FloatOperators, is_asked
 from halfeven.runtimes.openvino.exact_values import Average, Ends, InUnits, Levels, Products, Scaled
@@ -26,14 +27,6 @@ from halfeven.runtimes.openvino.session import function_of
 from halfeven.runtimes.simulation import Simulation
 from halfeven.targets.openvino import OPENVINO
 
-ADAPTIVE_AVERAGES = (
-    torch.ops.aten.adaptive_avg_pool1d.default,
-    torch.ops.aten.adaptive_avg_pool2d.default,
-    torch.ops.aten.adaptive_avg_pool3d.default,
-)
-
-
-SLOPES = (torch.ops.aten.leaky_relu.default, torch.ops.aten.prelu.default)
 SCALINGS = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
 
 
@@ -137,8 +130,8 @@ class OpenVINOInterpreter(fx.Interpreter):
     def _activated(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """A leaky ReLU, taken in units of a sum; or a clip, taken away where the quantizer that reads it clips as
         much or more."""
-        bounds = clipping(node)
-        if node.target in SLOPES and isinstance(args[0], InUnits):
+        bounds = Op(node).bounds
+        if Op(node).row.homogeneous and bounds is None and isinstance(args[0], InUnits):
             return dataclasses.replace(args[0], values=self._run(node, (args[0].values, *args[1:]), kwargs))
         if bounds is None or not isinstance(args[0], InUnits | Products):
             return None
@@ -217,7 +210,7 @@ def _read_by_convolution(node: fx.Node) -> bool:
 
 def _adaptive_in_float(node: fx.Node) -> bool:
     """Whether an average is an adaptive pool to more than one place, for which the plugin has no integer kernel."""
-    if node.target not in ADAPTIVE_AVERAGES:
+    if not Op(node).row.adaptive:
         return False
     sizes = node.args[1]
     return any(size != 1 for size in (sizes if isinstance(sizes, list | tuple) else [sizes]))

@@ -10,8 +10,9 @@ from torch import fx, nn
 
 from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.grids import quantizer_at
-from halfeven.graph.operators import OperatorKind, kind_of, module_of
+from halfeven.graph.operators import OperatorKind
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.view import kind_of, module_of
 from halfeven.placement.make_plan import regions
 
 CONVOLUTIONS = (OperatorKind.CONVOLUTION, OperatorKind.TRANSPOSED_CONVOLUTION)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, fx
 
 from halfeven.deployment.grids import quantizer_at
-from halfeven.graph.operators import OperatorKind, clipping, kind_of
+from halfeven.graph.operators import OperatorKind
+from halfeven.graph.view import Op, kind_of
 from halfeven.runtimes.openvino.exact_values import InUnits, Levels, Products
 
 ADDED_IN_UNITS = (OperatorKind.CONVOLUTION, OperatorKind.LINEAR)
@@ -84,7 +85,7 @@ def is_unrounded(quantizer: fx.Node, ends: tuple[float, float]) -> bool:
 def _before_clips(quantizer: fx.Node, ends: tuple[float, float]) -> fx.Node:
     """What a quantizer reads, before the clips between that clip no more than it does, and that nothing else reads."""
     node = quantizer.all_input_nodes[0]
-    while len(node.users) == 1 and (bounds := clipping(node)) and bounds[0] <= ends[0] and ends[1] <= bounds[1]:
+    while len(node.users) == 1 and (bounds := Op(node).bounds) and bounds[0] <= ends[0] and ends[1] <= bounds[1]:
         node = node.all_input_nodes[0]
     return node
 

@@ -1,0 +1,66 @@
+"""The table of operators: one row each, with all that is known of it.
+
+Placement, algorithms and runtimes speak of kinds and facts only, so that a new operator is a new row. Operators
+without a row run in float, and the plan says so.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from halfeven.graph.operators import elementwise, layers, reductions, shapes
+from halfeven.graph.operators.row import TRANSPARENT, UNKNOWN, WEIGHTED, Arguments, Call, Operator, OperatorKind
+
+__all__ = [
+    "OPERATORS",
+    "ROWS",
+    "TRANSPARENT",
+    "WEIGHTED",
+    "Arguments",
+    "Call",
+    "Operator",
+    "OperatorKind",
+    "is_stochastic_depth",
+    "row_of",
+    "row_of_module",
+]
+
+OPERATORS: tuple[Operator, ...] = (
+    *layers.MODULES,
+    *layers.FUNCTIONS,
+    *elementwise.ACTIVATIONS,
+    *elementwise.ARITHMETIC,
+    *elementwise.IN_FLOAT,
+    *reductions.OVER_WINDOWS,
+    *reductions.OVER_AXES,
+    *shapes.MOVES,
+    *shapes.PARTS,
+    *shapes.COPIES,
+    *shapes.JOINS,
+)
+
+ROWS: dict[Any, Operator] = {row.target: row for row in OPERATORS}
+
+STOCHASTIC_DEPTH = ("DropPath", "StochasticDepth")
+"""Ends of the names of modules for stochastic depth, of any library: graph capture keeps them as modules, which do
+nothing in eval mode."""
+
+
+def row_of(target: Any) -> Operator:
+    """Return the row of an overload or function; `UNKNOWN` where there is none."""
+    return ROWS.get(target, UNKNOWN)
+
+
+def row_of_module(module: nn.Module) -> Operator:
+    """Return the row of a module's type or of the nearest type that it derives from; `UNKNOWN` where there is none."""
+    for ancestor in type(module).__mro__:
+        if ancestor in ROWS:
+            return ROWS[ancestor]
+    if is_stochastic_depth(module):
+        return Operator(target=type(module), kind=OperatorKind.IDENTITY)
+    return UNKNOWN
+
+
+def is_stochastic_depth(module: nn.Module) -> bool:
+    """Return True for a module that leaves out whole samples of a residual branch in training."""
+    return type(module).__name__.endswith(STOCHASTIC_DEPTH)

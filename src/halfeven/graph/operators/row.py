@@ -1,0 +1,191 @@
+"""What a row of the table of operators says."""
+
+import enum
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+Arguments = dict[str, Any]
+"""The arguments of a call by the names of ATen's schema, defaults filled in."""
+
+Interval = tuple[float, float]
+
+
+class OperatorKind(enum.Enum):
+    """What an operator does to the scales of its tensors."""
+
+    CONVOLUTION = "convolution"
+    TRANSPOSED_CONVOLUTION = "transposed convolution"
+    LINEAR = "linear"
+    MATMUL = "matrix product"
+    BATCH_NORM = "batch normalization"
+    ACTIVATION = "activation"
+    ADD = "addition"
+    MULTIPLY = "multiplication"
+    CONCAT = "concatenation"
+    AVERAGE = "average"
+    SOFTMAX = "softmax"
+    NORMALIZATION = "normalization"
+    PAD = "padding"
+    INTERPOLATION = "interpolation"
+    SAME_SCALE = "same scale as its input"
+    IDENTITY = "nothing in eval mode"
+    INPUT = "input"
+    CONSTANT = "constant"
+    OUTPUT = "output"
+    FLOAT = "not quantized"
+
+
+K = OperatorKind
+WEIGHTED = frozenset({K.CONVOLUTION, K.TRANSPOSED_CONVOLUTION, K.LINEAR})
+"""Kinds with a weight that is quantized."""
+
+TRANSPARENT = frozenset({K.SAME_SCALE, K.IDENTITY})
+"""Kinds whose output lies on the grid of their first input."""
+
+KERNEL_ROUNDED = frozenset({K.NORMALIZATION, K.BATCH_NORM, K.SOFTMAX, K.INTERPOLATION, K.AVERAGE, K.MATMUL})
+"""Kinds whose last bits depend on the order in which a kernel adds."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator, as a rule sees it."""
+
+    arguments: Arguments
+    input_shape: tuple[Any, ...]
+    """Shape of the first tensor that it reads."""
+    shape: tuple[Any, ...]
+    """Shape of its result."""
+
+
+AxisRule = Callable[[Call, int], int | None]
+"""From the axis of the channels before a call to that after it; None where the channels do not pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """One row: an overload of `torch.ops`, a Python function or a module type, and its facts.
+
+    A fact that is not given is the cautious one: nothing is known of the results, no channel passes.
+    """
+
+    target: Any
+    kind: OperatorKind
+    module: type[nn.Module] | None = None
+    """The standard module that capture makes of a call whose parameters belong to a module of the model."""
+    bounds: Callable[[Arguments], tuple[Any, Any]] | None = None
+    """For an operator that clips: the bounds (low, high) as the call gives them, None where there is none."""
+    results: Interval = (-math.inf, math.inf)
+    """An interval that holds every result, whatever comes in."""
+    homogeneous: bool = False
+    """f(a * x) = a * f(x) for a > 0, elementwise, in one multiplication at most: IEEE 754 leaves nothing open."""
+    kernel_rounded: bool = False
+    """The last bits of the result are those of one kernel, also where the kind does not say so."""
+    factor_axis: AxisRule | None = None
+    """The axis of the channels after a call, where a positive factor on each channel before is one after it."""
+    passes_features: Callable[[Call], bool] | None = None
+    """True for a call that leaves the last axis as it is, and passes a factor and an offset of each of its channels."""
+    pads_zeros: Callable[[Arguments], bool] | None = None
+    """True for a call that may put zeros beside the values of its input."""
+    window: int = 0
+    """Number of last axes that a pool or a resampling works along."""
+    adaptive: bool = False
+    """The window follows from the sizes of input and output."""
+    takes_maximum: bool = False
+    """Each result is the largest of a window, so that quantizing and clipping may come before or after it alike."""
+    subtracts: bool = False
+    """The second operand counts negative."""
+    splits: bool = False
+    """The results are parts of the input along one axis, side by side."""
+    training_flag: str | None = None
+    """The argument that switches running statistics off, for a normalization that has them."""
+    scatter: Any = None
+    """For a view of a part: the overload that gives the whole tensor with that part exchanged."""
+
+    @property
+    def has_kernel_rounding(self) -> bool:
+        """True where the last bits of a result, computed in float, are those of one version's kernel."""
+        if self.kind is K.ACTIVATION:
+            return self.bounds is None and not self.homogeneous
+        return self.kernel_rounded or self.kind in KERNEL_ROUNDED
+
+
+UNKNOWN = Operator(target=None, kind=K.FLOAT)
+"""The row of an operator that has none."""
+
+
+# Rules for axes
+
+
+def along_last_axes(count: int) -> AxisRule:
+    """Return the rule of an operator on the last axes of a tensor, which must not be those of the channels."""
+    return lambda call, axis: axis if axis < len(call.shape) - count else None
+
+
+def any_axis(call: Call, axis: int) -> int:
+    """Return the same axis: the rule of an elementwise operator."""
+    return axis
+
+
+def reduced_axis(call: Call, axis: int) -> int | None:
+    """Return the axis after a mean or maximum over some axes; None where the channels' is among them."""
+    ndim = len(call.input_shape)
+    dims = {dim % ndim for dim in call.arguments["dim"] or range(ndim)}
+    if axis in dims:
+        return None
+    return axis if call.arguments["keepdim"] else axis - sum(dim < axis for dim in dims)
+
+
+def flattened_axis(call: Call, axis: int) -> int | None:
+    """Return 1 for [batch, channels, ...] to [batch, features]: the features of a channel stay side by side."""
+    features = 1
+    for size in call.input_shape[1:]:
+        features = features * size
+    return 1 if axis == 1 and len(call.shape) == 2 and call.shape[1] == features else None
+
+
+def zero_padded_axis(call: Call, axis: int) -> int | None:
+    """Return the same axis for a padding of other axes with zeros, or with values of the tensor itself."""
+    padded = len(call.arguments["pad"]) // 2
+    constant = call.arguments.get("mode", "constant") == "constant"
+    zero = not constant or call.arguments.get("value") in (None, 0)
+    return axis if zero and axis < len(call.shape) - padded else None
+
+
+# Rules for the last axis
+
+
+def keeps_features(call: Call) -> bool:
+    """Return True: the rule of an operator that copies."""
+    return True
+
+
+def keeps_last_size(call: Call) -> bool:
+    """Return True for a reshape that leaves the size of the last axis."""
+    return bool(call.shape[-1] == call.input_shape[-1])
+
+
+def pads_nothing(call: Call) -> bool:
+    """Return True for a padding by 0 elements, which models write for the sizes that do not divide."""
+    return all(isinstance(amount, int) and amount == 0 for amount in call.arguments["pad"])
+
+
+def keeps_last_place(call: Call) -> bool:
+    """Return True for a permutation that leaves the last axis in its place."""
+    dims = call.arguments["dims"]
+    return bool(dims[-1] % len(dims) == len(dims) - 1)
+
+
+def on_other_axes(*arguments: str) -> Callable[[Call], bool]:
+    """Return the rule of an operator on the axes that arguments name, which must not be the last."""
+
+    def rule(call: Call) -> bool:
+        last = len(call.input_shape) - 1
+        given = [call.arguments[argument] for argument in arguments]
+        dims = [dim for one in given for dim in (one if isinstance(one, list | tuple) else [one])]
+        return bool(dims) and all(dim % len(call.input_shape) != last for dim in dims)
+
+    return rule
