@@ -18,7 +18,7 @@ from halfeven.graph.torch_private import pytree
 from halfeven.layerwise.calibrate import calibrate
 from halfeven.placement.captured_model import capture_for_quantization
 from halfeven.placement.graph_edits import apply_changes
-from halfeven.placement.insertion import insert, plan_of
+from halfeven.placement.insertion import insert, plan_of, record_example
 from halfeven.placement.make_plan import make_plan
 from halfeven.placement.plan import Plan, QuantizationOptions
 from halfeven.ptq.options import PTQOptions
@@ -101,7 +101,7 @@ def _with_example(qmodel: nn.Module, example: Example) -> nn.Module:
     def two(x: Any) -> Any:
         return x[:2].detach().cpu() if isinstance(x, Tensor) and x.ndim else x
 
-    qmodel.halfeven_example = pytree.tree_map(two, (args, kwargs))
+    record_example(qmodel, pytree.tree_map(two, (args, kwargs)))
     return qmodel
 
 

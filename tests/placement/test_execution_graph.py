@@ -88,7 +88,7 @@ def unfused(qmodel):
     """A copy that runs the graph as it is."""
     plain = copy.deepcopy(qmodel)
     for region in regions(plain).values():
-        region.runs_as = None
+        region.execution_graph = None
         region.recompile()
     return plain
 

@@ -47,8 +47,8 @@ def test_without_data(bias):
     before, given = float_outputs(qmodel), first.bias.detach().clone()
     report = absorb_biases(qmodel)
     torch.testing.assert_close(given - first.bias, torch.tensor([0.0, 0.0, 6.0]))
-    torch.testing.assert_close(first.output_statistics[0], torch.tensor([-2.0, 0.0, 3.0]))
-    torch.testing.assert_close(first.output_statistics[1], torch.ones(3))
+    torch.testing.assert_close(first.output_mean, torch.tensor([-2.0, 0.0, 3.0]))
+    torch.testing.assert_close(first.output_std, torch.ones(3))
     assert second.bias is not None
     assert he.plan_of(qmodel).changes.given_biases == (() if bias else ("3",))
     assert report.absorbed == {"0 -> 3": pytest.approx(6)}
@@ -169,4 +169,4 @@ def test_save_and_load_after_layers_were_given_biases(tmp_path):
     he.save(qmodel, tmp_path / "q.safetensors")
     loaded = he.load(tmp_path / "q.safetensors", net(nn.ReLU(), bias=False), torch.randn(IMAGE))
     assert torch.equal(loaded(x := torch.randn(IMAGE)), qmodel(x))
-    assert not hasattr(loaded.get_submodule("0"), "output_statistics")
+    assert not hasattr(loaded.get_submodule("0"), "output_mean")

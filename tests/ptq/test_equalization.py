@@ -125,12 +125,12 @@ def test_the_factors_are_those_of_the_paper():
 def test_statistics_of_batchnorm_follow():
     qmodel = prepared(uneven(NETS["depthwise"][0]()))
     layers = [qmodel.get_submodule(name) for name in ("0", "3")]
-    before = [(layer.bias.detach().clone(), *layer.output_statistics) for layer in layers]
+    before = [(layer.bias.detach().clone(), layer.output_mean, layer.output_std) for layer in layers]
     equalize(qmodel)
     for layer, (bias, mean, std) in zip(layers, before, strict=True):
         factor = bias / layer.bias.detach()
         assert (factor - 1).abs().max() > 0.1
-        for found, expected in zip(layer.output_statistics, (mean, std), strict=True):
+        for found, expected in zip((layer.output_mean, layer.output_std), (mean, std), strict=True):
             torch.testing.assert_close(found * factor, expected)
 
 
@@ -185,12 +185,12 @@ def test_modes_and_calibrated_ranges_stay(training):
 def test_a_changed_function_is_an_error_and_is_undone(monkeypatch):
     qmodel = prepared(uneven(NETS["depthwise"][0]()))
     before = copy.deepcopy(qmodel.state_dict())
-    statistics = qmodel.get_submodule("0").output_statistics
+    mean = qmodel.get_submodule("0").output_mean
     monkeypatch.setattr(equalization, "multiply_inputs", lambda layer, factor: None)
     with pytest.raises(AlgorithmError, match="Equalization changed what the float model computes"):
         equalize(qmodel)
     assert all(torch.equal(value, before[name]) for name, value in qmodel.state_dict().items() if "quant" not in name)
-    assert qmodel.get_submodule("0").output_statistics is statistics
+    assert qmodel.get_submodule("0").output_mean is mean
 
 
 class HardSwish(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.errors import CalibrationError
-from halfeven.graph.batchnorm import foldable, folding, output_axis, remove, split_shared
+from halfeven.graph.batchnorm import foldable, folding, forget_statistics, output_axis, remove, split_shared
 from halfeven.graph.constants import fold_constants
 from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule, build_module, place
@@ -79,11 +79,12 @@ def deployed_form(qmodel: nn.Module) -> nn.Module:
                 "Run halfeven.calibrate(qmodel, loader) first, or load a checkpoint."
             )
     model = copy.deepcopy(qmodel).cpu().float().eval()
+    forget_statistics(model)  # buffers, which an exported program would carry along
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     settled: set[nn.Module] = set()
     for region in regions(model).values():
-        region.runs_as = None  # exporters trace what runs, and shall see the graph as it is
+        region.execution_graph = None  # exporters trace what runs, and shall see the graph as it is
         settle_live(region)
         _remove_identities(region)
         # A weight's quantizer stays: the layer that reads it is quantized.

@@ -8,18 +8,18 @@ from torch.utils import _pytree as pytree
 
 from halfeven.errors import ExportError
 from halfeven.graph.capture import quiet
+from halfeven.placement.insertion import recorded_example
 
 
 def example_of(qmodel: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The example input, on the CPU, that a quantized model was prepared with."""
-    example = getattr(qmodel, "halfeven_example", None)
+    example = recorded_example(qmodel)
     if example is None:
         raise ExportError(
             "This model carries no example input, so it cannot be traced. Export what halfeven.prepare or "
             "halfeven.load returned."
         )
-    result: tuple[tuple[Any, ...], dict[str, Any]] = example
-    return result
+    return example
 
 
 def exported_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:

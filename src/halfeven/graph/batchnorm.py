@@ -87,8 +87,8 @@ def output_axis(layer: fx.Node) -> int:
 def fold(region: CapturedModule) -> int:
     """Fold every BatchNorm that can be into the float layer before it, in place; how many were.
 
-    The layer keeps what the BatchNorm knew of its outputs as `output_statistics` (see `statistics`): algorithms that
-    have no data go by it, and those that scale or shift the outputs scale and shift it too.
+    The layer keeps the statistics of its outputs (see `kept_statistics`): algorithms that have no data use them, and
+    those that scale or shift the outputs scale and shift them too.
     """
     pairs = foldable(region.graph)
     for layer, node in pairs:
@@ -99,17 +99,33 @@ def fold(region: CapturedModule) -> int:
         with torch.no_grad():
             module.weight.copy_((module.weight.double() * factor.reshape(shape)).float())
         module.bias = nn.Parameter(bias.to(module.weight))
-        module.output_statistics = statistics(module_of(node))
+        keep_statistics(module, *statistics(module_of(node)))
         remove(region, node)
     region.recompile()
     return len(pairs)
 
 
+def keep_statistics(layer: nn.Module, mean: Tensor, std: Tensor) -> None:
+    """Keep the mean and standard deviation of a layer's outputs, each [channels], with the layer.
+
+    They are buffers, which move with the layer, and no part of its state dict: they hold for its present weights.
+    """
+    layer.register_buffer("output_mean", mean, persistent=False)
+    layer.register_buffer("output_std", std, persistent=False)
+
+
+def kept_statistics(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Return the mean and standard deviation of a layer's outputs that folding BatchNorm kept; None without any."""
+    kept: Any = layer
+    return (kept.output_mean, kept.output_std) if hasattr(layer, "output_mean") else None
+
+
 def forget_statistics(model: nn.Module) -> None:
-    """Drop what folding kept of BatchNorm, where it says nothing of the weights any more."""
+    """Drop the statistics that folding kept, where they do not hold for the weights any more."""
     for module in model.modules():
-        if hasattr(module, "output_statistics"):
-            del module.output_statistics
+        if kept_statistics(module) is not None:
+            del module.output_mean
+            del module.output_std
 
 
 def remove(region: CapturedModule, node: fx.Node) -> None:

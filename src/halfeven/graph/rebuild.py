@@ -29,17 +29,22 @@ CHECKS = ("_assert", "sym_constrain", "_guards")
 class CapturedModule(fx.GraphModule):
     """A graph module that also keeps, and copies, parameters that its graph does not use.
 
-    `runs_as`, where it is set, gives the graph that is run in the place of `graph`: the same operators in a faster
-    order. Whatever reads or changes the module's graph sees `graph`, and `recompile` follows.
+    The fields that other rooms fill are declared here; their names cannot be those of a model's own submodules.
     """
 
-    runs_as: "Callable[[CapturedModule], fx.Graph] | None" = None
+    execution_graph: "Callable[[CapturedModule], fx.Graph] | None" = None
+    """Makes the graph that is run in the place of `graph`: the same operators in a faster order. Whatever reads or
+    changes the module's graph sees `graph`, and `recompile` follows."""
+    halfeven_plan: Any = None
+    """The plan of the whole model that this is a region of; None before quantizers are inserted."""
+    halfeven_example: Any = None
+    """Two samples of the whole model's inputs: (positional, keyword) arguments."""
 
     def recompile(self) -> Any:
         code = super().recompile()
-        if self.runs_as is not None:
+        if self.execution_graph is not None:
             # Each CapturedModule has a class of its own, whose `forward` is the code of its graph.
-            running = fx.GraphModule(self, self.runs_as(self))
+            running = fx.GraphModule(self, self.execution_graph(self))
             type(self).forward = type(running).forward
         return code
 
@@ -51,9 +56,8 @@ class CapturedModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModule":
         result: Any = super().__deepcopy__(memo)
         adopt(result, self, lambda value: copy.deepcopy(value, memo))
-        for name in ("halfeven_plan", "halfeven_example", "runs_as"):
-            if hasattr(self, name):
-                setattr(result, name, getattr(self, name))
+        for name in ("halfeven_plan", "halfeven_example", "execution_graph"):
+            setattr(result, name, getattr(self, name))
         copied: CapturedModule = result
         copied.recompile()
         return copied

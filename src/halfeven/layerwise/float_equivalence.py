@@ -10,6 +10,8 @@ from torch.utils import _pytree as pytree
 
 from halfeven.errors import AlgorithmError
 from halfeven.evaluation import evaluating
+from halfeven.graph.batchnorm import keep_statistics, kept_statistics
+from halfeven.placement.insertion import recorded_example
 from halfeven.quantization.quantizer import Mode, quantizers, set_mode
 
 TOLERANCE = 1e-4
@@ -31,7 +33,9 @@ def float_function(qmodel: nn.Module) -> Iterator[None]:
 
 def run_example(qmodel: nn.Module) -> Any:
     """What the model, as it stands, makes of the two samples that it was captured with."""
-    args, kwargs = qmodel.halfeven_example  # type: ignore[misc]
+    example = recorded_example(qmodel)
+    assert example is not None
+    args, kwargs = example
     device = next(qmodel.parameters()).device
     args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (args, kwargs))
     return qmodel(*args, **kwargs)
@@ -53,7 +57,7 @@ def preserving_the_float_function(qmodel: nn.Module, algorithm: str) -> Iterator
         AlgorithmError: it did not; the parameters, and what layers keep of BatchNorm, are as before.
     """
     before = {p: p.detach().clone() for p in qmodel.parameters()}
-    statistics = {m: m.output_statistics for m in qmodel.modules() if hasattr(m, "output_statistics")}
+    statistics = {m: kept for m in qmodel.modules() if (kept := kept_statistics(m)) is not None}
     expected = float_outputs(qmodel)
     yield
     worst = max((relative_difference(*pair) for pair in zip(float_outputs(qmodel), expected, strict=True)), default=0.0)
@@ -63,7 +67,7 @@ def preserving_the_float_function(qmodel: nn.Module, algorithm: str) -> Iterator
         for parameter, value in before.items():
             parameter.copy_(value)
     for module, kept in statistics.items():
-        module.output_statistics = kept
+        keep_statistics(module, *kept)
     raise AlgorithmError(
         f"{algorithm} changed what the float model computes by {worst:.2g} of its largest output, and it must not "
         "change it at all; the model is as it was. Leave this step out, and please report the model: an operator "

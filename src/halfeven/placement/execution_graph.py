@@ -35,7 +35,7 @@ def fused_graph(region: CapturedModule) -> fx.Graph:
 @contextmanager
 def as_planned(model: nn.Module) -> Iterator[None]:
     """Within, a model runs its graphs as they are, so that hooks on its quantizers see the tensors of the plan."""
-    fused = [region for region in regions(model).values() if region.runs_as is not None]
+    fused = [region for region in regions(model).values() if region.execution_graph is not None]
     _run_as(fused, None)
     try:
         yield
@@ -45,7 +45,7 @@ def as_planned(model: nn.Module) -> Iterator[None]:
 
 def _run_as(fused: Iterable[CapturedModule], graph: Callable[[CapturedModule], fx.Graph] | None) -> None:
     for region in fused:
-        region.runs_as = graph
+        region.execution_graph = graph
         region.recompile()
 
 

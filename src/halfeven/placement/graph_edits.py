@@ -11,7 +11,7 @@ from halfeven.graph.operators import WEIGHTED
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.placement.channel_affine import insert_rescaling
-from halfeven.placement.insertion import plan_of
+from halfeven.placement.insertion import plan_of, record_plan
 from halfeven.placement.make_plan import named_nodes
 from halfeven.placement.plan import GraphChanges
 
@@ -57,7 +57,7 @@ def record_changes(
         given_biases=tuple(dict.fromkeys((*plan.changes.given_biases, *given_biases))),
         rescaled=tuple(dict.fromkeys((*plan.changes.rescaled, *rescaled))),
     )
-    qmodel.halfeven_plan = dataclasses.replace(plan, changes=changes)  # type: ignore[assignment]
+    record_plan(qmodel, dataclasses.replace(plan, changes=changes))
     return changes
 
 

@@ -14,7 +14,7 @@ from halfeven.placement.execution_graph import fused_graph
 from halfeven.placement.folded_batchnorm import fold_live
 from halfeven.placement.make_plan import named_nodes, regions
 from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight, QuantizationOptions
-from halfeven.placement.quantized_layers import QUANTIZED_LAYERS
+from halfeven.placement.quantized_layers import QUANTIZED_LAYERS, QuantizedLayer
 from halfeven.quantization.fake_quantize import Domain
 from halfeven.quantization.quantizer import Quantizer
 from halfeven.targets.target import Target
@@ -45,13 +45,19 @@ def insert(model: nn.Module, plan: Plan, target: Target) -> nn.Module:
         _insert_tensor([found[name] for name in tensor.places], tensor, plan.options)
     for region in regions(model).values():
         region.graph.lint()
-        region.runs_as = fused_graph
+        region.execution_graph = fused_graph
         region.recompile()
         _link_inputs(region, int32_bias=target.int32_bias)
         if plan.options.batchnorm == "fold live":
             fold_live(region)
-    model.halfeven_plan = plan  # type: ignore[assignment]
+    record_plan(model, plan)
     return model
+
+
+def record_plan(model: nn.Module, plan: Plan) -> None:
+    """Let `plan_of` return this plan; the model's regions carry it, whatever class the model itself has."""
+    for region in regions(model).values():
+        region.halfeven_plan = plan
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -60,13 +66,27 @@ def plan_of(model: nn.Module) -> Plan:
     Raises:
         PlacementError: the model has no plan.
     """
-    plan = getattr(model, "halfeven_plan", None)
-    if not isinstance(plan, Plan):
+    plan: Plan | None = next((region.halfeven_plan for region in regions(model).values()), None)
+    if plan is None:
         raise PlacementError(
             f"This {type(model).__name__} has no plan: it is not a quantized model. Make one with "
-            f"halfeven.prepare(model, example)."
+            "halfeven.prepare(model, example)."
         )
     return plan
+
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def record_example(model: nn.Module, inputs: Inputs) -> None:
+    """Keep (positional, keyword) arguments of two samples with a quantized model, on the CPU: exporting traces it."""
+    for region in regions(model).values():
+        region.halfeven_example = inputs
+
+
+def recorded_example(model: nn.Module) -> Inputs | None:
+    """Return the (positional, keyword) arguments that `record_example` kept, None without any."""
+    return next((region.halfeven_example for region in regions(model).values()), None)
 
 
 def _names(plan: Plan) -> list[str]:
@@ -134,12 +154,11 @@ def _place(region: CapturedModule, quantizer: Quantizer, name: str) -> str:
 def _link_inputs(region: CapturedModule, *, int32_bias: bool) -> None:
     """Tell each quantized layer the quantizer of its input, whose scale makes integers of it again (see `layers`)."""
     for node in region.graph.nodes:
-        if node.op != "call_module" or type(layer := module_of(node)) not in QUANTIZED_LAYERS.values():
+        if node.op != "call_module" or not isinstance(layer := module_of(node), QuantizedLayer):
             continue
         source = quantizer_of(node.all_input_nodes[0])
-        # In a tuple, so that the quantizer does not become a submodule of the layer.
-        layer.input_quantizers = () if source is None else (source,)  # type: ignore[assignment]
-        layer.int32_bias = int32_bias  # type: ignore[assignment]
+        layer.input_quantizers = () if source is None else (source,)
+        layer.int32_bias = int32_bias
 
 
 def quantizer_of(node: fx.Node) -> Quantizer | None:

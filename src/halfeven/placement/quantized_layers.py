@@ -83,88 +83,50 @@ def _low_precision(x: Tensor) -> bool:
     return x.is_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
 
 
-class QuantizedConv1d(nn.Conv1d):
+class QuantizedLayer:
+    """The fields of a layer with a quantized weight, beside those of the float layer.
+
+    None of them is in the state dict, except the weight's quantizer.
+    """
+
+    weight_quantizer: Quantizer
+    input_quantizers: tuple[Quantizer, ...] = ()
+    """The quantizer of the input, whose scale makes integers of it again; in a tuple, so that it is no submodule."""
+    int32_bias: bool = False
+    """The runtime adds biases as 32-bit integers on the grid of the products."""
+    live_norms: tuple[Any, ...] = ()
+    """The BatchNorm that is folded into the weight at every step, and the axis of the weight that it scales."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return run_quantized(self, input)
+
+
+class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
     """`nn.Conv1d` with a quantized weight."""
 
-    weight_quantizer: Quantizer
-    input_quantizers: tuple[Quantizer, ...] = ()
-    int32_bias: bool = False
-    live_norms: tuple[Any, ...] = ()
 
-    def forward(self, input: Tensor) -> Tensor:
-        return run_quantized(self, input)
-
-
-class QuantizedConv2d(nn.Conv2d):
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
     """`nn.Conv2d` with a quantized weight."""
 
-    weight_quantizer: Quantizer
-    input_quantizers: tuple[Quantizer, ...] = ()
-    int32_bias: bool = False
-    live_norms: tuple[Any, ...] = ()
 
-    def forward(self, input: Tensor) -> Tensor:
-        return run_quantized(self, input)
-
-
-class QuantizedConv3d(nn.Conv3d):
+class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
     """`nn.Conv3d` with a quantized weight."""
 
-    weight_quantizer: Quantizer
-    input_quantizers: tuple[Quantizer, ...] = ()
-    int32_bias: bool = False
-    live_norms: tuple[Any, ...] = ()
 
-    def forward(self, input: Tensor) -> Tensor:
-        return run_quantized(self, input)
-
-
-class QuantizedConvTranspose1d(nn.ConvTranspose1d):
+class QuantizedConvTranspose1d(QuantizedLayer, nn.ConvTranspose1d):
     """`nn.ConvTranspose1d` with a quantized weight."""
 
-    weight_quantizer: Quantizer
-    input_quantizers: tuple[Quantizer, ...] = ()
-    int32_bias: bool = False
-    live_norms: tuple[Any, ...] = ()
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return run_quantized(self, input)
-
-
-class QuantizedConvTranspose2d(nn.ConvTranspose2d):
+class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
     """`nn.ConvTranspose2d` with a quantized weight."""
 
-    weight_quantizer: Quantizer
-    input_quantizers: tuple[Quantizer, ...] = ()
-    int32_bias: bool = False
-    live_norms: tuple[Any, ...] = ()
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return run_quantized(self, input)
-
-
-class QuantizedConvTranspose3d(nn.ConvTranspose3d):
+class QuantizedConvTranspose3d(QuantizedLayer, nn.ConvTranspose3d):
     """`nn.ConvTranspose3d` with a quantized weight."""
 
-    weight_quantizer: Quantizer
-    input_quantizers: tuple[Quantizer, ...] = ()
-    int32_bias: bool = False
-    live_norms: tuple[Any, ...] = ()
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return run_quantized(self, input)
-
-
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(QuantizedLayer, nn.Linear):
     """`nn.Linear` with a quantized weight."""
-
-    weight_quantizer: Quantizer
-    input_quantizers: tuple[Quantizer, ...] = ()
-    int32_bias: bool = False
-    live_norms: tuple[Any, ...] = ()
-
-    def forward(self, input: Tensor) -> Tensor:
-        return run_quantized(self, input)
 
 
 QUANTIZED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {

@@ -23,7 +23,7 @@ from halfeven.errors import AlgorithmError, ConfigError
 from halfeven.graph.capture import as_arguments
 from halfeven.graph.view import module_of
 from halfeven.placement.captured_model import capture_for_quantization
-from halfeven.placement.insertion import plan_of
+from halfeven.placement.insertion import plan_of, recorded_example
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.quantizer import Quantizer
 from halfeven.tasks.task import first_tensor
@@ -205,7 +205,7 @@ class Distillation:
 def _captured_as(qmodel: nn.Module, teacher: nn.Module) -> nn.Module:
     """Capture a float model as a quantized model was, so that both call the same layers under the same names."""
     options = plan_of(qmodel).options
-    example = getattr(qmodel, "halfeven_example", None)
+    example = recorded_example(qmodel)
     if example is None:
         raise ConfigError(
             "Features are compared, and this quantized model has no example input to capture the teacher with. Make it "

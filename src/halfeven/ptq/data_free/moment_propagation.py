@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from halfeven.graph.batchnorm import statistics
+from halfeven.graph.batchnorm import kept_statistics, statistics
 from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, kind_of, module_of
@@ -100,8 +100,8 @@ class _Walk:
         kind = kind_of(node)
         if kind is K.IDENTITY or isinstance(module, Quantizer):
             return x
-        if hasattr(module, "output_statistics"):
-            mean, std = module.output_statistics
+        if (kept := kept_statistics(module)) is not None:
+            mean, std = kept
             return gaussian(mean, std, self.alpha, channel_axis(node, node), True)
         if kind is K.BATCH_NORM:
             mean, std = statistics(module)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfeven.graph.batchnorm import keep_statistics, kept_statistics
 from halfeven.graph.operators import OperatorKind
 from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.layerwise.calibrate import run_batches
@@ -121,7 +122,7 @@ def absorb_biases(
 def _refusal(link: Link, needs_statistics: bool, across_padding: bool) -> str | None:
     if getattr(module_of(link.consumer), "transposed", False):
         return "a transposed convolution reads it, which makes no constant of a constant"
-    if needs_statistics and not hasattr(module_of(link.producer), "output_statistics"):
+    if needs_statistics and kept_statistics(module_of(link.producer)) is None:
         return "no BatchNorm was folded into it"
     return "its reader pads with zeros" if not across_padding and _pads(link) else None
 
@@ -145,7 +146,9 @@ def _activated(link: Link) -> bool:
 def _by_statistics(candidates: list[Link], deviations: float) -> dict[Link, Tensor]:
     constants = {}
     for link in candidates:
-        mean, std = module_of(link.producer).output_statistics  # type: ignore[misc]
+        kept = kept_statistics(module_of(link.producer))
+        assert kept is not None
+        mean, std = kept
         constants[link] = certain_part(mean, std, deviations) if _activated(link) else mean
     return constants
 
@@ -171,6 +174,6 @@ def _absorb(producer: Any, consumer: Any, constant: Tensor) -> None:
     constant = constant.to(producer.bias)
     producer.bias.sub_(constant)
     consumer.bias.add_(apply_to_constant(weight_by_channel(consumer, len(constant)), constant))
-    if hasattr(producer, "output_statistics"):
-        mean, std = producer.output_statistics
-        producer.output_statistics = (mean - constant.to(mean), std)
+    if (kept := kept_statistics(producer)) is not None:
+        mean, std = kept
+        keep_statistics(producer, mean - constant.to(mean), std)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from halfeven.graph.batchnorm import keep_statistics, kept_statistics
 from halfeven.graph.view import Op, module_of
 from halfeven.layerwise.float_equivalence import preserving_the_float_function
 from halfeven.placement.graph_edits import record_changes
@@ -62,8 +63,8 @@ def divide_outputs(layer: Any, factor: Tensor) -> None:
     weight.div_(along(factor, weight, 1))
     if layer.bias is not None:
         layer.bias.div_(factor)
-    if hasattr(layer, "output_statistics"):
-        layer.output_statistics = tuple(values / factor.to(values) for values in layer.output_statistics)
+    if (kept := kept_statistics(layer)) is not None:
+        keep_statistics(layer, *(values / factor.to(values) for values in kept))
 
 
 def multiply_inputs(layer: Any, factor: Tensor) -> None:
