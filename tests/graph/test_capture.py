@@ -17,6 +17,7 @@ from halfeven.errors import CaptureError
 from halfeven.graph.capture import capture
 from halfeven.graph.operators import OperatorKind
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.view import kind_of
 from sweeps import sweep
 
 timm = pytest.importorskip("timm")
