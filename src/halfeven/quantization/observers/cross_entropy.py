@@ -76,7 +76,8 @@ class CrossEntropyObserver:
         self.tickets = torch.cat([self.tickets, tickets])
         self.logits = torch.cat([self.logits.to(new).reshape(-1, new.shape[-1]), new])
         kept = self.tickets.argsort()[: max(1, MAX_LOGITS // new.shape[-1])].sort().values
-        self.tickets, self.logits = self.tickets[kept], self.logits[kept.to(new.device)]
+        self.tickets = self.tickets[kept]
+        self.logits = self.logits[kept.to(new.device)]
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Return the range with the least cross-entropy, [1] each, over the samples of all processes."""
