@@ -32,8 +32,8 @@ class JSONLinesTracker(GeneralTracker):  # type: ignore[misc]
 
     Args:
         folder: folder of the file.
-        purge_step: step at which the run starts or is resumed: the lines of later steps are dropped, or all of them
-            where it is 0.
+        purge_step: first step that the run will log: lines of this step and of later ones, which an interrupted run has
+            written, are dropped.
     """
 
     name = "json_lines"
@@ -59,7 +59,7 @@ class JSONLinesTracker(GeneralTracker):  # type: ignore[misc]
                 record = json.loads(line)
             except json.JSONDecodeError:  # a line cut short by the interruption
                 continue
-            if self.purge_step > 0 and record.get("step", 0) <= self.purge_step:
+            if record.get("step", 0) < self.purge_step:
                 kept.append(line)
         self.path.write_text("".join(kept), encoding="utf-8")
 
@@ -85,12 +85,15 @@ class RunLog:
         folder: folder for `log.jsonl` and `tensorboard/`.
         title: title of the bar.
         total: number of optimizer steps in the run.
-        step: number of steps taken before; the log of later steps, from before an interruption, is dropped.
+        step: number of steps taken before.
+        resumed: True for a run that goes on: the log of steps up to `step` is kept. Otherwise the log starts anew.
         console: where the bar and the validations are printed.
         main: True on the main process.
     """
 
-    def __init__(self, folder: Path, title: str, *, total: int, step: int, console: Console, main: bool) -> None:
+    def __init__(
+        self, folder: Path, title: str, *, total: int, step: int, resumed: bool, console: Console, main: bool
+    ) -> None:
         self.console = console
         self.main = main
         self.total = total
@@ -98,8 +101,9 @@ class RunLog:
         self._started = time.monotonic()
         self._printed = self._started
         self._samples = 0
-        self._lines = JSONLinesTracker(folder, purge_step=step)
-        self._curves = TensorBoardTracker("tensorboard", folder, purge_step=step)
+        purge_step = step + 1 if resumed else 0
+        self._lines = JSONLinesTracker(folder, purge_step=purge_step)
+        self._curves = TensorBoardTracker("tensorboard", folder, purge_step=purge_step)
         if main:
             self._lines.start()
             with extra("train", "Training"):  # TensorBoard is imported here

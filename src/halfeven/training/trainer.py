@@ -152,6 +152,7 @@ class Trainer:
             f"Training {self.where.name}",
             total=self.total_steps,
             step=self.step,
+            resumed=resume,
             console=self.where.console,
             main=self.accelerator.is_main_process,
         )
