@@ -98,8 +98,8 @@ def test_a_config_derives_from_another(tmp_path):
         ("1 / 0", r"line 5\): ZeroDivisionError"),
         ("experiment = (", "SyntaxError"),
         ("experiment = TrainingOptions(epohcs=3)", "Did you mean epochs?"),
-        ("experiment = TrainingOptions(zzz=3)", "TrainingOptions has epochs"),
-        ("experiment = TrainingOptions(epochs=-3)", r"epochs=-3 \(at least 0\)"),
+        ("experiment = TrainingOptions(zzz=3)", "There are epochs"),
+        ("experiment = TrainingOptions(epochs=-3)", r"epochs=-3 must be an integer \(at least 0\)"),
         ("import no_such_module", "ModuleNotFoundError"),
     ],
 )

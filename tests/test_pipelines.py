@@ -51,7 +51,7 @@ def test_prepare_keeps_the_mode(training):
 def test_prepare_takes_options_and_changes_to_them():
     options = he.QuantizationOptions(scheme="w4a8", ranges="learned")
     plan = he.plan_of(he.prepare(Net(), torch.randn(IMAGE), options, scheme="w6a6"))
-    assert plan.options == he.QuantizationOptions(scheme="w6a6", ranges="learned")
+    assert plan.options == he.QuantizationOptions(scheme="w6a6", ranges="learned", batchnorm="keep")
     assert options.scheme == "w4a8"
     assert {w.scheme.bits for w in plan.weights} == {6}
 

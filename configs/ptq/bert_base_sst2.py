@@ -9,10 +9,7 @@ of classification need `--data.text.columns` and `--data.text.label-column`: for
 `Quality`. Of GLUE as a whole the white paper reports 83.06 in float, 82.43 with weights and activations of 8 bits.
 """
 
-from halfeven.config import Experiment
-from halfeven.placement.plan import QuantizationOptions
-from halfeven.zoo.models import ModelOptions
-from halfeven.zoo.options import DataOptions, TextOptions
+from halfeven.config import DataOptions, Experiment, ModelOptions, QuantizationOptions, TextOptions
 
 experiment = Experiment(
     model=ModelOptions(

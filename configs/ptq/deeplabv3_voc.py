@@ -7,11 +7,7 @@ show Pascal VOC's classes. Images are scaled to fit into 513 x 513. The white pa
 MobileNetV2: 72.94 % mIoU in float, 72.44 % with weights and activations of 8 bits.
 """
 
-from halfeven.config import Experiment
-from halfeven.placement.plan import QuantizationOptions
-from halfeven.tasks.options import TaskOptions
-from halfeven.zoo.models import ModelOptions
-from halfeven.zoo.options import DataOptions
+from halfeven.config import DataOptions, Experiment, ModelOptions, QuantizationOptions, TaskOptions
 
 experiment = Experiment(
     task=TaskOptions(kind="segmentation"),

@@ -8,11 +8,7 @@ backbone, feature pyramid and heads are quantized, and its own anchors and post-
 reports 40.08 mAP in float, 38.29 with weights and activations of 8 bits.
 """
 
-from halfeven.config import Experiment
-from halfeven.placement.plan import QuantizationOptions
-from halfeven.tasks.options import TaskOptions
-from halfeven.zoo.models import ModelOptions
-from halfeven.zoo.options import DataOptions
+from halfeven.config import DataOptions, Experiment, ModelOptions, QuantizationOptions, TaskOptions
 
 experiment = Experiment(
     task=TaskOptions(kind="detection"),

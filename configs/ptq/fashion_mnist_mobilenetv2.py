@@ -1,8 +1,6 @@
 """Fashion-MNIST, MobileNetV2: as `fashion_mnist_resnet18.py`, on a network of depthwise convolutions."""
 
-from halfeven.config import Experiment
-from halfeven.zoo.models import ModelOptions
-from halfeven.zoo.options import DataOptions
+from halfeven.config import DataOptions, Experiment, ModelOptions
 
 experiment = Experiment(
     model=ModelOptions(source="timm", name="mobilenetv2_100", num_classes=10, in_chans=1),

@@ -6,9 +6,7 @@ The images are those of Debian's package dataset-fashion-mnist, padded to 32x32.
 `--pretraining.epochs 2` trains the float model first. All steps are left to the pipeline, which prints its choices.
 """
 
-from halfeven.config import Experiment
-from halfeven.zoo.models import ModelOptions
-from halfeven.zoo.options import DataOptions
+from halfeven.config import DataOptions, Experiment, ModelOptions
 
 experiment = Experiment(
     model=ModelOptions(source="timm", name="resnet18", num_classes=10, in_chans=1),

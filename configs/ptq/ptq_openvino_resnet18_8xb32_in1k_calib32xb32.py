@@ -17,10 +17,7 @@ config of the same name. The rest is halfeven's pipeline with its defaults:
 - Images are decoded and scaled by Pillow and torchvision, not by OpenCV.
 """
 
-from halfeven.config import Experiment
-from halfeven.placement.plan import QuantizationOptions
-from halfeven.zoo.models import ModelOptions
-from halfeven.zoo.options import DataOptions
+from halfeven.config import DataOptions, Experiment, ModelOptions, QuantizationOptions
 
 experiment = Experiment(
     model=ModelOptions(source="timm", name="resnet18.tv_in1k", weights="pretrained"),

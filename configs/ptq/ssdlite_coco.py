@@ -8,11 +8,7 @@ torchvision's; backbone and heads are quantized, and its own anchors and post-pr
 320 x 320 and their colours brought to -1..1, as it was trained.
 """
 
-from halfeven.config import Experiment
-from halfeven.placement.plan import QuantizationOptions
-from halfeven.tasks.options import TaskOptions
-from halfeven.zoo.models import ModelOptions
-from halfeven.zoo.options import DataOptions
+from halfeven.config import DataOptions, Experiment, ModelOptions, QuantizationOptions, TaskOptions
 
 experiment = Experiment(
     task=TaskOptions(kind="detection"),

@@ -8,11 +8,7 @@ SST-2 is GLUE's folder with train.tsv and dev.tsv. The float model was trained o
 the white paper reports 83.06 in float, 83.26 with weights and activations of 8 bits.
 """
 
-from halfeven.config import Experiment
-from halfeven.placement.plan import QuantizationOptions
-from halfeven.training.options import TrainingOptions
-from halfeven.zoo.models import ModelOptions
-from halfeven.zoo.options import DataOptions, TextOptions
+from halfeven.config import DataOptions, Experiment, ModelOptions, QuantizationOptions, TextOptions, TrainingOptions
 
 experiment = Experiment(
     model=ModelOptions(

@@ -6,12 +6,7 @@ VOC is the folder that holds VOCdevkit/VOC2012; the training images are its 1,46
 DeepLabV3 with MobileNetV2: 72.94 % mIoU in float, 73.99 % with weights and activations of 8 bits.
 """
 
-from halfeven.config import Experiment
-from halfeven.placement.plan import QuantizationOptions
-from halfeven.tasks.options import TaskOptions
-from halfeven.training.options import TrainingOptions
-from halfeven.zoo.models import ModelOptions
-from halfeven.zoo.options import DataOptions
+from halfeven.config import DataOptions, Experiment, ModelOptions, QuantizationOptions, TaskOptions, TrainingOptions
 
 experiment = Experiment(
     task=TaskOptions(kind="segmentation"),

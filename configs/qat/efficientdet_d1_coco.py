@@ -7,12 +7,7 @@ COCO is a folder with train2017, val2017 and annotations. Network, loss and floa
 effdet. The white paper reports 40.08 mAP in float, 38.94 with weights and activations of 8 bits.
 """
 
-from halfeven.config import Experiment
-from halfeven.placement.plan import QuantizationOptions
-from halfeven.tasks.options import TaskOptions
-from halfeven.training.options import TrainingOptions
-from halfeven.zoo.models import ModelOptions
-from halfeven.zoo.options import DataOptions
+from halfeven.config import DataOptions, Experiment, ModelOptions, QuantizationOptions, TaskOptions, TrainingOptions
 
 experiment = Experiment(
     task=TaskOptions(kind="detection"),

@@ -6,10 +6,7 @@ The images are those of Debian's package dataset-fashion-mnist, padded to 32x32.
 SGD at 0.01, falling to 0 by a cosine; batches of 64.
 """
 
-from halfeven.config import Experiment
-from halfeven.training.options import TrainingOptions
-from halfeven.zoo.models import ModelOptions
-from halfeven.zoo.options import DataOptions
+from halfeven.config import DataOptions, Experiment, ModelOptions, TrainingOptions
 
 experiment = Experiment(
     model=ModelOptions(source="timm", name="resnet18", num_classes=10, in_chans=1),

@@ -27,12 +27,7 @@ It departs from it where that is known to cost accuracy or to fail:
 - The float model is evaluated once, as `float`; the trained one after each epoch, as `int8`.
 """
 
-from halfeven.config import Experiment
-from halfeven.placement.plan import QuantizationOptions
-from halfeven.qat.batchnorm_schedule import ScheduleOptions
-from halfeven.training.options import TrainingOptions
-from halfeven.zoo.models import ModelOptions
-from halfeven.zoo.options import DataOptions
+from halfeven.config import DataOptions, Experiment, ModelOptions, QuantizationOptions, ScheduleOptions, TrainingOptions
 
 experiment = Experiment(
     # torchvision's weights (69.76 %), trained as those that MMRazor starts from (69.90 %).

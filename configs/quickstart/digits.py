@@ -4,10 +4,7 @@ Trains a float ResNet-18 on scikit-learn's 1,437 training digits, quantizes it t
 exports it to OpenVINO and verifies that the runtime computes the integers that were trained.
 """
 
-from halfeven.config import DeviceOptions, Experiment
-from halfeven.training.options import TrainingOptions
-from halfeven.zoo.models import ModelOptions
-from halfeven.zoo.options import DataOptions
+from halfeven.config import DataOptions, DeviceOptions, Experiment, ModelOptions, TrainingOptions
 
 experiment = Experiment(
     model=ModelOptions(source="timm", name="resnet18", num_classes=10, in_chans=1),

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from halfeven.layerwise.calibrate import calibrate
     from halfeven.pipelines import load, prepare, quantize
     from halfeven.placement.insertion import plan_of
-    from halfeven.placement.plan import Plan, QuantizationOptions, Rule
+    from halfeven.placement.options import QuantizationOptions, Rule
+    from halfeven.placement.plan import Plan
     from halfeven.runtimes.exact_model import exact
     from halfeven.runtimes.export import export
     from halfeven.verification.verify import verify
@@ -20,8 +21,8 @@ else:
     _MODULES = {
         "HalfevenError": "errors",
         "Plan": "placement.plan",
-        "QuantizationOptions": "placement.plan",
-        "Rule": "placement.plan",
+        "QuantizationOptions": "placement.options",
+        "Rule": "placement.options",
         "calibrate": "layerwise.calibrate",
         "exact": "runtimes.exact_model",
         "export": "runtimes.export",

@@ -1,17 +1,21 @@
-"""The experiment: the options of all parts together, read from a Python file."""
+"""The experiment: the options of all parts together, read from a Python file.
+
+All option classes can be imported from here, and a config needs no other import of halfeven.
+"""
 
 import dataclasses
 import difflib
-import re
 import runpy
 import sys
 import traceback
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from halfeven.errors import ConfigError, HalfevenError
-from halfeven.placement.plan import QuantizationOptions, Rule
+from halfeven.options import Auto, NonNegativeInt, Options, PositiveInt, formerly
+from halfeven.placement.options import QuantizationOptions, Rule
 from halfeven.ptq.options import PTQOptions
 from halfeven.qat.batchnorm_schedule import ScheduleOptions
 from halfeven.qat.bit_schedule import ProgressionOptions
@@ -27,33 +31,48 @@ from halfeven.training.options import TrainingOptions
 from halfeven.zoo.models import ModelOptions
 from halfeven.zoo.options import DataOptions, TextOptions
 
+__all__ = [
+    "AveragingOptions",
+    "DataOptions",
+    "DeviceOptions",
+    "DistillationOptions",
+    "Experiment",
+    "ExportOptions",
+    "ModelOptions",
+    "OscillationOptions",
+    "PTQOptions",
+    "ProgressionOptions",
+    "QATOptions",
+    "QuantizationOptions",
+    "Rule",
+    "ScheduleOptions",
+    "TaskOptions",
+    "TextOptions",
+    "TrainingOptions",
+    "as_dict",
+    "load_experiment",
+]
+
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(Options):
     """What is written for the runtime, and how it is checked."""
 
-    target: str = ""
-    """Runtime that the files are for; "": the one that the model was quantized for."""
-    formats: tuple[Literal["xml", "onnx"], ...] = ()
-    """Files to write: OpenVINO IR (xml) and QDQ ONNX (onnx); none: the usual one of the target."""
-    verify_images: int = 512
+    target: Annotated[str, formerly("")] = "auto"
+    """Runtime that the files are for; "auto": the one that the model was quantized for."""
+    formats: Annotated[tuple[Literal["xml", "onnx"], ...] | Auto, formerly(())] = "auto"
+    """Files to write: OpenVINO IR (xml) and QDQ ONNX (onnx); "auto": the usual one of the target."""
+    verify_images: PositiveInt = 512
     """Validation images on which the file's integers are compared with the simulation's."""
-    verify_batch_size: int = 32
+    verify_batch_size: PositiveInt = 32
     """Images at a time in that comparison, and in the latency it measures."""
     timed: bool = True
     """Whether the file's latency is measured beside that of the model in float, which is written for that: much of
     a verification's time, and where other work runs it tells little."""
 
-    def __post_init__(self) -> None:
-        if self.verify_images < 1 or self.verify_batch_size < 1:
-            raise ConfigError(
-                f"export.verify_images={self.verify_images} and verify_batch_size={self.verify_batch_size} leave "
-                "nothing to verify a file on. The numbers must be at least 1."
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
+class Experiment(Options):
     """A float model, its data, and how it becomes an integer one."""
 
     model: ModelOptions
@@ -78,11 +97,11 @@ class Experiment:
     """The deployable files."""
     device: DeviceOptions = field(default_factory=DeviceOptions)
     """Where the work is done."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of the order and augmentation of images, of random weights and of dropout."""
 
     def __post_init__(self) -> None:
-        self.endings(self.export.target or self.quantization.target)
+        self.endings(self.quantization.target if self.export.target == "auto" else self.export.target)
         if self.training.epochs == 0:
             raise ConfigError(
                 "training.epochs=0 leaves the quantized model untrained: no step would be taken and no checkpoint "
@@ -110,56 +129,40 @@ class Experiment:
             ConfigError: a format that it does not read.
         """
         readable = tuple(runtime_named(target).writers)
+        if self.export.formats == "auto":
+            return readable[:1]
         if unread := [one for one in self.export.formats if f".{one}" not in readable]:
             raise ConfigError(
                 f"export.formats names {', '.join(unread)}, and {target} reads no such files, so nothing "
                 f"could be verified. It reads {', '.join(readable)}."
             )
-        return tuple(f".{one}" for one in self.export.formats) or readable[:1]
-
-
-OPTIONS = {
-    cls.__name__: cls
-    for cls in (
-        *(Experiment, ModelOptions, DataOptions, TextOptions, TaskOptions, QuantizationOptions, Rule, PTQOptions),
-        *(TrainingOptions, ScheduleOptions, ExportOptions, DeviceOptions),
-        *(QATOptions, DistillationOptions, AveragingOptions, OscillationOptions, ProgressionOptions),
-    )
-}
-"""The option classes by name, to name the nearest field where one is misspelt."""
+        return tuple(f".{one}" for one in self.export.formats)
 
 
 def load_experiment(path: str | Path) -> Experiment:
-    """Run a config file and take its `experiment`.
+    """Run a config file and return its `experiment`.
 
-    The file's folder is put on the import path, so that a config can derive from another one beside it.
+    The file's folder is appended to the import path, so that a config can derive from another one beside it, and no
+    file there hides a library's.
 
     Raises:
-        ConfigError: no such file, an error in it, or no experiment at its end.
+        ConfigError: no such Python file, an error in it, or no experiment at its end.
     """
     path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=3)
-        raise ConfigError(
-            f"There is no config {path}, so nothing says what to do. "
-            + (
-                f"Did you mean {' or '.join(near)}?"
-                if near
-                else "Give the path of a Python file that makes an Experiment."
-            )
-        )
+    _check_is_python_file(path)
     folder = str(path.resolve().parent)
     if folder not in sys.path:
-        sys.path.insert(0, folder)
+        sys.path.append(folder)
     try:
         names = runpy.run_path(str(path))
+    except ConfigError as error:
+        raise ConfigError(f"The config {path} cannot be used{_line_of(error, path)}. {error}") from error
     except HalfevenError:
         raise
     except Exception as error:
         raise ConfigError(
             f"The config {path} cannot be run{_line_of(error, path)}: {type(error).__name__}: {error}. It is a Python "
-            "file, and "
-            f"nothing is known of the experiment before it runs to its end.{_nearest_field(str(error))}"
+            "file, and nothing is known of the experiment before it runs to its end."
         ) from error
     experiment = names.get("experiment")
     if not isinstance(experiment, Experiment):
@@ -171,21 +174,43 @@ def load_experiment(path: str | Path) -> Experiment:
     return experiment
 
 
+def _check_is_python_file(path: Path) -> None:
+    if path.is_file() and path.suffix == ".py":
+        return
+    if path.is_dir():
+        wrong = "is a folder"
+        near = sorted(path.glob("*.py"))[:MOST_NAMED]
+    else:
+        wrong = "is no Python file" if path.is_file() else "does not exist"
+        near = _files_named_like(path)
+    meant = f"Did you mean {' or '.join(map(str, near))}?" if near else "Give the path of such a file."
+    raise ConfigError(
+        f"CONFIG must be a Python file (.py) that ends with `experiment = Experiment(...)`, and {path} {wrong}, so "
+        f"nothing says what to do. {meant}"
+    )
+
+
+MOST_NAMED = 3
+"""Files that a message about a missing one names at most."""
+MOST_SEEN = 2000
+"""Files among which they are looked for at most."""
+
+
+def _files_named_like(path: Path) -> list[Path]:
+    """Python files beside a path, or up to two folders below, whose names are nearest to its own."""
+    beside = path.parent
+    files = chain.from_iterable(beside.glob(pattern) for pattern in ("*.py", "*/*.py", "*/*/*.py"))
+    by_name: dict[str, Path] = {}
+    for file in islice(files, MOST_SEEN):
+        by_name.setdefault(file.stem, file)
+    return [by_name[name] for name in difflib.get_close_matches(path.stem, by_name, n=MOST_NAMED)]
+
+
 def _line_of(error: Exception, path: Path) -> str:
     if isinstance(error, SyntaxError):
         return f" (line {error.lineno})"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f" (line {lines[-1]})" if lines else ""
-
-
-def _nearest_field(message: str) -> str:
-    """ " Did you mean ...?" where the message is Python's about an unknown keyword of an option class."""
-    match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
-    if match is None or match[1] not in OPTIONS:
-        return ""
-    names = [f.name for f in dataclasses.fields(OPTIONS[match[1]])]
-    near = difflib.get_close_matches(match[2], names, n=1)
-    return f" Did you mean {near[0]}?" if near else f" {match[1]} has {', '.join(names)}."
 
 
 def as_dict(experiment: Experiment) -> dict[str, Any]:

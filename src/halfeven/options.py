@@ -103,24 +103,28 @@ def report(found: list[str]) -> None:
         raise ConfigError(f"{options} cannot be used, so nothing was started:{told}")
 
 
-def mistakes(kind: type, values: Mapping[str, Any], path: str) -> list[str]:
+def mistakes(kind: type, values: Mapping[str, Any], path: str, *, partial: bool = False) -> list[str]:
     """Return a sentence for each keyword that cannot be used to make an option class.
 
     Args:
         kind: the option class.
         values: the keywords.
-        path: how the user calls the object, such as "training", for the messages.
+        path: how the user calls the object, such as "training", for the messages; "" for an experiment's own fields.
+        partial: other keywords are given elsewhere, so that none is missing.
     """
     fields = _fields(kind)
     hints = _hints(kind)
-    unknown = [f'{path} has no option "{name}". {did_you_mean(name, fields)}' for name in values if name not in fields]
-    missing = [f"{path}.{name} must be given." for name, field in fields.items() if _required(field) - set(values)]
-    wrong = [
-        f"{path}.{name}={shown(value)} must be {describe(hints[name])}.{_hint(hints[name], value, fields[name])}"
-        for name, value in values.items()
-        if name in fields and not fits(hints[name], value)
-    ]
-    return unknown + missing + wrong
+    prefix = f"{path}." if path else ""
+    found = []
+    for name, value in values.items():
+        if name not in fields:
+            found.append(f'{path or kind.__name__} has no option "{name}". {did_you_mean(name, fields)}')
+        elif not fits(hints[name], value):
+            hint = _hint(hints[name], value, fields[name])
+            found.append(f"{prefix}{name}={shown(value)} must be {describe(hints[name])}.{hint}")
+    required = [name for name, field in fields.items() if _is_required(field)]
+    missing = [] if partial else [name for name in required if name not in values]
+    return found + [f"{prefix}{name} must be given." for name in missing]
 
 
 def up_to_date(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,24 +167,28 @@ def fits(kind: Any, value: Any) -> bool:
 
 
 def describe(kind: Any) -> str:
-    """Return the words for what a field takes, such as 'an integer of at least 1'."""
+    """Return the words for what a field takes, such as 'an integer (at least 1) or "auto"'."""
+    return _either(_alternatives(kind))
+
+
+def _alternatives(kind: Any) -> list[str]:
     origin = get_origin(kind)
     arguments = get_args(kind)
     if origin is Annotated:
         bounds = [f"{note.words} {note.limit:g}" for note in kind.__metadata__ if isinstance(note, Bound)]
-        return describe(arguments[0]) + (f" ({' and '.join(bounds)})" if bounds else "")
+        return [f"{describe(arguments[0])} ({' and '.join(bounds)})"] if bounds else _alternatives(arguments[0])
     if origin is Literal:
-        return _either(shown(choice) for choice in arguments)
+        return [shown(choice) for choice in arguments]
     if origin in (Union, types.UnionType):
-        return _either(describe(member) for member in arguments)
+        return [words for member in arguments for words in _alternatives(member)]
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return [f"a tuple, each value {describe(arguments[0])}"]
     if origin is tuple:
-        each = arguments[:1] if arguments[-1] is Ellipsis else arguments
-        length = "" if arguments[-1] is Ellipsis else f"{len(arguments)} values, each "
-        return f"a tuple of {length}{_either(dict.fromkeys(map(describe, each)))}"
+        return [f"a tuple of {len(arguments)} values, each {_either(dict.fromkeys(map(describe, arguments)))}"]
     if origin is dict:
-        return f"a dict of {describe(arguments[0])} to {describe(arguments[1])}"
-    words = {bool: "True or False", int: "an integer", float: "a finite number", str: "a text (str)"}
-    return words.get(kind) or ("None" if kind is types.NoneType else f"{kind.__name__}(...)")
+        return [f"a dict of {describe(arguments[0])} to {describe(arguments[1])}"]
+    words = {bool: ["True", "False"], int: ["an integer"], float: ["a finite number"], str: ["a text (str)"]}
+    return words.get(kind) or ["None" if kind is types.NoneType else f"{kind.__name__}(...)"]
 
 
 def _hint(kind: Any, value: Any, field: dataclasses.Field[Any]) -> str:
@@ -247,9 +255,8 @@ def _unnamed(kind: type, positional: tuple[Any, ...]) -> list[str]:
     return [f"{kind.__name__} takes every option by its name, and {len(positional)} came without. It has {names}, ..."]
 
 
-def _required(field: dataclasses.Field[Any]) -> set[str]:
-    given = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-    return set() if given else {field.name}
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _notes(kind: Any) -> tuple[Any, ...]:

@@ -2,11 +2,10 @@
 
 import copy
 import dataclasses
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
@@ -16,12 +15,14 @@ from halfeven.graph.batchnorm import forget_statistics
 from halfeven.graph.capture import Example, as_arguments, batched, inputs_of
 from halfeven.graph.torch_private import pytree
 from halfeven.layerwise.calibrate import calibrate
+from halfeven.nearest import did_you_mean
 from halfeven.placement.captured_model import capture_for_quantization
 from halfeven.placement.graph_edits import apply_changes
 from halfeven.placement.insertion import insert, plan_of, record_example
 from halfeven.placement.make_plan import make_plan
-from halfeven.placement.plan import Plan, QuantizationOptions
-from halfeven.ptq.options import PTQOptions
+from halfeven.placement.options import BatchNormHandling, QuantizationFields, QuantizationOptions
+from halfeven.placement.plan import Plan
+from halfeven.ptq.options import PTQFields, PTQOptions
 from halfeven.ptq.pipeline import equalize_channels, take_steps
 from halfeven.ptq.recipe import decide
 from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
@@ -35,8 +36,15 @@ from halfeven.runtimes.runtime import runtime_named
 from halfeven.tasks.task import first_tensor
 
 
+class QuantizeFields(QuantizationFields, PTQFields, total=False):
+    """What `quantize` takes by name on top of its two kinds of options."""
+
+
 def prepare(
-    model: nn.Module, example: Example, options: QuantizationOptions | None = None, **changes: Any
+    model: nn.Module,
+    example: Example,
+    options: QuantizationOptions | None = None,
+    **changes: Unpack[QuantizationFields],
 ) -> nn.Module:
     """Make a quantized model of a float one: an ordinary `nn.Module` with quantizers whose ranges are not yet set.
 
@@ -54,21 +62,15 @@ def prepare(
         ConfigError: a field that does not exist, or a value that it cannot have.
         PlacementError: the target cannot do the scheme, or a rule held for nothing.
     """
-    options = _changed(options or QuantizationOptions(), changes)
+    options = _with_batchnorm(dataclasses.replace(options or QuantizationOptions(), **changes), "keep")
     target = runtime_named(options.target).target
     captured, notes = capture_for_quantization(copy.deepcopy(model), example, options)
     return _with_example(insert(captured, make_plan(captured, options, target, notes), target), example)
 
 
-def _changed(
-    options: QuantizationOptions, changes: dict[str, Any], others: tuple[str, ...] = ()
-) -> QuantizationOptions:
-    names = [field.name for field in dataclasses.fields(options)]
-    for unknown in [name for name in changes if name not in names]:
-        near = difflib.get_close_matches(unknown, [*names, *others], n=1)
-        meant = f"Did you mean {near[0]}?" if near else f"There are {', '.join(names)}."
-        raise ConfigError(f'Quantization has no option "{unknown}", so it would be without effect. {meant}')
-    return dataclasses.replace(options, **changes)
+def _with_batchnorm(options: QuantizationOptions, handling: BatchNormHandling) -> QuantizationOptions:
+    """The options with what is done with BatchNorm, where the user has left that open."""
+    return dataclasses.replace(options, batchnorm=handling) if options.batchnorm == "auto" else options
 
 
 def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
@@ -116,7 +118,7 @@ def quantize(
     batches: int | None = None,
     log: Callable[[str], None] | None = None,
     resume_dir: Path | None = None,
-    **changes: Any,
+    **changes: Unpack[QuantizeFields],
 ) -> nn.Module:
     """Post-training quantization: the steps that suit the model, the bits and the data (white paper, figure 8).
 
@@ -140,10 +142,12 @@ def quantize(
 
     Raises:
         CalibrationError: the loader gave nothing, or NaN.
-        ConfigError: neither a loader nor an example, or an option that does not exist.
+        ConfigError: neither a loader nor an example, an option that does not exist, a value that it cannot have, or a
+            `batchnorm` other than "fold".
         CaptureError, PlacementError, AlgorithmError: as the steps raise them.
     """
     options, ptq = _split(options or QuantizationOptions(), ptq or PTQOptions(), changes)
+    check_folds(options)
     log = log or (lambda text: None)
     data = None if loader is None else _at_hand(loader, batches)
     if data is None and example is None:
@@ -155,7 +159,7 @@ def quantize(
         args, kwargs = data[0]
         example = kwargs or args
     assert example is not None
-    qmodel = prepare(model, example, options, batchnorm="fold").eval()
+    qmodel = prepare(model, example, _with_batchnorm(options, "fold")).eval()
     recipe = decide(qmodel, ptq, data=data is not None)
     log(f"{plan_of(qmodel)}\n\n{recipe}\n")
     qmodel = take_steps(qmodel, [kwargs or args for args, kwargs in data or ()], recipe, ptq, log, resume_dir)
@@ -242,13 +246,31 @@ def _at_hand(loader: Iterable[Any], batches: int | None) -> list[tuple[tuple[Any
 
 
 def _split(
-    options: QuantizationOptions, ptq: PTQOptions, changes: dict[str, Any]
+    options: QuantizationOptions, ptq: PTQOptions, changes: Mapping[str, Any]
 ) -> tuple[QuantizationOptions, PTQOptions]:
     """Both kinds of options with the changes that are theirs."""
-    names = tuple(field.name for field in dataclasses.fields(ptq))
-    steps = {name: value for name, value in changes.items() if name in names}
-    others = {name: value for name, value in changes.items() if name not in names}
-    return _changed(options, others, names), dataclasses.replace(ptq, **steps)
+    placing = {field.name for field in dataclasses.fields(options)}
+    steps = {field.name for field in dataclasses.fields(ptq)}
+    if unknown := [name for name in changes if name not in placing | steps]:
+        told = " ".join(f'quantize has no option "{name}". {did_you_mean(name, placing | steps)}' for name in unknown)
+        raise ConfigError(f"An option would be without effect, so nothing was started: {told}")
+    placed = {name: value for name, value in changes.items() if name in placing}
+    stepped = {name: value for name, value in changes.items() if name in steps}
+    return dataclasses.replace(options, **placed), dataclasses.replace(ptq, **stepped)
+
+
+def check_folds(options: QuantizationOptions) -> None:
+    """Refuse options under which post-training quantization would not fold BatchNorm.
+
+    Raises:
+        ConfigError: batchnorm is neither "auto" nor "fold".
+    """
+    if options.batchnorm not in ("auto", "fold"):
+        raise ConfigError(
+            f'batchnorm="{options.batchnorm}" keeps BatchNorm for training, and post-training quantization has none: '
+            'its steps equalize and round weights that BatchNorm is folded into. Set batchnorm="fold", or leave it '
+            "out. To train, use prepare (halfeven train)."
+        )
 
 
 __getattr__ = renamed_attributes(__name__, accompany="pipelines.setup_qat", course_of="pipelines.resume_qat")

@@ -114,5 +114,13 @@ def test_bad_arguments():
         he.quantize(model(), [])
     with pytest.raises(ConfigError, match="Did you mean iterations"):
         he.quantize(model(), batches(), iteration=3)
-    with pytest.raises(ConfigError, match=r"ptq\.drop=1"):
+    with pytest.raises(ConfigError, match=r"PTQOptions\.drop=1"):
         he.quantize(model(), batches(), drop=1.0)
+
+
+@pytest.mark.parametrize("batchnorm", ["keep", "fold live"])
+def test_batchnorm_that_stays_live_is_refused_and_not_folded(batchnorm):
+    with pytest.raises(ConfigError, match=f'batchnorm="{batchnorm}" keeps BatchNorm for training'):
+        he.quantize(model(), batches(), batchnorm=batchnorm)
+    with pytest.raises(ConfigError, match='Set batchnorm="fold"'):
+        he.quantize(model(), batches(), he.QuantizationOptions(batchnorm=batchnorm))

@@ -542,5 +542,5 @@ def test_other_widths_are_refused():
     ],
 )
 def test_mistakes(changes):
-    with pytest.raises(ConfigError, match=r"^distillation\."):
+    with pytest.raises(ConfigError, match=r"DistillationOptions\.|distillation\.features"):
         options(**changes)

@@ -327,5 +327,5 @@ def test_the_state_of_another_model_is_refused():
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
 def test_mistakes(decay):
-    with pytest.raises(ConfigError, match="makes no average"):
+    with pytest.raises(ConfigError, match=r"AveragingOptions\.decay=.*at least 0 and below 1"):
         AveragingOptions(decay=decay)

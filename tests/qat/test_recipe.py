@@ -13,7 +13,7 @@ from placement.parts import IMAGE, Residual
 AT_LOW_BITS = ("average", "re_estimate")
 
 
-def recipe(scheme, re_estimate=None, batchnorm="keep", freeze=None, per_channel=True, **options):
+def recipe(scheme, re_estimate="auto", batchnorm="keep", freeze="auto", per_channel=True, **options):
     torch.manual_seed(0)
     qmodel = he.prepare(Residual(), torch.randn(IMAGE), scheme=scheme, batchnorm=batchnorm, per_channel=per_channel)
     return decide(

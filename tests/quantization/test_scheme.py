@@ -28,7 +28,7 @@ def test_grid(fields, quant_min, quant_max, levels):
 
 @pytest.mark.parametrize("bits", [-8, 0, 1, 17, 32])
 def test_bits_out_of_bounds(bits):
-    with pytest.raises(ConfigError, match=f"bits={bits}.*2 to 16"):
+    with pytest.raises(ConfigError, match=rf"bits={bits} must be an integer \(at least 2 and at most 16\)"):
         Scheme(bits=bits)
 
 

@@ -105,8 +105,8 @@ def test_step_schedule():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(batch_size=0), r"batch_size=0 \(at least 1\)"),
-        (dict(epochs=-1, save_every=0), "epochs=-1.*save_every=0"),
+        (dict(batch_size=0), r"batch_size=0 must be an integer \(at least 1\)"),
+        (dict(epochs=-1, save_every=0), r"(?s)epochs=-1.*save_every=0"),
         (dict(schedule="step"), "without step_epochs"),
         (dict(step_epochs=(1,)), "no effect"),
         (dict(label_smoothing=1.0), "label_smoothing=1.0"),

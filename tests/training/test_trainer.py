@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -237,6 +238,19 @@ def test_mixed_precision_computes_in_bfloat16_and_leaves_the_model_alone(tmp_pat
 def test_float16_on_the_cpu_is_refused():
     with pytest.raises(ConfigError, match="loses small gradients"):
         make_accelerator(DeviceOptions(kind="cpu", precision="float16"))
+
+
+def test_a_gpu_that_is_insisted_on_and_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r'device\.kind="cuda" asks for a GPU, and PyTorch .* finds none'):
+        make_accelerator(DeviceOptions(kind="cuda"))
+
+
+def test_a_gpu_that_accelerate_would_not_use_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **given: Mock(device=torch.device("cpu")))
+    with pytest.raises(ConfigError, match=r"Accelerate was set up for the cpu"):
+        make_accelerator(DeviceOptions(kind="cuda"))
 
 
 # What accompanies a training

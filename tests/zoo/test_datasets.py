@@ -116,7 +116,7 @@ def test_fashion_mnist_preprocessing(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(root=""), "Set data.root"),
+        (dict(root="auto"), "Set data.root"),
         (dict(root="/no/such/folder"), "no folder /no/such/folder"),
         (dict(source="fashion_mnist", root="/no/such/folder"), "dataset-fashion-mnist"),
         (dict(source="callable", function="builtins:repr"), "builtins:repr returned a str"),

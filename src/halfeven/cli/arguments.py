@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from halfeven.cli.help import help_text
+from halfeven.cli.values import checked, unchecked
 from halfeven.config import Experiment, load_experiment
 from halfeven.errors import ConfigError
 from halfeven.zoo.models import ModelOptions
@@ -24,8 +25,8 @@ def parsed(command: str, kind: type[Any], arguments: list[str]) -> Any:
     """Return the arguments of a command as an object of `kind`.
 
     Raises:
-        ConfigError: no config, one that cannot be run, or values that do not go together.
-        SystemExit: the help was asked for (code 0); an unknown option, or a value of the wrong type (code 2).
+        ConfigError: no config, one that cannot be run, or values that are wrong or do not go together.
+        SystemExit: the help was asked for (code 0); an unknown option, or one without a value (code 2).
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
     wants_help = bool({"-h", "--help"} & set(arguments))
@@ -40,19 +41,20 @@ def parsed(command: str, kind: type[Any], arguments: list[str]) -> Any:
     if wants_help:
         print(help_text(command, default, from_config=path is not None))
         raise SystemExit(0)
-    found = tyro.cli(
+    found: Any = tyro.cli(
         kind,
         prog=f"halfeven {command}",
         args=arguments,
         default=default,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+        registry=unchecked(),
     )
     if path is not None and found.config != path:
         raise ConfigError(
             f"{found.config} stands where the config belongs, and {path} behind it, so it is not clear what to do. "
             f"Write `halfeven {command} {path} ...`."
         )
-    return found
+    return dataclasses.replace(found, experiment=checked(found.experiment)) if "experiment" in fields else found
 
 
 def _config_among(arguments: list[str], *, required: bool) -> Path | None:

@@ -41,7 +41,8 @@ def deliver(context: RunContext, model: nn.Module, float_metrics: Metrics, facts
 
 def target_of(context: RunContext, qmodel: nn.Module) -> str:
     """Return the runtime of the files: `export.target`, or else the runtime that the model was quantized for."""
-    return context.experiment.export.target or plan_of(qmodel).options.target
+    target = context.experiment.export.target
+    return plan_of(qmodel).options.target if target == "auto" else target
 
 
 def export_verified(

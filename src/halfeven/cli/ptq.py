@@ -14,7 +14,7 @@ from halfeven.cli.float_model import check_has_weights, train_float
 from halfeven.cli.run import BEST, PTQ_STATE, RunContext, default_folder, open_folder, open_run
 from halfeven.distributed import world_size
 from halfeven.errors import ConfigError
-from halfeven.pipelines import quantize
+from halfeven.pipelines import check_folds, quantize
 from halfeven.zoo.models import create_model
 
 
@@ -38,6 +38,7 @@ def run_ptq(arguments: PtqArguments) -> None:
     experiment = arguments.experiment
     resume = arguments.resume
     check_has_weights(experiment)
+    check_folds(experiment.quantization)
     context = open_run(experiment, default_folder(arguments.config, arguments.work_dir))
     _check_alone()
     open_folder(context, "ptq", resume=resume, overwrite=arguments.overwrite)

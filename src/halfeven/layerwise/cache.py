@@ -35,12 +35,12 @@ class Cache:
 
     Args:
         memory: bytes that may lie in RAM.
-        folder: where the temporary folder is made; "" for the system's place.
+        folder: where the temporary folder is made; "auto" for the system's place.
     """
 
-    def __init__(self, memory: float, folder: str = "") -> None:
+    def __init__(self, memory: float, folder: str = "auto") -> None:
         self.memory, self.used, self.on_disk, self.files = memory, 0, 0, 0
-        self._parent = folder or None
+        self._parent = None if folder == "auto" else folder
         self._folder: Path | None = None
 
     def store(self, value: Any) -> Stored:

@@ -6,7 +6,7 @@ from halfeven.graph.batchnorm import fold
 from halfeven.graph.capture import Example, capture
 from halfeven.graph.rewrite import lower_attention, lower_stacked_sums, merge_duplicates
 from halfeven.placement.make_plan import regions
-from halfeven.placement.plan import QuantizationOptions
+from halfeven.placement.options import QuantizationOptions
 
 
 def capture_for_quantization(

@@ -13,7 +13,8 @@ from halfeven.graph.view import kind_of, module_of
 from halfeven.placement.execution_graph import fused_graph
 from halfeven.placement.folded_batchnorm import fold_live
 from halfeven.placement.make_plan import named_nodes, regions
-from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight, QuantizationOptions
+from halfeven.placement.options import QuantizationOptions
+from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight
 from halfeven.placement.quantized_layers import QUANTIZED_LAYERS, QuantizedLayer
 from halfeven.quantization.fake_quantize import Domain
 from halfeven.quantization.quantizer import Quantizer

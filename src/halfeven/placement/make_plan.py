@@ -14,7 +14,8 @@ from halfeven.errors import PlacementError
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, kind_of, module_of, tensor_names
-from halfeven.placement.plan import LeftInFloat, Plan, PlannedTensor, PlannedWeight, QuantizationOptions, Rule
+from halfeven.placement.options import QuantizationOptions, Rule
+from halfeven.placement.plan import LeftInFloat, Plan, PlannedTensor, PlannedWeight
 from halfeven.placement.requests import ITSELF, OUTPUT, Region, collect, collect_outputs, fused_group, head, sources
 from halfeven.placement.rules import RuleBook
 from halfeven.quantization.observers import LOGITS
@@ -117,7 +118,7 @@ def _ends(model: nn.Module, options: QuantizationOptions) -> tuple[Rule, ...]:
     """Rules for the first and the last layer, which come before the user's."""
     bits = options.first_and_last_bits
     layers = [(name, node) for name, (_, node) in named_nodes(model).items() if kind_of(node) in WEIGHTED]
-    if not bits or not layers:
+    if bits == "auto" or not layers:
         return ()
     (first, first_node), (last, last_node) = layers[0], layers[-1]
     read = {name for name, (_, node) in named_nodes(model).items() for end in (first_node, last_node)

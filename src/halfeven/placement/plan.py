@@ -3,86 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
-from halfeven.errors import ConfigError
-from halfeven.quantization.fake_quantize import Domain
-from halfeven.quantization.observers import LOGITS, OBSERVERS
+from halfeven.placement.options import QuantizationOptions as QuantizationOptions
+from halfeven.placement.options import Rule as Rule
 from halfeven.quantization.quantizer import Ranges
 from halfeven.quantization.scheme import Scheme
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """A user's exception for some operators: other bits, or float.
-
-    A rule holds for the operators whose name matches `pattern` and, where one is given, whose kind is `kind`. Where
-    several rules hold, the last one wins, field by field.
-    """
-
-    pattern: str = "*"
-    """Name with the wildcards of `fnmatch`: "layer1.*", "fc", "x" (an input)."""
-    kind: str | None = None
-    """Operator kind, for example "convolution", "linear" or "average"; None: any."""
-    weight_bits: int | None = None
-    """Bits of the operator's weight."""
-    activation_bits: int | None = None
-    """Bits of the operator's output, behind the BatchNorm and the activation that are fused with it: a rule may name
-    any of them, as the plan does. What is concatenated shares a quantizer: a rule for one tensor holds for all."""
-    quantize: bool | None = None
-    """False: the operator computes in float; True: it does not, whatever an earlier rule says."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizationOptions:
-    """How a model is quantized.
-
-    Raises:
-        ConfigError: a field that is not one of its choices.
-    """
-
-    target: str = "openvino"
-    """Runtime whose rules place the quantizers."""
-    scheme: str = "w8a8"
-    """Bits of weights and activations, for every layer that no rule excepts."""
-    ranges: Ranges = "observed"
-    """In training: "observed": ranges follow the data; "learned": scales are parameters, trained with the weights
-    (LSQ); "clipped": the same, but activations learn from what they clip alone (PACT); "calibrated": they stay."""
-    scale_domain: Domain = "linear"
-    """Learned scales are stored, and move, as themselves ("linear") or as their logarithms ("log")."""
-    learn_zero_points: bool = False
-    """Zero points of asymmetric activations are learned with their scales (LSQ+); they stay integers."""
-    weight_observer: str = "auto"
-    """Estimator of weight ranges; "auto": "minmax" for 8 bits, "mse" below, where clipping outliers pays."""
-    activation_observer: str = "mse"
-    """Estimator of activation ranges in calibration."""
-    quantize_outputs: bool = False
-    """The model's outputs are quantized too, so that the last layer writes integers. Ranges of class scores are then
-    estimated by "cross_entropy" where the other activations' are by "mse" or "lp"."""
-    batchnorm: str = "keep"
-    """"keep": BatchNorm stays live in training and is folded at export; "fold": folded before, as per-tensor
-    weights need; "fold live": folded anew at every step, so that it stays live and per-tensor weights fit."""
-    per_channel: bool = True
-    """Weights have one scale per output channel."""
-    first_and_last_bits: int = 0
-    """Bits of the first and of the last layer, for their weights and the tensors they read, which the tables of LSQ and
-    others keep at 8; 0: as `scheme` says, as in the white paper. Rules come after it."""
-    rules: tuple[Rule, ...] = ()
-    """Exceptions by name pattern or operator kind."""
-    leave_out: tuple[str, ...] = ()
-    """Submodules that stay Python, in float."""
-
-    def __post_init__(self) -> None:
-        choices = {
-            "ranges": get_args(Ranges),
-            "scale_domain": get_args(Domain),
-            "batchnorm": ("keep", "fold", "fold live"),
-            "weight_observer": ("auto", *(name for name in OBSERVERS if name != LOGITS)),
-            "activation_observer": tuple(name for name in OBSERVERS if name != LOGITS),
-        }
-        for name, allowed in choices.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ConfigError(f'{name}="{value}" is not known. Choose one of {", ".join(allowed)}.')
 
 
 @dataclass(frozen=True, kw_only=True)

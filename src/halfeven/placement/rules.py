@@ -7,7 +7,7 @@ from typing import Any
 
 from halfeven.errors import PlacementError
 from halfeven.graph.operators import OperatorKind
-from halfeven.placement.plan import Rule
+from halfeven.placement.options import Rule
 
 
 class RuleBook:

@@ -5,39 +5,30 @@ Freezing: white paper, section 5.2 (arXiv:2106.08295). Statistics are re-estimat
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import nn
 
-from halfeven.errors import ConfigError
 from halfeven.layerwise.batchnorm_statistics import average_batchnorm, batchnorms
+from halfeven.options import Auto, Options, PositiveInt, Share, formerly
 from halfeven.quantization.quantizer import quantizers, set_observing
 from halfeven.renamed import renamed_attributes
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleOptions:
+class ScheduleOptions(Options):
     """When ranges and BatchNorm statistics stop moving, in shares of the run."""
 
-    freeze_batchnorm_after: float | None = None
-    """Share of the steps in which BatchNorm follows the batches; 0: frozen from the start, 1: never frozen. None: two
+    freeze_batchnorm_after: Annotated[Share | Auto, formerly(None)] = "auto"
+    """Share of the steps in which BatchNorm follows the batches; 0: frozen from the start, 1: never frozen. "auto": two
     thirds, and never where a scheme has less than 8 bits, whose statistics are re-estimated."""
-    stop_observing_after: float = 2 / 3
+    stop_observing_after: Share = 2 / 3
     """Share of the steps in which observed ranges follow the batches; 0: as calibrated, 1: to the end."""
-    re_estimate: bool | None = None
-    """Whether BatchNorm is re-estimated before each validation; None: where a scheme has less than 8 bits and
+    re_estimate: Annotated[bool | Auto, formerly(None)] = "auto"
+    """Whether BatchNorm is re-estimated before each validation; "auto": where a scheme has less than 8 bits and
     BatchNorm is not frozen: weights that were trained with frozen statistics suit these alone."""
-    re_estimate_batches: int = 50
+    re_estimate_batches: PositiveInt = 50
     """Batches of calibration images for that."""
-
-    def __post_init__(self) -> None:
-        shares = [s for s in (self.freeze_batchnorm_after, self.stop_observing_after) if s is not None]
-        if not all(0 <= share <= 1 for share in shares) or self.re_estimate_batches < 1:
-            raise ConfigError(
-                f"schedule.freeze_batchnorm_after={self.freeze_batchnorm_after}, stop_observing_after="
-                f"{self.stop_observing_after} and re_estimate_batches={self.re_estimate_batches} cannot be followed. "
-                "The first two are shares of the run, from 0 (at once) to 1 (never); at least one batch must be "
-                "re-estimated on."
-            )
 
 
 def freeze(model: nn.Module) -> None:
@@ -75,7 +66,7 @@ def schedule(options: ScheduleOptions) -> Callable[[nn.Module, float], None]:
 
 def frozen_after(model: nn.Module, options: ScheduleOptions) -> float:
     """Return the fraction of the run after which BatchNorm is frozen: that of the options, or one by the bits."""
-    if options.freeze_batchnorm_after is not None:
+    if options.freeze_batchnorm_after != "auto":
         return options.freeze_batchnorm_after
     return 1.0 if any(quantizer.scheme.bits < 8 for quantizer in quantizers(model).values()) else 2 / 3
 

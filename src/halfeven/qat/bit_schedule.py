@@ -7,36 +7,37 @@ Zhuang et al., "Towards Effective Low-bitwidth Convolutional Neural Networks" (a
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
 from halfeven.errors import ConfigError
 from halfeven.layerwise.calibrate import calibrate
+from halfeven.options import Options, above, below
 from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.scheme import Bits
 from halfeven.renamed import renamed_attributes
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProgressionOptions:
+class ProgressionOptions(Options):
     """The stages before the plan's own bits.
 
     Raises:
         ConfigError: stages that do not go down, or no time for them.
     """
 
-    bits: tuple[int, ...] = (8, 6)
+    bits: tuple[Bits, ...] = (8, 6)
     """Bits of the stages, in their order; a tensor for which the plan has as many or more keeps the plan's."""
-    share: float = 0.3
+    share: Annotated[float, above(0), below(1)] = 0.3
     """Share of the run that they take together, in equal parts."""
 
     def __post_init__(self) -> None:
         falling = all(a > b for a, b in zip(self.bits, self.bits[1:], strict=False))
-        if not (self.bits and falling and self.bits[-1] >= 2 and 0 < self.share < 1):
+        if not (self.bits and falling):
             raise ConfigError(
-                f"qat.progression.bits={self.bits} and share={self.share} are no way down to fewer bits. Give widths "
-                "that fall, such as 8 6, and a share of the run between 0 and 1."
+                f"qat.progression.bits={self.bits} is no way down to fewer bits. Give widths that fall, such as (8, 6)."
             )
 
 

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from halfeven.errors import AlgorithmError, ConfigError
 from halfeven.graph.capture import as_arguments
 from halfeven.graph.view import module_of
+from halfeven.options import Options, PositiveFloat, Share
 from halfeven.placement.captured_model import capture_for_quantization
 from halfeven.placement.insertion import plan_of, recorded_example
 from halfeven.placement.make_plan import regions
@@ -30,32 +31,21 @@ from halfeven.tasks.task import first_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationOptions:
+class DistillationOptions(Options):
     """How much of the loss the float model gives, and what of it is compared."""
 
-    weight: float = 0.0
+    weight: Share = 0.0
     """Share of the loss that the teacher's soft labels take; 0: off, 1: the labels are ignored."""
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     """Divides the logits of both before the softmax. 1, as the student has its teacher's size and can match the
     probabilities themselves, and gradients stay as large as cross-entropy's; 2 to 4 show more of a teacher that is
     sure of nearly every training image."""
     features: tuple[str, ...] = ()
     """Modules of the float model whose outputs are compared, such as "layer4.1" or "blocks.6"; see `Distillation`."""
-    feature_weight: float = 1.0
+    feature_weight: PositiveFloat = 1.0
     """Weight of the mean of the features' errors, each relative to the mean square of the teacher's feature."""
 
     def __post_init__(self) -> None:
-        if not (0 <= self.weight <= 1 and 0 < self.temperature < float("inf")):
-            raise ConfigError(
-                f"distillation.weight={self.weight} and temperature={self.temperature} give no loss: the first is a "
-                "share, the second divides logits. Set the weight from 0 (off) to 1 (labels are ignored), and a "
-                "temperature above 0."
-            )
-        if not 0 < self.feature_weight < float("inf"):
-            raise ConfigError(
-                f"distillation.feature_weight={self.feature_weight} would teach nothing, or the opposite. Set a "
-                "weight above 0; to compare no features, leave distillation.features empty."
-            )
         if "" in self.features or len(set(self.features)) < len(self.features):
             raise ConfigError(
                 f"distillation.features={list(self.features)} has an empty name or one twice, which would count "

@@ -17,13 +17,14 @@ import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from halfeven.errors import CheckpointError, ConfigError
+from halfeven.errors import CheckpointError
 from halfeven.graph.torch_private import AnyBatchNorm, blend_all, copy_all, own_buffers, own_parameters
+from halfeven.options import Options, at_least, below
 from halfeven.quantization.quantizer import Quantizer, quantizers
 from halfeven.renamed import renamed_attributes
 
@@ -32,19 +33,12 @@ PYTHON_STATE = ("scheme", "state")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AveragingOptions:
+class AveragingOptions(Options):
     """How long the average remembers."""
 
-    decay: float = 0.0
+    decay: Annotated[float, at_least(0), below(1)] = 0.0
     """What stays of the average at each step, some 1 / (1 - decay) steps long: 0.999 for runs of thousands of steps;
     0: off."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ConfigError(
-                f"averaging.decay={self.decay} makes no average: it is the share of it that stays at each step. Set it "
-                "from 0 (off) to below 1, for example 0.999."
-            )
 
 
 def warmed_up(decay: float, step: int) -> float:

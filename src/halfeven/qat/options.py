@@ -3,16 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from halfeven.options import Options, Switch
 from halfeven.qat.bit_schedule import ProgressionOptions
 from halfeven.qat.distillation import DistillationOptions
 from halfeven.qat.ema import AveragingOptions
 from halfeven.qat.oscillation import OscillationOptions
 
-Switch = Literal["auto", "on", "off"]
-
 
 @dataclass(frozen=True, kw_only=True)
-class QATOptions:
+class QATOptions(Options):
     """The steps of quantization-aware training, each of which can be switched.
 
     "auto" leaves a step to the recipe, which chooses by the bits and prints each choice with its reason.

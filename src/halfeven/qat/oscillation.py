@@ -7,22 +7,24 @@ spoils BatchNorm's statistics and holds other weights back, most of all in depth
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from halfeven.errors import CheckpointError, ConfigError
+from halfeven.options import NonNegativeFloat, Options, above, at_least, at_most, below
 from halfeven.quantization.arithmetic import per_channel, quantize
 from halfeven.quantization.compile import fused
 from halfeven.quantization.quantizer import Quantizer
+from halfeven.quantization.scheme import Bits
 
 OSCILLATING_FREQUENCY = 0.005
 """Frequency, in turns per step, above which a weight counts as oscillating: one in 200 steps (section 2.3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OscillationOptions:
+class OscillationOptions(Options):
     """How oscillations are found, and what is done about them.
 
     Raises:
@@ -34,37 +36,24 @@ class OscillationOptions:
     at every step."""
     freeze: bool = False
     """Whether weights that oscillate too often are frozen (section 4.3)."""
-    dampening: float = 0.0
+    dampening: NonNegativeFloat = 0.0
     """Weight of the dampening term at the end of the run (section 4.2); 0: none."""
-    bits: int = 4
+    bits: Bits = 4
     """Weights with more bits are not followed: their steps are too small to matter."""
-    momentum: float = 0.01
+    momentum: Annotated[float, above(0), below(1)] = 0.01
     """Weight of a step in the moving averages of frequencies and of integers."""
-    freeze_from: float = 0.1
+    freeze_from: Annotated[float, above(0), at_most(1)] = 0.1
     """Frequency, in turns per step, above which a weight is frozen at first."""
-    freeze_to: float = 0.03
+    freeze_to: Annotated[float, above(0), at_most(1)] = 0.03
     """The same at the end of the run; between, a cosine."""
-    start: float = 0.25
+    start: Annotated[float, at_least(0), below(1)] = 0.25
     """Share of the run after which freezing and dampening set in."""
 
     def __post_init__(self) -> None:
-        wrong = [
-            name
-            for name, right in {
-                "dampening": self.dampening >= 0,
-                "bits": self.bits >= 2,
-                "momentum": 0 < self.momentum < 1,
-                "freeze_from": 0 < self.freeze_from <= 1,
-                "freeze_to": 0 < self.freeze_to <= self.freeze_from,
-                "start": 0 <= self.start < 1,
-            }.items()
-            if not right
-        ]
-        if wrong:
-            values = ", ".join(f"oscillation.{name}={getattr(self, name)}" for name in wrong)
+        if self.freeze_to > self.freeze_from:
             raise ConfigError(
-                f"{values} cannot be used: oscillations would be followed wrongly or not at all. Momentum, frequencies "
-                "and start are shares between 0 and 1, freeze_to is at most freeze_from, bits are at least 2."
+                f"oscillation.freeze_to={self.freeze_to} is above freeze_from={self.freeze_from}: fewer weights would "
+                "be frozen at the end than at first. Set freeze_to to at most freeze_from."
             )
         if self.freeze and self.freeze_to < 2 * self.momentum:
             raise ConfigError(

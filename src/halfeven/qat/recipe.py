@@ -10,7 +10,7 @@ from torch import nn
 from halfeven.decision import Decision, switched, table
 from halfeven.errors import ConfigError
 from halfeven.placement.insertion import plan_of
-from halfeven.placement.plan import QuantizationOptions
+from halfeven.placement.options import QuantizationOptions
 from halfeven.qat.batchnorm_schedule import ScheduleOptions, frozen_after
 from halfeven.qat.options import QATOptions
 from halfeven.quantization.quantizer import quantizers
@@ -139,7 +139,7 @@ def _average(options: QATOptions, bits: int) -> Decision:
 def _re_estimate(qmodel: nn.Module, schedule: ScheduleOptions, bits: int) -> Decision:
     if plan_of(qmodel).options.batchnorm == "fold":
         return Decision(False, "BatchNorm is folded")
-    if schedule.re_estimate is not None:
+    if schedule.re_estimate != "auto":
         return Decision(schedule.re_estimate, "as the options say")
     if frozen_after(qmodel, schedule) < 1:
         return Decision(False, "its statistics are frozen, and the weights have learned with them")

@@ -2,21 +2,25 @@
 
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 from halfeven.errors import ConfigError
+from halfeven.options import Options, at_least, at_most, fits
 
-MIN_BITS, MAX_BITS = 2, 16
+MIN_BITS = 2
+MAX_BITS = 16
+Bits = Annotated[int, at_least(MIN_BITS), at_most(MAX_BITS)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheme:
+class Scheme(Options):
     """Bits, signedness, symmetry, range and granularity of one tensor (white paper, section 2.2).
 
     Raises:
         ConfigError: bits outside 2 to 16, or a narrow range on an unsigned grid.
     """
 
-    bits: int = 8
+    bits: Bits = 8
     """Width of an integer, 2 to 16."""
     signed: bool = False
     """Signed grid, [-2^(b-1), 2^(b-1) - 1], or unsigned, [0, 2^b - 1]."""
@@ -28,11 +32,6 @@ class Scheme:
     """Axis with a scale for each of its channels; None: one scale for the tensor."""
 
     def __post_init__(self) -> None:
-        if not MIN_BITS <= self.bits <= MAX_BITS:
-            raise ConfigError(
-                f"A scheme with bits={self.bits} was asked for; halfeven's integer grids have "
-                f"{MIN_BITS} to {MAX_BITS} bits. Choose a width in that interval."
-            )
         if self.narrow and not self.signed:
             raise ConfigError(
                 "A narrow range was asked for on an unsigned grid, which has no most negative integer "
@@ -82,5 +81,9 @@ def parse_bits(name: str) -> tuple[int, int]:
         )
     weight_bits, activation_bits = int(match[1]), int(match[2])
     for bits in (weight_bits, activation_bits):
-        Scheme(bits=bits)  # raises where a width is out of bounds
+        if not fits(Bits, bits):
+            raise ConfigError(
+                f'The scheme "{name}" asks for {bits} bits; integer grids here have {MIN_BITS} to {MAX_BITS} bits. '
+                'Choose widths in that interval, such as "w4a8".'
+            )
     return weight_bits, activation_bits

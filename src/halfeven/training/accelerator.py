@@ -2,12 +2,13 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 
 from halfeven.errors import ConfigError
 from halfeven.imports import extra
+from halfeven.options import Auto, Options, PositiveInt, formerly
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -16,41 +17,63 @@ MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceOptions:
+class DeviceOptions(Options):
     """Where and in which precision the work is done."""
 
-    kind: Literal["auto", "cpu"] = "auto"
-    """"auto": the accelerator of this process if there is one, else the CPU."""
+    kind: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto": the accelerator of this process if there is one, else the CPU. "cuda": a GPU, or an error."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of matrix products in training; --amp chooses the mixed precision that the device can do."""
-    threads: int = 0
-    """CPU threads of each process; 0: as PyTorch decides."""
+    threads: Annotated[PositiveInt | Auto, formerly(0)] = "auto"
+    """CPU threads of each process; "auto": as PyTorch decides."""
 
 
 def make_accelerator(options: DeviceOptions) -> "Accelerator":
     """Join the processes of this run, as `torchrun` or `accelerate launch` started them, or work alone.
 
     Raises:
-        ConfigError: the device cannot do the precision.
+        ConfigError: there is no such device, or it cannot do the precision.
     """
+    check_device(options)
     with extra("train", "Training"):
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    if options.threads > 0:
+    if options.threads != "auto":
         torch.set_num_threads(options.threads)
+    # Each process keeps its own BatchNorm statistics between averages: sending them at every step would slow all down.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    accelerator = Accelerator(
+        cpu=options.kind == "cpu" or not torch.accelerator.is_available(),
+        mixed_precision=MIXED[options.precision],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if options.kind == "cuda" and accelerator.device.type != "cuda":
+        raise ConfigError(
+            f'device.kind="cuda" asks for a GPU, and Accelerate was set up for the {accelerator.device.type} (by '
+            "ACCELERATE_USE_CPU, its configuration, or an Accelerator that was made before). Everything would be done "
+            'there. Change that set-up, or set device.kind to "auto".'
+        )
+    return accelerator
+
+
+def check_device(options: DeviceOptions) -> None:
+    """Refuse a device that this process does not have, or a precision that the device cannot do.
+
+    Raises:
+        ConfigError: there is no GPU for "cuda", or "float16" is asked of a CPU.
+    """
+    if options.kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f'device.kind="cuda" asks for a GPU, and PyTorch {torch.__version__} finds none in this process, so '
+            "everything would be done on the CPU. Check `nvidia-smi`, CUDA_VISIBLE_DEVICES and that this PyTorch is "
+            'built for CUDA, or set device.kind to "auto" or "cpu".'
+        )
     cpu = options.kind == "cpu" or not torch.accelerator.is_available()
     if options.precision == "float16" and cpu:
         raise ConfigError(
             'device.precision="float16" was asked for on the CPU, whose float16 training loses small gradients. '
             'Use "bfloat16" (or --amp, which chooses it), or "float32".'
         )
-    # Each process keeps its own BatchNorm statistics between averages: sending them at every step would slow all down.
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision=MIXED[options.precision],
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
 
 
 def mixed_precision() -> Literal["bfloat16", "float16"]:

@@ -117,7 +117,7 @@ class Trainer:
         self.batches = TrainingBatches(samples, options, seed=run.seed, workers=run.workers, collate=task.collate)
         self.steps_per_epoch = -(-len(self.batches) // options.accumulation)
         whole = options.epochs * self.steps_per_epoch
-        self.total_steps = min(options.max_steps, whole) if options.max_steps else whole
+        self.total_steps = whole if options.max_steps == "auto" else min(options.max_steps, whole)
         self.step = 0
         self.best = Metrics()
         self.last = Metrics()

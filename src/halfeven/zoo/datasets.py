@@ -116,7 +116,7 @@ def digits(options: DataOptions) -> Datasets:
 
 def fashion_mnist(options: DataOptions) -> Datasets:
     """Open Zalando's 70,000 grey images of clothes, padded from 28x28 to 32x32 pixels."""
-    root = Path(options.root or FASHION_MNIST_ROOT)
+    root = Path(FASHION_MNIST_ROOT if options.root == "auto" else options.root)
     parts = {}
     for part, stem, count in (("train", "train", 60000), ("validation", "t10k", 10000)):
         pixels = read_idx(root / f"{stem}-images-idx3-ubyte.gz")
@@ -171,10 +171,10 @@ def image_folder(options: DataOptions) -> Datasets:
 
     root = Path(options.root)
     for part in ("train", "val"):
-        if not options.root or not (root / part).is_dir():
+        if options.root == "auto" or not (root / part).is_dir():
             raise ConfigError(
-                f"There is no folder {root / part if options.root else 'data.root'}, so there are no images. Set "
-                "data.root to a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (ImageNet as usually unpacked)."
+                f"There is no folder {'data.root' if options.root == 'auto' else root / part}, so there are no images. "
+                "Set data.root to a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (ImageNet as usually unpacked)."
             )
     finish = [transforms.ToTensor(), transforms.Normalize(options.mean, options.std)]
     bilinear = InterpolationMode.BILINEAR

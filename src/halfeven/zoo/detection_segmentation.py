@@ -115,7 +115,7 @@ def coco_detection(options: DataOptions) -> tuple[Labelled, Labelled, Labelled]:
     def part(name: str, *, augment: bool) -> Labelled:
         images = Path(options.root) / f"{name}2017"
         annotations = Path(options.root) / "annotations" / f"instances_{name}2017.json"
-        if not (options.root and images.is_dir() and annotations.is_file()):
+        if not (images.is_dir() and annotations.is_file()):
             raise ConfigError(
                 f"COCO cannot be read: {images} and {annotations} must both be there. Set data.root to the folder "
                 "that has train2017, val2017 and annotations."

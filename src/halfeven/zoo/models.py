@@ -10,6 +10,7 @@ from torch import nn
 
 from halfeven.errors import ConfigError
 from halfeven.imports import extra, import_function
+from halfeven.options import Options, PositiveInt
 from halfeven.zoo.detectors import TensorPart
 from halfeven.zoo.weights import load_weights
 
@@ -17,7 +18,7 @@ PRETRAINED = "pretrained"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class ModelOptions(Options):
     """Which float model, and its weights."""
 
     source: Literal["timm", "torchvision", "transformers", "effdet", "callable"] = "timm"
@@ -27,20 +28,12 @@ class ModelOptions:
     "package.module:function"."""
     weights: str = ""
     """Float weights: "pretrained" (the library's own), the path of a file, or "" for random ones."""
-    num_classes: int = 1000
+    num_classes: PositiveInt = 1000
     """Classes of the head; in segmentation and detection with the background."""
-    in_chans: int = 3
+    in_chans: PositiveInt = 3
     """Channels of the input image (timm; torchvision's models take 3)."""
     arguments: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Further keyword arguments of the model's function."""
-
-    def __post_init__(self) -> None:
-        if self.num_classes < 1 or self.in_chans < 1:
-            raise ConfigError(
-                f"model.num_classes={self.num_classes} and model.in_chans={self.in_chans} cannot make a model: both "
-                "must be "
-                "at least 1. Set them to the data's number of classes and of image channels."
-            )
 
 
 def create_model(options: ModelOptions) -> nn.Module:

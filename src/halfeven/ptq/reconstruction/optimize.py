@@ -207,7 +207,8 @@ def _descend(
     generator = torch.Generator().manual_seed(seed)
     dropping = _Dropping(options.drop, generator, learned)
     optimizer = torch.optim.Adam(learned.groups) if learned.groups else None
-    steps, warm = options.iterations, round(options.warm_start * options.iterations)
+    steps = options.steps
+    warm = round(options.warm_start * steps)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if optimizer else None
     weights = sum(rounding.v.numel() for rounding in learned.roundings.values())
     with learned.soft(), torch.enable_grad():

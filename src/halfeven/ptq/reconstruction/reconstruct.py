@@ -30,7 +30,6 @@ from halfeven.ptq.reconstruction.resume import Saved
 from halfeven.quantization.quantizer import quantizers
 from halfeven.renamed import renamed_parameters
 
-ITERATIONS = 200
 """Steps of a unit where the options leave the number open."""
 
 Log = Callable[[str], None]
@@ -132,7 +131,7 @@ def _reconstruct(
     resume_dir: Path | None,
     log: Log | None,
 ) -> ReconstructionReport:
-    options = dataclasses.replace(options, iterations=options.iterations or ITERATIONS)
+    options = dataclasses.replace(options, iterations=options.steps)
     check_float_weights(qmodel, "Reconstruction")
     _check_calibrated(qmodel)
     cache = Cache(options.memory * 1e9, options.cache_folder)
@@ -147,7 +146,7 @@ def _reconstruct(
                 advance(report)
                 if log is not None:
                     log(f"  {report}")
-    return ReconstructionReport(tuple(reports), options.iterations, cache.on_disk)
+    return ReconstructionReport(tuple(reports), options.steps, cache.on_disk)
 
 
 def _walk(

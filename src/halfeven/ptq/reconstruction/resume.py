@@ -81,7 +81,7 @@ class Saved:
 
 def _facts(qmodel: nn.Module, inputs: Sequence[Stored], options: PTQOptions, granularity: str) -> dict[str, Any]:
     """What tells one run from another; where activations are stored makes no difference."""
-    kept = dataclasses.replace(options, memory=1.0, cache_folder="")
+    kept = dataclasses.replace(options, memory=1.0, cache_folder="auto")
     return {
         "granularity": granularity,
         "options": dataclasses.asdict(kept),

@@ -6,6 +6,7 @@ over all batches and processes; the range is chosen once, at the end.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 from halfeven.errors import ConfigError
 from halfeven.quantization.observers.cross_entropy import CrossEntropyObserver
@@ -33,6 +34,7 @@ __all__ = [
     "CrossEntropyObserver",
     "HistogramObserver",
     "Observer",
+    "ObserverName",
     "entropy_range",
     "extremes",
     "finite_extremes",
@@ -53,6 +55,9 @@ OBSERVERS: dict[str, Callable[[Scheme], Observer]] = {
 }
 """Constructors of observers by their names in options. "lp" is "mse" with the power 2.4 of BRECQ (arXiv 2102.05426) and
 QDrop (arXiv 2203.05740), which clips less."""
+
+ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "lp", "entropy"]
+"""The estimators that suit any tensor, which options may name."""
 
 LOGITS = "cross_entropy"
 """Name of the observer for logits of classes, which suits no other tensor."""

@@ -1,0 +1,109 @@
+"""Values from the command line: read as they are written, then checked by the option classes.
+
+tyro would check types and choices by itself, in other words than Python and config files are answered in, and without
+the nearest right value. Here it only reads: what cannot be read as a field's type stays the text that it is, and option
+objects stay keywords, until `checked` makes them and all mistakes are told at once, by their dotted names.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructTypeInfo,
+)
+
+from halfeven.options import Options, mistakes, report, up_to_date
+
+
+@dataclass(frozen=True)
+class Given:
+    """The keywords of an option object that is not made yet."""
+
+    kind: type[Options]
+    values: dict[str, Any]
+
+
+def unchecked() -> ConstructorRegistry:
+    """Return tyro's rules for reading option classes without checking them."""
+    registry = ConstructorRegistry()
+    inside: list[bool] = []
+
+    @contextlib.contextmanager
+    def usual() -> Iterator[None]:
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def primitive(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        if inside:
+            return None
+        with usual():
+            spec = ConstructorRegistry.get_primitive_spec(info)
+        if not isinstance(spec, PrimitiveConstructorSpec):
+            return None
+        return dataclasses.replace(spec, instance_from_str=_or_as_written(spec), choices=None)
+
+    def struct(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if inside or not (isinstance(info.type, type) and issubclass(info.type, Options)):
+            return None
+        kind = info.type
+        with usual():
+            spec = ConstructorRegistry.get_struct_spec(info)
+        assert isinstance(spec, StructConstructorSpec)
+        return dataclasses.replace(spec, instantiate=lambda **values: Given(kind, values))
+
+    registry.primitive_rule(primitive)
+    registry.struct_rule(struct)
+    return registry
+
+
+def checked(given: Given) -> Any:
+    """Make the option object that was read, with those inside of it.
+
+    Raises:
+        ConfigError: values that their fields cannot have, all of them at once, or that do not go together.
+    """
+    report(_mistakes_in(given, ""))
+    return _made(given)
+
+
+def _mistakes_in(value: Any, path: str) -> list[str]:
+    if isinstance(value, tuple):
+        return [one for index, item in enumerate(value) for one in _mistakes_in(item, f"{path}.{index}")]
+    if not isinstance(value, Given):
+        return []
+    plain = {name: item for name, item in value.values.items() if not _holds_options(item)}
+    nested = {name: item for name, item in value.values.items() if _holds_options(item)}
+    inside = [one for name, item in nested.items() for one in _mistakes_in(item, f"{path}.{name}".lstrip("."))]
+    return mistakes(value.kind, up_to_date(value.kind, plain), path, partial=True) + inside
+
+
+def _made(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_made, value))
+    if isinstance(value, Given):
+        return value.kind(**{name: _made(item) for name, item in value.values.items()})
+    return value
+
+
+def _holds_options(value: Any) -> bool:
+    return isinstance(value, Given) or (isinstance(value, tuple) and any(map(_holds_options, value)))
+
+
+def _or_as_written(spec: PrimitiveConstructorSpec[Any]) -> Callable[[list[str]], Any]:
+    """The reader of a type that leaves what it cannot read as it is written."""
+
+    def read(words: list[str]) -> Any:
+        if spec.choices is None or all(word in spec.choices for word in words):
+            with contextlib.suppress(ValueError, TypeError):
+                return spec.instance_from_str(words)
+        return words[0] if len(words) == 1 else tuple(words)
+
+    return read
