@@ -1,6 +1,7 @@
 """Configs are Python files that end with an experiment; mistakes in them are named."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,8 +111,34 @@ def test_mistakes_in_a_config(tmp_path, text, message):
 
 def test_a_missing_config_names_the_nearest(tmp_path):
     write(tmp_path, "", "digits.py")
-    with pytest.raises(ConfigError, match=r"Did you mean digits\.py"):
+    with pytest.raises(ConfigError, match=r"digit\.py does not exist.* Did you mean \S+/digits\.py\?"):
         load_experiment(tmp_path / "digit.py")
+
+
+def test_only_a_python_file_is_a_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "configs" / "quickstart"
+    folder.mkdir(parents=True)
+    write(folder, "", "digits.py")
+    (tmp_path / "digits.json").write_text("{}")
+    meant = r"Did you mean configs/quickstart/digits\.py\?"
+    with pytest.raises(ConfigError, match=rf"digits does not exist, .*{meant}"):
+        load_experiment("digits")
+    with pytest.raises(ConfigError, match=rf"digits\.json is no Python file, .*{meant}"):
+        load_experiment("digits.json")
+    with pytest.raises(ConfigError, match=rf"configs/quickstart is a folder, .*{meant}"):
+        load_experiment("configs/quickstart")
+    with pytest.raises(ConfigError, match="Give the path of such a file"):
+        load_experiment("zzz.py")
+
+
+def test_a_file_beside_a_config_hides_no_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "timeit", raising=False)
+    for name in ("torch.py", "timeit.py"):
+        (tmp_path / name).write_text("raise AssertionError('this is no library')")
+    text = "import timeit, torch\nexperiment = Experiment(model=ModelOptions(), data=DataOptions(), seed=7)"
+    assert load_experiment(write(tmp_path, text)).seed == 7
 
 
 def test_fields_that_contradict_each_other():

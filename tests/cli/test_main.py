@@ -109,6 +109,12 @@ def test_steps_of_ptq_are_switched_on_the_command_line(config):
     assert parsed.resume
 
 
+@pytest.mark.parametrize("config", ["digits", "configs", "pyproject.toml", "digits.py"])
+@pytest.mark.parametrize("command", ["train", "ptq", "test", "export", "verify"])
+def test_what_is_no_config_is_refused_by_name(refused, command, config):
+    assert f"{config} " in refused(command, config, "--seed", "1")
+
+
 def test_unknown_command(refused):
     assert 'no command "tran". Did you mean train?' in refused("tran")
     assert "There are train, ptq, test, export, verify, init." in refused("quux")

@@ -128,7 +128,7 @@ def _option(name: str, kind: Any, meaning: str, value: Any) -> Option:
 
 def _holds_options(kind: Any) -> bool:
     """True for a sequence of option classes, which is set in the config alone."""
-    return any(dataclasses.is_dataclass(one) for one in get_args(kind))
+    return any(isinstance(one, type) and dataclasses.is_dataclass(one) for one in get_args(kind))
 
 
 def _metavar(kind: Any) -> str:
