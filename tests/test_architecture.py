@@ -250,7 +250,7 @@ def test_marked_as_typed_and_free_of_leftovers(path):
 RUNTIME_NAMES = ("openvino", "onnxruntime", "tensorrt")
 NAMING_A_RUNTIME = {
     "runtimes/runtime.py": "the table itself",
-    "placement/plan.py": "the default target",
+    "placement/options.py": "the default target",
     "moved.py": "names of version 0.1",
 }
 """Files outside the runtimes' own rooms whose code names one, and why."""
