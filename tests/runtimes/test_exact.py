@@ -12,7 +12,7 @@ from halfeven.quantization.arithmetic import snap
 from halfeven.quantization.quantizer import quantizers as he_quantizers
 from halfeven.runtimes.cpu import adds_pairs_in_16_bits
 from halfeven.runtimes.integer_layers import EXACT_IN_FLOAT32
-from halfeven.runtimes.openvino.exact_values import Ends
+from halfeven.runtimes.openvino.exact_values import FakeQuantizeRange
 from runtimes.parity import SCHEME, deployed, quantized
 from sweeps import crossed, sweep
 
@@ -590,9 +590,9 @@ def test_a_zero_point_survives_its_ends():
     quotients = []
     for scale in scales:
         low, high = -121 * scale, 134 * scale
-        ends = Ends(low, high, 255)
-        assert ends.zero_level == 121
-        assert ends.levels(torch.zeros(1)) == 121
+        limits = FakeQuantizeRange(low, high, 255)
+        assert limits.zero_code == 121
+        assert limits.codes(torch.zeros(1)) == 121
         quotients.append((-low * 255) / (high - low))  # which a fused sum takes as it is
     assert any(quotient != 121 for quotient in quotients)
 

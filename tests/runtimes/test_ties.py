@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import halfeven as he
 from halfeven.quantization.quantizer import quantizers
 from halfeven.runtimes.cpu import has_avx512_vnni
-from halfeven.runtimes.openvino.exact_values import Ends
+from halfeven.runtimes.openvino.exact_values import FakeQuantizeRange
 from runtimes.parity import SCHEME, quantized
 from sweeps import crossed
 
@@ -54,7 +54,7 @@ def test_averages_are_those_of_integers(ratio, zero_point, tmp_path):
 
     exact = he.exact(qmodel)
     exact(batches[0])
-    means = F.avg_pool2d(next(levels for name, levels in exact.levels.items() if name != "quantizers.x"), 2)
+    means = F.avg_pool2d(next(levels for name, levels in exact.codes.items() if name != "quantizers.x"), 2)
     assert int((means % 1 == 0.5).sum()) > 500, "no ties were made"
 
 
@@ -148,9 +148,11 @@ def test_the_end_of_an_attention_rounds_as_it_does_for_users(zero_point, tmp_pat
     sums = torch.arange(-6000.0, 6000.0)
 
     def ties(ratio):
-        ends = Ends(-zero_point * unit * ratio, (255 - zero_point) * unit * ratio, 255, signed=zero_point == 128)
-        ends = ends.moved(unit)
-        return int((ends.levels(sums) != ends.in_kernel().levels_in_attention(sums)).sum())
+        limits = FakeQuantizeRange(
+            -zero_point * unit * ratio, (255 - zero_point) * unit * ratio, 255, signed=zero_point == 128
+        )
+        limits = limits.moved(unit)
+        return int((limits.codes(sums) != limits.in_kernel().codes_in_attention(sums)).sum())
 
     ratio = max((150 + 0.37 * step for step in range(200)), key=ties)
     assert ties(ratio) > 0

@@ -29,12 +29,12 @@ def has_avx512_vnni() -> bool:
     return _told_to_be() not in WITHOUT_VNNI | WITHOUT_AVX512 and bool(_capabilities().get("avx512_vnni"))
 
 
-def pair_fits(levels: int, factor: int) -> bool:
-    """Return True if two products of activations up to `levels` with factors up to `factor` fit in 16 bits together.
+def pair_fits(largest: int, factor: int) -> bool:
+    """Return True if two products of activations up to `largest` with factors up to `factor` fit in 16 bits together.
 
     Weights of 7 bits do with activations of 8: 2 * 255 * 63 < 2 ** 15.
     """
-    return 2 * levels * factor < 2**15
+    return 2 * largest * factor < 2**15
 
 
 def _told_to_be() -> str:

@@ -5,6 +5,7 @@ operations (`exact.py` in the runtime's folder). Functions that the runtime comp
 (`float_operators`).
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def exact(qmodel: nn.Module, target: str | None = None) -> "ExactModel":
     """A quantized model as its runtime computes it, integer for integer: a module to evaluate, called like the model.
 
     It runs on the CPU and has no gradients. What the runtime computes in float (a GELU, a normalization) it is asked
-    for, operator by operator: the last bits are its own. After a call, `levels` holds the integers of every quantizer
+    for, operator by operator: the last bits are its own. After a call, `codes` holds the integers of every quantizer
     by name. The file is simulated as it runs for users; where its tensors are watched, single integers may be others.
 
     Args:
@@ -69,9 +70,19 @@ class ExactModel(nn.Module):
         self.model = model
 
     @property
-    def levels(self) -> dict[str, Tensor]:
+    def codes(self) -> dict[str, Tensor]:
         """The integers of every quantizer, by its name, after a call."""
-        return self.simulation.levels
+        return self.simulation.codes
+
+    @property
+    def levels(self) -> dict[str, Tensor]:
+        """The old name of `codes`."""
+        warnings.warn(
+            "ExactModel.levels is ExactModel.codes now; the old name goes with the next version.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.codes
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -30,24 +30,24 @@ class IntegerLayer:
     compute: Callable[[Tensor, Tensor, None], Tensor]
     pieces: tuple[Piece, ...]
     input_axis: int
-    zero_level: Tensor
+    zero_code: Tensor
     scale: Tensor
     bias: Tensor | None
     """None also where the layer has a bias of zeros."""
 
     @staticmethod
-    def of(layer: Any, input_scale: Tensor, zero_level: Tensor, steps: int) -> "IntegerLayer":
+    def of(layer: Any, input_scale: Tensor, zero_code: Tensor, steps: int) -> "IntegerLayer":
         """The integers of a layer with an exported weight quantizer.
 
         Args:
             layer: a layer of `halfeven.placement.quantized_layers.QUANTIZED_LAYERS`, its weight on its grid.
-            input_scale: of the levels that it reads, [].
-            zero_level: the level that stands for 0, [].
-            steps: the largest level.
+            input_scale: of the codes that it reads, [].
+            zero_code: the code that stands for 0, [].
+            steps: the largest code.
         """
         quantizer = layer.weight_quantizer
         integers = integer_weight(layer)
-        largest = max(float(zero_level), steps - float(zero_level))
+        largest = max(float(zero_code), steps - float(zero_code))
         linear = isinstance(layer, nn.Linear)
         # Shapes that stand before the axes of the window: [outputs], or [batch, outputs, ...].
         after = () if linear else (1,) * (layer.weight.ndim - 2)
@@ -59,14 +59,14 @@ class IntegerLayer:
             compute=operation(layer),
             pieces=tuple(_pieces(layer, integers, largest)),
             input_axis=-1 if linear else 1,
-            zero_level=zero_level,
+            zero_code=zero_code,
             scale=by_output(input_scale * quantizer.scale),
             bias=None if layer.bias is None or not bool(layer.bias.any()) else by_output(layer.bias),
         )
 
-    def sums(self, levels: Tensor) -> Tensor:
+    def sums(self, codes: Tensor) -> Tensor:
         """The sums of integer products, exact; float64 where float32 could not hold them."""
-        x = levels - self.zero_level
+        x = codes - self.zero_code
         if len(self.pieces) == 1:
             weight = self.pieces[0].weight
             return self.compute(x.to(weight.dtype), weight, None)

@@ -130,33 +130,33 @@ class _Comparison:
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """First output of the file and of the exact simulation; the integers of all activations are compared."""
         deployed_outputs, reals = self.file.run(inputs)
-        found = {name: _levels(reals[name], self.activations[name]) for name in self.names}
+        found = {name: _codes(reals[name], self.activations[name]) for name in self.names}
         simulation = self.exact.simulation
         simulation.watched = True
         exact_output = first_tensor(self.exact(*inputs))
-        exact, matters = dict(self.exact.levels), simulation.watching_matters
+        exact, matters = dict(self.exact.codes), simulation.watching_matters
         alone = exact
         if not all(torch.equal(found[name], exact[name]) for name in self.names):
             simulation.given.update(found)
             self.exact(*inputs)
-            alone = dict(self.exact.levels)
+            alone = dict(self.exact.codes)
             simulation.given.clear()
         if matters:  # the outputs are of the file as users run it
             simulation.watched = False
             exact_output = first_tensor(self.exact(*inputs))
-        simulated = self.simulated_levels
+        simulated = self.simulated_codes
         for tensor, name in zip(self.tensors, self.names, strict=True):
             # A mean over positions keeps or loses their axes: the runtime's form may be another than the model's.
             tensor.add(found[name], exact[name], alone[name], simulated[name].reshape(found[name].shape))
         return deployed_outputs[0], exact_output
 
     def simulate(self, args: Sequence[Tensor], kwargs: dict[str, Tensor]) -> Tensor:
-        """First output of the float simulation; its levels are kept in `simulated_levels`."""
-        self.simulated_levels: dict[str, Tensor] = {}
+        """First output of the float simulation; its codes are kept in `simulated_codes`."""
+        self.simulated_codes: dict[str, Tensor] = {}
         handles = []
         for name, quantizer in quantizers(self.qmodel).items():
             if name in self.calls:
-                handles.append(quantizer.register_forward_hook(self._keep_levels(self.calls[name])))
+                handles.append(quantizer.register_forward_hook(self._keep_codes(self.calls[name])))
         try:
             with torch.no_grad():
                 return first_tensor(self.qmodel(*args, **kwargs)).cpu()
@@ -164,12 +164,12 @@ class _Comparison:
             for handle in handles:
                 handle.remove()
 
-    def _keep_levels(self, names: list[str]) -> Any:
+    def _keep_codes(self, names: list[str]) -> Any:
         waiting = iter(names)
 
         def hook(module: Quantizer, inputs: Any, output: Tensor) -> None:
             name = next(waiting)
-            self.simulated_levels[name] = _levels(output.cpu().float(), self.activations[name])
+            self.simulated_codes[name] = _codes(output.cpu().float(), self.activations[name])
 
         return hook
 
@@ -223,7 +223,7 @@ def _grid(quantizer: ExportedQuantizer) -> tuple[float, ...]:
     return (*quantizer.scale.flatten().tolist(), *quantizer.zero_point.flatten().tolist(), *ends)
 
 
-def _levels(real: Tensor, quantizer: ExportedQuantizer) -> Tensor:
+def _codes(real: Tensor, quantizer: ExportedQuantizer) -> Tensor:
     """The integers that real numbers on a quantizer's grid stand for, counted from the smallest of its type."""
     return torch.round(real / quantizer.scale) + quantizer.zero_point - (-128 if quantizer.signed else 0)
 

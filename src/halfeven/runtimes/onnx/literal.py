@@ -44,7 +44,7 @@ class Integers:
     grid: Grid
 
     @property
-    def levels(self) -> Tensor:
+    def codes(self) -> Tensor:
         return self.values - self.grid.first
 
     def real(self) -> Tensor:

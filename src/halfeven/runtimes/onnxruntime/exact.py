@@ -205,10 +205,10 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
 
     def _layer(self, node: fx.Node, layer: Any, x: Integers) -> Tensor | Sums:
         if node not in self.layers:
-            zero_level = x.grid.zero_point - x.grid.first
-            self.layers[node] = IntegerLayer.of(layer, x.grid.scale, zero_level, 255)
+            zero_code = x.grid.zero_point - x.grid.first
+            self.layers[node] = IntegerLayer.of(layer, x.grid.scale, zero_code, 255)
         made = self.layers[node]
-        sums = made.sums(x.levels)
+        sums = made.sums(x.codes)
         if layer.bias is None:
             return Sums(sums.float(), made.scale)
         if isinstance(layer, nn.Linear) and sums.ndim != 2:  # a product, and an addition in float

@@ -20,7 +20,7 @@ from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.runtimes.cpu import has_avx512_vnni
 from halfeven.runtimes.float_operators import FloatOperators, is_asked
-from halfeven.runtimes.openvino.exact_values import Average, Ends, InUnits, Levels, Products, Scaled
+from halfeven.runtimes.openvino.exact_values import Accumulator, Average, Codes, FakeQuantizeRange, Scaled, ScaledSum
 from halfeven.runtimes.openvino.layers import OpenVINOLayer
 from halfeven.runtimes.openvino.residual_add import fused_sum, is_unrounded, sum_in_kernel, sum_of_integers
 from halfeven.runtimes.openvino.session import function_of
@@ -36,7 +36,7 @@ class OpenVINOInterpreter(fx.Interpreter):
     def __init__(self, region: CapturedModule, simulation: Simulation) -> None:
         super().__init__(region)
         self.simulation = simulation
-        self.ends: dict[int, Ends] = {}
+        self.limits: dict[int, FakeQuantizeRange] = {}
         self.layers: dict[fx.Node, OpenVINOLayer] = {}
         self.float_operators = FloatOperators(function_of)
 
@@ -64,55 +64,55 @@ class OpenVINOInterpreter(fx.Interpreter):
             return self.float_operators.compute([node], values)
         return self._run(node, *pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special))
 
-    def _layer(self, node: fx.Node, args: Any, kwargs: Any) -> Tensor | Products | None:
+    def _layer(self, node: fx.Node, args: Any, kwargs: Any) -> Tensor | Accumulator | None:
         layer, x = module_of(node) if node.op == "call_module" else None, args[0]
-        if not isinstance(x, Levels) or not isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
+        if not isinstance(x, Codes) or not isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
             return None
         if node not in self.layers:  # its weight, and the grid of what it reads, are the same for all batches
-            self.layers[node] = OpenVINOLayer.of(layer, x.ends)
+            self.layers[node] = OpenVINOLayer.of(layer, x.limits)
         return self.layers[node](x.values)
 
     def _on_same_grid(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         x = args[0]
         if node.target is operator.getitem and isinstance(x, tuple | list):
             return x[args[1]]
-        if not isinstance(x, Levels):
+        if not isinstance(x, Codes):
             return None
         result = self._run(node, (x.values, *args[1:]), kwargs)
-        return pytree.tree_map(lambda values: Levels(values, x.ends), result)
+        return pytree.tree_map(lambda values: Codes(values, x.limits), result)
 
-    def _concatenated(self, node: fx.Node, args: Any, kwargs: Any) -> Levels | None:
-        if not all(isinstance(x, Levels) and x.ends is args[0][0].ends for x in args[0]):
+    def _concatenated(self, node: fx.Node, args: Any, kwargs: Any) -> Codes | None:
+        if not all(isinstance(x, Codes) and x.limits is args[0][0].limits for x in args[0]):
             return None
-        return Levels(torch.cat([x.values for x in args[0]], *args[1:], **kwargs), args[0][0].ends)
+        return Codes(torch.cat([x.values for x in args[0]], *args[1:], **kwargs), args[0][0].limits)
 
-    def _product(self, node: fx.Node, args: Any, kwargs: Any) -> Products | None:
-        if not all(isinstance(x, Levels) for x in args[:2]):
+    def _product(self, node: fx.Node, args: Any, kwargs: Any) -> Accumulator | None:
+        if not all(isinstance(x, Codes) for x in args[:2]):
             return None
-        sums = self._run(node, tuple(x.values.double() - x.ends.zero_level for x in args[:2]), {})
-        first, second = (x.ends.scale for x in args[:2])
-        return Products(sums.float(), first * second, (first, second))
+        sums = self._run(node, tuple(x.values.double() - x.limits.zero_code for x in args[:2]), {})
+        first, second = (x.limits.scale for x in args[:2])
+        return Accumulator(sums.float(), first * second, (first, second))
 
-    def _scaled(self, node: fx.Node, args: Any, kwargs: Any) -> Products | Scaled | None:
+    def _scaled(self, node: fx.Node, args: Any, kwargs: Any) -> Accumulator | Scaled | None:
         """Integers times or by a number, which their scale takes in; or products of activations, where the plugin moves
         it to the second factor unless something else reads the products."""
         (x, number), product = args, node.all_input_nodes[0]
-        if not isinstance(x, Levels | Products) or not isinstance(number, int | float) or number == 0:
+        if not isinstance(x, Codes | Accumulator) or not isinstance(number, int | float) or number == 0:
             return None
         factor = torch.tensor(float(number))
         factor = 1 / factor if node.target is torch.ops.aten.div.Tensor else factor
-        if isinstance(x, Levels):
-            return Scaled(self._run(node, (x.real(), number), kwargs), x, x.ends.scale * factor)
+        if isinstance(x, Codes):
+            return Scaled(self._run(node, (x.real(), number), kwargs), x, x.limits.scale * factor)
         if x.scales is None or kind_of(product) is not OperatorKind.MATMUL or len(product.users) != 1:
             return None
         first, second = x.scales
-        return Products(x.values, first * (second * factor))
+        return Accumulator(x.values, first * (second * factor))
 
-    def _sum(self, node: fx.Node, args: Any, kwargs: Any) -> InUnits | None:
+    def _sum(self, node: fx.Node, args: Any, kwargs: Any) -> ScaledSum | None:
         """A sum that the plugin takes in units of an operand's scale."""
         if len(args) < 2 or node.target is not torch.ops.aten.add.Tensor or kwargs:
             return None
-        if not all(isinstance(x, Levels) for x in args):
+        if not all(isinstance(x, Codes) for x in args):
             return fused_sum(node, args)
         if (in_kernel := sum_in_kernel(args)) is not None:
             self.simulation.watching_matters = True
@@ -121,53 +121,53 @@ class OpenVINOInterpreter(fx.Interpreter):
         return sum_of_integers(node, args)
 
     def _average(self, node: fx.Node, args: Any, kwargs: Any) -> Average | None:
-        if not isinstance(args[0], Levels) or _adaptive_in_float(node):
+        if not isinstance(args[0], Codes) or _adaptive_in_float(node):
             return None
         # Of integers: float64 rounds once, as their quotient does.
         values = self._run(node, (args[0].bytes.double(), *args[1:]), kwargs).float()
-        return Average(torch.round(values) if OPENVINO.rounds_average(node) else values, args[0].ends)
+        return Average(torch.round(values) if OPENVINO.rounds_average(node) else values, args[0].limits)
 
     def _activated(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """A leaky ReLU, taken in units of a sum; or a clip, taken away where the quantizer that reads it clips as
         much or more."""
         bounds = Op(node).bounds
-        if Op(node).row.homogeneous and bounds is None and isinstance(args[0], InUnits):
+        if Op(node).row.homogeneous and bounds is None and isinstance(args[0], ScaledSum):
             return dataclasses.replace(args[0], values=self._run(node, (args[0].values, *args[1:]), kwargs))
-        if bounds is None or not isinstance(args[0], InUnits | Products):
+        if bounds is None or not isinstance(args[0], ScaledSum | Accumulator):
             return None
         readers = [module_of(user) if user.op == "call_module" else None for user in node.users]
         if len(readers) == 1 and isinstance(quantizer := readers[0], ExportedQuantizer) and quantizer.bounds is None:
-            ends = self._ends(next(iter(node.users)), quantizer)
-            if bounds[0] <= float(ends.low) and float(ends.high) <= bounds[1]:
+            limits = self._limits(next(iter(node.users)), quantizer)
+            if bounds[0] <= float(limits.low) and float(limits.high) <= bounds[1]:
                 return args[0]
         return _clipped(args[0], bounds)
 
     def _quantize(self, node: fx.Node, quantizer: ExportedQuantizer, x: Any) -> Any:
         if quantizer.weight:
             return quantizer(x)
-        ends = self._ends(node, quantizer)
+        limits = self._limits(node, quantizer)
         if quantizer.bounds is not None:
             x = _clipped(x, quantizer.bounds)
         unrounded = None
-        if quantizer.bounds is None and is_unrounded(node, (float(ends.low), float(ends.high))):
-            unrounded = _real(x).clamp(ends.low, ends.high)
-        kernel = ends.in_kernel() if _in_kernel(node) else ends
-        return Levels(self.simulation.keep(quantizer.name, self._levels(node, kernel, x)), ends, unrounded)
+        if quantizer.bounds is None and is_unrounded(node, (float(limits.low), float(limits.high))):
+            unrounded = _real(x).clamp(limits.low, limits.high)
+        kernel = limits.in_kernel() if _in_kernel(node) else limits
+        return Codes(self.simulation.keep(quantizer.name, self._codes(node, kernel, x)), limits, unrounded)
 
-    def _levels(self, quantizer: fx.Node, ends: Ends, x: Any) -> Tensor:
+    def _codes(self, quantizer: fx.Node, limits: FakeQuantizeRange, x: Any) -> Tensor:
         if isinstance(x, Tensor):
-            return ends.levels(x, from_layer=kind_of(_before_activations(quantizer)) in WEIGHTED)
-        watched: Tensor = x.levels(ends)
-        if isinstance(x, Products) and has_avx512_vnni() and _ends_attention(quantizer):
-            return self.simulation.choose(watched, ends.moved(x.unit).levels_in_attention(x.values))
-        if isinstance(x, InUnits) and x.from_layer:
-            return self.simulation.choose(watched, ends.moved(x.unit).levels(x.values, from_layer=True))
+            return limits.codes(x, from_layer=kind_of(_before_activations(quantizer)) in WEIGHTED)
+        watched: Tensor = x.codes(limits)
+        if isinstance(x, Accumulator) and has_avx512_vnni() and _ends_attention(quantizer):
+            return self.simulation.choose(watched, limits.moved(x.unit).codes_in_attention(x.values))
+        if isinstance(x, ScaledSum) and x.from_layer:
+            return self.simulation.choose(watched, limits.moved(x.unit).codes(x.values, from_layer=True))
         return watched
 
-    def _ends(self, node: fx.Node, quantizer: ExportedQuantizer) -> Ends:
-        if quantizer.grid not in self.ends:  # one object for a shared grid: concatenation compares by identity
-            self.ends[quantizer.grid] = Ends.of(quantizer, signed_readers=not _read_by_convolution(node))
-        return self.ends[quantizer.grid]
+    def _limits(self, node: fx.Node, quantizer: ExportedQuantizer) -> FakeQuantizeRange:
+        if quantizer.grid not in self.limits:  # one object for a shared grid: concatenation compares by identity
+            self.limits[quantizer.grid] = FakeQuantizeRange.of(quantizer, signed_readers=not _read_by_convolution(node))
+        return self.limits[quantizer.grid]
 
 
 RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
@@ -185,9 +185,9 @@ RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
 
 def _clipped(x: Any, bounds: tuple[float, float]) -> Any:
     """Values clipped in their own units where these are the same for all channels, or a bound the same in all units."""
-    if isinstance(x, Levels | Scaled):
-        return (x.scaled if isinstance(x, Levels) else x).clipped(bounds)
-    if not isinstance(x, InUnits | Products):
+    if isinstance(x, Codes | Scaled):
+        return (x.scaled if isinstance(x, Codes) else x).clipped(bounds)
+    if not isinstance(x, ScaledSum | Accumulator):
         return _real(x).clamp(*bounds)
     if x.unit.numel() == 1:
         low, high = (bound / float(x.unit) for bound in bounds)
@@ -254,16 +254,16 @@ def _is_layer_norm(node: fx.Node) -> bool:
 def _normalized(x: Any) -> Tensor:
     """What a layer normalization computes with: of a tensor without a zero point its integers, for the plugin moves the
     scale behind it, where it has none to put (its epsilon stays what it was)."""
-    if isinstance(x, InUnits):
+    if isinstance(x, ScaledSum):
         return x.values
-    if isinstance(x, Levels) and not bool(x.ends.zero_byte):
+    if isinstance(x, Codes) and not bool(x.limits.zero_byte):
         return x.bytes
     real: Tensor = _real(x)
     return real
 
 
 def _is_special(value: Any) -> bool:
-    return isinstance(value, Levels | Scaled | Average | InUnits | Products)
+    return isinstance(value, Codes | Scaled | Average | ScaledSum | Accumulator)
 
 
 def _real(value: Any) -> Any:

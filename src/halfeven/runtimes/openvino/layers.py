@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.runtimes.integer_layers import IntegerLayer, integer_weight
-from halfeven.runtimes.openvino.exact_values import Ends, Products
+from halfeven.runtimes.openvino.exact_values import Accumulator, FakeQuantizeRange
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class ZeroShare:
 
 @dataclass(frozen=True, eq=False)
 class OpenVINOLayer:
-    """A layer of integers, called with the levels of its input.
+    """A layer of integers, called with the codes of its input.
 
     y = sum * (s_x * s_w) + bias, multiplied and then added in float32; the sum is exact. The plugin sums products of
     bytes in a linear layer, and takes the zero point's share from them in float32 (`zero`).
@@ -46,18 +46,18 @@ class OpenVINOLayer:
     zero: ZeroShare | None
 
     @staticmethod
-    def of(layer: Any, ends: Ends) -> "OpenVINOLayer":
-        """Return the integers of a layer with an exported weight quantizer, whose input has these ends."""
-        integers = IntegerLayer.of(layer, ends.scale, ends.zero_level, ends.steps)
-        summed_bytes = isinstance(layer, nn.Linear) and bool(ends.zero_byte)
-        return OpenVINOLayer(integers, ZeroShare.of(integer_weight(layer), ends.zero_byte) if summed_bytes else None)
+    def of(layer: Any, limits: FakeQuantizeRange) -> "OpenVINOLayer":
+        """Return the integers of a layer with an exported weight quantizer, whose input has these limits."""
+        integers = IntegerLayer.of(layer, limits.scale, limits.zero_code, limits.steps)
+        summed_bytes = isinstance(layer, nn.Linear) and bool(limits.zero_byte)
+        return OpenVINOLayer(integers, ZeroShare.of(integer_weight(layer), limits.zero_byte) if summed_bytes else None)
 
-    def __call__(self, levels: Tensor) -> Tensor | Products:
+    def __call__(self, codes: Tensor) -> Tensor | Accumulator:
         layer = self.layer
-        sums = layer.sums(levels)
-        products = Products(sums.float() if self.zero is None else self.zero.taken(sums), layer.scale)
+        sums = layer.sums(codes)
+        products = Accumulator(sums.float() if self.zero is None else self.zero.taken(sums), layer.scale)
         if layer.bias is not None:
             return products.real() + layer.bias
         # The scales of a linear layer's outputs stand at the third axis of tokens: there the plugin merges none.
-        tokens = layer.input_axis == -1 and levels.ndim > 2 and layer.scale.numel() > 1
+        tokens = layer.input_axis == -1 and codes.ndim > 2 and layer.scale.numel() > 1
         return products.real() if tokens else products

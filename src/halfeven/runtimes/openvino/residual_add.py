@@ -9,20 +9,20 @@ from torch import Tensor, fx
 from halfeven.deployment.grids import quantizer_at
 from halfeven.graph.operators import OperatorKind
 from halfeven.graph.view import Op, kind_of
-from halfeven.runtimes.openvino.exact_values import InUnits, Levels, Products
+from halfeven.runtimes.openvino.exact_values import Accumulator, Codes, ScaledSum
 
 ADDED_IN_UNITS = (OperatorKind.CONVOLUTION, OperatorKind.LINEAR)
 """Layers whose result is added to a quantized skip connection in units of its scale."""
 
 
-def sum_of_integers(node: fx.Node, args: Sequence[Levels]) -> InUnits | None:
+def sum_of_integers(node: fx.Node, args: Sequence[Codes]) -> ScaledSum | None:
     """Two tensors of integers: one is brought to the other's scale, and both zero points are subtracted from it."""
     if args[0].values.shape != args[1].values.shape or len(node.all_input_nodes) != 2:
         return None
     moved, kept = args if _first_is_moved(node) else reversed(args)
-    zero = moved.ends.zero_byte + kept.ends.zero_byte * kept.ends.scale / moved.ends.scale
-    values = (moved.bytes - zero) * (moved.ends.scale / kept.ends.scale) + kept.bytes
-    return InUnits(values, kept.ends.scale)
+    zero = moved.limits.zero_byte + kept.limits.zero_byte * kept.limits.scale / moved.limits.scale
+    values = (moved.bytes - zero) * (moved.limits.scale / kept.limits.scale) + kept.bytes
+    return ScaledSum(values, kept.limits.scale)
 
 
 def _first_is_moved(node: fx.Node) -> bool:
@@ -33,34 +33,34 @@ def _first_is_moved(node: fx.Node) -> bool:
     return first or not second
 
 
-def fused_sum(node: fx.Node, args: Any) -> InUnits | None:
+def fused_sum(node: fx.Node, args: Any) -> ScaledSum | None:
     """A layer added to a quantized skip connection: the plugin adds in units of the skip's scale."""
     for branch, skip, source in ((args[0], args[1], node.args[0]), (args[1], args[0], node.args[1])):
-        if not (isinstance(branch, Tensor | Products) and isinstance(skip, Levels) and isinstance(source, fx.Node)):
+        if not (isinstance(branch, Tensor | Accumulator) and isinstance(skip, Codes) and isinstance(source, fx.Node)):
             continue
         values = branch if isinstance(branch, Tensor) else branch.values
         if kind_of(source) in ADDED_IN_UNITS and values.shape == skip.values.shape:
-            unit = skip.ends.scale
-            zero = skip.ends.zero_byte * unit
+            unit = skip.limits.scale
+            zero = skip.limits.zero_byte * unit
             if isinstance(branch, Tensor):
                 values = (values - zero) * (torch.ones_like(unit) / unit)
             else:  # the scales that a layer without a bias leaves are merged with the skip's
                 values = (values - zero / branch.unit) * (branch.unit / unit)
-            return InUnits(values + skip.bytes, unit, from_layer=kind_of(source) is OperatorKind.CONVOLUTION)
+            return ScaledSum(values + skip.bytes, unit, from_layer=kind_of(source) is OperatorKind.CONVOLUTION)
     return None
 
 
-def sum_in_kernel(args: Sequence[Levels]) -> InUnits | None:
+def sum_in_kernel(args: Sequence[Codes]) -> ScaledSum | None:
     """The sum of a skip connection and what its quantizer does not round, see `is_unrounded`; None of others."""
     for branch, skip in (args, reversed(args)):
         if branch.unrounded is not None and branch.values.shape == skip.values.shape:
-            unit = skip.ends.scale
-            values = branch.unrounded * (torch.ones_like(unit) / unit) + (skip.bytes - skip.ends.zero_byte)
-            return InUnits(values, unit, from_layer=True)
+            unit = skip.limits.scale
+            values = branch.unrounded * (torch.ones_like(unit) / unit) + (skip.bytes - skip.limits.zero_byte)
+            return ScaledSum(values, unit, from_layer=True)
     return None
 
 
-def is_unrounded(quantizer: fx.Node, ends: tuple[float, float]) -> bool:
+def is_unrounded(quantizer: fx.Node, limits: tuple[float, float]) -> bool:
     """Whether the plugin makes a quantizer a clip that does not round: one between a convolution, or a ReLU of one, and
     a sum that is taken in the convolution's kernel.
 
@@ -69,9 +69,9 @@ def is_unrounded(quantizer: fx.Node, ends: tuple[float, float]) -> bool:
 
     Args:
         quantizer: what may stand between them.
-        ends: the least and the largest value that it lets pass.
+        limits: the least and the largest value that it lets pass.
     """
-    convolution = _before_clips(quantizer, ends)
+    convolution = _before_clips(quantizer, limits)
     readers = list(quantizer.users)
     if kind_of(convolution) is not OperatorKind.CONVOLUTION or len(convolution.users) != 1 or len(readers) != 1:
         return False
@@ -82,10 +82,10 @@ def is_unrounded(quantizer: fx.Node, ends: tuple[float, float]) -> bool:
     return all(reader is total or _leads_to(reader, convolution) for reader in skip.users)
 
 
-def _before_clips(quantizer: fx.Node, ends: tuple[float, float]) -> fx.Node:
+def _before_clips(quantizer: fx.Node, limits: tuple[float, float]) -> fx.Node:
     """What a quantizer reads, before the clips between that clip no more than it does, and that nothing else reads."""
     node = quantizer.all_input_nodes[0]
-    while len(node.users) == 1 and (bounds := Op(node).bounds) and bounds[0] <= ends[0] and ends[1] <= bounds[1]:
+    while len(node.users) == 1 and (bounds := Op(node).bounds) and bounds[0] <= limits[0] and limits[1] <= bounds[1]:
         node = node.all_input_nodes[0]
     return node
 
