@@ -3,16 +3,14 @@
 import math
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import torch
 
-from halfeven.deployment.deployed import Deployed, Int32Bias
-from halfeven.deployment.quantize_op import PER_TENSOR, WEIGHT_SUFFIX, ExportedQuantizer
+from halfeven.deployment.deployed import Deployed
+from halfeven.deployment.quantize_op import PER_TENSOR, ExportedQuantizer
+from halfeven.runtimes.onnx.rewrite import four_bits, name_and_fold
 
 OPSET = 19
 """The oldest opset with all that 8 bits need; 21 and later trip ONNX Runtime on signed activations (its issue
@@ -25,15 +23,15 @@ WHOLE_RANGES = ((0, 255), (-128, 127), (-127, 127), (-7, 7))
 """Grids whose integers need no clip of their own: QuantizeLinear saturates, and narrow ones are those of weights, which
 lie on them."""
 
-LAYERS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
-
 
 def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path) -> None:
     """Write the program of a deployed model as one ONNX file with a free batch size."""
     import onnx
+    import onnx_ir
 
-    proto = translated(program, deployed.quantizers)
-    _Graph(proto.graph, deployed).name_and_fold()
+    model = translated(program, deployed.quantizers)
+    name_and_fold(model.graph, deployed)
+    proto = onnx_ir.to_proto(model)
     for described in (*proto.graph.node, *proto.graph.initializer, *proto.graph.value_info, proto.graph, proto):
         del described.metadata_props[:]  # the tracer's notes, a quarter of a small file
     _describe_alone(proto.graph, _skip_connections(proto.graph))
@@ -63,7 +61,7 @@ def _describe_alone(graph: Any, names: set[str]) -> None:
 
 
 def translated(program: torch.export.ExportedProgram, quantizers: list[ExportedQuantizer]) -> Any:
-    """A program as an ONNX model, operator by operator; `quantizers` are those whose operators it has."""
+    """Return a program as an `onnx_ir.Model`, operator by operator; `quantizers` are those whose operators it has."""
     weights_alone = bool(quantizers) and all(quantizer.weight for quantizer in quantizers)
     exported = torch.onnx.export(
         program,
@@ -79,12 +77,7 @@ def translated(program: torch.export.ExportedProgram, quantizers: list[ExportedQ
         verbose=False,
     )
     assert exported is not None
-    return exported.model_proto
-
-
-def four_bits(quantizer: ExportedQuantizer) -> bool:
-    """Whether a quantizer's integers are written in 4 bits each."""
-    return quantizer.weight and quantizer.quant_max == 7
+    return exported.model
 
 
 def _translation(signed: list[bool]) -> Any:
@@ -123,12 +116,6 @@ def _translate_gelu(x: Any, approximate: str = "none") -> Any:
     return op.Mul(half, op.Add(op.Erf(op.Div(x, math.sqrt(2))), 1.0))
 
 
-def _type_of(quantizer: ExportedQuantizer) -> Any:
-    if four_bits(quantizer):
-        return ml_dtypes.int4
-    return np.int8 if quantizer.signed else np.uint8
-
-
 def _translate_linear(x: Any, weight: Any, bias: Any = None) -> Any:
     from onnxscript import opset19 as op
 
@@ -138,143 +125,3 @@ def _translate_linear(x: Any, weight: Any, bias: Any = None) -> Any:
     product = op.MatMul(op.Unsqueeze(x, [0]) if matrix else x, op.Transpose(weight, perm=[1, 0]))
     product = product if bias is None else op.Add(product, bias)
     return op.Squeeze(product, [0]) if matrix else product
-
-
-class _Graph:
-    """An ONNX graph with the lookups that rewriting it needs."""
-
-    def __init__(self, graph: Any, deployed: Deployed) -> None:
-        self.graph = graph
-        self.deployed = deployed
-        self.quantizers = {quantizer.path: quantizer for quantizer in deployed.quantizers}
-        self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        self.makers = {output: node for node in graph.node for output in node.output}
-        self.names: dict[str, int] = {}
-        self.readers: dict[str, list[Any]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
-
-    def name_and_fold(self) -> None:
-        """Name the nodes after their quantizers and layers, and replace weights and biases by their integers."""
-        modules = dict(self.deployed.model.named_modules())
-        for node in list(self.graph.node):
-            if node.op_type != "QuantizeLinear":
-                continue
-            quantizer = self.quantizers[node.input[1].removesuffix(".scale")]
-            dequantize = self._named_pair(node, quantizer)
-            if not quantizer.weight:
-                self._rename(dequantize, quantizer.name)
-                continue
-            layer = quantizer.name.removesuffix(WEIGHT_SUFFIX)
-            self._fold_weight(node, dequantize, quantizer)
-            for reader in list(self._layers(dequantize)):
-                reader.name = self._unused(layer)
-                if getattr(modules.get(layer), "bias", reader) is None:
-                    del reader.input[2:]  # zeros in float, which the exporter writes where there is no bias
-                if layer in self.deployed.int32_biases:
-                    self._fold_bias(reader, layer, self.deployed.int32_biases[layer])
-        self._drop_unused()
-
-    def _named_pair(self, node: Any, quantizer: ExportedQuantizer) -> Any:
-        """Give a pair its names, and its zero point as a constant; its DequantizeLinear."""
-        (after,) = self.readers[node.output[0]]
-        if after.op_type == "Clip":
-            after.name = self._unused(f"{quantizer.name}.clip")
-            (after,) = self.readers[after.output[0]]
-        zero = self.makers.get(node.input[2])
-        zeros = quantizer.zero_point.numpy().astype(_type_of(quantizer))
-        node.input[2] = after.input[2] = self._constant(f"{quantizer.name}.zero_point.integer", zeros)
-        if zero is not None and zero in self.graph.node:
-            self.graph.node.remove(zero)
-        node.name, after.name = self._unused(f"{quantizer.name}.quantize"), self._unused(quantizer.name)
-        return after
-
-    def _unused(self, name: str) -> str:
-        """A node's name, numbered where a layer that is called more than once has taken it."""
-        count = self.names[name] = self.names.get(name, 0) + 1
-        return name if count == 1 else f"{name}_{count - 1}"
-
-    def _constant(self, name: str, values: Any) -> str:
-        from onnx import numpy_helper
-
-        if name not in self.constants:
-            self.constants[name] = numpy_helper.from_array(values, name)
-            self.graph.initializer.append(self.constants[name])
-        return name
-
-    def _layers(self, node: Any) -> Iterator[Any]:
-        """The layers that read a weight, as it is or transposed."""
-        for reader in self.readers.get(node.output[0], []):
-            if reader.op_type in LAYERS:
-                yield reader
-            elif reader.op_type in ("Transpose", "Reshape"):
-                yield from self._layers(reader)
-
-    def _rename(self, node: Any, name: str) -> None:
-        """Give a node's only output another name."""
-        old = node.output[0]
-        for described in (*self.graph.output, *self.graph.value_info):
-            if described.name == old:
-                described.name = name
-        for reader in self.readers.get(old, []):
-            for index, given in enumerate(reader.input):
-                if given == old:
-                    reader.input[index] = name
-        node.output[0] = name
-        self.readers[name] = self.readers.pop(old, [])
-
-    def _fold_weight(self, node: Any, dequantize: Any, quantizer: ExportedQuantizer) -> None:
-        from onnx import numpy_helper
-
-        if node.input[0] not in self.constants:  # a weight that is computed from others
-            return
-        weight = torch.from_numpy(numpy_helper.to_array(self.constants[node.input[0]]).copy())
-        shape = [1] * weight.ndim
-        if quantizer.axis != PER_TENSOR:
-            shape[quantizer.axis] = -1
-        integers = torch.round(weight / quantizer.scale.reshape(shape)).to(torch.int8)
-        readers = self.readers[dequantize.output[0]]
-        if integers.ndim == 2 and readers and all(reader.op_type == "Transpose" for reader in readers):
-            # As the product reads it: a runtime need not look through the transposition for its pattern.
-            integers = integers.t().contiguous()
-            for attribute in dequantize.attribute:
-                if attribute.name == "axis" and quantizer.axis != PER_TENSOR:
-                    attribute.i = 1 - quantizer.axis
-            for transpose in readers:
-                self._skip(transpose)
-        dequantize.input[0] = self._constant(f"{node.input[0]}.integers", integers.numpy().astype(_type_of(quantizer)))
-        self.graph.node.remove(node)
-
-    def _skip(self, node: Any) -> None:
-        """Take a node out whose input is to be read in place of its output."""
-        for reader in self.readers.pop(node.output[0], []):
-            for index, given in enumerate(reader.input):
-                if given == node.output[0]:
-                    reader.input[index] = node.input[0]
-            self.readers[node.input[0]] = [r for r in self.readers[node.input[0]] if r is not node] + [reader]
-        self.graph.node.remove(node)
-
-    def _fold_bias(self, layer_node: Any, layer: str, bias: Int32Bias) -> None:
-        """Write a layer's bias, its third input or what is added to its product, as 32-bit integers."""
-        import onnx
-
-        holder = layer_node
-        if layer_node.op_type == "MatMul":
-            (holder,) = self.readers[layer_node.output[0]]
-        index = next(i for i, name in enumerate(holder.input) if name.endswith(".bias") and name in self.constants)
-        name = f"{layer}.bias"
-        integers = bias.integers.numpy().astype(np.int32)
-        scale = bias.scale.numpy()
-        if f"{name}.dequantized" not in self.readers:
-            inputs = [self._constant(f"{name}.integers", integers), self._constant(f"{name}.scale", scale)]
-            pair = onnx.helper.make_node("DequantizeLinear", inputs, [f"{name}.dequantized"], name=name, axis=0)
-            self.graph.node.insert(0, pair)
-        holder.input[index] = f"{name}.dequantized"
-        self.readers.setdefault(f"{name}.dequantized", []).append(holder)
-
-    def _drop_unused(self) -> None:
-        used = {name for node in self.graph.node for name in node.input} | {out.name for out in self.graph.output}
-        kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
-        del self.graph.initializer[:]
-        self.graph.initializer.extend(kept)

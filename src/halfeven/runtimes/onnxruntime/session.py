@@ -25,8 +25,9 @@ def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Ten
     """A program without quantizers as a function that the runtime computes, of its inputs and of its constants by name;
     the first output."""
     import onnx
+    import onnx_ir
 
-    model = translated(program, [])
+    model = onnx_ir.to_proto(translated(program, []))
     graph = model.graph
     own = [found.name for found in graph.input]
     constants = [tensor.name for tensor in graph.initializer]
