@@ -150,8 +150,9 @@ def _settle(region: CapturedModule, node: fx.Node, norm: fx.Node | None) -> None
 
 
 def _multiplication(region: CapturedModule, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
-    """A multiplication by a constant, or by one for each output channel, that alone reads a layer (layer scale), and
-    these.
+    """Return the multiplication that alone reads a layer (layer scale) and its constants, one for each output channel.
+
+    None where there is no such multiplication.
 
     It goes into the layer's scales as a BatchNorm does: runtimes would do the same, and lose the layer's name.
     """
@@ -166,7 +167,8 @@ def _multiplication(region: CapturedModule, node: fx.Node) -> tuple[fx.Node, Ten
         values = Op(constant).constant
     else:
         return None
-    shape, ndim = node.meta["val"].shape, node.meta["val"].ndim
+    shape = node.meta["val"].shape
+    ndim = node.meta["val"].ndim
     axis = ndim - 1 if kind_of(node) is OperatorKind.LINEAR else 1
     wide = (1,) * (ndim - values.ndim) + tuple(values.shape)
     if len(wide) != ndim or any(size != 1 for place, size in enumerate(wide) if place != axis):
@@ -208,11 +210,10 @@ def _make_module(region: CapturedModule, node: fx.Node, quantizer: Quantizer, pa
 
 
 def recoverable(scale: Tensor, steps: int = 254) -> Tensor:
-    """The nearest scale that survives being written as the ends of a FakeQuantize: (high - low) / steps gives it back.
+    """Return the nearest scale that survives being written as limits low and high: (high - low) / steps gives it back.
 
     A scale that a BatchNorm multiplies is not snapped to 16 bits: that would move every output of its channel by up to
-    1 / 131072
-    and so change integers that the trained model rounds otherwise.
+    1 / 131072, and so change integers that the trained model rounds otherwise.
     """
     for _ in range(4):
         end = scale * (steps // 2)
@@ -224,8 +225,8 @@ def recoverable(scale: Tensor, steps: int = 254) -> Tensor:
 
 
 def _scaled(scale: Tensor, integers: Tensor, factor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Scale and integers of a weight whose output channels a BatchNorm multiplies by `factor`, which may be 0 or
-    negative."""
+    """Return scale and integers of a weight whose output channels a BatchNorm multiplies by `factor`, which may be 0
+    or negative."""
     shape = [1] * integers.ndim
     shape[axis] = -1
     folded = recoverable((scale.double() * factor.abs()).float())

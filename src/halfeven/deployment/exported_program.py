@@ -12,7 +12,11 @@ from halfeven.placement.insertion import recorded_example
 
 
 def example_of(qmodel: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example input, on the CPU, that a quantized model was prepared with."""
+    """Return the example input that a quantized model was prepared with, on the CPU.
+
+    Raises:
+        ExportError: the model carries none.
+    """
     example = recorded_example(qmodel)
     if example is None:
         raise ExportError(
@@ -23,7 +27,7 @@ def example_of(qmodel: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def exported_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    """The model as an ATen program whose first axes are free."""
+    """Return a model as an ATen program in which the first axis of each tensor is free, except where it is 1."""
 
     def free_batch(x: Any) -> Any:
         return {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.ndim and len(x) != 1 else None

@@ -8,14 +8,17 @@ from halfeven.graph.view import kind_of, module_of
 
 
 def quantizer_at(node: fx.Node) -> ExportedQuantizer | None:
-    """The quantizer of an activation that a node is, or None."""
+    """Return the quantizer of an activation that a node calls, or None."""
     if node.op != "call_module" or not isinstance(module := module_of(node), ExportedQuantizer) or module.weight:
         return None
     return module
 
 
 def grid_of(node: fx.Node) -> ExportedQuantizer | None:
-    """The quantizer on whose grid the values of a node lie, or None; upwards through operators that keep the scale."""
+    """Return the quantizer on whose grid the values of a node lie, or None.
+
+    It is looked for upwards, through operators that keep the scale.
+    """
     if (found := quantizer_at(node)) is not None:
         return found
     kind = kind_of(node)

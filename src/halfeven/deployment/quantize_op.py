@@ -1,4 +1,4 @@
-"""Quantizers in the form that exporters translate: one operator with the grid written out."""
+"""Quantizers as writers translate them: one operator with the grid written out."""
 
 import copy
 
@@ -12,7 +12,7 @@ from halfeven.quantization.arithmetic import per_channel
 from halfeven.quantization.quantizer import Quantizer
 
 WEIGHT_SUFFIX = ".weight_quantizer"
-"""What the name of a weight's quantizer ends with; before it stands the layer's."""
+"""The end of the name of a weight's quantizer; before it stands the layer's name."""
 
 PER_TENSOR = -1
 """`axis` of an operator with one scale."""
@@ -22,10 +22,11 @@ PER_TENSOR = -1
 def fake_quantize_operator(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int, number: int
 ) -> Tensor:
-    """Quantize and dequantize on a written-out grid; `axis` -1 is one scale for the tensor, `number` says which
-    quantizer it is."""
+    """Quantize and dequantize on a written-out grid; `axis` -1 is one scale for the tensor, `number` names the
+    quantizer."""
     channels = None if axis == PER_TENSOR else axis
-    scale, zero_point = per_channel(scale, channels, x.ndim), per_channel(zero_point, channels, x.ndim)
+    scale = per_channel(scale, channels, x.ndim)
+    zero_point = per_channel(zero_point, channels, x.ndim)
     return (torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale
 
 
@@ -36,7 +37,7 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: i
 
 @torch.library.custom_op("halfeven::global_average_pool", mutates_args=())
 def global_average_pool(x: Tensor) -> Tensor:
-    """Means over all axes after the second, which stay with size 1: what ONNX has an operator of its own for."""
+    """Return means over all axes after the second, which stay with size 1: ONNX has one operator for it."""
     return x.mean(tuple(range(2, x.ndim)), keepdim=True)
 
 
@@ -47,7 +48,7 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("halfeven::matmul", mutates_args=())
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`torch.matmul` that no exporter takes apart into reshapes, expansions and products of three axes."""
+    """Return `torch.matmul`, which no exporter takes apart into reshapes, expansions and products of three axes."""
     return torch.matmul(a, b)
 
 
@@ -57,7 +58,7 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 
 class ExportedQuantizer(nn.Module):
-    """A frozen quantizer as that operator.
+    """A frozen quantizer as a call of `halfeven::fake_quantize`.
 
     A grid of fewer than 8 bits is carried in 8 with the same scale and zero point, because OpenVINO runs 4-bit weights
     in float and has no kernels for other widths: a clamp keeps an activation inside its own grid, a weight lies on it
@@ -78,17 +79,20 @@ class ExportedQuantizer(nn.Module):
         narrow_weights: bool = False,
     ) -> None:
         super().__init__()
-        self.path, self.number, self.weight = name, number, quantizer.weight
+        self.path = name
+        self.number = number
+        self.weight = quantizer.weight
         # A layer that is a function has no module to be named after: it is called after its weight's quantizer.
         own = quantizer.weight and not name.endswith(WEIGHT_SUFFIX)
         self.name = f"{name}{WEIGHT_SUFFIX}" if own else name
         self.grid = number
         """Number of the quantizer that this one shares scale and zero point with."""
         self.repeats = False
-        """Whether its input lies on its grid already: it is there for the runtime's pattern alone."""
+        """True where its input lies on its grid already: it completes a pattern of the runtime."""
         scheme = quantizer.scheme
         self.axis = PER_TENSOR if scheme.axis is None else scheme.axis
-        self.quant_min, self.quant_max = scheme.quant_min, scheme.quant_max
+        self.quant_min = scheme.quant_min
+        self.quant_max = scheme.quant_max
         self.signed = scheme.signed
         self.register_buffer("scale", quantizer.scale)
         self.register_buffer("zero_point", quantizer.zero_point)
@@ -113,7 +117,7 @@ class ExportedQuantizer(nn.Module):
 def with_exported_quantizers(
     model: nn.Module, *, clips_integers: bool = False, narrow_weights: bool = False
 ) -> list[ExportedQuantizer]:
-    """Exchange all quantizers of a deployed model, in place; all of them, in the order of their numbers."""
+    """Exchange all quantizers of a deployed model, in place; return them in the order of their numbers."""
     exported: list[ExportedQuantizer] = []
     for path, module in list(model.named_modules()):
         for attribute, child in list(module.named_children()):
@@ -128,9 +132,11 @@ def with_exported_quantizers(
 
 
 def twin_of(quantizer: ExportedQuantizer, name: str, exported: list[ExportedQuantizer]) -> ExportedQuantizer:
-    """Another quantizer on the same grid, which its `grid` says; it is added to `exported`."""
+    """Return another quantizer with the same `grid`, added to `exported`."""
     twin = copy.deepcopy(quantizer)
-    twin.name, twin.path, twin.number = name, name, len(exported)
+    twin.name = name
+    twin.path = name
+    twin.number = len(exported)
     exported.append(twin)
     return twin
 

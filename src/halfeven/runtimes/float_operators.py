@@ -1,4 +1,4 @@
-"""Operators that a runtime computes in float, asked of the runtime itself.
+"""Operators that a runtime computes in float, computed by the runtime itself.
 
 The last bits of a softmax, a GELU or a normalization are those of one version's kernel on one processor. Where a
 quantizer reads them, one such bit moves an integer now and then, and everything behind it. An exact simulation
@@ -23,7 +23,7 @@ Function = Callable[[Sequence[Tensor], Mapping[str, Tensor]], Tensor]
 
 
 def is_asked(node: fx.Node) -> bool:
-    """Whether the result of an operator, computed of float tensors, is the runtime's own in its last bits."""
+    """Return True if the last bits of an operator's float result depend on the runtime's kernel."""
     operands = [operand for operand in Op(node).inputs if not operand.is_constant]
     if not Op(node).is_float_tensor or not any(operand.is_float_tensor for operand in operands):
         return False
@@ -31,12 +31,12 @@ def is_asked(node: fx.Node) -> bool:
 
 
 class FloatOperators:
-    """The operators that a runtime is asked for.
+    """The operators that a runtime computes for the simulation.
 
     Args:
         function_of: makes a function that the runtime computes of a program.
-        constants_are_inputs: whether such a function can be given other constants than its program had. Operators that
-            differ in nothing else then share one, as those that differ in nothing always do.
+        constants_are_inputs: True where such a function can be given other constants than its program had. Operators
+            that differ in their constants alone then share a function, as equal operators always do.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class FloatOperators:
         self.modules: dict[object, tuple[fx.GraphModule, object]] = {}
 
     def compute(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> Tensor:
-        """What the runtime makes of operators one behind the other, as one file: the result of the last.
+        """Return the last result of a chain of operators, which the runtime computes as one file.
 
         Args:
             nodes: operators in their order.
@@ -61,10 +61,12 @@ class FloatOperators:
             constants = b"" if self.constants_are_inputs else _values(module.state_dict())
             self.modules[nodes[-1], numbers] = module, (description, constants)
         module, computed = self.modules[nodes[-1], numbers]
-        shape, shapes = read[0].shape, tuple(tuple(x.shape) for x in read)
+        shape = read[0].shape
+        shapes = tuple(tuple(x.shape) for x in read)
         elementwise = len(read) == len(nodes) == 1 and kind_of(nodes[0]) is K.ACTIVATION and shape.numel() > 1
         if elementwise:  # one function for all shapes
-            read, shapes = [read[0].flatten()], ()
+            read = [read[0].flatten()]
+            shapes = ()
         key = (computed, shapes)
         if key not in self.functions:
             self.functions[key] = self.function_of(exported_program(module, tuple(read), {}))
@@ -73,9 +75,12 @@ class FloatOperators:
 
 
 def _alone(nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> tuple[fx.GraphModule, str]:
-    """The operators as a module of their own, and what it has in common with that of others that compute the same:
-    all but the values of its constants."""
-    graph, parts = fx.Graph(), dict[str, Any]()
+    """Return a module of the operators alone, and its description, which leaves out the values of its constants.
+
+    Modules with the same description compute the same function of inputs and constants.
+    """
+    graph = fx.Graph()
+    parts = dict[str, Any]()
     made: dict[fx.Node, Any] = {}
     for node, value in values.items():
         if _is_input(node, value):
@@ -98,7 +103,7 @@ def _alone(nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> tuple[fx.
 
 
 def _values(constants: Mapping[str, Tensor]) -> bytes:
-    """What tells the values of constants from others."""
+    """Return a digest of the values of constants."""
     return hashlib.sha256(b"".join(x.detach().numpy().tobytes() for x in constants.values())).digest()
 
 

@@ -11,7 +11,7 @@ from halfeven.placement.quantized_layers import operation
 from halfeven.quantization.arithmetic import per_channel
 
 EXACT_IN_FLOAT32 = 2.0**24
-"""Integer sums below this are exact in float32; layers that could exceed it are summed in pieces or in float64."""
+"""Integer sums below this are exact in float32; a layer that could exceed it is summed in pieces or in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class IntegerLayer:
 
     @staticmethod
     def of(layer: Any, input_scale: Tensor, zero_code: Tensor, steps: int) -> "IntegerLayer":
-        """The integers of a layer with an exported weight quantizer.
+        """Return the integers of a layer with an exported weight quantizer.
 
         Args:
             layer: a layer of `halfeven.placement.quantized_layers.QUANTIZED_LAYERS`, its weight on its grid.
@@ -65,7 +65,7 @@ class IntegerLayer:
         )
 
     def sums(self, codes: Tensor) -> Tensor:
-        """The sums of integer products, exact; float64 where float32 could not hold them."""
+        """Return the exact sums of integer products; float64 where float32 could not hold them."""
         x = codes - self.zero_code
         if len(self.pieces) == 1:
             weight = self.pieces[0].weight
@@ -85,7 +85,7 @@ def integer_weight(layer: Any) -> Tensor:
 
 
 def _pieces(layer: Any, weight: Tensor, largest: float) -> list[Piece]:
-    """An integer weight cut so that each piece can be summed exactly in float32; whole in float64 where it cannot.
+    """Cut an integer weight so that each piece can be summed exactly in float32; where it cannot, keep it in float64.
 
     `largest` bounds the absolute values of the layer's input.
     """
@@ -97,7 +97,8 @@ def _pieces(layer: Any, weight: Tensor, largest: float) -> list[Piece]:
         return [Piece(weight, 0, len(bounds))]
     if getattr(layer, "groups", 1) != 1 or float(bounds.max()) >= EXACT_IN_FLOAT32:
         return [Piece(weight.double(), 0, len(bounds))]
-    pieces, start = [], 0
+    pieces = []
+    start = 0
     while start < len(bounds):
         fits = int((bounds[start:].cumsum(0) < EXACT_IN_FLOAT32).sum())
         pieces.append(Piece(weight.narrow(axis, start, fits).contiguous(), start, fits))

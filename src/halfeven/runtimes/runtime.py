@@ -47,28 +47,30 @@ class DeployedFile(Protocol):
 
     @property
     def tensors(self) -> list[str]:
-        """Names of the tensors asked for that the file has."""
+        """The names of the requested tensors that the file has."""
         ...
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The model's outputs, of the file as it runs when no tensor is asked for; and the tensors asked for by name,
-        of a second run: to be outputs keeps operators from being fused."""
+        """Return the model's outputs, of the file as users run it, and the requested tensors by name.
+
+        The tensors are those of a second run: a tensor that is an output keeps operators from being fused.
+        """
         ...
 
     def executed_layers(self, layers: Sequence[str]) -> list[LayerExecution]:
-        """What the runtime made of each named layer; "unknown" where it does not mention one."""
+        """Return the execution of each named layer; precision "unknown" where the runtime mentions none."""
         ...
 
     def executed_products(self) -> list[LayerExecution]:
-        """What the runtime made of the products of two activations."""
+        """Return the executions of the products of two activations."""
         ...
 
     def stored_integers(self, layers: Sequence[str]) -> dict[str, Tensor]:
-        """The integer weights that the file holds for the named layers, in the order of the model's."""
+        """Return the integer weights of the named layers in the file, in the order of the model's weights."""
         ...
 
     def timed(self, inputs: Sequence[Tensor]) -> Callable[[], object]:
-        """A function that does nothing but compute the model on these inputs."""
+        """Return a function that computes the model on these inputs, and does nothing else."""
         ...
 
 
@@ -81,12 +83,12 @@ Interpreter = Callable[[CapturedModule, Simulation], fx.Interpreter]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Runtime:
-    """All that halfeven knows of a runtime; no field has a default, each fact stands in the runtime's row."""
+    """All facts about a runtime. No field has a default: each fact stands in the runtime's row."""
 
     target: Target
-    """What it executes in integers, and where it wants quantizers."""
+    """The operators that it executes in integers, and where it wants quantizers."""
     writers: Mapping[str, Writer]
-    """Endings of the files that it reads, the usual one first, with what writes them."""
+    """Ending of a file that it reads -> the writer of such files; the usual ending comes first."""
     clips_integers: bool
     """Grids of fewer than 8 bits are clipped in integers, by an operator that the writer adds; else in float, by an
     operator of the model."""
@@ -95,18 +97,18 @@ class Runtime:
     open_file: Callable[[Path, Sequence[str]], DeployedFile]
     """Opens a file, with the named tensors at hand besides its outputs."""
     exact: Interpreter | None
-    """Computes integer for integer what the runtime does; None where its arithmetic is not specified."""
+    """Computes the runtime's integers exactly; None where its arithmetic is not specified."""
     sums_in_16_bits: Callable[[], bool]
     """True where the runtime's kernels, on this processor, add pairs of 8-bit products in 16 bits."""
 
     @property
     def name(self) -> str:
-        """The name that users write, which is the target's."""
+        """The name that users write: the target's name."""
         return self.target.name
 
     @property
     def interpreter(self) -> Interpreter:
-        """What simulates the runtime: its exact arithmetic, or where that is not specified ONNX's definitions."""
+        """The exact arithmetic; where it is not specified, ONNX's definitions of the operators."""
         return self.exact or LiteralInterpreter
 
 
@@ -159,7 +161,7 @@ def runtime_named(name: str) -> Runtime:
 
 
 def load_deployed(path: str | Path, target: str = "openvino", qmodel: nn.Module | None = None) -> Callable[..., Any]:
-    """A deployed file as a function from tensors to tensors, on the CPU.
+    """Return a deployed file as a function from tensors to tensors, on the CPU.
 
     Args:
         path: an `.xml` or `.onnx` file.
@@ -170,6 +172,10 @@ def load_deployed(path: str | Path, target: str = "openvino", qmodel: nn.Module 
     Returns:
         A function of the model's inputs; without `qmodel` they are given in their order, and it returns one tensor, or
         a tuple where the model has several outputs.
+
+    Raises:
+        ConfigError: there is no such runtime.
+        VerificationError: there is no such file, or the runtime cannot read it.
     """
     opened = runtime_named(target).open_file(Path(path), ())
     names, leaves, form = _form_of(qmodel) if qmodel is not None else ((), (), None)
@@ -185,7 +191,7 @@ def load_deployed(path: str | Path, target: str = "openvino", qmodel: nn.Module 
 
 
 def _form_of(qmodel: nn.Module) -> tuple[tuple[str, ...], list[Any], pytree.TreeSpec]:
-    """The names of a model's keyword inputs, and what it returns: the parts, and what holds them."""
+    """Return the names of a model's keyword inputs, and its outputs: the leaves, and the structure that holds them."""
     args, kwargs = example_of(qmodel)
     with torch.no_grad(), evaluating(qmodel):
         leaves, form = pytree.tree_flatten(copy.deepcopy(qmodel).cpu()(*args, **kwargs))

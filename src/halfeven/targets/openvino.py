@@ -10,7 +10,7 @@ K = OperatorKind
 
 
 def _average(node: fx.Node) -> Grid:
-    """OpenVINO pads an average pool with level 0, which is not zero where there is a zero point."""
+    """Return the grid that an average asks for: OpenVINO pads a pool with code 0, which is not 0 with a zero point."""
     return Grid.NO_ZERO_POINT if Op(node).pads_zeros else Grid.ANY
 
 
@@ -31,7 +31,7 @@ def _rounds_average(average: fx.Node) -> bool:
 
 
 def _read_as_bytes(node: fx.Node) -> bool:
-    """Whether a reader of a tensor, directly or behind operators that keep the scale, computes with bytes."""
+    """Return True if a reader of a tensor, directly or behind operators that keep the scale, computes with bytes."""
     return any(
         kind_of(user) is K.BATCH_NORM
         or (kind_of(user) in (K.ADD, K.MULTIPLY) and _is_of_tensors(user))
@@ -41,7 +41,7 @@ def _read_as_bytes(node: fx.Node) -> bool:
 
 
 def _is_of_tensors(combination: fx.Node) -> bool:
-    """Whether both operands are computed, neither is a number or a parameter."""
+    """Return True if both operands are computed: neither is a number or a parameter."""
     operands = [operand for operand in combination.args[:2] if isinstance(operand, fx.Node)]
     return len([operand for operand in operands if kind_of(operand) is not K.CONSTANT]) == 2
 

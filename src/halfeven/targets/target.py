@@ -1,4 +1,4 @@
-"""What a runtime asks of the placement of quantizers, as data."""
+"""A runtime's rules for the placement of quantizers, as data."""
 
 import enum
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ K = OperatorKind
 
 
 class Grid(enum.Enum):
-    """What an operator asks of the integers that come in."""
+    """An operator's requirement on the integers that it reads."""
 
     ANY = "any zero point"
     NO_ZERO_POINT = "no zero point"
@@ -56,18 +56,21 @@ class Target:
 
 
 def any_grid(node: fx.Node) -> Grid:
+    """Take any integers, whatever the operator."""
     return Grid.ANY
 
 
 def no_zero_point(node: fx.Node) -> Grid:
+    """Take integers without a zero point, whatever the operator."""
     return Grid.NO_ZERO_POINT
 
 
 def never(node: fx.Node) -> bool:
+    """Return False for every operator."""
     return False
 
 
 def wanted_grid(target: Target, node: fx.Node) -> Grid | None:
-    """The grid that the operator takes its inputs on; None where it computes in float."""
+    """Return the grid on which the operator takes its inputs; None where it computes in float."""
     rule = target.inputs.get(kind_of(node))
     return None if rule is None else rule(node)

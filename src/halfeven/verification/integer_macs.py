@@ -1,4 +1,4 @@
-"""How much of a model's work ran in integers."""
+"""The share of a model's work that ran in integers."""
 
 from collections.abc import Sequence
 
@@ -15,17 +15,18 @@ from halfeven.runtimes.layer_execution import LayerExecution
 def integer_share(
     parts: dict[str, CapturedModule], layers: Sequence[LayerExecution], products: Sequence[LayerExecution]
 ) -> float:
-    """Share of the multiply-accumulates of a deployed model's captured parts that ran with integer kernels.
+    """Return the share of a deployed model's multiply-accumulates that ran with integer kernels.
 
     Args:
         parts: the deployed model's regions by name, their quantizers written as operators.
-        layers: what the runtime made of its layers with quantized weights.
-        products: what it made of products of activations. A runtime names them as it likes, so they are counted
-            together: the share of them that ran in integers is taken of their work.
+        layers: the runtime's account of the layers with quantized weights.
+        products: its account of products of activations. A runtime names them as it likes, so their work is counted by
+            the share of them that ran in integers.
     """
     ran = {layer.layer: layer.integer for layer in layers}
     of_products = sum(product.integer for product in products) / len(products) if products else 0.0
-    whole, integer = 0, 0.0
+    whole = 0
+    integer = 0.0
     for prefix, region in parts.items():
         for node in region.graph.nodes:
             if not (work := multiply_accumulates(node)):
@@ -39,7 +40,7 @@ def integer_share(
 
 
 def _layer_of(node: fx.Node, prefix: str) -> str:
-    """The name under which a layer is found in a file: its path, or that of its weight's quantizer."""
+    """Return the name of a layer in a file: its path, or that of its weight's quantizer."""
     if node.op == "call_module":
         return f"{prefix}{node.target}"
     source = node.args[1]

@@ -1,4 +1,4 @@
-"""How long a deployed file takes, beside the same model in float."""
+"""The latency of a deployed file, beside that of the same model in float."""
 
 import copy
 import statistics
@@ -14,7 +14,11 @@ from halfeven.deployment.exported_program import example_of, exported_program
 from halfeven.quantization.quantizer import Mode, set_mode
 from halfeven.runtimes.runtime import Runtime
 
-LATENCY_PAIRS = 12
+TIMED_PAIRS = 12
+"""Runs of each file whose times count."""
+
+WARM_UP_PAIRS = 2
+"""Runs of each file before, which allocate."""
 
 
 def latency(
@@ -36,18 +40,18 @@ def latency(
             "deployed": runtime.open_file(path, ()).timed(tensors),
         }
         times: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(LATENCY_PAIRS + 2):
+        for turn in range(WARM_UP_PAIRS + TIMED_PAIRS):
             for name, run in runs.items():
                 start = time.perf_counter()
                 run()
-                if turn >= 2:  # the first runs allocate
+                if turn >= WARM_UP_PAIRS:
                     times[name].append(time.perf_counter() - start)
     return {name: 1000 * statistics.median(values) for name, values in times.items()}
 
 
 def deployed_in_float(qmodel: nn.Module) -> nn.Module:
-    """The float counterpart of a quantized model, for its latency: same layers, no quantizers, BatchNorm left to
-    the runtime."""
+    """Return the float counterpart of a quantized model: the same layers without quantizers, BatchNorm left to the
+    runtime."""
     model = copy.deepcopy(qmodel).cpu().float().eval()
     set_mode(model, Mode.FLOAT)
     return model

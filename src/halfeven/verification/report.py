@@ -1,4 +1,4 @@
-"""What `verify` reports."""
+"""The report of `verify`."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ OVERFLOW = 'this processor has no VNNI: sums of 8-bit products overflow, those o
 
 @dataclass
 class TensorParity:
-    """Integers of one activation: how many were compared, how many differ, by how much at most."""
+    """The comparison of one activation's integers: how many differ, and by how much at most."""
 
     name: str
     count: int = 0
@@ -34,7 +34,7 @@ class TensorParity:
 
 @dataclass
 class Report:
-    """What `verify` found; `str(report)` is a table, `to_dict()` plain values.
+    """The findings of `verify`; `str(report)` is a table, `to_dict()` plain values.
 
     Shares are between 0 and 1, and NaN where there are no integers to compare (a scheme of weights alone). A difference
     is in units of the tensor's scale (LSB).
@@ -42,7 +42,7 @@ class Report:
 
     path: str
     runtime: str
-    """What ran the file."""
+    """The program that ran the file."""
     samples: int
     integer_match: float
     """Share of activation integers equal in the runtime and in the exact simulation."""
@@ -64,8 +64,8 @@ class Report:
     weight_layers: int
     """Layers that read integer weights and computed in float: all, where the scheme quantizes weights alone."""
     float_layers: list[str]
-    """Layers with quantized weights that ran in float, with what the runtime says of them; where the scheme quantizes
-    weights alone, those whose weights were in float too."""
+    """Layers with quantized weights that ran in float, each with its precision and kernel; where the scheme quantizes
+    weights alone, the layers whose weights were in float too."""
     integer_macs: float
     """Share of the model's multiply-accumulates that ran with integer kernels, those of attention included."""
     output_difference: float

@@ -1,4 +1,4 @@
-"""verify: does the file compute the integers that were trained, does it compute in integers, and how fast?"""
+"""Verification of a deployed file: its integers against the trained ones, its kernels, its accuracy and latency."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -28,9 +28,8 @@ from halfeven.verification.integer_macs import integer_share
 from halfeven.verification.latency import latency
 from halfeven.verification.report import Report, TensorParity
 
-MERGED = 0.1
-"""A converter may leave out so large a share of a model's quantized tensors that equal no other; where more lack, the
-file is another model's."""
+MAX_MERGED_SHARE = 0.1
+"""Largest fraction of tensors that a converter may merge away; above it the file belongs to another model."""
 
 
 def verify(
@@ -45,32 +44,35 @@ def verify(
 ) -> Report:
     """Run a deployed file in its runtime and compare its integers with those of the model.
 
-    The *exact* simulation computes as the runtime does, layer by layer; the *float* one is the model itself, as it was
-    trained.
+    The *exact* simulation computes as the runtime does, layer by layer; the *float* simulation is the model itself, as
+    it was trained.
 
     Args:
         qmodel: the model that the file was written from.
         path: the `.xml` or `.onnx` file.
         batches: inputs, as for `calibrate`; with labels, `(inputs, labels)`, accuracies are reported too.
         float_model: the original model, for its accuracy.
-        target: the runtime that the file was written for; None: the one that the model was made for. TensorRT is not
-            run: its file is evaluated as ONNX defines its operators.
-        timed: whether to measure latencies too; for that the float model is written as well.
+        target: the runtime that the file was written for; None: that of the model. TensorRT is not run: its file is
+            evaluated as ONNX defines its operators.
+        timed: measure latencies too, for which the float model is written as well.
         class_axis: axis of the first output whose largest value is an answer: one for a sample, pixel or anchor.
 
     Raises:
-        VerificationError: no batch, a file that cannot be read, or one that was not written from this model.
+        VerificationError: no batch was given, the file cannot be read, or it was not written from this model.
+        ConfigError: there is no such runtime.
     """
     batches = list(batches)
     if not batches:
-        raise VerificationError("verify got no batch, so nothing can be compared. Give at least one.")
+        raise VerificationError(
+            "verify got no batch, so there is nothing to compare the file with. Give at least one batch of inputs."
+        )
     quantized = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
     runtime = runtime_of(qmodel, target)
     comparison = _Comparison(qmodel, deploy(qmodel, runtime), Path(path), runtime)
     with as_planned(qmodel):
         rows = _compare(comparison, batches, quantized, float_model, class_axis)
     layers = comparison.file.executed_layers(comparison.layers)
-    alone = not comparison.activations  # weights alone are quantized: to be read by float kernels is all they are for
+    alone = not comparison.activations  # weights alone are quantized: float kernels read them, as they should
     milliseconds = latency(qmodel, Path(path), inputs_of(batches[0]), runtime) if timed else {}
     return Report(
         path=str(path),
@@ -97,7 +99,7 @@ def _in_float(layer: LayerExecution) -> str:
 
 
 class _Comparison:
-    """The file, opened with all its integers as outputs, and the two simulations of it."""
+    """A file that is opened with all its integers as outputs, and its two simulations."""
 
     def __init__(self, qmodel: nn.Module, deployed: Deployed, path: Path, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -111,30 +113,32 @@ class _Comparison:
         self.file = runtime.open_file(path, list(self.activations))
         self.names = [name for name in self.activations if name in self.file.tensors]
         self.unseen = [name for name in self.activations if name not in self.file.tensors]
-        if len(lacking := self._lacking()) > MERGED * len(self.activations):
+        if len(lacking := self._lacking()) > MAX_MERGED_SHARE * len(self.activations):
             raise VerificationError(
                 f"{path} lacks the quantized tensors {', '.join(lacking[:3])}, so it was not written from "
                 "this model. Export the model again, then verify."
             )
         first = {q.number: q.name for q in deployed.quantizers}
-        self.calls: dict[str, list[str]] = {}  # of a quantizer of the model, its tensors in the order of the graph
+        self.calls: dict[str, list[str]] = {}  # quantizer of the model -> its tensors, in the order of the graph
         for name, quantizer in self.activations.items():
             self.calls.setdefault(first[quantizer.grid], []).append(name)
         self.tensors = [TensorParity(name.removeprefix("quantizers.")) for name in self.names]
 
     def _lacking(self) -> list[str]:
-        """Tensors that the file does not have, and that are not another one of it: equal ones the converter merges."""
+        """Return the tensors that the file lacks, except for those on the grid of a tensor that it has: the converter
+        merges equal tensors."""
         grids = {_grid(self.activations[name]) for name in self.names}
         return [name for name in self.unseen if _grid(self.activations[name]) not in grids]
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """First output of the file and of the exact simulation; the integers of all activations are compared."""
+        """Compare the integers of all activations; return the first output of the file and of the exact simulation."""
         deployed_outputs, reals = self.file.run(inputs)
         found = {name: _codes(reals[name], self.activations[name]) for name in self.names}
         simulation = self.exact.simulation
         simulation.watched = True
         exact_output = first_tensor(self.exact(*inputs))
-        exact, matters = dict(self.exact.codes), simulation.watching_matters
+        exact = dict(self.exact.codes)
+        matters = simulation.watching_matters
         alone = exact
         if not all(torch.equal(found[name], exact[name]) for name in self.names):
             simulation.given.update(found)
@@ -151,7 +155,7 @@ class _Comparison:
         return deployed_outputs[0], exact_output
 
     def simulate(self, args: Sequence[Tensor], kwargs: dict[str, Tensor]) -> Tensor:
-        """First output of the float simulation; its codes are kept in `simulated_codes`."""
+        """Return the first output of the float simulation, and keep its codes in `simulated_codes`."""
         self.simulated_codes: dict[str, Tensor] = {}
         handles = []
         for name, quantizer in quantizers(self.qmodel).items():
@@ -174,8 +178,8 @@ class _Comparison:
         return hook
 
     def parity(self) -> dict[str, Any]:
-        """The fields of the report that tell of integers."""
-        total = sum(tensor.count for tensor in self.tensors) or float("nan")  # nothing compared is nothing shown
+        """Return the report's fields about integers."""
+        total = sum(tensor.count for tensor in self.tensors) or float("nan")  # shares of nothing are NaN
         last = self.tensors[-1] if self.tensors else TensorParity("")
         return {
             "integer_match": 1 - sum(t.different for t in self.tensors) / total,
@@ -191,8 +195,7 @@ class _Comparison:
         }
 
     def may_overflow(self) -> bool:
-        """Whether a kernel that was run multiplies activations by weights, or by activations, so large that a pair of
-        products does not fit where the processor adds it."""
+        """Return True where a pair of products of an executed kernel can be too large for the 16 bits that hold it."""
         if not self.runtime.sums_in_16_bits():
             return False
         found = list(quantizers(self.qmodel).values())
@@ -203,7 +206,7 @@ class _Comparison:
         return not pair_fits(steps, largest)
 
     def weights_match(self) -> bool:
-        """Whether the file holds the model's integer weights, all of them."""
+        """Return True if the file holds all integer weights of the model."""
         stored = self.file.stored_integers(self.layers)
         for quantizer, layer in zip(self.weights, self.layers, strict=True):
             module = self.modules.get(layer)
@@ -224,12 +227,12 @@ def _grid(quantizer: ExportedQuantizer) -> tuple[float, ...]:
 
 
 def _codes(real: Tensor, quantizer: ExportedQuantizer) -> Tensor:
-    """The integers that real numbers on a quantizer's grid stand for, counted from the smallest of its type."""
+    """Return the integers of real numbers on a quantizer's grid, counted from the smallest integer of its type."""
     return torch.round(real / quantizer.scale) + quantizer.zero_point - (-128 if quantizer.signed else 0)
 
 
 def in_graph_order(model: nn.Module) -> dict[str, ExportedQuantizer]:
-    """The quantizers of activations by name, in the order in which they are computed."""
+    """Return the quantizers of activations by name, in the order of the graph."""
     calls = [module_of(n) for region in regions(model).values() for n in region.graph.nodes if n.op == "call_module"]
     return {q.name: q for q in calls if isinstance(q, ExportedQuantizer) and not (q.weight or q.repeats)}
 
@@ -297,7 +300,7 @@ def _compare_batch(
 
 
 def _choice(output: Tensor, class_axis: int) -> Tensor:
-    """Index of the largest value over the class axis, [samples, ...] without that axis."""
+    """Return the index of the largest value over the class axis: [samples, ...], without that axis."""
     return output.argmax(class_axis) if output.ndim > 1 else output.round()
 
 

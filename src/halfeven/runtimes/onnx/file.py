@@ -12,11 +12,11 @@ from halfeven.deployment.quantize_op import WEIGHT_SUFFIX
 from halfeven.errors import VerificationError
 
 DISABLED = ["WeightBiasQuantization"]
-"""Optimizers that must be off: this one quantizes layers that the plan leaves in float."""
+"""Optimizers that must be off: WeightBiasQuantization quantizes layers that the plan leaves in float."""
 
 
 def read(path: Path) -> Any:
-    """The ONNX model of a file.
+    """Return the ONNX model of a file.
 
     Raises:
         VerificationError: no such file, or none that is whole.
@@ -38,7 +38,7 @@ def read(path: Path) -> Any:
 
 
 def session(model: Any, *, optimized: Path | None = None, literal: bool = False) -> Any:
-    """A session on the CPU with the options that keep what the file says.
+    """Return a session on the CPU whose options keep to the file.
 
     Args:
         optimized: where the optimized graph is written.
@@ -111,7 +111,7 @@ class ONNXFile:
 
 
 def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-    """The integer weights of the named layers, in the order of the model's."""
+    """Return the integer weights of the named layers, in the order of the model's weights."""
     from onnx import numpy_helper
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}

@@ -20,8 +20,8 @@ FOUR_BITS_OPSET = 21
 """The oldest opset with 4-bit integers, for weights alone: no activation is quantized there."""
 
 WHOLE_RANGES = ((0, 255), (-128, 127), (-127, 127), (-7, 7))
-"""Grids whose integers need no clip of their own: QuantizeLinear saturates, and narrow ones are those of weights, which
-lie on them."""
+"""Grids whose integers need no clip: QuantizeLinear saturates, and the narrow grids are those of weights, which lie on
+them."""
 
 
 def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path) -> None:
@@ -46,15 +46,18 @@ def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path)
 
 
 def _skip_connections(graph: Any) -> set[str]:
-    """The two tensors of each sum that a normalization reads: ONNX Runtime computes both in one kernel where it knows
-    their shapes, which it cannot infer behind a reshape."""
+    """Return the two tensors of each sum that a normalization reads.
+
+    ONNX Runtime computes sum and normalization in one kernel where it knows the shapes, which it cannot infer behind a
+    reshape.
+    """
     makers = {output: node for node in graph.node for output in node.output}
     sums = [makers.get(node.input[0]) for node in graph.node if node.op_type == "LayerNormalization"]
     return {name for node in sums if node is not None and node.op_type == "Add" for name in node.input}
 
 
 def _describe_alone(graph: Any, names: set[str]) -> None:
-    """Leave the shapes of the named tensors in the file, and of no others."""
+    """Leave the shapes of the named tensors in the file, and drop all other shapes."""
     kept = [described for described in graph.value_info if described.name in names]
     del graph.value_info[:]
     graph.value_info.extend(kept)
@@ -81,8 +84,13 @@ def translated(program: torch.export.ExportedProgram, quantizers: list[ExportedQ
 
 
 def _translation(signed: list[bool]) -> Any:
-    """What writes an operator as a pair of nodes, given for each quantizer whether its integers are signed; integers
-    outside a small grid are clipped away between the two."""
+    """Return the translation of `halfeven::fake_quantize` to a pair of nodes.
+
+    Where the grid is small, a clip of integers stands between them.
+
+    Args:
+        signed: for each quantizer, by its number, True if its integers are signed.
+    """
     import onnx
     from onnxscript import opset19 as op
 
@@ -106,7 +114,7 @@ def _translate_pool(x: Any) -> Any:
 
 
 def _translate_gelu(x: Any, approximate: str = "none") -> Any:
-    """In the order of operators that ONNX Runtime makes one kernel of."""
+    """Translate a GELU to the order of operators that ONNX Runtime makes a single kernel of."""
     from onnxscript import opset19 as op
 
     half = op.Mul(x, 0.5)

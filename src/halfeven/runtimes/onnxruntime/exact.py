@@ -2,7 +2,8 @@
 
 The formulas of its kernels (MLAS, QLinear operators) were found by experiment on each operator and are checked against
 the runtime by the tests. A number that a quantizer reads is requantized where the kernel ends in one, and quantized by
-QuantizeLinear where it computes in float. What it computes in float it is asked for (`float_operators`).
+QuantizeLinear where it computes in float. Operators that it computes in float it computes here, too
+(`float_operators`).
 """
 
 import operator
@@ -35,7 +36,7 @@ def _requantized(grid: Grid, sums: Tensor, unit: Tensor) -> Tensor:
 
 
 class Special(Protocol):
-    """What is known of a tensor beyond its real values."""
+    """A tensor of which more is known than its real values."""
 
     def real(self) -> Tensor: ...
 
@@ -73,11 +74,13 @@ class Combined:
     def integers(self, grid: Grid) -> Tensor:
         if self.sign != 1.0:
             return grid.quantized(self.real())  # there is no QLinearSub
-        a, b = self.a.grid, self.b.grid
+        a = self.a.grid
+        b = self.b.grid
         if self.kind is K.MULTIPLY:
             product = (self.a.values - a.zero_point) * (self.b.values - b.zero_point)
             return grid.clipped(torch.round(_fma(product, a.scale * b.scale / grid.scale, grid.zero_point)))
-        k_a, k_b = a.scale / grid.scale, b.scale / grid.scale
+        k_a = a.scale / grid.scale
+        k_b = b.scale / grid.scale
         fixed = grid.zero_point - _fma(k_a, a.zero_point, k_b * b.zero_point)
         return grid.clipped(torch.round(_fma(self.a.values, k_a, _fma(self.b.values, k_b, fixed))))
 
@@ -113,7 +116,7 @@ class Pooled:
 
 @dataclass(frozen=True, eq=False)
 class Added:
-    """A sum in float: a normalization that reads it becomes one kernel with it."""
+    """A sum in float, which becomes one kernel with the normalization that reads it."""
 
     a: Tensor
     b: Tensor
@@ -126,7 +129,7 @@ class Added:
 
 
 def _normalized_alone(node: fx.Node) -> bool:
-    """Whether a sum of two tensors is read by a normalization and by nothing else."""
+    """Return True if a normalization, and nothing else, reads a sum of two tensors."""
     if node.target is not aten.add.Tensor or len(node.all_input_nodes) != 2:
         return False
     return [kind_of(user) for user in node.users] == [K.NORMALIZATION]
@@ -165,7 +168,8 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         return getattr(super(), n.op)(n.target, args, kwargs)
 
     def _asked(self, n: fx.Node) -> Tensor:
-        source, nodes = n.all_input_nodes[0], [n]
+        source = n.all_input_nodes[0]
+        nodes = [n]
         values = {operand: _real(self.env[operand]) for operand in n.all_input_nodes if operand is not source}
         if isinstance(read := self.env[source], Added):
             nodes = [source, n]
@@ -175,7 +179,7 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         return self.float_operators.compute(nodes, values)
 
     def _special(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
-        """What an operator makes of integers, where it has an integer kernel; else None."""
+        """Return the result of an operator on integers, where it has an integer kernel; else None."""
         kind = kind_of(n)
         if n.target is torch.ops.halfeven.global_average_pool.default and isinstance(args[0], Integers):
             return _mean(args[0])
@@ -240,7 +244,7 @@ def _on_one_grid(tensors: Any) -> bool:
 
 
 def _only_reader(node: fx.Node) -> Grid | None:
-    """The grid of the quantizer that alone reads a tensor."""
+    """Return the grid of the quantizer that alone reads a tensor, or None."""
     readers = [module_of(user) if user.op == "call_module" else None for user in node.users]
     if len(readers) != 1 or not isinstance(quantizer := readers[0], ExportedQuantizer):
         return None

@@ -44,12 +44,14 @@ def prepare_graph(deployed: Deployed) -> None:
 
 
 def _count_from_zero(exported: list[ExportedQuantizer]) -> None:
-    """Write signed activations as unsigned ones: 128 more, and so is their zero point."""
+    """Write signed activations as unsigned ones on x86, whose integer kernels take no others: 128 is added to the
+    integers and to the zero point."""
     for quantizer in exported:
         if quantizer.signed and not quantizer.weight:
             quantizer.signed = False
             quantizer.zero_point = quantizer.zero_point + 128
-            quantizer.quant_min, quantizer.quant_max = quantizer.quant_min + 128, quantizer.quant_max + 128
+            quantizer.quant_min = quantizer.quant_min + 128
+            quantizer.quant_max = quantizer.quant_max + 128
 
 
 def _take_in_clips(region: CapturedModule) -> None:
@@ -98,7 +100,8 @@ def _write_global_pools(region: CapturedModule) -> None:
     for node in list(region.graph.nodes):
         if not _is_global_mean(node):
             continue
-        source, shape = node.all_input_nodes[0], node.meta["val"]
+        source = node.all_input_nodes[0]
+        shape = node.meta["val"]
         keeps = shape.ndim == source.meta["val"].ndim
         with region.graph.inserting_before(node):
             pooled = region.graph.call_function(torch.ops.halfeven.global_average_pool.default, (source,))
@@ -191,7 +194,7 @@ def _own_copy(region: CapturedModule, node: fx.Node, bias: Tensor, deployed: Dep
 
 
 def _round_bias(layer: Any, input_scale: Tensor) -> Int32Bias:
-    """Put a layer's bias on the grid of its products, and its weights on a coarser one where that grid is too fine."""
+    """Put a layer's bias on the grid of its products, and its weights on a coarser grid where that grid is too fine."""
     quantizer: ExportedQuantizer = layer.weight_quantizer
     needed = layer.bias.abs() / (input_scale * LARGEST_BIAS)
     if bool((needed > quantizer.scale).any()) and quantizer.scale.ndim:

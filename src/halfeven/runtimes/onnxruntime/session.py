@@ -22,8 +22,8 @@ FLOAT_PRODUCTS = ("MatMul", "FusedMatMul")
 
 
 def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Tensor], Mapping[str, Tensor]], Tensor]:
-    """A program without quantizers as a function that the runtime computes, of its inputs and of its constants by name;
-    the first output."""
+    """Return the first output of a program without quantizers as a function, which the runtime computes, of its inputs
+    and of its constants by name."""
     import onnx
     import onnx_ir
 
@@ -44,7 +44,7 @@ def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Ten
 
 
 class OnGrid(Protocol):
-    """Where integers stand."""
+    """The grid of a tensor of integers."""
 
     @property
     def scale(self) -> Tensor: ...
@@ -59,13 +59,16 @@ class OnGrid(Protocol):
 
 
 def softmax_of_integers(x: Tensor, axis: int, before: OnGrid, after: OnGrid) -> Tensor:
-    """What the runtime makes of integers that are dequantized, put through a softmax over an axis and quantized: for
-    this it has a kernel of its own, where both are of one type."""
+    """Return the runtime's softmax of integers over an axis, quantized.
+
+    The runtime has a kernel for it, where the integers before and after are of the same type.
+    """
     import onnx
     from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
     from onnx.numpy_helper import from_array
 
-    constants, types = [], []
+    constants = []
+    types = []
     for name, grid in (("before", before), ("after", after)):
         kind = np.dtype(np.int8 if grid.first else np.uint8)
         constants.append(from_array(grid.scale.numpy().astype(np.float32).reshape(()), f"{name}_scale"))
@@ -89,7 +92,7 @@ class ONNXRuntimeFile(ONNXFile):
     runtime = "ONNX Runtime"
 
     def _optimized(self) -> Iterator[Any]:
-        """The operators of the graph as the runtime executes it."""
+        """Yield the operators of the graph as the runtime executes it."""
         import onnx
 
         with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +115,7 @@ class ONNXRuntimeFile(ONNXFile):
 
 
 def _operands(node: Any) -> tuple[str, str]:
-    """The two tensors that a product multiplies: scales and zero points stand between them in some operators."""
+    """Return the two factors of a product; scales and zero points stand between them in some operators."""
     second = 3 if node.op_type == "QLinearMatMul" else 1
     return node.input[0], node.input[second]
 

@@ -1,7 +1,7 @@
 """OpenVINO's integer arithmetic, operator by operator.
 
 The formulas of its CPU plugin were found by experiment on each operator and are checked against the runtime by the
-tests. What the plugin computes in float it is asked for (`float_operators`).
+tests. Operators that the plugin computes in float are computed by the plugin itself (`float_operators`).
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class OpenVINOInterpreter(fx.Interpreter):
         return self._in_float(n, args, kwargs) if made is None else made
 
     def _run(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The operator itself, of other values."""
+        """Run the operator itself on other values."""
         return getattr(super(), node.op)(node.target, args, kwargs)
 
     def _in_float(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -65,7 +65,8 @@ class OpenVINOInterpreter(fx.Interpreter):
         return self._run(node, *pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special))
 
     def _layer(self, node: fx.Node, args: Any, kwargs: Any) -> Tensor | Accumulator | None:
-        layer, x = module_of(node) if node.op == "call_module" else None, args[0]
+        layer = module_of(node) if node.op == "call_module" else None
+        x = args[0]
         if not isinstance(x, Codes) or not isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
             return None
         if node not in self.layers:  # its weight, and the grid of what it reads, are the same for all batches
@@ -94,9 +95,12 @@ class OpenVINOInterpreter(fx.Interpreter):
         return Accumulator(sums.float(), first * second, (first, second))
 
     def _scaled(self, node: fx.Node, args: Any, kwargs: Any) -> Accumulator | Scaled | None:
-        """Integers times or by a number, which their scale takes in; or products of activations, where the plugin moves
-        it to the second factor unless something else reads the products."""
-        (x, number), product = args, node.all_input_nodes[0]
+        """Multiply or divide by a number: the scale of integers takes it in.
+
+        Of products of activations the plugin moves it to the second factor, unless something else reads the products.
+        """
+        x, number = args
+        product = node.all_input_nodes[0]
         if not isinstance(x, Codes | Accumulator) or not isinstance(number, int | float) or number == 0:
             return None
         factor = torch.tensor(float(number))
@@ -109,7 +113,7 @@ class OpenVINOInterpreter(fx.Interpreter):
         return Accumulator(x.values, first * (second * factor))
 
     def _sum(self, node: fx.Node, args: Any, kwargs: Any) -> ScaledSum | None:
-        """A sum that the plugin takes in units of an operand's scale."""
+        """Return a sum that the plugin takes in units of an operand's scale."""
         if len(args) < 2 or node.target is not torch.ops.aten.add.Tensor or kwargs:
             return None
         if not all(isinstance(x, Codes) for x in args):
@@ -128,8 +132,7 @@ class OpenVINOInterpreter(fx.Interpreter):
         return Average(torch.round(values) if OPENVINO.rounds_average(node) else values, args[0].limits)
 
     def _activated(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        """A leaky ReLU, taken in units of a sum; or a clip, taken away where the quantizer that reads it clips as
-        much or more."""
+        """Apply a leaky ReLU in units of a sum; or a clip, unless the quantizer that reads it clips as much or more."""
         bounds = Op(node).bounds
         if Op(node).row.homogeneous and bounds is None and isinstance(args[0], ScaledSum):
             return dataclasses.replace(args[0], values=self._run(node, (args[0].values, *args[1:]), kwargs))
@@ -180,11 +183,11 @@ RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
     OperatorKind.AVERAGE: OpenVINOInterpreter._average,
     OperatorKind.ACTIVATION: OpenVINOInterpreter._activated,
 }
-"""Operator or kind -> what the plugin makes of integers: the result, or None where it computes in float."""
+"""Operator or kind -> the rule that computes it on integers; a rule returns None where the plugin computes in float."""
 
 
 def _clipped(x: Any, bounds: tuple[float, float]) -> Any:
-    """Values clipped in their own units where these are the same for all channels, or a bound the same in all units."""
+    """Clip values in their own units, where all channels have the same unit or the bounds are the same in all units."""
     if isinstance(x, Codes | Scaled):
         return (x.scaled if isinstance(x, Codes) else x).clipped(bounds)
     if not isinstance(x, ScaledSum | Accumulator):
@@ -199,8 +202,10 @@ def _clipped(x: Any, bounds: tuple[float, float]) -> Any:
 
 
 def _read_by_convolution(node: fx.Node) -> bool:
-    """Whether a convolution takes the tensor, directly or through operators that keep the scale: it wants unsigned
-    bytes."""
+    """Return True if a convolution reads the tensor, directly or through operators that keep the scale.
+
+    Convolutions want unsigned bytes.
+    """
     return any(
         kind_of(user) is OperatorKind.CONVOLUTION
         or (kind_of(user) in (*TRANSPARENT, OperatorKind.CONCAT) and _read_by_convolution(user))
@@ -209,7 +214,7 @@ def _read_by_convolution(node: fx.Node) -> bool:
 
 
 def _adaptive_in_float(node: fx.Node) -> bool:
-    """Whether an average is an adaptive pool to more than one place, for which the plugin has no integer kernel."""
+    """Return True for an adaptive pool to more than one place: the plugin has no integer kernel for it."""
     if not Op(node).row.adaptive:
         return False
     sizes = node.args[1]
@@ -217,7 +222,7 @@ def _adaptive_in_float(node: fx.Node) -> bool:
 
 
 def _before_activations(quantizer: fx.Node) -> fx.Node:
-    """What a quantizer reads, before the activation functions between."""
+    """Return the operator that a quantizer reads, before the activation functions between."""
     node = quantizer.all_input_nodes[0]
     while kind_of(node) is OperatorKind.ACTIVATION:
         node = node.all_input_nodes[0]
@@ -225,14 +230,19 @@ def _before_activations(quantizer: fx.Node) -> fx.Node:
 
 
 def _in_kernel(quantizer: fx.Node) -> bool:
-    """Whether a quantizer is a part of the kernel of a layer, a product or a pool; elsewhere it is an operator of its
-    own, or one of elementwise operators, as a layer's sum with a skip connection is."""
+    """Return True if a quantizer is a part of the kernel of a layer, a product or a pool.
+
+    Elsewhere it is an operator of its own, or a part of a group of elementwise operators, as a layer's sum with a skip
+    connection is.
+    """
     return kind_of(_before_activations(quantizer)) in (*WEIGHTED, OperatorKind.MATMUL, OperatorKind.AVERAGE)
 
 
 def _ends_attention(quantizer: fx.Node) -> bool:
-    """Whether a quantizer reads the second product of an attention: of quantized weights, which a softmax made of the
-    first product or of elementwise functions of it."""
+    """Return True if a quantizer reads the second product of an attention.
+
+    Its first factor is quantized, and a softmax of the first product or of elementwise functions of it.
+    """
     product = quantizer.all_input_nodes[0]
     if kind_of(product) is not OperatorKind.MATMUL or quantizer_at(weights := product.all_input_nodes[0]) is None:
         return False
@@ -252,8 +262,10 @@ def _is_layer_norm(node: fx.Node) -> bool:
 
 
 def _normalized(x: Any) -> Tensor:
-    """What a layer normalization computes with: of a tensor without a zero point its integers, for the plugin moves the
-    scale behind it, where it has none to put (its epsilon stays what it was)."""
+    """Return the input of a layer normalization: of a tensor without a zero point, its integers.
+
+    The plugin moves the scale behind the normalization, which cancels it, and leaves the epsilon unchanged.
+    """
     if isinstance(x, ScaledSum):
         return x.values
     if isinstance(x, Codes) and not bool(x.limits.zero_byte):

@@ -32,14 +32,16 @@ class FakeQuantizeRange:
 
     @staticmethod
     def of(quantizer: ExportedQuantizer, signed_readers: bool) -> "FakeQuantizeRange":
-        scale, zero_point = quantizer.scale, quantizer.zero_point.float()
+        scale = quantizer.scale
+        zero_point = quantizer.zero_point.float()
         steps = quantizer.quant_max - quantizer.quant_min
         symmetric = steps == 255 and int(zero_point) - quantizer.quant_min == 128
-        low, high = (quantizer.quant_min - zero_point) * scale, (quantizer.quant_max - zero_point) * scale
+        low = (quantizer.quant_min - zero_point) * scale
+        high = (quantizer.quant_max - zero_point) * scale
         return FakeQuantizeRange(low, high, steps, symmetric and signed_readers)
 
     def moved(self, unit: Tensor, zero: Tensor | float = 0.0) -> "FakeQuantizeRange":
-        """The range in units of a scale, counted from a byte that stands for 0; [] or one for each channel."""
+        """Return the range in units of a scale, [] or [channels], counted from the byte that represents 0."""
         return replace(self, low=self.low / unit + zero, high=self.high / unit + zero)
 
     @property
@@ -78,7 +80,7 @@ class FakeQuantizeRange:
         return torch.where(offset.abs() < ONE_SHIFT, 0.0, offset) if self.rounds_signed else offset
 
     def in_kernel(self) -> "FakeQuantizeRange":
-        """The same range where the quantizer is a part of a layer's kernel."""
+        """Return the same range for a quantizer that is a part of a layer's kernel."""
         return replace(self, rounds_signed=self.signed)
 
     @property
@@ -99,20 +101,23 @@ class FakeQuantizeRange:
         return bool((away <= self.steps / (self.steps + 1)).all())
 
     def codes(self, x: Tensor, from_layer: bool = False) -> Tensor:
-        """Codes 0 to `steps` of real values: one fused multiply-add, then rounding, then the clip.
+        """Return codes 0 to `steps` of real values: a fused multiply-add, then rounding, then the clip.
 
         `from_layer`: the values come from a layer alone, whose kernel divides by a destination scale where there is
         no shift.
         """
-        slope, offset = self.slope, self.offset
+        slope = self.slope
+        offset = self.offset
         if from_layer and self.steps == 255 and not bool(offset):
             one = torch.ones_like(slope)
             slope = one / (one / slope)  # the kernel is given 1 / slope, and multiplies by its reciprocal
         return self._rounded((x.double() * slope.double() + offset.double()).float())
 
     def codes_by_channel(self, x: Tensor) -> Tensor:
-        """Codes where each channel has a range of its own: a product, then a sum that is the same for all channels
-        unless they are far apart."""
+        """Return codes where each channel has a range of its own: a product, then a sum.
+
+        The term added is the same for all channels, unless their terms are far apart.
+        """
         offset = self.offset
         first = offset.flatten()[0]
         if bool(((offset - first).abs() < ONE_SHIFT).all()):
@@ -120,7 +125,7 @@ class FakeQuantizeRange:
         return self._rounded(x * self.slope + offset)
 
     def codes_in_attention(self, x: Tensor) -> Tensor:
-        """Codes at the end of an attention that is one operator: a product, then a sum."""
+        """Return codes at the end of an attention that runs as a single operator: a product, then a sum."""
         offset = torch.zeros_like(self.low) if self.rounds_signed else -self.low * self.slope
         return self._rounded(x * self.slope + offset)
 
@@ -180,7 +185,8 @@ class Scaled:
         """Clip the bytes to those that lie between the bounds."""
         limits = self.integers.limits
         first, second = (bound / self.unit + limits.zero_byte for bound in bounds)  # the unit may be negative
-        low, high = torch.minimum(first, second).ceil(), torch.maximum(first, second).floor()
+        low = torch.minimum(first, second).ceil()
+        high = torch.maximum(first, second).floor()
         reals = [(byte - limits.zero_byte) * self.unit for byte in (low, high)]
         codes = Codes(self.integers.bytes.clamp(low, high) - limits.first, limits)
         return replace(self, values=self.values.clamp(torch.minimum(*reals), torch.maximum(*reals)), integers=codes)
@@ -197,7 +203,7 @@ class Average:
         return (self.values - self.limits.zero_byte) * self.limits.scale
 
     def codes(self, limits: FakeQuantizeRange) -> Tensor:
-        """The plugin moves the limits to where the bytes are: with one scale before and after, ties stay ties."""
+        """Return codes with the limits moved to the bytes: with the same scale before and after, ties stay ties."""
         return limits.moved(self.limits.scale, self.limits.zero_byte).codes(self.values)
 
 
@@ -226,7 +232,7 @@ class Accumulator:
 
     values: Tensor
     unit: Tensor
-    """Of the sums: [], or one for each output channel in a shape that broadcasts over them."""
+    """The scale of the sums: [], or a shape that broadcasts over the output channels."""
     scales: tuple[Tensor, Tensor] | None = None
     """Of both factors, where these are activations: the next scaling is merged into the second."""
 

@@ -13,9 +13,9 @@ from halfeven.runtimes.openvino.exact_values import Accumulator, FakeQuantizeRan
 
 @dataclass(frozen=True, eq=False)
 class ZeroShare:
-    """What a zero point adds to the sums of a linear layer, [outputs] each: exactly, and as the runtime subtracts it.
+    """The share of a zero point in the sums of a linear layer, [outputs]: exact, and as the plugin subtracts it.
 
-    OpenVINO multiplies the zero point by the weights in float32, one input after the other. It is a little off an
+    The plugin multiplies the zero point by the weights in float32, one input after the other. It is a little off an
     integer sometimes, and sums of many bytes are rounded when they become float32: single integers move.
     """
 
@@ -24,13 +24,13 @@ class ZeroShare:
 
     @staticmethod
     def of(weight: Tensor, zero_byte: Tensor) -> "ZeroShare":
-        """The share of integer weights [outputs, inputs]."""
+        """Return the share of integer weights [outputs, inputs]."""
         products = (zero_byte * weight).numpy()
         one_by_one = np.cumsum(products, axis=1, dtype=np.float32)[:, -1]
         return ZeroShare(torch.round(zero_byte).double() * weight.double().sum(1), torch.from_numpy(one_by_one))
 
     def taken(self, sums: Tensor) -> Tensor:
-        """Exact sums [..., outputs] as the runtime finds them."""
+        """Return exact sums [..., outputs] as the plugin finds them."""
         return (sums.double() + self.exact).float() - self.found
 
 

@@ -47,7 +47,7 @@ def _keep_branch_roundings(region: CapturedModule) -> None:
 
 
 def _keep_scales_apart(region: CapturedModule, *, whole: bool) -> None:
-    """Give convolutions without a bias whose result is read more than once one that changes nothing.
+    """Give a bias that changes nothing to each convolution without a bias whose result is read more than once.
 
     What a part of a model returns may be read more than once by the Python around it. OpenVINO (2026.4) otherwise moves
     the scale behind such a layer into the quantizer of one of its readers, and all of them read wrong numbers.
@@ -64,5 +64,6 @@ def _keep_scales_apart(region: CapturedModule, *, whole: bool) -> None:
 
 
 def _reads_grids(node: fx.Node) -> bool:
-    """Whether all that an operator reads is quantized: in a model made for OpenVINO, one branch of a sum is not."""
+    """Return True if all inputs of an operator are quantized; in a model made for OpenVINO, one branch of a sum is
+    not."""
     return all(quantizer_at(operand) is not None for operand in node.all_input_nodes)

@@ -16,7 +16,7 @@ ADDED_IN_UNITS = (OperatorKind.CONVOLUTION, OperatorKind.LINEAR)
 
 
 def sum_of_integers(node: fx.Node, args: Sequence[Codes]) -> ScaledSum | None:
-    """Two tensors of integers: one is brought to the other's scale, and both zero points are subtracted from it."""
+    """Return the sum of two tensors of integers: one is brought to the scale of the other, less both zero points."""
     if args[0].values.shape != args[1].values.shape or len(node.all_input_nodes) != 2:
         return None
     moved, kept = args if _first_is_moved(node) else reversed(args)
@@ -26,15 +26,17 @@ def sum_of_integers(node: fx.Node, args: Sequence[Codes]) -> ScaledSum | None:
 
 
 def _first_is_moved(node: fx.Node) -> bool:
-    """Which operand of a sum of integers is brought to the other's scale: the first, unless the second alone comes from
-    a quantizer and not from an operator behind it. (Of two that do, one that is read here alone would come before
-    one that is read elsewhere too; but `verify` reads them all.)"""
+    """Return True if the first operand of a sum of integers is brought to the scale of the second.
+
+    So it is, unless the second alone comes from a quantizer and not from an operator behind it. (Of two quantizers, one
+    that only the sum reads would come before one that is read elsewhere too; but `verify` reads all of them.)
+    """
     first, second = (quantizer_at(operand) is not None for operand in node.all_input_nodes)
     return first or not second
 
 
 def fused_sum(node: fx.Node, args: Any) -> ScaledSum | None:
-    """A layer added to a quantized skip connection: the plugin adds in units of the skip's scale."""
+    """Return the sum of a layer and a quantized skip connection: the plugin adds in units of the skip's scale."""
     for branch, skip, source in ((args[0], args[1], node.args[0]), (args[1], args[0], node.args[1])):
         if not (isinstance(branch, Tensor | Accumulator) and isinstance(skip, Codes) and isinstance(source, fx.Node)):
             continue
@@ -51,7 +53,7 @@ def fused_sum(node: fx.Node, args: Any) -> ScaledSum | None:
 
 
 def sum_in_kernel(args: Sequence[Codes]) -> ScaledSum | None:
-    """The sum of a skip connection and what its quantizer does not round, see `is_unrounded`; None of others."""
+    """Return the sum of a skip connection and values that no quantizer rounds (see `is_unrounded`), or None."""
     for branch, skip in (args, reversed(args)):
         if branch.unrounded is not None and branch.values.shape == skip.values.shape:
             unit = skip.limits.scale
@@ -61,8 +63,9 @@ def sum_in_kernel(args: Sequence[Codes]) -> ScaledSum | None:
 
 
 def is_unrounded(quantizer: fx.Node, limits: tuple[float, float]) -> bool:
-    """Whether the plugin makes a quantizer a clip that does not round: one between a convolution, or a ReLU of one, and
-    a sum that is taken in the convolution's kernel.
+    """Return True if the plugin makes a quantizer a clip that does not round.
+
+    So it does between a convolution, or a ReLU of a convolution, and a sum that the convolution's kernel computes.
 
     The kernel writes the sum where the other operand lies, so all others that read that one must come before the
     convolution. Behind other activation functions it rounds.
@@ -83,7 +86,7 @@ def is_unrounded(quantizer: fx.Node, limits: tuple[float, float]) -> bool:
 
 
 def _before_clips(quantizer: fx.Node, limits: tuple[float, float]) -> fx.Node:
-    """What a quantizer reads, before the clips between that clip no more than it does, and that nothing else reads."""
+    """Return the operator before a quantizer and before clips that clip no more, and that nothing else reads."""
     node = quantizer.all_input_nodes[0]
     while len(node.users) == 1 and (bounds := Op(node).bounds) and bounds[0] <= limits[0] and limits[1] <= bounds[1]:
         node = node.all_input_nodes[0]
@@ -91,10 +94,11 @@ def _before_clips(quantizer: fx.Node, limits: tuple[float, float]) -> fx.Node:
 
 
 def _leads_to(node: fx.Node, later: fx.Node) -> bool:
-    """Whether a node is computed before another one, which depends on it."""
+    """Return True if a later node depends on a node."""
     if node is later:
         return False
-    seen, waiting = set(), list(later.all_input_nodes)
+    seen = set()
+    waiting = list(later.all_input_nodes)
     while waiting:
         if (current := waiting.pop()) is node:
             return True

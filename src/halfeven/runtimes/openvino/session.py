@@ -1,4 +1,4 @@
-"""OpenVINO as the runtime: running a deployed file, and asking it what it executed."""
+"""OpenVINO: running a deployed file on the CPU, and reading from the runtime model which kernels it executed."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -23,7 +23,7 @@ INTEGER_TYPES = ("u8", "i8", "u4", "i4")
 
 @functools.cache
 def _core() -> Any:
-    """The one `openvino.Core` of the process.
+    """Return the only `openvino.Core` of the process.
 
     Where there is AVX-512 each one's plugin gives its thread a stack for signal handlers (sigaltstack). Of several that
     end in another order than the reverse of their making one that is freed stays, and the next signal that Python
@@ -36,7 +36,7 @@ def _core() -> Any:
 
 @silently()
 def read(path: str | Path) -> Any:
-    """The `openvino.Model` of a file.
+    """Return the `openvino.Model` of a file.
 
     Raises:
         VerificationError: no such file, or none that OpenVINO can read.
@@ -49,32 +49,33 @@ def read(path: str | Path) -> Any:
     except RuntimeError as error:
         raise VerificationError(
             f"OpenVINO cannot read {path}: {str(error).strip().splitlines()[-1]} The file is damaged or of another "
-            f"kind: "
-            "write it again with halfeven.export(qmodel, path)."
+            "kind: write it again with halfeven.export(qmodel, path)."
         ) from error
 
 
 @silently()
 def compile_model(model: Any, config: dict[str, str] | None = None) -> Any:
-    """A model ready to run on the CPU, in float32 where it is not integer unless `config` says otherwise."""
+    """Return a model ready to run on the CPU, in float32 where it is not integer unless `config` says otherwise."""
     return _core().compile_model(model, "CPU", ACCURACY if config is None else config)
 
 
 def run_compiled(compiled: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """All outputs of a compiled model as tensors of their own."""
+    """Return all outputs of a compiled model as tensors of their own."""
     result = compiled([np.ascontiguousarray(x.detach().cpu().numpy()) for x in inputs])
     return [torch.from_numpy(np.array(result[i])) for i in range(len(compiled.outputs))]
 
 
 def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Tensor], Mapping[str, Tensor]], Tensor]:
-    """A program without quantizers as a function that the runtime computes, of its inputs; the first output. Constants
-    are the program's own: the plugin makes other kernels where they are not known."""
+    """Return the first output of a program without quantizers as a function, which the runtime computes, of its inputs.
+
+    Constants are the program's own: the plugin makes other kernels where they are not known.
+    """
     compiled = compile_model(convert(program, []))
     return lambda inputs, constants: run_compiled(compiled, inputs)[0]
 
 
 def request_with(compiled: Any, inputs: Sequence[Tensor]) -> Any:
-    """An `openvino.InferRequest` whose inputs are set already: `request.infer()` does nothing but compute."""
+    """Return an `openvino.InferRequest` whose inputs are set: `request.infer()` computes and does nothing else."""
     import openvino
 
     request = compiled.create_infer_request()
@@ -84,7 +85,7 @@ def request_with(compiled: Any, inputs: Sequence[Tensor]) -> Any:
 
 
 def with_outputs(model: Any, names: Sequence[str]) -> list[str]:
-    """Make the named tensors outputs of a model, after its own; the names of those that it has."""
+    """Make the named tensors outputs of a model, after its own; return the names that it has."""
     found = {name for node in model.get_ordered_ops() for port in node.outputs() for name in port.get_names()}
     present = [name for name in names if name in found]
     for name in present:
@@ -93,7 +94,7 @@ def with_outputs(model: Any, names: Sequence[str]) -> list[str]:
 
 
 def executed_layers(compiled: Any, layers: Sequence[str]) -> list[LayerExecution]:
-    """What the runtime made of each named layer; layers that it does not mention come with precision "unknown"."""
+    """Return the execution of each named layer; its precision is "unknown" where the runtime does not mention it."""
     found: dict[str, LayerExecution] = {}
     for info, _ in _executed(compiled):
         for name in _layers(info):
@@ -102,7 +103,7 @@ def executed_layers(compiled: Any, layers: Sequence[str]) -> list[LayerExecution
 
 
 def executed_products(compiled: Any, products: Set[str]) -> list[LayerExecution]:
-    """What the runtime made of the products of two activations, which have these names in the file."""
+    """Return the executions of the products of two activations, which have these names in the file."""
     found = []
     for info, types in _executed(compiled):
         if info["layerType"] == "MatMul":
@@ -113,8 +114,11 @@ def executed_products(compiled: Any, products: Set[str]) -> list[LayerExecution]
 
 
 def _attention(info: dict[str, str], types: Sequence[str]) -> list[LayerExecution]:
-    """Both products of an attention that the plugin runs as one operator, as it does where there is AVX-512: the first
-    is of two inputs, the second of the softmax inside and one more; its mask is not multiplied."""
+    """Return the executions of both products of an attention that the plugin runs as a single operator.
+
+    It does so where there is AVX-512. The first product is of two inputs, the second of the softmax inside and a third
+    input; the mask is not multiplied.
+    """
     integers = sum(one in INTEGER_TYPES for one in types)
     names = info["originalLayersNames"]
     return [
@@ -124,7 +128,7 @@ def _attention(info: dict[str, str], types: Sequence[str]) -> list[LayerExecutio
 
 
 def _executed(compiled: Any) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """What the plugin says of each operator that it runs, and the types of the operator's inputs."""
+    """Yield the plugin's account of each operator that it runs, and the types of the operator's inputs."""
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
         if info.get("layerType") != "Const":
@@ -132,18 +136,20 @@ def _executed(compiled: Any) -> Iterator[tuple[dict[str, str], list[str]]]:
 
 
 def _layers(info: dict[str, str]) -> list[str]:
-    """The operators of the file that one of the runtime was made of."""
+    """Return the operators of the file that an operator of the runtime was made of."""
     return [_layer(name) for name in info.get("originalLayersNames", "").split(",")]
 
 
 def _described(name: str, info: dict[str, str]) -> LayerExecution:
-    precision, kernel = info["runtimePrecision"], info["primitiveType"]
-    reads_integers, computes = precision in INTEGER_TYPES, "i8" in kernel.lower()
+    precision = info["runtimePrecision"]
+    kernel = info["primitiveType"]
+    reads_integers = precision in INTEGER_TYPES
+    computes = "i8" in kernel.lower()
     return LayerExecution(name, precision, kernel, integer=reads_integers and computes, stored=reads_integers)
 
 
 def products_of(model: Any) -> set[str]:
-    """The names of a model's products of two activations: neither factor is made of constants alone."""
+    """Return the names of a model's products of two activations: neither factor is made of constants alone."""
     computed: set[str] = set()  # from the model's inputs
     found = set()
     for node in model.get_ordered_ops():
@@ -156,7 +162,7 @@ def products_of(model: Any) -> set[str]:
 
 
 def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-    """The integer weights that a file holds for the named layers."""
+    """Return the integer weights of the named layers in a file."""
     found: dict[str, Tensor] = {}
     for node in model.get_ordered_ops():
         if node.get_type_name() not in LAYER_TYPES:
@@ -176,7 +182,7 @@ def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _integers(constant: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The values of a constant of integers; two of 4 bits lie in a byte, the first in its lower half."""
+    """Return the values of a constant of integers; two of 4 bits lie in a byte, the first in its lower half."""
     values = np.array(constant.get_data())
     if constant.get_element_type().get_type_name() == "i4":
         halves = np.stack([values.view(np.int8) << 4 >> 4, values.view(np.int8) >> 4], axis=-1)
@@ -185,8 +191,7 @@ def _integers(constant: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def _layer(name: str) -> str:
-    """The layer that an operator is part of: the plugin and the ONNX front end add "/DequantizationMultiply" and
-    the like."""
+    """Return the layer of an operator: the plugin and the ONNX front end add "/DequantizationMultiply" and the like."""
     return name.split("/")[0]
 
 

@@ -17,7 +17,7 @@ from halfeven.runtimes.openvino.telemetry import silently
 
 @silently()
 def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
-    """An `openvino.Model` of an exported program whose quantizers are `halfeven::fake_quantize` operators.
+    """Return the `openvino.Model` of an exported program whose quantizers are `halfeven::fake_quantize` operators.
 
     Each FakeQuantize bears its quantizer's name from `names`, and each layer with a quantized weight the layer's, so
     that what runs can be found again in the file and in the runtime.
@@ -41,16 +41,21 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
 
 
 def keep_products_whole(program: torch.export.ExportedProgram) -> None:
-    """Let products of activations be one operator each. The front end's decomposition expands both factors to their own
-    size first, which is a copy of each in the runtime where the batch is free."""
+    """Let each product of activations be a single operator.
+
+    The front end's decomposition expands both factors to their own size first, which is a copy of each in the runtime
+    where the batch is free.
+    """
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.matmul.default:
             node.target = torch.ops.halfeven.matmul.default
 
 
 def write_out_ceilings(model: Any) -> None:
-    """Write max pools that round their output size up as ones that are padded to that size: the plugin's integers do
-    not pass through the former, and the layer behind would run in float."""
+    """Write max pools that round their output size up as max pools that are padded to that size.
+
+    The plugin's integers do not pass through the former, and the layer behind would run in float.
+    """
     from openvino import opset8 as opset
 
     for node in model.get_ordered_ops():
@@ -80,8 +85,11 @@ def write_out_ceilings(model: Any) -> None:
 
 
 def write_out_moves(model: Any) -> None:
-    """Write shifts along an axis (Swin's windows) and repetitions as indices: the plugin's integers do not pass through
-    the operators of their own that the front end makes of them, and the layer behind would run in float."""
+    """Write shifts along an axis (Swin's windows) and repetitions as indices.
+
+    The plugin's integers do not pass through the operators that the front end makes of them, and the layer behind would
+    run in float.
+    """
     from openvino import opset8 as opset
 
     for node in model.get_ordered_ops():
@@ -95,15 +103,18 @@ def write_out_moves(model: Any) -> None:
 
 
 def write_out_means(model: Any) -> None:
-    """Write means along one axis of a sequence as means of images, with a reshape behind. The plugin computes wrong
-    numbers where it merges the former with a quantizer that has a range for each channel, as one behind a BatchNorm
-    has (LeViT's head; OpenVINO 2026.4)."""
+    """Write means along one axis of a sequence as means of images, with a reshape behind.
+
+    The plugin computes wrong numbers where it merges the former with a quantizer that has a range for each channel, as
+    a quantizer behind a BatchNorm has (LeViT's head; OpenVINO 2026.4).
+    """
     from openvino import opset8 as opset
 
     for node in model.get_ordered_ops():
         if node.get_type_name() != "ReduceMean":
             continue
-        rank, axes = node.input_value(0).get_partial_shape().rank, node.input_value(1).get_node()
+        rank = node.input_value(0).get_partial_shape().rank
+        axes = node.input_value(1).get_node()
         if rank.is_dynamic or rank.get_length() != 3 or axes.get_type_name() != "Constant" or axes.get_data().size != 1:
             continue
         axis = int(axes.get_data().item()) % 3
@@ -116,7 +127,7 @@ def write_out_means(model: Any) -> None:
 
 
 def _indices(node: Any) -> dict[int, Any]:
-    """For each axis that a shift or repetition moves, where its values come from; none where that is not known."""
+    """Return the indices of the values of each axis that a shift or repetition moves; none where they are unknown."""
     kind = node.get_type_name()
     if kind not in ("Roll", "Tile"):
         return {}
@@ -149,24 +160,26 @@ def _sizes(value: torch.Tensor) -> list[int]:
 
 
 def _matmul(context: Any) -> list[Any]:
-    """A MatMul as numpy defines it, of any number of axes."""
+    """Return a MatMul as numpy defines it, of any number of axes."""
     from openvino import opset13 as opset
 
     return [opset.matmul(context.get_input(0), context.get_input(1), False, False).output(0)]
 
 
 def _fake_quantize(context: Any, names: Sequence[str]) -> list[Any]:
-    """One FakeQuantize whose ends are grid points: the plugin recovers scale and zero point from them."""
+    """Return a FakeQuantize whose limits are grid points: the plugin recovers scale and zero point from them."""
     from openvino import opset13 as opset
 
     x = context.get_input(0)
     scale, zero_point = (_constant(context.get_input(i)).astype(np.float32) for i in (1, 2))
     quant_min, quant_max, axis, number = (int(_constant(context.get_input(i))) for i in (3, 4, 5, 6))
-    low, high = (quant_min - zero_point) * scale, (quant_max - zero_point) * scale
+    low = (quant_min - zero_point) * scale
+    high = (quant_max - zero_point) * scale
     if axis != PER_TENSOR:
         shape = np.ones(x.get_partial_shape().rank.get_length(), dtype=np.int64)
         shape[axis] = -1
-        low, high = low.reshape(shape), high.reshape(shape)
+        low = low.reshape(shape)
+        high = high.reshape(shape)
     ends = [opset.constant(end.astype(np.float32)) for end in (low, high)]
     node = opset.fake_quantize(x, *ends, *ends, levels=quant_max - quant_min + 1)
     node.set_friendly_name(names[number])
@@ -199,8 +212,10 @@ def name_layers(model: Any, quantizers: set[str]) -> None:
 
 
 def _name_layer(node: Any, name: str) -> None:
-    """Name a layer, and a multiplication by or addition of a constant behind it: the plugin makes one operator of both,
-    under the latter's name."""
+    """Name a layer, and a multiplication by or addition of a constant behind it.
+
+    The plugin makes a single operator of both, under the name of the latter.
+    """
     node.set_friendly_name(name)
     readers = [port.get_node() for port in node.output(0).get_target_inputs()]
     if len(readers) == 1 and readers[0].get_type_name() in ("Multiply", "Add"):
