@@ -12,6 +12,7 @@ from torch import nn
 import halfeven as he
 from halfeven.errors import ConfigError
 from halfeven.placement.insertion import plan_of
+from halfeven.runtimes.deploy import deploy
 from halfeven.runtimes.layer_execution import LayerExecution
 from halfeven.runtimes.onnx import writer
 from halfeven.runtimes.onnx.file import stored_integers
@@ -101,3 +102,21 @@ def test_every_row_says_how_its_files_are_written_and_opened():
         assert row.name == row.target.name == name
         assert row.writers
         assert row.interpreter is row.exact or row.exact is None
+
+
+class ReadTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, bias=False)
+        self.last = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        y = self.stem(x)
+        return self.last(torch.relu(y) + torch.tanh(y))
+
+
+@pytest.mark.parametrize(("target", "given"), [("openvino", True), ("onnxruntime", False), ("tensorrt", False)])
+def test_a_bias_against_openvinos_optimizer_is_in_openvinos_form_alone(target, given):
+    qmodel, _ = quantized(ReadTwice(), IMAGE, target=target, scheme="w8a8")
+    bias = deploy(qmodel, RUNTIMES[target]).model.get_submodule("stem").bias
+    assert (bias is not None) is given
