@@ -299,7 +299,7 @@ def test_init_writes_the_configs_and_overwrites_none(refused, tmp_path, capsys):
 
 def report(**changes):
     """A report without a fault, but for the changes."""
-    good = {"weights_match": True, "alone_match": 1.0, "float_layers": [], "quantizable_layers": 3}
+    good = {"weights_match": True, "alone_match": 1.0, "float_layers": [], "quantizable_layers": 3, "overflows": False}
     return SimpleNamespace(**{**good, "first_difference": "conv1", **changes})
 
 
@@ -310,6 +310,7 @@ def report(**changes):
         ({"alone_match": float("nan")}, ""),  # weights alone are quantized: no integers to compare
         ({"alone_match": 0.99995}, ""),
         ({"alone_match": 0.9998}, "99.9800 % of the integers"),
+        ({"alone_match": 0.9998, "overflows": True}, "This processor has no VNNI"),
         ({"weights_match": False}, "integer weights in the file are not the checkpoint's"),
         ({"float_layers": ["fc (f32 gemm)"]}, "1 of 3 layers with quantized weights ran in float: fc (f32 gemm)"),
     ],

@@ -12,6 +12,11 @@ from halfeven.errors import ConfigError
 from halfeven.pipelines import load
 from halfeven.verification.report import Report
 
+OVERFLOWS = (
+    "This processor has no VNNI, so its sums of 8-bit products can overflow: verify the file on a processor with VNNI, "
+    'or quantize with scheme="w7a8" for processors like this one.'
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyArguments:
@@ -73,6 +78,7 @@ def problems_of(report: Report, min_match: float, *, allow_float: bool) -> list[
         problems.append(
             f"{100 * report.alone_match:.4f} % of the integers equal the exact simulation, each layer alone, and "
             f"{100 * min_match:.4f} % must. The first that differs is in {report.first_difference}."
+            + (f" {OVERFLOWS}" if report.overflows else "")
         )
     if report.float_layers and not allow_float:
         problems.append(
