@@ -257,6 +257,16 @@ def test_help_shows_the_configs_values(config, capsys):
     assert "Channels of the input image (timm; torchvision's models take 3). [3]" in said
 
 
+def test_the_help_of_a_command_without_a_config(capsys):
+    lines = lines_of_help(capsys, "init")
+    assert lines[0] == "usage: halfeven init [FOLDER] [OPTIONS]"
+    assert [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "] == [
+        "FOLDER",
+        "--overwrite",
+        "-h,",
+    ]
+
+
 def test_overview(capsys):
     cli.main([])
     said = capsys.readouterr().out

@@ -69,8 +69,7 @@ def help_text(command: str, arguments: Any, *, from_config: bool) -> str:
         from_config: the values are those of a config, rather than the defaults.
     """
     fields = vars(arguments)
-    labels = [label for name, label in POSITIONALS.items() if name in fields]
-    lines = [f"usage: halfeven {' '.join((command, *labels))} [OPTIONS]", ""]
+    lines = [f"usage: halfeven {' '.join((command, *_positionals(type(arguments))))} [OPTIONS]", ""]
     lines += _wrapped(_first_paragraph(type(arguments)))
     lines += ["", *_described(_arguments(arguments))]
     if (experiment := fields.get("experiment")) is None:
@@ -84,6 +83,14 @@ def help_text(command: str, arguments: Any, *, from_config: bool) -> str:
         if rest := [option for option in group if option.name in options]:
             lines += ["", *_wrapped(title), *_described(rest)]
     return "\n".join(lines)
+
+
+def _positionals(kind: Any) -> Iterator[str]:
+    """The arguments without dashes, as the usage shows them: in brackets where they may be left out."""
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    for name, label in POSITIONALS.items():
+        if name in defaults:
+            yield label if defaults[name] is dataclasses.MISSING else f"[{label}]"
 
 
 def _arguments(arguments: Any) -> Iterator[Option]:
@@ -147,6 +154,8 @@ def _metavar(kind: Any) -> str:
         return " ".join(map(_metavar, arguments))
     if origin is dict:
         return "NAME VALUE ..."
+    if kind is types.NoneType:
+        return "None"
     return "{True,False}" if kind is bool else str(kind.__name__).upper()
 
 
