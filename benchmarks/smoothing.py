@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import halfeven as he
-from halfeven.layerwise.float_equivalence import sqnr
-from halfeven.ptq.transformers.smoothing import reparametrize, smooth
+from halfeven.layerwise.sqnr import sqnr
+from halfeven.ptq.transformers.reparametrization import reparametrize
+from halfeven.ptq.transformers.smoothing import smooth
 
 PAGES = ("concepts.md", "targets/openvino.md")
 BATCH, TOKENS = 16, 48

@@ -43,11 +43,6 @@ PRIVATE_DOOR = "graph/torch_private.py"
 """The one file that uses private names of other packages."""
 STILL_PRIVATE = {
     "deployment/exported_program.py": {"torch.utils._pytree"},
-    "layerwise/activations.py": {"torch.utils._pytree"},
-    "layerwise/cache.py": {"torch.utils._pytree"},
-    "layerwise/float_equivalence.py": {"torch.utils._pytree"},
-    "ptq/pipeline.py": {"torch.utils._pytree"},
-    "ptq/reconstruction/resume.py": {"torch.utils._pytree"},
     "runtimes/exact_model.py": {"self.region.graph._codegen"},
     "runtimes/onnxruntime/exact.py": {"torch.utils._pytree"},
     "runtimes/openvino/exact.py": {"torch.utils._pytree"},

@@ -8,7 +8,10 @@ import halfeven as he
 from halfeven.errors import ConfigError
 from halfeven.layerwise.re_estimate import re_estimate
 from halfeven.pipelines import resume_qat, setup_qat
+from halfeven.ptq.recipe import PTQRecipe
+from halfeven.ptq.recipe import decide as decide_ptq
 from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
+from halfeven.ptq.transformers.reparametrization import reparametrize
 from halfeven.qat.bit_schedule import BitSchedule
 from halfeven.qat.ema import WeightEMA
 from halfeven.qat.recipe import QATRecipe, decide
@@ -16,6 +19,9 @@ from halfeven.qat.session import QATSession
 from halfeven.renamed import renamed_attributes, renamed_parameters
 
 OLD_ATTRIBUTES = {
+    "halfeven.ptq.recipe.Recipe": PTQRecipe,
+    "halfeven.ptq.recipe.choose": decide_ptq,
+    "halfeven.ptq.transformers.smoothing.reparametrize": reparametrize,
     "halfeven.pipelines.accompany": setup_qat,
     "halfeven.pipelines.course_of": resume_qat,
     "halfeven.qat.batchnorm_schedule.re_estimate": re_estimate,

@@ -23,7 +23,7 @@ from halfeven.placement.make_plan import make_plan
 from halfeven.placement.options import BatchNormHandling, QuantizationFields, QuantizationOptions
 from halfeven.placement.plan import Plan
 from halfeven.ptq.options import PTQFields, PTQOptions
-from halfeven.ptq.pipeline import equalize_channels, take_steps
+from halfeven.ptq.pipeline import EQUALIZATION, StepContext, run_steps
 from halfeven.ptq.recipe import decide
 from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
 from halfeven.qat.batchnorm_schedule import ScheduleOptions
@@ -132,7 +132,7 @@ def quantize(
         options: how to quantize.
         ptq: which steps to take, and how.
         example: an input, as for `prepare`; None: the loader's first batch.
-        batches: how many of the loader's batches to take; None: all.
+        batches: largest number of the loader's batches to read; None: all.
         log: called with the plan, the decisions and the result of each step, for example `print`.
         resume_dir: folder in which a reconstruction keeps finished layers, to go on from after an interruption.
         changes: fields of `QuantizationOptions` or `PTQOptions` to set on top of the two.
@@ -162,8 +162,9 @@ def quantize(
     qmodel = prepare(model, example, _with_batchnorm(options, "fold")).eval()
     recipe = decide(qmodel, ptq, data=data is not None)
     log(f"{plan_of(qmodel)}\n\n{recipe}\n")
-    qmodel = take_steps(qmodel, [kwargs or args for args, kwargs in data or ()], recipe, ptq, log, resume_dir)
-    return qmodel.eval()
+    inputs = [kwargs or args for args, kwargs in data or ()]
+    context = StepContext(qmodel=qmodel, batches=inputs, recipe=recipe, options=ptq, log=log, resume_dir=resume_dir)
+    return run_steps(context).eval()
 
 
 @renamed_parameters(say="log", state="resume_dir")
@@ -211,12 +212,14 @@ def setup_qat(
     if recipe.equalize.enabled:
         batches = [kwargs or args for args, kwargs in _at_hand(loader, None)]
         ptq = dataclasses.replace(ptq, equalize="on")
-        equalize_channels(qmodel, batches, decide(qmodel, ptq, data=True), ptq, log)
+        ptq_recipe = decide(qmodel, ptq, data=True)
+        context = StepContext(qmodel=qmodel, batches=batches, recipe=ptq_recipe, options=ptq, log=log)
+        run_steps(context, EQUALIZATION)
         calibrate(qmodel, batches)
     if recipe.reconstruct.enabled:
         learn = reconstruct if recipe.blocks else adaround
         report = learn(qmodel, loader, options=ptq, resume_dir=resume_dir, log=log)
-        log(f"Reconstructed {len(report.units)} units in {sum(unit.seconds for unit in report.units):.0f} s.")
+        log(f"Reconstructed {len(report.blocks)} blocks in {sum(block.seconds for block in report.blocks):.0f} s.")
     return resume_qat(qmodel, float_model, recipe, loader, options, schedule, inputs, logits)
 
 

@@ -1,4 +1,4 @@
-"""Streams give what the whole model gives, within a bound of memory."""
+"""Activation caches give what the whole model gives, within a bound of memory."""
 
 import gc
 from pathlib import Path
@@ -9,12 +9,12 @@ from torch import nn
 
 import halfeven as he
 from halfeven.errors import CalibrationError
-from halfeven.layerwise.activations import in_float, streams
-from halfeven.layerwise.blocks import units
-from halfeven.layerwise.cache import Cache, store_inputs
+from halfeven.layerwise.activations import activation_caches, in_float
+from halfeven.layerwise.blocks import find_blocks
+from halfeven.layerwise.cache import BoundedCache, store_inputs
 from halfeven.layerwise.float_equivalence import float_function
 from halfeven.placement.make_plan import regions
-from ptq.nets import Residual, prepared
+from nets import Residual, prepared
 
 PLENTY = 1e9
 
@@ -26,19 +26,19 @@ def calibrated(model=None):
 
 
 def walked(qmodel, images, cache, granularity="layers", size=4):
-    """Outputs of the last unit in both streams, per batch, after all of it was let go but that."""
+    """Outputs of the last block in both activation_caches, per batch, after all of it was let go but that."""
     result = []
     batches = store_inputs([images], size, cache)
     for prefix, region in regions(qmodel).items():
-        floats, quantized = streams(qmodel, prefix, batches, cache)
-        parts = units(region, granularity)
-        for index, unit in enumerate(parts):
-            with in_float(unit):
-                floats.advance(unit)
-            quantized.advance(unit)
+        floats, quantized = activation_caches(qmodel, prefix, batches, cache)
+        parts = find_blocks(region, granularity)
+        for index, block in enumerate(parts):
+            with in_float(block):
+                floats.advance(block)
+            quantized.advance(block)
             if index < len(parts) - 1:
-                floats.forget(parts[: index + 1])
-                quantized.forget(parts[: index + 1])
+                floats.release(parts[: index + 1])
+                quantized.release(parts[: index + 1])
         (output,) = parts[-1].outputs
         result.append([(floats.outputs(parts[-1], b)[output], quantized.outputs(parts[-1], b)[output])
                        for b in range(len(floats.batches))])  # fmt: skip
@@ -49,7 +49,7 @@ def walked(qmodel, images, cache, granularity="layers", size=4):
 def test_both_streams_end_where_the_model_does(granularity):
     qmodel = calibrated()
     x = torch.randn(10, 3, 8, 8)
-    (found,) = walked(qmodel, x, Cache(PLENTY), granularity)
+    (found,) = walked(qmodel, x, BoundedCache(PLENTY), granularity)
     with torch.no_grad():
         quantized = qmodel(x)
         with float_function(qmodel):
@@ -61,9 +61,9 @@ def test_both_streams_end_where_the_model_does(granularity):
 
 def test_the_bound_of_memory_holds_and_changes_nothing(tmp_path):
     qmodel, images = calibrated(), torch.randn(12, 3, 8, 8)
-    free = Cache(PLENTY)
+    free = BoundedCache(PLENTY)
     (expected,) = walked(qmodel, images, free)
-    bound = Cache(3000, str(tmp_path))
+    bound = BoundedCache(3000, str(tmp_path))
     most = []
     store = bound.store
     bound.store = lambda value: (store(value), most.append(bound.used))[0]
@@ -77,7 +77,7 @@ def test_the_bound_of_memory_holds_and_changes_nothing(tmp_path):
 
 
 def test_values_go_with_what_stands_for_them(tmp_path):
-    cache = Cache(100, str(tmp_path))
+    cache = BoundedCache(100, str(tmp_path))
     small, large = cache.store(torch.zeros(20)), cache.store([torch.ones(50), 3])
     assert cache.used == 80
     assert large.load()[0].sum() == 50
@@ -97,29 +97,29 @@ def test_values_go_with_what_stands_for_them(tmp_path):
 
 def test_what_is_read_no_more_is_let_go():
     qmodel = calibrated()
-    cache = Cache(PLENTY)
+    cache = BoundedCache(PLENTY)
     batches = store_inputs([torch.randn(4, 3, 8, 8)], 4, cache)
     (region,) = regions(qmodel).values()
-    floats, _ = streams(qmodel, "", batches, cache)
-    parts = units(region, "layers")
+    floats, _ = activation_caches(qmodel, "", batches, cache)
+    parts = find_blocks(region, "layers")
     alive = []
-    for index, unit in enumerate(parts):
-        floats.advance(unit)
-        floats.forget(parts[: index + 1])
+    for index, block in enumerate(parts):
+        floats.advance(block)
+        floats.release(parts[: index + 1])
         alive.append(len(floats.values[0]))
     assert max(alive) <= 2 < len(parts)
 
 
 def test_inputs_are_cut_to_size():
     batches = [(torch.arange(5.0)[:, None], torch.zeros(5)), {"x": torch.ones(2, 3), "labels": torch.zeros(2), "k": 7}]
-    found = [stored.load() for stored in store_inputs(batches, 2, Cache(PLENTY))]
+    found = [stored.load() for stored in store_inputs(batches, 2, BoundedCache(PLENTY))]
     assert [args[0].flatten().tolist() for args, _ in found[:3]] == [[0, 1], [2, 3], [4]]
     assert found[3][1]["k"] == 7
     assert found[3][1]["x"].shape == (2, 3)
     assert set(found[3][1]) == {"x", "k"}
-    assert len(store_inputs(batches, 2, Cache(PLENTY), batches=1)) == 3
+    assert len(store_inputs(batches, 2, BoundedCache(PLENTY), batches=1)) == 3
     with pytest.raises(CalibrationError, match="no batch"):
-        store_inputs(iter(()), 2, Cache(PLENTY))
+        store_inputs(iter(()), 2, BoundedCache(PLENTY))
 
 
 class Halves(nn.Module):
@@ -140,7 +140,7 @@ def test_regions_get_what_the_python_between_them_makes():
     qmodel = calibrated(Halves())
     assert len(regions(qmodel)) == 2
     x = torch.randn(6, 3, 8, 8)
-    found = walked(qmodel, x, Cache(PLENTY), size=3)
+    found = walked(qmodel, x, BoundedCache(PLENTY), size=3)
     with torch.no_grad():
         expected = qmodel(x)
     assert torch.equal(torch.cat([q for _, q in found[-1]]), expected)

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.layerwise.activations import run
-from halfeven.layerwise.blocks import LONGEST_BLOCK, VALUELESS, units
-from ptq.nets import IMAGE, Branches, Residual, prepared
+from halfeven.layerwise.blocks import MAX_BLOCK_LAYERS, computed_nodes, find_blocks
+from nets import IMAGE, Branches, Residual, prepared
 
 
 class Block(nn.Module):
@@ -50,7 +50,7 @@ class Masked(nn.Module):
 
 
 def names(model, granularity, shape=IMAGE):
-    return [unit.name for unit in units(prepared(model.eval(), shape), granularity)]
+    return [block.name for block in find_blocks(prepared(model.eval(), shape), granularity)]
 
 
 RESNET = nn.Sequential(
@@ -78,14 +78,14 @@ def test_layers_side_by_side_in_the_model_itself_are_not_one_block():
 
 def test_masks_do_not_keep_blocks_together():
     qmodel = he.prepare(Masked().eval(), (torch.randn(2, 5, 8), torch.ones(2, 5)))
-    assert [unit.name for unit in units(qmodel, "blocks")] == ["blocks.0", "blocks.1"]
+    assert [block.name for block in find_blocks(qmodel, "blocks")] == ["blocks.0", "blocks.1"]
 
 
 def test_a_long_block_is_taken_layer_by_layer():
     class Dense(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layers = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(LONGEST_BLOCK + 1))
+            self.layers = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(MAX_BLOCK_LAYERS + 1))
 
         def forward(self, x):
             y = x
@@ -93,14 +93,14 @@ def test_a_long_block_is_taken_layer_by_layer():
                 y = y + F.relu(layer(y))
             return y + self.layers[0].bias.sum() * y
 
-    found = units(prepared(Dense().eval()), "blocks")
-    assert all(len(unit.layers) <= LONGEST_BLOCK for unit in found)
-    assert sum(len(unit.layers) for unit in found) == LONGEST_BLOCK + 1
+    found = find_blocks(prepared(Dense().eval()), "blocks")
+    assert all(len(block.layers) <= MAX_BLOCK_LAYERS for block in found)
+    assert sum(len(block.layers) for block in found) == MAX_BLOCK_LAYERS + 1
 
 
 def test_vision_transformer():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=4)
-    found = units(prepared(model.eval(), (2, 3, 32, 32)), "blocks")
+    found = find_blocks(prepared(model.eval(), (2, 3, 32, 32)), "blocks")
     assert [(u.name, len(u.layers)) for u in found] == [
         ("patch_embed.proj", 1), ("blocks.0.attn", 2), ("blocks.0.mlp", 2), ("blocks.1.attn", 2), ("blocks.1.mlp", 2),
         ("head", 1),
@@ -111,16 +111,16 @@ def test_vision_transformer():
 @pytest.mark.parametrize("model", [RESNET, Residual(), Branches()], ids=["resnet", "residual", "branches"])
 def test_units_one_after_the_other_are_the_model(model, granularity):
     qmodel = prepared(model.eval())
-    found = units(qmodel, granularity)
-    nodes = [node for unit in found for node in unit.nodes]
-    assert nodes == [node for node in qmodel.graph.nodes if node.op not in VALUELESS]
+    found = find_blocks(qmodel, granularity)
+    nodes = [node for block in found for node in block.nodes]
+    assert nodes == computed_nodes(qmodel)
     x = torch.randn(4, 3, 8, 8)
     he.calibrate(qmodel, [x])
     (placeholder,) = (node for node in qmodel.graph.nodes if node.op == "placeholder")
     known = {placeholder: x}
-    for unit in found:
-        assert set(unit.inputs) <= set(known)
-        known |= run(unit, {node: known[node] for node in unit.inputs})
+    for block in found:
+        assert set(block.inputs) <= set(known)
+        known |= run(block, {node: known[node] for node in block.inputs})
     (output,) = (node for node in qmodel.graph.nodes if node.op == "output")
     expected = qmodel(x)
     expected = expected if isinstance(expected, tuple) else (expected,)

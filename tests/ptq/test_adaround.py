@@ -9,7 +9,7 @@ from halfeven.ptq.reconstruction.adaround import (
     Rounding,
     inverse_soft_step,
     regularizer,
-    sharpness,
+    regularizer_sharpness,
     soft_step,
     soft_weight,
 )
@@ -52,7 +52,7 @@ def test_what_lies_beyond_the_grid_is_clipped():
 
 
 def test_sharpness_falls_from_20_to_2():
-    values = [sharpness(p) for p in (0.0, 0.25, 0.5, 1.0)]
+    values = [regularizer_sharpness(p) for p in (0.0, 0.25, 0.5, 1.0)]
     assert values == pytest.approx([20, values[1], 11, 2])
     assert values == sorted(values, reverse=True)
 
@@ -89,7 +89,7 @@ def test_strong_regularization_decides_everything_and_keeps_what_data_wants():
     target = found.scale * torch.clamp(found.floor + up, -7, 7)
     for step in range(300):
         ((found.soft - target) ** 2).sum().backward()
-        found.step(0.03, 0.001, sharpness(step / 300))
+        found.step(0.03, 0.001, regularizer_sharpness(step / 300))
     assert found.undecided == 0
     assert torch.equal(found.integers, torch.clamp(found.floor + up, -7, 7))
 
@@ -100,7 +100,7 @@ def test_the_gradient_of_a_learned_scale_is_that_of_the_soft_weight():
     found.scale.requires_grad_()
     target = torch.randn(3, 5)
     ((found.soft - target) ** 2).sum().backward()
-    found.scale_gradient()
+    found.set_scale_gradient()
     scale = found.scale.detach().clone().requires_grad_()
     ((soft_weight(found.v, found.floor, scale, -7, 7) - target) ** 2).sum().backward()
     assert torch.allclose(found.scale.grad, scale.grad, rtol=1e-4)

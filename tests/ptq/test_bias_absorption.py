@@ -6,10 +6,10 @@ from torch import nn
 
 import halfeven as he
 from halfeven.errors import CalibrationError
-from halfeven.layerwise.float_equivalence import float_outputs
-from halfeven.ptq.equalization.bias_absorption import absorb_biases, certain_part
+from halfeven.layerwise.float_equivalence import example_outputs
+from halfeven.ptq.equalization.bias_absorption import absorb_biases, absorbable_constant
 from halfeven.ptq.equalization.cross_layer import equalize
-from ptq.nets import IMAGE, NETS, prepared, uneven
+from nets import IMAGE, NETS, prepared, uneven
 
 
 def batches():
@@ -34,9 +34,9 @@ def centred(model):
     return model.eval()
 
 
-def test_certain_part():
+def test_absorbable_constant():
     mean, std = torch.tensor([5.0, 2.0, -4.0]), torch.tensor([1.0, 1.0, 0.1])
-    torch.testing.assert_close(certain_part(mean, std, 3.0), torch.tensor([2.0, 0.0, 0.0]))
+    torch.testing.assert_close(absorbable_constant(mean, std, 3.0), torch.tensor([2.0, 0.0, 0.0]))
     assert (torch.randn(100_000) * 1.0 + 5.0 > 2.0).float().mean() > 0.998
 
 
@@ -44,7 +44,7 @@ def test_certain_part():
 def test_without_data(bias):
     qmodel = prepared(centred(net(nn.ReLU(), bias=bias)))
     first, second = qmodel.get_submodule("0"), qmodel.get_submodule("3")
-    before, given = float_outputs(qmodel), first.bias.detach().clone()
+    before, given = example_outputs(qmodel), first.bias.detach().clone()
     report = absorb_biases(qmodel)
     torch.testing.assert_close(given - first.bias, torch.tensor([0.0, 0.0, 6.0]))
     torch.testing.assert_close(first.output_mean, torch.tensor([-2.0, 0.0, 3.0]))
@@ -53,7 +53,7 @@ def test_without_data(bias):
     assert he.plan_of(qmodel).changes.given_biases == (() if bias else ("3",))
     assert report.absorbed == {"0 -> 3": pytest.approx(6)}
     assert report.sqnr > 60
-    torch.testing.assert_close(float_outputs(qmodel)[0], before[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(example_outputs(qmodel)[0], before[0], rtol=1e-3, atol=1e-3)
 
 
 def test_fewer_deviations_absorb_more_and_lose_more():
@@ -76,7 +76,7 @@ def test_with_data_the_function_stays_on_the_data(between):
 
 def qmodel_float(qmodel, x):
     qmodel.halfeven_example = ((x,), {})
-    return float_outputs(qmodel)[0]
+    return example_outputs(qmodel)[0]
 
 
 def test_with_data_the_constant_is_the_least_value_seen():
@@ -95,11 +95,11 @@ def parameters(qmodel):
 @pytest.mark.parametrize("data", [True, False])
 def test_without_an_activation_the_whole_mean_moves_and_nothing_is_lost(data):
     qmodel = prepared(centred(net(nn.Dropout())))
-    before = float_outputs(qmodel)
+    before = example_outputs(qmodel)
     report = absorb_biases(qmodel, batches() if data else None)
     assert report.absorbed["0 -> 3"] == pytest.approx(9, abs=0.3)
     assert report.sqnr > 110
-    torch.testing.assert_close(float_outputs(qmodel)[0], before[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(example_outputs(qmodel)[0], before[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("padding", ["own", "before", "pool"])
@@ -112,9 +112,9 @@ def test_zero_padding_is_inexact_at_the_borders_and_can_be_left_out(padding):
     between, consumer = layers[padding]
     model = centred(net(*between, consumer=consumer))
     qmodel = prepared(model)
-    before = float_outputs(qmodel)[0]
+    before = example_outputs(qmodel)[0]
     report = absorb_biases(qmodel, across_padding=True)
-    difference = (float_outputs(qmodel)[0] - before).abs()
+    difference = (example_outputs(qmodel)[0] - before).abs()
     assert difference[..., 1:-1, 1:-1].max() < 1e-3 < difference.max()
     assert report.sqnr < 40
     careful = absorb_biases(prepared(model))
@@ -130,9 +130,9 @@ def test_layers_that_cannot_take_part_are_named():
     assert report.absorbed == {}
     assert report.left == ("0 (no BatchNorm was folded into it)", "2 (no BatchNorm was folded into it)")
     text = str(absorb_biases(prepared(centred(net(nn.ReLU())))))
-    assert "1 of 1 links" in text
+    assert "1 of 1 pairs of layers" in text
     assert "0 -> 3: up to 6" in text
-    assert "set anew" in text
+    assert "set again" in text
 
 
 @pytest.mark.parametrize("name", ["depthwise", "grouped", "flattened", "linear", "one dimension", "residual"])

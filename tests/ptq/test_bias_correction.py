@@ -13,8 +13,7 @@ from halfeven.layerwise.float_equivalence import float_function
 from halfeven.ptq.bias_correction import channel_means, correct_biases
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.reconstruction.reconstruct import adaround
-
-from .nets import Residual, prepared
+from nets import Residual, prepared
 
 
 def data(seed=1):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from halfeven.ptq.reconstruction.conv_as_matmul import FEW, by_product, has_few_positions
+from halfeven.ptq.reconstruction.conv_as_matmul import MAX_POSITIONS, conv_as_matmul, has_few_positions
 
 LAYERS = [
     (nn.Conv2d(5, 7, 3, padding=1), (3, 5, 2, 2)),
@@ -18,7 +18,7 @@ LAYERS = [
 def test_it_is_the_convolution(layer, shape):
     x = torch.randn(shape, requires_grad=True)
     assert has_few_positions(layer, x)
-    expected, found = layer(x), by_product(layer, x, layer.weight)
+    expected, found = layer(x), conv_as_matmul(layer, x, layer.weight)
     assert found.shape == expected.shape
     assert torch.allclose(found, expected, atol=1e-5)
     direction = torch.randn_like(expected)
@@ -40,5 +40,5 @@ def test_it_is_the_convolution(layer, shape):
     ids=str,
 )
 def test_others_stay_what_they_are(layer, shape):
-    assert FEW == 4
+    assert MAX_POSITIONS == 4
     assert not has_few_positions(layer, torch.randn(shape))

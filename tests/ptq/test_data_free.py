@@ -15,7 +15,7 @@ from halfeven.ptq.data_free.moment_propagation import Inputs
 from halfeven.ptq.equalization.bias_absorption import absorb_biases
 from halfeven.ptq.equalization.cross_layer import equalize, unclip_relu6
 from halfeven.quantization.quantizer import Mode, quantizers
-from ptq.nets import IMAGE, prepared
+from nets import IMAGE, prepared
 from ptq.test_moment_propagation import images, measured
 from runtimes.parity import SCHEME
 
@@ -128,11 +128,11 @@ class Unknown(nn.Module):
 
 def test_what_nothing_is_known_of_is_an_error_and_nothing_is_set():
     qmodel = prepared(Unknown(), (2, 4))
-    with pytest.raises(AlgorithmError, match=r"Nothing is known without data of cumsum.*Give a loader"):
+    with pytest.raises(AlgorithmError, match=r"the distribution of cumsum is unknown.*Give a loader"):
         ranges_from_batchnorm(qmodel)
     assert not any(q.state.has_range for q in quantizers(qmodel).values())
     report = correct_biases_analytically(qmodel)
-    assert report.left == ("b (nothing is known of its input)",)
+    assert report.left == ("b (the distribution of its input is unknown)",)
     assert "left alone: b" in str(report)
 
 

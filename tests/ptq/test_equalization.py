@@ -10,7 +10,7 @@ from torch import nn
 
 import halfeven as he
 from halfeven.errors import AlgorithmError
-from halfeven.layerwise.float_equivalence import float_outputs
+from halfeven.layerwise.float_equivalence import example_outputs
 from halfeven.ptq.equalization import cross_layer as equalization
 from halfeven.ptq.equalization.cross_layer import (
     equalize,
@@ -27,7 +27,7 @@ from halfeven.ptq.equalization.layer_pairs import (
     weight_by_channel,
 )
 from halfeven.quantization.quantizer import Mode, set_mode
-from ptq.nets import IMAGE, NETS, prepared, uneven
+from nets import IMAGE, NETS, prepared, uneven
 
 
 @given(st.lists(st.lists(st.floats(1e-3, 1e3), min_size=4, max_size=4), min_size=2, max_size=5))
@@ -83,10 +83,10 @@ def test_a_linear_weight_by_channel_of_flattened_inputs():
 def test_chains_are_equalized_and_the_function_stays(name):
     build, shape, chains = NETS[name]
     qmodel = prepared(uneven(build()), shape)
-    expected = float_outputs(qmodel)
+    expected = example_outputs(qmodel)
     report = equalize(qmodel)
     assert sorted(report.chains) == sorted(chains)
-    for found, e in zip(float_outputs(qmodel), expected, strict=True):
+    for found, e in zip(example_outputs(qmodel), expected, strict=True):
         assert (found - e).abs().max() <= 1e-5 * e.abs().max()
     for chain in find_chains(rewritable_layers(qmodel)[0]):
         first, *rest = chain.layers
@@ -155,7 +155,7 @@ def test_layers_that_cannot_take_part_are_named():
     assert "linear (called as a function)" in text
     assert "(its weight is tied to another's)" in text
     assert "first -> second" in text
-    assert "set anew" in text
+    assert "set again" in text
     assert "nothing was changed" in str(equalize(prepared(Shifted(), (2, 4))))
 
 
@@ -187,7 +187,7 @@ def test_a_changed_function_is_an_error_and_is_undone(monkeypatch):
     before = copy.deepcopy(qmodel.state_dict())
     mean = qmodel.get_submodule("0").output_mean
     monkeypatch.setattr(equalization, "multiply_inputs", lambda layer, factor: None)
-    with pytest.raises(AlgorithmError, match="Equalization changed what the float model computes"):
+    with pytest.raises(AlgorithmError, match="Equalization changed the outputs of the float model"):
         equalize(qmodel)
     assert all(torch.equal(value, before[name]) for name, value in qmodel.state_dict().items() if "quant" not in name)
     assert qmodel.get_submodule("0").output_mean is mean

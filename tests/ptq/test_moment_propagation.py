@@ -9,7 +9,7 @@ from halfeven.graph.capture import capture
 from halfeven.graph.view import tensor_names
 from halfeven.ptq.data_free.moment_propagation import Inputs, layer_moments, propagated
 from halfeven.ptq.data_free.moments import collapsed
-from ptq.nets import prepared
+from nets import prepared
 
 SAMPLES = 256
 

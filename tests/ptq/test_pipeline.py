@@ -6,11 +6,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
+from halfeven.decision import Decision
 from halfeven.errors import CalibrationError, ConfigError
-from halfeven.layerwise.float_equivalence import sqnr
+from halfeven.layerwise.outputs import float_outputs, quantized_outputs
+from halfeven.layerwise.sqnr import sqnr
+from halfeven.ptq.options import PTQOptions
+from halfeven.ptq.pipeline import STEPS, StepContext, enabled_step, run_steps
+from halfeven.ptq.recipe import DECISIONS, decide
+from nets import uneven
 from runtimes.parity import SCHEME
-
-from .nets import uneven
 
 
 class Mobile(nn.Module):
@@ -124,3 +128,34 @@ def test_batchnorm_that_stays_live_is_refused_and_not_folded(batchnorm):
         he.quantize(model(), batches(), batchnorm=batchnorm)
     with pytest.raises(ConfigError, match='Set batchnorm="fold"'):
         he.quantize(model(), batches(), he.QuantizationOptions(batchnorm=batchnorm))
+
+
+def halve_weights(context):
+    with torch.no_grad():
+        for parameter in context.qmodel.parameters():
+            parameter.mul_(0.5)
+    context.log("Halved.")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_algorithm_is_a_step_and_a_line_of_the_recipe(enabled):
+    """One that halves all weights before calibration, decided from the bits."""
+    qmodel = he.prepare(model(), batches()[0][0], batchnorm="fold").eval()
+    inputs = [x for x, _ in batches()]
+    before = float_outputs(qmodel, inputs)
+    decisions = DECISIONS | {"halving": lambda situation, earlier: Decision(enabled, f"{situation.weight_bits} bits")}
+    recipe = decide(qmodel, PTQOptions(), data=True, decisions=decisions)
+    assert str(recipe).splitlines()[-1].split() == ["halving", "yes" if enabled else "no", "8", "bits"]
+    said = []
+    place = [step.name for step in STEPS].index("calibration")
+    steps = (*STEPS[:place], enabled_step("halving", halve_weights), *STEPS[place:])
+    context = StepContext(qmodel=qmodel, batches=inputs, recipe=recipe, options=PTQOptions(), log=said.append)
+    quantized = run_steps(context, steps)
+    assert ("Halved." in said) == enabled
+    after = float_outputs(quantized, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) != enabled
+    assert sqnr(quantized_outputs(quantized, inputs), after) > 20  # calibrated after the halving
+
+
+def test_every_line_of_the_recipe_has_its_step():
+    assert set(DECISIONS) <= {step.name for step in STEPS}

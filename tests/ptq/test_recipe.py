@@ -5,8 +5,20 @@ import torch
 from torch import nn
 
 import halfeven as he
+from halfeven.ptq import recipe as r
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.recipe import decide
+
+STEP_OF = {
+    "equalize": r.EQUALIZE,
+    "relu6": r.UNCLIP,
+    "absorb": r.ABSORB,
+    "smooth": r.SMOOTH,
+    "reparametrize": r.REPARAMETRIZE,
+    "reconstruct": r.RECONSTRUCT,
+    "correct_biases": r.CORRECT_BIASES,
+}
+"""Option -> the step that it switches."""
 
 
 def net(act=nn.ReLU6, gain=1):
@@ -31,8 +43,7 @@ class Tokens(nn.Module):
 def steps(model=None, shape=(2, 3, 8, 8), data=True, ptq=None, **options):
     qmodel = he.prepare(model or net(), torch.randn(shape), batchnorm="fold", **options)
     recipe = decide(qmodel, ptq or PTQOptions(), data=data)
-    names = ["equalize", "relu6", "absorb", "smooth", "reparametrize", "reconstruct", "correct_biases"]
-    return {name for name in names if getattr(recipe, name).enabled}, recipe
+    return {option for option, step in STEP_OF.items() if recipe.enabled(step)}, recipe
 
 
 @pytest.mark.parametrize(
@@ -71,7 +82,7 @@ def test_choices(options, expected):
 def test_every_step_can_be_switched(ptq, options, expected):
     found, recipe = steps(ptq=PTQOptions(**ptq), **options)
     assert found == expected
-    assert recipe.blocks == (ptq.get("reconstruct") != "layers")
+    assert recipe.granularity == ("layers" if ptq.get("reconstruct") == "layers" else "blocks")
 
 
 def test_every_choice_is_printed_with_its_reason():

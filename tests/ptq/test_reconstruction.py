@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.errors import AlgorithmError, CalibrationError, CheckpointError
-from halfeven.layerwise.float_equivalence import float_function, sqnr
+from halfeven.layerwise.float_equivalence import float_function
+from halfeven.layerwise.sqnr import sqnr
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
 from halfeven.quantization.arithmetic import quantize
@@ -59,7 +60,7 @@ def test_it_gains_on_images_that_it_has_not_seen(algorithm, scheme):
         report = algorithm(qmodel, images().split(16), options=OPTIONS)
         after = sqnr([qmodel(x)], [wanted])
     assert after > before + 0.5, report
-    assert all(unit.after >= unit.before for unit in report.units)
+    assert all(block.after >= block.before for block in report.blocks)
     assert "SQNR" in str(report)
 
 
@@ -121,7 +122,7 @@ def test_the_model_comes_back_as_it_was_but_for_what_was_learned():
 def test_options(options):
     qmodel = calibrated("w4a4")
     report = reconstruct(qmodel, images().split(16), options=dataclasses.replace(OPTIONS, **options))
-    assert report.units[0].after > report.units[0].before
+    assert report.blocks[0].after > report.blocks[0].before
     assert (report.bytes_on_disk > 0) == ("memory" in options)
 
 
@@ -151,8 +152,8 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(algorithm, tmp_path):
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "state").glob("*.safetensors")}
     assert len(times) == 2
     report = algorithm(resumed, images().split(16), options=OPTIONS, resume_dir=tmp_path / "state", log=said.append)
-    assert all(path.stat().st_mtime_ns == time for path, time in times.items()), "finished units were learned again"
-    assert len(said) == len(report.units) > 2
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items()), "finished blocks were learned again"
+    assert len(said) == len(report.blocks) > 2
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
     he.calibrate(resumed, images(seed=3).split(16))
     assert torch.equal(resumed.get_parameter("stem.weight"), whole.get_parameter("stem.weight"))
@@ -213,7 +214,7 @@ def test_a_layer_that_is_used_twice_is_decided_once():
     report = adaround(qmodel, images().split(16), options=OPTIONS)
     weight, quantizer = qmodel.conv.weight, qmodel.conv.weight_quantizer
     assert torch.equal(quantizer(weight), weight)
-    assert len(report.units) == 4
+    assert len(report.blocks) == 4
 
 
 class Heads(nn.Module):
@@ -235,4 +236,4 @@ def test_a_head_that_is_called_twice_is_kept_once_for_each_call(learn, tmp_path)
     batches = list(images(16, seed=1).split(8))
     qmodel = he.calibrate(he.prepare(Heads().eval(), batches[0], scheme="w4a8", batchnorm="fold"), batches)
     report = learn(qmodel, batches, options=PTQOptions(iterations=4), resume_dir=tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) == len(report.units)
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(report.blocks)

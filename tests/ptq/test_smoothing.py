@@ -9,10 +9,12 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.errors import AlgorithmError, CalibrationError, ConfigError
-from halfeven.layerwise.float_equivalence import float_outputs, relative_difference, sqnr
+from halfeven.layerwise.float_equivalence import example_outputs, float_function
+from halfeven.layerwise.sqnr import relative_difference, sqnr
 from halfeven.placement.insertion import plan_of
-from halfeven.ptq.transformers import smoothing
-from halfeven.ptq.transformers.smoothing import reparametrize, smooth, smoothing_factors, to_one_range
+from halfeven.ptq.transformers import reparametrization, smoothing
+from halfeven.ptq.transformers.reparametrization import reparametrize, to_common_range
+from halfeven.ptq.transformers.smoothing import smooth, smoothing_factors
 from halfeven.quantization.quantizer import Mode, quantizers
 from runtimes.parity import SCHEME
 from sweeps import crossed
@@ -80,7 +82,7 @@ def after_norms(qmodel):
         m.register_forward_hook(lambda *a, name=name: seen.setdefault(name, []).append(a[2].flatten(0, -2)))
         for name, m in norms.items()
     ]
-    with torch.no_grad(), smoothing.float_function(qmodel):
+    with torch.no_grad(), float_function(qmodel):
         for batch in data():
             qmodel(batch)
     for hook in hooks:
@@ -108,7 +110,7 @@ def test_dead_channels_keep_their_scale(bad):
     r = smoothing_factors(x, w, 0.5)
     assert r[1] == r[3] == 1
     assert torch.isfinite(r).all()
-    r, c = to_one_range(-x, x)
+    r, c = to_common_range(-x, x)
     assert (r[1], c[1]) == (1, 0)
     assert torch.isfinite(r).all()
 
@@ -116,13 +118,13 @@ def test_dead_channels_keep_their_scale(bad):
 def test_all_channels_get_one_range_with_zero_in_it():
     low = torch.randn(40).double() * 3 - 1
     high = low + torch.rand(40).double() * 20 + 0.1
-    r, c = to_one_range(low, high)
+    r, c = to_common_range(low, high)
     lows, highs = (low - c) / r, (high - c) / r
     torch.testing.assert_close(lows, lows[:1].expand(40))
     torch.testing.assert_close(highs, highs[:1].expand(40))
     assert lows[0] <= 0 <= highs[0]
     assert (highs - lows)[0].item() == pytest.approx((high - low).mean().item())
-    far = to_one_range(low + 100, high + 100)
+    far = to_common_range(low + 100, high + 100)
     assert ((low + 100 - far[1]) / far[0]).abs().max() < 1e-4  # the common range starts at zero
 
 
@@ -131,13 +133,13 @@ def test_these_are_the_means_of_scales_and_zero_points():
     low, high = -torch.rand(30).double() - 0.1, torch.rand(30).double() + 0.1
     s, z = (high - low) / 255, -low / ((high - low) / 255)
     r1, r2 = s / s.mean(), z - z.mean()
-    r, c = to_one_range(low, high)
+    r, c = to_common_range(low, high)
     torch.testing.assert_close(r, r1)
     torch.testing.assert_close(c, -s * r2)
 
 
 def test_no_channel_lives():
-    r, c = to_one_range(torch.zeros(3), torch.zeros(3))
+    r, c = to_common_range(torch.zeros(3), torch.zeros(3))
     assert r.tolist() == [1, 1, 1]
     assert c.tolist() == [0, 0, 0]
 
@@ -154,13 +156,13 @@ def test_the_float_function_stays(method, options, calibrated):
     if calibrated:
         he.calibrate(qmodel, data())
     modes = [q.mode for q in quantizers(qmodel).values()]
-    expected, weight = float_outputs(qmodel), qmodel.get_submodule("head").weight.clone()
+    expected, weight = example_outputs(qmodel), qmodel.get_submodule("head").weight.clone()
     qmodel.train()
     report = METHODS[method](qmodel, data())
     assert qmodel.training
     assert [q.mode for q in quantizers(qmodel).values()] == modes
     assert not torch.equal(qmodel.get_submodule("head").weight, weight)
-    assert relative_difference(float_outputs(qmodel)[0], expected[0]) < 1e-5
+    assert relative_difference(example_outputs(qmodel)[0], expected[0]) < 1e-5
     assert len(report.spread) == 5
     assert report.left == ()
     assert report.readers["blocks.0.norm1"] == ("blocks.0.query", "blocks.0.key", "blocks.0.value")
@@ -259,13 +261,13 @@ def last():
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_residual_stream_is_given_what_it_was(method, tmp_path):
     model, qmodel, batches = last()
-    expected = float_outputs(qmodel)
+    expected = example_outputs(qmodel)
     report = METHODS[method](qmodel, batches)
     assert report.readers == {"norm1": ("up",), "norm2": ("head",)}
-    assert relative_difference(float_outputs(qmodel)[0], expected[0]) < 1e-5
+    assert relative_difference(example_outputs(qmodel)[0], expected[0]) < 1e-5
     assert plan_of(qmodel).changes.rescaled == ("norm1",)
     reparametrize(smoothed := copy.deepcopy(qmodel), batches)  # on top of it
-    assert relative_difference(float_outputs(smoothed)[0], expected[0]) < 1e-5
+    assert relative_difference(example_outputs(smoothed)[0], expected[0]) < 1e-5
     he.calibrate(qmodel, batches).eval()
     he.save(qmodel, tmp_path / "q.safetensors")
     loaded = he.load(tmp_path / "q.safetensors", model, batches[0])
@@ -306,10 +308,10 @@ class Windows(nn.Module):
 def test_through_windows(method):
     batch = torch.randn(3, 4, 4, WIDTH)
     qmodel = he.prepare(with_outliers(Windows()), batch)
-    expected = float_outputs(qmodel)
+    expected = example_outputs(qmodel)
     report = METHODS[method](qmodel, [batch])
     assert report.readers == {"norm": ("layer",)}
-    assert relative_difference(float_outputs(qmodel)[0], expected[0]) < 1e-5
+    assert relative_difference(example_outputs(qmodel)[0], expected[0]) < 1e-5
 
 
 class Function(nn.Module):
@@ -358,16 +360,17 @@ def test_what_cannot_be_folded_is_left_alone_and_named(reason, method):
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_mistake_is_an_error_and_undone(method, monkeypatch):
-    right = smoothing.move
+    right = smoothing.move_affine
 
     def wrong(norm, readers, rescaling, r, c):
         right(norm, readers, rescaling, r, c)
         readers[-1].weight[0] += 0.1
 
-    monkeypatch.setattr(smoothing, "move", wrong)
+    for module in (smoothing, reparametrization):
+        monkeypatch.setattr(module, "move_affine", wrong)
     qmodel = prepared()
     before = {name: p.clone() for name, p in qmodel.named_parameters()}
-    with pytest.raises(AlgorithmError, match="changed what the float model computes"):
+    with pytest.raises(AlgorithmError, match="changed the outputs of the float model"):
         METHODS[method](qmodel, data())
     assert all(torch.equal(p, before[name]) for name, p in qmodel.named_parameters())
 

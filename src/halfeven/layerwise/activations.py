@@ -1,8 +1,8 @@
-"""Activations on their way through a model, unit by unit, kept within a bound of memory.
+"""Activations of a model block by block, for many batches, within a bound on memory.
 
-A stream holds, for every batch, the tensors that the next units will read. Each unit is run once per batch, and what
-nothing reads any more is let go; so the work grows with the number of layers, not with its square, and the memory with
-the tensors that are alive at one place of the graph.
+An `ActivationCache` holds, for every batch, the tensors that the next blocks will read. Each block runs once per batch,
+and a tensor that no later block reads is released. So the work grows with the number of layers, not with its square,
+and the memory with the tensors that are alive at one place of the graph.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from halfeven.errors import AlgorithmError
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.graph.view import module_of
-from halfeven.layerwise.blocks import Unit
-from halfeven.layerwise.cache import Cache, Stored
+from halfeven.graph.torch_private import pytree
+from halfeven.graph.view import Op, operations
+from halfeven.layerwise.blocks import Block
+from halfeven.layerwise.cache import BoundedCache, Stored
 from halfeven.quantization.quantizer import Mode, Quantizer, quantizers, set_mode
 
 Values = dict[fx.Node, Any]
@@ -25,112 +25,126 @@ Call = Callable[[nn.Module, tuple[Any, ...]], Any]
 
 
 def run_module(module: nn.Module, args: tuple[Any, ...]) -> Any:
-    """A module on its arguments, as it stands."""
+    """Run a module on its arguments."""
     return module(*args)
 
 
-class Stream:
-    """The tensors that cross from unit to unit, for each batch, in one version of the model (float or quantized).
+class ActivationCache:
+    """Holds the tensors that pass from block to block, for each batch, in one form of a model (float or quantized).
 
     Args:
-        batches: the stored arguments, (args, kwargs), that the region is called with, for each batch.
-        cache: where the tensors are kept.
-        device: where units are run.
+        region: the captured graph that the blocks were cut from.
+        batches: stored arguments of the region, (args, kwargs), batch by batch.
+        store: receives the tensors.
+        device: device that blocks run on.
     """
 
-    def __init__(self, region: CapturedModule, batches: Sequence[Stored], cache: Cache, device: torch.device) -> None:
-        self.region, self.cache, self.device = region, cache, device
-        self.placeholders = [node for node in region.graph.nodes if node.op == "placeholder"]
+    def __init__(
+        self, region: CapturedModule, batches: Sequence[Stored], store: BoundedCache, device: torch.device
+    ) -> None:
+        self.region = region
+        self.store = store
+        self.device = device
+        self.placeholders = [op.node for op in operations(region.graph) if op.is_input]
         self.batches = list(batches)
         self.values: list[dict[fx.Node, Stored]] = [{} for _ in batches]
 
-    def inputs(self, unit: Unit, batch: int) -> Values:
-        """What a unit reads, for a batch, on the stream's device."""
+    def inputs(self, block: Block, batch: int) -> Values:
+        """Return the values that a block reads from outside itself, for the batch of this index."""
         values: Values = {}
-        if any(node.op == "placeholder" for node in unit.inputs):
+        if any(Op(node).is_input for node in block.inputs):
             args, kwargs = self.batches[batch].load()
             values = dict(zip(self.placeholders, self.region.flat_inputs(*args, **kwargs), strict=True))
-        found = {n: values[n] if n in values else self.values[batch][n].load() for n in unit.inputs}
+        found = {n: values[n] if n in values else self.values[batch][n].load() for n in block.inputs}
         return self._on_device(found)
 
-    def outputs(self, unit: Unit, batch: int) -> Values:
-        """What a unit gave, for a batch, after `advance`."""
-        return self._on_device({node: self.values[batch][node].load() for node in unit.outputs})
+    def outputs(self, block: Block, batch: int) -> Values:
+        """Return a block's output values for the batch of this index, after `advance`."""
+        return self._on_device({node: self.values[batch][node].load() for node in block.outputs})
 
     def _on_device(self, values: Values) -> Values:
-        if self.device.type == "cpu":  # where they are stored
+        if self.device.type == "cpu":  # the store keeps them there
             return values
         moved: Values = pytree.tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), values)
         return moved
 
     @torch.no_grad()
-    def advance(self, unit: Unit, call: Call = run_module) -> None:
-        """Run a unit on every batch and keep what it gives; `call` as for `run`."""
+    def advance(self, block: Block, call: Call = run_module) -> None:
+        """Run a block on every batch and keep its outputs.
+
+        Args:
+            block: the block that follows those run before.
+            call: runs each module, as for `run`.
+        """
         for batch, values in enumerate(self.values):
-            for node, value in run(unit, self.inputs(unit, batch), call).items():
-                values[node] = self.cache.store(pytree.tree_map_only(Tensor, lambda t: t.cpu(), value))
+            for node, value in run(block, self.inputs(block, batch), call).items():
+                values[node] = self.store.store(pytree.tree_map_only(Tensor, lambda t: t.cpu(), value))
 
     @torch.no_grad()
-    def visit(self, unit: Unit, call: Call) -> None:
-        """Run a unit on every batch for what `call` sees; the stream stays before it."""
+    def visit(self, block: Block, call: Call) -> None:
+        """Run a block on every batch for `call` to see its tensors, and keep nothing."""
         for batch in range(len(self.values)):
-            run(unit, self.inputs(unit, batch), call)
+            run(block, self.inputs(block, batch), call)
 
-    def forget(self, done: Iterable[Unit]) -> None:
-        """Let go of what only these units, which have been dealt with, read."""
-        inside = {node for unit in done for node in unit.nodes}
+    def release(self, done: Iterable[Block]) -> None:
+        """Release the tensors that no block reads except these, which are finished."""
+        inside = {node for block in done for node in block.nodes}
         for values in self.values:
             for node in [n for n in values if all(user in inside for user in n.users)]:
                 del values[node]
 
 
-def run(unit: Unit, values: Values, call: Call = run_module) -> Values:
-    """Run a unit's nodes on the values that it reads; the values of its outputs.
+def run(block: Block, values: Values, call: Call = run_module) -> Values:
+    """Run a block's nodes and return the values of its outputs.
 
     Args:
-        call: runs a module on its arguments, where something else than the module itself shall be run.
+        block: the block.
+        values: the value of each of its input nodes.
+        call: runs a module on its arguments; a caller may replace a module or watch its output here.
     """
     known = dict(values)
 
     def look_up(node: fx.Node) -> Any:
-        return _attribute(node) if node.op == "get_attr" else known[node]
+        read = Op(node)
+        return read.constant if read.is_constant else known[node]
 
-    for node in unit.nodes:
-        args = fx.node.map_arg(node.args, look_up)
-        kwargs = fx.node.map_arg(node.kwargs, look_up)
-        known[node] = call(module_of(node), args) if node.op == "call_module" else node.target(*args, **kwargs)  # type: ignore[operator]
-    return {node: known[node] for node in unit.outputs}
-
-
-def _attribute(node: fx.Node) -> Any:
-    value: Any = node.graph.owning_module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    return value
+    for op in map(Op, block.nodes):
+        args = fx.node.map_arg(op.node.args, look_up)
+        kwargs = fx.node.map_arg(op.node.kwargs, look_up)
+        module = op.module
+        known[op.node] = op.function(*args, **kwargs) if module is None else call(module, args)
+    return {node: known[node] for node in block.outputs}
 
 
-def streams(qmodel: nn.Module, prefix: str, inputs: Sequence[Stored], cache: Cache) -> tuple[Stream, Stream]:
-    """The float and the quantized stream of a region, at its start.
+def activation_caches(
+    qmodel: nn.Module, prefix: str, inputs: Sequence[Stored], store: BoundedCache
+) -> tuple[ActivationCache, ActivationCache]:
+    """Return the caches of a region's float and quantized form, both before its first block.
 
     Args:
-        inputs: the arguments of the model, batch by batch, as `store_inputs` gives them.
+        qmodel: a calibrated model.
+        prefix: path of the region; "" for the whole model.
+        inputs: arguments of the model, batch by batch, from `store_inputs`.
+        store: receives the tensors of both.
     """
     region: Any = qmodel.get_submodule(prefix)
     device = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
-    floats = quantized = inputs
-    if prefix:  # a part of the model: what comes in depends on what is before it
-        floats, quantized = (_seen(qmodel, region, inputs, cache, mode) for mode in (Mode.FLOAT, Mode.QUANTIZE))
-    return Stream(region, floats, cache, device), Stream(region, quantized, cache, device)
+    of_float: Sequence[Stored] = inputs
+    of_quantized: Sequence[Stored] = inputs
+    if prefix:  # inside the model: the region's arguments depend on the form of the modules before it
+        of_float = _region_arguments(qmodel, region, inputs, store, Mode.FLOAT)
+        of_quantized = _region_arguments(qmodel, region, inputs, store, Mode.QUANTIZE)
+    return ActivationCache(region, of_float, store, device), ActivationCache(region, of_quantized, store, device)
 
 
-def _seen(
-    qmodel: nn.Module, region: CapturedModule, inputs: Sequence[Stored], cache: Cache, mode: Mode
+def _region_arguments(
+    qmodel: nn.Module, region: CapturedModule, inputs: Sequence[Stored], store: BoundedCache, mode: Mode
 ) -> list[Stored]:
-    """What a region is called with while the model runs."""
+    """Return the arguments, (args, kwargs), that a region is called with while the whole model runs."""
     seen: list[Stored] = []
 
     def see(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(cache.store(pytree.tree_map_only(Tensor, lambda t: t.cpu(), (args, kwargs))))
+        seen.append(store.store(pytree.tree_map_only(Tensor, lambda t: t.cpu(), (args, kwargs))))
 
     device = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
     hook = region.register_forward_pre_hook(see, with_kwargs=True)
@@ -147,21 +161,24 @@ def _seen(
 
 
 def check_float_weights(qmodel: nn.Module, algorithm: str) -> None:
-    """Raise AlgorithmError for a model whose rounding was learned: its float weights are gone, and the target with
-    them."""
+    """Check that a model still has its float weights, which are the target of an algorithm.
+
+    Raises:
+        AlgorithmError: the rounding of weights was learned before, so that only rounded weights are left.
+    """
     decided = [name for name, q in quantizers(qmodel).items() if q.weight and q.state.fixed]
     if decided:
         raise AlgorithmError(
-            f"{algorithm} compares the quantized model with the float one, and the float weights of {len(decided)} "
-            f"layers ({decided[0]} for one) are gone: their rounding was learned before. Quantize the float model "
-            "anew, with the step in its place (halfeven.quantize knows the order)."
+            f"{algorithm} compares the quantized model with the float model, but the float weights of {len(decided)} "
+            f"layers ({decided[0]}, for example) are gone: their rounding was learned before. Quantize the float model "
+            "again with this step enabled; halfeven.quantize runs the steps in the right order."
         )
 
 
 @contextmanager
-def in_float(unit: Unit) -> Iterator[None]:
-    """While this lasts, the quantizers of a unit pass their tensors through."""
-    modules = [module_of(node) for node in unit.nodes if node.op == "call_module"]
+def in_float(block: Block) -> Iterator[None]:
+    """Switch the quantizers of a block off; restore their modes at the end."""
+    modules = [op.module for op in map(Op, block.nodes) if op.module is not None]
     found = [q for module in modules for q in module.modules() if isinstance(q, Quantizer)]
     modes = [q.mode for q in found]
     for quantizer in found:

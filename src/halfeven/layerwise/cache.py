@@ -1,4 +1,4 @@
-"""A cache of activations with a bound on memory: RAM first, then files."""
+"""A store of tensors with a bound on memory: RAM first, then files."""
 
 import shutil
 import tempfile
@@ -10,41 +10,44 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from halfeven.errors import CalibrationError
 from halfeven.graph.capture import inputs_of
+from halfeven.graph.torch_private import pytree
 
 
 class Stored:
-    """A value in a cache: in RAM, or in a file that goes with it."""
+    """A value in a `BoundedCache`: in RAM, or in a file that is deleted with this object."""
 
     def __init__(self, value: Any, file: Path | None) -> None:
         self._value = None if file else value
         self._file = file
 
     def load(self) -> Any:
-        """The value; one on disk is read anew each time."""
+        """Return the value; a value on disk is read at each call."""
         return torch.load(self._file, weights_only=True) if self._file else self._value
 
 
-class Cache:
-    """Holds values in RAM up to a bound, and beyond it in files of a temporary folder.
+class BoundedCache:
+    """Holds values in RAM up to a bound, and in files of a temporary folder beyond it.
 
-    A value lives as long as the `Stored` that stands for it.
+    A value lives as long as the `Stored` object that `store` returned for it.
 
     Args:
-        memory: bytes that may lie in RAM.
-        folder: where the temporary folder is made; "auto" for the system's place.
+        memory: largest number of bytes in RAM.
+        folder: parent of the temporary folder; "auto" for the system's default.
     """
 
     def __init__(self, memory: float, folder: str = "auto") -> None:
-        self.memory, self.used, self.on_disk, self.files = memory, 0, 0, 0
+        self.memory = memory
+        self.used = 0
+        self.on_disk = 0
+        self.files = 0
         self._parent = None if folder == "auto" else folder
         self._folder: Path | None = None
 
     def store(self, value: Any) -> Stored:
-        """Take a value: any nesting of lists, tuples and dicts of tensors and numbers."""
+        """Store a value: any nesting of lists, tuples and dicts of tensors and numbers."""
         size = sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
         fits = self.used + size <= self.memory
         stored = Stored(value, None if fits else self._write(value))
@@ -59,7 +62,8 @@ class Cache:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self.files += 1
         path = self._folder / f"{self.files}.pt"
-        torch.save(pytree.tree_map_only(Tensor, torch.clone, value), path)  # a view would write all that it views
+        # Without the copy, torch.save would write the whole storage that a view belongs to.
+        torch.save(pytree.tree_map_only(Tensor, torch.clone, value), path)
         return path
 
     def _release(self, size: int, file: Path | None) -> None:
@@ -68,16 +72,19 @@ class Cache:
             file.unlink(missing_ok=True)
 
 
-def store_inputs(loader: Iterable[Any], size: int, cache: Cache, batches: int | None = None) -> list[Stored]:
-    """The model's arguments, (args, kwargs), for batches of `size` samples cut from those of a loader.
+def store_inputs(loader: Iterable[Any], size: int, cache: BoundedCache, batches: int | None = None) -> list[Stored]:
+    """Cut the batches of a loader into batches of `size` samples and store the model's arguments, (args, kwargs).
 
-    A remainder, and batches of the loader that are smaller, stay as they are.
+    The remainder of a batch, and batches of fewer samples, stay as they are.
 
     Args:
-        batches: how many of the loader's batches to take; None: all.
+        loader: batches as for `halfeven.calibrate`.
+        size: samples of a stored batch.
+        cache: receives the arguments.
+        batches: largest number of the loader's batches to read; None: all.
 
     Raises:
-        CalibrationError: the loader gave nothing.
+        CalibrationError: the loader is empty.
     """
     result: list[Stored] = []
     for batch in islice(loader, batches):
@@ -88,8 +95,8 @@ def store_inputs(loader: Iterable[Any], size: int, cache: Cache, batches: int | 
             result.append(cache.store(pytree.tree_unflatten(part, spec)))
     if not result:
         raise CalibrationError(
-            "The loader gave no batch, so there is nothing to compare the quantized model with the float one on. Give "
-            "a loader with at least one batch; an iterator that was used up before looks empty."
+            "The loader gave no batch, so there is nothing to compare the quantized model with the float model on. "
+            "Give a loader with at least one batch; an iterator that was used up before looks empty."
         )
     return result
 

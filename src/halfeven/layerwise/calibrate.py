@@ -1,4 +1,4 @@
-"""Calibration: samples run through the model so that every range is set (white paper, section 3.1)."""
+"""Calibration: run samples through the model and set the range of every quantizer (white paper, section 3.1)."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -18,18 +18,20 @@ from halfeven.quantization.quantizer import Mode, quantizers
 def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = None) -> nn.Module:
     """Set the ranges of all quantizers from data.
 
-    Weights are quantized with their ranges first; the ranges of activations are those of the model with quantized
-    weights. The model computes in eval mode and comes back in the mode it was in; nothing else of it changes.
+    Weight ranges are set first, so that the ranges of activations are those of the model with quantized weights. The
+    model computes in eval mode; its training mode is restored, and nothing else of it changes.
 
     Args:
         qmodel: a model from `prepare`.
-        loader: batches: tensors, sequences whose first item is the input (labels are not looked at), or dicts of
-            inputs.
-        batches: how many to take; None: all.
+        loader: batches: tensors, sequences whose first item is the input (labels are ignored), or dicts of inputs.
+        batches: largest number of batches to read; None: all.
+
+    Returns:
+        `qmodel` itself.
 
     Raises:
-        CalibrationError: no batch came, a tensor was never reached, or one held NaN or infinity; it is named. Ranges
-            that were set before stay.
+        CalibrationError: the loader is empty, a tensor was never reached, or a tensor held NaN or infinity; the message
+            names it. Earlier ranges are restored.
     """
     found = [q for q in quantizers(qmodel).values() if not q.state.fixed]
     before = {q: {k: v.clone() for k, v in q.state_dict().items()} for q in found}
@@ -49,10 +51,10 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
 
 
 def run_batches(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = None) -> None:
-    """Run batches through a model as it stands, for what its modules see of them.
+    """Run batches through a model in its present mode, for hooks and observers to see the tensors.
 
     Raises:
-        CalibrationError: no batch came.
+        CalibrationError: the loader is empty.
     """
     device = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
     count = 0
@@ -62,21 +64,21 @@ def run_batches(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = 
         count += 1
     if not count:
         raise CalibrationError(
-            "Calibration got no batch, so no range can be set and no statistics taken. Give a loader with at least one "
-            "batch (an iterator that was used up before looks empty), and batches of at least 1."
+            "Calibration got no batch, so no range can be set. Give a loader with at least one batch (an iterator that "
+            "was used up before looks empty), and batches= of at least 1."
         )
 
 
 @torch.no_grad()
 def set_weight_ranges(qmodel: nn.Module, *, missing_only: bool = False) -> None:
-    """Set the ranges of weights as `calibrate` does, without data; those of activations stay.
+    """Set the ranges of weights as `calibrate` does, without data; ranges of activations stay.
 
     Args:
         qmodel: a model from `prepare`.
-        missing_only: leave alone what has a range already.
+        missing_only: keep ranges that are set already.
 
     Raises:
-        CalibrationError: a weight holds NaN or infinity, or is not used; it is named.
+        CalibrationError: a weight holds NaN or infinity, or is not used; the message names it.
     """
     found = [q for q in quantizers(qmodel).values() if q.weight and not q.state.fixed]
     found = [q for q in found if not (missing_only and q.state.has_range)]

@@ -1,4 +1,4 @@
-"""Proof that an algorithm left alone what the float model computes."""
+"""Check that an algorithm preserves the function that the float model computes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from halfeven.errors import AlgorithmError
 from halfeven.evaluation import evaluating
 from halfeven.graph.batchnorm import keep_statistics, kept_statistics
+from halfeven.graph.torch_private import pytree
+from halfeven.layerwise.sqnr import relative_difference
 from halfeven.placement.insertion import recorded_example
 from halfeven.quantization.quantizer import Mode, quantizers, set_mode
 
@@ -20,7 +21,7 @@ TOLERANCE = 1e-4
 
 @contextmanager
 def float_function(qmodel: nn.Module) -> Iterator[None]:
-    """Within: the model in eval mode with all quantizers off. Afterwards every mode is as it was."""
+    """Put a model in eval mode and switch all its quantizers off; restore every mode at the end."""
     modes = {quantizer: quantizer.mode for quantizer in quantizers(qmodel).values()}
     try:
         set_mode(qmodel, Mode.FLOAT)
@@ -32,7 +33,7 @@ def float_function(qmodel: nn.Module) -> Iterator[None]:
 
 
 def run_example(qmodel: nn.Module) -> Any:
-    """What the model, as it stands, makes of the two samples that it was captured with."""
+    """Run a model, in its present mode, on the two samples that it was captured with, and return its outputs."""
     example = recorded_example(qmodel)
     assert example is not None
     args, kwargs = example
@@ -42,8 +43,8 @@ def run_example(qmodel: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def float_outputs(qmodel: nn.Module) -> list[Tensor]:
-    """All output tensors that the float function makes of the two samples that the model was captured with."""
+def example_outputs(qmodel: nn.Module) -> list[Tensor]:
+    """Return all floating-point outputs of the float function on the two samples that the model was captured with."""
     with float_function(qmodel):
         found = pytree.tree_leaves(run_example(qmodel))
     return [x for x in found if isinstance(x, Tensor) and x.is_floating_point()]
@@ -51,16 +52,22 @@ def float_outputs(qmodel: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def preserving_the_float_function(qmodel: nn.Module, algorithm: str) -> Iterator[None]:
-    """Check that what is done within leaves the float outputs on the example as they were.
+    """Check at the end that the float outputs on the example are the same as at the start.
+
+    Args:
+        qmodel: a model from `prepare`.
+        algorithm: name for the error message.
 
     Raises:
-        AlgorithmError: it did not; the parameters, and what layers keep of BatchNorm, are as before.
+        AlgorithmError: the outputs differ by more than `TOLERANCE`; parameters and recorded BatchNorm statistics are
+            restored.
     """
     before = {p: p.detach().clone() for p in qmodel.parameters()}
     statistics = {m: kept for m in qmodel.modules() if (kept := kept_statistics(m)) is not None}
-    expected = float_outputs(qmodel)
+    expected = example_outputs(qmodel)
     yield
-    worst = max((relative_difference(*pair) for pair in zip(float_outputs(qmodel), expected, strict=True)), default=0.0)
+    found = example_outputs(qmodel)
+    worst = max((relative_difference(*pair) for pair in zip(found, expected, strict=True)), default=0.0)
     if worst <= TOLERANCE:
         return
     with torch.no_grad():
@@ -69,23 +76,7 @@ def preserving_the_float_function(qmodel: nn.Module, algorithm: str) -> Iterator
     for module, kept in statistics.items():
         keep_statistics(module, *kept)
     raise AlgorithmError(
-        f"{algorithm} changed what the float model computes by {worst:.2g} of its largest output, and it must not "
-        "change it at all; the model is as it was. Leave this step out, and please report the model: an operator "
-        "between two of its layers is not what it was taken for."
+        f"{algorithm} changed the outputs of the float model by {worst:.2g} of the largest output, but it must "
+        "preserve them; the model has its earlier weights again. Switch this step off and please report the model: an "
+        "operator between two of its layers does not do what halfeven assumes."
     )
-
-
-def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, in units of the largest expected value; infinite where the result is not finite."""
-    if not expected.numel():
-        return 0.0
-    scale = float(expected.abs().max()) or 1.0
-    worst = float((found - expected).abs().max()) / scale
-    return worst if worst == worst else float("inf")
-
-
-def sqnr(found: Any, expected: Any) -> float:
-    """Signal-to-noise ratio of tensors in dB: 10 log10(sum expected^2 / sum (found - expected)^2)."""
-    signal = sum(float(e.double().square().sum()) for e in expected)
-    noise = sum(float((f - e).double().square().sum()) for f, e in zip(found, expected, strict=True))
-    return float(10 * torch.log10(torch.tensor(signal / noise))) if noise else float("inf")

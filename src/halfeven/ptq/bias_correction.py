@@ -1,7 +1,8 @@
-"""Empirical bias correction: the mean shift that quantization gives each output channel is taken from the bias.
+"""Empirical bias correction: the shift of each output channel's mean by quantization is subtracted from the bias.
 
-White paper, section 3.3: E[W x] - E[W^ x^] per output channel, measured layer by layer on the quantized and already
-corrected layers before; it costs nothing at run time. Without data see `halfeven.ptq.data_free.calibrate`.
+White paper, section 3.3 (arXiv:2106.08295): E[W x] - E[W^ x^] of each output channel is measured layer by layer, with
+the quantized and already corrected layers before. It costs nothing at run time. The correction without data is in
+`halfeven.ptq.data_free.calibrate`.
 """
 
 from collections.abc import Iterable
@@ -13,26 +14,32 @@ from torch import Tensor, nn
 
 from halfeven.evaluation import evaluating
 from halfeven.graph.operators import OperatorKind
-from halfeven.graph.view import kind_of, module_of
-from halfeven.layerwise.activations import Stream, check_float_weights, in_float, streams
-from halfeven.layerwise.blocks import Unit, units
-from halfeven.layerwise.cache import Cache, store_inputs
+from halfeven.graph.view import Op
+from halfeven.layerwise.activations import (
+    ActivationCache,
+    activation_caches,
+    check_float_weights,
+    in_float,
+    run_module,
+)
+from halfeven.layerwise.blocks import Block, find_blocks
+from halfeven.layerwise.cache import BoundedCache, store_inputs
 from halfeven.placement.graph_edits import give_bias
 from halfeven.placement.make_plan import qualified, regions
 from halfeven.ptq.options import PTQOptions
 
 
 def channel_means(x: Tensor, axis: int) -> Tensor:
-    """Mean over all axes but one, [channels], in float64: the sums are long and their difference is small."""
+    """Return the mean over all axes except one, [channels], in float64: long sums differ by little."""
     return x.detach().movedim(axis, 0).flatten(1).double().mean(1)
 
 
 @dataclass(frozen=True)
 class BiasCorrectionReport:
-    """The shift that was taken from each layer's bias."""
+    """Result of `correct_biases`."""
 
     shifts: dict[str, float]
-    """Root mean square over the channels of a layer, over that of its float outputs."""
+    """Layer -> root mean square of its channels' shifts, relative to the root mean square of its float outputs."""
 
     def __str__(self) -> str:
         if not self.shifts:
@@ -53,74 +60,76 @@ def correct_biases(
     options: PTQOptions | None = None,
     batches: int | None = None,
 ) -> BiasCorrectionReport:
-    """Correct the bias of every layer with a quantized weight; a layer without one is given it.
+    """Correct the bias of every layer with a quantized weight, in place.
 
-    All ranges must be set; those of activations should be set again afterwards.
+    Layers without a bias get one, which is recorded in the plan. All ranges must be set before; those of activations
+    should be set again afterwards.
 
     Args:
-        qmodel: a calibrated model; it is changed in place.
+        qmodel: a calibrated model.
         loader: batches as for `calibrate`; 500 to 1,000 samples suffice.
         reference: a copy of `qmodel` with the float weights, for a model whose rounding was learned and which has
-            only rounded ones; None: `qmodel` itself.
+            rounded weights only; None: `qmodel` itself.
         options: batch size and memory bound.
-        batches: how many of the loader's batches to take; None: all.
+        batches: largest number of the loader's batches to read; None: all.
 
     Raises:
-        AlgorithmError: the rounding was learned, and there is no `reference`.
-        CalibrationError: the loader gave nothing, or a range is not set.
+        AlgorithmError: the rounding was learned, and no `reference` is given.
+        CalibrationError: the loader is empty, or a range is not set.
     """
     options = options or PTQOptions()
     if reference is None:
         check_float_weights(qmodel, "Bias correction")
-    cache = Cache(options.memory * 1e9, options.cache_folder)
+    cache = BoundedCache(options.memory * 1e9, options.cache_folder)
     inputs = store_inputs(loader, options.batch_size, cache, batches)
     shifts: dict[str, float] = {}
-    exact = qmodel if reference is None else reference
-    with evaluating(qmodel), evaluating(exact):
+    float_model = qmodel if reference is None else reference
+    with evaluating(qmodel), evaluating(float_model):
         for prefix, region in regions(qmodel).items():
-            floats, _ = streams(exact, prefix, inputs, cache)
-            _, quantized = streams(qmodel, prefix, inputs, cache)
-            pairs = list(zip(units(regions(exact)[prefix], "layers"), units(region, "layers"), strict=True))
-            for index, (wanted, unit) in enumerate(pairs):
-                if unit.layers:
-                    exact_means = _float_means(wanted, floats)
-                    shifts[qualified(prefix, unit.name)] = _correct(qmodel, prefix, unit, exact_means, quantized)
-                else:
-                    with in_float(wanted):
-                        floats.advance(wanted)
-                quantized.advance(unit)
-                floats.forget(pair[0] for pair in pairs[: index + 1])
-                quantized.forget(pair[1] for pair in pairs[: index + 1])
+            floats, _ = activation_caches(float_model, prefix, inputs, cache)
+            _, quantized = activation_caches(qmodel, prefix, inputs, cache)
+            float_blocks = find_blocks(regions(float_model)[prefix], "layers")
+            blocks = find_blocks(region, "layers")
+            for index, (float_block, block) in enumerate(zip(float_blocks, blocks, strict=True)):
+                expected = _float_means(float_block, floats)
+                if expected is not None:
+                    shifts[qualified(prefix, block.name)] = _correct(qmodel, prefix, block, expected, quantized)
+                quantized.advance(block)
+                floats.release(float_blocks[: index + 1])
+                quantized.release(blocks[: index + 1])
     return BiasCorrectionReport(shifts)
 
 
-def _float_means(unit: Unit, floats: Stream) -> "_Means":
-    """What the float layer of a unit gives in the mean; the stream goes on."""
-    means = _Means(unit)
-    with in_float(unit):
-        floats.advance(unit, means)
+def _float_means(block: Block, floats: ActivationCache) -> "_OutputMeans | None":
+    """Run a block in float, and return the means of its layer's outputs; None where it has no layer."""
+    means = _OutputMeans(block) if block.layers else None
+    with in_float(block):
+        floats.advance(block, means or run_module)
     return means
 
 
-def _correct(qmodel: nn.Module, prefix: str, unit: Unit, wanted: "_Means", quantized: Stream) -> float:
-    """Correct the layer of a unit; the stream stays before the unit."""
-    found = _Means(unit)
-    quantized.visit(unit, found)
-    shift = wanted.mean - found.mean
-    (node,) = unit.layers
-    give_bias(qmodel, qualified(prefix, str(node.target)))
-    layer: Any = module_of(node)
-    layer.bias.add_(shift.to(layer.bias))
-    return float(shift.square().mean().sqrt() / wanted.size.clamp(min=1e-12))
+def _correct(
+    qmodel: nn.Module, prefix: str, block: Block, expected: "_OutputMeans", quantized: ActivationCache
+) -> float:
+    """Correct the layer of a block, and return the shift relative to the outputs; the block is not advanced."""
+    found = _OutputMeans(block)
+    quantized.visit(block, found)
+    shift = expected.mean - found.mean  # E[W x] - E[W^ x^]
+    (node,) = block.layers
+    layer = Op(node)
+    bias = give_bias(qmodel, qualified(prefix, layer.path))
+    bias.add_(shift.to(bias))
+    return float(shift.square().mean().sqrt() / expected.root_mean_square.clamp(min=1e-12))
 
 
-class _Means:
-    """Runs the modules of a unit, and takes the mean of what its layer gives, channel by channel."""
+class _OutputMeans:
+    """Runs the modules of a block, and collects the mean of its layer's outputs, channel by channel."""
 
-    def __init__(self, unit: Unit) -> None:
-        (node,) = unit.layers
-        self.layer = module_of(node)
-        self.axis = -1 if kind_of(node) is OperatorKind.LINEAR else 1
+    def __init__(self, block: Block) -> None:
+        (node,) = block.layers
+        layer = Op(node)
+        self.layer = layer.module
+        self.axis = -1 if layer.kind is OperatorKind.LINEAR else 1
         self.total: Tensor | float = 0.0
         self.squares: Tensor | float = 0.0
         self.samples = 0
@@ -135,11 +144,12 @@ class _Means:
 
     @property
     def mean(self) -> Tensor:
+        """Mean of each output channel, [channels]."""
         assert isinstance(self.total, Tensor)
         return self.total / self.samples
 
     @property
-    def size(self) -> Tensor:
-        """Root mean square of all that was given."""
+    def root_mean_square(self) -> Tensor:
+        """Root mean square of all output values, []."""
         assert isinstance(self.squares, Tensor)
         return (self.squares / self.samples).sqrt()

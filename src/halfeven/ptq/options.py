@@ -63,8 +63,8 @@ class PTQOptions(Options):
     drop: Annotated[float, at_least(0), below(1)] = 0.5
     """Probability with which an activation stays in float while blocks are reconstructed (QDrop)."""
     regularization: NonNegativeFloat = 20.0
-    """Weight of the term that drives the rounding to 0 or 1: the mean of 1 - |2h - 1|^beta over a unit's weights, where
-    1 is the unit's error with weights rounded to nearest."""
+    """Weight of the term that drives the rounding to 0 or 1: the mean of 1 - |2h - 1|^beta over a block's weights, in
+    units of the block's error with weights rounded to nearest."""
     warm_start: Annotated[float, at_least(0), below(1)] = 0.2
     """Share of the steps before that term sets in."""
     memory: PositiveFloat = 4.0

@@ -1,175 +1,244 @@
-"""The steps of post-training quantization on a prepared model, in the white paper's order (section 3.5, figure 8)."""
+"""The steps of post-training quantization on a prepared model, in the white paper's order (section 3.5, figure 8).
+
+An algorithm has a file of its own. It becomes part of the pipeline by a `Step` in `STEPS` and a line in
+`halfeven.ptq.recipe.DECISIONS`.
+"""
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from halfeven.evaluation import evaluating
-from halfeven.graph.capture import inputs_of
 from halfeven.layerwise.calibrate import calibrate
-from halfeven.layerwise.float_equivalence import float_function, sqnr
+from halfeven.layerwise.outputs import first_samples, float_outputs, quantized_outputs
+from halfeven.layerwise.sqnr import sqnr, top1_agreement
 from halfeven.ptq.bias_correction import correct_biases
 from halfeven.ptq.data_free.calibrate import correct_biases_analytically, ranges_from_batchnorm
 from halfeven.ptq.equalization.bias_absorption import absorb_biases
 from halfeven.ptq.equalization.cross_layer import equalize, unclip_relu6
 from halfeven.ptq.options import PTQOptions
-from halfeven.ptq.recipe import Recipe
+from halfeven.ptq.recipe import (
+    ABSORB,
+    CORRECT_BIASES,
+    EQUALIZE,
+    RECONSTRUCT,
+    REPARAMETRIZE,
+    SMOOTH,
+    UNCLIP,
+    PTQRecipe,
+)
 from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
-from halfeven.ptq.transformers.smoothing import reparametrize, smooth
+from halfeven.ptq.transformers.reparametrization import reparametrize
+from halfeven.ptq.transformers.smoothing import smooth
 
-TRIAL_SAMPLES = 64
-"""Samples on which two forms of a model are compared, to choose one before ranges are set."""
-GAIN_SAMPLES = 256
-"""Samples on which the last step's gain is measured."""
+UNCLIPPING_TRIAL_SAMPLES = 64
+"""Samples on which the quantized model with ReLU6 is compared with the one with ReLU."""
+BIAS_CORRECTION_TRIAL_SAMPLES = 256
+"""Samples on which the gain of the bias correction is measured."""
 
 Log = Callable[[str], None]
-Batches = Sequence[Any]
 
 
-def take_steps(
-    qmodel: nn.Module, batches: Batches, recipe: Recipe, options: PTQOptions, log: Log, resume_dir: Path | None = None
-) -> nn.Module:
-    """Take the steps of a recipe; the quantized model, which may be another object than `qmodel`.
+@dataclass(kw_only=True)
+class StepContext:
+    """The model on its way through the steps, and all that a step may use."""
+
+    qmodel: nn.Module
+    """A model from `prepare`, with BatchNorm folded. A step changes it in place, or puts another in its place."""
+    batches: Sequence[Any]
+    """Calibration batches, iterated several times; empty where there is no data."""
+    recipe: PTQRecipe
+    options: PTQOptions
+    log: Log
+    """Called with the result of each step."""
+    resume_dir: Path | None = None
+    """Folder for the finished blocks of a reconstruction."""
+    float_weights: nn.Module | None = None
+    """Copy of the calibrated model from before its rounding was learned, for steps that need the float weights."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of post-training quantization."""
+
+    name: str
+    """As the recipe prints it."""
+    applies: Callable[[StepContext], bool]
+    """Returns True where the step is to be taken."""
+    run: Callable[[StepContext], None]
+    """Takes the step."""
+
+
+def run_steps(context: StepContext, steps: Sequence[Step] | None = None) -> nn.Module:
+    """Take the steps that apply, in order, and return the quantized model, which may be another object than before.
 
     Args:
-        qmodel: a model from `prepare` with BatchNorm folded, its ranges not yet set.
-        batches: calibration batches, iterated several times; empty where there is no data.
-        log: called with the result of each step.
-        resume_dir: folder for the finished units of a reconstruction.
+        context: the prepared model, the data and the recipe.
+        steps: the steps; None: `STEPS`.
     """
-    equalize_channels(qmodel, batches, recipe, options, log)
-    if recipe.smooth.enabled:
-        log(str(smooth(qmodel, batches, strength=options.smoothing_strength)))
-    if recipe.reparametrize.enabled:
-        log(str(reparametrize(qmodel, batches)))
-    if not recipe.data:
-        return _without_data(qmodel, recipe, log)
-    calibrate(qmodel, batches)
-    both = recipe.reconstruct.enabled and recipe.correct_biases.enabled
-    reference = copy.deepcopy(qmodel) if both else None
-    if recipe.reconstruct.enabled:
-        learn = reconstruct if recipe.blocks else adaround
-        report = learn(qmodel, batches, options=options, resume_dir=resume_dir, log=log)
-        log(f"Reconstructed {len(report.units)} units in {sum(unit.seconds for unit in report.units):.0f} s.")
-        if not recipe.blocks:
-            calibrate(qmodel, batches)  # the weights have moved, and the activations with them
-    if recipe.correct_biases.enabled:
-        qmodel = _corrected(qmodel, reference, batches, options, log)
-    return qmodel
+    for step in STEPS if steps is None else steps:
+        if step.applies(context):
+            step.run(context)
+    return context.qmodel
 
 
-def _corrected(
-    qmodel: nn.Module, reference: nn.Module | None, batches: Batches, options: PTQOptions, log: Log
-) -> nn.Module:
-    """The model with corrected biases; the one it was where the options leave it open and nothing is gained."""
-    corrected = copy.deepcopy(qmodel)
-    report = correct_biases(corrected, batches, reference=reference, options=options)
-    calibrate(corrected, batches)
-    log(str(report))
-    if options.correct_biases == "on":
-        return corrected
-    trial = _trial(batches, GAIN_SAMPLES)
-    wanted = _float_outputs(qmodel if reference is None else reference, trial)
-    without, with_ = (sqnr(_outputs(model, trial), wanted) for model in (qmodel, corrected))
-    kept = with_ > without
-    log(
-        f"The quantized outputs have an SQNR of {with_:.2f} dB with the correction, {without:.2f} dB without, so it is "
-        f"{'kept' if kept else 'undone'}."
-    )
-    return corrected if kept else qmodel
+def enabled_step(name: str, run: Callable[[StepContext], None]) -> Step:
+    """Return a step that applies where the recipe's decision of the same name is yes."""
+    return Step(name, lambda context: context.recipe.enabled(name), run)
 
 
-def _without_data(qmodel: nn.Module, recipe: Recipe, log: Log) -> nn.Module:
-    if recipe.correct_biases.enabled:
-        log(str(correct_biases_analytically(qmodel)))
-    log(str(ranges_from_batchnorm(qmodel)))
-    log(
-        "No data was given: activation ranges are guesses from BatchNorm, rounding is to nearest, and nothing was "
-        "measured. A few hundred unlabelled inputs make a better model: halfeven.quantize(model, loader)."
-    )
-    return qmodel
+# Equalization
 
 
-# Equalization, and whether ReLU6 becomes ReLU for it
+def _unclip(context: StepContext) -> None:
+    if context.recipe.data and context.options.relu6 != "replace" and not _gains_by_unclipping(context):
+        return
+    unclip_relu6(context.qmodel)
 
 
-def equalize_channels(qmodel: nn.Module, batches: Batches, recipe: Recipe, options: PTQOptions, log: Log) -> None:
-    """Cross-layer equalization and what belongs to it, in place, as far as a recipe takes them; ranges that were set
-    before must be set anew."""
-    unclip = recipe.relu6.enabled
-    if unclip and recipe.data and options.relu6 != "replace":
-        unclip = _gains_without_relu6(qmodel, batches, recipe, log)
-    _equalize(qmodel, batches, recipe, log, unclip=unclip)
-
-
-def _gains_without_relu6(qmodel: nn.Module, batches: Batches, recipe: Recipe, log: Log) -> bool:
-    trial = _trial(batches)
-    wanted = _float_outputs(qmodel, trial)
-    kept, replaced = copy.deepcopy(qmodel), copy.deepcopy(qmodel)
-    for model, unclip in ((kept, False), (replaced, True)):
-        _equalize(model, batches, recipe, lambda text: None, unclip=unclip)
-    without, with_ = (sqnr(_quantized_outputs(model, trial), wanted) for model in (kept, replaced))
-    changed = _float_outputs(replaced, trial)
-    log(
+def _gains_by_unclipping(context: StepContext) -> bool:
+    """Quantize two copies of the model, with ReLU6 and with ReLU, and compare both with the float model."""
+    trial = first_samples(context.batches, UNCLIPPING_TRIAL_SAMPLES)
+    expected = float_outputs(context.qmodel, trial)
+    kept = _trial_copy(context)
+    replaced = _trial_copy(context)
+    unclip_relu6(replaced.qmodel)
+    for copied in (kept, replaced):
+        run_steps(copied, AFTER_UNCLIPPING)
+        calibrate(copied.qmodel, trial)
+    without = sqnr(quantized_outputs(kept.qmodel, trial), expected)
+    with_ = sqnr(quantized_outputs(replaced.qmodel, trial), expected)
+    changed = float_outputs(replaced.qmodel, trial)
+    agreement = top1_agreement(changed, expected)
+    same = "" if agreement is None else f", with {100 * agreement:.1f} % of its top-1 answers the same"
+    context.log(
         f"ReLU6 to ReLU: the quantized outputs have an SQNR of {with_:.1f} dB with it, {without:.1f} dB without, so it "
         f"{'is done' if with_ > without else 'is left'}; it moves the float model's own outputs to "
-        f"{sqnr(changed, wanted):.1f} dB{_agreement(changed, wanted)}."
+        f"{sqnr(changed, expected):.1f} dB{same}."
     )
     return with_ > without
 
 
-def _equalize(qmodel: nn.Module, batches: Batches, recipe: Recipe, log: Log, *, unclip: bool) -> None:
-    if unclip:
-        unclip_relu6(qmodel)
-    if recipe.equalize.enabled:
-        log(str(equalize(qmodel)).split("\n")[0])
-    if recipe.absorb.enabled:
-        log(str(absorb_biases(qmodel, batches or None)).split("\n")[0])
+def _trial_copy(context: StepContext) -> StepContext:
+    """Return a context with a copy of the model, whose steps are not logged."""
+    return StepContext(
+        qmodel=copy.deepcopy(context.qmodel),
+        batches=context.batches,
+        recipe=context.recipe,
+        options=context.options,
+        log=lambda text: None,
+    )
 
 
-def _trial(batches: Batches, enough: int = TRIAL_SAMPLES) -> Batches:
-    """The first batches that hold enough samples to compare two models on."""
-    found: list[Any] = []
-    samples = 0
-    for batch in batches:
-        found.append(batch)
-        samples += max((x.shape[0] for x in pytree.tree_leaves(inputs_of(batch)) if isinstance(x, Tensor)), default=1)
-        if samples >= enough:
-            break
-    return found
+def _equalize(context: StepContext) -> None:
+    context.log(str(equalize(context.qmodel)).split("\n")[0])
 
 
-def _quantized_outputs(qmodel: nn.Module, trial: Batches) -> list[Tensor]:
-    calibrate(qmodel, trial)
-    with evaluating(qmodel):
-        return _outputs(qmodel, trial)
+def _absorb(context: StepContext) -> None:
+    context.log(str(absorb_biases(context.qmodel, context.batches or None)).split("\n")[0])
 
 
-def _float_outputs(qmodel: nn.Module, trial: Batches) -> list[Tensor]:
-    with float_function(qmodel):
-        return _outputs(qmodel, trial)
+# Transformers
 
 
-@torch.no_grad()
-def _outputs(model: nn.Module, trial: Batches) -> list[Tensor]:
-    """All real-valued outputs of a model in eval mode."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    found: list[Tensor] = []
-    for batch in trial:
-        args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs_of(batch))
-        leaves = pytree.tree_leaves(model(*args, **kwargs))
-        found += [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-    return found
+def _smooth(context: StepContext) -> None:
+    context.log(str(smooth(context.qmodel, context.batches, strength=context.options.smoothing_strength)))
 
 
-def _agreement(found: list[Tensor], wanted: list[Tensor]) -> str:
-    """Share of equal top-1 answers, in words, where the outputs look like those of a classifier."""
-    if any(x.ndim != 2 or x.shape[1] < 2 for x in wanted):
-        return ""
-    same = torch.cat([f.argmax(1) == w.argmax(1) for f, w in zip(found, wanted, strict=True)])
-    return f", with {100 * float(same.float().mean()):.1f} % of its top-1 answers the same"
+def _reparametrize(context: StepContext) -> None:
+    context.log(str(reparametrize(context.qmodel, context.batches)))
+
+
+# Calibration, rounding and biases, with data
+
+
+def _has_data(context: StepContext) -> bool:
+    return context.recipe.data
+
+
+def _calibrate(context: StepContext) -> None:
+    calibrate(context.qmodel, context.batches)
+
+
+def _reconstruct(context: StepContext) -> None:
+    if context.recipe.enabled(CORRECT_BIASES):
+        context.float_weights = copy.deepcopy(context.qmodel)
+    algorithm = adaround if context.recipe.granularity == "layers" else reconstruct
+    report = algorithm(
+        context.qmodel, context.batches, options=context.options, resume_dir=context.resume_dir, log=context.log
+    )
+    seconds = sum(block.seconds for block in report.blocks)
+    context.log(f"Reconstructed {len(report.blocks)} {context.recipe.granularity} in {seconds:.0f} s.")
+    if context.recipe.granularity == "layers":
+        calibrate(context.qmodel, context.batches)  # the weights have moved, and the activations with them
+
+
+def _corrects_with_data(context: StepContext) -> bool:
+    return context.recipe.data and context.recipe.enabled(CORRECT_BIASES)
+
+
+def _correct_biases(context: StepContext) -> None:
+    """Correct the biases of a copy, and keep it where the user insists or the quantized model gains."""
+    corrected = copy.deepcopy(context.qmodel)
+    report = correct_biases(corrected, context.batches, reference=context.float_weights, options=context.options)
+    calibrate(corrected, context.batches)
+    context.log(str(report))
+    if context.options.correct_biases == "on" or _gains_by_correction(context, corrected):
+        context.qmodel = corrected
+
+
+def _gains_by_correction(context: StepContext, corrected: nn.Module) -> bool:
+    trial = first_samples(context.batches, BIAS_CORRECTION_TRIAL_SAMPLES)
+    reference = context.qmodel if context.float_weights is None else context.float_weights
+    expected = float_outputs(reference, trial)
+    without = sqnr(quantized_outputs(context.qmodel, trial), expected)
+    with_ = sqnr(quantized_outputs(corrected, trial), expected)
+    context.log(
+        f"The quantized outputs have an SQNR of {with_:.2f} dB with the correction, {without:.2f} dB without, so it is "
+        f"{'kept' if with_ > without else 'undone'}."
+    )
+    return with_ > without
+
+
+# Without data
+
+
+def _has_no_data(context: StepContext) -> bool:
+    return not context.recipe.data
+
+
+def _corrects_without_data(context: StepContext) -> bool:
+    return not context.recipe.data and context.recipe.enabled(CORRECT_BIASES)
+
+
+def _correct_biases_analytically(context: StepContext) -> None:
+    context.log(str(correct_biases_analytically(context.qmodel)))
+
+
+def _set_ranges_without_data(context: StepContext) -> None:
+    context.log(str(ranges_from_batchnorm(context.qmodel)))
+    context.log(
+        "No data was given: activation ranges are guesses from BatchNorm, rounding is to nearest, and nothing was "
+        "measured. A few hundred unlabelled inputs make a better model: halfeven.quantize(model, loader)."
+    )
+
+
+AFTER_UNCLIPPING = (enabled_step(EQUALIZE, _equalize), enabled_step(ABSORB, _absorb))
+
+EQUALIZATION = (enabled_step(UNCLIP, _unclip), *AFTER_UNCLIPPING)
+"""The steps that give channels equal ranges; ranges that were set before must be set again."""
+
+STEPS: tuple[Step, ...] = (
+    *EQUALIZATION,
+    enabled_step(SMOOTH, _smooth),
+    enabled_step(REPARAMETRIZE, _reparametrize),
+    Step("calibration", _has_data, _calibrate),
+    enabled_step(RECONSTRUCT, _reconstruct),
+    Step(CORRECT_BIASES, _corrects_with_data, _correct_biases),
+    Step("analytic bias correction", _corrects_without_data, _correct_biases_analytically),
+    Step("ranges from BatchNorm", _has_no_data, _set_ranges_without_data),
+)
+"""All steps, in the order in which they are taken."""

@@ -1,158 +1,202 @@
-"""Which steps post-training quantization takes, and why: decided from the model, the bits and the data at hand.
+"""Decide which steps post-training quantization takes, from the model, the bits and the data at hand.
 
-White paper, figure 8, with what came after it; each choice is a value with its reason, printed before it is acted upon.
+White paper, figure 8 (arXiv:2106.08295), and the methods published after it. Each decision is a value with its reason,
+which is printed before anything is done. A new step is a new line of `DECISIONS`, and a `Step` of
+`halfeven.ptq.pipeline`.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from halfeven.decision import Decision, switched, table
+from halfeven.layerwise.blocks import Granularity
 from halfeven.placement.graph_edits import clipped_relus
 from halfeven.placement.insertion import plan_of
 from halfeven.ptq.equalization.cross_layer import find_chains, unclipping_sqnr
 from halfeven.ptq.equalization.layer_pairs import rewritable_layers
 from halfeven.ptq.options import PTQOptions
-from halfeven.ptq.transformers.layernorms import norm_sites
+from halfeven.ptq.transformers.layernorms import layernorm_groups
 from halfeven.quantization.scheme import parse_bits
+from halfeven.renamed import renamed_attributes
 
-UNCLIPPING_SQNR = 20.0
+MIN_UNCLIPPING_SQNR = 20.0
 """dB that the values after a ReLU6 must keep, by BatchNorm's statistics, for it to become a ReLU without data: 27 in a
 MobileNetV2 that gains by it, 5 in EfficientNet-Lite0, which it would ruin."""
 
+EQUALIZE = "cross-layer equalization"
+UNCLIP = "ReLU6 to ReLU"
+ABSORB = "bias absorption"
+SMOOTH = "activation smoothing"
+REPARAMETRIZE = "LayerNorm reparametrization"
+RECONSTRUCT = "reconstruction"
+CORRECT_BIASES = "bias correction"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """The facts that decisions are made from."""
+
+    qmodel: nn.Module
+    options: PTQOptions
+    weight_bits: int
+    activation_bits: int
+    per_channel: bool
+    """Each output channel of a weight has a scale of its own."""
+    data: bool
+    """Calibration data is at hand."""
+
+
+Earlier = Mapping[str, Decision]
+"""Decisions that have been made already, by the name of the step."""
+Decide = Callable[[Situation, Earlier], Decision]
+
 
 @dataclass(frozen=True)
-class Recipe:
-    """The decisions, in the order of the steps."""
+class PTQRecipe:
+    """The decisions, in the order in which they were made."""
 
-    equalize: Decision
-    relu6: Decision
-    absorb: Decision
-    smooth: Decision
-    reparametrize: Decision
-    reconstruct: Decision
-    correct_biases: Decision
-    blocks: bool
-    """Whether reconstruction goes by blocks; by layers otherwise."""
+    decisions: Mapping[str, Decision]
+    """Name of the step -> decision."""
+    granularity: Granularity
+    """What a reconstruction learns together: layers or blocks."""
     data: bool
+    """Calibration data is at hand."""
+
+    def enabled(self, step: str) -> bool:
+        """Return True for a step that is to be taken."""
+        return self.decisions[step].enabled
 
     def __str__(self) -> str:
-        rows = {
-            "cross-layer equalization": self.equalize,
-            "ReLU6 to ReLU": self.relu6,
-            "bias absorption": self.absorb,
-            "activation smoothing": self.smooth,
-            "LayerNorm reparametrization": self.reparametrize,
-            "reconstruction": self.reconstruct,
-            "bias correction": self.correct_biases,
-        }
-        return table("Steps of post-training quantization:", rows)
+        return table("Steps of post-training quantization:", self.decisions)
 
 
-def decide(qmodel: nn.Module, options: PTQOptions, *, data: bool) -> Recipe:
+def decide(
+    qmodel: nn.Module, options: PTQOptions, *, data: bool, decisions: Mapping[str, Decide] | None = None
+) -> PTQRecipe:
     """Decide the steps for a prepared model.
 
     Args:
-        data: whether calibration data is at hand.
+        qmodel: a model from `prepare` with BatchNorm folded.
+        options: the user's switches.
+        data: True if calibration data is at hand.
+        decisions: step -> function that decides it; None: `DECISIONS`.
     """
     plan = plan_of(qmodel)
     weight_bits, activation_bits = parse_bits(plan.options.scheme)
-    equalize = _equalize(qmodel, options, per_channel=plan.options.per_channel)
-    reconstruct = _reconstruct(options, weight_bits, activation_bits, data=data)
-    return Recipe(
-        equalize=equalize,
-        relu6=_relu6(qmodel, options, equalize, data=data),
-        absorb=_follows(options.absorb, equalize, "equalization makes large biases", "there is no equalization"),
-        smooth=_smooth(qmodel, options, weight_bits, data=data),
-        reparametrize=_reparametrize(qmodel, options, weight_bits, activation_bits, data=data),
-        reconstruct=reconstruct,
-        correct_biases=_correct_biases(options, reconstruct, data=data, per_channel=plan.options.per_channel),
-        blocks=options.reconstruct != "layers",
+    situation = Situation(
+        qmodel=qmodel,
+        options=options,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        per_channel=plan.options.per_channel,
         data=data,
     )
+    made: dict[str, Decision] = {}
+    for step, decision in (DECISIONS if decisions is None else decisions).items():
+        made[step] = decision(situation, made)
+    return PTQRecipe(made, "layers" if options.reconstruct == "layers" else "blocks", data)
 
 
-def _equalize(qmodel: nn.Module, options: PTQOptions, *, per_channel: bool) -> Decision:
-    if chosen := switched(options.equalize):
+def _equalize(situation: Situation, earlier: Earlier) -> Decision:
+    if chosen := switched(situation.options.equalize):
         return chosen
-    if per_channel:
+    if situation.per_channel:
         return Decision(False, "each weight channel has a scale of its own")
-    if not find_chains(rewritable_layers(qmodel)[0]) and not clipped_relus(qmodel):
+    if not find_chains(rewritable_layers(situation.qmodel)[0]) and not clipped_relus(situation.qmodel):
         return Decision(False, "no two layers follow each other without a branch between them")
     return Decision(True, "one scale serves all channels of a weight, so they need equal ranges")
 
 
-def _relu6(qmodel: nn.Module, options: PTQOptions, equalize: Decision, *, data: bool) -> Decision:
-    clipped = len(clipped_relus(qmodel))
+def _unclip(situation: Situation, earlier: Earlier) -> Decision:
+    clipped = len(clipped_relus(situation.qmodel))
     if not clipped:
         return Decision(False, "the model has none")
-    if chosen := switched(options.relu6):
+    if chosen := switched(situation.options.relu6):
         return chosen
-    if not equalize.enabled:
-        return Decision(False, "there is no equalization, which alone gains by it")
-    if not data:
-        return _relu6_by_batchnorm(qmodel)
+    if not earlier[EQUALIZE].enabled:
+        return Decision(False, "only equalization gains by it, and there is none")
+    if not situation.data:
+        return _unclip_by_batchnorm(situation.qmodel)
     return Decision(True, f"{clipped} of them stop the equalization; kept if the quantized model gains, see below")
 
 
-def _relu6_by_batchnorm(qmodel: nn.Module) -> Decision:
+def _unclip_by_batchnorm(qmodel: nn.Module) -> Decision:
     kept = min(unclipping_sqnr(qmodel).values(), default=float("-inf"))
-    if kept >= UNCLIPPING_SQNR:
-        return Decision(True, f"BatchNorm says that little is clipped: {kept:.0f} dB of the values stay")
-    return Decision(False, "by what BatchNorm says, the float model would not bear it")
+    if kept >= MIN_UNCLIPPING_SQNR:
+        return Decision(True, f"by BatchNorm's statistics little is clipped: {kept:.0f} dB of the values stay")
+    return Decision(False, "by BatchNorm's statistics the float model would lose too much")
 
 
-def _follows(value: str, first: Decision, yes: str, no: str) -> Decision:
-    return switched(value) or Decision(first.enabled, yes if first.enabled else no)
-
-
-def _smooth(qmodel: nn.Module, options: PTQOptions, weight_bits: int, *, data: bool) -> Decision:
-    if reason := _no_norms(qmodel, data=data):
-        return Decision(False, reason)
-    if chosen := switched(options.smooth):
+def _absorb(situation: Situation, earlier: Earlier) -> Decision:
+    if chosen := switched(situation.options.absorb):
         return chosen
-    if weight_bits < 8:
-        return Decision(False, "weights below 8 bits cannot take the outliers of activations over")
+    if earlier[EQUALIZE].enabled:
+        return Decision(True, "equalization makes large biases")
+    return Decision(False, "there is no equalization")
+
+
+def _smooth(situation: Situation, earlier: Earlier) -> Decision:
+    if reason := _obstacle_after_layernorm(situation):
+        return Decision(False, reason)
+    if chosen := switched(situation.options.smooth):
+        return chosen
+    if situation.weight_bits < 8:
+        return Decision(False, "weights below 8 bits cannot take over the outliers of activations")
     return Decision(True, "outliers after LayerNorm spoil a scale per tensor")
 
 
-def _reparametrize(
-    qmodel: nn.Module, options: PTQOptions, weight_bits: int, activation_bits: int, *, data: bool
-) -> Decision:
-    if reason := _no_norms(qmodel, data=data):
+def _reparametrize(situation: Situation, earlier: Earlier) -> Decision:
+    if reason := _obstacle_after_layernorm(situation):
         return Decision(False, reason)
-    if chosen := switched(options.reparametrize):
+    if chosen := switched(situation.options.reparametrize):
         return chosen
-    if weight_bits < 8:
-        return Decision(False, "weights below 8 bits cannot take the outliers of activations over")
-    if activation_bits < 8:
+    if situation.weight_bits < 8:
+        return Decision(False, "weights below 8 bits cannot take over the outliers of activations")
+    if situation.activation_bits < 8:
         return Decision(True, "below 8 bits each channel after LayerNorm needs a range of its own")
     return Decision(False, "smoothing serves 8-bit activations")
 
 
-def _no_norms(qmodel: nn.Module, *, data: bool) -> str:
-    if not norm_sites(qmodel)[0]:
+def _obstacle_after_layernorm(situation: Situation) -> str:
+    """Return why nothing can be moved out of LayerNorms; "" where it can."""
+    if not layernorm_groups(situation.qmodel)[0]:
         return "no LayerNorm is read by linear layers and additions alone"
-    return "" if data else "it needs data"
+    return "" if situation.data else "it needs data"
 
 
-def _reconstruct(options: PTQOptions, weight_bits: int, activation_bits: int, *, data: bool) -> Decision:
-    if not data:
+def _reconstruct(situation: Situation, earlier: Earlier) -> Decision:
+    if not situation.data:
         return Decision(False, "it needs data")
-    if options.reconstruct != "auto":
-        return Decision(options.reconstruct != "off", "as the options say")
-    if weight_bits < 7 or activation_bits < 8:
+    if situation.options.reconstruct != "auto":
+        return Decision(situation.options.reconstruct != "off", "as the options say")
+    if situation.weight_bits < 7 or situation.activation_bits < 8:
         return Decision(True, "at so few bits rounding to nearest costs accuracy; it learns by blocks")
-    return Decision(False, f"at {weight_bits} bits rounding to nearest costs next to nothing")
+    return Decision(False, f"at {situation.weight_bits} bits rounding to nearest costs next to nothing")
 
 
-def _correct_biases(options: PTQOptions, reconstruct: Decision, *, data: bool, per_channel: bool) -> Decision:
-    if chosen := switched(options.correct_biases):
+def _correct_biases(situation: Situation, earlier: Earlier) -> Decision:
+    if chosen := switched(situation.options.correct_biases):
         return chosen
-    if not data:
+    if not situation.data:
         return Decision(True, "analytic: the means come from the folded BatchNorm")
-    if reconstruct.enabled:
+    if earlier[RECONSTRUCT].enabled:
         return Decision(False, "reconstruction leaves no mean shift to correct")
-    if per_channel:
+    if situation.per_channel:
         return Decision(False, "8-bit weights with a scale per channel shift no mean that counts")
     return Decision(True, "tried, and kept if the quantized model gains, see below")
+
+
+DECISIONS: dict[str, Decide] = {
+    EQUALIZE: _equalize,
+    UNCLIP: _unclip,
+    ABSORB: _absorb,
+    SMOOTH: _smooth,
+    REPARAMETRIZE: _reparametrize,
+    RECONSTRUCT: _reconstruct,
+    CORRECT_BIASES: _correct_biases,
+}
+"""Name of a step -> function that decides it; a decision may depend on those above it."""
+
+__getattr__ = renamed_attributes(__name__, Recipe="ptq.recipe.PTQRecipe", choose="ptq.recipe.decide")

@@ -1,7 +1,7 @@
-"""Distributions of all tensors of a graph, from what BatchNorm knows of the training data.
+"""Propagation of moments: the distributions of all tensors of a graph, without data.
 
 A channel after BatchNorm has mean beta and standard deviation |gamma| (white paper, section 3.1, arXiv:2106.08295);
-what is known of all other tensors follows through the operators between.
+the moments of all other tensors follow from these through the operators in between.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from halfeven.graph.batchnorm import kept_statistics, statistics
 from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.graph.view import Op, kind_of, module_of
+from halfeven.graph.view import Op, operations
 from halfeven.ptq.data_free.moments import (
     Distribution,
     added,
@@ -27,7 +27,11 @@ from halfeven.ptq.data_free.moments import (
     scaled,
     through,
 )
-from halfeven.ptq.equalization.layer_pairs import apply_to_constant, channel_axis, weight_by_channel
+from halfeven.ptq.equalization.layer_pairs import (
+    apply_to_constant,
+    channel_axis,
+    weight_by_channel,
+)
 from halfeven.quantization.quantizer import Quantizer
 
 K = OperatorKind
@@ -35,16 +39,17 @@ K = OperatorKind
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What is taken for known of a model's inputs. The defaults fit inputs that were normalized over a data set."""
+    """Assumed distribution of a model's inputs. The defaults fit inputs that were normalized over a data set."""
 
     mean: float = 0.0
     std: float = 1.0
     low: float = -3.0
-    """Smallest value: an image that was normalized over natural images does not reach 3 deviations."""
+    """Smallest value: a normalized image does not reach 3 standard deviations."""
     high: float = 3.0
+    """Largest value."""
 
     def distribution(self) -> Distribution:
-        """These numbers, for all channels alike."""
+        """Return these numbers as the distribution of every channel."""
         numbers = torch.tensor([[self.mean], [self.std], [self.low], [self.high]], dtype=torch.float64)
         mean, std, low, high = numbers.unbind()
         return Distribution(mean, std, low, high, measured=False)
@@ -57,122 +62,124 @@ NORMALIZED = Inputs()
 def propagated(
     region: CapturedModule, *, alpha: float = 6.0, inputs: Inputs | None = NORMALIZED
 ) -> dict[fx.Node, Distribution]:
-    """What is known of each tensor of a graph without data; a tensor that nothing is known of is not in it.
+    """Return the distribution of each tensor of a graph; a tensor of unknown distribution has no entry.
 
     Args:
         region: a graph, with or without quantizers.
-        alpha: standard deviations to each side that an extent reaches (white paper, section 3.1).
-        inputs: what is known of the graph's inputs; None: nothing.
+        alpha: standard deviations on each side that an extent covers (white paper, section 3.1).
+        inputs: assumed distribution of the graph's inputs; None: unknown.
     """
     found: dict[fx.Node, Distribution] = {}
-    walk = _Walk(region, found, alpha, inputs)
-    for node in region.graph.nodes:
-        if Op(node).is_float_tensor and (known := walk.of(node)) is not None:
-            found[node] = known
+    walk = _Propagation(found, alpha, inputs)
+    for op in operations(region.graph):
+        if op.is_float_tensor and (known := walk.distribution(op)) is not None:
+            found[op.node] = known
     return found
 
 
 @dataclass(frozen=True)
-class _Walk:
-    """The way through a graph, each node after those it reads."""
+class _Propagation:
+    """The distributions found so far; each operator comes after those that it reads."""
 
-    region: CapturedModule
     found: dict[fx.Node, Distribution]
     alpha: float
     inputs: Inputs | None
 
-    def of(self, node: fx.Node) -> Distribution | None:
-        """A node's distribution, or None where nothing is known of it."""
-        kind = kind_of(node)
+    def distribution(self, op: Op) -> Distribution | None:
+        """Return the distribution of an operator's result; None where it is unknown."""
+        kind = op.kind
         if kind is K.INPUT:
             return None if self.inputs is None else self.inputs.distribution()
         if kind in (K.ADD, K.MULTIPLY):
-            return self._of_two(node)
+            return self._after_two_operands(op)
         if kind is K.CONCAT:
-            return self._joined(node)
-        x = self.found.get(node.all_input_nodes[0]) if node.all_input_nodes else None
-        if node.op == "call_module":
-            return self._of_module(node, module_of(node), x)
-        return None if x is None else self._of_function(node, kind, x)
+            return self._after_concat(op)
+        x = self.found.get(op.inputs[0].node) if op.inputs else None
+        if op.is_module:
+            return self._after_module(op, op.module, x)
+        return None if x is None else self._after_function(op, x)
 
-    def _of_module(self, node: fx.Node, module: Any, x: Distribution | None) -> Distribution | None:
-        """What a module puts out. A normalization says it by itself, whatever comes in."""
-        kind = kind_of(node)
+    def _after_module(self, op: Op, module: Any, x: Distribution | None) -> Distribution | None:
+        """A normalization fixes the moments of its outputs, whatever its input."""
+        kind = op.kind
         if kind is K.IDENTITY or isinstance(module, Quantizer):
             return x
         if (kept := kept_statistics(module)) is not None:
-            mean, std = kept
-            return gaussian(mean, std, self.alpha, channel_axis(node, node), True)
+            return gaussian(*kept, self.alpha, channel_axis(op.node, op.node), True)
         if kind is K.BATCH_NORM:
             mean, std = statistics(module)
             return gaussian(mean, std, self.alpha, 1, True)
         if kind is K.NORMALIZATION and module.weight is not None:
-            mean = torch.zeros_like(module.weight) if module.bias is None else module.bias
-            axis = 1 if isinstance(module, nn.GroupNorm) else _ndim(node) - 1
-            one_axis = module.weight.ndim == 1
-            return gaussian(mean, module.weight.abs(), self.alpha, axis, True) if one_axis else None
+            return self._after_normalization(op, module)
         if kind not in WEIGHTED or x is None:
             return None
-        mean, std = layer_moments(module, *input_moments(node, x))
-        return gaussian(mean, std, self.alpha, channel_axis(node, node), False)
+        mean, std = layer_moments(module, *input_moments(op.node, x))
+        return gaussian(mean, std, self.alpha, channel_axis(op.node, op.node), False)
 
-    def _of_function(self, node: fx.Node, kind: OperatorKind, x: Distribution) -> Distribution | None:
-        if (bounds := Op(node).bounds) is not None:
+    def _after_normalization(self, op: Op, module: Any) -> Distribution | None:
+        if module.weight.ndim != 1:
+            return None
+        mean = torch.zeros_like(module.weight) if module.bias is None else module.bias
+        axis = 1 if isinstance(module, nn.GroupNorm) else op.ndim - 1
+        return gaussian(mean, module.weight.abs(), self.alpha, axis, True)
+
+    def _after_function(self, op: Op, x: Distribution) -> Distribution | None:
+        if (bounds := op.bounds) is not None:
             return clipped(x, *bounds)
-        if kind is K.ACTIVATION:
-            function: Any = node.target
-            rest = [_for_channels(self._value(argument), len(x.mean)) for argument in node.args[1:]]
-            return through(x, lambda values: function(values.float(), *rest, **node.kwargs).double())
-        if kind in (K.SAME_SCALE, K.IDENTITY, K.AVERAGE, K.PAD, K.INTERPOLATION):
-            return _moved(node, x)
+        if op.kind is K.ACTIVATION:
+            rest = [_for_channels(_tensor_of(argument), len(x.mean)) for argument in op.node.args[1:]]
+            return through(x, lambda values: op.function(values.float(), *rest, **op.node.kwargs).double())
+        if op.kind in (K.SAME_SCALE, K.IDENTITY, K.AVERAGE, K.PAD, K.INTERPOLATION):
+            return _after_mover(op, x)
         return None
 
-    def _of_two(self, node: fx.Node) -> Distribution | None:
+    def _after_two_operands(self, op: Op) -> Distribution | None:
         """A sum, difference or product; an operand is a tensor, a number, or a constant of the model."""
-        operands = [self._operand(node, operand) for operand in node.args[:2]]
+        operands = [self._operand(op, operand) for operand in op.node.args[:2]]
         if any(operand is None for operand in operands) or len(operands) < 2:
             return None
         a, b = operands
         assert a is not None
         assert b is not None
-        if kind_of(node) is K.MULTIPLY:
+        if op.kind is K.MULTIPLY:
             return multiplied(a, b)
-        sign = -1.0 if Op(node).row.subtracts else 1.0
-        return added(a, scaled(b, sign * float(Op(node).arguments.get("alpha", 1))), self.alpha)
+        sign = -1.0 if op.row.subtracts else 1.0
+        return added(a, scaled(b, sign * float(op.arguments.get("alpha", 1))), self.alpha)
 
-    def _operand(self, node: fx.Node, operand: Any) -> Distribution | None:
+    def _operand(self, op: Op, operand: Any) -> Distribution | None:
         if not isinstance(operand, fx.Node):
             return constant(operand) if isinstance(operand, int | float) else None
-        if kind_of(operand) is K.CONSTANT:
-            return constant(self._value(operand))
+        read = Op(operand)
+        if read.is_constant:
+            return constant(_tensor_of(operand))
         x = self.found.get(operand)
-        return collapsed(x) if x is not None and _ndim(operand) != _ndim(node) else x
+        return collapsed(x) if x is not None and read.ndim != op.ndim else x
 
-    def _joined(self, node: fx.Node) -> Distribution | None:
-        given = Op(node).arguments
-        parts = [self.found[i] for i in given["tensors"] if i in self.found]
-        if len(parts) < len(given["tensors"]):
+    def _after_concat(self, op: Op) -> Distribution | None:
+        tensors = op.argument("tensors")
+        parts = [self.found[tensor] for tensor in tensors if tensor in self.found]
+        if len(parts) < len(tensors):
             return None
-        axis = given["dim"] % _ndim(node)
+        axis = op.argument("dim") % op.ndim
         if all(part.axis == axis for part in parts):
             return joined(parts, axis)
         return collapsed(joined([collapsed(part) for part in parts], None))
 
-    def _value(self, argument: Any) -> Any:
-        """An argument of a node, with the model's tensor in place of the node that stands for it."""
-        if not isinstance(argument, fx.Node):
-            return argument
-        value: Any = self.region
-        for part in str(argument.target).split("."):
-            value = getattr(value, part)
-        return value.detach().cpu()
+
+def _tensor_of(argument: Any) -> Any:
+    """Return an operator's argument, with the model's tensor in place of the node that stands for it."""
+    return Op(argument).constant.detach().cpu() if isinstance(argument, fx.Node) else argument
 
 
 def layer_moments(layer: Any, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a layer's outputs, [outputs], for independent inputs with those of [inputs].
+    """Return mean and standard deviation of a layer's outputs, [outputs] each, for independent inputs.
 
     E[W x + b] = W E[x] + b and Var[W x + b] = W^2 Var[x], summed over the kernel's window. Borders are left aside; of a
     transposed convolution, the outputs between two inputs are averaged.
+
+    Args:
+        layer: a convolution, transposed convolution or linear module.
+        mean, std: moments of its inputs, [inputs] each.
     """
     weight = weight_by_channel(layer).detach().double().cpu()
     share = transposed_share(layer)
@@ -182,37 +189,42 @@ def layer_moments(layer: Any, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor
 
 
 def transposed_share(layer: Any) -> float:
-    """The share of its kernel's window that an output of a transposed convolution sees on average; 1 for others."""
+    """Return the average fraction of its kernel that an output of a transposed convolution sees; 1 for other layers."""
     return 1 / math.prod(layer.stride) if getattr(layer, "transposed", False) else 1.0
 
 
 def input_moments(node: fx.Node, x: Distribution) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel that a layer reads, [inputs], of a tensor with this distribution."""
-    layer: Any = module_of(node)
-    if x.axis != channel_axis(node, node.all_input_nodes[0]):
+    """Return mean and standard deviation of each channel that a layer reads, [inputs] each.
+
+    Args:
+        node: the layer's call.
+        x: distribution of its input.
+    """
+    op = Op(node)
+    layer: Any = op.module
+    if x.axis != channel_axis(node, op.inputs[0].node):
         x = collapsed(x)
     channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     return x.mean.expand(channels), x.std.expand(channels)
 
 
 def _for_channels(value: Any, channels: int) -> Any:
-    """A function's parameter for each channel; their mean, where one channel stands for all."""
+    """Return a function's parameter for each channel, or their mean where one channel stands for all."""
     return value.mean().reshape(1) if isinstance(value, Tensor) and value.numel() != channels else value
 
 
-def _moved(node: fx.Node, x: Distribution) -> Distribution:
-    """After an operator that moves, selects or averages values. An average's deviation is at most that of its terms."""
-    if x.axis is None or kind_of(node) is K.IDENTITY:
+def _after_mover(op: Op, x: Distribution) -> Distribution:
+    """Return the distribution after an operator that moves, selects or averages values.
+
+    The standard deviation of an average is at most that of its terms, which is taken for it.
+    """
+    if x.axis is None or op.kind is K.IDENTITY:
         return x
-    axis = Op(node).factor_axis(x.axis)
+    axis = op.factor_axis(x.axis)
     if axis is None:
         return collapsed(x)
-    channels = int(node.meta["val"].shape[axis])
+    channels = int(op.shape[axis])
     repeated = {
         name: getattr(x, name).repeat_interleave(channels // len(x.mean)) for name in ("mean", "std", "low", "high")
     }
     return Distribution(**repeated, axis=axis, measured=x.measured)
-
-
-def _ndim(node: fx.Node) -> int:
-    return int(node.meta["val"].ndim)

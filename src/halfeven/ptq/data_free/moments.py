@@ -1,6 +1,6 @@
-"""What is known of a tensor without data: mean, standard deviation and extent of each channel, through operators.
+"""Moments without data: mean, standard deviation and extent of each channel of a tensor, and how operators change them.
 
-Channels are taken for Gaussian where a function reads them, and for independent where they meet. Nagel et al.,
+Channels are assumed to be Gaussian where a function reads them, and independent where they meet. Nagel et al.,
 "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.2 and appendix C
 (arXiv:1906.04721); white paper, sections 3.1 and 3.3 (arXiv:2106.08295).
 """
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from torch.special import ndtr
 
-POINTS = 513
+QUADRATURE_POINTS = 513
 """Points at which a function is evaluated to integrate it over a Gaussian, or to find its extremes."""
-REACH = 8.0
-"""Standard deviations on each side that the integral goes to: what is beyond weighs less than 1e-14."""
+QUADRATURE_DEVIATIONS = 8.0
+"""Standard deviations on each side that the integral covers: the rest weighs less than 1e-14."""
 
 
 @dataclass(frozen=True)
 class Distribution:
     """Mean, standard deviation, and the extent [low, high] that a range should cover: [channels] each, in float64.
 
-    They lie on the CPU, wherever the model is: there are few numbers.
+    The tensors are on the CPU, wherever the model is: they hold few numbers.
     """
 
     mean: Tensor
@@ -33,27 +33,42 @@ class Distribution:
     axis: int | None = None
     """Axis of the tensor that the channels lie on; None: one channel that stands for all elements."""
     measured: bool = True
-    """Whether it rests on statistics of BatchNorm alone, which were measured on the training data."""
+    """True where it rests on BatchNorm's statistics alone, which were measured on the training data."""
 
 
 def gaussian(mean: Tensor, std: Tensor, alpha: float, axis: int | None, measured: bool) -> Distribution:
-    """A Gaussian whose extent reaches `alpha` standard deviations to both sides (white paper, section 3.1)."""
-    mean, std = mean.detach().double().cpu(), std.detach().double().cpu()
+    """Return a Gaussian whose extent is `alpha` standard deviations on both sides (white paper, section 3.1)."""
+    mean = mean.detach().double().cpu()
+    std = std.detach().double().cpu()
     return Distribution(mean, std, mean - alpha * std, mean + alpha * std, axis, measured)
 
 
 def clipped_moments(mean: Tensor, std: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of clip(x, low, high) for Gaussian x; for ReLU the bounds are 0 and infinity.
+    """Return mean and standard deviation of clip(x, low, high) for Gaussian x; ReLU has the bounds 0 and infinity.
 
     With a = (low - mean) / std, b = (high - mean) / std, and density p and distribution function P of N(0, 1):
-    E = low P(a) + high (1 - P(b)) + mean (P(b) - P(a)) + std (p(a) - p(b)), and likewise for the square.
+    E = low P(a) + high (1 - P(b)) + mean (P(b) - P(a)) + std (p(a) - p(b)), and likewise for the square (appendix C
+    of the first paper).
+
+    Args:
+        mean, std: moments of x, [channels].
+        low, high: bounds, which may be infinite.
+
+    Returns:
+        [channels] each, float64.
     """
-    mean, std = mean.double(), std.double().clamp(min=1e-30)
-    a, b = (low - mean) / std, (high - mean) / std
-    below, above = ndtr(a), ndtr(-b)
+    mean = mean.double()
+    std = std.double().clamp(min=1e-30)
+    a = (low - mean) / std
+    b = (high - mean) / std
+    below = ndtr(a)  # P(a)
+    above = ndtr(-b)  # 1 - P(b)
     inside = (1 - below - above).clamp(min=0)
-    p_a, p_b = _density(a), _density(b)
-    low_times, high_times = (value if math.isfinite(value) else 0.0 for value in (low, high))
+    p_a = _density(a)
+    p_b = _density(b)
+    # An infinite bound is never reached: its probability is 0, and so is its term.
+    low_times = low if math.isfinite(low) else 0.0
+    high_times = high if math.isfinite(high) else 0.0
     first = low_times * below + high_times * above + mean * inside + std * (p_a - p_b)
     edges = std * ((low_times + mean) * p_a - (high_times + mean) * p_b)
     second = low_times**2 * below + high_times**2 * above + (mean**2 + std**2) * inside + edges
@@ -65,41 +80,48 @@ def _density(z: Tensor) -> Tensor:
 
 
 def clipped(x: Distribution, low: float, high: float) -> Distribution:
-    """The distribution after clip(x, low, high)."""
+    """Return the distribution after clip(x, low, high)."""
     mean, std = clipped_moments(x.mean, x.std, low, high)
     return replace(x, mean=mean, std=std, low=x.low.clamp(low, high), high=x.high.clamp(low, high))
 
 
 def through(x: Distribution, function: Callable[[Tensor], Tensor]) -> Distribution:
-    """The distribution after any elementwise function, [points, channels] -> [points, channels], by quadrature."""
-    z = torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64)[:, None]
+    """Return the distribution after an elementwise function of [points, channels], by quadrature."""
+    reach = QUADRATURE_DEVIATIONS
+    z = torch.linspace(-reach, reach, QUADRATURE_POINTS, dtype=torch.float64)[:, None]
     weight = _density(z) / _density(z).sum()
     y = function(x.mean + x.std * z)
     mean = (weight * y).sum(0)
     std = (weight * (y - mean) ** 2).sum(0).sqrt()
-    share = torch.linspace(0, 1, POINTS, dtype=torch.float64)[:, None]
-    extent = function(x.low + (x.high - x.low) * share)
+    fraction = torch.linspace(0, 1, QUADRATURE_POINTS, dtype=torch.float64)[:, None]
+    extent = function(x.low + (x.high - x.low) * fraction)
     return replace(x, mean=mean, std=std, low=extent.amin(0), high=extent.amax(0))
 
 
 def added(a: Distribution, b: Distribution, alpha: float) -> Distribution:
-    """The sum of independent tensors.
+    """Return the distribution of the sum of independent tensors.
 
-    Its extent is `alpha` standard deviations to both sides, as of a Gaussian. What was rectified has a longer tail: the
-    terms' own distances from the mean, added as standard deviations are, count where they reach further. Neither goes
-    beyond the sum of the terms' ends.
+    Its extent is `alpha` standard deviations on both sides, as of a Gaussian. Rectified tensors have longer tails: the
+    terms' own distances from the mean, added as standard deviations are, are used where they reach further. Neither
+    goes beyond the sum of the terms' ends.
     """
     a, b = aligned(a, b)
-    mean, std = a.mean + b.mean, torch.hypot(a.std, b.std)
+    mean = a.mean + b.mean
+    std = torch.hypot(a.std, b.std)
     below = torch.maximum(alpha * std, torch.hypot(a.mean - a.low, b.mean - b.low))
     above = torch.maximum(alpha * std, torch.hypot(a.high - a.mean, b.high - b.mean))
-    low, high = torch.maximum(mean - below, a.low + b.low), torch.minimum(mean + above, a.high + b.high)
+    low = torch.maximum(mean - below, a.low + b.low)
+    high = torch.minimum(mean + above, a.high + b.high)
     return Distribution(mean, std, low, high, _axis(a, b), a.measured and b.measured)
 
 
 def multiplied(a: Distribution, b: Distribution) -> Distribution:
-    """The product of independent tensors. Its extent is that of the factors' extents: products have long tails."""
+    """Return the distribution of the product of independent tensors.
+
+    Its extent is the product of the factors' extents, because products have long tails.
+    """
     a, b = aligned(a, b)
+    # Var[a b] of independent factors
     variance = a.std**2 * b.std**2 + a.std**2 * b.mean**2 + b.std**2 * a.mean**2
     corners = torch.stack([a.low * b.low, a.low * b.high, a.high * b.low, a.high * b.high])
     return Distribution(
@@ -108,33 +130,34 @@ def multiplied(a: Distribution, b: Distribution) -> Distribution:
 
 
 def constant(value: float | Tensor) -> Distribution:
-    """A number, or all elements of a tensor, as one channel."""
+    """Return the distribution of a number, or of all elements of a tensor, as one channel."""
     values = torch.as_tensor(value).detach().double().cpu().reshape(1, -1)
     return Distribution(values.mean(1), values.std(1, correction=0), values.amin(1), values.amax(1))
 
 
 def scaled(x: Distribution, factor: float) -> Distribution:
-    """The distribution of a tensor times a number."""
+    """Return the distribution of a tensor times a number."""
     ends = torch.stack([x.low * factor, x.high * factor])
     return replace(x, mean=x.mean * factor, std=x.std * abs(factor), low=ends.amin(0), high=ends.amax(0))
 
 
 def joined(parts: Sequence[Distribution], axis: int | None) -> Distribution:
-    """Concatenated channels, where `axis` is that of them all."""
+    """Return the distribution of tensors that are concatenated along their channel axis, `axis`."""
     fields = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "std", "low", "high")}
     return Distribution(**fields, axis=axis, measured=all(part.measured for part in parts))
 
 
 def collapsed(x: Distribution) -> Distribution:
-    """All channels as one, where an operator has moved them about: the mixture of their distributions."""
+    """Return the mixture of all channels as one channel, for operators that mix the channels."""
     mean = x.mean.mean(0, keepdim=True)
     std = (x.std**2 + x.mean**2).mean(0, keepdim=True) - mean**2
-    low, high = x.low.amin(0, keepdim=True), x.high.amax(0, keepdim=True)
+    low = x.low.amin(0, keepdim=True)
+    high = x.high.amax(0, keepdim=True)
     return Distribution(mean, std.clamp(min=0).sqrt(), low, high, None, x.measured)
 
 
 def aligned(a: Distribution, b: Distribution) -> tuple[Distribution, Distribution]:
-    """Both on the same axis; where their channels lie on different ones, each as one channel."""
+    """Return both with the same channels; where their channel axes or numbers differ, each as one channel."""
     if a.axis is None or b.axis is None:
         return a, b
     return (a, b) if (a.axis, len(a.mean)) == (b.axis, len(b.mean)) else (collapsed(a), collapsed(b))

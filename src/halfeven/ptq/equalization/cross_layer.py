@@ -1,8 +1,8 @@
-"""Cross-layer equalization: consecutive layers share the work of scaling, so that their channels get equal ranges.
+"""Cross-layer equalization: factors move between consecutive layers until their channels have equal weight ranges.
 
 Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", sections 4.1 and 4.2
 (arXiv:1906.04721); white paper, section 3.2 (arXiv:2106.08295). For f(s x) = s f(x), s > 0, dividing a channel by s
-before f and multiplying the weights that read it by s changes nothing but the ranges of both weights.
+before f and multiplying the weights that read it by s changes the ranges of both weights and nothing else.
 """
 
 import math
@@ -21,46 +21,50 @@ from halfeven.placement.make_plan import named_nodes, regions
 from halfeven.ptq.data_free.moment_propagation import propagated
 from halfeven.ptq.data_free.moments import Distribution, clipped, through
 from halfeven.ptq.equalization.layer_pairs import (
-    Link,
+    LayerPair,
+    find_layer_pairs,
     input_ranges,
     is_depthwise,
-    links,
     output_channels,
     output_ranges,
     rewritable_layers,
     weight_by_channel,
 )
 
-DEAD = 1e-6
-"""Channels whose range is below this share of their layer's largest count as dead and keep their scale: a factor
-that lifts rounding noise to a range would multiply their bias as much."""
+DEAD_CHANNEL_RATIO = 1e-6
+"""A channel with a range below this fraction of its layer's largest is dead and keeps its scale: a factor that lifts
+rounding noise to a range would multiply the channel's bias as much."""
+
+
+# The mathematics
 
 
 def equalizing_factors(ranges: Sequence[Tensor]) -> Tensor:
-    """Factors between consecutive layers that make all ranges of a channel equal.
+    """Return the factors between consecutive layers that make all ranges of a channel equal.
 
     With g the geometric mean of a channel's ranges r_0 ... r_n, the factor between layers i and i + 1 is
     s_i = (r_0 ... r_i) / g^(i+1): layer i, divided by s_i and multiplied by s_(i-1), has the range g. For a pair it is
     sqrt(r_0 / r_1), for a depthwise triple r_0 / g and g / r_2.
 
     Args:
-        ranges: of n + 1 layers, [channels] each.
+        ranges: ranges of n + 1 layers, [channels] each.
 
     Returns:
         [n, channels] in float64; 1 for channels that are dead, or not finite, in one of the layers.
     """
     r = torch.stack(list(ranges)).double()
     finite = torch.where(torch.isfinite(r), r, 0.0)
-    live = (finite > DEAD * finite.amax(1, keepdim=True)).all(0)
+    live = (finite > DEAD_CHANNEL_RATIO * finite.amax(1, keepdim=True)).all(0)
+    # log s_i = sum over j <= i of (log r_j - log g)
     logs = torch.where(live, r, 1.0).log()
     return (logs - logs.mean(0)).cumsum(0)[:-1].exp()
 
 
 def divide_outputs(layer: Any, factor: Tensor) -> None:
-    """Divide a layer's output channels, [outputs], in weight, bias and what it knows of its outputs' distribution."""
+    """Divide a layer's output channels by a factor each, [outputs], in weight, bias and recorded statistics."""
     weight = weight_by_channel(layer)
     factor = factor.to(weight)
-    weight.div_(along(factor, weight, 1))
+    weight.div_(broadcast_along(factor, weight, 1))
     if layer.bias is not None:
         layer.bias.div_(factor)
     if (kept := kept_statistics(layer)) is not None:
@@ -68,28 +72,34 @@ def divide_outputs(layer: Any, factor: Tensor) -> None:
 
 
 def multiply_inputs(layer: Any, factor: Tensor) -> None:
-    """Multiply the weights that read each of a layer's input channels, [inputs]."""
+    """Multiply the weights that read a layer's input channels by a factor each, [inputs]."""
     weight = weight_by_channel(layer, len(factor))
-    weight.mul_(along(factor.to(weight), weight, 2))
+    weight.mul_(broadcast_along(factor.to(weight), weight, 2))
 
 
-def along(values: Tensor, weight: Tensor, axis: int) -> Tensor:
-    """Values of channels, shaped to broadcast with a weight by channel along its axis 1 (outputs) or 2 (inputs)."""
+def broadcast_along(values: Tensor, weight: Tensor, axis: int) -> Tensor:
+    """Return values of channels shaped to broadcast with a weight by channel along axis 1 (outputs) or 2 (inputs)."""
     shape = [len(weight), *(1,) * (weight.ndim - 1)]
     shape[axis] = -1
     return values.reshape(shape)
 
 
+# The walk over the model
+
+
 @dataclass(frozen=True)
 class Chain:
-    """Linked layers whose ranges are made equal together: all but the first and the last are depthwise."""
+    """Consecutive layers whose ranges are made equal together; all except the first and the last are depthwise."""
 
     names: tuple[str, ...]
     layers: tuple[nn.Module, ...]
 
 
-class _Scaled:
-    """A layer while its factors are sought: they settle on one number for each pair of channels, the weights wait."""
+class _ScaledLayer:
+    """A layer while its factors are sought, which are kept apart from the weight until they have settled.
+
+    The largest |weight| of each pair of an output and an input channel stands for the weight.
+    """
 
     def __init__(self, layer: Any, inputs: int | None) -> None:
         weight = weight_by_channel(layer, inputs).abs()
@@ -100,19 +110,19 @@ class _Scaled:
 
     def divide(self, divisor: Tensor) -> None:
         self.divisor *= divisor
-        self.largest /= along(divisor.to(self.largest), self.largest, 1)
+        self.largest /= broadcast_along(divisor.to(self.largest), self.largest, 1)
 
     def multiply(self, factor: Tensor) -> None:
         self.factor *= factor
-        self.largest *= along(factor.to(self.largest), self.largest, 2)
+        self.largest *= broadcast_along(factor.to(self.largest), self.largest, 2)
 
     def apply(self) -> None:
         divide_outputs(self.layer, self.divisor)
         multiply_inputs(self.layer, self.factor)
 
 
-def _sweep(chains: Sequence[Sequence[_Scaled]]) -> float:
-    """Make the ranges of each chain equal in turn; the largest factor's distance from 1."""
+def _sweep(chains: Sequence[Sequence[_ScaledLayer]]) -> float:
+    """Make the ranges of each chain equal in turn, and return the largest distance of a factor from 1."""
     worst = 0.0
     for chain in chains:
         factors = equalizing_factors(
@@ -127,25 +137,25 @@ def _sweep(chains: Sequence[Sequence[_Scaled]]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class EqualizationReport:
-    """What `equalize` did."""
+    """Result of `equalize`."""
 
     chains: tuple[tuple[str, ...], ...]
     """Names of the layers that were equalized together."""
     sweeps: int
-    """Times that all chains were gone through."""
+    """Number of passes over all chains."""
     converged: bool
-    """Whether no factor of the last sweep was further from 1 than the tolerance."""
+    """True if all factors of the last sweep were within the tolerance of 1."""
     spread: dict[str, tuple[float, float]]
-    """Largest over smallest range of a layer's output channels, before and after, dead channels aside."""
+    """Layer -> largest over smallest range of its output channels, before and after, without dead channels."""
     left: tuple[str, ...] = ()
     """Layers that could not take part, with the reason."""
 
     def __str__(self) -> str:
         if not self.chains:
-            return "Equalization: no two layers are linked, so nothing was changed."
+            return "Equalization: no two layers follow each other without a branch, so nothing was changed."
         ended = "converged" if self.converged else "not converged"
         lines = [
-            f"Equalization: {len(self.chains)} chains, {self.sweeps} sweeps, {ended}. Ranges must be set anew.",
+            f"Equalization: {len(self.chains)} chains, {self.sweeps} sweeps, {ended}. Ranges must be set again.",
             *(f"  {' -> '.join(chain)}" for chain in self.chains),
             "  largest / smallest channel range of a weight:",
             *(f"    {name}: {before:.1f} -> {after:.1f}" for name, (before, after) in self.spread.items()),
@@ -155,31 +165,32 @@ class EqualizationReport:
 
 @torch.no_grad()
 def equalize(qmodel: nn.Module, *, max_sweeps: int = 20, tolerance: float = 1e-3) -> EqualizationReport:
-    """Make the channel ranges of linked layers equal, in place; the float function stays.
+    """Equalize the channel ranges of consecutive layers, in place; the float function is preserved.
 
-    Chains share layers, so they are gone through until the factors settle. ReLU6 ends a chain: see `unclip_relu6`.
-    Ranges of weights and activations that were set before must be set anew.
+    Chains share layers, so that all are equalized again and again until the factors settle. ReLU6 ends a chain, see
+    `unclip_relu6`. Earlier ranges of weights and activations must be set again.
 
     Args:
         qmodel: a model from `prepare` with `batchnorm="fold"`.
-        max_sweeps: how often all chains are gone through at most.
-        tolerance: distance of all factors from 1 at which it ends.
+        max_sweeps: largest number of passes over all chains.
+        tolerance: distance of factors from 1 at which the passes end.
 
     Raises:
-        AlgorithmError: the float function did not stay; the weights are as before.
+        AlgorithmError: the float function was not preserved; the weights are restored.
     """
     layers, left = rewritable_layers(qmodel)
     chains = find_chains(layers)
     members = {name: layer for chain in chains for name, layer in zip(chain.names, chain.layers, strict=True)}
     before = {name: _spread(layer) for name, layer in members.items()}
     scaled = _scaled(chains)
-    sweeps, converged = 0, not chains
+    sweeps = 0
+    converged = not chains
     while not converged and sweeps < max_sweeps:
         converged = _sweep([[scaled[layer] for layer in chain.layers] for chain in chains]) <= tolerance
         sweeps += 1
     with preserving_the_float_function(qmodel, "Equalization"):
-        for one in scaled.values():
-            one.apply()
+        for scaled_layer in scaled.values():
+            scaled_layer.apply()
     return EqualizationReport(
         chains=tuple(chain.names for chain in chains),
         sweeps=sweeps,
@@ -190,47 +201,46 @@ def equalize(qmodel: nn.Module, *, max_sweeps: int = 20, tolerance: float = 1e-3
 
 
 def find_chains(layers: dict[str, fx.Node]) -> list[Chain]:
-    """All chains among the layers of `rewritable_layers`, in the order of the graph."""
-    linked: dict[fx.Node, Link] = {link.producer: link for link in links(layers)}
-    consumers = {link.consumer for link in linked.values()}
+    """Return all chains among the layers of `rewritable_layers`, in the order of the graph."""
+    linked: dict[fx.Node, LayerPair] = {pair.producer: pair for pair in find_layer_pairs(layers)}
+    consumers = {pair.consumer for pair in linked.values()}
     names = {node: name for name, node in layers.items()}
     chains = []
     for node in linked:
         if node in consumers and is_depthwise(module_of(node)):
-            continue  # inside of a chain
+            continue  # inside a chain
         chain = [node, linked[node].consumer]
         while chain[-1] in linked and is_depthwise(module_of(chain[-1])):
             chain.append(linked[chain[-1]].consumer)
-        chains.append(Chain(tuple(names[one] for one in chain), tuple(module_of(one) for one in chain)))
+        chains.append(Chain(tuple(names[layer] for layer in chain), tuple(module_of(layer) for layer in chain)))
     return chains
 
 
-def _scaled(chains: Sequence[Chain]) -> dict[nn.Module, _Scaled]:
-    """The layers of all chains; one that reads another's channels has its weight seen by those."""
+def _scaled(chains: Sequence[Chain]) -> dict[nn.Module, _ScaledLayer]:
+    """Return the layers of all chains, each with its weight split by the channels of the layer that it reads."""
     read = {
         consumer: output_channels(producer)
         for chain in chains
         for producer, consumer in zip(chain.layers, chain.layers[1:], strict=False)
     }
-    return {layer: _Scaled(layer, read.get(layer)) for chain in chains for layer in chain.layers}
+    return {layer: _ScaledLayer(layer, read.get(layer)) for chain in chains for layer in chain.layers}
 
 
 def _spread(layer: nn.Module) -> float:
     ranges = output_ranges(weight_by_channel(layer))
-    live = ranges[ranges > DEAD * ranges.max()]
+    live = ranges[ranges > DEAD_CHANNEL_RATIO * ranges.max()]
     return float(live.max() / live.min()) if live.numel() else 1.0
 
 
 def unclip_relu6(qmodel: nn.Module, *, least_sqnr: float | None = None) -> tuple[str, ...]:
-    """Make ReLU of the ReLU6 and clamp operators that separate two layers which would be linked; their names.
+    """Replace ReLU6 and clamp operators between two layers by ReLU, in place, and return their names.
 
-    This changes what the float model computes, for values above the bound: compare its accuracy before and after. The
-    change is recorded in the plan. Bounded operators elsewhere, as inside of a hard-swish, stay.
+    The float function changes for values above the bound: compare its accuracy before and after. The change is recorded
+    in the plan. Bounded operators elsewhere, such as inside a hard-swish, stay.
 
     Args:
         qmodel: a model from `prepare` with `batchnorm="fold"`.
-        least_sqnr: where given, only operators whose values stay to at least so many dB are changed, see
-            `unclipping_sqnr`.
+        least_sqnr: smallest SQNR in dB (see `unclipping_sqnr`) of an operator that is replaced; None: all are.
     """
     found = unclipping_sqnr(qmodel)
     names = tuple(name for name, sqnr in found.items() if least_sqnr is None or sqnr >= least_sqnr)
@@ -240,29 +250,31 @@ def unclip_relu6(qmodel: nn.Module, *, least_sqnr: float | None = None) -> tuple
 
 @torch.no_grad()
 def unclipping_sqnr(qmodel: nn.Module) -> dict[str, float]:
-    """How well the values of the operators that `unclip_relu6` may change would stay, in dB, by name.
+    """Return the SQNR in dB that the values of each operator would keep if `unclip_relu6` replaced it, by name.
 
-    That is E[clip(x)^2] / E[(relu(x) - clip(x))^2] for the distribution of x that BatchNorm measured. Where nothing is
-    known of x, it is minus infinity.
+    It is E[clip(x)^2] / E[(relu(x) - clip(x))^2] for the distribution of x that BatchNorm measured, and minus infinity
+    where no distribution of x is known.
     """
     layers, _ = rewritable_layers(qmodel)
-    clips = {node: bounds for link in links(layers, through_clips=True) for node, bounds in _clips(link).items()}
+    pairs = find_layer_pairs(layers, through_clips=True)
+    clips = {node: bounds for pair in pairs for node, bounds in _clips(pair).items()}
     known = {node: x for region in regions(qmodel).values() for node, x in propagated(region).items()}
     return {
-        name: _kept(known.get(node.all_input_nodes[0]), clips[node][1])
+        name: _kept(known.get(Op(node).inputs[0].node), clips[node][1])
         for name, (_, node) in named_nodes(qmodel).items()
         if node in clips
     }
 
 
-def _clips(link: Link) -> dict[fx.Node, tuple[float, float]]:
-    bounds = {node: Op(node).bounds for node in link.between}
+def _clips(pair: LayerPair) -> dict[fx.Node, tuple[float, float]]:
+    bounds = {node: Op(node).bounds for node in pair.between}
     return {node: ends for node, ends in bounds.items() if ends is not None and ends[1] < float("inf")}
 
 
 def _kept(x: Distribution | None, bound: float) -> float:
     if x is None:
         return float("-inf")
-    kept, lost = clipped(x, 0.0, bound), through(x, lambda values: (values - bound).clamp(min=0))
+    kept = clipped(x, 0.0, bound)
+    lost = through(x, lambda values: (values - bound).clamp(min=0))
     signal, noise = (float((y.mean**2 + y.std**2).sum()) for y in (kept, lost))
     return 10 * math.log10(signal / noise) if signal and noise else float("inf")

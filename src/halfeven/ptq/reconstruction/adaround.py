@@ -1,11 +1,12 @@
-"""Learned rounding: whether a weight is rounded up or down is found by gradient descent (AdaRound).
+"""Learned rounding: gradient descent decides for each weight whether it is rounded up or down (AdaRound).
 
-Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (arXiv 2004.10568); white paper, section
-3.4. A weight W with scale s becomes W~ = s * clamp(floor(W / s) + h(V), low, high) with the rectified sigmoid
-h(V) = clamp(1.2 * sigmoid(V) - 0.1, 0, 1), which a regularizer drives to 0 or 1 while it is learned.
+Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", section 3.2 (arXiv:2004.10568); white
+paper, section 3.4 (arXiv:2106.08295). A weight W with scale s becomes the soft weight
+W~ = s * clamp(floor(W / s) + h(V), quant_min, quant_max) with the rectified sigmoid
+h(V) = clamp(1.2 * sigmoid(V) - 0.1, 0, 1), which a regularizer drives to 0 or 1 while V is learned.
 
-All that happens to a weight in one step (gradient of the loss and of the regularizer, Adam, the new soft weight) is one
-pass over it, fused by torch.compile; written with autograd and an optimizer it is some forty.
+One step of a weight (gradient of the loss and of the regularizer, Adam, the new soft weight) is one pass over its
+elements, fused by torch.compile; with autograd and an optimizer it would be about forty.
 """
 
 import math
@@ -17,35 +18,41 @@ from torch import Tensor
 from halfeven.quantization.compile import fused
 from halfeven.quantization.scheme import Scheme
 
-STRETCH, SHIFT = 1.2, -0.1
-"""zeta - gamma and gamma of the paper: the sigmoid, stretched to [-0.1, 1.1], so that it reaches 0 and 1."""
-FIRST_SHARPNESS, LAST_SHARPNESS = 20.0, 2.0
-"""beta of the regularizer at the start and at the end of its time."""
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+STRETCH = 1.2
+"""zeta - gamma of the paper: the sigmoid is stretched to [-0.1, 1.1], so that it reaches 0 and 1."""
+SHIFT = -0.1
+"""gamma of the paper."""
+FIRST_SHARPNESS = 20.0
+"""beta of the regularizer when it sets in."""
+LAST_SHARPNESS = 2.0
+"""beta of the regularizer at the last step."""
+ADAM_BETA1 = 0.9
+ADAM_BETA2 = 0.999
+ADAM_EPSILON = 1e-8
 
 
 def soft_step(v: Tensor) -> Tensor:
-    """The rectified sigmoid h(V), in [0, 1]."""
+    """Return the rectified sigmoid h(V), in [0, 1] (equation 23)."""
     return torch.clamp(STRETCH * torch.sigmoid(v) + SHIFT, 0.0, 1.0)
 
 
 def inverse_soft_step(step: Tensor) -> Tensor:
-    """The V with h(V) = step, for a step in [0, 1): soft weights start where the float ones are."""
+    """Return the V with h(V) = step, for a step in [0, 1): soft weights start as the float weights."""
     return torch.logit((step - SHIFT) / STRETCH)
 
 
-def sharpness(progress: float) -> float:
-    """beta at a share of the regularizer's time in [0, 1]: from 20 to 2 by a cosine."""
+def regularizer_sharpness(progress: float) -> float:
+    """Return beta after a fraction in [0, 1] of the regularizer's steps: from 20 to 2 along a cosine."""
     return LAST_SHARPNESS + 0.5 * (FIRST_SHARPNESS - LAST_SHARPNESS) * (1 + math.cos(math.pi * progress))
 
 
 def regularizer(v: Tensor, beta: float) -> Tensor:
-    """1 - |2 h(V) - 1|^beta, shaped like V: 1 where the rounding is undecided, 0 where it is 0 or 1."""
+    """Return 1 - |2 h(V) - 1|^beta, shaped like V (equation 24): 0 where h(V) is 0 or 1, at most 1 elsewhere."""
     return 1 - (2 * soft_step(v) - 1).abs().pow(beta)
 
 
 def soft_weight(v: Tensor, floor: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """W~, from V and floor(W / s), [rows, elements], and s, [rows, 1]."""
+    """Return W~, [rows, elements], of V and floor(W / s), [rows, elements], and s, [rows, 1]."""
     return scale * torch.clamp(floor + soft_step(v), low, high)
 
 
@@ -59,31 +66,40 @@ def _advance(
     scale: Tensor,
     numbers: Tensor,
     grid: tuple[int, int],
-    pushed: bool,
+    regularized: bool,
 ) -> None:
-    """One step of Adam on V, in place in `v`, `first`, `second` and `soft`; all [rows, elements].
+    """Take one step of Adam on V, in place in `v`, `first`, `second` and `soft`; all [rows, elements].
 
     Args:
+        v: V.
+        first, second: Adam's moments.
+        soft: the soft weight W~.
         grad: gradient of the loss with respect to the soft weight.
-        numbers: rate, weight of the regularizer, beta, and Adam's two corrections: a tensor, so that no value of them
-            is compiled in.
-        pushed: whether the regularizer takes part.
+        floor: floor(W / s).
+        scale: s, [rows, 1].
+        numbers: learning rate, weight of the regularizer, beta, and Adam's two bias corrections, [5]: a tensor, so that
+            none of the values is compiled in.
+        grid: quant_min and quant_max.
+        regularized: add the gradient of the regularizer.
     """
     rate, weight, beta, correction1, correction2 = numbers.unbind()
+    # Chain rule through W~ = s * clamp(floor + h(V)): h'(V) is the slope, and 0 where h or the clamp saturates.
     sigmoid = torch.sigmoid(v)
     stretched = STRETCH * sigmoid + SHIFT
     step = torch.clamp(stretched, 0.0, 1.0)
     slope = torch.where((stretched > 0) & (stretched < 1), STRETCH * sigmoid * (1 - sigmoid), 0.0)
     level = floor + step
     total = torch.where((level >= grid[0]) & (level <= grid[1]), grad * scale, 0.0)
-    if pushed:
+    if regularized:
+        # d/dh (1 - |2h - 1|^beta) = -2 beta sign(2h - 1) |2h - 1|^(beta - 1)
         decided = 2 * step - 1
         power = torch.exp((beta - 1) * torch.log(decided.abs().clamp(min=1e-12)))
         total = total - 2 * weight * beta * torch.sign(decided) * power
     total = total * slope
-    mean = torch.lerp(first, total, 1 - BETA1)
-    square = torch.lerp(second, total * total, 1 - BETA2)
-    new = v - rate * (mean / correction1) / (torch.sqrt(square / correction2) + EPSILON)
+    # Adam (arXiv:1412.6980, algorithm 1)
+    mean = torch.lerp(first, total, 1 - ADAM_BETA1)
+    square = torch.lerp(second, total * total, 1 - ADAM_BETA2)
+    new = v - rate * (mean / correction1) / (torch.sqrt(square / correction2) + ADAM_EPSILON)
     first.copy_(mean)
     second.copy_(square)
     v.copy_(new)
@@ -96,27 +112,33 @@ class Rounding:
 
     scheme: Scheme
     scale: Tensor
-    """[rows, 1]."""
+    """s, [rows, 1]: a row for each channel, or one for all."""
     floor: Tensor
-    """floor(W / s), [rows, elements], int8; what lies beyond the grid is kept just beyond it."""
+    """floor(W / s), [rows, elements], int8; values beyond the grid are moved to the first integer beyond it."""
     v: Tensor
+    """V, [rows, elements]."""
     first: Tensor
+    """Adam's first moment, [rows, elements]."""
     second: Tensor
+    """Adam's second moment, [rows, elements]."""
     rows: Tensor
     """The soft weight, [rows, elements]."""
     soft: Tensor
-    """The same numbers shaped like the weight: a leaf that gradients come to."""
+    """The same numbers in the weight's shape: the leaf that collects the gradient."""
     steps: int = 0
+    """Steps taken."""
 
     @staticmethod
     def of(weight: Tensor, scale: Tensor, scheme: Scheme) -> "Rounding":
-        """Start at the float weight: h(V) is the fraction of W / s.
+        """Return the rounding whose soft weight is the float weight: h(V) is the fractional part of W / s.
 
         Args:
-            weight: any shape, float32.
-            scale: [] or [channels].
+            weight: W, any shape, float32.
+            scale: s, [] or [channels].
+            scheme: the weight's grid and channel axis.
         """
-        low, high = scheme.quant_min, scheme.quant_max
+        low = scheme.quant_min
+        high = scheme.quant_max
         column = scale.detach().reshape(-1, 1).clone()
         ratio = _rows(weight.detach(), scheme.axis) / column
         floor = torch.floor(ratio)
@@ -127,15 +149,15 @@ class Rounding:
         return Rounding(scheme, column, floor, v, torch.zeros_like(v), torch.zeros_like(v), rows, soft)
 
     def step(self, rate: float, weight: float, beta: float) -> None:
-        """Move the rounding by the gradient that has come to the soft weight.
+        """Take one step along the gradient that the soft weight has collected.
 
         Args:
             rate: learning rate of Adam.
-            weight: factor of the regularizer, which is summed over all elements.
-            beta: its sharpness.
+            weight: factor of the regularizer's sum over all elements; 0: no regularizer.
+            beta: sharpness of the regularizer.
         """
         self.steps += 1
-        corrections = (1 - BETA1**self.steps, 1 - BETA2**self.steps)
+        corrections = (1 - ADAM_BETA1**self.steps, 1 - ADAM_BETA2**self.steps)
         numbers = torch.tensor([rate, weight, beta, *corrections], device=self.v.device)
         assert self.soft.grad is not None
         grad = _rows(self.soft.grad, self.scheme.axis)
@@ -144,21 +166,24 @@ class Rounding:
             fused(_advance)(*state, (self.scheme.quant_min, self.scheme.quant_max), weight > 0)
         self.soft.grad = None
 
-    def scale_gradient(self) -> None:
-        """Give the scale its gradient, where it is learned: that of the soft weight times its integers (Genie)."""
+    def set_scale_gradient(self) -> None:
+        """Set the gradient of a learned scale: that of the soft weight times W~ / s, summed over a row.
+
+        Jeon et al., "Genie: Show Me the Data for Quantization" (arXiv:2212.04780).
+        """
         if self.scale.requires_grad and self.soft.grad is not None:
             grad = _rows(self.soft.grad, self.scheme.axis)
             self.scale.grad = (grad * self.rows / self.scale.detach()).sum(1, keepdim=True)
 
     @property
     def integers(self) -> Tensor:
-        """The decided integers, shaped like the weight."""
+        """The decided integers, in the weight's shape."""
         hard = torch.clamp(self.floor + (self.v >= 0), self.scheme.quant_min, self.scheme.quant_max)
         return _shaped(hard, self.soft.shape, self.scheme.axis)
 
     @property
     def undecided(self) -> float:
-        """Share of the elements whose h(V) is neither 0 nor 1."""
+        """Fraction of the elements with h(V) strictly between 0 and 1."""
         step = soft_step(self.v)
         return float(((step > 0) & (step < 1)).float().mean())
 

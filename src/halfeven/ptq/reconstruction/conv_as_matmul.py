@@ -1,7 +1,7 @@
-"""Convolutions with few output positions as matrix products.
+"""Compute convolutions with few output positions as matrix products.
 
-oneDNN brings a convolution's weight into a layout of its own at each call, forward and backward. That pays where many
-positions use it; the last layers of a network have a handful of positions and millions of weights.
+oneDNN reorders a convolution's weight into a layout of its own at each call, forward and backward. That pays where many
+positions use the weight; the last layers of a network have a few positions and millions of weights.
 """
 
 from typing import Any
@@ -9,21 +9,30 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEW = 4
-"""Output positions of an image up to which the product is the faster form: 17 ms against 27 for a step of 512 by 512
-channels, 3 x 3, at 2 x 2 positions, and no faster at 4 x 4."""
+MAX_POSITIONS = 4
+"""Largest number of output positions of a sample for which the product is faster: 17 ms against 27 for a step of 512 by
+512 channels, 3 x 3, at 2 x 2 positions, and no faster at 4 x 4."""
 
 
 def has_few_positions(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a layer is a convolution that `by_product` computes faster."""
+    """Return True for a convolution that `conv_as_matmul` computes faster, given its input x."""
     if not isinstance(layer, nn.Conv2d) or layer.groups != 1 or isinstance(layer.padding, str) or x.ndim != 4:
         return False
     height, width = _output_size(layer, x)
-    return x.device.type == "cpu" and layer.padding_mode == "zeros" and height * width <= FEW
+    return x.device.type == "cpu" and layer.padding_mode == "zeros" and height * width <= MAX_POSITIONS
 
 
-def by_product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """The layer's convolution of x, [batch, channels, height, width], with a weight, as one matrix product."""
+def conv_as_matmul(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """Return the layer's convolution of x with a weight, computed as one matrix product.
+
+    Args:
+        layer: a `Conv2d` of one group, with padding by zeros.
+        x: [batch, input channels, height, width].
+        weight: [output channels, input channels, kernel height, kernel width], in place of the layer's own.
+
+    Returns:
+        [batch, output channels, output height, output width].
+    """
     columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
     flat = columns.transpose(0, 1).reshape(columns.shape[1], -1)  # [channels * kernel, batch * positions]
     product = (weight.flatten(1) @ flat).view(weight.shape[0], x.shape[0], -1).transpose(0, 1)

@@ -1,9 +1,10 @@
-"""Learning a unit: rounding, activation scales and biases such that a unit gives what its float form gives.
+"""Optimization of one block: learn rounding, activation scales and biases so that it gives what its float form gives.
 
-The error of a unit is the mean square of the difference, over that of the float output: the reciprocal of the SQNR.
+The error of a block is the mean squared difference of its outputs, relative to the mean square of the float outputs:
+the reciprocal of the SQNR. It is minimized by gradient descent (AdaRound, arXiv:2004.10568, section 3.2; BRECQ,
+arXiv:2102.05426, section 3; QDrop, arXiv:2203.05740, section 4.3).
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,91 +14,104 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from halfeven.graph.view import module_of
-from halfeven.layerwise.activations import Stream, Values, run
-from halfeven.layerwise.blocks import Unit
+from halfeven.graph.view import Op, module_of
+from halfeven.layerwise.activations import ActivationCache, Values, run
+from halfeven.layerwise.blocks import Block
 from halfeven.ptq.options import PTQOptions
-from halfeven.ptq.reconstruction.adaround import Rounding, sharpness
-from halfeven.ptq.reconstruction.conv_as_matmul import by_product, has_few_positions
+from halfeven.ptq.reconstruction.adaround import Rounding, regularizer_sharpness
+from halfeven.ptq.reconstruction.conv_as_matmul import conv_as_matmul, has_few_positions
 from halfeven.quantization.arithmetic import dequantize, snap
 from halfeven.quantization.fake_quantize import effective_scale, fake_quantize
 from halfeven.quantization.quantizer import Mode, Quantizer
 
-MASKS = 2**22
-"""Random decisions that are drawn at once; masks are cut out of them at random places, which costs next to nothing."""
+MIN_RANDOM_DECISIONS = 2**22
+"""Smallest number of random decisions drawn at once; masks are cut out of them at random places, which costs little."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The error of a unit with its weights rounded to nearest, and with what was learned."""
+class BlockResult:
+    """Relative errors of a block."""
 
     before: float
+    """With its weights rounded to nearest."""
     after: float
+    """With the learned rounding, scales and biases."""
     undecided: float
-    """Share of the roundings that the regularizer had not driven to 0 or 1."""
+    """Largest fraction of a weight's roundings that the regularizer had not driven to 0 or 1."""
 
 
-def decibels(error: float) -> float:
-    """Signal to quantization noise ratio in dB of a relative error."""
-    return -10 * math.log10(max(error, 1e-30))
+def optimize_block(
+    block: Block, floats: ActivationCache, quantized: ActivationCache, options: PTQOptions, seed: int
+) -> BlockResult:
+    """Optimize a block, and put its weights on their grids.
 
-
-def learn(unit: Unit, floats: Stream, quantized: Stream, options: PTQOptions, seed: int) -> Outcome:
-    """Learn a unit and leave it with decided roundings; where nothing was gained, as it was, its weights rounded to
-    nearest.
+    Where the error does not fall, the block keeps its weights rounded to nearest and its earlier scales and biases.
 
     Args:
-        floats: stream of the float model, already past the unit: what it gave is the target.
-        quantized: stream of the quantized model, before the unit.
-        options: `iterations` steps; rates of 0 leave scales or biases as they are.
-        seed: of the order of batches and of dropped activations.
+        block: the block.
+        floats: cache of the float model, with the block's outputs: they are the target.
+        quantized: cache of the quantized model, before the block.
+        options: number of steps, rates, regularization; a rate of 0 leaves scales or biases as they are.
+        seed: seed of the order of batches and of dropped activations.
     """
-    powers = _powers(unit, floats)
-    before = error(unit, floats, quantized, powers)
-    learned = _Learned(unit, options)
-    give_back = learned.nearest()
-    if before > 0 and (learned.roundings or learned.groups):
-        _descend(unit, floats, quantized, options, learned, {n: p * before for n, p in powers.items()}, seed)
-    undecided = max((r.undecided for r in learned.roundings.values()), default=0.0)
-    learned.decide()
-    after = error(unit, floats, quantized, powers)
+    powers = _powers(block, floats)
+    before = relative_error(block, floats, quantized, powers)
+    parameters = _Parameters(block, options)
+    restore_nearest = parameters.rounded_to_nearest()
+    if before > 0 and (parameters.roundings or parameters.groups):
+        # The loss is 1 at the start, so that one weight of the regularizer suits blocks of any error.
+        loss_powers = {node: power * before for node, power in powers.items()}
+        _descend(block, floats, quantized, options, parameters, loss_powers, seed)
+    undecided = max((rounding.undecided for rounding in parameters.roundings.values()), default=0.0)
+    parameters.fix()
+    after = relative_error(block, floats, quantized, powers)
     if after > before:
-        give_back()
+        restore_nearest()
         after = before
-    return Outcome(before, after, undecided)
+    return BlockResult(before, after, undecided)
 
 
 @torch.no_grad()
-def error(unit: Unit, floats: Stream, quantized: Stream, powers: Mapping[fx.Node, Tensor]) -> float:
-    """Relative error of a unit over all batches, summed over its outputs."""
+def relative_error(
+    block: Block, floats: ActivationCache, quantized: ActivationCache, powers: Mapping[fx.Node, Tensor]
+) -> float:
+    """Return the mean relative error of a block over all batches, summed over its outputs.
+
+    Args:
+        block, floats, quantized: as for `optimize_block`.
+        powers: mean square of each output in the float model, [].
+    """
     errors = [
-        float(_distance(run(unit, quantized.inputs(unit, batch)), floats.outputs(unit, batch), powers))
+        float(_loss(run(block, quantized.inputs(block, batch)), floats.outputs(block, batch), powers))
         for batch in range(len(quantized.batches))
     ]
     return sum(errors) / len(errors)
 
 
-def _powers(unit: Unit, floats: Stream) -> dict[fx.Node, Tensor]:
-    """Mean square of each real-valued output of the float unit."""
+def _powers(block: Block, floats: ActivationCache) -> dict[fx.Node, Tensor]:
+    """Return the mean square of each floating-point output of the float block, []."""
     batches = len(floats.batches)
     powers: dict[fx.Node, Tensor] = {}
     for batch in range(batches):
-        for node, value in floats.outputs(unit, batch).items():
-            if _is_real(value):
+        for node, value in floats.outputs(block, batch).items():
+            if _is_floating_point(value):
                 powers[node] = powers.get(node, 0.0) + value.double().square().mean() / batches
     return {node: power.float().clamp(min=1e-12) for node, power in powers.items()}
 
 
-def _distance(found: Values, wanted: Values, powers: Mapping[fx.Node, Tensor]) -> Tensor:
-    errors = [F.mse_loss(found[n].float(), wanted[n].float()) / power for n, power in powers.items()]
+def _loss(found: Values, expected: Values, powers: Mapping[fx.Node, Tensor]) -> Tensor:
+    errors = [F.mse_loss(found[n].float(), expected[n].float()) / power for n, power in powers.items()]
     return torch.stack(errors).sum()
 
 
-class _Learned:
-    """What is learned of a unit: the rounding of its weights, the scales of its activations, its biases."""
+# What is learned
 
-    def __init__(self, unit: Unit, options: PTQOptions) -> None:
-        self.layers = _layers(unit)
+
+class _Parameters:
+    """The parameters of a block that are learned: rounding of weights, scales of activations and weights, biases."""
+
+    def __init__(self, block: Block, options: PTQOptions) -> None:
+        self.layers = _layers_to_round(block)
         self.quantizers: dict[Any, Quantizer] = {layer: layer.weight_quantizer for layer in self.layers}
         self.roundings = {
             layer: Rounding.of(layer.weight, quantizer.used_scale(layer.weight), quantizer.scheme)
@@ -106,25 +120,30 @@ class _Learned:
         self.groups: list[dict[str, Any]] = []
         self.scales: dict[Quantizer, Tensor] = {}
         if options.scale_rate:
-            for quantizer in _activation_quantizers(unit):
-                self.scales[quantizer] = effective_scale(quantizer.scale.detach()).clone()
-                self._add(self.scales[quantizer], options.scale_rate * float(quantizer.scale))
+            self._add_activation_scales(block, options.scale_rate)
         if options.bias_rate:
-            for layer in self.layers:
-                if layer.bias is not None:
-                    self._add(
-                        layer.bias, options.bias_rate * float(layer.weight.detach().flatten(1).norm(dim=1).mean())
-                    )
+            self._add_biases(options.bias_rate)
         if options.learn_weight_scales:
             for rounding in self.roundings.values():
                 self._add(rounding.scale, options.scale_rate * float(rounding.scale.mean()))
+
+    def _add_activation_scales(self, block: Block, rate: float) -> None:
+        for quantizer in _activation_quantizers(block):
+            self.scales[quantizer] = effective_scale(quantizer.scale.detach()).clone()
+            self._add(self.scales[quantizer], rate * float(quantizer.scale))
+
+    def _add_biases(self, rate: float) -> None:
+        for layer in self.layers:
+            if layer.bias is not None:
+                size = float(layer.weight.detach().flatten(1).norm(dim=1).mean())
+                self._add(layer.bias, rate * size)
 
     def _add(self, tensor: Tensor, rate: float) -> None:
         self.groups.append({"params": [tensor.requires_grad_()], "lr": rate})
 
     @contextmanager
-    def soft(self) -> Iterator[None]:
-        """While this lasts, the layers compute with their soft weights."""
+    def soft_weights(self) -> Iterator[None]:
+        """Let the layers compute with their soft weights; their quantizers are put back at the end."""
         for layer, rounding in self.roundings.items():
             layer.weight_quantizer = _SoftWeight(rounding)
         try:
@@ -134,14 +153,14 @@ class _Learned:
                 layer.weight_quantizer = quantizer
 
     @torch.no_grad()
-    def nearest(self) -> Callable[[], None]:
-        """A function that gives the unit back as it is now, its weights rounded to nearest."""
+    def rounded_to_nearest(self) -> Callable[[], None]:
+        """Return a function that restores the block as it is now, with its weights rounded to nearest."""
         weights = {layer: q(layer.weight).clone() for layer, q in self.quantizers.items()}
         biases = {layer: layer.bias.clone() for layer in self.layers if layer.bias is not None}
         scales = {q: q.scale.clone() for q in self.scales}
         weight_scales = {q: q.used_scale(layer.weight).clone() for layer, q in self.quantizers.items()}
 
-        def give_back() -> None:
+        def restore() -> None:
             for layer, weight in weights.items():
                 layer.weight.data.copy_(weight)
             for layer, bias in biases.items():
@@ -149,11 +168,11 @@ class _Learned:
             for quantizer, scale in (scales | weight_scales).items():
                 quantizer.fix_scale(scale)
 
-        return give_back
+        return restore
 
     @torch.no_grad()
-    def decide(self) -> None:
-        """Round as was learned: put weights on their grids, and fix the scales, which must not move any more."""
+    def fix(self) -> None:
+        """Put the weights on their grids as was learned, and fix the scales: a moved scale would undo the rounding."""
         for layer, rounding in self.roundings.items():
             quantizer = self.quantizers[layer]
             scale = snap(rounding.scale.detach().abs()).reshape(quantizer.scale.shape)
@@ -166,116 +185,124 @@ class _Learned:
                 tensor.requires_grad_(False)
 
 
-def _layers(unit: Unit) -> list[Any]:
-    """The layers of a unit whose rounding is not decided yet: one that is used again was learned at its first use."""
-    layers: list[Any] = [module_of(node) for node in unit.layers]
+def _layers_to_round(block: Block) -> list[Any]:
+    """Return the layers with undecided rounding: a layer that is called again was learned at its first call."""
+    layers: list[Any] = [module_of(node) for node in block.layers]
     return list(dict.fromkeys(layer for layer in layers if not layer.weight_quantizer.state.fixed))
 
 
-def _activation_quantizers(unit: Unit) -> list[Quantizer]:
-    modules = (module_of(node) for node in unit.nodes if node.op == "call_module")
+def _activation_quantizers(block: Block) -> list[Quantizer]:
+    modules = (Op(node).module for node in block.nodes)
     return list(dict.fromkeys(m for m in modules if isinstance(m, Quantizer) and not (m.weight or m.state.fixed)))
 
 
-def learned_quantizers(unit: Unit, options: PTQOptions) -> list[Quantizer]:
-    """The quantizers whose scales are final once a unit has been learned."""
-    weights = [layer.weight_quantizer for layer in _layers(unit)]
-    return weights + (_activation_quantizers(unit) if options.scale_rate else [])
+def learned_quantizers(block: Block, options: PTQOptions) -> list[Quantizer]:
+    """Return the quantizers whose scales are final once a block has been optimized."""
+    weights = [layer.weight_quantizer for layer in _layers_to_round(block)]
+    return weights + (_activation_quantizers(block) if options.scale_rate else [])
 
 
 class _SoftWeight(nn.Module):
-    """Stands in for a layer's weight quantizer while its rounding is learned."""
+    """Takes the place of a layer's weight quantizer while its rounding is learned."""
 
     def __init__(self, rounding: Rounding) -> None:
         super().__init__()
-        self.rounding, self.mode = rounding, Mode.FLOAT
+        self.rounding = rounding
+        self.mode = Mode.FLOAT
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.rounding.soft
 
 
+# Gradient descent
+
+
 def _descend(
-    unit: Unit,
-    floats: Stream,
-    quantized: Stream,
+    block: Block,
+    floats: ActivationCache,
+    quantized: ActivationCache,
     options: PTQOptions,
-    learned: _Learned,
+    parameters: _Parameters,
     powers: Mapping[fx.Node, Tensor],
     seed: int,
 ) -> None:
-    """The steps of gradient descent; the rounding is pushed to 0 or 1 after the warm start."""
+    """Minimize the error plus the regularizer, which takes part after the warm start."""
     generator = torch.Generator().manual_seed(seed)
-    dropping = _Dropping(options.drop, generator, learned)
-    optimizer = torch.optim.Adam(learned.groups) if learned.groups else None
+    qdrop = _QDrop(options.drop, generator, parameters)
+    optimizer = torch.optim.Adam(parameters.groups) if parameters.groups else None
     steps = options.steps
     warm = round(options.warm_start * steps)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if optimizer else None
-    weights = sum(rounding.v.numel() for rounding in learned.roundings.values())
-    with learned.soft(), torch.enable_grad():
-        for step, batch in enumerate(_batches(len(quantized.batches), steps, generator)):
-            values = quantized.inputs(unit, batch)
+    weights = sum(rounding.v.numel() for rounding in parameters.roundings.values())
+    with parameters.soft_weights(), torch.enable_grad():
+        for step, batch in enumerate(_shuffled_batches(len(quantized.batches), steps, generator)):
+            values = quantized.inputs(block, batch)
             if options.drop:
-                values = dropping.mixed(values, floats.inputs(unit, batch))
-            found = run(unit, values, dropping.call)
-            _distance(found, floats.outputs(unit, batch), powers).backward()  # type: ignore[no-untyped-call]
+                values = qdrop.mix(values, floats.inputs(block, batch))
+            found = run(block, values, qdrop.call)
+            _loss(found, floats.outputs(block, batch), powers).backward()  # type: ignore[no-untyped-call]
             if optimizer and decay:
-                for rounding in learned.roundings.values():
-                    rounding.scale_gradient()
+                for rounding in parameters.roundings.values():
+                    rounding.set_scale_gradient()
                 optimizer.step()
                 optimizer.zero_grad()
                 decay.step()
-            push = 0.0 if step < warm or not weights else options.regularization / weights  # none: scales alone learn
-            beta = sharpness(max(0.0, (step - warm) / (steps - warm)))
-            for rounding in learned.roundings.values():
-                rounding.step(options.rounding_rate, push, beta)
+            # The regularizer is a mean over the weights; a block without weights learns scales alone.
+            strength = 0.0 if step < warm or not weights else options.regularization / weights
+            sharpness = regularizer_sharpness(max(0.0, (step - warm) / (steps - warm)))
+            for rounding in parameters.roundings.values():
+                rounding.step(options.rounding_rate, strength, sharpness)
 
 
-def _batches(count: int, steps: int, generator: torch.Generator) -> Iterator[int]:
-    """The numbers of batches in random order, all of them before one comes again."""
+def _shuffled_batches(count: int, steps: int, generator: torch.Generator) -> Iterator[int]:
+    """Return indices of batches in random order; each batch comes once before any comes again."""
     for step in range(steps):
         if step % count == 0:
             order = torch.randperm(count, generator=generator).tolist()
         yield order[step % count]
 
 
-class _Dropping:
-    """Leaves activations in float at random while a unit is learned (QDrop, arXiv 2203.05740, section 4.3)."""
+class _QDrop:
+    """Leaves activations in float at random while a block is optimized (QDrop, arXiv:2203.05740, section 4.3)."""
 
-    def __init__(self, probability: float, generator: torch.Generator, learned: _Learned) -> None:
-        self.probability, self.generator = probability, generator
-        self.scales, self.roundings = learned.scales, learned.roundings
-        self.pool = torch.empty(0, dtype=torch.bool)
+    def __init__(self, probability: float, generator: torch.Generator, parameters: _Parameters) -> None:
+        self.probability = probability
+        self.generator = generator
+        self.scales = parameters.scales
+        self.roundings = parameters.roundings
+        self.decisions = torch.empty(0, dtype=torch.bool)
 
-    def mixed(self, values: Values, float_values: Values) -> Values:
-        """What a unit reads, each element from the quantized or from the float stream."""
-        return {node: self._choose(float_values[node], value) for node, value in values.items()}
+    def mix(self, quantized: Values, floats: Values) -> Values:
+        """Return a block's inputs with each element from the quantized or the float model."""
+        return {node: self._drop(floats[node], value) for node, value in quantized.items()}
 
     def call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Run a module; an activation quantizer with the scale that is learned, and leaving out at random."""
+        """Run a module of the block; an activation quantizer gets its learned scale, and drops at random."""
         if module in self.roundings and has_few_positions(module, args[0]):
-            return by_product(module, args[0], self.roundings[module].soft)
+            return conv_as_matmul(module, args[0], self.roundings[module].soft)
         if not isinstance(module, Quantizer):
             return module(*args)
-        x, scale = args[0], self.scales.get(module)
+        x = args[0]
+        scale = self.scales.get(module)
         if scale is None:
             quantized = module(x)
         else:
             quantized = fake_quantize(x, effective_scale(scale), module.zero_point, module.scheme)
-        return self._choose(x, quantized) if not (module.weight or module.state.fixed) else quantized
+        return self._drop(x, quantized) if not (module.weight or module.state.fixed) else quantized
 
-    def _choose(self, kept: Any, quantized: Any) -> Any:
-        if not self.probability or not _is_real(quantized):
+    def _drop(self, in_float: Any, quantized: Any) -> Any:
+        if not self.probability or not _is_floating_point(quantized):
             return quantized
-        return torch.where(self._mask(quantized), kept, quantized)
+        return torch.where(self._mask(quantized), in_float, quantized)
 
     def _mask(self, x: Tensor) -> Tensor:
         count = x.numel()
-        if 2 * count > len(self.pool):
-            self.pool = torch.rand(max(MASKS, 4 * count), generator=self.generator) < self.probability
-            self.pool = self.pool.to(x.device)
-        start = int(torch.randint(len(self.pool) - count, (), generator=self.generator))
-        return self.pool[start : start + count].view(x.shape)
+        if 2 * count > len(self.decisions):
+            drawn = torch.rand(max(MIN_RANDOM_DECISIONS, 4 * count), generator=self.generator)
+            self.decisions = (drawn < self.probability).to(x.device)
+        start = int(torch.randint(len(self.decisions) - count, (), generator=self.generator))
+        return self.decisions[start : start + count].view(x.shape)
 
 
-def _is_real(value: Any) -> bool:
+def _is_floating_point(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,9 +1,9 @@
-"""Reconstruction: layer after layer, or block after block, the quantized model learns to give what the float one gives.
+"""Reconstruction: the layers or blocks of the quantized model, in order, learn to give what the float model gives.
 
-AdaRound (arXiv 2004.10568; white paper, section 3.4) learns the rounding of one layer's weight; BRECQ (arXiv
-2102.05426) does so for blocks; QDrop (arXiv 2203.05740) leaves activations in float at random meanwhile, and learns
-their scales. What comes in is what the quantized layers before give; the target is what the float model gives at the
-same place. Only inputs are needed, no labels.
+AdaRound (Nagel et al., arXiv:2004.10568; white paper, section 3.4, arXiv:2106.08295) learns the rounding of one layer's
+weight. BRECQ (Li et al., arXiv:2102.05426) does so for blocks. QDrop (Wei et al., arXiv:2203.05740) leaves activations
+in float at random meanwhile, and learns their scales. The input of a block is the output of the quantized blocks before
+it; the target is the output of the float block at the same place. Only inputs are needed, no labels.
 """
 
 import dataclasses
@@ -20,32 +20,33 @@ from torch import nn
 
 from halfeven.errors import CalibrationError
 from halfeven.evaluation import evaluating
-from halfeven.layerwise.activations import check_float_weights, in_float, streams
-from halfeven.layerwise.blocks import Granularity, Unit, units
-from halfeven.layerwise.cache import Cache, Stored, store_inputs
+from halfeven.layerwise.activations import activation_caches, check_float_weights, in_float
+from halfeven.layerwise.blocks import Block, Granularity, find_blocks
+from halfeven.layerwise.cache import BoundedCache, Stored, store_inputs
+from halfeven.layerwise.sqnr import decibels
 from halfeven.placement.make_plan import qualified, regions
 from halfeven.ptq.options import PTQOptions
-from halfeven.ptq.reconstruction.optimize import Outcome, decibels, learn
-from halfeven.ptq.reconstruction.resume import Saved
+from halfeven.ptq.reconstruction.optimize import BlockResult, optimize_block
+from halfeven.ptq.reconstruction.resume import BlockStore
 from halfeven.quantization.quantizer import quantizers
 from halfeven.renamed import renamed_parameters
-
-"""Steps of a unit where the options leave the number open."""
 
 Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class UnitReport:
-    """How well a unit gives what its float form gives, in dB (signal to quantization noise ratio)."""
+class BlockReport:
+    """SQNR of a block's outputs, in dB, before and after its reconstruction."""
 
     name: str
     layers: int
+    """Number of quantized layers in it."""
     before: float
     """With weights rounded to nearest."""
     after: float
+    """With what was learned."""
     undecided: float
-    """Share of the roundings that were rounded while the regularizer had not driven them to 0 or 1."""
+    """Largest fraction of a weight's roundings that the regularizer had not driven to 0 or 1."""
     seconds: float
 
     def __str__(self) -> str:
@@ -57,17 +58,19 @@ class UnitReport:
 
 @dataclass(frozen=True)
 class ReconstructionReport:
-    """What a reconstruction gained, unit by unit."""
+    """The gain of a reconstruction, block by block."""
 
-    units: tuple[UnitReport, ...]
+    blocks: tuple[BlockReport, ...]
+    """One for each layer or block, in order."""
     iterations: int
+    """Steps of each block."""
     bytes_on_disk: int = 0
-    """Stored activations that the memory bound sent to the disk, in all."""
+    """Size of all stored activations that did not fit into the memory bound."""
 
     def __str__(self) -> str:
-        head = f"Reconstruction of {len(self.units)} units, {self.iterations} steps each:"
+        head = f"Reconstruction of {len(self.blocks)} blocks, {self.iterations} steps each:"
         disk = [f"  {self.bytes_on_disk / 1e9:.1f} GB of activations lay on the disk."] if self.bytes_on_disk else []
-        return "\n".join([head, *(f"  {unit}" for unit in self.units), *disk])
+        return "\n".join([head, *(f"  {block}" for block in self.blocks), *disk])
 
 
 @renamed_parameters(say="log", state="resume_dir")
@@ -80,23 +83,24 @@ def adaround(
     resume_dir: Path | None = None,
     log: Log | None = None,
 ) -> ReconstructionReport:
-    """AdaRound: learn, layer by layer, whether each weight is rounded up or down.
+    """Learn, layer by layer, whether each weight is rounded up or down (AdaRound), in place.
 
-    Weight ranges must be set before (`calibrate`), and are final afterwards: a range that is set anew would undo the
+    Weight ranges must be set before (`halfeven.calibrate`) and are final afterwards: a new range would undo the
     rounding. Ranges of activations may be set again by `calibrate`.
 
     Args:
-        qmodel: a calibrated model; it is changed in place.
+        qmodel: a calibrated model.
         loader: batches as for `calibrate`; 500 to 1,000 samples suffice (white paper, section 3.4).
-        options: `iterations`, `batch_size`, rates, memory bound and seed; what AdaRound does not learn is ignored.
-        batches: how many of the loader's batches to take; None: all.
+        options: `iterations`, `batch_size`, `rounding_rate`, memory bound and seed; options of what AdaRound does not
+            learn are ignored.
+        batches: largest number of the loader's batches to read; None: all.
         resume_dir: folder for finished layers. A killed run that is started again goes on from it, and ends with the
             same weights as an uninterrupted run.
         log: called with a line about each layer when it is finished.
 
     Raises:
         AlgorithmError: the rounding was learned before.
-        CalibrationError: the loader gave nothing, or a range is not set.
+        CalibrationError: the loader is empty, or a range is not set.
         CheckpointError: `resume_dir` belongs to another run.
     """
     options = dataclasses.replace(options or PTQOptions(), drop=0.0, scale_rate=0.0, bias_rate=0.0)
@@ -113,10 +117,10 @@ def reconstruct(
     resume_dir: Path | None = None,
     log: Log | None = None,
 ) -> ReconstructionReport:
-    """Block reconstruction: learn the rounding and the activation scales of block after block, together.
+    """Learn the rounding and the activation scales of each block together (BRECQ, QDrop), in place.
 
-    Weight and activation ranges must be set before (`calibrate`); afterwards they are final. Blocks are found in the
-    graph (`halfeven.layerwise.blocks`). Biases are learned too with `options.bias_rate`, weight scales with
+    Weight and activation ranges must be set before (`halfeven.calibrate`); afterwards they are final. Blocks are found
+    in the graph (`halfeven.layerwise.blocks`). Biases are learned too with `options.bias_rate`, weight scales with
     `options.learn_weight_scales`. Arguments and errors are those of `adaround`.
     """
     return _reconstruct(qmodel, loader, "blocks", options or PTQOptions(), batches, resume_dir, log)
@@ -134,14 +138,15 @@ def _reconstruct(
     options = dataclasses.replace(options, iterations=options.steps)
     check_float_weights(qmodel, "Reconstruction")
     _check_calibrated(qmodel)
-    cache = Cache(options.memory * 1e9, options.cache_folder)
-    reports: list[UnitReport] = []
-    found = [(prefix, units(region, granularity)) for prefix, region in regions(qmodel).items()]
-    with evaluating(qmodel), _parameters_at_rest(qmodel), _bar(sum(len(parts) for _, parts in found)) as advance:
+    cache = BoundedCache(options.memory * 1e9, options.cache_folder)
+    reports: list[BlockReport] = []
+    found = [(prefix, find_blocks(region, granularity)) for prefix, region in regions(qmodel).items()]
+    count = sum(len(blocks) for _, blocks in found)
+    with evaluating(qmodel), _parameters_without_gradients(qmodel), _progress_bar(count) as advance:
         inputs = store_inputs(loader, options.batch_size, cache, batches)
-        saved = Saved.open(resume_dir, qmodel, inputs, options, granularity)
-        for prefix, parts in found:
-            for report in _walk(qmodel, prefix, parts, inputs, cache, options, saved):
+        finished = BlockStore.open(resume_dir, qmodel, inputs, options, granularity)
+        for prefix, blocks in found:
+            for report in _reconstruct_region(qmodel, prefix, blocks, inputs, cache, options, finished):
                 reports.append(report)
                 advance(report)
                 if log is not None:
@@ -149,57 +154,65 @@ def _reconstruct(
     return ReconstructionReport(tuple(reports), options.steps, cache.on_disk)
 
 
-def _walk(
+def _reconstruct_region(
     qmodel: nn.Module,
     prefix: str,
-    parts: list[Unit],
+    blocks: list[Block],
     inputs: list[Stored],
-    cache: Cache,
+    cache: BoundedCache,
     options: PTQOptions,
-    saved: Saved,
-) -> Iterator[UnitReport]:
-    """Reconstruct the units of a region, each on what the finished ones before it give."""
-    floats, quantized = streams(qmodel, prefix, inputs, cache)
-    for index, unit in enumerate(parts):
+    finished: BlockStore,
+) -> Iterator[BlockReport]:
+    """Reconstruct the blocks of a region in order, each on the outputs of the finished blocks before it."""
+    floats, quantized = activation_caches(qmodel, prefix, inputs, cache)
+    for index, block in enumerate(blocks):
         begin = time.perf_counter()
-        name = qualified(prefix, unit.name)
-        with in_float(unit):
-            floats.advance(unit)
-        outcome = saved.restore(name, unit)
-        if outcome is None:
-            outcome = learn(unit, floats, quantized, options, options.seed + index) if unit.layers else Outcome(0, 0, 0)
-            saved.keep(name, unit, outcome)
-        quantized.advance(unit)
-        for stream in (floats, quantized):
-            stream.forget(parts[: index + 1])
-        layers, seconds = len(unit.layers), time.perf_counter() - begin
-        yield UnitReport(name, layers, decibels(outcome.before), decibels(outcome.after), outcome.undecided, seconds)
+        name = qualified(prefix, block.name)
+        with in_float(block):
+            floats.advance(block)
+        result = finished.restore(name, block)
+        if result is None:
+            result = BlockResult(0, 0, 0)
+            if block.layers:
+                result = optimize_block(block, floats, quantized, options, options.seed + index)
+            finished.save(name, block, result)
+        quantized.advance(block)
+        for cached in (floats, quantized):
+            cached.release(blocks[: index + 1])
+        yield BlockReport(
+            name=name,
+            layers=len(block.layers),
+            before=decibels(result.before),
+            after=decibels(result.after),
+            undecided=result.undecided,
+            seconds=time.perf_counter() - begin,
+        )
 
 
 def _check_calibrated(qmodel: nn.Module) -> None:
     unset = [name for name, q in quantizers(qmodel).items() if not q.state.has_range]
     if unset:
         raise CalibrationError(
-            f"{len(unset)} quantizers have no range yet, {unset[0]} for one, so there is no grid to round to. "
+            f"{len(unset)} quantizers ({unset[0]}, for example) have no range yet, so there is no grid to round to. "
             "Run halfeven.calibrate(qmodel, loader) before the reconstruction."
         )
 
 
 @contextmanager
-def _parameters_at_rest(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for gradients but those that a unit learns; afterwards they ask as before."""
-    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+def _parameters_without_gradients(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require gradients, except those that a block learns; restore the flags at the end."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     try:
         yield
     finally:
         for parameter in model.parameters():
-            parameter.requires_grad_(asked.get(parameter, True))
+            parameter.requires_grad_(before.get(parameter, True))
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Callable[[UnitReport], None]]:
-    """A progress bar on the terminal, with the error of the last unit before and after; nothing where there is none."""
+def _progress_bar(total: int) -> Iterator[Callable[[BlockReport], None]]:
+    """Show a progress bar with the last block's SQNR; nothing is shown where the output is no terminal."""
     console = Console(stderr=True)
     columns = (
         TextColumn("reconstruction"),

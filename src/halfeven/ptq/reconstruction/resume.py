@@ -1,4 +1,4 @@
-"""Finished units of a reconstruction, on disk: a run that was killed goes on where it was."""
+"""Finished blocks of a reconstruction on disk, from which a killed run goes on."""
 
 import dataclasses
 import hashlib
@@ -11,76 +11,80 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from halfeven.errors import CheckpointError
 from halfeven.files import write_atomically
-from halfeven.graph.view import module_of
-from halfeven.layerwise.blocks import Unit
+from halfeven.graph.torch_private import pytree
+from halfeven.graph.view import Op
+from halfeven.layerwise.blocks import Block
 from halfeven.layerwise.cache import Stored
 from halfeven.placement.insertion import plan_of
 from halfeven.ptq.options import PTQOptions
-from halfeven.ptq.reconstruction.optimize import Outcome, learned_quantizers
+from halfeven.ptq.reconstruction.optimize import BlockResult, learned_quantizers
 
-INDEX = "run.json"
+INDEX_FILE = "run.json"
+"""File with the facts that identify a run."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Saved:
-    """The folder of one reconstruction; None where nothing is to be kept."""
+class BlockStore:
+    """The finished blocks of one reconstruction, a file each."""
 
     folder: Path | None
+    """None: nothing is kept."""
     options: PTQOptions
 
     @staticmethod
     def open(
         folder: Path | None, qmodel: nn.Module, inputs: Sequence[Stored], options: PTQOptions, granularity: str
-    ) -> "Saved":
+    ) -> "BlockStore":
         """Open the folder of a run, new or interrupted.
 
         Raises:
-            CheckpointError: it holds the units of a run with another model, other data or other options.
+            CheckpointError: the folder holds blocks of a run with another model, other data or other options.
         """
         if folder is None:
-            return Saved(None, options)
-        index, facts = folder / INDEX, _facts(qmodel, inputs, options, granularity)
+            return BlockStore(None, options)
+        index = folder / INDEX_FILE
+        facts = _facts(qmodel, inputs, options, granularity)
         if index.is_file() and json.loads(index.read_text(encoding="utf-8")) != facts:
             raise CheckpointError(
-                f"{folder} holds the finished units of another reconstruction (another model, other images or other "
-                "options), which would be mixed with this one's. Delete that folder, or give another one."
+                f"{folder} holds the finished blocks of another reconstruction (another model, other samples or other "
+                "options), and they would be mixed with the blocks of this run. Delete the folder, or give another "
+                "resume_dir."
             )
         write_atomically(index, lambda path: path.write_text(json.dumps(facts, indent=2), encoding="utf-8"))
-        return Saved(folder, options)
+        return BlockStore(folder, options)
 
-    def keep(self, name: str, unit: Unit, outcome: Outcome) -> None:
-        """Write what a unit has learned."""
+    def save(self, name: str, block: Block, result: BlockResult) -> None:
+        """Write the parameters and buffers of an optimized block, with its errors."""
         if self.folder is not None:
-            state = {key: tensor.detach().cpu().contiguous() for key, tensor in _state(unit).items()}
-            facts = {"outcome": json.dumps(dataclasses.asdict(outcome))}
-            write_atomically(self._file(name, unit), lambda path: save_file(state, path, facts))
+            state = {key: tensor.detach().cpu().contiguous() for key, tensor in _state(block).items()}
+            facts = {"outcome": json.dumps(dataclasses.asdict(result))}
+            write_atomically(self._file(name, block), lambda path: save_file(state, path, facts))
 
     @torch.no_grad()
-    def restore(self, name: str, unit: Unit) -> Outcome | None:
-        """Give a unit what it had learned before the interruption; None where it had not come to it."""
-        if self.folder is None or not self._file(name, unit).is_file():
+    def restore(self, name: str, block: Block) -> BlockResult | None:
+        """Load the parameters and buffers of a block, and return its errors; None where it was not finished."""
+        if self.folder is None or not self._file(name, block).is_file():
             return None
-        with safe_open(self._file(name, unit), "pt") as file:
-            outcome = Outcome(**json.loads(file.metadata()["outcome"]))
-            for key, tensor in _state(unit).items():
+        with safe_open(self._file(name, block), "pt") as file:
+            result = BlockResult(**json.loads(file.metadata()["outcome"]))
+            for key, tensor in _state(block).items():
                 tensor.copy_(file.get_tensor(key))
-        for quantizer in learned_quantizers(unit, self.options):
+        for quantizer in learned_quantizers(block, self.options):
             quantizer.fix_scale(quantizer.scale.detach().clone())
-        return outcome
+        return result
 
-    def _file(self, name: str, unit: Unit) -> Path:
+    def _file(self, name: str, block: Block) -> Path:
         assert self.folder is not None
-        # A layer that is called several times, as a detector's head, gives its name to several units.
-        whole = _digest(part.encode() for part in (name, *(f"/{node.name}" for node in unit.nodes)))
-        return self.folder / f"{whole[:16]}.safetensors"
+        # A layer that is called several times, as in a detector's head, gives its name to several blocks.
+        digest = _digest(part.encode() for part in (name, *(f"/{node.name}" for node in block.nodes)))
+        return self.folder / f"{digest[:16]}.safetensors"
 
 
 def _facts(qmodel: nn.Module, inputs: Sequence[Stored], options: PTQOptions, granularity: str) -> dict[str, Any]:
-    """What tells one run from another; where activations are stored makes no difference."""
+    """Return the facts that tell two runs apart; the memory bound and the cache folder do not."""
     kept = dataclasses.replace(options, memory=1.0, cache_folder="auto")
     return {
         "granularity": granularity,
@@ -106,7 +110,12 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _state(unit: Unit) -> dict[str, Tensor]:
-    """Parameters and buffers of the modules that a unit calls, by their names in the region."""
-    modules = {str(node.target): module_of(node) for node in unit.nodes if node.op == "call_module"}
-    return {f"{name}.{key}": tensor for name, module in modules.items() for key, tensor in module.state_dict().items()}
+def _state(block: Block) -> dict[str, Tensor]:
+    """Return the parameters and buffers of the modules that a block calls, by their names in the region."""
+    modules = {op.path: op.module for op in map(Op, block.nodes)}
+    return {
+        f"{path}.{key}": tensor
+        for path, module in modules.items()
+        if module is not None
+        for key, tensor in module.state_dict().items()
+    }
