@@ -58,7 +58,7 @@ def parsed(command: str, kind: type[Any], arguments: list[str]) -> Any:
 
 
 def _config_among(arguments: list[str], *, required: bool) -> Path | None:
-    """The first argument that is a Python file; None where only the help is asked for and there is none."""
+    """Return the first argument that is a Python file; None where there is none and none is required."""
     found = next((Path(argument) for argument in arguments if argument.endswith(".py")), None)
     if found is not None or not required:
         return found

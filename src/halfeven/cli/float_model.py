@@ -42,8 +42,15 @@ def train_float(context: RunContext, model: nn.Module, *, resume: bool) -> None:
         workers=context.experiment.data.workers,
         name="float",
     )
-    data, options = context.datasets.train, context.experiment.pretraining
-    trainer = Trainer(model, data, options, run, task=context.task, validate=context.accuracy, save=save_weights)
+    trainer = Trainer(
+        model,
+        context.datasets.train,
+        context.experiment.pretraining,
+        run,
+        task=context.task,
+        validate=context.accuracy,
+        save=save_weights,
+    )
     trainer.run(resume=resume and (folder / STATE_FILE).is_file())
     context.accelerator.free_memory()
     load_weights(model, folder / BEST)

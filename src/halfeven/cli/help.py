@@ -1,4 +1,4 @@
-"""The help of a command: its own arguments, the options that matter first, then all others part by part."""
+"""Print the help of a command: its own arguments, the options that matter first, then all others by their part."""
 
 import ast
 import dataclasses
@@ -86,7 +86,7 @@ def help_text(command: str, arguments: Any, *, from_config: bool) -> str:
 
 
 def _positionals(kind: Any) -> Iterator[str]:
-    """The arguments without dashes, as the usage shows them: in brackets where they may be left out."""
+    """List the arguments without dashes as the usage shows them: in brackets where they may be left out."""
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     for name, label in POSITIONALS.items():
         if name in defaults:
@@ -94,7 +94,7 @@ def _positionals(kind: Any) -> Iterator[str]:
 
 
 def _arguments(arguments: Any) -> Iterator[Option]:
-    """The arguments of a command itself: those without dashes, then its switches and values."""
+    """List the arguments of a command itself: those without dashes, then its switches and values."""
     kind: Any = type(arguments)
     hints = get_type_hints(kind)
     meanings = _meanings(kind)
@@ -108,7 +108,7 @@ def _arguments(arguments: Any) -> Iterator[Option]:
 
 
 def _parts(prefix: str, options: Any, meaning: str) -> dict[str, list[Option]]:
-    """The options of an option class and of those in it, by the title under which they stand."""
+    """Return the options of an option class, and of the option classes in it, by the title of their part."""
     kind: Any = type(options)
     hints = get_type_hints(kind, include_extras=True)
     meanings = _meanings(kind)
@@ -139,7 +139,7 @@ def _holds_options(kind: Any) -> bool:
 
 
 def _metavar(kind: Any) -> str:
-    """The form of a value: INT, {a,b}, STR ..."""
+    """Return the form of a value: INT, {a,b}, STR ... for example."""
     origin = get_origin(kind)
     arguments = get_args(kind)
     if origin is Annotated:
@@ -179,7 +179,7 @@ def _shown(value: Any) -> str:
 
 @cache
 def _meanings(kind: Any) -> dict[str, str]:
-    """The docstring below each field of a dataclass, in one line; those of a base class too."""
+    """Return the docstring below each field of a dataclass and of its base classes, in one line."""
     found: dict[str, str] = {}
     for base in [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]:
         source: Any = ast.parse(textwrap.dedent(inspect.getsource(base)))  # type: ignore[arg-type]
@@ -198,7 +198,7 @@ def _dashed(name: str) -> str:
 
 
 def _described(options: Iterable[Option]) -> Iterator[str]:
-    """The lines of options: each with its form, and its meaning beside it."""
+    """Return the lines of options, each with its form and its meaning beside it."""
     for option in options:
         form = f"  {option.form}"
         meaning = _wrapped(option.meaning, indent=COLUMN)

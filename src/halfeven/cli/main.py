@@ -1,4 +1,4 @@
-"""The command line: finds the command that is named, and shows errors. A command's own file does the work."""
+"""Find the command that the command line names, run it, and print errors. Each command has a file of its own."""
 
 import importlib
 import importlib.util

@@ -32,10 +32,13 @@ def _mobilenet_v2_names() -> list[tuple[str, str, str]]:
             timm = ["conv_dw", "conv_pw"] if stage == 0 else ["conv_pw", "conv_dw", "conv_pwl"]
             last = len(timm) - 1
             for i, conv in enumerate(timm):
-                here = f"blocks.{stage}.{block}", f"features.{flat}.conv", f"layer{stage + 1}.{block}.conv.{i}"
+                in_timm = f"blocks.{stage}.{block}"
+                in_torchvision = f"features.{flat}.conv"
+                in_openmmlab = f"layer{stage + 1}.{block}.conv.{i}"
+                # torchvision nests each convolution with its BatchNorm, except the last.
                 vision = (f"{i}.0", f"{i}.1") if i < last else (f"{i}", f"{i + 1}")
-                names.append((f"{here[0]}.{conv}", f"{here[1]}.{vision[0]}", f"{here[2]}.conv"))
-                names.append((f"{here[0]}.bn{i + 1}", f"{here[1]}.{vision[1]}", f"{here[2]}.bn"))
+                names.append((f"{in_timm}.{conv}", f"{in_torchvision}.{vision[0]}", f"{in_openmmlab}.conv"))
+                names.append((f"{in_timm}.bn{i + 1}", f"{in_torchvision}.{vision[1]}", f"{in_openmmlab}.bn"))
             flat += 1
     return names
 
