@@ -7,7 +7,6 @@ Mishra and Marr, "Apprentice" (arXiv:1711.05852); Kim et al., "QKD" (arXiv:1911.
 
 import copy
 import dataclasses
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -17,16 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
-from halfeven.errors import AlgorithmError, ConfigError
+from halfeven.errors import ConfigError
 from halfeven.graph.capture import as_arguments
-from halfeven.graph.view import module_of
 from halfeven.options import Options, PositiveFloat, Share
 from halfeven.placement.captured_model import capture_for_quantization
 from halfeven.placement.insertion import plan_of, recorded_example
 from halfeven.placement.make_plan import regions
-from halfeven.quantization.quantizer import Quantizer
+from halfeven.qat.features import Features
 from halfeven.tasks.task import first_tensor
 
 
@@ -126,8 +123,8 @@ class Distillation:
         if options.features and regions(qmodel) and not regions(teacher):
             self.teacher = _captured_as(qmodel, self.teacher)
         self.teacher.eval().requires_grad_(False)
-        self._student_features = _Features(qmodel, "student", options.features, with_gradients=True)
-        self._teacher_features = _Features(self.teacher, "teacher", options.features, with_gradients=False)
+        self._student_features = Features(qmodel, "student", options.features, with_gradients=True)
+        self._teacher_features = Features(self.teacher, "teacher", options.features, with_gradients=False)
         self._student_features.open()
         self._teacher_features.open()
 
@@ -215,116 +212,3 @@ def _check_shape(what: str, given: Tensor, wanted: Any) -> None:
             f"The {what} of the student have shape {tuple(given.shape)} and the teacher's {shape}, so the two cannot "
             "be compared. Teach with the float model that was quantized, or with one of the same classes and widths."
         )
-
-
-class _Features:
-    """Keeps the last outputs of some layers of a model."""
-
-    def __init__(self, model: nn.Module, whose: str, wanted: tuple[str, ...], *, with_gradients: bool) -> None:
-        layers = _called_layers(model) if wanted else {}
-        self.whose = whose
-        self.with_gradients = with_gradients
-        self.names = [_resolve(name, layers, whose) for name in wanted]
-        if len(set(self.names)) < len(self.names):
-            raise ConfigError(
-                f"distillation.features={list(wanted)} are the layers {self.names} of the {whose}, one of them twice, "
-                "which would count double. Name each layer once."
-            )
-        self.modules = [layers[name] for name in self.names]
-        self.store: dict[str, Tensor] = {}
-        self.handles: list[RemovableHandle] = []
-
-    def open(self) -> None:
-        for name, module in zip(self.names, self.modules, strict=True):
-            self.handles.append(module.register_forward_hook(_Catch(self.store, name, self.with_gradients)))
-
-    def take(self) -> list[Tensor]:
-        missing = [name for name in self.names if name not in self.store]
-        if missing:
-            raise AlgorithmError(
-                f"The {self.whose} gave nothing at {', '.join(missing)}, so there is no feature to compare: it was not "
-                f"run{' with gradients' if self.with_gradients else ''} before the loss, it runs without calling that "
-                "module, or that module gives no tensor, or the distillation was closed. Call loss(...) once after "
-                "each forward pass of the student, and name a layer that is called."
-            )
-        found = [self.store[name] for name in self.names]
-        self.store.clear()
-        return found
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        self.store.clear()
-
-
-class _Catch:
-    """A forward hook that keeps a layer's output. A copy of it, made with the layer, does nothing."""
-
-    def __init__(self, store: dict[str, Tensor] | None, name: str, with_gradients: bool) -> None:
-        self.store = store
-        self.name = name
-        self.with_gradients = with_gradients
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        # Validation needs no features. The mode does not tell (a frozen layer is in eval mode); gradients do.
-        if self.store is None or (self.with_gradients and not torch.is_grad_enabled()):
-            return
-        if isinstance(output, Tensor):
-            self.store[self.name] = output.clone()  # a later `ReLU(inplace=True)` may change it
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Catch":
-        return _Catch(None, self.name, self.with_gradients)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Catch, (None, self.name, self.with_gradients)
-
-
-def _called_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules with parameters or statistics that a model calls, by name, in the order of their last calls.
-
-    Where a model is Python, its calls are not known beforehand: there all modules count.
-    """
-    captured = regions(model)
-    found: dict[str, nn.Module] = {}
-    for prefix, region in captured.items():
-        inside: dict[str, nn.Module] = {}
-        for node in region.graph.nodes:
-            if node.op == "call_module" and _is_layer(module := module_of(node)):
-                name = f"{prefix}.{node.target}" if prefix else str(node.target)
-                inside.pop(name, None)
-                inside[name] = module
-        # A layer that was captured on its own is a graph that calls no module.
-        found |= inside or {prefix: region}
-    for name, module in model.named_modules():
-        if name and _is_layer(module) and not any(f"{name}.".startswith(f"{p}." if p else "") for p in captured):
-            found[name] = module
-    return found
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return not isinstance(module, Quantizer) and any(True for _ in chain(module.parameters(), module.buffers()))
-
-
-def _resolve(name: str, layers: dict[str, nn.Module], whose: str) -> str:
-    """Return the name of a layer, or for a container the name of the last layer in it."""
-    inside = [layer for layer in layers if layer.startswith(f"{name}.")]
-    if name not in layers and not inside:
-        parents = {layer.rsplit(".", depth)[0] for layer in layers for depth in range(1, layer.count(".") + 1)}
-        near = difflib.get_close_matches(name, [*layers, *sorted(parents)], n=3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(list(layers)[:8])}, ..."
-        raise ConfigError(
-            f'distillation.features names "{name}", and the {whose} calls no layer with parameters of that name or '
-            "inside of it, so there is nothing to compare (a folded BatchNorm is part of the layer before). "
-            f"{hint}"
-        )
-    found = name if name in layers else inside[-1]
-    live: Any = getattr(layers[found], "live_norms", ())
-    if live:
-        norm = next((other for other, layer in layers.items() if layer is live[0]), "its BatchNorm")
-        raise ConfigError(
-            f'distillation.features names "{name}", that is {found}, whose outputs have the factor of the BatchNorm '
-            "that is folded into it in each step. The teacher's outputs do not have it, so the two would never match. "
-            f"Name {norm} instead."
-        )
-    return found

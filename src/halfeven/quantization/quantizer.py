@@ -13,6 +13,7 @@ from halfeven.quantization.arithmetic import scale_and_zero_point
 from halfeven.quantization.compile import fused
 from halfeven.quantization.fake_quantize import UNCLIPPED, Clip, Domain, effective_scale, fake_quantize, stored_scale
 from halfeven.quantization.observers import Observer, extremes, finite_extremes, make_observer, rows
+from halfeven.quantization.range_state import RangeState, state_of
 from halfeven.quantization.scheme import Scheme
 
 RANGE_MOMENTUM = 0.01
@@ -21,38 +22,6 @@ RANGE_MOMENTUM = 0.01
 Ranges = Literal["observed", "learned", "clipped", "calibrated"]
 """How a range moves in training: "observed" follows the data, "learned" follows the loss (LSQ), "clipped" follows the
 loss of clipping alone (PACT), "calibrated" stays."""
-
-
-class RangeState(enum.Enum):
-    """The state of a quantizer's range.
-
-    The value of a state is its code in files (the buffer `observing`: 1 where training batches move the range, 2 where
-    nothing does, else 0) and True where a range is set.
-    """
-
-    UNSET = (0, False)
-    """There is no range; calibration sets it."""
-    STARTING = (1, False)
-    """There is no range; calibration or the first training batch sets it."""
-    OBSERVING = (1, True)
-    """Training batches move the range. A weight in this state always has the range of its present values."""
-    CALIBRATED = (0, True)
-    """The range stays until the next calibration, except that the loss moves a learned range."""
-    FIXED = (2, True)
-    """Nothing moves the range, not even calibration."""
-
-    def __init__(self, code: int, has_range: bool) -> None:
-        self.code = code
-        self.has_range = has_range
-        self.observing = code == 1
-        self.fixed = code == 2
-
-
-def _state_of(*, observing: bool, has_range: bool) -> RangeState:
-    """Return the state of a range that is not fixed."""
-    if observing:
-        return RangeState.OBSERVING if has_range else RangeState.STARTING
-    return RangeState.CALIBRATED if has_range else RangeState.UNSET
 
 
 class Mode(enum.Enum):
@@ -210,13 +179,13 @@ class Quantizer(nn.Module):
         self.scale.copy_(stored_scale(scale, self.domain) if self.learned else scale)
         self.zero_point.copy_(zero_point)
         if not self.state.has_range:
-            self.state = _state_of(observing=self.state.observing, has_range=True)
+            self.state = state_of(observing=self.state.observing, has_range=True)
 
     def set_observing(self, on: bool) -> None:
         """Let training batches move an observed range, or keep it; a learned, searched or fixed range never moves."""
         if not self.state.fixed:
             observing = on and self._observable
-            self._set_state(_state_of(observing=observing, has_range=self.state.has_range))
+            self._set_state(state_of(observing=observing, has_range=self.state.has_range))
 
     def _set_state(self, state: RangeState) -> None:
         self.state = state
@@ -265,7 +234,7 @@ class Quantizer(nn.Module):
         self.mode = Mode.CALIBRATE
         self.observer = make_observer(self.observer_name, self.scheme)
         if self.weight and not self.state.fixed:  # each calibration sees the present weight, once
-            self.state = _state_of(observing=self.state.observing, has_range=False)
+            self.state = state_of(observing=self.state.observing, has_range=False)
 
     def finish_calibration(self) -> None:
         """Set the range from the statistics collected.
@@ -345,7 +314,7 @@ def _read_state(quantizer: nn.Module, incompatible_keys: Any) -> None:
     has_range = bool(torch.isfinite(quantizer.scale).all())
     # Files written before code 2 existed have 0 for a fixed range.
     fixed = code == RangeState.FIXED.code or (code == 0 and quantizer.state.fixed)
-    quantizer.state = RangeState.FIXED if fixed and has_range else _state_of(observing=code == 1, has_range=has_range)
+    quantizer.state = RangeState.FIXED if fixed and has_range else state_of(observing=code == 1, has_range=has_range)
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
