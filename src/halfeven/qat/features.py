@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from halfeven.errors import AlgorithmError, ConfigError
-from halfeven.graph.view import module_of
+from halfeven.graph.view import module_calls
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.quantizer import Quantizer
 
@@ -86,11 +86,11 @@ def _called_layers(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for prefix, region in captured.items():
         inside: dict[str, nn.Module] = {}
-        for node in region.graph.nodes:
-            if node.op == "call_module" and _is_layer(module := module_of(node)):
-                name = f"{prefix}.{node.target}" if prefix else str(node.target)
-                inside.pop(name, None)
-                inside[name] = module
+        for call in module_calls(region.graph):
+            if _is_layer(call.module):
+                name = f"{prefix}.{call.path}" if prefix else call.path
+                inside.pop(name, None)  # the last call of a layer decides on its place
+                inside[name] = call.module
         # A layer that was captured on its own is a graph that calls no module.
         found |= inside or {prefix: region}
     for name, module in model.named_modules():
