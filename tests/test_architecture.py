@@ -1,6 +1,8 @@
 """The house: imports point strictly down, siblings do not know each other, files and functions stay small."""
 
 import ast
+import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +88,17 @@ def test_every_room_has_its_floor():
     rooms = {room(path) for path in FILES} - {"__init__"}
     assert rooms <= set(FLOOR_OF), "a new room needs a floor in the design first"
     assert len(FILES) > 30
+
+
+def test_the_picture_shows_the_rooms_on_their_floors():
+    picture = (SOURCE.parents[1] / "docs" / "assets" / "floors.svg").read_text()
+    heights = {name: int(y) for y, name in re.findall(r'class="name" x="\d+" y="(\d+)">(\w+)<', picture)}
+    later = {"diagnosis", "mixed_precision", "reporting", "integrations"}
+    assert set(heights) - later == set(FLOOR_OF)
+    lowest = [max(heights[room] for room in floor) for floor in FLOORS]
+    highest = [min(heights[room] for room in floor) for floor in FLOORS]
+    assert all(above <= below for above, below in itertools.pairwise(lowest))
+    assert all(above <= below for above, below in zip(lowest, highest[1:], strict=False))
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

@@ -1,18 +1,13 @@
 """Configs are Python files that end with an experiment; mistakes in them are named."""
 
 import dataclasses
-import importlib
-import re
 import sys
 from pathlib import Path
 
 import pytest
 
-import halfeven
-from halfeven import config
 from halfeven.config import Experiment, ExportOptions, load_experiment
 from halfeven.errors import ConfigError
-from halfeven.options import Options
 from halfeven.ptq.options import PTQOptions
 from halfeven.training.options import TrainingOptions
 from halfeven.zoo.models import ModelOptions
@@ -36,25 +31,6 @@ def write(folder, text, name="c.py"):
 def test_every_config_loads_and_explains_itself(path):
     assert isinstance(load_experiment(path), Experiment)
     assert path.read_text().startswith('"""')
-
-
-def option_classes():
-    """Every class of the sources whose name ends with Options, with Rule and Scheme, by its name."""
-    for path in sorted(Path(halfeven.__file__).parent.rglob("*.py")):
-        names = re.findall(r"^class (\w+Options|Rule|Scheme|Experiment)\b", path.read_text(), flags=re.MULTILINE)
-        module = ".".join(path.relative_to(Path(halfeven.__file__).parents[1]).with_suffix("").parts)
-        yield from ((name, getattr(importlib.import_module(module), name)) for name in names)
-
-
-def test_every_option_class_checks_its_values_and_config_has_it():
-    found = dict(option_classes())
-    assert len(found) == 18
-    for name, kind in found.items():
-        assert issubclass(kind, Options), name
-        assert name == "Scheme" or getattr(config, name) is kind
-        needed = {"model": ModelOptions(), "data": DataOptions()} if kind is Experiment else {}
-        made = kind(**needed)
-        assert dataclasses.replace(made) == made, "its defaults are values that its fields can have"
 
 
 def test_the_seed_recipe():

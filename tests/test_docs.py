@@ -24,7 +24,10 @@ from halfeven.qat.recipe import decide as decide_training
 from runtimes.parity import SCHEME
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 QUICKSTART = "configs/quickstart/digits.py"
 PARTS = {field.name: get_type_hints(Experiment)[field.name] for field in dataclasses.fields(Experiment)}
 
@@ -120,8 +123,17 @@ def test_the_api_page_names_what_exists():
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
 def test_files_named_exist(page):
-    paths = re.findall(r"(?<![\w/.-])((?:configs|tools|docs|tests|benchmarks)/[\w./]+\.\w+)", page.read_text())
-    assert [path for path in paths if not (ROOT / path).is_file()] == []
+    paths = re.findall(r"(?<![\w/.-])((?:configs|tools|docs|tests|benchmarks|src)/[\w./]+\.\w+)", page.read_text())
+    places = ("NAME", "litert")  # of runtimes to come
+    assert [path for path in paths if not (ROOT / path).is_file() and Path(path).stem not in places] == []
+
+
+def test_files_of_the_architecture_exist():
+    """The page of the rooms names files by their place below `src/halfeven`."""
+    named = re.findall(r"`([\w/]+/\w+\.py)`", (ROOT / "docs/architecture.md").read_text())
+    found = [name for name in named if (ROOT / "src/halfeven" / name).is_file() or (ROOT / name).is_file()]
+    assert len(found) > 20
+    assert set(named) - set(found) <= {"src/halfeven/targets/litert.py"}
 
 
 def anchors(page):

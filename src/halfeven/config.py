@@ -56,18 +56,18 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
-    """The files for the runtime, and their verification."""
+    """What is written for the runtime, and how it is checked."""
 
     target: Annotated[str, formerly("")] = "auto"
     """Runtime that the files are for; "auto": the one that the model was quantized for."""
     formats: Annotated[tuple[Literal["xml", "onnx"], ...] | Auto, formerly(())] = "auto"
     """Files to write: OpenVINO IR (xml) and QDQ ONNX (onnx); "auto": the usual one of the target."""
     verify_images: PositiveInt = 512
-    """Validation samples on which the integers of the file are compared with those of the simulation."""
+    """Validation images on which the file's integers are compared with the simulation's."""
     verify_batch_size: PositiveInt = 32
-    """Samples in a batch of the comparison, and of the latency measurement."""
+    """Images at a time in that comparison, and in the latency it measures."""
     timed: bool = True
-    """Measure the latency of the file and of the model in float, which is written for that: much of
+    """Whether the file's latency is measured beside that of the model in float, which is written for that: much of
     a verification's time, and where other work runs it tells little."""
 
 
@@ -78,27 +78,27 @@ class Experiment(Options):
     model: ModelOptions
     """The float model."""
     data: DataOptions
-    """The data that it is trained, calibrated and measured on."""
+    """What it is trained, calibrated and measured on."""
     task: TaskOptions = field(default_factory=TaskOptions)
-    """The task, which decides the loss and the metrics."""
+    """What the model's outputs are for: the loss and the metrics."""
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
-    """Target, bits, ranges and rules of the quantization."""
+    """What is quantized, and how."""
     ptq: PTQOptions = field(default_factory=PTQOptions)
     """The steps of post-training quantization (`halfeven ptq`)."""
     training: TrainingOptions = field(default_factory=TrainingOptions)
     """Training of the quantized model."""
     qat: QATOptions = field(default_factory=QATOptions)
-    """The steps of quantization-aware training."""
+    """What accompanies the training of the quantized model."""
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
-    """The times at which ranges and BatchNorm stop moving."""
+    """When ranges and BatchNorm stop moving."""
     pretraining: TrainingOptions = field(default_factory=lambda: TrainingOptions(epochs=0))
     """Training of the float model before it is quantized; 0 epochs: none, its weights are given."""
     export: ExportOptions = field(default_factory=ExportOptions)
     """The deployable files."""
     device: DeviceOptions = field(default_factory=DeviceOptions)
-    """Device, precision and threads."""
+    """Where the work is done."""
     seed: NonNegativeInt = 0
-    """Seed of the order and augmentation of samples, of random weights and of dropout."""
+    """Seed of the order and augmentation of images, of random weights and of dropout."""
 
     def __post_init__(self) -> None:
         self.endings(self.quantization.target if self.export.target == "auto" else self.export.target)

@@ -147,7 +147,7 @@ def _metavar(kind: Any) -> str:
     if origin is Literal:
         return f"{{{','.join(map(str, arguments))}}}"
     if origin in (Union, types.UnionType):
-        return _metavar_of_union(arguments)
+        return "|".join(_metavar(one) for one in arguments)
     if origin is tuple and arguments[-1] is Ellipsis:
         return f"{_metavar(arguments[0])} ..."
     if origin is tuple:
@@ -157,15 +157,6 @@ def _metavar(kind: Any) -> str:
     if kind is types.NoneType:
         return "None"
     return "{True,False}" if kind is bool else str(kind.__name__).upper()
-
-
-def _metavar_of_union(kinds: tuple[Any, ...]) -> str:
-    """The forms of several types, with all choices in one pair of braces: INT|auto, {auto,keep,fold}."""
-    literal = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    forms = [_metavar(kind) for kind in kinds if get_origin(kind) is not Literal]
-    if literal:
-        forms.append(str(literal[0]) if forms and len(literal) == 1 else _metavar(Literal[tuple(literal)]))
-    return "|".join(forms)
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The options of `halfeven.prepare`, and the user's rules."""
+"""How a model is quantized: the options of `halfeven.prepare`, and the user's rules."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypedDict
@@ -35,7 +35,7 @@ class Rule(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationOptions(Options):
-    """Target, bits, ranges and placement of a quantized model.
+    """How a model is quantized.
 
     Raises:
         ConfigError: a value that its field cannot have.

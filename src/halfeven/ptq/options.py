@@ -1,4 +1,4 @@
-"""The options of post-training quantization."""
+"""What post-training quantization does, step by step."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypedDict
@@ -35,7 +35,7 @@ class PTQOptions(Options):
     equalize: Switch = "auto"
     """Cross-layer equalization: the channels of consecutive layers get equal weight ranges."""
     relu6: Literal["auto", "keep", "replace"] = "auto"
-    """Replace ReLU6 by ReLU, so that equalization reaches across it; "auto": if the quantized model gains by it."""
+    """Whether ReLU6 becomes ReLU, so that equalization reaches across it; "auto": if the quantized model gains."""
     absorb: Switch = "auto"
     """Bias absorption: large biases move into the next layer."""
     smooth: Switch = "auto"
@@ -51,7 +51,7 @@ class PTQOptions(Options):
     iterations: Annotated[PositiveInt | Auto, formerly(0)] = "auto"
     """Steps of the reconstruction of a layer or block; "auto": 200."""
     batch_size: PositiveInt = 32
-    """Samples in a step of the reconstruction."""
+    """Images in a step of the reconstruction."""
     rounding_rate: PositiveFloat = 3e-2
     """Learning rate of the rounding variables."""
     scale_rate: NonNegativeFloat = 1e-3
@@ -59,7 +59,7 @@ class PTQOptions(Options):
     bias_rate: NonNegativeFloat = 0.0
     """Learning rate of biases, relative to the size of their layer's weights; 0: biases stay."""
     learn_weight_scales: bool = False
-    """Learn the scales of the weights together with their rounding (Genie)."""
+    """Whether the weights' scales are learned with their rounding (Genie)."""
     drop: Annotated[float, at_least(0), below(1)] = 0.5
     """Probability with which an activation stays in float while blocks are reconstructed (QDrop)."""
     regularization: NonNegativeFloat = 20.0

@@ -17,7 +17,7 @@ from halfeven.renamed import renamed_attributes
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions(Options):
-    """The fractions of the run after which ranges and BatchNorm statistics stop moving."""
+    """When ranges and BatchNorm statistics stop moving, in shares of the run."""
 
     freeze_batchnorm_after: Annotated[Share | Auto, formerly(None)] = "auto"
     """Share of the steps in which BatchNorm follows the batches; 0: frozen from the start, 1: never frozen. "auto": two
@@ -25,10 +25,10 @@ class ScheduleOptions(Options):
     stop_observing_after: Share = 2 / 3
     """Share of the steps in which observed ranges follow the batches; 0: as calibrated, 1: to the end."""
     re_estimate: Annotated[bool | Auto, formerly(None)] = "auto"
-    """Re-estimate BatchNorm's statistics before each validation; "auto": where a scheme has less than 8 bits and
+    """Whether BatchNorm is re-estimated before each validation; "auto": where a scheme has less than 8 bits and
     BatchNorm is not frozen: weights that were trained with frozen statistics suit these alone."""
     re_estimate_batches: PositiveInt = 50
-    """Calibration batches for the re-estimation."""
+    """Batches of calibration images for that."""
 
 
 def freeze(model: nn.Module) -> None:

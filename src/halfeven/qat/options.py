@@ -1,4 +1,4 @@
-"""The options of quantization-aware training, beside those of the trainer."""
+"""What accompanies the training of a quantized model."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,7 +20,7 @@ class QATOptions(Options):
     equalize: Switch = "auto"
     """Cross-layer equalization of the start, which needs BatchNorm folded: channels get equal weight ranges."""
     start: Literal["auto", "ranges", "layers", "blocks"] = "auto"
-    """Start of the training: calibrated ranges alone, or learned rounding of layers (AdaRound) or of blocks."""
+    """Where training starts from: calibrated ranges alone, or learned rounding of layers (AdaRound) or of blocks."""
     distill: Switch = "auto"
     """Distillation: the float model's outputs are labels too."""
     average: Switch = "auto"
@@ -32,10 +32,10 @@ class QATOptions(Options):
     progress: Switch = "auto"
     """Training starts with more bits."""
     distillation: DistillationOptions = field(default_factory=lambda: DistillationOptions(weight=1.0))
-    """Options of distillation."""
+    """How distillation is done."""
     averaging: AveragingOptions = field(default_factory=lambda: AveragingOptions(decay=0.99))
-    """Options of the average."""
+    """How the average is taken."""
     oscillation: OscillationOptions = field(default_factory=lambda: OscillationOptions(dampening=0.1))
-    """Options of finding, freezing and dampening oscillations."""
+    """How oscillations are found, frozen and dampened."""
     progression: ProgressionOptions = field(default_factory=ProgressionOptions)
     """The bits to start with."""

@@ -25,17 +25,17 @@ OSCILLATING_FREQUENCY = 0.005
 
 @dataclass(frozen=True, kw_only=True)
 class OscillationOptions(Options):
-    """The detection, freezing and dampening of oscillations.
+    """How oscillations are found, and what is done about them.
 
     Raises:
         ConfigError: numbers that would freeze everything, or nothing.
     """
 
     track: bool = False
-    """Follow and log oscillations even where nothing is done about them, for a pass over the weights
+    """Whether oscillations are followed and logged even where nothing is done about them, for a pass over the weights
     at every step."""
     freeze: bool = False
-    """Freeze weights that oscillate too often (section 4.3)."""
+    """Whether weights that oscillate too often are frozen (section 4.3)."""
     dampening: NonNegativeFloat = 0.0
     """Weight of the dampening term at the end of the run (section 4.2); 0: none."""
     bits: Bits = 4

@@ -1,4 +1,4 @@
-"""The options of the task."""
+"""Which task an experiment has."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,7 @@ from halfeven.options import NonNegativeFloat, Options
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions(Options):
-    """The task of the model, which decides the loss and the metrics."""
+    """What the model's outputs are for: it decides the loss and the metrics."""
 
     kind: Literal["classification", "segmentation", "detection", "callable"] = "classification"
     """"classification" is for texts too; "callable": your own function, which returns a `halfeven.tasks.Task`."""

@@ -1,4 +1,4 @@
-"""The options of the trainer."""
+"""How a model is trained: the options of the trainer."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,11 +12,11 @@ class TrainingOptions(Options):
     """Optimizer, schedule and length of a training run."""
 
     epochs: NonNegativeInt = 10
-    """Passes over the training samples."""
+    """Passes over the training images."""
     max_steps: Annotated[PositiveInt | Auto, formerly(0)] = "auto"
     """Stop after so many optimizer steps, and let the schedule end there; "auto": after `epochs`."""
     batch_size: PositiveInt = 32
-    """Samples in a batch of one process."""
+    """Images a process takes at a time."""
     accumulation: PositiveInt = 1
     """Batches whose gradients are averaged for one optimizer step."""
     drop_last: bool = True
@@ -32,17 +32,17 @@ class TrainingOptions(Options):
     weight_decay: NonNegativeFloat = 1e-4
     """Weight decay; the scales of quantizers never decay."""
     decay_norms_and_biases: bool = False
-    """Apply weight decay to biases and to the parameters of normalization layers too."""
+    """Whether weight decay also applies to biases and to the parameters of normalization layers."""
     schedule: Literal["constant", "cosine", "step"] = "cosine"
     """Learning rate after the warm-up: constant, cosine to 0, or times `step_factor` at each of `step_epochs`."""
     schedule_by: Literal["step", "epoch"] = "step"
-    """The cosine moves at every optimizer step, or only between epochs."""
+    """Whether the cosine moves at every optimizer step or only between epochs."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps in which the learning rate rises linearly from 0."""
     step_epochs: tuple[PositiveInt, ...] = ()
     """Epochs after which schedule "step" lowers the learning rate."""
     step_factor: NonNegativeFloat = 0.1
-    """Factor by which schedule "step" multiplies the learning rate."""
+    """What schedule "step" multiplies the learning rate by."""
     clip_norm: NonNegativeFloat = 0.0
     """Largest norm of the gradient; longer ones are shortened to it; 0: no clipping."""
     label_smoothing: Annotated[float, at_least(0), below(1)] = 0.0

@@ -1,4 +1,4 @@
-"""The options of the data."""
+"""Which data a run has."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -11,7 +11,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(Options):
-    """Tokenizer and columns of texts."""
+    """How texts become tokens."""
 
     tokenizer: str = ""
     """Tokenizer of transformers: a folder, or a name of its hub."""
@@ -32,7 +32,7 @@ class TextOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Options):
-    """The data set, and the way in which it is read."""
+    """Which data, and how it is read."""
 
     source: Literal[
         "digits", "fashion_mnist", "image_folder", "voc_segmentation", "coco_detection", "texts", "callable"
@@ -47,21 +47,21 @@ class DataOptions(Options):
     resize: PositiveInt = 256
     """Short side to which "image_folder" scales evaluation images before the centre crop."""
     keep_aspect: bool = True
-    """Scale images of segmentation and detection to fit into the square; False: stretch them to it."""
+    """Whether images of segmentation and detection are scaled to fit into the square; else they are stretched to it."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of the colours, which is taken off images read from files."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
     """Standard deviation of the colours, by which they are divided."""
     text: TextOptions = field(default_factory=TextOptions)
-    """Options of "texts"."""
+    """How "texts" are read."""
     calibration_images: PositiveInt = 512
     """Training samples, drawn once with the seed, that set the ranges."""
     calibration_seed: NonNegativeInt = 0
     """Seed of that draw."""
     workers: NonNegativeInt = 2
-    """Processes that load samples; 0: the main process loads them."""
+    """Processes that load images; 0 to load them in the main one."""
     evaluation_batch_size: PositiveInt = 128
-    """Samples in a batch of validation and calibration."""
+    """Images at a time in validation and calibration."""
 
     def __post_init__(self) -> None:
         if self.source == "image_folder" and self.image_size > self.resize:
