@@ -46,7 +46,7 @@ def walked(qmodel, images, cache, granularity="layers", size=4):
 
 
 @pytest.mark.parametrize("granularity", ["layers", "blocks"])
-def test_both_streams_end_where_the_model_does(granularity):
+def test_both_caches_end_where_the_model_does(granularity):
     qmodel = calibrated()
     x = torch.randn(10, 3, 8, 8)
     (found,) = walked(qmodel, x, BoundedCache(PLENTY), granularity)
