@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from halfeven.checkpoint import save
     from halfeven.errors import HalfevenError
     from halfeven.layerwise.calibrate import calibrate
-    from halfeven.pipelines import load, prepare, quantize
+    from halfeven.pipelines import load, plan, prepare, quantize, set_rules
     from halfeven.placement.insertion import plan_of
     from halfeven.placement.options import QuantizationOptions, Rule
     from halfeven.placement.plan import Plan
@@ -27,10 +27,12 @@ else:
         "exact": "runtimes.exact_model",
         "export": "runtimes.export",
         "load": "pipelines",
+        "plan": "pipelines",
         "plan_of": "placement.insertion",
         "prepare": "pipelines",
         "quantize": "pipelines",
         "save": "checkpoint",
+        "set_rules": "pipelines",
         "verify": "verification.verify",
     }
 
@@ -58,9 +60,11 @@ __all__ = [
     "exact",
     "export",
     "load",
+    "plan",
     "plan_of",
     "prepare",
     "quantize",
     "save",
+    "set_rules",
     "verify",
 ]

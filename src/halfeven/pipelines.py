@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Unpack
@@ -19,9 +19,10 @@ from halfeven.nearest import did_you_mean
 from halfeven.placement.captured_model import capture_for_quantization
 from halfeven.placement.graph_edits import apply_changes
 from halfeven.placement.insertion import insert, plan_of, record_example
-from halfeven.placement.make_plan import make_plan
-from halfeven.placement.options import BatchNormHandling, QuantizationFields, QuantizationOptions
+from halfeven.placement.make_plan import make_plan, skeleton
+from halfeven.placement.options import BatchNormHandling, QuantizationFields, QuantizationOptions, Rule
 from halfeven.placement.plan import Plan
+from halfeven.placement.requantization import apply_rules
 from halfeven.ptq.options import PTQFields, PTQOptions
 from halfeven.ptq.pipeline import EQUALIZATION, StepContext, run_steps
 from halfeven.ptq.recipe import decide
@@ -40,10 +41,38 @@ class QuantizeFields(QuantizationFields, PTQFields, total=False):
     """What `quantize` takes by name on top of its two kinds of options."""
 
 
+def plan(
+    model: nn.Module,
+    example: Example,
+    options: QuantizationOptions | None = None,
+    **changes: Unpack[QuantizationFields],
+) -> Plan:
+    """Decide how a model would be quantized, and insert nothing.
+
+    Print the plan, change it with `Plan.with_rules`, and give it to `prepare`.
+
+    Args:
+        model: any module; it is not changed.
+        example: an input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments.
+        options: how to quantize.
+        changes: fields of `QuantizationOptions` to set on top of `options`, for example `scheme="w4a8"`.
+
+    Raises:
+        CaptureError: nothing of the model could be captured.
+        ConfigError: a field that does not exist, or a value that it cannot have.
+        PlacementError: the target cannot do the scheme, or a rule held for nothing.
+    """
+    options = _with_batchnorm(dataclasses.replace(options or QuantizationOptions(), **changes), "keep")
+    captured, notes = capture_for_quantization(copy.deepcopy(model), example, options)
+    return make_plan(skeleton(captured), options, runtime_named(options.target).target, notes)
+
+
 def prepare(
     model: nn.Module,
     example: Example,
     options: QuantizationOptions | None = None,
+    *,
+    plan: Plan | None = None,
     **changes: Unpack[QuantizationFields],
 ) -> nn.Module:
     """Make a quantized model of a float one: an ordinary `nn.Module` with quantizers whose ranges are not yet set.
@@ -55,17 +84,45 @@ def prepare(
         model: any module.
         example: an input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments.
         options: how to quantize.
+        plan: the quantizers to insert, from `plan`, in the place of options.
         changes: fields of `QuantizationOptions` to set on top of `options`, for example `scheme="w4a8"`.
 
     Raises:
         CaptureError: nothing of the model could be captured.
-        ConfigError: a field that does not exist, or a value that it cannot have.
-        PlacementError: the target cannot do the scheme, or a rule held for nothing.
+        ConfigError: a field that does not exist, a value that it cannot have, or a plan together with options.
+        PlacementError: the target cannot do the scheme, a rule held for nothing, or the plan is of another model.
     """
+    if plan is not None:
+        if options is not None or changes:
+            raise ConfigError(
+                "A plan was given together with options, and a plan has its options already, so one of the two would "
+                "be without effect. Give the options to halfeven.plan, or leave the plan out."
+            )
+        return _from_plan(model, example, plan)
     options = _with_batchnorm(dataclasses.replace(options or QuantizationOptions(), **changes), "keep")
     target = runtime_named(options.target).target
     captured, notes = capture_for_quantization(copy.deepcopy(model), example, options)
     return _with_example(insert(captured, make_plan(captured, options, target, notes), target), example)
+
+
+def set_rules(qmodel: nn.Module, rules: Rule | Sequence[Rule]) -> tuple[str, ...]:
+    """Change bits and observers of a quantized model by further rules, in place; `plan_of` follows.
+
+    Quantizers that the rules change have no range afterwards: calibrate the model again, before an optimizer is given
+    its parameters. All other quantizers keep their ranges.
+
+    Args:
+        qmodel: a model from `prepare`, `quantize` or `load`, calibrated or not.
+        rules: one rule or several; they win over those of the model's plan.
+
+    Returns:
+        Names of the quantizers that have no range now.
+
+    Raises:
+        PlacementError: a rule holds for nothing, or the target cannot do its bits; the model is as it was.
+    """
+    given = (rules,) if isinstance(rules, Rule) else tuple(rules)
+    return apply_rules(qmodel, given, runtime_named(plan_of(qmodel).options.target).target)
 
 
 def _with_batchnorm(options: QuantizationOptions, handling: BatchNormHandling) -> QuantizationOptions:
@@ -75,8 +132,13 @@ def _with_batchnorm(options: QuantizationOptions, handling: BatchNormHandling) -
 
 def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
     """Make the quantized model that a plan describes, for a checkpoint to be loaded into."""
+    qmodel = _from_plan(model, example, plan)
+    forget_statistics(qmodel)  # of the weights given here, not of those that the checkpoint brings
+    return qmodel
+
+
+def _from_plan(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
     captured, _ = capture_for_quantization(copy.deepcopy(model), example, plan.options)
-    forget_statistics(captured)  # of the weights given here, not of those that the checkpoint brings
     qmodel = insert(captured, plan, runtime_named(plan.options.target).target)
     return _with_example(apply_changes(qmodel, plan.changes), example)
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule, place
-from halfeven.graph.view import kind_of, module_of
+from halfeven.graph.view import Op, kind_of, module_calls, module_of
 
 
 def folding(norm: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -43,13 +43,13 @@ def foldable(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
     """Pairs (layer, BatchNorm) in which the BatchNorm alone reads the layer, and both are modules used once."""
     calls: dict[Any, int] = {}
     for node in graph.nodes:
-        calls[node.target] = calls.get(node.target, 0) + (node.op == "call_module")
+        calls[node.target] = calls.get(node.target, 0) + Op(node).is_module
     pairs = []
     for node in graph.nodes:
-        if node.op != "call_module" or kind_of(node) is not OperatorKind.BATCH_NORM:
+        if not Op(node).is_module or kind_of(node) is not OperatorKind.BATCH_NORM:
             continue
         layer = node.all_input_nodes[0]
-        if layer.op != "call_module" or kind_of(layer) not in WEIGHTED or len(layer.users) != 1:
+        if not Op(layer).is_module or kind_of(layer) not in WEIGHTED or len(layer.users) != 1:
             continue
         grouped_transposed = kind_of(layer) is OperatorKind.TRANSPOSED_CONVOLUTION and module_of(layer).groups != 1
         if calls[layer.target] == calls[node.target] == 1 and not grouped_transposed:
@@ -64,9 +64,8 @@ def split_shared(region: CapturedModule) -> None:
     weight; to be called before folding for deployment, where the weights of the copies differ.
     """
     calls: dict[Any, list[fx.Node]] = defaultdict(list)
-    for node in region.graph.nodes:
-        if node.op == "call_module":
-            calls[node.target].append(node)
+    for op in module_calls(region.graph):
+        calls[op.path].append(op.node)
     for path, layers in list(calls.items()):
         if len(layers) < 2 or kind_of(layers[0]) not in WEIGHTED:
             continue
@@ -132,6 +131,6 @@ def remove(region: CapturedModule, node: fx.Node) -> None:
     """Take a module that passes its input on out of the graph, and out of the model where nothing else calls it."""
     node.replace_all_uses_with(node.all_input_nodes[0])
     region.graph.erase_node(node)
-    if not any(other.target == node.target for other in region.graph.nodes if other.op == "call_module"):
-        assert isinstance(node.target, str)
-        region.delete_submodule(node.target)
+    path = Op(node).path
+    if not any(other.path == path for other in module_calls(region.graph)):
+        region.delete_submodule(path)

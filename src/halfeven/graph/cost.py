@@ -5,7 +5,7 @@ from typing import Any
 from torch import fx
 
 from halfeven.graph.operators import WEIGHTED, OperatorKind
-from halfeven.graph.view import kind_of, module_of
+from halfeven.graph.view import Op, kind_of, module_of
 
 
 def multiply_accumulates(node: fx.Node) -> int:
@@ -15,19 +15,19 @@ def multiply_accumulates(node: fx.Node) -> int:
     if kind is OperatorKind.MATMUL:
         first = node.args[0]
         assert isinstance(first, fx.Node)
-        return _size(node.meta["val"].shape) * _number(first.meta["val"].shape[-1])
+        return _size(Op(node).shape) * _number(Op(first).shape[-1])
     if kind not in WEIGHTED:
         return 0
-    if node.op == "call_module":
+    if Op(node).is_module:
         weight: Any = module_of(node).weight
     else:
         source = node.args[1]
         assert isinstance(source, fx.Node)
-        weight = source.meta["val"]
+        weight = Op(source).value
     # A transposed convolution multiplies each input by its window; all others make each output of theirs.
     transposed = kind is OperatorKind.TRANSPOSED_CONVOLUTION
     walked = node.all_input_nodes[0] if transposed else node
-    return _size(walked.meta["val"].shape) * _size(weight.shape[1:])
+    return _size(Op(walked).shape) * _size(weight.shape[1:])
 
 
 def _size(shape: Any) -> int:

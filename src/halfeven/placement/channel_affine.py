@@ -5,7 +5,7 @@ from torch import Tensor, fx, nn
 
 from halfeven.graph.operators import OperatorKind
 from halfeven.graph.rebuild import CapturedModule, place
-from halfeven.graph.view import kind_of, module_of
+from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.quantization.quantizer import Quantizer
 
 
@@ -29,7 +29,7 @@ def readers(node: fx.Node) -> list[fx.Node]:
     """What reads a tensor, itself or through its quantizer."""
     found = []
     for user in node.users:
-        through = user.op == "call_module" and isinstance(module_of(user), Quantizer)
+        through = isinstance(Op(user).module, Quantizer)
         found += list(user.users) if through else [user]
     return found
 
@@ -37,7 +37,7 @@ def readers(node: fx.Node) -> list[fx.Node]:
 def rescaling_of(node: fx.Node) -> ChannelAffine | None:
     """The rescaling that some readers of a tensor have."""
     for user in node.users:
-        if user.op == "call_module" and isinstance(module := module_of(user), ChannelAffine):
+        if isinstance(module := Op(user).module, ChannelAffine):
             return module
     return None
 
@@ -60,9 +60,5 @@ def insert_rescaling(region: CapturedModule, node: fx.Node, name: str) -> None:
     rescaled.meta = dict(node.meta)
     for addition in additions:
         for read in list(addition.all_input_nodes):
-            if read is node or (node in read.all_input_nodes and isinstance(_module(read), Quantizer)):
+            if read is node or (node in read.all_input_nodes and isinstance(Op(read).module, Quantizer)):
                 addition.replace_input_with(read, rescaled)
-
-
-def _module(node: fx.Node) -> nn.Module | None:
-    return module_of(node) if node.op == "call_module" else None

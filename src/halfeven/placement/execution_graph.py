@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from torch import fx, nn
 
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.graph.view import Op, module_of
+from halfeven.graph.view import Op
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.quantizer import Quantizer
 
@@ -50,7 +50,7 @@ def _run_as(fused: Iterable[CapturedModule], graph: Callable[[CapturedModule], f
 
 
 def _is_quantizer(node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(module_of(node), Quantizer)
+    return isinstance(Op(node).module, Quantizer)
 
 
 def _only_reader(node: fx.Node) -> fx.Node | None:

@@ -105,6 +105,15 @@ def fold_live(region: CapturedModule) -> None:
         layer.live_norms, norm.layers = (norm, output_axis(layer_node)), (layer,)
 
 
+def unfold_live(layer: Any) -> None:
+    """Let a layer compute with its own weight again, and the BatchNorm after it as BatchNorm does."""
+    if layer.live_norms:
+        norm, _ = layer.live_norms
+        norm.__class__ = next(plain for plain, folded in LIVE_FOLDED.items() if type(norm) is folded)
+        norm.layers = ()
+        layer.live_norms = ()
+
+
 def settle_live(region: CapturedModule) -> None:
     """Take out of a region the BatchNorms that are folded live, in place; what it computes in eval mode stays.
 

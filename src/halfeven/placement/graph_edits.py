@@ -9,7 +9,7 @@ from torch import fx, nn
 from halfeven.errors import PlacementError
 from halfeven.graph.operators import WEIGHTED
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.graph.view import Op, kind_of, module_of
+from halfeven.graph.view import Op, keep_tensor_name, kind_of, module_of, replace_call
 from halfeven.placement.channel_affine import insert_rescaling
 from halfeven.placement.insertion import plan_of, record_plan
 from halfeven.placement.make_plan import named_nodes
@@ -93,8 +93,8 @@ def _unclip(name: str, node: fx.Node) -> None:
         )
     if bounds[1] == float("inf"):
         return
-    node.meta["halfeven_name"] = name.rpartition(":")[2]
-    node.target, node.args, node.kwargs = aten.relu.default, (node.all_input_nodes[0],), {}
+    keep_tensor_name(node, name.rpartition(":")[2])
+    replace_call(node, aten.relu.default, node.all_input_nodes[:1])
 
 
 def _give_bias(name: str, node: fx.Node) -> None:
@@ -106,7 +106,7 @@ def _give_bias(name: str, node: fx.Node) -> None:
 
 
 def _layer(name: str, node: fx.Node) -> nn.Module:
-    if node.op != "call_module" or kind_of(node) not in WEIGHTED:
+    if not Op(node).is_module or kind_of(node) not in WEIGHTED:
         raise PlacementError(
             f"{name} is a {Op(node).name} and no convolution or linear module, so it has no bias to set. Name a "
             "layer of the plan's table of weights that is a module."

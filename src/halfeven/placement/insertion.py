@@ -1,22 +1,23 @@
 """Inserting a plan's quantizers into a captured model. Each is inserted once; none is inserted to be deleted."""
 
-import operator
+import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import fx, nn
 
 from halfeven.errors import PlacementError
-from halfeven.graph.operators import OperatorKind
+from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule, place
-from halfeven.graph.view import kind_of, module_of
+from halfeven.graph.view import Op, kind_of, module_calls
+from halfeven.placement.channel_affine import ChannelAffine
 from halfeven.placement.execution_graph import fused_graph
 from halfeven.placement.folded_batchnorm import fold_live
-from halfeven.placement.make_plan import named_nodes, regions
+from halfeven.placement.make_plan import make_plan, named_nodes, regions, skeleton, weight_shape
 from halfeven.placement.options import QuantizationOptions
 from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight
 from halfeven.placement.quantized_layers import QUANTIZED_LAYERS, QuantizedLayer
-from halfeven.quantization.fake_quantize import Domain
 from halfeven.quantization.quantizer import Quantizer
 from halfeven.targets.target import Target
 
@@ -30,20 +31,23 @@ def insert(model: nn.Module, plan: Plan, target: Target) -> nn.Module:
         target: the runtime that the plan was made for.
 
     Raises:
-        PlacementError: the plan names a tensor that the model does not have.
+        PlacementError: the plan was made for another model.
     """
+    # Insertion changes the graph, and a plan with other rules is decided about the graph as it was.
+    original = skeleton(model)
+    plan = dataclasses.replace(plan, decide=lambda options: make_plan(original, options, target, plan.notes))
     found = named_nodes(model)
-    missing = [name for name in _names(plan) if name not in found]
-    if missing:
-        raise PlacementError(
-            f"The plan was made for another model: this one has no {', '.join(missing[:5])}"
-            f"{' and others' if len(missing) > 5 else ''}. Use the model (and the versions of torch and timm) it was "
-            f"made with."
-        )
+    _check_fits(plan, found)
     for weight in plan.weights:
-        _insert_weight(*found[weight.name], weight, plan.options.scale_domain)
+        insert_weight(*found[weight.name], weight, plan.options)
     for tensor in plan.tensors:
-        _insert_tensor([found[name] for name in tensor.places], tensor, plan.options)
+        insert_tensor([found[name] for name in tensor.places], tensor, plan.options)
+    settle_regions(model, plan, target)
+    return model
+
+
+def settle_regions(model: nn.Module, plan: Plan, target: Target) -> None:
+    """Bring what depends on a model's quantizers up to date: the code that runs, the layers' links, the plan."""
     for region in regions(model).values():
         region.graph.lint()
         region.execution_graph = fused_graph
@@ -52,7 +56,6 @@ def insert(model: nn.Module, plan: Plan, target: Target) -> nn.Module:
         if plan.options.batchnorm == "fold live":
             fold_live(region)
     record_plan(model, plan)
-    return model
 
 
 def record_plan(model: nn.Module, plan: Plan) -> None:
@@ -62,7 +65,7 @@ def record_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan of a model that `prepare` or `load` returned.
+    """Return the plan of a model that `prepare` or `load` returned.
 
     Raises:
         PlacementError: the model has no plan.
@@ -90,39 +93,43 @@ def recorded_example(model: nn.Module) -> Inputs | None:
     return next((region.halfeven_example for region in regions(model).values()), None)
 
 
-def _names(plan: Plan) -> list[str]:
-    return [weight.name for weight in plan.weights] + [name for tensor in plan.tensors for name in tensor.places]
+def _check_fits(plan: Plan, found: Mapping[str, tuple[CapturedModule, fx.Node]]) -> None:
+    """Raise PlacementError for a plan with tensors or layers that the model does not have."""
+    names = [weight.name for weight in plan.weights] + [name for tensor in plan.tensors for name in tensor.places]
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise PlacementError(
+            f"The plan was made for another model: this one has no {', '.join(missing[:5])}"
+            f"{' and others' if len(missing) > 5 else ''}. Use the model (and the versions of torch and timm) it was "
+            "made with."
+        )
+    for weight in plan.weights:
+        node = found[weight.name][1]
+        shape = weight_shape(node) if kind_of(node) in WEIGHTED else ()
+        channels = shape[weight.scheme.axis] if shape and weight.scheme.axis is not None else weight.channels
+        if not shape or channels != weight.channels:
+            raise PlacementError(
+                f"The plan was made for another model: it gives the weight of {weight.name} {weight.channels} scales, "
+                f"and this model's weight has the shape {list(shape)}. Make the plan with this model."
+            )
 
 
-def _insert_weight(region: CapturedModule, node: fx.Node, planned: PlannedWeight, domain: Domain) -> None:
+def weight_quantizer(planned: PlannedWeight, options: QuantizationOptions) -> Quantizer:
+    """Return the quantizer of a planned weight, without a range."""
     quantizer = Quantizer(
         planned.scheme,
         channels=planned.channels,
         observer=planned.observer,
         ranges=planned.ranges,
-        domain=domain,
+        domain=options.scale_domain,
         weight=True,
     )
     quantizer.name = f"the weight of {planned.name}"
-    quantizer.train(region.training)
-    if node.op == "call_module":
-        module: Any = module_of(node)
-        # The class is exchanged in place: parameters, hooks and references to the layer stay what they are.
-        module.__class__ = QUANTIZED_LAYERS[type(module)]
-        module.weight_quantizer = quantizer.to(module.weight.device)
-        return
-    weight = node.args[1]
-    assert isinstance(weight, fx.Node)
-    path = _place(region, quantizer, f"{planned.name}_weight")
-    with region.graph.inserting_after(weight):
-        quantized = region.graph.call_module(path, (weight,))
-    quantized.meta = dict(weight.meta)
-    node.update_arg(1, quantized)
+    return quantizer
 
 
-def _insert_tensor(
-    places: list[tuple[CapturedModule, fx.Node]], planned: PlannedTensor, options: QuantizationOptions
-) -> None:
+def tensor_quantizer(planned: PlannedTensor, options: QuantizationOptions) -> Quantizer:
+    """Return the quantizer of a planned activation, without a range unless the plan knows it."""
     quantizer = Quantizer(
         planned.scheme,
         observer=planned.observer,
@@ -132,40 +139,82 @@ def _insert_tensor(
     )
     quantizer.name = " = ".join(planned.places)
     quantizer.fix_range(planned.fixed_range)
+    return quantizer
+
+
+def insert_weight(
+    region: CapturedModule, node: fx.Node, planned: PlannedWeight, options: QuantizationOptions
+) -> Quantizer:
+    """Let a layer read its weight through a new quantizer, which is returned."""
+    quantizer = weight_quantizer(planned, options)
+    if not Op(node).is_module:
+        weight = node.args[1]
+        assert isinstance(weight, fx.Node)
+        path = place_quantizer(region, quantizer, f"{planned.name}_weight")
+        with region.graph.inserting_after(weight):
+            quantized = region.graph.call_module(path, (weight,))
+        quantized.meta = dict(weight.meta)
+        node.update_arg(1, quantized)
+        return quantizer
+    layer = Op(node).module
+    # The class is exchanged in place: parameters, hooks and references to the layer stay what they are.
+    layer.__class__ = QUANTIZED_LAYERS[type(layer)]
+    layer.weight_quantizer = quantizer.to(layer.weight.device).train(region.training)
+    return quantizer
+
+
+def insert_tensor(
+    places: Sequence[tuple[CapturedModule, fx.Node]], planned: PlannedTensor, options: QuantizationOptions
+) -> Quantizer:
+    """Let all readers of the tensors in some places read them through one new quantizer, which is returned."""
+    quantizer = tensor_quantizer(planned, options)
     region = places[0][0]
-    quantizer.train(region.training)
-    path = _place(region, quantizer, planned.name)
+    path = place_quantizer(region, quantizer, planned.name)
     for _, node in places:
         after = node
-        while after.next.op == "placeholder":
+        while Op(after.next).is_input:
             after = after.next
         with region.graph.inserting_after(after):
             quantized = region.graph.call_module(path, (node,))
         quantized.meta = dict(node.meta)
-        node.replace_all_uses_with(quantized, delete_user_cb=partial(operator.is_not, quantized))
+        node.replace_all_uses_with(quantized, delete_user_cb=partial(_reads_integers, quantized))
+    return quantizer
 
 
-def _place(region: CapturedModule, quantizer: Quantizer, name: str) -> str:
+def _reads_integers(quantized: fx.Node, reader: fx.Node) -> bool:
+    """Return True for a reader of a tensor that is to read its quantized form."""
+    return reader is not quantized and not isinstance(Op(reader).module, ChannelAffine)
+
+
+def quantizer_path(name: str) -> str:
+    """Return the path of a quantizer in its region, from the name that the plan gives it."""
+    return f"quantizers.{name.replace('.', '_').replace(':', '_')}"
+
+
+def place_quantizer(region: CapturedModule, quantizer: Quantizer, name: str) -> str:
+    """Put a quantizer into a region, on its device and in its mode; the path is returned."""
     tensor = next((p for p in region.parameters()), None)
-    path = f"quantizers.{name.replace('.', '_').replace(':', '_')}"
-    place(region, path, quantizer if tensor is None else quantizer.to(tensor.device))
+    if tensor is not None:
+        quantizer.to(tensor.device)
+    path = quantizer_path(name)
+    place(region, path, quantizer.train(region.training))
     return path
 
 
 def _link_inputs(region: CapturedModule, *, int32_bias: bool) -> None:
-    """Tell each quantized layer the quantizer of its input, whose scale makes integers of it again (see `layers`)."""
-    for node in region.graph.nodes:
-        if node.op != "call_module" or not isinstance(layer := module_of(node), QuantizedLayer):
+    """Tell each quantized layer the quantizer of its input, whose scale makes integers of it again."""
+    for op in module_calls(region.graph):
+        layer = op.module
+        if not isinstance(layer, QuantizedLayer):
             continue
-        source = quantizer_of(node.all_input_nodes[0])
+        source = quantizer_of(op.inputs[0].node)
         layer.input_quantizers = () if source is None else (source,)
         layer.int32_bias = int32_bias
 
 
 def quantizer_of(node: fx.Node) -> Quantizer | None:
-    """The quantizer on whose grid a node's values lie, or None."""
-    while kind_of(node) in (OperatorKind.SAME_SCALE, OperatorKind.IDENTITY, OperatorKind.CONCAT):
-        node = node.all_input_nodes[0]
-    if node.op != "call_module" or not isinstance(module := module_of(node), Quantizer):
-        return None
-    return module
+    """Return the quantizer on whose grid a node's values lie, or None."""
+    op = Op(node)
+    while op.kind in (*TRANSPARENT, OperatorKind.CONCAT):
+        op = op.inputs[0]
+    return op.module if isinstance(op.module, Quantizer) else None

@@ -1,14 +1,15 @@
-"""Deciding a plan: graph, target and options in, plan out; nothing is changed.
+"""Decide a plan: graph, target and options in, plan out; nothing is changed.
 
-A tensor is quantized because an operator wants to read integers. The demand travels up through operators that keep the
+A tensor is quantized because an operator wants to read integers. The request travels up through operators that keep the
 scale to the operator that produced the tensor, past the BatchNorm and activation that a runtime fuses into it, and
 there one quantizer serves all consumers.
 """
 
+import copy
 import glob
 from collections.abc import Iterator
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from halfeven.errors import PlacementError
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
@@ -82,7 +83,22 @@ def make_plan(model: nn.Module, options: QuantizationOptions, target: Target, no
             "the rules "
             "leave all of them in float. Look at the rules and at leave_out."
         )
-    return Plan(options=options, tensors=tuple(tensors), weights=tuple(weights), left=tuple(left), notes=notes)
+    return Plan(
+        options=options,
+        tensors=tuple(tensors),
+        weights=tuple(weights),
+        left=tuple(left),
+        notes=notes,
+        decide=lambda other: make_plan(model, other, target, notes),
+    )
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """Return a copy of a captured model without the values of its tensors, which decisions do not read."""
+    empty: dict[int, Tensor] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        empty[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    return copy.deepcopy(model, empty)
 
 
 def _check_bits(target: Target, options: QuantizationOptions, weight_bits: int, activation_bits: int) -> None:
@@ -136,7 +152,7 @@ def _check_outputs(model: nn.Module, options: QuantizationOptions) -> None:
         )
 
 
-# From demands to planned tensors
+# From requests to planned tensors
 
 
 def _planned_tensors(
@@ -144,21 +160,21 @@ def _planned_tensors(
 ) -> Iterator[PlannedTensor]:
     done: set[fx.Node] = set()
     for node in region.graph.nodes:
-        if node not in region.demands or node in done:
+        if node not in region.requests or node in done:
             continue
         group = _tied(region, node)
         done |= group
         places = [n for n in region.graph.nodes if n in group]
         fused = {region.names[one]: kind_of(one) for place in places for one in fused_group(place)}
         asked = rules.activation_bits(fused, bits)
-        consumers = dict.fromkeys(c for n in places for c in region.demands[n].consumers)
+        consumers = dict.fromkeys(c for n in places for c in region.requests[n].consumers)
         fixed = (0.0, 1.0) if all(kind_of(n) is K.SOFTMAX for n in places) else None
         yield PlannedTensor(
             name=region.names[node].replace(".", "_").replace(":", "_"),
             places=tuple(region.names[n] for n in places),
             scheme=_activation_scheme(region, places, target, asked),
             ranges=_ranges(places, options, asked) if fixed is None else "calibrated",
-            observer=LOGITS if _logits(region, places, options) else options.activation_observer,
+            observer=rules.observer(fused, LOGITS if _logits(region, places, options) else options.activation_observer),
             fixed_range=fixed,
             consumers=tuple(consumers) or (ITSELF,),
         )
@@ -168,7 +184,7 @@ def _ranges(places: list[fx.Node], options: QuantizationOptions, bits: int) -> R
     """What sets the range in training. An input of 8 bits or more stays as calibrated where others are learned: images
     do not change, and a gradient for its scale costs the first layer's backward pass for its input."""
     learned = options.ranges in ("learned", "clipped")
-    return "calibrated" if learned and bits >= 8 and all(n.op == "placeholder" for n in places) else options.ranges
+    return "calibrated" if learned and bits >= 8 and all(Op(node).is_input for node in places) else options.ranges
 
 
 def _logits(region: Region, places: list[fx.Node], options: QuantizationOptions) -> bool:
@@ -178,10 +194,10 @@ def _logits(region: Region, places: list[fx.Node], options: QuantizationOptions)
     wants them of all tensors.
     """
     (node, *others) = places
-    readers = region.demands[node].consumers or [OUTPUT for user in node.users if user.op == "output"]
+    readers = region.requests[node].consumers or [OUTPUT for reader in Op(node).readers if reader.is_output]
     if others or readers != [OUTPUT] or options.activation_observer not in ("mse", "lp"):
         return False
-    classes, *rest = node.meta["val"].shape[1:] or (1,)
+    classes, *rest = Op(node).shape[1:] or (1,)
     return kind_of(node) in (K.LINEAR, K.AVERAGE) and classes > 1 and all(size == 1 for size in rest)
 
 
@@ -189,7 +205,7 @@ def _tied(region: Region, node: fx.Node) -> set[fx.Node]:
     """All tensors that share a scale with this one because they are concatenated somewhere."""
     group, waiting = {node}, [node]
     while waiting:
-        for other in region.demands[waiting.pop()].tied_to - group:
+        for other in region.requests[waiting.pop()].tied_to - group:
             group.add(other)
             waiting.append(other)
     return group
@@ -200,7 +216,7 @@ def _activation_scheme(region: Region, places: list[fx.Node], target: Target, bi
         return Scheme(bits=bits, signed=True, symmetric=True)
     if all(Op(node).is_non_negative for node in places):
         return Scheme(bits=bits, signed=False, symmetric=True)
-    if any(region.demands[node].grid is Grid.NO_ZERO_POINT for node in places):
+    if any(region.requests[node].grid is Grid.NO_ZERO_POINT for node in places):
         return Scheme(bits=bits, signed=True, symmetric=True)
     return Scheme(bits=bits, signed=False, symmetric=False)
 
@@ -211,9 +227,9 @@ def _planned_weights(
     seen: set[object] = set()
     for node in region.graph.nodes:
         kind = kind_of(node)
-        if kind not in WEIGHTED or kind not in kinds or (node.op == "call_module" and node.target in seen):
+        if kind not in WEIGHTED or kind not in kinds or (Op(node).is_module and node.target in seen):
             continue
-        seen.add(node.target if node.op == "call_module" else node)
+        seen.add(node.target if Op(node).is_module else node)
         if not rules.quantizes(region.names[node], kind):
             continue
         asked = rules.weight_bits(region.names[node], kind, bits)
@@ -226,7 +242,7 @@ def _planned_weights(
             scheme=Scheme(bits=asked, signed=True, symmetric=True, narrow=True, axis=axis),
             channels=None if axis is None else shape[axis],
             ranges="learned" if options.ranges == "clipped" else options.ranges,
-            observer=_weight_observer(options, asked),
+            observer=rules.observer({region.names[node]: kind}, _weight_observer(options, asked)),
         )
 
 
@@ -238,16 +254,16 @@ def _weight_observer(options: QuantizationOptions, bits: int) -> str:
 
 def weight_shape(node: fx.Node) -> tuple[int, ...]:
     """Shape of the weight of a layer, be it a module or a function."""
-    if node.op == "call_module":
+    if Op(node).is_module:
         weight = module_of(node).weight
         return tuple(int(size) for size in weight.shape)  # type: ignore[union-attr]
     weight_node = node.args[1]
     assert isinstance(weight_node, fx.Node)
-    return tuple(int(size) for size in weight_node.meta["val"].shape)
+    return tuple(int(size) for size in Op(weight_node).shape)
 
 
 def _groups(node: fx.Node) -> int:
-    if node.op == "call_module":
+    if Op(node).is_module:
         return int(module_of(node).groups)  # type: ignore[arg-type]
     return int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
 
@@ -264,7 +280,7 @@ def _left(region: Region, rules: RuleBook, target: Target, kinds: frozenset[Oper
             continue
         if kinds != set(target.inputs) and kind not in WEIGHTED:
             continue  # all are in float, as the scheme says
-        if kind in (K.OUTPUT, K.CONSTANT, K.CONCAT, *TRANSPARENT) or node in region.demands:
+        if kind in (K.OUTPUT, K.CONSTANT, K.CONCAT, *TRANSPARENT) or node in region.requests:
             continue
         if not Op(node).is_float_tensor:
             continue
@@ -290,7 +306,7 @@ def _fused_into_reader(node: fx.Node) -> bool:
 
 
 def _unread(node: fx.Node) -> str:
-    readers = list(dict.fromkeys(Op(user).name for user in node.users if user.op != "output"))
+    readers = list(dict.fromkeys(Op(reader).name for reader in sorted(node.users) if not Op(reader).is_output))
     if not readers:
         return "an output of the model"
     return f"its readers compute in float ({', '.join(readers)})"

@@ -29,6 +29,8 @@ class Rule(Options):
     activation_bits: Bits | None = None
     """Bits of the operator's output, behind the BatchNorm and the activation that are fused with it: a rule may name
     any of them, as the plan does. What is concatenated shares a quantizer: a rule for one tensor holds for all."""
+    observer: ObserverName | None = None
+    """Estimator of the ranges of the operator's weight and of its output."""
     quantize: bool | None = None
     """False: the operator computes in float; True: it does not, whatever an earlier rule says."""
 

@@ -1,10 +1,11 @@
 """The plan: what is quantized, how, what is not and why, decided before anything is inserted."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from halfeven.errors import PlacementError
 from halfeven.placement.options import QuantizationOptions as QuantizationOptions
 from halfeven.placement.options import Rule as Rule
 from halfeven.quantization.quantizer import Ranges
@@ -76,10 +77,33 @@ class Plan:
     left: tuple[LeftInFloat, ...] = ()
     notes: tuple[str, ...] = field(default=())
     changes: GraphChanges = field(default=GraphChanges())
+    decide: "Callable[[QuantizationOptions], Plan] | None" = field(default=None, repr=False, compare=False)
+    """Decides anew for other options, about the graph that the plan was made for. It is in no file: a plan that
+    `from_dict` made has none until a model is prepared with it."""
+
+    def with_rules(self, *rules: Rule) -> "Plan":
+        """Return the plan that further rules lead to; they win over the rules that the plan was made with.
+
+        An earlier rule of the same pattern and kind goes where a new one sets all that it set.
+
+        Raises:
+            PlacementError: a rule holds for nothing, the target cannot do its bits, or the plan was read from a file.
+        """
+        if self.decide is None:
+            raise PlacementError(
+                "This plan was read from a file and knows no graph, so nothing can be decided anew. Make it with "
+                "halfeven.plan(model, example), or take halfeven.plan_of(qmodel) of a model that was prepared or "
+                "loaded."
+            )
+        kept = [rule for rule in self.options.rules if not any(_replaces(new, rule) for new in rules)]
+        options = dataclasses.replace(self.options, rules=(*kept, *rules))
+        return dataclasses.replace(self.decide(options), changes=self.changes)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, for JSON."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(dataclasses.replace(self, decide=None))
+        del values["decide"]
+        return values
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Plan":
@@ -121,6 +145,13 @@ class Plan:
             str(self.changes),
         ]
         return "\n\n".join(part for part in parts if part)
+
+
+def _replaces(new: Rule, old: Rule) -> bool:
+    """Return True if an old rule has no effect beside a new one, whatever stands between them."""
+    settings = ("weight_bits", "activation_bits", "observer", "quantize")
+    same = (new.pattern, new.kind) == (old.pattern, old.kind)
+    return same and all(getattr(new, name) is not None for name in settings if getattr(old, name) is not None)
 
 
 def _range(tensor: PlannedTensor | PlannedWeight) -> str:

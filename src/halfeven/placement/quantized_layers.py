@@ -139,3 +139,6 @@ QUANTIZED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantizedLinear,
 }
 """Float layer -> the same layer with a quantized weight."""
+
+FLOAT_LAYERS = {quantized: layer for layer, quantized in QUANTIZED_LAYERS.items()}
+"""Layer with a quantized weight -> the same float layer."""

@@ -1,6 +1,6 @@
-"""Who wants integers: the tensors of a graph that shall be quantized, and what their readers ask of them.
+"""Collect requests: the tensors of a graph that shall be quantized, and the grids that their readers can read.
 
-The demand of an operator travels up through operators that keep the scale to the operator that produced the tensor,
+The request of an operator travels up through operators that keep the scale to the operator that produced the tensor,
 past the BatchNorm and activation that a runtime fuses into it.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from halfeven.graph.operators import TRANSPARENT, OperatorKind
-from halfeven.graph.view import Op, kind_of
+from halfeven.graph.view import Op, kind_of, operations
 from halfeven.placement.rules import RuleBook
 from halfeven.targets.target import Grid, Target, wanted_grid
 
@@ -27,8 +27,8 @@ ROUNDED = "a reader that computes with bytes"
 
 
 @dataclass
-class Demand:
-    """A tensor that shall be quantized, and what its readers ask."""
+class QuantizationRequest:
+    """The wish of operators that a tensor be quantized, and the grid that they can read."""
 
     grid: Grid = Grid.ANY
     consumers: list[str] = field(default_factory=list)
@@ -37,51 +37,53 @@ class Demand:
 
 @dataclass
 class Region:
-    """One graph, with the lookups that deciding needs."""
+    """One graph of a model, with the requests that were collected in it."""
 
     prefix: str
     graph: fx.Graph
     names: dict[fx.Node, str]
-    demands: dict[fx.Node, Demand] = field(default_factory=dict)
+    requests: dict[fx.Node, QuantizationRequest] = field(default_factory=dict)
     branches: set[fx.Node] = field(default_factory=set)
 
 
 def collect(region: Region, target: Target, rules: RuleBook) -> None:
-    """Fill a region's demands with those of its operators."""
+    """Collect the requests of a region's operators, in place."""
     for node in region.graph.nodes:
         kind = kind_of(node)
-        quantize = node.op != "output" and rules.quantizes(region.names.get(node, ""), kind)
+        quantize = not Op(node).is_output and rules.quantizes(region.names.get(node, ""), kind)
         if not quantize:
             continue
         operands = _integer_operands(region, node, target)
         for operand in operands:
-            _demand(region, operand, wanted_grid(target, node) or Grid.ANY, node)
+            _request(region, operand, wanted_grid(target, node) or Grid.ANY, node)
         if operands and kind in target.outputs:
-            _demand_result(region, node, target)
+            _request_result(region, node, target)
     _collect_averages(region, target, rules)
 
 
 def _collect_averages(region: Region, target: Target, rules: RuleBook) -> None:
-    """Demand the averages of integers that the target rounds for a reader that it computes with bytes: with a quantizer
-    the simulation rounds too, and on a grid of the average's own."""
+    """Request the averages of integers that the target rounds, for a reader that it computes with bytes.
+
+    With a quantizer the simulation rounds too, and on a grid of the average's own.
+    """
     for node in region.graph.nodes:
-        if kind_of(node) is not K.AVERAGE or not all(n in region.demands for n in sources(node.args[0])):
+        if kind_of(node) is not K.AVERAGE or not all(n in region.requests for n in sources(node.args[0])):
             continue
         if target.rounds_average(node) and rules.quantizes(region.names[node], K.AVERAGE):
-            region.demands.setdefault(node, Demand(consumers=[ROUNDED]))
+            region.requests.setdefault(node, QuantizationRequest(consumers=[ROUNDED]))
 
 
 def collect_outputs(region: Region, rules: RuleBook) -> None:
-    """Add the demands of a user who wants the model's outputs quantized."""
-    (output,) = [node for node in region.graph.nodes if node.op == "output"]
+    """Collect requests for the model's outputs, in place: the user wants them quantized."""
+    (output,) = [op.node for op in operations(region.graph) if op.is_output]
     for result in output.all_input_nodes:
         made_by = [head(source) for source in sources(result)]
         if all(rules.quantizes(region.names.get(node, ""), kind_of(node)) for node in made_by):
-            _demand(region, result, Grid.ANY, output)
+            _request(region, result, Grid.ANY, output)
 
 
 def _integer_operands(region: Region, node: fx.Node, target: Target) -> list[fx.Node]:
-    """The operands that an operator wants to read as integers."""
+    """Return the operands that an operator reads as integers."""
     kind = kind_of(node)
     if kind in target.elementwise:
         return _elementwise_operands(node, target, region)
@@ -91,24 +93,24 @@ def _integer_operands(region: Region, node: fx.Node, target: Target) -> list[fx.
     return [operand for operand in operands if isinstance(operand, fx.Node)]
 
 
-def _demand(region: Region, operand: fx.Node, grid: Grid, reader: fx.Node) -> None:
+def _request(region: Region, operand: fx.Node, grid: Grid, reader: fx.Node) -> None:
     makers = [node for node in sources(operand) if Op(node).is_float_tensor and kind_of(node) is not K.CONSTANT]
     for maker in makers:
-        demand = region.demands.setdefault(maker, Demand())
-        demand.tied_to.update(makers)
-        if (name := region.names.get(reader, OUTPUT)) not in demand.consumers:
-            demand.consumers.append(name)
+        request = region.requests.setdefault(maker, QuantizationRequest())
+        request.tied_to.update(makers)
+        if (name := region.names.get(reader, OUTPUT)) not in request.consumers:
+            request.consumers.append(name)
         if grid is Grid.NO_ZERO_POINT:
-            demand.grid = grid
+            request.grid = grid
 
 
-def _demand_result(region: Region, node: fx.Node, target: Target) -> None:
+def _request_result(region: Region, node: fx.Node, target: Target) -> None:
     """Quantize what an operator yields, after the BatchNorm and activation that are computed in its kernel."""
     while len(node.users) == 1 and _fused(reader := next(iter(node.users)), target):
         if kind_of(reader) is K.BATCH_NORM and kind_of(node) is K.ACTIVATION and not target.fuses_any_activation:
             break  # it can be folded into a layer right before it alone
         node = reader
-    region.demands.setdefault(node, Demand())
+    region.requests.setdefault(node, QuantizationRequest())
 
 
 def _fused(node: fx.Node, target: Target) -> bool:
@@ -119,7 +121,7 @@ def _fused(node: fx.Node, target: Target) -> bool:
 
 
 def sources(node: fx.Node) -> Iterator[fx.Node]:
-    """The operators that made the values of a tensor: upwards through all that keeps the scale."""
+    """Yield the operators that made the values of a tensor, upwards through those that keep the scale."""
     kind = kind_of(node)
     if kind is K.CONCAT:
         for operand in node.all_input_nodes:
@@ -131,7 +133,7 @@ def sources(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _elementwise_operands(node: fx.Node, target: Target, region: Region) -> list[fx.Node]:
-    """The operands of an addition or multiplication that shall be integers.
+    """Return the operands of an addition or multiplication that shall be integers.
 
     A convolution that is added to a skip connection may be fused with the addition: then its result stays as it is,
     and the skip is quantized. Where no convolution leads (the residual stream of a transformer) all stay in float.
@@ -149,11 +151,11 @@ def _elementwise_operands(node: fx.Node, target: Target, region: Region) -> list
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    return bool(a.meta["val"].shape == b.meta["val"].shape)
+    return Op(a).shape == Op(b).shape
 
 
 def _convolution_branch(node: fx.Node) -> list[fx.Node] | None:
-    """The nodes from a convolution, through BatchNorm, to an addition that alone reads them; None if it is no such
+    """Return the nodes from a convolution through BatchNorm to an addition, each with one reader; None for any other
     branch."""
     passed = []
     while len(node.users) == 1 and kind_of(node) in (K.IDENTITY, K.BATCH_NORM):
@@ -163,7 +165,7 @@ def _convolution_branch(node: fx.Node) -> list[fx.Node] | None:
 
 
 def fused_group(node: fx.Node) -> list[fx.Node]:
-    """An operator with the BatchNorm and the activation that precede it in its fused group, last to first."""
+    """Return an operator with the activation, BatchNorm and layer before it in its fused group, last to first."""
     group = [node]
     while kind_of(group[-1]) in (K.ACTIVATION, K.BATCH_NORM) and group[-1].all_input_nodes:
         group.append(group[-1].all_input_nodes[0])
@@ -171,5 +173,5 @@ def fused_group(node: fx.Node) -> list[fx.Node]:
 
 
 def head(node: fx.Node) -> fx.Node:
-    """The operator that an activation and a BatchNorm at the end of a fused group belong to."""
+    """Return the first operator of a fused group: the layer of an activation and a BatchNorm."""
     return fused_group(node)[-1]

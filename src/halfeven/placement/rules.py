@@ -41,6 +41,10 @@ class RuleBook:
         """Bits of a quantizer that a rule may name by any of some operators; their kinds by name."""
         return int([default, *self._said("activation_bits", operators)][-1])
 
+    def observer(self, operators: Mapping[str, OperatorKind], default: str) -> str:
+        """Return the estimator of a weight's or a quantizer's range that a rule may name by any of some operators."""
+        return str([default, *self._said("observer", operators)][-1])
+
     def _said(self, part: str, operators: Mapping[str, OperatorKind]) -> Iterator[Any]:
         for index, rule in enumerate(self.rules):
             names = [name for name, kind in operators.items() if _holds(rule, name, kind)]
@@ -57,10 +61,17 @@ class RuleBook:
                 raise PlacementError(f"The rule {rule} {self._why(index, rule, names)}")
 
     def _why(self, index: int, rule: Rule, names: list[str]) -> str:
-        lacking = {"weight_bits": "no quantized weight", "activation_bits": "no quantizer at its output"}
+        lacking = {
+            "weight_bits": "no quantized weight",
+            "activation_bits": "no quantizer at its output",
+            "observer": "no quantizer",
+        }
         lacks = [what for part, what in lacking.items() if getattr(rule, part) is not None]
         if not lacks and rule.quantize is None:
-            return "sets neither bits nor quantize, so it would do nothing. Give it one of them, or leave it out."
+            return (
+                "sets neither bits nor observer nor quantize, so it would do nothing. Give it one of them, or leave it "
+                "out."
+            )
         if index in self.matched:
             return (
                 f'matches "{self.matched[index]}", which has {" and ".join(lacks)}, so it would do nothing. The plan '

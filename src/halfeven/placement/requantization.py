@@ -1,0 +1,128 @@
+"""New rules for a model that has quantizers already: those that a new plan changes are exchanged, all others stay."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.view import Op, operations
+from halfeven.placement.folded_batchnorm import unfold_live
+from halfeven.placement.insertion import (
+    insert_tensor,
+    insert_weight,
+    place_quantizer,
+    plan_of,
+    quantizer_path,
+    settle_regions,
+    tensor_quantizer,
+    weight_quantizer,
+)
+from halfeven.placement.make_plan import named_nodes
+from halfeven.placement.options import QuantizationOptions, Rule
+from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight
+from halfeven.placement.quantized_layers import FLOAT_LAYERS
+from halfeven.quantization.quantizer import Quantizer
+from halfeven.targets.target import Target
+
+Found = Mapping[str, tuple[CapturedModule, fx.Node]]
+
+
+def apply_rules(qmodel: nn.Module, rules: Sequence[Rule], target: Target) -> tuple[str, ...]:
+    """Change a quantized model to the plan that further rules lead to, in place.
+
+    Quantizers of which the plan says the same as before stay, with their ranges.
+
+    Args:
+        qmodel: a model from `prepare` or `load`.
+        rules: the rules; they win over those of the model's plan.
+        target: the runtime of the model's plan.
+
+    Returns:
+        Names of the new quantizers, of which none has a range yet unless the plan knows it.
+
+    Raises:
+        PlacementError: a rule holds for nothing, or the target cannot do its bits; the model is as it was.
+    """
+    before = plan_of(qmodel)
+    after = before.with_rules(*rules)
+    change = _Change(named_nodes(qmodel), after.options)
+    new = [*_change_weights(change, before, after), *_change_tensors(change, before, after)]
+    settle_regions(qmodel, after, target)
+    return tuple(quantizer.name for quantizer in new if not quantizer.state.has_range)
+
+
+@dataclass(frozen=True)
+class _Change:
+    found: Found
+    options: QuantizationOptions
+
+    def exchange_weight(self, planned: PlannedWeight) -> Quantizer:
+        region, node = self.found[planned.name]
+        quantizer = weight_quantizer(planned, self.options)
+        if not Op(node).is_module:
+            place_quantizer(region, quantizer, f"{planned.name}_weight")
+            return quantizer
+        layer = Op(node).module
+        layer.weight_quantizer = quantizer.to(layer.weight.device).train(region.training)
+        return quantizer
+
+    def exchange_tensor(self, planned: PlannedTensor) -> Quantizer:
+        region, _ = self.found[planned.places[0]]
+        quantizer = tensor_quantizer(planned, self.options)
+        place_quantizer(region, quantizer, planned.name)
+        return quantizer
+
+    def remove_weight(self, planned: PlannedWeight) -> None:
+        region, node = self.found[planned.name]
+        if not Op(node).is_module:
+            _remove_calls(region, quantizer_path(f"{planned.name}_weight"))
+            return
+        layer = Op(node).module
+        unfold_live(layer)
+        del layer.weight_quantizer
+        layer.input_quantizers = ()
+        layer.__class__ = FLOAT_LAYERS[type(layer)]
+
+    def remove_tensor(self, planned: PlannedTensor) -> None:
+        _remove_calls(self.found[planned.places[0]][0], quantizer_path(planned.name))
+
+
+def _change_weights(change: _Change, before: Plan, after: Plan) -> list[Quantizer]:
+    old = {weight.name: weight for weight in before.weights}
+    new = {weight.name: weight for weight in after.weights}
+    for name in old.keys() - new.keys():
+        change.remove_weight(old[name])
+    changed = [change.exchange_weight(weight) for name, weight in new.items() if name in old and weight != old[name]]
+    added = [weight for name, weight in new.items() if name not in old]
+    return changed + [insert_weight(*change.found[weight.name], weight, change.options) for weight in added]
+
+
+def _change_tensors(change: _Change, before: Plan, after: Plan) -> list[Quantizer]:
+    old = {tensor.places: tensor for tensor in before.tensors}
+    new = {tensor.places: tensor for tensor in after.tensors}
+    for places in old.keys() - new.keys():
+        change.remove_tensor(old[places])
+    changed = [
+        change.exchange_tensor(tensor)
+        for places, tensor in new.items()
+        if places in old and _quantizer_of(tensor) != _quantizer_of(old[places])
+    ]
+    added = [tensor for places, tensor in new.items() if places not in old]
+    return changed + [
+        insert_tensor([change.found[name] for name in tensor.places], tensor, change.options) for tensor in added
+    ]
+
+
+def _quantizer_of(tensor: PlannedTensor) -> tuple[object, ...]:
+    """Return the part of a planned tensor that its quantizer is made of: all except its readers."""
+    return tensor.name, tensor.scheme, tensor.ranges, tensor.observer, tensor.fixed_range
+
+
+def _remove_calls(region: CapturedModule, path: str) -> None:
+    """Take a quantizer out of a graph: readers read the tensor itself."""
+    for op in operations(region.graph):
+        if op.is_module and op.path == path:
+            op.node.replace_all_uses_with(op.inputs[0].node)
+            region.graph.erase_node(op.node)
+    region.delete_submodule(path)
