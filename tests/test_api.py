@@ -15,7 +15,7 @@ import halfeven as he
 from halfeven import errors
 
 PUBLIC = {
-    *("quantize", "prepare", "plan_of", "calibrate", "exact", "export", "verify", "save", "load"),
+    *("quantize", "plan", "prepare", "plan_of", "set_rules", "calibrate", "exact", "export", "verify", "save", "load"),
     *("HalfevenError", "Plan", "QuantizationOptions", "Rule"),
 }
 

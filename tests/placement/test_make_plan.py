@@ -469,7 +469,7 @@ def test_a_rule_that_held_for_nothing_names_the_nearest():
     (Rule(pattern="3.relu", weight_bits=6), r'matches "3.relu", which has no quantized weight'),
     (Rule(pattern="0", weight_bits=6), r'matches "0", which has no quantized weight'),
     (Rule(pattern="7"), "sets neither bits nor observer nor quantize"),
-    (Rule(pattern="7", weight_bits=0), "cannot run weights of 0 bits"),
+    (Rule(pattern="7", weight_bits=12), "cannot run weights of 12 bits"),
 ])  # fmt: skip
 def test_a_rule_whose_part_nothing_has_is_refused_with_the_reason(rule, lacks):
     with pytest.raises(PlacementError, match=lacks):
