@@ -43,16 +43,6 @@ FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floo
 FILES = sorted(SOURCE.rglob("*.py"))
 PRIVATE_DOOR = "graph/torch_private.py"
 """The one file that uses private names of other packages."""
-STILL_PRIVATE = {
-    "deployment/exported_program.py": {"torch.utils._pytree"},
-    "runtimes/exact_model.py": {"self.region.graph._codegen"},
-    "runtimes/onnxruntime/exact.py": {"torch.utils._pytree"},
-    "runtimes/openvino/exact.py": {"torch.utils._pytree"},
-    "runtimes/runtime.py": {"torch.utils._pytree"},
-    "tasks/detection.py": {"torch.utils._pytree"},
-    "tasks/task.py": {"torch.utils._pytree"},
-}
-"""Files that still use private names themselves, to be converted: none is to be added."""
 
 
 def relative(path):
@@ -197,7 +187,7 @@ def foreign_private_names(source, own):
 @pytest.mark.parametrize("path", [p for p in FILES if relative(p) != PRIVATE_DOOR], ids=relative)
 def test_private_names_of_other_packages_stand_in_one_file(path):
     found = set(foreign_private_names(path.read_text(), OWN | {"_replace"}))  # the public method of a NamedTuple
-    assert found <= STILL_PRIVATE.get(relative(path), set())
+    assert not found
 
 
 def test_a_private_name_is_found_however_it_is_used():

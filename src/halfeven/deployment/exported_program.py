@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from halfeven.errors import ExportError
 from halfeven.graph.capture import quiet
+from halfeven.graph.torch_private import pytree
 from halfeven.placement.insertion import recorded_example
 
 

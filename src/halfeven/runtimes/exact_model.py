@@ -97,7 +97,6 @@ class _ExactRegion(nn.Module):
         self.interpreter = [interpreter]  # in a list: it is no submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        codegen = self.region.graph._codegen
         flat = self.region.flat_inputs(*args, **kwargs)
         result = self.interpreter[0].run(*flat, enable_io_processing=False)
-        return codegen.process_outputs(result)
+        return self.region.graph.process_outputs(result)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from halfeven.errors import ConfigError
+from halfeven.graph.torch_private import pytree
 from halfeven.imports import extra
 from halfeven.tasks.task import Metrics, Task
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
+
+from halfeven.graph.torch_private import pytree
 
 if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch, and few programs judge anything
     from torchmetrics import Metric, MetricCollection

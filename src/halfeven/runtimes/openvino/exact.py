@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from halfeven.deployment.grids import quantizer_at
 from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.torch_private import pytree
 from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.runtimes.cpu import has_avx512_vnni
 from halfeven.runtimes.float_operators import FloatOperators, is_asked
