@@ -119,7 +119,7 @@ def test_rules_without_effect_are_errors():
     with pytest.raises(PlacementError, match="holds for no operator"):
         plan.with_rules(he.Rule(pattern="tail", weight_bits=4))
     with pytest.raises(PlacementError, match="no quantizer"):
-        he.plan(made(Net), X, scheme="w8a16").with_rules(he.Rule(kind="average", observer="lp"))
+        he.plan(nn.Sequential(conv(3), nn.Softmax(1)).eval(), X).with_rules(he.Rule(kind="softmax", observer="lp"))
     with pytest.raises(PlacementError, match="cannot run weights of 12 bits"):
         plan.with_rules(he.Rule(pattern="body", weight_bits=12))
     with pytest.raises(ConfigError, match="observer"):
