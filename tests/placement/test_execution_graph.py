@@ -14,7 +14,7 @@ from halfeven.placement.execution_graph import as_planned, fused_graph
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.quantizer import Mode, Quantizer, quantizers, set_mode
 from placement.parts import IMAGE, Attention, Residual, conv
-from sweeps import crossed
+from sweeps import crossed, sweep
 
 INF = float("inf")
 
@@ -329,12 +329,15 @@ def test_calibration_sees_what_is_quantized(name):
 
 @pytest.mark.parametrize(
     ("name", "ranges"),
-    [
-        *(("relu, max pool", ranges) for ranges in ("observed", "learned", "clipped")),
-        *(("residual", ranges) for ranges in ("observed", "learned")),
-        ("attention", "learned"),
-        ("concatenated", "learned"),
-    ],
+    sweep(
+        [
+            *(("relu, max pool", ranges) for ranges in ("observed", "learned", "clipped")),
+            *(("residual", ranges) for ranges in ("observed", "learned")),
+            ("attention", "learned"),
+            ("concatenated", "learned"),
+        ],
+        *(("relu, max pool", "clipped"), ("residual", "observed"), ("attention", "learned")),
+    ),
 )
 def test_a_compiled_model_is_one_graph_and_has_the_same_numbers(name, ranges):
     qmodel, x = prepared(name, scheme="w4a4", ranges=ranges)
