@@ -1,4 +1,4 @@
-"""What the products of a graph cost, in multiply-accumulates."""
+"""Count the multiply-accumulates of a graph's products."""
 
 from typing import Any
 
@@ -9,8 +9,10 @@ from halfeven.graph.view import Op, kind_of, module_of
 
 
 def multiply_accumulates(node: fx.Node) -> int:
-    """Multiply-accumulates of a convolution, linear layer or matrix product, for the batch that it was traced with;
-    0 for other operators."""
+    """Return the multiply-accumulates of a convolution, linear layer or matrix product; 0 for other operators.
+
+    They are counted for the batch size that the graph was traced with.
+    """
     kind = kind_of(node)
     if kind is OperatorKind.MATMUL:
         first = node.args[0]
@@ -24,7 +26,7 @@ def multiply_accumulates(node: fx.Node) -> int:
         source = node.args[1]
         assert isinstance(source, fx.Node)
         weight = Op(source).value
-    # A transposed convolution multiplies each input by its window; all others make each output of theirs.
+    # A transposed convolution multiplies each input by a whole window; other layers compute each output from a window.
     transposed = kind is OperatorKind.TRANSPOSED_CONVOLUTION
     walked = node.all_input_nodes[0] if transposed else node
     return _size(Op(walked).shape) * _size(weight.shape[1:])
@@ -38,5 +40,5 @@ def _size(shape: Any) -> int:
 
 
 def _number(size: Any) -> int:
-    """A size, or the one that a free axis was traced with."""
+    """Return a size; for a free axis, the size that it was traced with."""
     return size if isinstance(size, int) else int(size.node.hint)

@@ -1,19 +1,19 @@
-"""In-place operators in their functional form: a quantizer must not see its tensor change afterwards."""
+"""Replace in-place operators by their functional form, because a quantizer's tensor must not change afterwards."""
 
 import torch
 from torch import fx
 
 from halfeven.graph.torch_private import functional_form, is_operator
-from halfeven.graph.view import Op, replace_call
+from halfeven.graph.view import Op, nodes_after, replace_call
 
 aten = torch.ops.aten
 
 
 def make_functional(node: fx.Node) -> None:
-    """Turn an in-place operator into its functional form, in place; other nodes stay.
+    """Replace an in-place operator by its functional form, in place; other nodes stay.
 
-    What reads the changed tensor later reads the result. Where the tensor is a part of another (`x[:, 1:] += y`), later
-    readers of the whole read it with that part exchanged.
+    Later readers of the changed tensor read the result. Where the tensor is a part of a larger tensor
+    (`x[:, 1:] += y`), later readers of the larger tensor read it with that part exchanged.
     """
     functional = functional_form(node.target) if is_operator(node.target) else None
     if functional is None:
@@ -23,19 +23,20 @@ def make_functional(node: fx.Node) -> None:
     assert isinstance(changed, fx.Node)
     if functional is aten.copy.default:
         _write_as_expansion(node, changed)
-    later = _after(node)
+    later = nodes_after(node)
     changed.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
     _write_back(node, changed, later)
 
 
 def _write_as_expansion(node: fx.Node, changed: fx.Node) -> None:
-    """Write `copy` as its source in the form of what it overwrites: torch has no derivative of `copy` itself."""
+    """Replace `copy` by its source, expanded to the overwritten shape: torch has no derivative of `copy` itself."""
     source = node.args[1]
     if isinstance(source, fx.Node) and Op(source).value.dtype == Op(changed).value.dtype:
         replace_call(node, aten.expand_as.default, (source, changed))
 
 
 def _write_back(result: fx.Node, view: fx.Node, later: set[fx.Node]) -> None:
+    # Each turn goes from a view (`x[:, 1:]`) to the tensor that it is a view of, until a tensor with its own memory.
     while (scatter := Op(view).row.scatter) is not None:
         base = view.args[0]
         assert isinstance(base, fx.Node)

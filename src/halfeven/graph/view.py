@@ -1,4 +1,4 @@
-"""A node of a captured graph, as the rest of halfeven reads it.
+"""Read and change the nodes of a captured graph through one typed view.
 
 `torch.fx` says what a node is in strings (`op`), dotted names (`target`) and a dictionary (`meta`). They are looked up
 here and nowhere else.
@@ -22,52 +22,52 @@ GRAPH_ENDS = {"placeholder": K.INPUT, "get_attr": K.CONSTANT, "output": K.OUTPUT
 class Op:
     """A read-only view of one node of a graph.
 
-    Two views of the same node are equal, and a view can be a key of a dictionary. It holds no facts of its own: after
-    the graph has changed, it shows the change.
+    Two views of the same node are equal, and a view can be a key of a dictionary. A view stores nothing: after the
+    graph has changed, it shows the change.
     """
 
     node: fx.Node
 
-    # What it is
+    # Form of the node
 
     @property
     def is_input(self) -> bool:
-        """True for an input of the graph."""
+        """Return True for an input of the graph."""
         return self.node.op == "placeholder"
 
     @property
     def is_constant(self) -> bool:
-        """True for a parameter, a buffer or a constant of the module."""
+        """Return True for a parameter, a buffer or a constant of the module."""
         return self.node.op == "get_attr"
 
     @property
     def is_output(self) -> bool:
-        """True for the node that returns the results."""
+        """Return True for the node that returns the results."""
         return self.node.op == "output"
 
     @property
     def is_module(self) -> bool:
-        """True for the call of a module."""
+        """Return True for the call of a module."""
         return self.node.op == "call_module"
 
     @property
     def is_function(self) -> bool:
-        """True for the call of an operator that is no module."""
+        """Return True for the call of an operator that is no module."""
         return self.node.op == "call_function"
 
     @property
     def kind(self) -> OperatorKind:
-        """What the operator does to scales; `OperatorKind.FLOAT` for an operator without a row."""
+        """Return the operator's kind; `OperatorKind.FLOAT` for an operator without a row."""
         return GRAPH_ENDS.get(self.node.op) or self.row.kind
 
     @property
     def row(self) -> Operator:
-        """The operator's row in the table `halfeven.graph.operators.OPERATORS`."""
+        """Return the operator's row in the table `halfeven.graph.operators.OPERATORS`."""
         return row_of_module(self._called()) if self.is_module else row_of(self.node.target)
 
     @property
     def module(self) -> Any:
-        """The module that is called; None for any other node."""
+        """Return the called module; None for any other node."""
         return self._called() if self.is_module else None
 
     def _called(self) -> nn.Module:
@@ -77,14 +77,14 @@ class Op:
 
     @property
     def function(self) -> Any:
-        """The overload that is called, such as `torch.ops.aten.relu.default`; None for any other node."""
+        """Return the called overload, such as `torch.ops.aten.relu.default`; None for any other node."""
         return self.node.target if self.is_function else None
 
-    # What it is called
+    # Names
 
     @property
     def name(self) -> str:
-        """The operator's short name: "Conv2d", "relu", "add"."""
+        """Return the operator's short name: "Conv2d", "relu", "add"."""
         if self.is_module:
             return type(self.module).__name__
         if is_operator(self.node.target):
@@ -93,8 +93,10 @@ class Op:
 
     @property
     def path(self) -> str:
-        """The dotted path of the module or the constant, or the input's name; for a function, the path of the module
-        whose code calls it, "" where none is known."""
+        """Return the dotted path of the module or constant, or the input's name.
+
+        For a function it is the path of the module whose code calls it, "" if that is not known.
+        """
         if not self.is_function:
             return str(self.node.target)
         stack = list((self.node.meta.get("nn_module_stack") or {}).values())
@@ -102,24 +104,24 @@ class Op:
 
     @property
     def parent_path(self) -> str:
-        """The path without its last part; "" at the top."""
+        """Return the path without its last part; "" at the top."""
         return self.path.rpartition(".")[0]
 
     @property
     def last_name(self) -> str:
-        """The last part of the path: "weight" of "layer1.0.conv1.weight"."""
+        """Return the last part of the path: "weight" of "layer1.0.conv1.weight"."""
         return self.path.rpartition(".")[2]
 
     @property
     def tensor_name(self) -> str:
-        """The name by which users know the result, without the number that tells it from another of the name."""
+        """Return the name by which users know the result, without the number that makes it unique."""
         if "halfeven_name" in self.node.meta:
             return str(self.node.meta["halfeven_name"])
         if not self.is_function:
             return self.path
         return f"{self.path}.{self.name}" if self.path else self.name
 
-    # What it computes
+    # Arguments and result
 
     def argument(self, name: str) -> Any:
         """Return the argument of an operator by the name that ATen's schema gives it, or its default.
@@ -131,7 +133,7 @@ class Op:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """All arguments of an operator by the names of ATen's schema, defaults filled in."""
+        """Return all arguments of an operator by the names of ATen's schema, defaults filled in."""
         parameters = parameters_of(self.node.target)
         values = {p.name: p.default for p in parameters if p.has_default}
         values |= {p.name: value for p, value in zip(parameters, self.node.args, strict=False)}
@@ -139,10 +141,10 @@ class Op:
 
     @property
     def constant(self) -> Any:
-        """The parameter, buffer or constant that a node reads.
+        """Return the parameter, buffer or constant that a `get_attr` node reads.
 
         Raises:
-            AttributeError: the node reads none.
+            AttributeError: the node is of another form.
         """
         if not self.is_constant:
             raise AttributeError(f"{self.node} reads no constant")
@@ -153,35 +155,34 @@ class Op:
 
     @property
     def value(self) -> Any:
-        """The result as capture recorded it: a tensor without data, a number, or a list of these; None if nothing
-        was recorded."""
+        """Return the recorded result: a tensor without data, a number, or a list of these; None if there is none."""
         return self.node.meta.get("val")
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """The shape of the result; a free axis is a `torch.SymInt`. Only for a node that yields one tensor."""
+        """Return the shape of the result, for a node that yields a single tensor; a free axis is a `torch.SymInt`."""
         return tuple(self.value.shape)
 
     @property
     def ndim(self) -> int:
-        """The number of axes of the result. Only for a node that yields one tensor."""
+        """Return the number of axes of the result, for a node that yields a single tensor."""
         return len(self.shape)
 
     @property
     def is_tensor(self) -> bool:
-        """True if the result is one tensor."""
+        """Return True if the result is a single tensor."""
         return isinstance(self.value, Tensor)
 
     @property
     def is_float_tensor(self) -> bool:
-        """True if the result is one tensor of real numbers, not of integers or booleans."""
+        """Return True if the result is a single floating-point tensor."""
         return isinstance(self.value, Tensor) and self.value.is_floating_point()
 
-    # What its row says of this call
+    # Facts from the operator's row
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """The bounds [low, high] that the operator clips its input to; None where it does something else.
+        """Return the bounds (low, high) that the operator clips its input to; None for an operator that does not clip.
 
         A bound may be infinite: ReLU clips to [0, inf].
         """
@@ -197,7 +198,7 @@ class Op:
 
     @property
     def is_non_negative(self) -> bool:
-        """True if no value can be negative, by the operators that lead to it."""
+        """Return True if no value can be negative, judged by the operators that lead to it."""
         if (bounds := self._given_bounds()) is not None:
             return isinstance(bounds[0], int | float) and bounds[0] >= 0
         kind = self.kind
@@ -212,25 +213,27 @@ class Op:
 
     @property
     def has_kernel_rounding(self) -> bool:
-        """True where the last bits of the result, computed in float, are those of one version's kernel."""
+        """Return True if the last bits of the result, computed in float, depend on the kernel's version."""
         return self.row.has_kernel_rounding
 
     @property
     def pads_zeros(self) -> bool:
-        """True if this call may put zeros beside the values of its input."""
+        """Return True if this call may put zeros beside the values of its input."""
         rule = self.row.pads_zeros if self.is_function else None
         return rule is not None and rule(self.arguments)
 
     def factor_axis(self, axis: int) -> int | None:
-        """Return the axis of the channels after this call, where a positive factor on each channel before is one after
-        it; None where it is not."""
+        """Return the channels' axis after this call, if a positive factor per channel passes through it; else None.
+
+        Args:
+            axis: the channels' axis before the call.
+        """
         rule = self.row.factor_axis if self.is_function else None
         return None if rule is None else rule(self._call(), axis)
 
     @property
     def passes_features(self) -> bool:
-        """True if this call leaves the last axis as it is, and passes a factor and an offset of each of its
-        channels."""
+        """Return True if this call keeps the last axis and passes a factor and an offset per channel of it."""
         rule = self.row.passes_features
         return rule is not None and rule(self._call())
 
@@ -239,26 +242,26 @@ class Op:
         arguments = self.arguments if is_operator(self.node.target) else {}
         return Call(arguments, tuple(getattr(source, "shape", ())), tuple(getattr(self.value, "shape", ())))
 
-    # What is around it
+    # Neighbours
 
     @property
     def inputs(self) -> tuple["Op", ...]:
-        """The nodes whose results the node reads, each once, in the order of its arguments."""
+        """Return the nodes whose results the node reads, each once, in the order of its arguments."""
         return tuple(Op(node) for node in self.node.all_input_nodes)
 
     @property
     def readers(self) -> tuple["Op", ...]:
-        """The nodes that read the result, in the order in which they began to."""
+        """Return the nodes that read the result, in the order in which the links were made."""
         return tuple(Op(node) for node in self.node.users)
 
     @property
     def only_reader(self) -> "Op | None":
-        """The node that reads the result where it is the only one; else None."""
+        """Return the node that reads the result, if a single node does; else None."""
         readers = self.readers
         return readers[0] if len(readers) == 1 else None
 
 
-# Short forms for the facts that are asked for most
+# Short forms of the most frequent look-ups
 
 
 def kind_of(node: fx.Node) -> OperatorKind:
@@ -267,7 +270,7 @@ def kind_of(node: fx.Node) -> OperatorKind:
 
 
 def module_of(node: fx.Node) -> nn.Module:
-    """Return the module that a node calls; only for nodes that call one."""
+    """Return the module that a node calls, for a node that calls a module."""
     module: nn.Module = Op(node).module
     return module
 
@@ -276,17 +279,27 @@ def module_of(node: fx.Node) -> nn.Module:
 
 
 def operations(graph: fx.Graph) -> list[Op]:
-    """Return views of all nodes of a graph, in its order; the graph may be changed while the list is walked."""
+    """Return views of all nodes of a graph, in its order; the graph may be changed during a loop over the list."""
     return [Op(node) for node in graph.nodes]
 
 
+def nodes_after(node: fx.Node) -> set[fx.Node]:
+    """Return the nodes that come after a node in its graph."""
+    found: set[fx.Node] = set()
+    current = node.next
+    while current.op != "root":  # torch.fx keeps the nodes in a ring, which a node "root" closes
+        found.add(current)
+        current = current.next
+    return found
+
+
 def module_calls(graph: fx.Graph) -> list[Op]:
-    """Return views of the nodes that call modules, in the graph's order; a module called twice stands there twice."""
-    return [Op(node) for node in graph.nodes if node.op == "call_module"]
+    """Return views of the nodes that call modules, in the graph's order, a view for each call."""
+    return [op for op in operations(graph) if op.is_module]
 
 
 def replace_call(node: fx.Node, target: Any, args: Iterable[Any], kwargs: dict[str, Any] | None = None) -> None:
-    """Let a node call another operator or module, in place; its readers and its recorded result stay.
+    """Make a node call another operator or module, in place; its readers and its recorded result stay.
 
     Args:
         node: a call of a function or a module.
@@ -308,9 +321,9 @@ def record_value(node: fx.Node, value: Any) -> None:
 def tensor_names(graph: fx.Graph) -> dict[str, fx.Node]:
     """Return the names by which users know the tensors of a graph, each with its node.
 
-    A layer's output has the layer's path; a function's result the path of the module that calls it and the operator's
-    name, numbered where there are several; an input its own name. An operator that took another's place keeps the
-    name, which is in its `meta["halfeven_name"]`.
+    A layer's output has the layer's path; a function's result has the path of the calling module and the operator's
+    name, numbered where several are equal; an input has its own name. An operator that took the place of another keeps
+    the name (`keep_tensor_name`).
     """
     names: dict[str, fx.Node] = {}
     for op in operations(graph):
@@ -327,5 +340,5 @@ def tensor_names(graph: fx.Graph) -> dict[str, fx.Node]:
 
 
 def keep_tensor_name(node: fx.Node, name: str) -> None:
-    """Let a node's tensor be known by this name, whatever operator makes it from now on."""
+    """Fix the name of a node's tensor, which stays when another operator takes the node's place."""
     node.meta["halfeven_name"] = name
