@@ -491,7 +491,7 @@ class Opaque(nn.Module):
 
 def test_nothing_captured_names_what_was_tried():
     model = nn.Sequential(Opaque(), Opaque())
-    with pytest.raises(CaptureError, match=r"Nothing of the model could be captured") as caught:
+    with pytest.raises(CaptureError, match=r"No part of the model could be captured") as caught:
         capture(model, torch.randn(2, 3))
     assert "x.sum().item() > 1e9" in str(caught.value)
     assert "leave_out" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Folding BatchNorm into the layer before it (white paper, section 2.3.1). gamma is never divided by: it may be
+"""Fold BatchNorm into the layer before it (white paper, section 2.3.1). No formula divides by gamma, which may be
 zero."""
 
 import copy
@@ -14,10 +14,12 @@ from halfeven.graph.view import Op, kind_of, module_calls, module_of
 
 
 def folding(norm: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Factor on the weight's output channels and the new bias, each [channels], that do what BatchNorm does in eval.
+    """Return the factor on the weight's output channels and the new bias, each [channels], that replace a BatchNorm.
 
-    `norm(conv(x) + bias) = factor * conv(x) + new_bias` with factor = gamma / sqrt(var + eps).
+    `norm(conv(x) + bias) = factor * conv(x) + new_bias` in eval mode, with factor = gamma / sqrt(var + eps) and
+    new_bias = factor * (bias - mean) + beta.
     """
+    # In float64, so that only the folded weight and bias are rounded to float32.
     factor = torch.rsqrt(norm.running_var.double() + norm.eps)
     mean = norm.running_mean.double()
     if norm.weight is not None:
@@ -29,9 +31,9 @@ def folding(norm: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def statistics(norm: Any) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel after a BatchNorm in eval mode, each [channels] in float32.
+    """Return the mean and standard deviation of each channel after a BatchNorm, each [channels] in float32.
 
-    Its input is normalized, so they are beta and |gamma|: gamma may be negative.
+    BatchNorm normalizes its input first, so they are beta and |gamma|; gamma may be negative.
     """
     ones = torch.ones_like(norm.running_mean)
     mean = torch.zeros_like(ones) if norm.bias is None else norm.bias.detach()
@@ -40,7 +42,7 @@ def statistics(norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def foldable(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
-    """Pairs (layer, BatchNorm) in which the BatchNorm alone reads the layer, and both are modules used once."""
+    """Return the pairs (layer, BatchNorm) of modules that are called once, the BatchNorm being the only reader."""
     calls: dict[Any, int] = {}
     for node in graph.nodes:
         calls[node.target] = calls.get(node.target, 0) + Op(node).is_module
@@ -51,6 +53,8 @@ def foldable(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
         layer = node.all_input_nodes[0]
         if not Op(layer).is_module or kind_of(layer) not in WEIGHTED or len(layer.users) != 1:
             continue
+        # The output channels of a grouped transposed convolution are no axis of its weight, which is
+        # [in, out / groups, ...]: a factor of each channel cannot be multiplied in.
         grouped_transposed = kind_of(layer) is OperatorKind.TRANSPOSED_CONVOLUTION and module_of(layer).groups != 1
         if calls[layer.target] == calls[node.target] == 1 and not grouped_transposed:
             pairs.append((layer, node))
@@ -58,10 +62,10 @@ def foldable(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def split_shared(region: CapturedModule) -> None:
-    """Give each call of a layer a copy of its own where a BatchNorm of its own follows each, so that all can be folded.
+    """Copy a layer that is called several times for each call that a separate BatchNorm follows, so that all fold.
 
-    EfficientDet's heads are such: one convolution for all levels, and statistics for each. What is trained has one
-    weight; to be called before folding for deployment, where the weights of the copies differ.
+    EfficientDet's heads share a convolution between levels, and each level has its own BatchNorm. Training needs the
+    shared weight; call this before folding for deployment, where the weights of the copies differ.
     """
     calls: dict[Any, list[fx.Node]] = defaultdict(list)
     for op in module_calls(region.graph):
@@ -79,15 +83,18 @@ def split_shared(region: CapturedModule) -> None:
 
 
 def output_axis(layer: fx.Node) -> int:
-    """The axis of a layer's weight that its output channels lie on."""
+    """Return the axis of a layer's weight that indexes the output channels."""
     return 1 if kind_of(layer) is OperatorKind.TRANSPOSED_CONVOLUTION else 0
 
 
 def fold(region: CapturedModule) -> int:
-    """Fold every BatchNorm that can be into the float layer before it, in place; how many were.
+    """Fold every foldable BatchNorm of a region into the float layer before it, in place.
 
-    The layer keeps the statistics of its outputs (see `kept_statistics`): algorithms that have no data use them, and
-    those that scale or shift the outputs scale and shift them too.
+    The layer keeps the statistics of its outputs (see `kept_statistics`): algorithms without data use them, and
+    algorithms that scale or shift the outputs scale and shift the statistics too.
+
+    Returns:
+        The number of folded BatchNorms.
     """
     pairs = foldable(region.graph)
     for layer, node in pairs:
@@ -107,20 +114,21 @@ def fold(region: CapturedModule) -> int:
 def keep_statistics(layer: nn.Module, mean: Tensor, std: Tensor) -> None:
     """Keep the mean and standard deviation of a layer's outputs, each [channels], with the layer.
 
-    They are buffers, which move with the layer, and no part of its state dict: they hold for its present weights.
+    They are buffers, so they move with the layer; the state dict leaves them out, since they hold for the present
+    weights alone.
     """
     layer.register_buffer("output_mean", mean, persistent=False)
     layer.register_buffer("output_std", std, persistent=False)
 
 
 def kept_statistics(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Return the mean and standard deviation of a layer's outputs that folding BatchNorm kept; None without any."""
+    """Return the mean and standard deviation of a layer's outputs that `fold` kept; None if it kept none."""
     kept: Any = layer
     return (kept.output_mean, kept.output_std) if hasattr(layer, "output_mean") else None
 
 
 def forget_statistics(model: nn.Module) -> None:
-    """Drop the statistics that folding kept, where they do not hold for the weights any more."""
+    """Drop the statistics that `fold` kept, because they no longer hold for the weights."""
     for module in model.modules():
         if kept_statistics(module) is not None:
             del module.output_mean
@@ -128,7 +136,7 @@ def forget_statistics(model: nn.Module) -> None:
 
 
 def remove(region: CapturedModule, node: fx.Node) -> None:
-    """Take a module that passes its input on out of the graph, and out of the model where nothing else calls it."""
+    """Remove the call of a module, whose readers then read its input; remove the module too after its last call."""
     node.replace_all_uses_with(node.all_input_nodes[0])
     region.graph.erase_node(node)
     path = Op(node).path

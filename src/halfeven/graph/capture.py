@@ -1,9 +1,9 @@
-"""Capture: an unchanged model becomes a graph whose layers are real modules under their own names.
+"""Capture an unchanged model as a graph whose layers are real modules under their own names.
 
-The model is exported in eval mode by `torch.export`; then convolutions, linear layers, normalization and dropout are
-put back as standard modules around the model's own parameters (`graph.restoration`), so that the result has `train()`
-and `eval()`, the float model's state dict, and any batch size. Where a model cannot be exported whole, its largest
-exportable submodules are, and the rest stays Python.
+`torch.export` exports the model in eval mode; then `graph.rebuild` puts convolutions, linear layers, normalization and
+dropout back as standard modules around the model's own parameters, so that the result has `train()` and `eval()`, the
+float model's state dict, and any batch size. Where a model cannot be exported whole, its largest exportable submodules
+are, and the rest stays Python.
 """
 
 import copy
@@ -28,7 +28,7 @@ Example = Tensor | tuple[Any, ...] | dict[str, Any]
 
 @dataclass(frozen=True)
 class LeftInPython:
-    """A submodule that stays Python: its name ("" is the model itself), and why."""
+    """A submodule that stays Python: its name ("" is the model itself), and the reason."""
 
     name: str
     reason: str
@@ -39,7 +39,7 @@ class LeftInPython:
 
 @dataclass
 class CaptureReport:
-    """What was captured: the names of the regions ("" is the whole model), and what stayed Python."""
+    """The names of the captured regions ("" is the whole model), and the submodules that stayed Python."""
 
     regions: list[str] = field(default_factory=list)
     left: list[LeftInPython] = field(default_factory=list)
@@ -49,7 +49,7 @@ def capture(model: nn.Module, example: Example, leave_out: Sequence[str] = ()) -
     """Rebuild a model as graph modules that share its parameters.
 
     Args:
-        model: any module; it is left in the mode it was in.
+        model: any module; its training mode is restored.
         example: one input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments. The
             first axis of its tensors is the batch and stays free.
         leave_out: names of submodules that shall stay Python, for example `["head"]`.
@@ -58,14 +58,14 @@ def capture(model: nn.Module, example: Example, leave_out: Sequence[str] = ()) -
         The captured model, in eval mode, and the report.
 
     Raises:
-        CaptureError: a name of `leave_out` does not exist, nothing could be captured, or the captured model computes
-            something else than the original.
+        CaptureError: a name of `leave_out` does not exist, nothing could be captured, or the captured model's outputs
+            differ from the original's.
     """
     missing = [name for name in leave_out if name not in dict(model.named_modules())]
     if missing:
         raise CaptureError(
-            f"leave_out names {', '.join(missing)}, and the model has no such submodule. "
-            "Print `[name for name, _ in model.named_modules()]` for the names there are."
+            f"leave_out names {', '.join(missing)}, and the model has no such submodule, so nothing would be left out. "
+            "Choose from the names that `[name for name, _ in model.named_modules()]` lists."
         )
     args, kwargs = batched(*as_arguments(example))
     report = CaptureReport()
@@ -82,7 +82,7 @@ def capture(model: nn.Module, example: Example, leave_out: Sequence[str] = ()) -
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what torch.export says of its own inner life; its errors are raised all the same."""
+    """Suppress the warnings and log lines of `torch.export` about its internals; its errors are raised as usual."""
     chatty = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = chatty.level
     chatty.setLevel(logging.CRITICAL)
@@ -95,15 +95,18 @@ def quiet() -> Iterator[None]:
 
 
 def as_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of an example input."""
+    """Return the positional and keyword arguments of an example input."""
     if isinstance(example, dict):
         return (), dict(example)
     return (tuple(example), {}) if isinstance(example, list | tuple) else ((example,), {})
 
 
 def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a batch: a tensor, a dict of inputs, or a sequence whose first item is one
-    of these."""
+    """Return the positional and keyword arguments of a batch.
+
+    Args:
+        batch: a tensor, a dict of inputs (its labels are left out), or a sequence whose first item is either.
+    """
     if isinstance(batch, list | tuple):
         batch = batch[0]
     if isinstance(batch, dict):
@@ -112,7 +115,7 @@ def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def batched(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The arguments with at least two samples: torch.export takes a batch of one for a constant."""
+    """Return the arguments with at least two samples: `torch.export` would make a batch size of 1 a constant."""
 
     def double(x: Any) -> Any:
         return torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim and x.shape[0] == 1 else x
@@ -152,12 +155,12 @@ def _capture_largest(
     if not replaced:
         reasons = "\n  ".join(str(left) for left in report.left)
         raise CaptureError(
-            "Nothing of the model could be captured, so nothing of it can be quantized. What was tried:\n  "
+            "No part of the model could be captured, so no part of it can be quantized. These were tried:\n  "
             f"{reasons}\nMend the named lines, or leave those submodules out with leave_out=[...]."
         )
     if "" in replaced:
         return replaced[""]
-    # The Python that stays runs on a copy whose parameters are the originals' own.
+    # The remaining Python code runs on a copy of the model, whose memo makes it share the original's parameters.
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     shell = copy.deepcopy(model, memo)
     for name, module in replaced.items():
@@ -167,7 +170,7 @@ def _capture_largest(
 
 
 def _recorded_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, tuple[Any, Any]]:
-    """The arguments of each submodule's first call."""
+    """Return the (positional, keyword) arguments of each submodule's first call, by name."""
     seen: dict[str, tuple[Any, Any]] = {}
     handles = [
         module.register_forward_pre_hook(
@@ -181,9 +184,8 @@ def _recorded_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, tupl
             model(*args, **kwargs)
     except Exception as error:
         raise CaptureError(
-            f"The model does not run on the example input: {error}\nPass an example that `model(...)` takes: a "
-            f"tensor, a "
-            "tuple of positional arguments or a dict of keyword arguments."
+            f"The model does not run on the example input, so it cannot be captured: {error}\nPass an example that "
+            "`model(...)` takes: a tensor, a tuple of positional arguments or a dict of keyword arguments."
         ) from error
     finally:
         for handle in handles:
@@ -201,7 +203,8 @@ def _export(module: nn.Module, args: Any, kwargs: Any) -> fx.GraphModule:
 
     shapes = pytree.tree_map(free_batch, _by_parameter(module, args, kwargs))
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel hides the attention's layers
+    # The fast path of `nn.MultiheadAttention` is one fused kernel, which hides the layers inside of it.
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with leaf_markers(module), quiet():
             program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -217,7 +220,7 @@ def _by_parameter(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """The error's first line, and the last line of the model's own code on its way."""
+    """Return the error's first line and the innermost line of the model's own code in its traceback."""
     text = str(error).strip().splitlines() or [type(error).__name__]
     frames = [
         frame
@@ -229,7 +232,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_same(model: nn.Module, captured: nn.Module, args: Any, kwargs: Any) -> None:
-    """Both models compute the same in eval mode, on the example and on a batch of another size."""
+    """Raise CaptureError unless both models agree in eval mode, on the example and on a batch of another size."""
     captured.eval()
 
     def another(x: Any) -> Any:
@@ -242,14 +245,14 @@ def _check_same(model: nn.Module, captured: nn.Module, args: Any, kwargs: Any) -
         with torch.no_grad():
             try:
                 expected = pytree.tree_leaves(model(*a, **k))
-            except Exception:  # the example ran before: it is the model itself that takes no other batch size
+            except Exception:  # the example itself ran before: this model accepts no other batch size
                 continue
             found = pytree.tree_leaves(captured(*a, **k))
         for e, f in zip(expected, found, strict=True):
             if isinstance(e, Tensor) and not torch.allclose(e, f, rtol=1e-4, atol=1e-5, equal_nan=True):
                 raise CaptureError(
-                    f"The captured model computes something else than the original on {what} (largest difference "
-                    f"{float((e - f).abs().max()):.3g}), so its quantization would prove nothing. A value that is "
-                    "changed in place through a view, or a shape fixed at capture, does this: leave the "
+                    f"The captured model differs from the original on {what} (largest difference "
+                    f"{float((e - f).abs().max()):.3g}), so its quantization would prove nothing. Usual causes are a "
+                    "value that is changed in place through a view, and a shape that capture fixed. Leave the "
                     "submodule out with leave_out=[...]."
                 )

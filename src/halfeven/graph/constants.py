@@ -1,4 +1,4 @@
-"""Operators on constants alone, computed once: weights that are made of others, resized position embeddings."""
+"""Compute operators on constants once: weights made from other weights, resized position embeddings."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +13,14 @@ from halfeven.graph.view import Op
 
 @torch.no_grad()
 def fold_constants(region: CapturedModule, stays: Callable[[nn.Module], bool]) -> None:
-    """Replace what a graph computes of its parameters, buffers and numbers alone by the result, in place.
+    """Replace results that depend on parameters, buffers and numbers alone by constants, in place.
 
-    Random operators, and whatever reads a size of the input, stay. Modules are computed as they are in eval mode, and
-    go where nothing else calls them.
+    Random operators, and operators that read a size of the input, stay. Modules are computed as in eval mode, and are
+    removed after their last call.
 
     Args:
-        stays: whether a module is to be kept although what it reads is constant.
+        region: the captured graph.
+        stays: returns True for a module that is kept although its inputs are constant.
     """
     values: dict[fx.Node, Any] = {}
     for node in region.graph.nodes:

@@ -11,7 +11,7 @@ def sqnr(found: Iterable[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the signal-to-quantization-noise ratio of tensors in dB.
 
     10 log10(sum expected^2 / sum (found - expected)^2), summed over all elements of all tensors; infinite where they
-    are equal (white paper, section 3.6, arXiv:2106.08295, debugs with it).
+    are equal (white paper, section 3.7 and figure 9, arXiv:2106.08295, debugs with it).
 
     Args:
         found: tensors of the quantized model, in the order and with the shapes of `expected`.
