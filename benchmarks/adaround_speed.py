@@ -32,7 +32,7 @@ TEST_IMAGES = 512
 
 def write_images(path: Path, count: int, root: str) -> None:
     """Calibration images (a seeded part of the training images) and test images, for both interpreters."""
-    data = load_datasets(DataOptions(source="fashion_mnist", root=root, calibration_images=count))
+    data = load_datasets(DataOptions(source="fashion_mnist", root=root, calibration_samples=count))
     parts = {"calibration": (data.calibration, count), "test": (data.validation, TEST_IMAGES)}
     save_file({name: torch.stack([images[i][0] for i in range(n)]) for name, (images, n) in parts.items()}, path)
 

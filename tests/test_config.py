@@ -74,7 +74,7 @@ def test_lsq_recipes():
 def test_ptq_recipes(name, model):
     experiment = load_experiment(CONFIGS / "ptq" / f"ptq_openvino_{name}_8xb32_in1k_calib32xb32.py")
     assert (experiment.model.name, experiment.model.weights) == (model, "pretrained")
-    assert (experiment.data.calibration_images, experiment.data.evaluation_batch_size) == (1024, 32)
+    assert (experiment.data.calibration_samples, experiment.data.evaluation_batch_size) == (1024, 32)
     assert (experiment.data.resize, experiment.data.image_size) == (256, 224)
     assert (experiment.quantization.target, experiment.quantization.scheme) == ("openvino", "w8a8")
     assert experiment.ptq == PTQOptions(), "the steps are the pipeline's to choose"

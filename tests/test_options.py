@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfeven.errors import ConfigError
-from halfeven.options import Auto, Options, PositiveInt, Share, Switch, above, below, formerly
+from halfeven.options import Auto, Options, PositiveInt, Share, Switch, above, below, formerly, renamed_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class Sample(Options):
     count: PositiveInt = 1
     rate: Annotated[float, above(0), below(10)] = 0.1
     flag: bool = True
+    samples: Annotated[PositiveInt | Auto, renamed_from("images"), formerly(0)] = 512
     name: str = "w8a8"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     switch: Switch = "auto"
@@ -152,6 +153,44 @@ def test_the_old_spelling_of_auto_is_accepted_with_a_warning():
     with pytest.warns(DeprecationWarning, match="formats"):
         assert dataclasses.replace(Sample(), formats=()).formats == "auto"
     refusal(steps=False)
+
+
+def test_the_old_name_of_a_field_is_accepted_with_a_warning():
+    with pytest.warns(DeprecationWarning, match=r"Sample\.images is now samples; the next version refuses it") as told:
+        assert Sample(images=3) == Sample(samples=3)
+    assert told[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="images is now samples"):
+        assert dataclasses.replace(Sample(count=2), axis=1, images=3) == Sample(count=2, axis=1, samples=3)
+    with pytest.warns(DeprecationWarning, match="images is now samples") as told:
+        assert Sample(samples=4).images == 4
+    assert told[0].filename == __file__
+
+
+def test_values_under_an_old_name_are_brought_up_to_date_and_checked():
+    with pytest.warns(DeprecationWarning, match="next version refuses it") as told:
+        assert Sample(images=0).samples == "auto"
+    assert [str(one.message).partition(" is now")[0] for one in told] == ["Sample.images", "Sample.samples=0"]
+    with pytest.warns(DeprecationWarning, match="images is now samples"):
+        assert "Sample.samples=-1 must be an integer (at least 1)" in refusal(images=-1)
+
+
+def test_a_new_name_gives_no_warning(recwarn):
+    assert dataclasses.replace(Sample(), samples=3).samples == 3
+    assert not recwarn
+
+
+@pytest.mark.parametrize("names", [("images", "samples"), ("samples", "images")])
+def test_an_old_and_a_new_name_at_once_are_refused_also_by_replace(names):
+    values = dict.fromkeys(names, 5)
+    said = "Sample.images is the old name of Sample.samples, and both are given. Leave Sample.images out."
+    assert refusal(**values).endswith(said)
+    with pytest.raises(ConfigError, match=r"old name of Sample\.samples"):
+        dataclasses.replace(Sample(), **values)
+
+
+def test_an_attribute_that_never_was_is_an_error():
+    with pytest.raises(AttributeError, match="'Sample' object has no attribute 'pictures'"):
+        _ = Sample().pictures
 
 
 def test_rules_between_fields_see_only_checked_values():

@@ -19,7 +19,7 @@ experiment = Experiment(
         source="texts",
         root="data/SST-2",
         text=TextOptions(tokenizer="textattack/bert-base-uncased-SST-2", max_length=128),
-        calibration_images=512,
+        calibration_samples=512,
         evaluation_batch_size=32,
         workers=2,
     ),

@@ -24,7 +24,7 @@ experiment = Experiment(
     data=DataOptions(
         source="image_folder",
         root="data/imagenet",
-        calibration_images=32 * 32,
+        calibration_samples=32 * 32,
         evaluation_batch_size=32,
         workers=5,
     ),

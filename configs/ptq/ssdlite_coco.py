@@ -22,7 +22,7 @@ experiment = Experiment(
         keep_aspect=False,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
-        calibration_images=512,
+        calibration_samples=512,
         evaluation_batch_size=32,
         workers=4,
     ),

@@ -15,7 +15,7 @@ experiment = Experiment(
         source="voc_segmentation",
         root="data/voc",
         image_size=513,
-        calibration_images=256,
+        calibration_samples=256,
         evaluation_batch_size=16,
         workers=4,
     ),

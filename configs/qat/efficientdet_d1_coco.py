@@ -16,7 +16,7 @@ experiment = Experiment(
         source="coco_detection",
         root="data/coco",
         image_size=640,
-        calibration_images=256,
+        calibration_samples=256,
         evaluation_batch_size=8,
         workers=4,
     ),

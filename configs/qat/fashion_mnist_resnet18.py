@@ -10,6 +10,6 @@ from halfeven.config import DataOptions, Experiment, ModelOptions, TrainingOptio
 
 experiment = Experiment(
     model=ModelOptions(source="timm", name="resnet18", num_classes=10, in_chans=1),
-    data=DataOptions(source="fashion_mnist", calibration_images=512, workers=0, evaluation_batch_size=250),
+    data=DataOptions(source="fashion_mnist", calibration_samples=512, workers=0, evaluation_batch_size=250),
     training=TrainingOptions(epochs=1, max_steps=100, batch_size=64, learning_rate=0.01),
 )

@@ -8,7 +8,7 @@ from halfeven.config import DataOptions, DeviceOptions, Experiment, ModelOptions
 
 experiment = Experiment(
     model=ModelOptions(source="timm", name="resnet18", num_classes=10, in_chans=1),
-    data=DataOptions(source="digits", calibration_images=256, workers=0),
+    data=DataOptions(source="digits", calibration_samples=256, workers=0),
     pretraining=TrainingOptions(epochs=5, batch_size=64, learning_rate=0.02, weight_decay=5e-4, warmup_steps=10),
     training=TrainingOptions(epochs=2, batch_size=64, learning_rate=2e-3, weight_decay=5e-4),
     # One thread: the network is so small that more gain nothing, and on a busy machine they wait for each other.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from halfeven.errors import ConfigError, HalfevenError
-from halfeven.options import Auto, NonNegativeInt, Options, PositiveInt, formerly
+from halfeven.options import Auto, NonNegativeInt, Options, PositiveInt, formerly, renamed_from
 from halfeven.placement.options import QuantizationOptions, Rule
 from halfeven.ptq.options import PTQOptions
 from halfeven.qat.batchnorm_schedule import ScheduleOptions
@@ -62,10 +62,10 @@ class ExportOptions(Options):
     """Runtime that the files are for; "auto": the one that the model was quantized for."""
     formats: Annotated[tuple[Literal["xml", "onnx"], ...] | Auto, formerly(())] = "auto"
     """Files to write: OpenVINO IR (xml) and QDQ ONNX (onnx); "auto": the usual one of the target."""
-    verify_images: PositiveInt = 512
-    """Validation images on which the file's integers are compared with the simulation's."""
+    verify_samples: Annotated[PositiveInt, renamed_from("verify_images")] = 512
+    """Validation samples on which the file's integers are compared with the simulation's."""
     verify_batch_size: PositiveInt = 32
-    """Images at a time in that comparison, and in the latency it measures."""
+    """Samples at a time in that comparison, and in the latency it measures."""
     timed: bool = True
     """Whether the file's latency is measured beside that of the model in float, which is written for that: much of
     a verification's time, and where other work runs it tells little."""
@@ -98,7 +98,7 @@ class Experiment(Options):
     device: DeviceOptions = field(default_factory=DeviceOptions)
     """Where the work is done."""
     seed: NonNegativeInt = 0
-    """Seed of the order and augmentation of images, of random weights and of dropout."""
+    """Seed of the order and augmentation of samples, of random weights and of dropout."""
 
     def __post_init__(self) -> None:
         self.endings(self.quantization.target if self.export.target == "auto" else self.export.target)

@@ -1,8 +1,8 @@
 """The base of all option classes, which checks every value where an object is made, whoever makes it.
 
 A field's annotation says all that one value must be: its type, its choices (`Literal`), its bounds
-(`Annotated[int, at_least(1)]`) and spellings of earlier versions (`formerly`). Rules between fields are left to a
-class's `__post_init__`, which runs after every value has been found right.
+(`Annotated[int, at_least(1)]`), and the spellings (`formerly`) and the name (`renamed_from`) of earlier versions. Rules
+between fields are left to a class's `__post_init__`, which runs after every value has been found right.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from halfeven.errors import ConfigError
 from halfeven.nearest import did_you_mean, nearest, shown
@@ -66,6 +66,18 @@ def formerly(value: object) -> Formerly:
     return Formerly(value)
 
 
+@dataclass(frozen=True)
+class RenamedFrom:
+    """The name of a field in an earlier version."""
+
+    name: str
+
+
+def renamed_from(name: str) -> RenamedFrom:
+    """Accept an earlier version's name of a field, as a keyword and as an attribute, with a DeprecationWarning."""
+    return RenamedFrom(name)
+
+
 PositiveInt = Annotated[int, at_least(1)]
 NonNegativeInt = Annotated[int, at_least(0)]
 PositiveFloat = Annotated[float, above(0)]
@@ -94,6 +106,15 @@ class OptionsType(type):
 class Options(metaclass=OptionsType):
     """Base of all option classes, each of which is a `@dataclass(frozen=True, kw_only=True)`."""
 
+    if not TYPE_CHECKING:  # a type checker would then take every name for a field
+
+        def __getattr__(self, name):
+            kind = type(self)
+            if name not in new_names(kind):
+                raise AttributeError(f"'{kind.__name__}' object has no attribute '{name}'", name=name, obj=self)
+            warn_of_old(f"{kind.__name__}.{name} is now {new_names(kind)[name]}", stacklevel=3)
+            return getattr(self, new_names(kind)[name])
+
 
 def report(found: list[str]) -> None:
     """Raise a ConfigError that tells all mistakes, if there are any."""
@@ -117,7 +138,9 @@ def mistakes(kind: type, values: Mapping[str, Any], path: str, *, partial: bool 
     prefix = f"{path}." if path else ""
     found = []
     for name, value in values.items():
-        if name not in fields:
+        if name in new_names(kind):
+            found.append(given_twice(f"{prefix}{name}", f"{prefix}{new_names(kind)[name]}"))
+        elif name not in fields:
             found.append(f'{path or kind.__name__} has no option "{name}". {did_you_mean(name, fields)}')
         elif not fits(hints[name], value):
             hint = _hint(hints[name], value, fields[name])
@@ -127,20 +150,56 @@ def mistakes(kind: type, values: Mapping[str, Any], path: str, *, partial: bool 
     return found + [f"{prefix}{name} must be given." for name in missing]
 
 
-def up_to_date(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keywords with earlier versions' spellings of "auto" replaced, each with a DeprecationWarning."""
+def up_to_date(kind: type, values: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
+    """Return the keywords of an option class as this version spells them.
+
+    Old names become the new ones, and old spellings of "auto" become "auto". An old name whose new name is given too
+    stays, and is a mistake.
+
+    Args:
+        kind: the option class.
+        values: the keywords.
+        warn: give a DeprecationWarning for each old name and spelling.
+    """
+    given = _without_filled_in(kind, values)
     hints = _hints(kind)
-    current = dict(values)
-    for name, value in values.items():
+    current = {}
+    for key, value in given.items():
+        new = new_names(kind).get(key, key)
+        name = key if new in given else new
+        if warn and name != key:
+            warn_of_old(f"{kind.__name__}.{key} is now {name}", stacklevel=4)
         old = [note.value for note in _notes(hints.get(name)) if isinstance(note, Formerly)]
-        if any(type(value) is type(one) and value == one for one in old):
-            current[name] = "auto"
-            warnings.warn(
-                f'{kind.__name__}.{name}={shown(value)} is now written "auto"; the next version refuses it.',
-                DeprecationWarning,
-                stacklevel=3,
-            )
+        is_old = any(type(value) is type(one) and value == one for one in old)
+        if warn and is_old:
+            warn_of_old(f'{kind.__name__}.{name}={shown(value)} is now written "auto"', stacklevel=4)
+        current[name] = "auto" if is_old else value
     return current
+
+
+def _without_filled_in(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out current values that `dataclasses.replace` gives beside an old name that the caller gave.
+
+    It gives the caller's keywords first, then all other fields in their order. A call with both names looks the same
+    only where it gives every field, the new name in its place behind the old one.
+    """
+    names = list(values)
+    kept = dict(values)
+    for old, new in new_names(kind).items():
+        first = names[: names.index(new)] if new in names else []
+        if old in first and names[len(first) :] == [name for name in _fields(kind) if name not in first]:
+            del kept[new]
+    return kept
+
+
+def warn_of_old(text: str, stacklevel: int) -> None:
+    """Give a DeprecationWarning of an old name or spelling; the caller of this function is level 2."""
+    warnings.warn(f"{text}; the next version refuses it.", DeprecationWarning, stacklevel=stacklevel)
+
+
+def given_twice(old: str, new: str) -> str:
+    """Return the sentence for an option that is given by its old and by its new name."""
+    return f"{old} is the old name of {new}, and both are given. Leave {old} out."
 
 
 def fits(kind: Any, value: Any) -> bool:
@@ -271,3 +330,10 @@ def _fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
 @cache
 def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
+
+
+@cache
+def new_names(kind: type) -> Mapping[str, str]:
+    """Return the new name of each renamed field of an option class, by its old name."""
+    notes = [(name, note) for name, hint in _hints(kind).items() for note in _notes(hint)]
+    return {note.name: name for name, note in notes if isinstance(note, RenamedFrom)}

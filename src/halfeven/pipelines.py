@@ -300,7 +300,7 @@ def resume_qat(
 
 
 def _at_hand(loader: Iterable[Any], batches: int | None) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The model's arguments of all batches: the steps go over them many times, and reading images costs more."""
+    """The model's arguments of all batches: the steps go over them many times, and reading samples costs more."""
     found = [inputs_of(batch) for batch in islice(loader, batches)]
     if not found:
         raise CalibrationError(

@@ -103,6 +103,44 @@ def test_a_run_is_resumed_by_its_own_command(refused, config, tmp_path):
     assert 'command was "train" and is "ptq"' in said
 
 
+def test_a_run_recorded_with_old_names_and_spellings_is_the_same_run(refused, config, tmp_path):
+    record = as_dict(load_experiment(config))
+    record["data"]["calibration_images"] = record["data"].pop("calibration_samples")
+    record["data"]["root"] = ""
+    record["training"]["max_steps"] = 0
+    record["schedule"]["re_estimate"] = None
+    (tmp_path / "experiment.json").write_text(json.dumps(record))
+    arguments = ("train", config, "--work-dir", tmp_path, "--resume", "--seed", "1")
+    assert "with other options: seed was 0 and is 1. Resumed" in refused(*arguments)
+    said = refused(*arguments, "--data.calibration-samples", "8")
+    assert "other options: data.calibration_samples was 512 and is 8; seed was" in said
+
+
+@pytest.mark.parametrize("old", ["--data.calibration-images", "--data.calibration_images"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_an_old_name_on_the_command_line(config, old, joined):
+    words = [f"{old}=8"] if joined else [old, "8"]
+    with pytest.warns(DeprecationWarning, match=f"{old} is now --data.calibration-samples; the next version"):
+        parsed = cli.parse("train", [config, *words])
+    assert parsed.experiment.data.calibration_samples == 8
+
+
+def test_an_old_and_a_new_name_on_the_command_line_are_refused(refused, config):
+    said = refused("train", config, "--export.verify-images=8", "--export.verify-samples", "8")
+    assert "--export.verify-images is the old name of --export.verify-samples, and both are given" in said
+
+
+def test_a_config_with_an_old_name_is_read_and_the_warning_shown(tmp_path):
+    """In a process of its own, since pytest shows warnings that Python hides."""
+    path = tmp_path / "old.py"
+    path.write_text(DIGITS.replace("workers=0", "workers=0, calibration_images=0"))
+    command = [sys.executable, "-m", "halfeven.cli.main", "train", str(path), "--work-dir", str(tmp_path / "w")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{path}:8: DeprecationWarning: DataOptions.calibration_images is now calibration_samples" in done.stderr
+    assert "DataOptions.calibration_samples=0 must be an integer (at least 1)" in done.stderr
+
+
 def test_steps_of_ptq_are_switched_on_the_command_line(config):
     parsed = cli.parse("ptq", [config, "--ptq.reconstruct", "blocks", "--ptq.equalize", "off", "--resume"])
     assert parsed.experiment.ptq == PTQOptions(reconstruct="blocks", equalize="off")

@@ -147,11 +147,11 @@ def test_recipes_on_a_folder_of_images(name, model, images, tmp_path):
         "data.workers": 0,
         "data.resize": 40,
         "data.image-size": 32,
-        "data.calibration-images": 8,
+        "data.calibration-samples": 8,
         "model.weights": tmp_path / "float.safetensors",
         "model.num-classes": 2,
         "quantization.scheme": SCHEME,
-        "export.verify-images": 8,
+        "export.verify-samples": 8,
         "export.timed": False,
         "work-dir": tmp_path / "work",
     }

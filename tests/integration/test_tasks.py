@@ -16,7 +16,7 @@ from .running import halfeven
 CONFIGS = Path(__file__).parents[2] / "configs"
 SEGMENTERS = (small_segmenter.__name__, "deeplabv3_mobilenet_v3_large")
 DETECTORS = (small_retinanet.__name__, "ssdlite320_mobilenet_v3_large")
-SMALL = ("--data.workers", "0", "--device.kind", "cpu", "--device.threads", "1", "--export.verify-images", "8")
+SMALL = ("--data.workers", "0", "--device.kind", "cpu", "--device.threads", "1", "--export.verify-samples", "8")
 SMALL += ("--quantization.scheme", SCHEME, "--export.timed", "False")
 SHORT = ("--pretraining.learning-rate", "2e-3", "--pretraining.optimizer", "adamw", "--model.weights", "")
 

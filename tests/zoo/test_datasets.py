@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 
 def test_digits_are_normalised_and_split():
-    data = load_datasets(DataOptions(source="digits", calibration_images=100))
+    data = load_datasets(DataOptions(source="digits", calibration_samples=100))
     assert (len(data.train), len(data.validation), len(data.calibration)) == (1437, 360, 100)
     images = torch.stack([data.train[i][0] for i in range(len(data.train))])
     assert images.shape[1:] == (1, 32, 32)
@@ -42,7 +42,7 @@ def test_digits_are_normalised_and_split():
 
 def test_calibration_is_a_seeded_part_of_training():
     def chosen(seed):
-        data = load_datasets(DataOptions(source="digits", calibration_images=50, calibration_seed=seed))
+        data = load_datasets(DataOptions(source="digits", calibration_samples=50, calibration_seed=seed))
         train = {data.train[i][0].numpy().tobytes() for i in range(len(data.train))}
         images = [data.calibration[i][0].numpy().tobytes() for i in range(50)]
         assert set(images) <= train
@@ -53,7 +53,7 @@ def test_calibration_is_a_seeded_part_of_training():
 
 
 def test_image_folder(folder):
-    data = load_datasets(DataOptions(root=str(folder), image_size=32, resize=40, calibration_images=5))
+    data = load_datasets(DataOptions(root=str(folder), image_size=32, resize=40, calibration_samples=5))
     assert (len(data.train), len(data.validation), len(data.calibration), data.num_classes) == (12, 4, 5, 2)
     assert data.train[0][0].shape == data.validation[0][0].shape == (3, 32, 32)
     first, second = data.train[0][0], data.train[0][0]
@@ -121,7 +121,7 @@ def test_fashion_mnist_preprocessing(monkeypatch, tmp_path):
         (dict(source="fashion_mnist", root="/no/such/folder"), "dataset-fashion-mnist"),
         (dict(source="callable", function="builtins:repr"), "builtins:repr returned a str"),
         (dict(image_size=300), "cannot be cropped"),
-        (dict(source="digits", calibration_images=0), "calibration_images=0"),
+        (dict(source="digits", calibration_samples=0), "calibration_samples=0"),
     ],
 )
 def test_mistakes(options, message):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from halfeven.cli.help import help_text
-from halfeven.cli.values import checked, unchecked
+from halfeven.cli.values import by_new_names, checked, unchecked
 from halfeven.config import Experiment, load_experiment
 from halfeven.errors import ConfigError
 from halfeven.zoo.models import ModelOptions
@@ -44,7 +44,7 @@ def parsed(command: str, kind: type[Any], arguments: list[str]) -> Any:
     found: Any = tyro.cli(
         kind,
         prog=f"halfeven {command}",
-        args=arguments,
+        args=by_new_names(arguments, default.experiment) if "experiment" in fields else arguments,
         default=default,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
         registry=unchecked(),

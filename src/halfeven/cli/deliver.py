@@ -72,9 +72,9 @@ def verify_file(context: RunContext, qmodel: nn.Module, path: Path, float_model:
     """Verify a file on validation samples, in its runtime, and print the report."""
     options = context.experiment.export
     samples = context.datasets.validation
-    context.log(f"Verifying {path} on {min(options.verify_images, len(samples))} samples ...")
+    context.log(f"Verifying {path} on {min(options.verify_samples, len(samples))} samples ...")
     loader = context.loader(samples, shared=False, batch_size=options.verify_batch_size)
-    count = -(-options.verify_images // options.verify_batch_size)
+    count = -(-options.verify_samples // options.verify_batch_size)
     report = verify(
         qmodel.cpu().eval(),
         path,

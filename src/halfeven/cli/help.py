@@ -24,10 +24,10 @@ POSITIONALS = {"config": "CONFIG", "checkpoint": "CKPT", "file": "FILE", "folder
 
 MODEL_AND_DATA = (
     *("model.source", "model.name", "model.weights", "model.num_classes"),
-    *("data.source", "data.root", "data.calibration_images", "task.kind"),
+    *("data.source", "data.root", "data.calibration_samples", "task.kind"),
 )
 QUANTIZATION = ("quantization.target", "quantization.scheme", "quantization.per_channel", "quantization.batchnorm")
-FILES = ("export.target", "export.formats", "export.verify_images", "export.timed")
+FILES = ("export.target", "export.formats", "export.verify_samples", "export.timed")
 
 FIRST = {
     "train": (
@@ -44,7 +44,7 @@ FIRST = {
     ),
     "test": ("model.weights", "data.root", "data.workers", "data.evaluation_batch_size", "export.target"),
     "export": ("model.weights", "data.root", *FILES),
-    "verify": ("model.weights", "data.root", "export.target", "export.verify_images", "export.timed"),
+    "verify": ("model.weights", "data.root", "export.target", "export.verify_samples", "export.timed"),
 }
 """The options that matter first, by command."""
 

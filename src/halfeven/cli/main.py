@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # torch.compile looks for CUDA's compiler, and warns where there is only the CPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # Python hides DeprecationWarnings outside of __main__, and a user of the command line has no code there.
+    ours = ".*; (the next version refuses it|the old name goes with the next version)"
+    warnings.filterwarnings("default", message=ours, category=DeprecationWarning)
     try:
         code = run(arguments)
     except HalfevenError as error:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +18,7 @@ from halfeven.config import Experiment, as_dict
 from halfeven.errors import ConfigError
 from halfeven.evaluation import evaluate, evaluation_loader
 from halfeven.files import write_atomically
+from halfeven.options import Options, up_to_date
 from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
 from halfeven.training.accelerator import make_accelerator
@@ -165,9 +166,10 @@ def _remove(path: Path) -> None:
 
 def _check_same_run(recorded: dict[str, Any], present: dict[str, Any], folder: Path) -> None:
     """Raise ConfigError where a run is resumed with other options: its result would be that of neither run."""
+    past = _as_plain({"command": "train", **_up_to_date_record(Experiment, recorded)})
     differing = [
         f"{name} was {json.dumps(was)} and is {json.dumps(now)}"
-        for name, was, now in _differences("", {"command": "train"} | recorded, json.loads(json.dumps(present)))
+        for name, was, now in _differences("", past, _as_plain(present))
         if not name.startswith(MAY_CHANGE)
     ]
     if differing:
@@ -176,6 +178,25 @@ def _check_same_run(recorded: dict[str, Any], present: dict[str, Any], folder: P
             "would end as neither of the two runs would. Give the options it was started with, or --overwrite to start "
             "anew."
         )
+
+
+def _up_to_date_record(kind: Any, recorded: Any) -> Any:
+    """Return recorded options as this version spells them; `kind` is the type of the field that they were."""
+    if isinstance(recorded, list | tuple):
+        member = next(iter(get_args(kind)), None)
+        return tuple(_up_to_date_record(member, item) for item in recorded)
+    if not (isinstance(recorded, dict) and isinstance(kind, type) and issubclass(kind, Options)):
+        return recorded
+    hints = get_type_hints(kind)
+    tupled = {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
+    # The user has not written the record, so a warning would ask for a change that cannot be made.
+    current = up_to_date(kind, tupled, warn=False)
+    return {name: _up_to_date_record(hints.get(name), value) for name, value in current.items()}
+
+
+def _as_plain(values: Any) -> Any:
+    """Return values as JSON gives them back."""
+    return json.loads(json.dumps(values))
 
 
 def _differences(name: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -19,7 +19,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from halfeven.options import Options, mistakes, report, up_to_date
+from halfeven.options import Options, given_twice, mistakes, new_names, report, up_to_date, warn_of_old
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,52 @@ def unchecked() -> ConstructorRegistry:
     registry.primitive_rule(primitive)
     registry.struct_rule(struct)
     return registry
+
+
+def by_new_names(arguments: list[str], options: Options) -> list[str]:
+    """Return the arguments with the new names of renamed options, each with a DeprecationWarning.
+
+    Args:
+        arguments: those of a command.
+        options: the option object whose fields they may set.
+
+    Raises:
+        ConfigError: an option is given by its old and by its new name.
+    """
+    names = {_dashed(old): _dashed(new) for old, new in _new_paths("", options).items()}
+    split = [argument.partition("=") for argument in arguments]
+    given = {_dashed_option(option) for option, _, _ in split}
+    report([given_twice(old, new) for old, new in names.items() if old in given and new in given])
+    current = []
+    for option, equals, value in split:
+        new = names.get(_dashed_option(option))
+        if new is not None:
+            warn_of_old(f"{option} is now {new}", stacklevel=3)
+        current.append(f"{new or option}{equals}{value}")
+    return current
+
+
+def _new_paths(path: str, value: Any) -> dict[str, str]:
+    """Return the new dotted name of each renamed field of an option object and of those inside it, by the old one."""
+    prefix = f"{path}." if path else ""
+    if isinstance(value, tuple):
+        inside = {str(index): item for index, item in enumerate(value)}
+        return {old: new for name, item in inside.items() for old, new in _new_paths(f"{prefix}{name}", item).items()}
+    if not isinstance(value, Options):
+        return {}
+    own = {f"{prefix}{old}": f"{prefix}{new}" for old, new in new_names(type(value)).items()}
+    for name, item in vars(value).items():
+        own |= _new_paths(f"{prefix}{name}", item)
+    return own
+
+
+def _dashed(path: str) -> str:
+    return "--" + path.replace("_", "-")
+
+
+def _dashed_option(word: str) -> str:
+    """An option as tyro names it, which also takes it with underscores; other words stay as they are."""
+    return word.replace("_", "-") if word.startswith("--") else word
 
 
 def checked(given: Given) -> Any:

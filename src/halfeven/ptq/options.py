@@ -51,7 +51,7 @@ class PTQOptions(Options):
     iterations: Annotated[PositiveInt | Auto, formerly(0)] = "auto"
     """Steps of the reconstruction of a layer or block; "auto": 200."""
     batch_size: PositiveInt = 32
-    """Images in a step of the reconstruction."""
+    """Samples in a step of the reconstruction."""
     rounding_rate: PositiveFloat = 3e-2
     """Learning rate of the rounding variables."""
     scale_rate: NonNegativeFloat = 1e-3

@@ -28,7 +28,7 @@ class ScheduleOptions(Options):
     """Whether BatchNorm is re-estimated before each validation; "auto": where a scheme has less than 8 bits and
     BatchNorm is not frozen: weights that were trained with frozen statistics suit these alone."""
     re_estimate_batches: PositiveInt = 50
-    """Batches of calibration images for that."""
+    """Batches of calibration samples for that."""
 
 
 def freeze(model: nn.Module) -> None:

@@ -36,7 +36,7 @@ class DistillationOptions(Options):
     temperature: PositiveFloat = 1.0
     """Divides the logits of both before the softmax. 1, as the student has its teacher's size and can match the
     probabilities themselves, and gradients stay as large as cross-entropy's; 2 to 4 show more of a teacher that is
-    sure of nearly every training image."""
+    sure of nearly every training sample."""
     features: tuple[str, ...] = ()
     """Modules of the float model whose outputs are compared, such as "layer4.1" or "blocks.6"; see `Distillation`."""
     feature_weight: PositiveFloat = 1.0

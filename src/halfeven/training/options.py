@@ -12,11 +12,11 @@ class TrainingOptions(Options):
     """Optimizer, schedule and length of a training run."""
 
     epochs: NonNegativeInt = 10
-    """Passes over the training images."""
+    """Passes over the training samples."""
     max_steps: Annotated[PositiveInt | Auto, formerly(0)] = "auto"
     """Stop after so many optimizer steps, and let the schedule end there; "auto": after `epochs`."""
     batch_size: PositiveInt = 32
-    """Images a process takes at a time."""
+    """Samples a process takes at a time."""
     accumulation: PositiveInt = 1
     """Batches whose gradients are averaged for one optimizer step."""
     drop_last: bool = True

@@ -87,7 +87,7 @@ def load_datasets(options: DataOptions) -> Datasets:
 
 def calibration_subset(samples: Samples, options: DataOptions) -> Samples:
     """Draw the calibration samples: the same ones for the same seed."""
-    count = min(options.calibration_images, len(samples))
+    count = min(options.calibration_samples, len(samples))
     order = np.random.default_rng(options.calibration_seed).permutation(len(samples))[:count]
     return Subset(samples, sorted(order.tolist()))  # type: ignore[arg-type]
 

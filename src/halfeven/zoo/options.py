@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from halfeven.errors import ConfigError
-from halfeven.options import NonNegativeInt, Options, PositiveFloat, PositiveInt, formerly
+from halfeven.options import NonNegativeInt, Options, PositiveFloat, PositiveInt, formerly, renamed_from
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -54,14 +54,14 @@ class DataOptions(Options):
     """Standard deviation of the colours, by which they are divided."""
     text: TextOptions = field(default_factory=TextOptions)
     """How "texts" are read."""
-    calibration_images: PositiveInt = 512
+    calibration_samples: Annotated[PositiveInt, renamed_from("calibration_images")] = 512
     """Training samples, drawn once with the seed, that set the ranges."""
     calibration_seed: NonNegativeInt = 0
     """Seed of that draw."""
     workers: NonNegativeInt = 2
-    """Processes that load images; 0 to load them in the main one."""
+    """Processes that load samples; 0 to load them in the main one."""
     evaluation_batch_size: PositiveInt = 128
-    """Images at a time in validation and calibration."""
+    """Samples at a time in validation and calibration."""
 
     def __post_init__(self) -> None:
         if self.source == "image_folder" and self.image_size > self.resize:
