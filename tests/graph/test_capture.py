@@ -464,7 +464,7 @@ def test_a_normalization_that_is_a_region_of_its_own_stays_python_and_trains():
     assert type(captured.norm) is nn.BatchNorm2d
     assert "conv" in report.regions
     (left,) = [left for left in report.left if left.name == "norm"]
-    assert "train() would not reach" in left.reason
+    assert "train() could not update" in left.reason
     assert "restoration.py" not in left.reason
 
 

@@ -1,4 +1,4 @@
-"""Modules put back into an exported graph, under their own names and around the model's own parameters."""
+"""Put modules back into an exported graph, under their own names and around the model's own parameters."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -29,12 +29,12 @@ CHECKS = ("_assert", "sym_constrain", "_guards")
 class CapturedModule(fx.GraphModule):
     """A graph module that also keeps, and copies, parameters that its graph does not use.
 
-    The fields that other rooms fill are declared here; their names cannot be those of a model's own submodules.
+    The fields that other packages fill are declared here; a model cannot have submodules of these names.
     """
 
     execution_graph: "Callable[[CapturedModule], fx.Graph] | None" = None
-    """Makes the graph that is run in the place of `graph`: the same operators in a faster order. Whatever reads or
-    changes the module's graph sees `graph`, and `recompile` follows."""
+    """Returns the graph that runs in the place of `graph`: the same operators in a faster order. Code that reads or
+    changes the module's graph sees `graph`; `recompile` updates the code that runs."""
     halfeven_plan: Any = None
     """The plan of the whole model that this is a region of; None before quantizers are inserted."""
     halfeven_example: Any = None
@@ -43,13 +43,13 @@ class CapturedModule(fx.GraphModule):
     def recompile(self) -> Any:
         code = super().recompile()
         if self.execution_graph is not None:
-            # Each CapturedModule has a class of its own, whose `forward` is the code of its graph.
+            # torch.fx makes a separate class for each graph module, and the class's `forward` is the graph's code.
             running = fx.GraphModule(self, self.execution_graph(self))
             type(self).forward = type(running).forward
         return code
 
     def flat_inputs(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """The values of the graph's placeholders, in order, for a call with these arguments."""
+        """Return the values of the graph's placeholders, in order, for a call with these arguments."""
         keywords = {name: kwargs[name] for name in input_keywords(self.graph) if name in kwargs}
         return pytree.tree_leaves((args, keywords))
 
@@ -75,7 +75,7 @@ def _(x: Tensor, name: str) -> Tensor:
 
 @contextmanager
 def leaf_markers(model: nn.Module) -> Iterator[None]:
-    """While exporting, modules for stochastic depth leave a mark: in eval mode they do nothing and would vanish."""
+    """Mark the calls of modules for stochastic depth within the context: in eval mode they would leave no trace."""
     marked = [(name, module) for name, module in model.named_modules() if is_stochastic_depth(module)]
     for name, module in marked:
         module.forward = lambda x, *_, name=name: torch.ops.halfeven.leaf(x, name)
@@ -91,7 +91,7 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule) -> CapturedModule:
     graph = unlifted.graph
     modules: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
-        if any(check in str(node.target) for check in CHECKS):
+        if any(check in str(node.target) for check in CHECKS):  # export's assertions on sizes, without a result
             graph.erase_node(node)
         elif Op(node).is_function:
             make_functional(node)
@@ -112,13 +112,13 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule) -> CapturedModule:
 
 
 def _check_mode_is_free(node: fx.Node) -> None:
-    """Raise CaptureError for a normalization that stayed a function: it would compute as in eval mode for ever."""
+    """Raise CaptureError for a normalization that stayed a function: it would never follow `train()`."""
     op = Op(node)
     flag = op.row.training_flag if op.is_function else None
     if flag is not None and not op.argument(flag):
         raise CaptureError(
-            f"the running statistics {op.argument('running_mean')} belong to no module inside of it, so train() would "
-            "not reach them"
+            f"the running statistics {op.argument('running_mean')} belong to no module inside of it, so train() could "
+            "not update them"
         )
 
 
@@ -141,7 +141,7 @@ def _restore(node: fx.Node, original: nn.Module, modules: dict[str, nn.Module]) 
 
 
 def _is_free(original: nn.Module, name: str) -> bool:
-    """Return True if no parameter of the original has this very name."""
+    """Return True if no parameter of the original has exactly this name."""
     return name not in dict(original.named_parameters(remove_duplicate=False))
 
 
@@ -167,8 +167,9 @@ def _parameter(original: nn.Module, node: Any) -> Any:
 
 
 def _layer(arguments: Arguments, original: nn.Module) -> tuple[str, Any, Any] | None:
-    """Path, weight and bias of a layer whose parameters are named weight and bias."""
-    path, bias = _path(arguments["weight"], "weight"), arguments["bias"]
+    """Return the path, weight and bias of a layer whose parameters are named weight and bias; None for any other."""
+    path = _path(arguments["weight"], "weight")
+    bias = arguments["bias"]
     if path is None or (bias is not None and _path(bias, "bias") != path):
         return None
     weight = _parameter(original, arguments["weight"])
@@ -178,7 +179,8 @@ def _layer(arguments: Arguments, original: nn.Module) -> tuple[str, Any, Any] | 
 
 
 def _with_parameters(module: nn.Module, weight: Any, bias: Any) -> nn.Module:
-    module.weight, module.bias = weight, bias
+    module.weight = weight
+    module.bias = bias
     return module
 
 
@@ -209,7 +211,7 @@ def _transposed(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
 
 
 def _many(value: Any, axes: int) -> tuple[int, ...]:
-    """One number for each axis, from a number or a list that may stand for all."""
+    """Return a number for each axis, from a number or list that may stand for all axes."""
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     return values * axes if len(values) == 1 else values
 
@@ -231,7 +233,8 @@ def _batch_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
     path = _path(a["running_mean"], "running_mean")
     if path is None or a["training"] or _path(a["running_var"], "running_var") != path:
         return None
-    weight, bias = a["weight"], a["bias"]
+    weight = a["weight"]
+    bias = a["bias"]
     if any(p is not None and _path(p, n) != path for p, n in ((weight, "weight"), (bias, "bias"))):
         return None
     was: Any = original.get_submodule(path)
@@ -239,11 +242,12 @@ def _batch_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
         return path, was
     mean = was.running_mean
     build: Any = BATCH_NORMS[Op(node).inputs[0].ndim]
-    # The momentum of the operator is that of eval mode; a module with momentum=None keeps a cumulative average.
+    # Exported in eval mode, the operator has no true momentum; the module's may be None, for a cumulative average.
     module = build(
         mean.numel(), a["eps"], getattr(was, "momentum", a["momentum"]), affine=weight is not None, device="meta"
     )
-    module.running_mean, module.running_var = mean, was.running_var
+    module.running_mean = mean
+    module.running_var = was.running_var
     module.num_batches_tracked = getattr(was, "num_batches_tracked", None)
     if weight is not None:
         _with_parameters(module, _parameter(original, weight), _parameter(original, bias))
@@ -312,7 +316,7 @@ def build_module(node: fx.Node, original: nn.Module) -> Built:
 
 
 def place(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a dotted path, making empty parents where there are none."""
+    """Put a module at a dotted path; missing parents become empty modules."""
     owner, name = _owner(root, path)
     owner.add_module(name, module)
 

@@ -1,4 +1,4 @@
-"""Operators written out, so that the tensors inside them can be quantized; and written once, where they are alike."""
+"""Rewrite graphs: expand operators, so that the tensors inside of them can be quantized, and merge equal operators."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -15,9 +15,13 @@ aten = torch.ops.aten
 
 
 def lower_attention(region: CapturedModule) -> int:
-    """Write scaled dot-product attention as its products and softmax, in place; how many were.
+    """Expand scaled dot-product attention into its products and softmax, in place.
 
-    The scale multiplies the scores after the product, where the integers of query and key have met already.
+    softmax(scale * query key^T + mask) value. The scale multiplies the product, not the query, so that the product
+    reads the quantized query and key.
+
+    Returns:
+        The number of expanded operators.
     """
     nodes = [n for n in region.graph.nodes if n.target is aten.scaled_dot_product_attention.default]
     lowered = [node for node in nodes if _lower(region, node)]
@@ -28,8 +32,9 @@ def lower_attention(region: CapturedModule) -> int:
 def _lower(region: CapturedModule, node: fx.Node) -> bool:
     values = Op(node).arguments
     if values["is_causal"] or values.get("enable_gqa"):
-        return False  # a causal mask is made of sizes; such a layer stays whole, in float, and the plan says so
-    query, key = values["query"], values["key"]
+        return False  # a causal mask depends on sizes; such an operator stays whole, in float, and the plan says so
+    query = values["query"]
+    key = values["key"]
     width = Op(query).shape[-1]
     scale = values["scale"] if values["scale"] is not None else float(width) ** -0.5
     graph = region.graph
@@ -48,10 +53,13 @@ def _lower(region: CapturedModule, node: fx.Node) -> bool:
 
 
 def lower_stacked_sums(region: CapturedModule) -> int:
-    """Write sums over tensors that were stacked for it as additions, in place; how many were.
+    """Replace each sum over a stack of tensors by additions, in place; additions have integer kernels.
 
-    Additions have integer kernels. And OpenVINO (2026.4) computes garbage where one tensor is read by two stacks: each
-    is written in place.
+    It also avoids an error of OpenVINO (2026.4): where two stacks read the same tensor, the results are wrong, because
+    each stack is written in place.
+
+    Returns:
+        The number of replaced sums.
     """
     lowered = 0
     for node in list(region.graph.nodes):
@@ -67,7 +75,7 @@ def lower_stacked_sums(region: CapturedModule) -> int:
             continue
         call = _caller(node)
         with region.graph.inserting_before(node):
-            total = reduce(lambda one, other: call(aten.add.Tensor, one, other), given["tensors"])
+            total = reduce(lambda left, right: call(aten.add.Tensor, left, right), given["tensors"])
         node.replace_all_uses_with(total)
         region.graph.erase_node(node)
         region.graph.erase_node(stack)
@@ -77,9 +85,13 @@ def lower_stacked_sums(region: CapturedModule) -> int:
 
 
 def merge_duplicates(region: CapturedModule) -> int:
-    """Let equal operators on equal inputs be one, in place; how many were too many.
+    """Eliminate common subexpressions, in place: equal operators on equal inputs.
 
-    NASNet's branches each apply a ReLU to the same tensor. Runtimes make one of them; so shall the quantizers be.
+    NASNet's branches each apply a ReLU to the same tensor. Runtimes merge such operators, so their quantizers must be
+    merged too.
+
+    Returns:
+        The number of removed nodes.
     """
     known: dict[Any, fx.Node] = {}
     merged = 0
@@ -88,7 +100,7 @@ def merge_duplicates(region: CapturedModule) -> int:
             continue
         try:
             first = known.setdefault((node.target, _hashable(node.args), _hashable(node.kwargs)), node)
-        except TypeError:  # an argument that cannot be compared
+        except TypeError:  # an argument that cannot be hashed
             continue
         if first is not node:
             node.replace_all_uses_with(first)
@@ -107,7 +119,7 @@ def _hashable(value: Any) -> Any:
 
 
 def _caller(node: fx.Node) -> Callable[..., fx.Node]:
-    """Makes calls of operators in the place of a node, with the shapes of their results."""
+    """Return a function that adds calls of operators in the place of a node, with their results recorded."""
 
     def call(target: Any, *args: Any) -> fx.Node:
         new = node.graph.call_function(target, args)

@@ -1,7 +1,7 @@
-"""Every private name of torch that halfeven uses, each behind a function or a public name of its own.
+"""Wrap every private name of torch that halfeven uses in a function or a public name.
 
-A new version of torch may rename any of them: this is the one file to mend then. `tests/test_architecture.py` lets no
-other file use one.
+A new version of torch may rename any of them, and then this is the only file to mend: `tests/test_architecture.py`
+forbids private names of torch in other files.
 """
 
 from collections.abc import Callable, Sequence
@@ -65,7 +65,7 @@ def parameters_of(operator: Any) -> list[Parameter]:
 
 
 def is_mutable(operator: Any) -> bool:
-    """Return True for an operator that changes one of its arguments in place."""
+    """Return True for an operator that changes an argument in place."""
     return bool(operator._schema.is_mutable)
 
 
@@ -105,12 +105,12 @@ def input_keywords(graph: fx.Graph) -> list[str]:
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """Return a module's own table of parameters, which holds None for one that it could have; changes take effect."""
+    """Return a module's own table of parameters; an absent parameter is None, and changes take effect."""
     return module._parameters
 
 
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """Return a module's own table of buffers, which holds None for one that it could have; changes take effect."""
+    """Return a module's own table of buffers; an absent buffer is None, and changes take effect."""
     return module._buffers
 
 
@@ -125,12 +125,12 @@ def is_persistent(module: nn.Module, buffer: str) -> bool:
 
 
 def convolution_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """Return what a convolution module computes of (input, weight, bias), its padding mode included."""
+    """Return the function of (input, weight, bias) that a convolution module computes, with its padding mode."""
     compute: Callable[[Tensor, Tensor, Tensor | None], Tensor] = layer._conv_forward
     return compute
 
 
-# Lists of tensors, one kernel for all
+# Lists of tensors, in a single kernel
 
 
 def copy_all(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:

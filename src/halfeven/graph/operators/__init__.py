@@ -1,7 +1,7 @@
-"""The table of operators: one row each, with all that is known of it.
+"""List all operators, each in a row with its facts.
 
-Placement, algorithms and runtimes speak of kinds and facts only, so that a new operator is a new row. Operators
-without a row run in float, and the plan says so.
+Placement, algorithms and runtimes read kinds and facts alone, so that a new operator is a new row. Operators without a
+row run in float, and the plan says so.
 """
 
 from typing import Any
@@ -42,8 +42,8 @@ OPERATORS: tuple[Operator, ...] = (
 ROWS: dict[Any, Operator] = {row.target: row for row in OPERATORS}
 
 STOCHASTIC_DEPTH = ("DropPath", "StochasticDepth")
-"""Ends of the names of modules for stochastic depth, of any library: graph capture keeps them as modules, which do
-nothing in eval mode."""
+"""Suffixes of class names for stochastic depth, in any library. Capture keeps these modules, although they do nothing
+in eval mode."""
 
 
 def row_of(target: Any) -> Operator:
@@ -52,7 +52,7 @@ def row_of(target: Any) -> Operator:
 
 
 def row_of_module(module: nn.Module) -> Operator:
-    """Return the row of a module's type or of the nearest type that it derives from; `UNKNOWN` where there is none."""
+    """Return the row of a module's type or of its nearest base class that has a row; `UNKNOWN` where there is none."""
     for ancestor in type(module).__mro__:
         if ancestor in ROWS:
             return ROWS[ancestor]
@@ -62,5 +62,5 @@ def row_of_module(module: nn.Module) -> Operator:
 
 
 def is_stochastic_depth(module: nn.Module) -> bool:
-    """Return True for a module that leaves out whole samples of a residual branch in training."""
+    """Return True for a module that drops whole samples of a residual branch in training."""
     return type(module).__name__.endswith(STOCHASTIC_DEPTH)

@@ -1,4 +1,4 @@
-"""Rows of operators that treat each element by itself: activations and arithmetic."""
+"""List the operators that act on each element: activations and arithmetic."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ K = OperatorKind
 
 
 def _named(low: str, high: str | None) -> Callable[[Arguments], tuple[Any, Any]]:
-    """Return what reads the bounds of a call from its arguments of these names."""
+    """Return a rule that reads the bounds of a call from the arguments of these names."""
     return lambda arguments: (arguments[low], None if high is None else arguments[high])
 
 

@@ -1,4 +1,4 @@
-"""Rows of layers: convolutions, linear layers, products, normalization and dropout."""
+"""List the layers: convolutions, linear layers, products, normalization and dropout."""
 
 import torch
 from torch import nn
@@ -45,7 +45,8 @@ FUNCTIONS = (
     Operator(target=aten.layer_norm.default, kind=K.NORMALIZATION, module=nn.LayerNorm),
     Operator(target=aten.group_norm.default, kind=K.NORMALIZATION, module=nn.GroupNorm),
     Operator(target=aten.instance_norm.default, kind=K.NORMALIZATION, training_flag="use_input_stats"),
-    # A BatchNorm of the model's own becomes a module, of the input's number of axes; one that does not is a function.
+    # A BatchNorm whose parameters belong to a module of the model becomes a module for the input's number of axes; any
+    # other stays a function.
     Operator(target=aten.batch_norm.default, kind=K.NORMALIZATION, module=nn.BatchNorm2d, training_flag="training"),
     Operator(target=aten.rms_norm.default, kind=K.FLOAT, kernel_rounded=True),
     Operator(target=aten.dropout.default, kind=K.IDENTITY, module=nn.Dropout),

@@ -1,4 +1,4 @@
-"""Rows of operators that make one value of several: averages, maxima, pools, sums and resampling."""
+"""List the operators that combine several values: averages, maxima, pools, sums and resampling."""
 
 import torch
 
@@ -16,7 +16,7 @@ K = OperatorKind
 
 
 def _counts_zeros(arguments: Arguments) -> bool:
-    """Return True for an average pool that pads, and takes the zeros into the average."""
+    """Return True for an average pool that pads, and counts the zeros in the average."""
     padding = arguments["padding"]
     padded = any(padding) if isinstance(padding, list | tuple) else bool(padding)
     return padded and bool(arguments["count_include_pad"])
@@ -50,7 +50,7 @@ OVER_WINDOWS = (
     _max_pool(aten.max_pool1d.default, 1),
     _max_pool(aten.max_pool2d.default, 2),
     _max_pool(aten.max_pool3d.default, 3),
-    # It also yields the places of the maxima, so that no quantizer can be moved behind it.
+    # It also returns the positions of the maxima, so no quantizer can be moved behind it.
     Operator(
         target=aten.adaptive_max_pool2d.default,
         kind=K.SAME_SCALE,

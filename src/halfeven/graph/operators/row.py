@@ -1,4 +1,4 @@
-"""What a row of the table of operators says."""
+"""Define the row of an operator: its kind, its facts and the rules for its axes."""
 
 import enum
 import math
@@ -15,7 +15,7 @@ Interval = tuple[float, float]
 
 
 class OperatorKind(enum.Enum):
-    """What an operator does to the scales of its tensors."""
+    """The effect of an operator on the scales of its tensors."""
 
     CONVOLUTION = "convolution"
     TRANSPOSED_CONVOLUTION = "transposed convolution"
@@ -52,76 +52,76 @@ KERNEL_ROUNDED = frozenset({K.NORMALIZATION, K.BATCH_NORM, K.SOFTMAX, K.INTERPOL
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an operator, as a rule sees it."""
+    """The call of an operator, as a rule sees it."""
 
     arguments: Arguments
     input_shape: tuple[Any, ...]
-    """Shape of the first tensor that it reads."""
+    """Shape of the first input tensor."""
     shape: tuple[Any, ...]
-    """Shape of its result."""
+    """Shape of the result."""
 
 
 AxisRule = Callable[[Call, int], int | None]
-"""From the axis of the channels before a call to that after it; None where the channels do not pass."""
+"""Maps the channels' axis before a call to the axis after it; None where the channels do not pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """One row: an overload of `torch.ops`, a Python function or a module type, and its facts.
+    """An overload of `torch.ops`, a Python function or a module type, and its facts.
 
-    A fact that is not given is the cautious one: nothing is known of the results, no channel passes.
+    The defaults are cautious: nothing is known about the results, and no channel passes.
     """
 
     target: Any
     kind: OperatorKind
     module: type[nn.Module] | None = None
-    """The standard module that capture makes of a call whose parameters belong to a module of the model."""
+    """The standard module that capture builds for a call whose parameters belong to a module of the model."""
     bounds: Callable[[Arguments], tuple[Any, Any]] | None = None
-    """For an operator that clips: the bounds (low, high) as the call gives them, None where there is none."""
+    """For an operator that clips: returns the bounds (low, high) that the call gives, None for a missing bound."""
     results: Interval = (-math.inf, math.inf)
-    """An interval that holds every result, whatever comes in."""
+    """An interval that contains every result for every input."""
     homogeneous: bool = False
-    """f(a * x) = a * f(x) for a > 0, elementwise, in one multiplication at most: IEEE 754 leaves nothing open."""
+    """f(a * x) = a * f(x) for a > 0, elementwise and with at most one multiplication, whose result IEEE 754 fixes."""
     kernel_rounded: bool = False
-    """The last bits of the result are those of one kernel, also where the kind does not say so."""
+    """The last bits of the result depend on the kernel's version, though the kind is not in `KERNEL_ROUNDED`."""
     factor_axis: AxisRule | None = None
-    """The axis of the channels after a call, where a positive factor on each channel before is one after it."""
+    """The channels' axis after a call that a positive factor per channel passes through."""
     passes_features: Callable[[Call], bool] | None = None
-    """True for a call that leaves the last axis as it is, and passes a factor and an offset of each of its channels."""
+    """Returns True for a call that keeps the last axis and passes a factor and an offset per channel of it."""
     pads_zeros: Callable[[Arguments], bool] | None = None
-    """True for a call that may put zeros beside the values of its input."""
+    """Returns True for a call that may put zeros beside the values of its input."""
     window: int = 0
-    """Number of last axes that a pool or a resampling works along."""
+    """Number of trailing axes that a pool or a resampling works along."""
     adaptive: bool = False
-    """The window follows from the sizes of input and output."""
+    """The window is computed from the sizes of input and output."""
     takes_maximum: bool = False
-    """Each result is the largest of a window, so that quantizing and clipping may come before or after it alike."""
+    """Each result is the largest value of a window, so that quantizing and clipping commute with the operator."""
     subtracts: bool = False
-    """The second operand counts negative."""
+    """The second operand is subtracted."""
     splits: bool = False
-    """The results are parts of the input along one axis, side by side."""
+    """The results are consecutive parts of the input along an axis."""
     training_flag: str | None = None
-    """The argument that switches running statistics off, for a normalization that has them."""
+    """For a normalization with running statistics: the argument that is True in calls that use the batch's."""
     scatter: Any = None
-    """For a view of a part: the overload that gives the whole tensor with that part exchanged."""
+    """For a view of a part of a tensor: the overload that returns the tensor with that part exchanged."""
 
     @property
     def has_kernel_rounding(self) -> bool:
-        """True where the last bits of a result, computed in float, are those of one version's kernel."""
+        """Return True if the last bits of a result, computed in float, depend on the kernel's version."""
         if self.kind is K.ACTIVATION:
             return self.bounds is None and not self.homogeneous
         return self.kernel_rounded or self.kind in KERNEL_ROUNDED
 
 
 UNKNOWN = Operator(target=None, kind=K.FLOAT)
-"""The row of an operator that has none."""
+"""The row that stands for an operator without a row."""
 
 
 # Rules for axes
 
 
 def along_last_axes(count: int) -> AxisRule:
-    """Return the rule of an operator on the last axes of a tensor, which must not be those of the channels."""
+    """Return the rule of an operator on the last `count` axes of a tensor; the channels' axis must come before them."""
     return lambda call, axis: axis if axis < len(call.shape) - count else None
 
 
@@ -131,7 +131,7 @@ def any_axis(call: Call, axis: int) -> int:
 
 
 def reduced_axis(call: Call, axis: int) -> int | None:
-    """Return the axis after a mean or maximum over some axes; None where the channels' is among them."""
+    """Return the axis after a mean or maximum over some axes; None if the channels' axis is reduced."""
     ndim = len(call.input_shape)
     dims = {dim % ndim for dim in call.arguments["dim"] or range(ndim)}
     if axis in dims:
@@ -140,7 +140,7 @@ def reduced_axis(call: Call, axis: int) -> int | None:
 
 
 def flattened_axis(call: Call, axis: int) -> int | None:
-    """Return 1 for [batch, channels, ...] to [batch, features]: the features of a channel stay side by side."""
+    """Return 1 for [batch, channels, ...] to [batch, features]: the features of a channel stay adjacent."""
     features = 1
     for size in call.input_shape[1:]:
         features = features * size
@@ -164,12 +164,12 @@ def keeps_features(call: Call) -> bool:
 
 
 def keeps_last_size(call: Call) -> bool:
-    """Return True for a reshape that leaves the size of the last axis."""
+    """Return True for a reshape that keeps the size of the last axis."""
     return bool(call.shape[-1] == call.input_shape[-1])
 
 
 def pads_nothing(call: Call) -> bool:
-    """Return True for a padding by 0 elements, which models write for the sizes that do not divide."""
+    """Return True for a padding by 0 elements; models that pad to a multiple make such calls for sizes that fit."""
     return all(isinstance(amount, int) and amount == 0 for amount in call.arguments["pad"])
 
 
@@ -180,12 +180,12 @@ def keeps_last_place(call: Call) -> bool:
 
 
 def on_other_axes(*arguments: str) -> Callable[[Call], bool]:
-    """Return the rule of an operator on the axes that arguments name, which must not be the last."""
+    """Return the rule of an operator on the axes that these arguments name; the last axis must not be among them."""
 
     def rule(call: Call) -> bool:
         last = len(call.input_shape) - 1
         given = [call.arguments[argument] for argument in arguments]
-        dims = [dim for one in given for dim in (one if isinstance(one, list | tuple) else [one])]
+        dims = [dim for value in given for dim in (value if isinstance(value, list | tuple) else [value])]
         return bool(dims) and all(dim % len(call.input_shape) != last for dim in dims)
 
     return rule

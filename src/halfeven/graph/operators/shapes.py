@@ -1,4 +1,4 @@
-"""Rows of operators that move, copy, join, pad or cut out values."""
+"""List the operators that move, copy, join, pad or cut out values."""
 
 import operator
 
