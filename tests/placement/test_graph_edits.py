@@ -145,9 +145,9 @@ def test_regions(tmp_path):
     ("changes", "message"),
     [
         ({"unclipped": ("nothing",)}, "no tensor named nothing"),
-        ({"unclipped": ("hardtanh",)}, "hardtanh, which is no ReLU"),
-        ({"unclipped": ("one",)}, "no ReLU with an upper bound"),
-        ({"given_biases": ("relu6",)}, "relu6 and no convolution"),
+        ({"unclipped": ("hardtanh",)}, "hardtanh, not a ReLU"),
+        ({"unclipped": ("one",)}, "not a ReLU with an upper bound"),
+        ({"given_biases": ("relu6",)}, "relu6, not a convolution"),
     ],
 )
 def test_changes_that_cannot_be_made(changes, message):

@@ -1,4 +1,4 @@
-"""Undoing a change of channels for some readers of a tensor."""
+"""Undo a change of channels for some readers of a tensor."""
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,7 +10,7 @@ from halfeven.quantization.quantizer import Quantizer
 
 
 class ChannelAffine(nn.Module):
-    """factor * x + offset of each channel, the last axis; in float, and not trained.
+    """A factor and an offset of each channel of the last axis: factor * x + offset, in float, not trained.
 
     Args:
         channels: size of the last axis.
@@ -26,7 +26,7 @@ class ChannelAffine(nn.Module):
 
 
 def readers(node: fx.Node) -> list[fx.Node]:
-    """What reads a tensor, itself or through its quantizer."""
+    """Return the nodes that read a tensor, directly or through its quantizer."""
     found = []
     for user in node.users:
         through = isinstance(Op(user).module, Quantizer)
@@ -35,7 +35,7 @@ def readers(node: fx.Node) -> list[fx.Node]:
 
 
 def rescaling_of(node: fx.Node) -> ChannelAffine | None:
-    """The rescaling that some readers of a tensor have."""
+    """Return the `ChannelAffine` through which some readers read a tensor; None if there is none."""
     for user in node.users:
         if isinstance(module := Op(user).module, ChannelAffine):
             return module
@@ -43,9 +43,9 @@ def rescaling_of(node: fx.Node) -> ChannelAffine | None:
 
 
 def insert_rescaling(region: CapturedModule, node: fx.Node, name: str) -> None:
-    """Let additions read a LayerNorm's output through a `ChannelAffine`, which does nothing yet; once.
+    """Insert a `ChannelAffine`, an identity for now, between a LayerNorm and the additions that read its output.
 
-    They compute in float, and are given the tensor as it is before its quantizer.
+    The additions compute in float, so they read the tensor as it is before its quantizer. A second call has no effect.
     """
     if rescaling_of(node) is not None:
         return

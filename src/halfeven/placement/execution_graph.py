@@ -1,7 +1,7 @@
-"""How a quantized graph runs, where another order of the same operators is faster.
+"""Reorder the operators of a quantized graph for faster execution.
 
-The graph that algorithms, plans and exporters read stays as it is; only the code made of it differs. Values are the
-same bit for bit: rounding is monotonic, so quantizing commutes with a maximum and with a clip.
+The graph that algorithms, plans and exporters read stays as it is; only the generated code differs. All values are
+equal bit for bit: rounding is monotonic, so quantizing commutes with a maximum and with a clip.
 """
 
 import copy
@@ -17,11 +17,11 @@ from halfeven.quantization.quantizer import Quantizer
 
 
 def fused_graph(region: CapturedModule) -> fx.Graph:
-    """A copy of a region's graph in the order in which it is run.
+    """Return a copy of a region's graph in the order of execution.
 
-    A quantizer before a max pool, which alone reads it, runs after it, on a fraction of the elements, and so does the
-    activation before the quantizer. An activation that clips, and that one quantizer alone reads, becomes the
-    quantizer's own clip: its result is neither written nor kept for the backward pass.
+    A quantizer whose only reader is a max pool runs after the pool, on a fraction of the elements; so does the
+    activation before the quantizer. A clipping activation whose only reader is a quantizer becomes the quantizer's
+    clip, so that its result is neither written nor kept for the backward pass.
     """
     graph = copy.deepcopy(region.graph)
     graph.owning_module = region
@@ -34,7 +34,7 @@ def fused_graph(region: CapturedModule) -> fx.Graph:
 
 @contextmanager
 def as_planned(model: nn.Module) -> Iterator[None]:
-    """Within, a model runs its graphs as they are, so that hooks on its quantizers see the tensors of the plan."""
+    """Run a model's graphs unchanged within the context, so that hooks on its quantizers see the plan's tensors."""
     fused = [region for region in regions(model).values() if region.execution_graph is not None]
     _run_as(fused, None)
     try:
@@ -58,7 +58,7 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
 
 
 def _sink_below_pools(quantizer: fx.Node) -> None:
-    """From `clip -> quantizer -> pool` to `pool -> clip -> quantizer`, pool after pool."""
+    """Reorder `clip -> quantizer -> pool` to `pool -> clip -> quantizer`, pool after pool."""
     while (pool := _only_reader(quantizer)) is not None and Op(pool).row.takes_maximum:
         source = quantizer.all_input_nodes[0]
         moved = [quantizer]

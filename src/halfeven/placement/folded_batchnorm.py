@@ -1,10 +1,10 @@
-"""BatchNorm that is folded anew at every step of training, so that quantization sees the folded weights.
+"""Fold BatchNorm anew at every step of training, so that quantization sees the folded weights.
 
-White paper, section 4.2: with one scale per tensor, the weights that are quantized in training must be those of the
-deployed layer, BatchNorm's factor included. There, one convolution gives the batch's statistics and a second one, with
-folded weights, the outputs. Here the one convolution has weights folded with the running statistics, and what BatchNorm
-then divides by is corrected from these to the batch's own: the statistics of its outputs, undone by the factor, are
-those of the first convolution.
+White paper, section 4.2: with a scale per tensor, training must quantize the weights of the deployed layer, which
+include BatchNorm's factor. The usual method runs two convolutions: the first yields the batch's statistics, the second
+has folded weights and yields the outputs. This module runs a single convolution, whose weights are folded with the
+running statistics. Dividing the statistics of its outputs by the factor gives the statistics that the first convolution
+would yield, and the outputs are then corrected from the running to the batch's standard deviation.
 """
 
 from typing import Any
@@ -18,18 +18,18 @@ from halfeven.graph.view import module_of
 from halfeven.quantization.arithmetic import per_channel
 
 SMALLEST_FACTOR = 1e-6
-"""Channels with a smaller factor tell nothing of the statistics before it; theirs stay as they are."""
+"""Smallest factor that is divided by. The statistics of channels with a smaller factor stay as they are."""
 
 
 def factor_of(norm: Any) -> Tensor:
-    """What a BatchNorm in eval mode multiplies its input by, [channels], in float32."""
+    """Return the factor gamma / sqrt(running_var + eps) of a BatchNorm in eval mode, [channels], in float32."""
     inverse: Tensor = torch.rsqrt(norm.running_var + norm.eps)
     factor: Tensor = inverse if norm.weight is None else norm.weight * inverse
     return factor
 
 
 def folded_weight(layer: Any) -> Tensor:
-    """The weight that a layer computes with: its own, times the factor of the BatchNorm that is folded into it."""
+    """Return a layer's weight, times the factor of the BatchNorm that is folded into it where there is any."""
     weight: Tensor = layer.weight
     if layer.live_norms:
         (norm, axis) = layer.live_norms
@@ -38,7 +38,7 @@ def folded_weight(layer: Any) -> Tensor:
 
 
 class _LiveFolded:
-    """What a BatchNorm does whose factor is in the weights already: the rest."""
+    """The part of BatchNorm that remains when the weights already contain its factor."""
 
     layers: tuple[Any, ...] = ()
 
@@ -47,6 +47,8 @@ class _LiveFolded:
         factor = factor_of(self)
         if not self.training:
             return z + per_channel(_shift(self, layer, factor), 1, z.ndim)
+        # z = factor * x without the layer's bias. BatchNorm divides by the batch's sigma, and the factor divided by the
+        # running one: y = (z - mean(z)) * running sigma / batch sigma + beta.
         axes = [axis for axis in range(z.ndim) if axis != 1]
         variance, mean = torch.var_mean(z, axes, correction=0)
         ratio, used = self._correction(variance, factor)
@@ -55,7 +57,7 @@ class _LiveFolded:
         return y if self.bias is None else y + per_channel(self.bias, 1, z.ndim)
 
     def _correction(self: Any, variance: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Running over batch standard deviation, and the channels that say something of it; each [channels]."""
+        """Return running / batch standard deviation and the mask of channels with a usable factor, each [channels]."""
         used = factor.detach().abs() > SMALLEST_FACTOR
         before = variance / torch.where(used, factor, 1.0).square()
         return torch.where(used, torch.sqrt((self.running_var + self.eps) / (before + self.eps)), 1.0), used
@@ -64,26 +66,26 @@ class _LiveFolded:
     def _follow(
         self: Any, mean: Tensor, variance: Tensor, factor: Tensor, used: Tensor, count: int, bias: Tensor | None
     ) -> None:
-        """Move the running statistics, which are those of the layer's outputs before the factor."""
+        """Update the running statistics, which describe the layer's outputs without the factor, with its bias."""
         self.num_batches_tracked += 1
         momentum = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
         safe = torch.where(used, factor, 1.0)
         mean = mean / safe if bias is None else mean / safe + bias
-        unbiased = variance / safe.square() * (count / max(count - 1, 1))
+        unbiased = variance / safe.square() * (count / max(count - 1, 1))  # as BatchNorm keeps the variance
         self.running_mean.copy_(torch.where(used, torch.lerp(self.running_mean, mean, momentum), self.running_mean))
         self.running_var.copy_(torch.where(used, torch.lerp(self.running_var, unbiased, momentum), self.running_var))
 
 
 class LiveFoldedBatchNorm1d(_LiveFolded, nn.BatchNorm1d):
-    """`nn.BatchNorm1d` after a layer that its factor is folded into."""
+    """`nn.BatchNorm1d` after a layer whose weights contain its factor."""
 
 
 class LiveFoldedBatchNorm2d(_LiveFolded, nn.BatchNorm2d):
-    """`nn.BatchNorm2d` after a layer that its factor is folded into."""
+    """`nn.BatchNorm2d` after a layer whose weights contain its factor."""
 
 
 class LiveFoldedBatchNorm3d(_LiveFolded, nn.BatchNorm3d):
-    """`nn.BatchNorm3d` after a layer that its factor is folded into."""
+    """`nn.BatchNorm3d` after a layer whose weights contain its factor."""
 
 
 LIVE_FOLDED: dict[type[nn.Module], type[nn.Module]] = {
@@ -94,7 +96,7 @@ LIVE_FOLDED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def fold_live(region: CapturedModule) -> None:
-    """Let every quantized layer of a region compute with the weight that the BatchNorm after it is folded into."""
+    """Fold, at every step from now on, the BatchNorm after each quantized layer of a region into its weight."""
     for layer_node, norm_node in foldable(region.graph):
         layer: Any = module_of(layer_node)
         norm: Any = module_of(norm_node)
@@ -102,11 +104,12 @@ def fold_live(region: CapturedModule) -> None:
             continue
         norm.__class__ = LIVE_FOLDED[type(norm)]
         # In tuples, so that neither becomes a submodule of the other.
-        layer.live_norms, norm.layers = (norm, output_axis(layer_node)), (layer,)
+        layer.live_norms = (norm, output_axis(layer_node))
+        norm.layers = (layer,)
 
 
 def unfold_live(layer: Any) -> None:
-    """Let a layer compute with its own weight again, and the BatchNorm after it as BatchNorm does."""
+    """Undo `fold_live` for a layer: it computes with its own weight again, and the BatchNorm in full."""
     if layer.live_norms:
         norm, _ = layer.live_norms
         norm.__class__ = next(plain for plain, folded in LIVE_FOLDED.items() if type(norm) is folded)
@@ -115,9 +118,9 @@ def unfold_live(layer: Any) -> None:
 
 
 def settle_live(region: CapturedModule) -> None:
-    """Take out of a region the BatchNorms that are folded live, in place; what it computes in eval mode stays.
+    """Fold the BatchNorms that are folded live for good, in place; the outputs in eval mode stay.
 
-    The weights become the folded ones, and the biases what was left for BatchNorm to add.
+    The layers' weights are multiplied by the factors, and their biases become the shifts that the BatchNorms added.
     """
     for layer_node, norm_node in foldable(region.graph):
         layer: Any = module_of(layer_node)
@@ -126,12 +129,13 @@ def settle_live(region: CapturedModule) -> None:
             continue
         shift = _shift(norm, layer, factor_of(norm)).detach()
         layer.weight = nn.Parameter(folded_weight(layer).detach(), requires_grad=False)
-        layer.bias, layer.live_norms = nn.Parameter(shift, requires_grad=False), ()
+        layer.bias = nn.Parameter(shift, requires_grad=False)
+        layer.live_norms = ()
         remove(region, norm_node)
     region.recompile()
 
 
 def _shift(norm: Any, layer: Any, factor: Tensor) -> Tensor:
-    """What a BatchNorm in eval mode adds to the outputs of the layer with folded weights, [channels]."""
+    """Return the shift that a BatchNorm in eval mode adds to outputs made with folded weights, [channels]."""
     mean: Tensor = norm.running_mean if layer.bias is None else norm.running_mean - layer.bias
     return -factor * mean if norm.bias is None else norm.bias - factor * mean

@@ -1,4 +1,4 @@
-"""Changes of the graph that algorithms make, recorded in the plan so that loading a checkpoint makes them again."""
+"""Change the graph for an algorithm, and record the change in the plan so that loading a checkpoint repeats it."""
 
 import dataclasses
 from typing import Any
@@ -19,16 +19,16 @@ aten = torch.ops.aten
 
 
 def clipped_relus(model: nn.Module) -> tuple[str, ...]:
-    """Names of the operators that are a ReLU with an upper bound: ReLU6, hardtanh and clamp from 0."""
+    """Return the names of the ReLUs with an upper bound: ReLU6, and hardtanh and clamp from 0."""
     bounds = {name: Op(node).bounds for name, (_, node) in named_nodes(model).items()}
     return tuple(name for name, b in bounds.items() if b is not None and b[0] == 0 and 0 < b[1] < float("inf"))
 
 
 def apply_changes(model: nn.Module, changes: GraphChanges) -> nn.Module:
-    """Make the changes in a captured or quantized model, in place; what is so already stays.
+    """Make the changes in a captured or quantized model, in place; changes that were made before have no effect.
 
     Raises:
-        PlacementError: the model has no operator or layer of a name, or one that cannot be changed so.
+        PlacementError: the model has no operator or layer of a name, or the change does not apply to it.
     """
     found = named_nodes(model)
     for name in changes.unclipped:
@@ -49,7 +49,11 @@ def record_changes(
     given_biases: tuple[str, ...] = (),
     rescaled: tuple[str, ...] = (),
 ) -> GraphChanges:
-    """Make changes in a quantized model, in place, and record them in its plan; all changes recorded so far."""
+    """Make changes in a quantized model, in place, and record them in its plan.
+
+    Returns:
+        All changes that the plan records, earlier ones included.
+    """
     plan = plan_of(qmodel)
     apply_changes(qmodel, GraphChanges(unclipped=unclipped, given_biases=given_biases, rescaled=rescaled))
     changes = GraphChanges(
@@ -62,11 +66,16 @@ def record_changes(
 
 
 def give_bias(qmodel: nn.Module, name: str) -> nn.Parameter:
-    """The bias of a layer of a quantized model, [output channels]; a layer without one gets one of zeros, recorded.
+    """Return the bias of a layer of a quantized model, [output channels].
+
+    A layer without a bias gets a bias of zeros, which the plan records.
 
     Args:
         qmodel: a model from `prepare`.
         name: the layer, as the plan names it.
+
+    Raises:
+        PlacementError: the model has no such layer.
     """
     layer: Any = _layer(name, _found(named_nodes(qmodel), name)[1])
     if layer.bias is None:
@@ -78,8 +87,8 @@ def give_bias(qmodel: nn.Module, name: str) -> nn.Parameter:
 def _found(nodes: dict[str, tuple[CapturedModule, fx.Node]], name: str) -> tuple[CapturedModule, fx.Node]:
     if name not in nodes:
         raise PlacementError(
-            f"The model has no tensor named {name}, so nothing can be changed there. The plan lists the names: "
-            "print(halfeven.plan_of(qmodel))."
+            f"The model has no tensor named {name}, so nothing can be changed there. Choose a name that the plan "
+            "lists: print(halfeven.plan_of(qmodel))."
         )
     return nodes[name]
 
@@ -88,8 +97,8 @@ def _unclip(name: str, node: fx.Node) -> None:
     bounds = Op(node).bounds
     if bounds is None or bounds[0] != 0:
         raise PlacementError(
-            f"{name} is a {Op(node).name}, which is no ReLU with an upper bound, so it cannot be made a ReLU. "
-            "Name ReLU6 operators and clamps from 0 only."
+            f"{name} is a {Op(node).name}, not a ReLU with an upper bound, so it cannot become a ReLU. Name ReLU6 "
+            "operators and clamps from 0 only."
         )
     if bounds[1] == float("inf"):
         return
@@ -108,7 +117,7 @@ def _give_bias(name: str, node: fx.Node) -> None:
 def _layer(name: str, node: fx.Node) -> nn.Module:
     if not Op(node).is_module or kind_of(node) not in WEIGHTED:
         raise PlacementError(
-            f"{name} is a {Op(node).name} and no convolution or linear module, so it has no bias to set. Name a "
+            f"{name} is a {Op(node).name}, not a convolution or linear module, so it has no bias to set. Name a "
             "layer of the plan's table of weights that is a module."
         )
     return module_of(node)
