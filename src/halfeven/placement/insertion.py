@@ -1,4 +1,4 @@
-"""Inserting a plan's quantizers into a captured model. Each is inserted once; none is inserted to be deleted."""
+"""Insert a plan's quantizers into a captured model; none is inserted only to be deleted again."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from halfeven.targets.target import Target
 
 
 def insert(model: nn.Module, plan: Plan, target: Target) -> nn.Module:
-    """Put the plan's quantizers, their ranges not yet set, into a captured model; it is changed and returned.
+    """Insert the plan's quantizers, with ranges not yet set, into a captured model, which is changed and returned.
 
     Args:
         model: a captured model.
@@ -33,7 +33,7 @@ def insert(model: nn.Module, plan: Plan, target: Target) -> nn.Module:
     Raises:
         PlacementError: the plan was made for another model.
     """
-    # Insertion changes the graph, and a plan with other rules is decided about the graph as it was.
+    # Insertion changes the graph, and `Plan.with_rules` must decide about the graph as it was before.
     original = skeleton(model)
     plan = dataclasses.replace(plan, decide=lambda options: make_plan(original, options, target, plan.notes))
     found = named_nodes(model)
@@ -47,7 +47,7 @@ def insert(model: nn.Module, plan: Plan, target: Target) -> nn.Module:
 
 
 def settle_regions(model: nn.Module, plan: Plan, target: Target) -> None:
-    """Bring what depends on a model's quantizers up to date: the code that runs, the layers' links, the plan."""
+    """Update the parts that depend on a model's quantizers: the code that runs, the layers' links and the plan."""
     for region in regions(model).values():
         region.graph.lint()
         region.execution_graph = fused_graph
@@ -59,7 +59,7 @@ def settle_regions(model: nn.Module, plan: Plan, target: Target) -> None:
 
 
 def record_plan(model: nn.Module, plan: Plan) -> None:
-    """Let `plan_of` return this plan; the model's regions carry it, whatever class the model itself has."""
+    """Keep a plan with a model, for `plan_of`; the model's regions carry it, so the model may have any class."""
     for region in regions(model).values():
         region.halfeven_plan = plan
 
@@ -73,7 +73,7 @@ def plan_of(model: nn.Module) -> Plan:
     plan: Plan | None = next((region.halfeven_plan for region in regions(model).values()), None)
     if plan is None:
         raise PlacementError(
-            f"This {type(model).__name__} has no plan: it is not a quantized model. Make one with "
+            f"This {type(model).__name__} has no plan, so it is not a quantized model. Make a quantized model with "
             "halfeven.prepare(model, example)."
         )
     return plan
@@ -83,13 +83,13 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def record_example(model: nn.Module, inputs: Inputs) -> None:
-    """Keep (positional, keyword) arguments of two samples with a quantized model, on the CPU: exporting traces it."""
+    """Keep (positional, keyword) arguments of two samples, on the CPU, with a quantized model: export traces it."""
     for region in regions(model).values():
         region.halfeven_example = inputs
 
 
 def recorded_example(model: nn.Module) -> Inputs | None:
-    """Return the (positional, keyword) arguments that `record_example` kept, None without any."""
+    """Return the (positional, keyword) arguments that `record_example` kept; None if there are none."""
     return next((region.halfeven_example for region in regions(model).values()), None)
 
 
@@ -145,7 +145,7 @@ def tensor_quantizer(planned: PlannedTensor, options: QuantizationOptions) -> Qu
 def insert_weight(
     region: CapturedModule, node: fx.Node, planned: PlannedWeight, options: QuantizationOptions
 ) -> Quantizer:
-    """Let a layer read its weight through a new quantizer, which is returned."""
+    """Make a layer read its weight through a new quantizer, and return the quantizer."""
     quantizer = weight_quantizer(planned, options)
     if not Op(node).is_module:
         weight = node.args[1]
@@ -157,7 +157,7 @@ def insert_weight(
         node.update_arg(1, quantized)
         return quantizer
     layer = Op(node).module
-    # The class is exchanged in place: parameters, hooks and references to the layer stay what they are.
+    # The class is changed in place, so parameters, hooks and references to the layer stay valid.
     layer.__class__ = QUANTIZED_LAYERS[type(layer)]
     layer.weight_quantizer = quantizer.to(layer.weight.device).train(region.training)
     return quantizer
@@ -166,13 +166,13 @@ def insert_weight(
 def insert_tensor(
     places: Sequence[tuple[CapturedModule, fx.Node]], planned: PlannedTensor, options: QuantizationOptions
 ) -> Quantizer:
-    """Let all readers of the tensors in some places read them through one new quantizer, which is returned."""
+    """Make all readers of tensors with a shared scale read them through a new quantizer, and return the quantizer."""
     quantizer = tensor_quantizer(planned, options)
     region = places[0][0]
     path = place_quantizer(region, quantizer, planned.name)
     for _, node in places:
         after = node
-        while Op(after.next).is_input:
+        while Op(after.next).is_input:  # calls come after all inputs of a graph
             after = after.next
         with region.graph.inserting_after(after):
             quantized = region.graph.call_module(path, (node,))
@@ -182,7 +182,7 @@ def insert_tensor(
 
 
 def _reads_integers(quantized: fx.Node, reader: fx.Node) -> bool:
-    """Return True for a reader of a tensor that is to read its quantized form."""
+    """Return True for a reader that must read a tensor in its quantized form."""
     return reader is not quantized and not isinstance(Op(reader).module, ChannelAffine)
 
 
@@ -192,7 +192,7 @@ def quantizer_path(name: str) -> str:
 
 
 def place_quantizer(region: CapturedModule, quantizer: Quantizer, name: str) -> str:
-    """Put a quantizer into a region, on its device and in its mode; the path is returned."""
+    """Put a quantizer into a region, on its device and in its training mode, and return the path."""
     tensor = next((p for p in region.parameters()), None)
     if tensor is not None:
         quantizer.to(tensor.device)
@@ -202,7 +202,7 @@ def place_quantizer(region: CapturedModule, quantizer: Quantizer, name: str) -> 
 
 
 def _link_inputs(region: CapturedModule, *, int32_bias: bool) -> None:
-    """Tell each quantized layer the quantizer of its input, whose scale makes integers of it again."""
+    """Give each quantized layer the quantizer of its input, whose scale turns the input back into integers."""
     for op in module_calls(region.graph):
         layer = op.module
         if not isinstance(layer, QuantizedLayer):
@@ -213,7 +213,7 @@ def _link_inputs(region: CapturedModule, *, int32_bias: bool) -> None:
 
 
 def quantizer_of(node: fx.Node) -> Quantizer | None:
-    """Return the quantizer on whose grid a node's values lie, or None."""
+    """Return the quantizer on whose grid a node's values lie; None if they lie on no grid."""
     op = Op(node)
     while op.kind in (*TRANSPARENT, OperatorKind.CONCAT):
         op = op.inputs[0]

@@ -1,8 +1,8 @@
-"""Decide a plan: graph, target and options in, plan out; nothing is changed.
+"""Decide a plan from a graph, a target and options; nothing is changed.
 
-A tensor is quantized because an operator wants to read integers. The request travels up through operators that keep the
-scale to the operator that produced the tensor, past the BatchNorm and activation that a runtime fuses into it, and
-there one quantizer serves all consumers.
+A tensor is quantized because an operator reads integers. The request travels up through operators that keep the scale
+to the operator that produced the tensor, past the BatchNorm and activation that a runtime fuses into it; a single
+quantizer there serves all consumers.
 """
 
 import copy
@@ -28,18 +28,17 @@ K = OperatorKind
 
 
 def regions(model: nn.Module) -> dict[str, CapturedModule]:
-    """The captured parts of a model by name; "" is the whole."""
+    """Return the captured parts of a model by name; "" is the whole model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CapturedModule)}
 
 
 def qualified(region: str, name: str) -> str:
-    """The name of a tensor or layer in a model: "region:name", or the name alone where the whole model is one
-    region."""
+    """Return the name of a tensor or layer in a model: "region:name", or the name alone in a model captured whole."""
     return f"{region}:{name}" if region else name
 
 
 def named_nodes(model: nn.Module) -> dict[str, tuple[CapturedModule, fx.Node]]:
-    """All tensors of a model by their qualified names, each with its region and the node that makes it."""
+    """Return all tensors of a model by their qualified names, each with its region and the node that makes it."""
     return {
         qualified(prefix, name): (region, node)
         for prefix, region in regions(model).items()
@@ -79,9 +78,9 @@ def make_plan(model: nn.Module, options: QuantizationOptions, target: Target, no
     rules.check_all_used(known)
     if not weights:
         raise PlacementError(
-            "No layer of this model would be quantized: it has no convolution or linear layer that was captured, or "
-            "the rules "
-            "leave all of them in float. Look at the rules and at leave_out."
+            "No layer of this model would be quantized, so all of its products would run in float: no "
+            "convolution or linear layer was captured, or the rules leave all of them in float. Check the rules and "
+            "leave_out."
         )
     return Plan(
         options=options,
@@ -109,7 +108,7 @@ def _check_bits(target: Target, options: QuantizationOptions, weight_bits: int, 
         if refused := asked - {None, *allowed}:
             raise PlacementError(
                 f"{target.name} cannot run {what} of {refused.pop()} bits in integers (it can from {allowed[0]} to "
-                f"{allowed[-1]}), so such a model would not be what runs. Choose other bits."
+                f"{allowed[-1]}), so the deployed model would differ from this one. Choose other bits."
             )
 
 
@@ -121,22 +120,24 @@ def _check_weights_alone(target: Target, options: QuantizationOptions, weight_bi
         raise PlacementError(
             f"{target.name} cannot run weights of {min(asked - set(allowed))} bits with activations in floating point "
             f'("{options.scheme}"): {f"it takes weights of {widths} bits there" if allowed else "it has no such row"}, '
-            "so such a model would not be what runs. Choose other bits or another target."
+            "so the deployed model would differ from this one. Choose other bits or another target."
         )
     if options.quantize_outputs or any(rule.activation_bits is not None for rule in options.rules):
         raise PlacementError(
             f'"{options.scheme}" leaves all activations in floating point, and quantize_outputs or a rule asks for '
-            "integers. Leave these out, or choose a scheme with activations of 8 bits."
+            "integers, so the options contradict each other. Leave these out, or choose a scheme with activations of "
+            "8 bits."
         )
 
 
 def _ends(model: nn.Module, options: QuantizationOptions) -> tuple[Rule, ...]:
-    """Rules for the first and the last layer, which come before the user's."""
+    """Return the rules for the first and the last layer, which come before the user's rules."""
     bits = options.first_and_last_bits
     layers = [(name, node) for name, (_, node) in named_nodes(model).items() if kind_of(node) in WEIGHTED]
     if bits == "auto" or not layers:
         return ()
-    (first, first_node), (last, last_node) = layers[0], layers[-1]
+    first, first_node = layers[0]
+    last, last_node = layers[-1]
     read = {name for name, (_, node) in named_nodes(model).items() for end in (first_node, last_node)
             if node in [head(source) for source in sources(end.all_input_nodes[0])]}  # fmt: skip
     weights = [Rule(pattern=glob.escape(name), weight_bits=bits) for name in dict.fromkeys((first, last))]
@@ -146,9 +147,9 @@ def _ends(model: nn.Module, options: QuantizationOptions) -> tuple[Rule, ...]:
 def _check_outputs(model: nn.Module, options: QuantizationOptions) -> None:
     if options.quantize_outputs and "" not in regions(model):
         raise PlacementError(
-            "quantize_outputs=True was asked for, and this model was captured in parts "
+            "quantize_outputs=True needs a model that was captured whole, and this model was captured in parts "
             f"({', '.join(regions(model))}): its outputs come from Python, where no quantizer can be. Set "
-            "quantize_outputs=False, or capture the model whole."
+            "quantize_outputs=False, or change the model so that it is captured whole."
         )
 
 
@@ -165,7 +166,7 @@ def _planned_tensors(
         group = _tied(region, node)
         done |= group
         places = [n for n in region.graph.nodes if n in group]
-        fused = {region.names[one]: kind_of(one) for place in places for one in fused_group(place)}
+        fused = {region.names[member]: kind_of(member) for place in places for member in fused_group(place)}
         asked = rules.activation_bits(fused, bits)
         consumers = dict.fromkeys(c for n in places for c in region.requests[n].consumers)
         fixed = (0.0, 1.0) if all(kind_of(n) is K.SOFTMAX for n in places) else None
@@ -181,29 +182,33 @@ def _planned_tensors(
 
 
 def _ranges(places: list[fx.Node], options: QuantizationOptions, bits: int) -> Ranges:
-    """What sets the range in training. An input of 8 bits or more stays as calibrated where others are learned: images
-    do not change, and a gradient for its scale costs the first layer's backward pass for its input."""
+    """Return how the range is set in training.
+
+    The range of an input of 8 bits or more stays as calibrated where other ranges are learned: images do not change,
+    and a gradient for its scale needs the first layer's backward pass for its input.
+    """
     learned = options.ranges in ("learned", "clipped")
     return "calibrated" if learned and bits >= 8 and all(Op(node).is_input for node in places) else options.ranges
 
 
 def _logits(region: Region, places: list[fx.Node], options: QuantizationOptions) -> bool:
-    """Whether a tensor is the scores of classes, [samples, classes], and nothing but an output of the model.
+    """Return True for class scores, [samples, classes], that only the model's output reads.
 
-    Their range is chosen by cross-entropy where that of the others is by an error; a user who wants the extremes, say,
-    wants them of all tensors.
+    Their range is estimated by cross-entropy where the other activations' are estimated by an error norm ("mse" or
+    "lp"); any other observer that the user chooses holds for all tensors.
     """
-    (node, *others) = places
+    (node, *further) = places
     readers = region.requests[node].consumers or [OUTPUT for reader in Op(node).readers if reader.is_output]
-    if others or readers != [OUTPUT] or options.activation_observer not in ("mse", "lp"):
+    if further or readers != [OUTPUT] or options.activation_observer not in ("mse", "lp"):
         return False
     classes, *rest = Op(node).shape[1:] or (1,)
     return kind_of(node) in (K.LINEAR, K.AVERAGE) and classes > 1 and all(size == 1 for size in rest)
 
 
 def _tied(region: Region, node: fx.Node) -> set[fx.Node]:
-    """All tensors that share a scale with this one because they are concatenated somewhere."""
-    group, waiting = {node}, [node]
+    """Return all tensors that share a scale with this tensor because they are concatenated somewhere."""
+    group = {node}
+    waiting = [node]
     while waiting:
         for other in region.requests[waiting.pop()].tied_to - group:
             group.add(other)
@@ -253,7 +258,7 @@ def _weight_observer(options: QuantizationOptions, bits: int) -> str:
 
 
 def weight_shape(node: fx.Node) -> tuple[int, ...]:
-    """Shape of the weight of a layer, be it a module or a function."""
+    """Return the shape of a layer's weight, for a module or a function."""
     if Op(node).is_module:
         weight = module_of(node).weight
         return tuple(int(size) for size in weight.shape)  # type: ignore[union-attr]
