@@ -1,4 +1,4 @@
-"""Capture a model in the form that a plan is made for: attention written out, duplicates merged, BatchNorm folded."""
+"""Capture a model in the form that a plan is made for: attention expanded, duplicates merged, BatchNorm folded."""
 
 from torch import nn
 
@@ -17,10 +17,10 @@ def capture_for_quantization(
     Args:
         model: any module; the result shares its parameters, and its mode.
         example: an input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments.
-        options: names what stays Python, and says whether BatchNorm is folded.
+        options: name the submodules that stay Python, and decide about BatchNorm.
 
     Returns:
-        The captured model, and notes for the plan: what stays in float, and what was rewritten.
+        The captured model, and notes for the plan about submodules in float and about rewritten operators.
 
     Raises:
         CaptureError: nothing of the model could be captured.
@@ -30,8 +30,8 @@ def capture_for_quantization(
     lowered = sum(lower_attention(region) for region in regions(captured).values())
     if lowered:
         notes.append(
-            f"{lowered} attention operators are written out as products and softmax. Dropout inside of them, if there "
-            "was any, takes no part in training: the model is captured in eval mode, where it is 0."
+            f"{lowered} attention operators are written out as products and softmax. Dropout inside of them has no "
+            "effect in training, because the model is captured in eval mode, where its probability is 0."
         )
     for region in regions(captured).values():
         merge_duplicates(region)

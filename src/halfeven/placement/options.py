@@ -1,4 +1,4 @@
-"""How a model is quantized: the options of `halfeven.prepare`, and the user's rules."""
+"""Define the options of `halfeven.prepare`, and the user's rules."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypedDict
@@ -16,8 +16,8 @@ BatchNormHandling = Literal["keep", "fold", "fold live"]
 class Rule(Options):
     """A user's exception for some operators: other bits, or float.
 
-    A rule holds for the operators whose name matches `pattern` and, where one is given, whose kind is `kind`. Where
-    several rules hold, the last one wins, field by field.
+    A rule holds for the operators whose name matches `pattern` and whose kind is `kind`, if it sets a kind. Where
+    several rules hold, the last rule wins, field by field.
     """
 
     pattern: str = "*"
@@ -27,17 +27,17 @@ class Rule(Options):
     weight_bits: Bits | None = None
     """Bits of the operator's weight."""
     activation_bits: Bits | None = None
-    """Bits of the operator's output, behind the BatchNorm and the activation that are fused with it: a rule may name
-    any of them, as the plan does. What is concatenated shares a quantizer: a rule for one tensor holds for all."""
+    """Bits of the operator's output, after the BatchNorm and the activation that are fused with it; a rule may name
+    any of the three. Tensors that are concatenated share a quantizer, so a rule for any of them holds for all."""
     observer: ObserverName | None = None
     """Estimator of the ranges of the operator's weight and of its output."""
     quantize: bool | None = None
-    """False: the operator computes in float; True: it does not, whatever an earlier rule says."""
+    """False: the operator computes in float; True: it computes in integers, against an earlier rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationOptions(Options):
-    """How a model is quantized.
+    """Options that decide how a model is quantized.
 
     Raises:
         ConfigError: a value that its field cannot have.
@@ -49,9 +49,10 @@ class QuantizationOptions(Options):
     """Bits of weights and activations, for every layer that no rule excepts."""
     ranges: Ranges = "observed"
     """In training: "observed": ranges follow the data; "learned": scales are parameters, trained with the weights
-    (LSQ); "clipped": the same, but activations learn from what they clip alone (PACT); "calibrated": they stay."""
+    (LSQ); "clipped": the same, except that activations learn from clipped values alone (PACT); "calibrated": ranges
+    stay as calibrated."""
     scale_domain: Domain = "linear"
-    """Learned scales are stored, and move, as themselves ("linear") or as their logarithms ("log")."""
+    """Learned scales are stored and trained directly ("linear") or as their logarithms ("log")."""
     learn_zero_points: bool = False
     """Zero points of asymmetric activations are learned with their scales (LSQ+); they stay integers."""
     weight_observer: ObserverName | Auto = "auto"
@@ -68,8 +69,8 @@ class QuantizationOptions(Options):
     per_channel: bool = True
     """Weights have one scale per output channel."""
     first_and_last_bits: Annotated[Bits | Auto, formerly(0)] = "auto"
-    """Bits of the first and of the last layer, for their weights and the tensors they read, which the tables of LSQ and
-    others keep at 8; "auto": as `scheme` says, as in the white paper. Rules come after it."""
+    """Bits of the first and of the last layer, for their weights and input tensors. The results of the LSQ paper keep
+    them at 8; "auto": the bits of `scheme`, as in the white paper. Rules override it."""
     rules: tuple[Rule, ...] = ()
     """Exceptions by name pattern or operator kind."""
     leave_out: tuple[str, ...] = ()

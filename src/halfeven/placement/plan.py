@@ -1,4 +1,7 @@
-"""The plan: what is quantized, how, what is not and why, decided before anything is inserted."""
+"""Define the plan: the tensors and weights that are quantized, their schemes, and the reasons of all others.
+
+It is decided, and can be printed, before any quantizer is inserted.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,7 +17,7 @@ from halfeven.quantization.scheme import Scheme
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTensor:
-    """An activation that is quantized: one quantizer, called where each of `places` is produced."""
+    """A quantized activation: a single quantizer, called after each of `places`."""
 
     name: str
     places: tuple[str, ...]
@@ -28,7 +31,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedWeight:
-    """A weight that is quantized."""
+    """A quantized weight."""
 
     name: str
     """Name of the layer, as in `PlannedTensor.places`."""
@@ -49,12 +52,12 @@ class LeftInFloat:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphChanges:
-    """What algorithms changed in the graph after the plan was made; loading a checkpoint makes the changes again."""
+    """The changes of algorithms to the graph after the plan was made; loading a checkpoint repeats them."""
 
     unclipped: tuple[str, ...] = ()
-    """ReLU6 and clamp operators whose upper bound was taken away: they are ReLU now."""
+    """ReLU6 and clamp operators whose upper bound was removed, so that they are ReLUs now."""
     given_biases: tuple[str, ...] = ()
-    """Layers without a bias that were given one."""
+    """Layers that had no bias and were given a bias."""
     rescaled: tuple[str, ...] = ()
     """LayerNorms that additions read through a factor and an offset of each channel, in float."""
 
@@ -78,20 +81,20 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     changes: GraphChanges = field(default=GraphChanges())
     decide: "Callable[[QuantizationOptions], Plan] | None" = field(default=None, repr=False, compare=False)
-    """Decides anew for other options, about the graph that the plan was made for. It is in no file: a plan that
-    `from_dict` made has none until a model is prepared with it."""
+    """Makes the plan of the same graph for other options. Files do not contain it: a plan from `from_dict` has None
+    until a model is prepared with the plan."""
 
     def with_rules(self, *rules: Rule) -> "Plan":
-        """Return the plan that further rules lead to; they win over the rules that the plan was made with.
+        """Return the plan with further rules, which win over the rules that the plan was made with.
 
-        An earlier rule of the same pattern and kind goes where a new one sets all that it set.
+        An earlier rule of the same pattern and kind is dropped if a new rule sets all of its fields.
 
         Raises:
             PlacementError: a rule holds for nothing, the target cannot do its bits, or the plan was read from a file.
         """
         if self.decide is None:
             raise PlacementError(
-                "This plan was read from a file and knows no graph, so nothing can be decided anew. Make it with "
+                "This plan was read from a file and has no graph, so rules cannot be added to it. Make a plan with "
                 "halfeven.plan(model, example), or take halfeven.plan_of(qmodel) of a model that was prepared or "
                 "loaded."
             )
@@ -100,20 +103,21 @@ class Plan:
         return dataclasses.replace(self.decide(options), changes=self.changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain values, for JSON."""
+        """Return the plan as plain values, for JSON."""
         values = dataclasses.asdict(dataclasses.replace(self, decide=None))
         del values["decide"]
         return values
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Plan":
-        """The plan that `to_dict` wrote (lists stand for tuples after a round trip through JSON)."""
+        """Return the plan that `to_dict` wrote; lists may stand for tuples, as after a round trip through JSON."""
         options = dict(values["options"])
         options["rules"] = tuple(Rule(**rule) for rule in options["rules"])
         options["leave_out"] = tuple(options["leave_out"])
         tensors = [_with_scheme(t) for t in values["tensors"]]
         for tensor in tensors:
-            tensor["places"], tensor["consumers"] = tuple(tensor["places"]), tuple(tensor["consumers"])
+            tensor["places"] = tuple(tensor["places"])
+            tensor["consumers"] = tuple(tensor["consumers"])
             tensor["fixed_range"] = tuple(tensor["fixed_range"]) if tensor["fixed_range"] else None
         return Plan(
             options=QuantizationOptions(**options),
@@ -125,7 +129,7 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        """Three tables: quantized activations, quantized weights, and what stays in float with the reason."""
+        """Return three tables: quantized activations, quantized weights, and outputs in float with their reasons."""
         options = self.options
         parts = [
             f"Plan for {options.target}, {options.scheme}, {options.ranges} ranges, BatchNorm {options.batchnorm}: "
@@ -139,7 +143,8 @@ class Plan:
                 [(w.name, str(w.scheme), _range(w)) for w in self.weights],
             ),
             _table(
-                ("output in float", "operator", "because"), [(one.name, one.operator, one.reason) for one in self.left]
+                ("output in float", "operator", "because"),
+                [(left.name, left.operator, left.reason) for left in self.left],
             ),
             *self.notes,
             str(self.changes),
@@ -148,7 +153,7 @@ class Plan:
 
 
 def _replaces(new: Rule, old: Rule) -> bool:
-    """Return True if an old rule has no effect beside a new one, whatever stands between them."""
+    """Return True if a new rule overrides all fields of an old rule for the same operators."""
     settings = ("weight_bits", "activation_bits", "observer", "quantize")
     same = (new.pattern, new.kind) == (old.pattern, old.kind)
     return same and all(getattr(new, name) is not None for name in settings if getattr(old, name) is not None)

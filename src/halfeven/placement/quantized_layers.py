@@ -1,4 +1,4 @@
-"""Layers with a quantized weight: the standard layers, their weight read through a quantizer."""
+"""Extend the standard layers so that they read their weight through a quantizer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +13,12 @@ from halfeven.quantization.arithmetic import per_channel
 from halfeven.quantization.quantizer import Mode, Quantizer
 
 FP16_HEADROOM = 2.0**-10
-"""Factor on integer weights under float16, whose largest number is 65504; a power of two, so the integers stay
+"""Factor on integer weights under float16, whose largest number is 65504. It is a power of two, so the products stay
 exact."""
 
 
 def operation(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """What a layer computes of (input, weight, bias), with its own stride, padding and groups."""
+    """Return the function of (input, weight, bias) that a layer computes, with its stride, padding and groups."""
     if isinstance(layer, nn.Linear):
         return F.linear
     if not layer.transposed:
@@ -32,20 +32,20 @@ def operation(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
 def run_quantized(layer: Any, x: Tensor) -> Tensor:
     """Run a layer of `QUANTIZED_LAYERS` with its quantized weight.
 
-    Where the device multiplies with fewer than float32's bits (TF32, float16, bfloat16), it multiplies integers
-    instead, which stay exact there, and the scales follow after; the usual form has 1 to 11 % wrong integers in a
-    layer.
+    Where the device multiplies with fewer bits than float32 (TF32, float16, bfloat16), the layer multiplies integers,
+    which are exact there, and applies the scales to the result. Multiplying scaled values instead makes 1 to 11 % of a
+    layer's integers wrong.
     """
     compute = operation(layer)
     real_weight = folded_weight(layer)
     weight = layer.weight_quantizer(real_weight)
-    bias = None if layer.live_norms else _bias(layer, x, real_weight)  # what BatchNorm's own shift takes in
+    bias = None if layer.live_norms else _bias(layer, x, real_weight)  # the shift of a live BatchNorm contains it
     if not (layer.input_quantizers and _low_precision(x)):
         return compute(x, weight, bias)
     (quantizer,) = layer.input_quantizers
     if Mode.QUANTIZE is not quantizer.mode or Mode.QUANTIZE is not layer.weight_quantizer.mode:
         return compute(x, weight, bias)
-    # Both scales cancel: what they are is no matter for the gradient, so neither takes part in it.
+    # (x / scale_x) (weight / scale_w) scale_x scale_w: both scales cancel, so they need no gradient here.
     scale_x = quantizer.used_scale(x)
     scale_w = layer.weight_quantizer.used_scale(real_weight)
     headroom = FP16_HEADROOM if _compute_dtype(x) is torch.float16 else 1.0
@@ -61,12 +61,16 @@ def run_quantized(layer: Any, x: Tensor) -> Tensor:
 
 
 def _bias(layer: Any, x: Tensor, weight: Tensor) -> Tensor | None:
-    """The layer's bias; on the grid of its products where the runtime adds integers, its gradient as if it were not."""
+    """Return the layer's bias, rounded to the grid of the products (scale_x * scale_w) if the runtime adds integers.
+
+    The gradient passes straight through the rounding.
+    """
     bias: Tensor | None = layer.bias
     if bias is None or not layer.int32_bias or not layer.input_quantizers:
         return bias
     (quantizer,) = layer.input_quantizers
-    if any(one.mode is not Mode.QUANTIZE or not one.state.has_range for one in (quantizer, layer.weight_quantizer)):
+    both = (quantizer, layer.weight_quantizer)
+    if any(part.mode is not Mode.QUANTIZE or not part.state.has_range for part in both):
         return bias
     unit = quantizer.used_scale(x) * layer.weight_quantizer.used_scale(weight)
     rounded: Tensor = bias + (torch.round(bias.detach() / unit) * unit - bias.detach())
@@ -84,14 +88,14 @@ def _low_precision(x: Tensor) -> bool:
 
 
 class QuantizedLayer:
-    """The fields of a layer with a quantized weight, beside those of the float layer.
+    """The fields that a layer with a quantized weight has in addition to the float layer's.
 
-    None of them is in the state dict, except the weight's quantizer.
+    The state dict contains the weight's quantizer, and no other of these fields.
     """
 
     weight_quantizer: Quantizer
     input_quantizers: tuple[Quantizer, ...] = ()
-    """The quantizer of the input, whose scale makes integers of it again; in a tuple, so that it is no submodule."""
+    """The input's quantizer, whose scale turns the input back into integers; a tuple, so that it is no submodule."""
     int32_bias: bool = False
     """The runtime adds biases as 32-bit integers on the grid of the products."""
     live_norms: tuple[Any, ...] = ()

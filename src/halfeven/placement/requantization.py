@@ -1,4 +1,4 @@
-"""New rules for a model that has quantizers already: those that a new plan changes are exchanged, all others stay."""
+"""Apply new rules to a quantized model: quantizers that the new plan changes are replaced, all others stay."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,20 +29,20 @@ Found = Mapping[str, tuple[CapturedModule, fx.Node]]
 
 
 def apply_rules(qmodel: nn.Module, rules: Sequence[Rule], target: Target) -> tuple[str, ...]:
-    """Change a quantized model to the plan that further rules lead to, in place.
+    """Change a quantized model, in place, to its plan with further rules.
 
-    Quantizers of which the plan says the same as before stay, with their ranges.
+    Quantizers that both plans describe alike stay, with their ranges.
 
     Args:
         qmodel: a model from `prepare` or `load`.
-        rules: the rules; they win over those of the model's plan.
+        rules: the further rules, which win over those of the model's plan.
         target: the runtime of the model's plan.
 
     Returns:
-        Names of the new quantizers, of which none has a range yet unless the plan knows it.
+        Names of the new quantizers without a range: all except those whose range the plan fixes.
 
     Raises:
-        PlacementError: a rule holds for nothing, or the target cannot do its bits; the model is as it was.
+        PlacementError: a rule holds for nothing, or the target cannot do its bits; the model is unchanged.
     """
     before = plan_of(qmodel)
     after = before.with_rules(*rules)
@@ -115,12 +115,12 @@ def _change_tensors(change: _Change, before: Plan, after: Plan) -> list[Quantize
 
 
 def _quantizer_of(tensor: PlannedTensor) -> tuple[object, ...]:
-    """Return the part of a planned tensor that its quantizer is made of: all except its readers."""
+    """Return the fields of a planned tensor that define its quantizer: all except the readers."""
     return tensor.name, tensor.scheme, tensor.ranges, tensor.observer, tensor.fixed_range
 
 
 def _remove_calls(region: CapturedModule, path: str) -> None:
-    """Take a quantizer out of a graph: readers read the tensor itself."""
+    """Remove a quantizer from a graph; its readers then read the tensor itself."""
     for op in operations(region.graph):
         if op.is_module and op.path == path:
             op.node.replace_all_uses_with(op.inputs[0].node)

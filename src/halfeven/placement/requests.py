@@ -1,4 +1,4 @@
-"""Collect requests: the tensors of a graph that shall be quantized, and the grids that their readers can read.
+"""Collect requests: the tensors of a graph to quantize, and the grids that their readers can read.
 
 The request of an operator travels up through operators that keep the scale to the operator that produced the tensor,
 past the BatchNorm and activation that a runtime fuses into it.
@@ -17,18 +17,18 @@ from halfeven.targets.target import Grid, Target, wanted_grid
 K = OperatorKind
 
 OUTPUT = "the output"
-"""Who reads a tensor that the model returns."""
+"""Consumer of a tensor that the model returns."""
 
 ITSELF = "its own kernel alone"
-"""Who needs a tensor in integers that is quantized for the sake of the operator that makes it."""
+"""Consumer of a tensor that is quantized because the operator that produces it writes integers."""
 
 ROUNDED = "a reader that computes with bytes"
-"""Who makes the target round an average."""
+"""Consumer of an average that the target rounds."""
 
 
 @dataclass
 class QuantizationRequest:
-    """The wish of operators that a tensor be quantized, and the grid that they can read."""
+    """The request of operators to quantize a tensor, and the grid that they can read."""
 
     grid: Grid = Grid.ANY
     consumers: list[str] = field(default_factory=list)
@@ -37,7 +37,7 @@ class QuantizationRequest:
 
 @dataclass
 class Region:
-    """One graph of a model, with the requests that were collected in it."""
+    """A graph of a model, with the requests that were collected in it."""
 
     prefix: str
     graph: fx.Graph
@@ -62,9 +62,9 @@ def collect(region: Region, target: Target, rules: RuleBook) -> None:
 
 
 def _collect_averages(region: Region, target: Target, rules: RuleBook) -> None:
-    """Request the averages of integers that the target rounds, for a reader that it computes with bytes.
+    """Request each average of integers that the target rounds because it computes the average's reader with bytes.
 
-    With a quantizer the simulation rounds too, and on a grid of the average's own.
+    With a quantizer the simulation rounds too, on the grid of that quantizer.
     """
     for node in region.graph.nodes:
         if kind_of(node) is not K.AVERAGE or not all(n in region.requests for n in sources(node.args[0])):
@@ -74,7 +74,7 @@ def _collect_averages(region: Region, target: Target, rules: RuleBook) -> None:
 
 
 def collect_outputs(region: Region, rules: RuleBook) -> None:
-    """Collect requests for the model's outputs, in place: the user wants them quantized."""
+    """Collect requests for the model's outputs, in place, because the user wants them quantized."""
     (output,) = [op.node for op in operations(region.graph) if op.is_output]
     for result in output.all_input_nodes:
         made_by = [head(source) for source in sources(result)]
@@ -105,10 +105,10 @@ def _request(region: Region, operand: fx.Node, grid: Grid, reader: fx.Node) -> N
 
 
 def _request_result(region: Region, node: fx.Node, target: Target) -> None:
-    """Quantize what an operator yields, after the BatchNorm and activation that are computed in its kernel."""
+    """Request the result of an operator, after the BatchNorm and activation that are computed in its kernel."""
     while len(node.users) == 1 and _fused(reader := next(iter(node.users)), target):
         if kind_of(reader) is K.BATCH_NORM and kind_of(node) is K.ACTIVATION and not target.fuses_any_activation:
-            break  # it can be folded into a layer right before it alone
+            break  # BatchNorm can be folded only into a layer directly before it
         node = reader
     region.requests.setdefault(node, QuantizationRequest())
 
@@ -133,10 +133,11 @@ def sources(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _elementwise_operands(node: fx.Node, target: Target, region: Region) -> list[fx.Node]:
-    """Return the operands of an addition or multiplication that shall be integers.
+    """Return the operands of an addition or multiplication that must be integers.
 
-    A convolution that is added to a skip connection may be fused with the addition: then its result stays as it is,
-    and the skip is quantized. Where no convolution leads (the residual stream of a transformer) all stay in float.
+    A runtime may fuse a convolution with the addition of a skip connection: then the convolution's result stays in
+    float, and the skip connection is quantized. If no operand comes from a convolution, as in the residual stream of a
+    transformer, all operands stay in float.
     """
     operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and Op(a).is_float_tensor]
     if len(operands) < 2 or any(kind_of(o) is K.CONSTANT for o in operands):
@@ -155,8 +156,10 @@ def _same_shape(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _convolution_branch(node: fx.Node) -> list[fx.Node] | None:
-    """Return the nodes from a convolution through BatchNorm to an addition, each with one reader; None for any other
-    branch."""
+    """Return the nodes from an addition up through BatchNorm to a convolution; None for any other branch.
+
+    Each node has a single reader.
+    """
     passed = []
     while len(node.users) == 1 and kind_of(node) in (K.IDENTITY, K.BATCH_NORM):
         passed.append(node)
@@ -165,7 +168,7 @@ def _convolution_branch(node: fx.Node) -> list[fx.Node] | None:
 
 
 def fused_group(node: fx.Node) -> list[fx.Node]:
-    """Return an operator with the activation, BatchNorm and layer before it in its fused group, last to first."""
+    """Return an operator and the activation, BatchNorm and layer that are fused with it, last to first."""
     group = [node]
     while kind_of(group[-1]) in (K.ACTIVATION, K.BATCH_NORM) and group[-1].all_input_nodes:
         group.append(group[-1].all_input_nodes[0])
@@ -173,5 +176,5 @@ def fused_group(node: fx.Node) -> list[fx.Node]:
 
 
 def head(node: fx.Node) -> fx.Node:
-    """Return the first operator of a fused group: the layer of an activation and a BatchNorm."""
+    """Return the first operator of a fused group, for example the convolution before a BatchNorm and a ReLU."""
     return fused_group(node)[-1]

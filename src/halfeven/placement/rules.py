@@ -1,4 +1,4 @@
-"""The user's rules, looked up by operator."""
+"""Look up the user's rules by operator."""
 
 import difflib
 import fnmatch
@@ -11,38 +11,48 @@ from halfeven.placement.options import Rule
 
 
 class RuleBook:
-    """The user's rules behind those for the ends of the model, and which of them held for something.
+    """The rules for the first and last layer, then the user's rules, with a record of the rules that took effect.
 
-    A rule holds where a part of it is asked for: `weight_bits` of a layer whose weight is quantized, `activation_bits`
-    of a tensor with a quantizer, `quantize` of any operator. In each, later rules win.
+    A rule takes effect where one of its fields is looked up: `weight_bits` of a layer whose weight is quantized,
+    `activation_bits` of a tensor with a quantizer, `quantize` of any operator. For each field the last rule wins.
     """
 
     def __init__(self, rules: tuple[Rule, ...], ends: tuple[Rule, ...] = ()) -> None:
         self.rules = (*ends, *rules)
-        self.used = set(range(len(ends)))  # they are not the user's, to whom an unused one would be told
+        self.used = set(range(len(ends)))  # only the user's rules must take effect
         self.matched: dict[int, str] = {}
         kinds = {kind.value for kind in OperatorKind}
         for rule in rules:
             if rule.kind is not None and rule.kind not in kinds:
                 raise PlacementError(
-                    f'The rule {rule} names the operator kind "{rule.kind}", which does not exist. '
-                    f"Choose one of: {', '.join(sorted(kinds))}."
+                    f'The rule {rule} names the operator kind "{rule.kind}", which does not exist, so it would do '
+                    f"nothing. Choose one of: {', '.join(sorted(kinds))}."
                 )
 
     def quantizes(self, name: str, kind: OperatorKind) -> bool:
-        """Whether an operator computes in integers where it can."""
+        """Return True if an operator computes in integers where it can."""
         return bool([True, *self._said("quantize", {name: kind})][-1])
 
     def weight_bits(self, name: str, kind: OperatorKind, default: int) -> int:
-        """Bits of the weight of a layer whose weight is quantized."""
+        """Return the bits of a layer's quantized weight."""
         return int([default, *self._said("weight_bits", {name: kind})][-1])
 
     def activation_bits(self, operators: Mapping[str, OperatorKind], default: int) -> int:
-        """Bits of a quantizer that a rule may name by any of some operators; their kinds by name."""
+        """Return the bits of a quantizer.
+
+        Args:
+            operators: the kinds, by name, of the operators by any of which a rule may name the quantizer.
+            default: the bits if no rule sets them.
+        """
         return int([default, *self._said("activation_bits", operators)][-1])
 
     def observer(self, operators: Mapping[str, OperatorKind], default: str) -> str:
-        """Return the estimator of a weight's or a quantizer's range that a rule may name by any of some operators."""
+        """Return the range estimator of a weight or an activation.
+
+        Args:
+            operators: the kinds, by name, of the operators by any of which a rule may name the quantizer.
+            default: the estimator if no rule sets it.
+        """
         return str([default, *self._said("observer", operators)][-1])
 
     def _said(self, part: str, operators: Mapping[str, OperatorKind]) -> Iterator[Any]:
@@ -55,7 +65,7 @@ class RuleBook:
                 yield value
 
     def check_all_used(self, names: list[str]) -> None:
-        """Raise PlacementError for a rule that held for nothing: it is a mistake, and the user believes it works."""
+        """Raise PlacementError for a rule without effect: it is a mistake that the user would not notice."""
         for index, rule in enumerate(self.rules):
             if index not in self.used:
                 raise PlacementError(f"The rule {rule} {self._why(index, rule, names)}")
@@ -69,8 +79,8 @@ class RuleBook:
         lacks = [what for part, what in lacking.items() if getattr(rule, part) is not None]
         if not lacks and rule.quantize is None:
             return (
-                "sets neither bits nor observer nor quantize, so it would do nothing. Give it one of them, or leave it "
-                "out."
+                "sets neither bits nor observer nor quantize, so it would do nothing. Set at least one of these "
+                "fields, or leave the rule out."
             )
         if index in self.matched:
             return (
@@ -79,7 +89,10 @@ class RuleBook:
             )
         near = difflib.get_close_matches(rule.pattern, names, n=3, cutoff=0.4)
         hint = f" The nearest names are {', '.join(near)}." if near else ""
-        return f"holds for no operator of this model, so it would do nothing.{hint}"
+        return (
+            f"holds for no operator of this model, so it would do nothing.{hint} Correct its pattern, or leave the "
+            "rule out."
+        )
 
 
 def _holds(rule: Rule, name: str, kind: OperatorKind) -> bool:
