@@ -1,4 +1,4 @@
-"""The ways to a quantized model: the steps in their order, nothing else."""
+"""Run the steps that make a quantized model, in their order."""
 
 import copy
 import dataclasses
@@ -38,7 +38,7 @@ from halfeven.tasks.task import first_tensor
 
 
 class QuantizeFields(QuantizationFields, PTQFields, total=False):
-    """What `quantize` takes by name on top of its two kinds of options."""
+    """The fields that `quantize` takes by name in addition to its two option objects."""
 
 
 def plan(
@@ -75,10 +75,10 @@ def prepare(
     plan: Plan | None = None,
     **changes: Unpack[QuantizationFields],
 ) -> nn.Module:
-    """Make a quantized model of a float one: an ordinary `nn.Module` with quantizers whose ranges are not yet set.
+    """Make a quantized model of a float model: an ordinary `nn.Module` with quantizers whose ranges are not yet set.
 
-    The float model is not changed; the result has its own parameters. Follow with `calibrate`, then train it like any
-    module, or use it as it is.
+    The float model is not changed; the result has its own parameters. Call `calibrate` next; then train the result
+    like any module, or use it directly.
 
     Args:
         model: any module.
@@ -95,8 +95,8 @@ def prepare(
     if plan is not None:
         if options is not None or changes:
             raise ConfigError(
-                "A plan was given together with options, and a plan has its options already, so one of the two would "
-                "be without effect. Give the options to halfeven.plan, or leave the plan out."
+                "A plan was given together with options, and a plan already contains options, so the given options "
+                "would have no effect. Give the options to halfeven.plan, or leave the plan out."
             )
         return _from_plan(model, example, plan)
     options = _with_batchnorm(dataclasses.replace(options or QuantizationOptions(), **changes), "keep")
@@ -106,34 +106,34 @@ def prepare(
 
 
 def set_rules(qmodel: nn.Module, rules: Rule | Sequence[Rule]) -> tuple[str, ...]:
-    """Change bits and observers of a quantized model by further rules, in place; `plan_of` follows.
+    """Change bits and observers of a quantized model by further rules, in place, and update its plan.
 
-    Quantizers that the rules change have no range afterwards: calibrate the model again, before an optimizer is given
-    its parameters. All other quantizers keep their ranges.
+    Quantizers that the rules change have no range afterwards. Calibrate the model again before you give its parameters
+    to an optimizer. All other quantizers keep their ranges.
 
     Args:
         qmodel: a model from `prepare`, `quantize` or `load`, calibrated or not.
-        rules: one rule or several; they win over those of the model's plan.
+        rules: a rule or several rules, which win over those of the model's plan.
 
     Returns:
         Names of the quantizers that have no range now.
 
     Raises:
-        PlacementError: a rule holds for nothing, or the target cannot do its bits; the model is as it was.
+        PlacementError: a rule holds for nothing, or the target cannot do its bits; the model is unchanged.
     """
     given = (rules,) if isinstance(rules, Rule) else tuple(rules)
     return apply_rules(qmodel, given, runtime_named(plan_of(qmodel).options.target).target)
 
 
 def _with_batchnorm(options: QuantizationOptions, handling: BatchNormHandling) -> QuantizationOptions:
-    """The options with what is done with BatchNorm, where the user has left that open."""
+    """Return the options with this handling of BatchNorm, if the user has not chosen any."""
     return dataclasses.replace(options, batchnorm=handling) if options.batchnorm == "auto" else options
 
 
 def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
-    """Make the quantized model that a plan describes, for a checkpoint to be loaded into."""
+    """Make the quantized model that a plan describes, so that a checkpoint can be loaded into it."""
     qmodel = _from_plan(model, example, plan)
-    forget_statistics(qmodel)  # of the weights given here, not of those that the checkpoint brings
+    forget_statistics(qmodel)  # they describe the weights given here, and the checkpoint will replace these
     return qmodel
 
 
@@ -144,7 +144,7 @@ def _from_plan(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
 
 
 def load(path: str | Path, model: nn.Module, example: Example) -> nn.Module:
-    """The quantized model of a checkpoint that `save` wrote, in eval mode.
+    """Return the quantized model of a checkpoint that `save` wrote, in eval mode.
 
     Args:
         path: the `.safetensors` file.
@@ -152,14 +152,14 @@ def load(path: str | Path, model: nn.Module, example: Example) -> nn.Module:
         example: an input, as for `prepare`.
 
     Raises:
-        CheckpointError: a file of something else, or of a model of other shapes; the message lists what differs.
+        CheckpointError: the file is no such checkpoint, or belongs to another model; the message lists the differences.
         PlacementError: the file's plan names layers that this model does not have.
     """
     return restore(path, lambda plan: rebuild(model, example, plan)).eval()
 
 
 def _with_example(qmodel: nn.Module, example: Example) -> nn.Module:
-    """Keep two samples of the example with the model: exporting traces it again."""
+    """Keep two samples of the example with the model, because export traces it again."""
     args, kwargs = batched(*as_arguments(example))
 
     def two(x: Any) -> Any:
@@ -182,28 +182,28 @@ def quantize(
     resume_dir: Path | None = None,
     **changes: Unpack[QuantizeFields],
 ) -> nn.Module:
-    """Post-training quantization: the steps that suit the model, the bits and the data (white paper, figure 8).
+    """Quantize a model after training, by the steps that suit the model, the bits and the data (white paper, figure 8).
 
-    BatchNorm is folded first. Which steps are taken is decided by `halfeven.ptq.recipe.decide` and passed to `log` with
-    the reasons; `ptq` switches each of them.
+    BatchNorm is folded first. `halfeven.ptq.recipe.decide` chooses the steps, and passes the decisions with their
+    reasons to `log`; `ptq` switches each step on or off.
 
     Args:
         model: any module; it is not changed.
-        loader: calibration batches, as `calibrate` takes them; some 500 samples of the training data, seen as in
-            evaluation. None: the data-free path, which needs `example`.
+        loader: calibration batches, as `calibrate` takes them: about 500 samples of the training data, transformed as
+            in evaluation. None: the data-free path, which needs `example`.
         options: how to quantize.
-        ptq: which steps to take, and how.
+        ptq: the steps to take, and their settings.
         example: an input, as for `prepare`; None: the loader's first batch.
         batches: largest number of the loader's batches to read; None: all.
         log: called with the plan, the decisions and the result of each step, for example `print`.
-        resume_dir: folder in which a reconstruction keeps finished layers, to go on from after an interruption.
-        changes: fields of `QuantizationOptions` or `PTQOptions` to set on top of the two.
+        resume_dir: folder in which reconstruction saves finished layers; after an interruption it continues from them.
+        changes: fields of `QuantizationOptions` or `PTQOptions` to set on top of `options` and `ptq`.
 
     Returns:
         The quantized model in eval mode.
 
     Raises:
-        CalibrationError: the loader gave nothing, or NaN.
+        CalibrationError: the loader yielded no batch, or NaN.
         ConfigError: neither a loader nor an example, an option that does not exist, a value that it cannot have, or a
             `batchnorm` other than "fold".
         CaptureError, PlacementError, AlgorithmError: as the steps raise them.
@@ -243,26 +243,27 @@ def setup_qat(
     resume_dir: Path | None = None,
     logits: Callable[[Any], Tensor] = first_tensor,
 ) -> QATSession:
-    """Make a calibrated model ready for training, as the recipe for its bits says (white paper, figure 11).
+    """Prepare a calibrated model for training by the recipe for its bits (white paper, figure 11).
 
     Args:
-        qmodel: a model from `prepare`, calibrated; its channels are equalized and its rounding is learned, in place,
-            where the recipe starts from that.
-        float_model: the model that it was made of, for distillation; it is not changed.
+        qmodel: a model from `prepare`, calibrated. Its channels are equalized and its rounding is learned, in place,
+            if the recipe contains these steps.
+        float_model: the float model that `qmodel` was made from, for distillation; it is not changed.
         loader: calibration batches, as `calibrate` takes them; iterated several times.
-        options: which steps to take, and how.
-        schedule: when ranges and BatchNorm stop moving.
-        ptq: how channels are equalized and rounding is learned.
-        inputs: gives batches for BatchNorm's statistics, better more than those of the calibration; None: the loader.
+        options: the steps to take, and their settings.
+        schedule: the shares of the run after which ranges and BatchNorm's statistics stop changing.
+        ptq: settings of equalization and of learned rounding.
+        inputs: returns batches for BatchNorm's statistics, preferably more than for calibration; None: the loader's.
         log: called with the decisions and the result of each step, for example `print`.
-        resume_dir: folder in which learned rounding keeps finished layers, to go on from after an interruption.
-        logits: takes the logits, [samples, ..., classes], out of what the models return; by default the first tensor.
+        resume_dir: folder in which learned rounding saves finished layers; after an interruption it continues from
+            them.
+        logits: extracts the logits, [samples, ..., classes], from a model's output; by default the first tensor.
 
     Returns:
-        The session, whose hooks the trainer, or a loop of your own, calls before, in and after each step.
+        The session; the trainer, or your own loop, calls its hooks before, in and after each step.
 
     Raises:
-        ConfigError: equalization is asked for, and BatchNorm is not folded.
+        ConfigError: equalization is on, and BatchNorm is not folded.
         AlgorithmError: as the steps raise it.
     """
     options = options or QATOptions()
@@ -295,17 +296,17 @@ def resume_qat(
     inputs: Callable[[], Iterable[Any]] | None = None,
     logits: Callable[[Any], Tensor] = first_tensor,
 ) -> QATSession:
-    """Return the session of a training whose start `setup_qat` has made, for a run that is resumed."""
+    """Return the session of a resumed training run, whose start `setup_qat` prepared."""
     return QATSession(qmodel, float_model, recipe, options, schedule, loader, inputs, logits)
 
 
 def _at_hand(loader: Iterable[Any], batches: int | None) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The model's arguments of all batches: the steps go over them many times, and reading samples costs more."""
+    """Return the model's arguments of all batches; kept in memory, since the steps read them many times."""
     found = [inputs_of(batch) for batch in islice(loader, batches)]
     if not found:
         raise CalibrationError(
-            "The loader gave no batch, so there is nothing to capture the model with and to set ranges from. Give a "
-            "loader with at least one batch; an iterator that was used up before looks empty."
+            "The loader gave no batch, so the model cannot be captured and no range can be set. Give a loader with at "
+            "least one batch; an iterator that was used up before looks empty."
         )
     return found
 
@@ -313,12 +314,12 @@ def _at_hand(loader: Iterable[Any], batches: int | None) -> list[tuple[tuple[Any
 def _split(
     options: QuantizationOptions, ptq: PTQOptions, changes: Mapping[str, Any]
 ) -> tuple[QuantizationOptions, PTQOptions]:
-    """Both kinds of options with the changes that are theirs."""
+    """Return both option objects, each with its part of the changes."""
     placing = {field.name for field in dataclasses.fields(options)}
     steps = {field.name for field in dataclasses.fields(ptq)}
     if unknown := [name for name in changes if name not in placing | steps]:
         told = " ".join(f'quantize has no option "{name}". {did_you_mean(name, placing | steps)}' for name in unknown)
-        raise ConfigError(f"An option would be without effect, so nothing was started: {told}")
+        raise ConfigError(f"An option would have no effect, so nothing was started: {told}")
     placed = {name: value for name, value in changes.items() if name in placing}
     stepped = {name: value for name, value in changes.items() if name in steps}
     return dataclasses.replace(options, **placed), dataclasses.replace(ptq, **stepped)
@@ -332,9 +333,9 @@ def check_folds(options: QuantizationOptions) -> None:
     """
     if options.batchnorm not in ("auto", "fold"):
         raise ConfigError(
-            f'batchnorm="{options.batchnorm}" keeps BatchNorm for training, and post-training quantization has none: '
-            'its steps equalize and round weights that BatchNorm is folded into. Set batchnorm="fold", or leave it '
-            "out. To train, use prepare (halfeven train)."
+            f'batchnorm="{options.batchnorm}" keeps BatchNorm for training, and post-training quantization does not '
+            "train: its steps equalize and round weights that BatchNorm is folded into. Set "
+            'batchnorm="fold", or leave it out. To train, use prepare (halfeven train).'
         )
 
 
