@@ -143,7 +143,7 @@ def test_a_file_beside_a_config_hides_no_library(tmp_path, monkeypatch):
 
 def test_fields_that_contradict_each_other():
     base = Experiment(model=ModelOptions(weights="w.pth"), data=DataOptions())
-    with pytest.raises(ConfigError, match="only one of them can be meant"):
+    with pytest.raises(ConfigError, match="not clear which weights to use"):
         dataclasses.replace(base, pretraining=TrainingOptions(epochs=1))
     with pytest.raises(ConfigError, match="leaves the quantized model untrained"):
         dataclasses.replace(base, training=TrainingOptions(epochs=0))

@@ -1,4 +1,4 @@
-"""The experiment: the options of all parts together, read from a Python file.
+"""Define an experiment, which holds the options of all parts, and read it from a Python file.
 
 All option classes can be imported from here, and a config needs no other import of halfeven.
 """
@@ -56,47 +56,47 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
-    """What is written for the runtime, and how it is checked."""
+    """Options for the files of the runtime and their verification."""
 
     target: Annotated[str, formerly("")] = "auto"
-    """Runtime that the files are for; "auto": the one that the model was quantized for."""
+    """Runtime that the files are for; "auto": the runtime that the model was quantized for."""
     formats: Annotated[tuple[Literal["xml", "onnx"], ...] | Auto, formerly(())] = "auto"
-    """Files to write: OpenVINO IR (xml) and QDQ ONNX (onnx); "auto": the usual one of the target."""
+    """Files to write: OpenVINO IR (xml) and QDQ ONNX (onnx); "auto": the target's usual format."""
     verify_samples: Annotated[PositiveInt, renamed_from("verify_images")] = 512
     """Validation samples on which the file's integers are compared with the simulation's."""
     verify_batch_size: PositiveInt = 32
-    """Samples at a time in that comparison, and in the latency it measures."""
+    """Batch size in that comparison and in the measurement of latency."""
     timed: bool = True
-    """Whether the file's latency is measured beside that of the model in float, which is written for that: much of
-    a verification's time, and where other work runs it tells little."""
+    """Measure the latency of the file and of the float model, which is written for this purpose. It takes much of the
+    verification's time, and means little on a machine that is busy with other work."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(Options):
-    """A float model, its data, and how it becomes an integer one."""
+    """A float model, its data, and the options that turn it into an integer model."""
 
     model: ModelOptions
     """The float model."""
     data: DataOptions
-    """What it is trained, calibrated and measured on."""
+    """Data for training, calibration and evaluation."""
     task: TaskOptions = field(default_factory=TaskOptions)
-    """What the model's outputs are for: the loss and the metrics."""
+    """The task of the model: its loss and its metrics."""
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
-    """What is quantized, and how."""
+    """Tensors to quantize, and their bits and ranges."""
     ptq: PTQOptions = field(default_factory=PTQOptions)
     """The steps of post-training quantization (`halfeven ptq`)."""
     training: TrainingOptions = field(default_factory=TrainingOptions)
     """Training of the quantized model."""
     qat: QATOptions = field(default_factory=QATOptions)
-    """What accompanies the training of the quantized model."""
+    """Algorithms that accompany the training of the quantized model."""
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
-    """When ranges and BatchNorm stop moving."""
+    """Shares of the run after which ranges and BatchNorm's statistics stop changing."""
     pretraining: TrainingOptions = field(default_factory=lambda: TrainingOptions(epochs=0))
-    """Training of the float model before it is quantized; 0 epochs: none, its weights are given."""
+    """Training of the float model before it is quantized; 0 epochs: no training, its weights are given."""
     export: ExportOptions = field(default_factory=ExportOptions)
     """The deployable files."""
     device: DeviceOptions = field(default_factory=DeviceOptions)
-    """Where the work is done."""
+    """Device that runs the work."""
     seed: NonNegativeInt = 0
     """Seed of the order and augmentation of samples, of random weights and of dropout."""
 
@@ -104,46 +104,45 @@ class Experiment(Options):
         self.endings(self.quantization.target if self.export.target == "auto" else self.export.target)
         if self.training.epochs == 0:
             raise ConfigError(
-                "training.epochs=0 leaves the quantized model untrained: no step would be taken and no checkpoint "
-                "written. "
-                "Set training.epochs to at least 1 (training.max_steps makes a run shorter than an epoch)."
+                "training.epochs=0 leaves the quantized model untrained: no step would be taken, and no checkpoint "
+                "written. Set training.epochs to at least 1 (training.max_steps makes a run shorter than an epoch)."
             )
         if self.task.kind == "detection" and self.qat.distill == "on" and self.qat.distillation.weight > 0:
             raise ConfigError(
-                f"qat.distillation.weight={self.qat.distillation.weight} compares soft labels of classes that exclude "
-                "each other, and a detector has none: nothing sensible would be taught. Set it to 0, and name layers "
-                "in qat.distillation.features."
+                f"qat.distillation.weight={self.qat.distillation.weight} distils from soft labels of classes that "
+                "exclude each other, and a detector has no such classes, so the loss would teach nothing useful. Set "
+                "it to 0, and name layers in qat.distillation.features."
             )
         check_equalize(self.qat, self.quantization.batchnorm)
         if self.model.weights and self.pretraining.epochs > 0:
             raise ConfigError(
-                f'The float model has weights (model.weights="{self.model.weights}") and shall be trained first '
-                f"(pretraining.epochs={self.pretraining.epochs}); only one of them can be meant. "
-                'Set model.weights="" to train it, or pretraining.epochs=0 to take it as it is.'
+                f'The float model has weights (model.weights="{self.model.weights}") and would be trained from scratch '
+                f"(pretraining.epochs={self.pretraining.epochs}), so it is not clear which weights to use. "
+                'Set model.weights="" to train it, or pretraining.epochs=0 to use the weights as they are.'
             )
 
     def endings(self, target: str) -> tuple[str, ...]:
-        """The endings of the files to write for a runtime.
+        """Return the file name endings of the files to write for a runtime.
 
         Raises:
-            ConfigError: a format that it does not read.
+            ConfigError: the runtime does not read a format.
         """
         readable = tuple(runtime_named(target).writers)
         if self.export.formats == "auto":
             return readable[:1]
-        if unread := [one for one in self.export.formats if f".{one}" not in readable]:
+        if unread := [name for name in self.export.formats if f".{name}" not in readable]:
             raise ConfigError(
                 f"export.formats names {', '.join(unread)}, and {target} reads no such files, so nothing "
                 f"could be verified. It reads {', '.join(readable)}."
             )
-        return tuple(f".{one}" for one in self.export.formats)
+        return tuple(f".{name}" for name in self.export.formats)
 
 
 def load_experiment(path: str | Path) -> Experiment:
     """Run a config file and return its `experiment`.
 
-    The file's folder is appended to the import path, so that a config can derive from another one beside it, and no
-    file there hides a library's.
+    The file's folder is appended to the import path, so that a config can import another config beside it, and no file
+    there hides a library.
 
     Raises:
         ConfigError: no such Python file, an error in it, or no experiment at its end.
@@ -162,14 +161,14 @@ def load_experiment(path: str | Path) -> Experiment:
     except Exception as error:
         raise ConfigError(
             f"The config {path} cannot be run{_line_of(error, path)}: {type(error).__name__}: {error}. It is a Python "
-            "file, and nothing is known of the experiment before it runs to its end."
+            "file, which must run to its end to define the experiment. Correct the file."
         ) from error
     experiment = names.get("experiment")
     if not isinstance(experiment, Experiment):
         found = "no such name" if experiment is None else f"a {type(experiment).__name__}"
         raise ConfigError(
-            f"The config {path} must end with `experiment = Experiment(...)`; after running it there is {found}. "
-            "Make a halfeven.config.Experiment there."
+            f"The config {path} must end with `experiment = Experiment(...)`, and after running it there is {found}, "
+            "so nothing says what to do. Assign a halfeven.config.Experiment to `experiment`."
         )
     return experiment
 
@@ -191,13 +190,13 @@ def _check_is_python_file(path: Path) -> None:
 
 
 MOST_NAMED = 3
-"""Files that a message about a missing one names at most."""
+"""Largest number of similar files that a message about a missing file names."""
 MOST_SEEN = 2000
-"""Files among which they are looked for at most."""
+"""Largest number of files that are compared with its name."""
 
 
 def _files_named_like(path: Path) -> list[Path]:
-    """Python files beside a path, or up to two folders below, whose names are nearest to its own."""
+    """Return the Python files beside a path, or up to two folders below, whose names are most similar to its name."""
     beside = path.parent
     files = chain.from_iterable(beside.glob(pattern) for pattern in ("*.py", "*/*.py", "*/*/*.py"))
     by_name: dict[str, Path] = {}
@@ -214,5 +213,5 @@ def _line_of(error: Exception, path: Path) -> str:
 
 
 def as_dict(experiment: Experiment) -> dict[str, Any]:
-    """The experiment as plain values, for JSON."""
+    """Return the experiment as plain values, for JSON."""
     return dataclasses.asdict(experiment)
