@@ -13,7 +13,7 @@ from halfeven.moved import EXPORT, MOVED
 def test_an_old_name_gives_the_module_in_its_new_place(old):
     sys.modules.pop(f"halfeven.{old}", None)
     new = f"halfeven.{MOVED[old]}"
-    with pytest.warns(DeprecationWarning, match=f"halfeven.{old} is {new} now"):
+    with pytest.warns(DeprecationWarning, match=f"halfeven.{old} is now {new}"):
         found = importlib.import_module(f"halfeven.{old}")
     assert found is importlib.import_module(new)
     assert found.__spec__.name == new

@@ -1,4 +1,4 @@
-"""Checkpoints of quantized models: safetensors with the plan as JSON; no code of a file is ever run."""
+"""Read and write checkpoints of quantized models: safetensors with the plan as JSON, which cannot contain code."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def save(qmodel: nn.Module, path: str | Path, extra: dict[str, Any] | None = Non
 
     Args:
         qmodel: a model from `prepare`, `quantize` or `load`.
-        path: the file; a file of that name is replaced at once, when the new one is complete.
+        path: the file; an existing file is replaced atomically, when the new file is complete.
         extra: further JSON-able facts, for example the accuracy reached; `read_facts` returns them.
     """
     facts = {"plan": json.dumps(plan_of(qmodel).to_dict()), "extra": json.dumps(extra or {})}
@@ -67,7 +67,7 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | Path) 
     problem = differences(state, model.state_dict())
     if problem:
         raise CheckpointError(
-            f"{path} is not a checkpoint of this model:\n{problem}\nWith a part of its weights this would be another "
+            f"{path} is not a checkpoint of this model:\n{problem}\nLoading a part of its weights would make another "
             "model. Give the float model, number of classes and example input that it was trained with."
         )
     model.load_state_dict(state)
@@ -85,9 +85,12 @@ def save_weights(model: nn.Module, path: Path, extra: dict[str, Any] | None = No
 
 
 def write_tensors(state: dict[str, Tensor], path: Path, facts: dict[str, str]) -> None:
-    """Write tensors and facts atomically. Tied weights, which are one tensor under several names, are written once."""
-    # Not `safetensors.torch.save_model`: it leaves out each tensor that shares memory with a written one, be it another
-    # part or another layout, and only a model with the same sharing can read its file.
+    """Write tensors and facts atomically.
+
+    Tied weights, which are the same tensor under several names, are written once.
+    """
+    # Not `safetensors.torch.save_model`: it leaves out each tensor that shares memory with a written tensor, even a
+    # different part or layout of it, and only a model with the same sharing can read its file.
     names: dict[tuple[Any, ...], str] = {}
     tensors: dict[str, Tensor] = {}
     same: dict[str, str] = {}
@@ -119,7 +122,7 @@ def read_metadata(path: Path) -> dict[str, str]:
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file: {error}. It cannot be loaded. Give a best.safetensors or "
+            f"{path} is not a complete safetensors file, so it cannot be loaded: {error}. Give a best.safetensors or "
             "last.safetensors (state.pt is for --resume alone)."
         ) from error
     if metadata.get("format") not in (FORMAT, "pt", None):

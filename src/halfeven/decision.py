@@ -1,4 +1,4 @@
-"""Decisions with their reasons: recipes are made of them, and print them before anything is done."""
+"""Define decisions with their reasons, which recipes consist of and print before any step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Decision:
-    """A step that is carried out or left out, with the reason."""
+    """The decision to carry a step out or to leave it out, with the reason."""
 
     enabled: bool
     reason: str

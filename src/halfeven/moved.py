@@ -1,4 +1,4 @@
-"""Old module names, which still import for this version, with a warning that names the new place."""
+"""Make old module names importable for this version, with a warning that names the new place."""
 
 import importlib
 import importlib.abc
@@ -99,15 +99,14 @@ EXPORT = {
     "load_deployed": "runtimes.runtime",
     "verify": "verification.verify",
 }
-"""What the old folder `export` offered -> the module that has it now."""
+"""Name in the old folder `export` -> the module that has it now."""
 
 
 def install() -> None:
-    """Let the import system know the old names; to be called once, when halfeven is imported."""
+    """Register the old names with the import system, when halfeven is imported."""
     if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, MovedFinder())  # `halfeven.observers` is a folder with files of the same names
-    # As a loaded module: were it loaded on demand, the import system would put it in the place of the function
-    # `halfeven.export`.
+    # As a loaded module: if the import system loaded it on demand, it would overwrite the function `halfeven.export`.
     sys.modules.setdefault("halfeven.export", _OldExport("halfeven.export"))
 
 
@@ -119,7 +118,7 @@ class _OldExport(ModuleType):
         self.__path__: list[str] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # The import system would put the module `halfeven.export.exact` in the place of the function.
+        # The import system would overwrite the function with the module `halfeven.export.exact`.
         if name not in EXPORT:
             super().__setattr__(name, value)
 
@@ -131,7 +130,7 @@ class _OldExport(ModuleType):
 
 
 class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Import a module that moved from its new place."""
+    """Import a moved module from its new place."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -149,13 +148,13 @@ class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.import_module(new)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the module, which is loaded already, its own spec back."""
+        """Give the module, which is already loaded, its own spec back."""
         module.__spec__ = importlib.util.spec_from_loader(module.__name__, module.__loader__)
 
 
 def _warn(old: str, new: str) -> None:
     warnings.warn(
-        f"{old} is {new} now; the old name goes with the next version. Import options from halfeven.config, and the "
+        f"{old} is now {new}; the next version removes the old name. Import options from halfeven.config, and the "
         "public functions from halfeven.",
         DeprecationWarning,
         stacklevel=2,
