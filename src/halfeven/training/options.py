@@ -30,7 +30,7 @@ class TrainingOptions(Options):
     scale_rate: NonNegativeFloat = 0.1
     """Factor on the learning rate for learned scales under SGD; AdamW sets its own pace for each parameter."""
     weight_decay: NonNegativeFloat = 1e-4
-    """Weight decay; the scales of quantizers never decay."""
+    """Weight decay; learned scales do not decay, except for those that learn from clipping alone (PACT)."""
     decay_norms_and_biases: bool = False
     """Whether weight decay also applies to biases and to the parameters of normalization layers."""
     schedule: Literal["constant", "cosine", "step"] = "cosine"
