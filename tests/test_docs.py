@@ -87,13 +87,17 @@ def options():
     return {name.replace("_", "-") for name in names}
 
 
+FOREIGN = ("pip", "accelerate", "torchrun", "mkdocs", "mypy", "opt_in_out", "pytest", "ruff")
+"""Programs of others whose options the pages name."""
+
+
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
 def test_options_and_fields_exist(page):
     text = page.read_text()
     code = re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))
     for span in code:
         for option in re.findall(r"(?<!\S)--[a-z][\w.-]*", span):
-            foreign = span.startswith(("pip", "accelerate", "torchrun", "mkdocs", "opt_in_out"))
+            foreign = span.startswith(FOREIGN)
             # `--epochs` is named as the mistake that it is.
             assert foreign or option == "--epochs" or option.replace("_", "-") in options(), option
         if field := re.fullmatch(rf"({'|'.join(PARTS)})\.(?!xml|bin|onnx|safetensors)(\w+)(=.*)?", span):
