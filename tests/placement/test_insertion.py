@@ -197,7 +197,7 @@ def test_integers_stay_exact_under_half_precision(dtype):
 
 def test_a_plan_of_another_model_is_an_error():
     planned = plan(Residual())
-    with pytest.raises(PlacementError, match=r"made for another model: this one has no .*stem"):
+    with pytest.raises(PlacementError, match=r"made for another model: this model has no .*stem"):
         insert(captured(nn.Sequential(conv(3))), planned, OPENVINO)
 
 

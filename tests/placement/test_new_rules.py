@@ -141,7 +141,7 @@ def test_a_plan_together_with_options_is_an_error():
 
 
 def test_a_plan_of_another_model_is_an_error():
-    with pytest.raises(PlacementError, match=r"another model: this one has no .*body"):
+    with pytest.raises(PlacementError, match=r"another model: this model has no .*body"):
         he.prepare(conv(3).eval(), X, plan=he.plan(made(Net), X))
     wider = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8)).eval()
     narrower = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)).eval()

@@ -50,7 +50,7 @@ def capture(model: nn.Module, example: Example, leave_out: Sequence[str] = ()) -
 
     Args:
         model: any module; its training mode is restored.
-        example: one input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments. The
+        example: an input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments. The
             first axis of its tensors is the batch and stays free.
         leave_out: names of submodules that shall stay Python, for example `["head"]`.
 
@@ -203,7 +203,7 @@ def _export(module: nn.Module, args: Any, kwargs: Any) -> fx.GraphModule:
 
     shapes = pytree.tree_map(free_batch, _by_parameter(module, args, kwargs))
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    # The fast path of `nn.MultiheadAttention` is one fused kernel, which hides the layers inside of it.
+    # The fast path of `nn.MultiheadAttention` is a fused kernel, which hides the layers inside of it.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with leaf_markers(module), quiet():

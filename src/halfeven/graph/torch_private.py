@@ -134,7 +134,7 @@ def convolution_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tens
 
 
 def copy_all(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy each value into the tensor at the same place; all tensors have one dtype and one device."""
+    """Copy each value into the tensor at the same place; all tensors have the same dtype and device."""
     torch._foreach_copy_(list(into), list(values))
 
 

@@ -1,7 +1,7 @@
-"""Read and change the nodes of a captured graph through one typed view.
+"""Read and change the nodes of a captured graph through a typed view.
 
-`torch.fx` says what a node is in strings (`op`), dotted names (`target`) and a dictionary (`meta`). They are looked up
-here and nowhere else.
+`torch.fx` describes a node by strings (`op`), dotted names (`target`) and a dictionary (`meta`). This module alone
+interprets them.
 """
 
 import math
@@ -20,7 +20,7 @@ GRAPH_ENDS = {"placeholder": K.INPUT, "get_attr": K.CONSTANT, "output": K.OUTPUT
 
 @dataclass(frozen=True)
 class Op:
-    """A read-only view of one node of a graph.
+    """A read-only view of a node of a graph.
 
     Two views of the same node are equal, and a view can be a key of a dictionary. A view stores nothing: after the
     graph has changed, it shows the change.

@@ -47,8 +47,8 @@ class _LiveFolded:
         factor = factor_of(self)
         if not self.training:
             return z + per_channel(_shift(self, layer, factor), 1, z.ndim)
-        # z = factor * x without the layer's bias. BatchNorm divides by the batch's sigma, and the factor divided by the
-        # running one: y = (z - mean(z)) * running sigma / batch sigma + beta.
+        # z = factor * x, x without the layer's bias, and factor = gamma / running sigma. BatchNorm divides by the batch
+        # sigma instead: y = (z - mean(z)) * running sigma / batch sigma + beta.
         axes = [axis for axis in range(z.ndim) if axis != 1]
         variance, mean = torch.var_mean(z, axes, correction=0)
         ratio, used = self._correction(variance, factor)

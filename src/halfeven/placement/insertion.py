@@ -99,9 +99,9 @@ def _check_fits(plan: Plan, found: Mapping[str, tuple[CapturedModule, fx.Node]])
     missing = [name for name in names if name not in found]
     if missing:
         raise PlacementError(
-            f"The plan was made for another model: this one has no {', '.join(missing[:5])}"
-            f"{' and others' if len(missing) > 5 else ''}. Use the model (and the versions of torch and timm) it was "
-            "made with."
+            f"The plan was made for another model: this model has no {', '.join(missing[:5])}"
+            f"{' and more' if len(missing) > 5 else ''}, so quantizers of the plan cannot be inserted. Use the model, "
+            "and the versions of torch and timm, that the plan was made with."
         )
     for weight in plan.weights:
         node = found[weight.name][1]

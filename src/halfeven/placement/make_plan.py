@@ -108,7 +108,7 @@ def _check_bits(target: Target, options: QuantizationOptions, weight_bits: int, 
         if refused := asked - {None, *allowed}:
             raise PlacementError(
                 f"{target.name} cannot run {what} of {refused.pop()} bits in integers (it can from {allowed[0]} to "
-                f"{allowed[-1]}), so the deployed model would differ from this one. Choose other bits."
+                f"{allowed[-1]}), so the deployed model would differ from the quantized model. Choose other bits."
             )
 
 
@@ -120,7 +120,7 @@ def _check_weights_alone(target: Target, options: QuantizationOptions, weight_bi
         raise PlacementError(
             f"{target.name} cannot run weights of {min(asked - set(allowed))} bits with activations in floating point "
             f'("{options.scheme}"): {f"it takes weights of {widths} bits there" if allowed else "it has no such row"}, '
-            "so the deployed model would differ from this one. Choose other bits or another target."
+            "so the deployed model would differ from the quantized model. Choose other bits or another target."
         )
     if options.quantize_outputs or any(rule.activation_bits is not None for rule in options.rules):
         raise PlacementError(

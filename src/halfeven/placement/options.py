@@ -67,7 +67,7 @@ class QuantizationOptions(Options):
     need; "fold live": folded anew at every step, so that it stays live and per-tensor weights fit. "auto": "fold" in
     post-training quantization, else "keep"."""
     per_channel: bool = True
-    """Weights have one scale per output channel."""
+    """Weights have a scale per output channel."""
     first_and_last_bits: Annotated[Bits | Auto, formerly(0)] = "auto"
     """Bits of the first and of the last layer, for their weights and input tensors. The results of the LSQ paper keep
     them at 8; "auto": the bits of `scheme`, as in the white paper. Rules override it."""

@@ -13,7 +13,7 @@ from halfeven.placement.options import Rule
 class RuleBook:
     """The rules for the first and last layer, then the user's rules, with a record of the rules that took effect.
 
-    A rule takes effect where one of its fields is looked up: `weight_bits` of a layer whose weight is quantized,
+    A rule takes effect where any of its fields is looked up: `weight_bits` of a layer whose weight is quantized,
     `activation_bits` of a tensor with a quantizer, `quantize` of any operator. For each field the last rule wins.
     """
 
