@@ -122,7 +122,7 @@ def read_metadata(path: Path) -> dict[str, str]:
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a complete safetensors file, so it cannot be loaded: {error}. Give a best.safetensors or "
+            f"{path} is not a whole safetensors file, so it cannot be loaded: {error}. Give a best.safetensors or "
             "last.safetensors (state.pt is for --resume alone)."
         ) from error
     if metadata.get("format") not in (FORMAT, "pt", None):

@@ -49,12 +49,3 @@ def _write_back(result: fx.Node, view: fx.Node, later: set[fx.Node]) -> None:
         base.replace_all_uses_with(whole, delete_user_cb=lambda user: user in later)
         result = whole
         view = base
-
-
-def _after(node: fx.Node) -> set[fx.Node]:
-    nodes = set()
-    current = node.next
-    while current.op != "root":
-        nodes.add(current)
-        current = current.next
-    return nodes
