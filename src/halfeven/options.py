@@ -251,7 +251,7 @@ def _alternatives(kind: Any) -> list[str]:
 
 
 def _hint(kind: Any, value: Any, field: dataclasses.Field[Any]) -> str:
-    """The nearest right value, or else the default as an example, as a sentence with a space before it."""
+    """Return the nearest right value, or else the default, as a sentence with a space before it."""
     near = meant(kind, value)
     if near is not None:
         return f" Did you mean {shown(near)}?"
@@ -286,7 +286,7 @@ def meant(kind: Any, value: Any) -> Any:
 
 
 def _as_number(kind: type[int] | type[float], value: Any) -> int | float | None:
-    """The number that a text or another number stands for, of a kind."""
+    """Return the number of a kind that a text or another number stands for; None where there is none."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -375,7 +375,7 @@ def test_layers_in_float_can_be_allowed():
 
 def test_a_share_beyond_one_is_refused(refused, config, checkpoint):
     said = refused("verify", config, checkpoint, checkpoint, "--min-match", "99.9")
-    assert "--min-match 99.9 is no share" in said
+    assert "--min-match 99.9 is not between 0 and 1" in said
 
 
 def test_a_file_to_verify_that_is_not_there(refused, config, checkpoint, tmp_path):

@@ -71,5 +71,5 @@ def test_a_resumed_run_has_the_bits_of_its_stage_and_keeps_its_ranges():
 
 @pytest.mark.parametrize("options", [{"bits": ()}, {"bits": (4, 8)}, {"bits": (8, 8)}, {"share": 0.0}, {"share": 1.0}])
 def test_no_way_down_is_refused(options):
-    with pytest.raises(ConfigError, match=r"no way down|share=.*above 0 and below 1"):
+    with pytest.raises(ConfigError, match=r"must decrease|share=.*above 0 and below 1"):
         ProgressionOptions(**options)

@@ -346,7 +346,7 @@ def test_a_known_result_is_returned_and_has_the_gradients_of_the_computed_one(ax
     scheme, channels = Scheme(bits=4, axis=axis), () if axis is None else (3,)
     scale, zero_point = torch.full(channels, 0.25), zero_point.expand(channels).clone()
     known = torch.full(x.shape, 7.0)
-    y, *found = results(x, scale, zero_point, scheme, clip=(-1.0, 2.0), known=known)
+    y, *found = results(x, scale, zero_point, scheme, clip=(-1.0, 2.0), precomputed=known)
     computed, *expected = results(x, scale, zero_point, scheme, clip=(-1.0, 2.0))
     assert torch.equal(y, known)
     assert not torch.equal(computed, known)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import halfeven as he
 from halfeven.graph.capture import capture
 from halfeven.quantization.quantizer import quantizers
-from halfeven.runtimes.float_operators import is_asked
+from halfeven.runtimes.float_operators import needs_runtime_kernel
 from halfeven.runtimes.onnxruntime.session import ONNXRuntimeFile
 from halfeven.runtimes.openvino.layers import ZeroShare
 from halfeven.runtimes.openvino.session import compile_model, read, run_compiled
@@ -177,7 +177,7 @@ def test_what_the_standard_leaves_open_is_asked():
         return F.gelu(x) + F.relu(x) * x.exp() - F.leaky_relu(x.softmax(-1), 0.1) * counts
 
     captured, _ = capture(torch.fx.symbolic_trace(function), torch.randn(2, 3))
-    names = [str(node.target) for node in captured.graph.nodes if is_asked(node)]
+    names = [str(node.target) for node in captured.graph.nodes if needs_runtime_kernel(node)]
     assert sorted(name.split(".")[1] for name in names) == ["exp", "gelu", "softmax"]
 
 

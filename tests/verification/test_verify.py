@@ -325,10 +325,10 @@ def test_each_weight_is_quantized_once_and_then_as_before(deployed, monkeypatch)
     qmodel, path, batches = deployed
     calls = []
 
-    def counted(x, *args, known=None, **kwargs):
-        if isinstance(x, nn.Parameter) and known is None:
+    def counted(x, *args, precomputed=None, **kwargs):
+        if isinstance(x, nn.Parameter) and precomputed is None:
             calls.append(x)
-        return fake_quantize(x, *args, known=known, **kwargs)
+        return fake_quantize(x, *args, precomputed=precomputed, **kwargs)
 
     monkeypatch.setattr("halfeven.quantization.quantizer.fake_quantize", counted)
     he.verify(qmodel, path, batches, timed=False)

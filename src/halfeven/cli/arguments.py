@@ -15,7 +15,7 @@ from halfeven.zoo.options import DataOptions
 
 Config = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG")]
 Checkpoint = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
-DeployedFile = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+DeployedFileArgument = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
 Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
 Fields = Annotated[Experiment, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 """The config's experiment; each of its fields is an option, `--training.epochs` for example."""

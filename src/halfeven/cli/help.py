@@ -119,13 +119,13 @@ def _parts(prefix: str, options: Any, meaning: str) -> dict[str, list[Option]]:
         value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
             parts |= _parts(name, value, meanings[field.name])
-        elif not _holds_options(hints[field.name]):
+        elif not _is_sequence_of_options(hints[field.name]):
             own.append(_option(name, hints[field.name], meanings[field.name], value))
     return parts
 
 
 def _option(name: str, kind: Any, meaning: str, value: Any) -> Option:
-    """An option whose choices stand behind it, or, where they are many, before its meaning."""
+    """Return an option with its choices behind its name, or, where they are many, before its meaning."""
     form = _metavar(kind)
     if len(form) > LONGEST_FORM:
         meaning = f"One of {', '.join(form.strip('{}').split(','))}. {meaning}"
@@ -133,8 +133,8 @@ def _option(name: str, kind: Any, meaning: str, value: Any) -> Option:
     return Option(name, f"{_dashed(name)} {form}", f"{meaning} [{_shown(value)}]")
 
 
-def _holds_options(kind: Any) -> bool:
-    """True for a sequence of option classes, which is set in the config alone."""
+def _is_sequence_of_options(kind: Any) -> bool:
+    """Return True for a sequence of option classes, which is set in the config alone."""
     return any(isinstance(one, type) and dataclasses.is_dataclass(one) for one in get_args(kind))
 
 
@@ -160,7 +160,7 @@ def _metavar(kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Return a value as it is written on the command line."""
     if isinstance(value, dict):
         value = [word for pair in value.items() for word in pair]
     if isinstance(value, list | tuple):

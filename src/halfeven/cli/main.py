@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _print_error(error)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("Interrupted. `--resume` goes on with a run from what it has saved.", file=sys.stderr)
+        print("Interrupted. `--resume` continues from the last saved state.", file=sys.stderr)
         sys.exit(130)
     if code:
         sys.exit(code)

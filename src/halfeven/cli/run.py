@@ -165,7 +165,7 @@ def _remove(path: Path) -> None:
 
 
 def _check_same_run(recorded: dict[str, Any], present: dict[str, Any], folder: Path) -> None:
-    """Raise ConfigError where a run is resumed with other options: its result would be that of neither run."""
+    """Raise ConfigError where a run is resumed with other options: its result would match neither run."""
     past = _as_plain({"command": "train", **_up_to_date_record(Experiment, recorded)})
     differing = [
         f"{name} was {json.dumps(was)} and is {json.dumps(now)}"
@@ -174,9 +174,8 @@ def _check_same_run(recorded: dict[str, Any], present: dict[str, Any], folder: P
     ]
     if differing:
         raise ConfigError(
-            f"The run in {folder} was started with other options: {'; '.join(differing)}. Resumed with these, it "
-            "would end as neither of the two runs would. Give the options it was started with, or --overwrite to start "
-            "anew."
+            f"The run in {folder} was started with other options: {'; '.join(differing)}. Resumed with these, "
+            "the result would match neither run. Give the options it was started with, or --overwrite to start anew."
         )
 
 

@@ -144,7 +144,7 @@ def _holds_options(value: Any) -> bool:
 
 
 def _or_as_written(spec: PrimitiveConstructorSpec[Any]) -> Callable[[list[str]], Any]:
-    """The reader of a type that leaves what it cannot read as it is written."""
+    """Return the reader of a type; it returns a text that it cannot read as it is."""
 
     def read(words: list[str]) -> Any:
         if spec.choices is None or all(word in spec.choices for word in words):

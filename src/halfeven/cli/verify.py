@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfeven.checkpoint import read_facts
-from halfeven.cli.arguments import Checkpoint, Config, DeployedFile, Fields
+from halfeven.cli.arguments import Checkpoint, Config, DeployedFileArgument, Fields
 from halfeven.cli.deliver import verify_file
 from halfeven.cli.float_model import float_model_of
 from halfeven.cli.run import open_run, write_json
@@ -27,7 +27,7 @@ class VerifyArguments:
     """Python file that ends with `experiment = Experiment(...)`."""
     checkpoint: Checkpoint
     """The checkpoint that the file was exported from."""
-    file: DeployedFile
+    file: DeployedFileArgument
     """Deployed file (.xml or .onnx)."""
     experiment: Fields
     json: str = ""
@@ -49,8 +49,8 @@ def run_verify(arguments: VerifyArguments) -> int:
         )
     if not 0 <= arguments.min_match <= 1:
         raise ConfigError(
-            f"--min-match {arguments.min_match} is no share, so no file could be judged by it. Give a number from 0 "
-            "to 1."
+            f"--min-match {arguments.min_match} is not between 0 and 1, so no file could be judged by it. "
+            "Give a number from 0 to 1."
         )
     context = open_run(arguments.experiment, checkpoint.parent)
     model, has_weights = float_model_of(arguments.experiment, checkpoint)
@@ -76,8 +76,8 @@ def problems_of(report: Report, min_match: float, *, allow_float: bool) -> list[
         problems.append("The integer weights in the file are not the checkpoint's. Export the checkpoint again.")
     if report.alone_match < min_match:
         problems.append(
-            f"{100 * report.alone_match:.4f} % of the integers equal the exact simulation, each layer alone, and "
-            f"{100 * min_match:.4f} % must. The first that differs is in {report.first_difference}."
+            f"{100 * report.alone_match:.4f} % of the integers equal the exact simulation, each layer alone; "
+            f"at least {100 * min_match:.4f} % are required. The first that differs is in {report.first_difference}."
             + (f" {OVERFLOWS}" if report.overflows else "")
         )
     if report.float_layers and not allow_float:

@@ -181,7 +181,8 @@ def _make_modules(region: CapturedModule) -> None:
     for node in list(region.graph.nodes):
         if not Op(node).is_function or kind_of(node) not in WEIGHTED or Op(node).row.module is None:
             continue
-        quantized, bias = node.args[1], Op(node).arguments["bias"]
+        quantized = node.args[1]
+        bias = Op(node).arguments["bias"]
         if quantized.op != "call_module" or not isinstance(quantizer := module_of(quantized), Quantizer):
             continue
         parts = {"weight": quantized.all_input_nodes[0]} | ({} if bias is None else {"bias": bias})

@@ -24,6 +24,6 @@ def grid_of(node: fx.Node) -> ExportedQuantizer | None:
     kind = kind_of(node)
     if kind is OperatorKind.CONCAT:
         grids = [grid_of(operand) for operand in node.all_input_nodes]
-        alike = {None if grid is None else grid.grid for grid in grids}
+        alike = {None if grid is None else grid.grid_number for grid in grids}
         return grids[0] if len(alike) == 1 else None
     return grid_of(node.all_input_nodes[0]) if kind in TRANSPARENT and node.all_input_nodes else None

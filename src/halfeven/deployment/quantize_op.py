@@ -85,7 +85,7 @@ class ExportedQuantizer(nn.Module):
         # A layer that is a function has no module to be named after: it is called after its weight's quantizer.
         own = quantizer.weight and not name.endswith(WEIGHT_SUFFIX)
         self.name = f"{name}{WEIGHT_SUFFIX}" if own else name
-        self.grid = number
+        self.grid_number = number
         """Number of the quantizer that this one shares scale and zero point with."""
         self.repeats = False
         """True where its input lies on its grid already: it completes a pattern of the runtime."""
@@ -103,7 +103,9 @@ class ExportedQuantizer(nn.Module):
             steps = torch.tensor([scheme.quant_min, scheme.quant_max]) - quantizer.zero_point
             low, high = (steps * quantizer.scale).tolist()
             self.bounds = (low, high)
-        self.quant_min, self.quant_max = (-127 if scheme.narrow else -128, 127) if scheme.signed else (0, 255)
+        smallest = -127 if scheme.narrow else -128
+        self.quant_min = smallest if scheme.signed else 0
+        self.quant_max = 127 if scheme.signed else 255
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bounds is not None:
@@ -132,7 +134,7 @@ def with_exported_quantizers(
 
 
 def twin_of(quantizer: ExportedQuantizer, name: str, exported: list[ExportedQuantizer]) -> ExportedQuantizer:
-    """Return another quantizer with the same `grid`, added to `exported`."""
+    """Return another quantizer with the same `grid_number`, added to `exported`."""
     twin = copy.deepcopy(quantizer)
     twin.name = name
     twin.path = name

@@ -44,7 +44,8 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
             quantizer.finish_calibration()
     except BaseException:
         for quantizer in found:
-            quantizer.mode, quantizer.observer = Mode.QUANTIZE, None
+            quantizer.mode = Mode.QUANTIZE
+            quantizer.observer = None
             quantizer.load_state_dict(before[quantizer])
         raise
     return qmodel

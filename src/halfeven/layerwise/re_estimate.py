@@ -54,7 +54,7 @@ def re_estimate(model: nn.Module, loader: Iterable[Any], batches: int = 50) -> N
 
 @contextmanager
 def _plain_averages(layers: list[Any], device: torch.device) -> Iterator[None]:
-    """Let BatchNorm layers take the plain mean over the batches seen within; momentum and counters are restored."""
+    """Make BatchNorm layers take the plain mean over the batches seen within; restore momentum and counters."""
     kept = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
     try:
         for layer in layers:

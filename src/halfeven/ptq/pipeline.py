@@ -109,17 +109,17 @@ def _gains_by_unclipping(context: StepContext) -> bool:
     for copied in (kept, replaced):
         run_steps(copied, AFTER_UNCLIPPING)
         calibrate(copied.qmodel, trial)
-    without = sqnr(quantized_outputs(kept.qmodel, trial), expected)
-    with_ = sqnr(quantized_outputs(replaced.qmodel, trial), expected)
+    sqnr_without = sqnr(quantized_outputs(kept.qmodel, trial), expected)
+    sqnr_with = sqnr(quantized_outputs(replaced.qmodel, trial), expected)
     changed = float_outputs(replaced.qmodel, trial)
     agreement = top1_agreement(changed, expected)
     same = "" if agreement is None else f", with {100 * agreement:.1f} % of its top-1 answers the same"
     context.log(
-        f"ReLU6 to ReLU: the quantized outputs have an SQNR of {with_:.1f} dB with it, {without:.1f} dB without, so it "
-        f"{'is done' if with_ > without else 'is left'}; it moves the float model's own outputs to "
-        f"{sqnr(changed, expected):.1f} dB{same}."
+        f"ReLU6 to ReLU: the quantized outputs have an SQNR of {sqnr_with:.1f} dB with it, {sqnr_without:.1f} dB "
+        f"without, so it {'is done' if sqnr_with > sqnr_without else 'is left'}; it moves the float model's "
+        f"own outputs to {sqnr(changed, expected):.1f} dB{same}."
     )
-    return with_ > without
+    return sqnr_with > sqnr_without
 
 
 def _trial_copy(context: StepContext) -> StepContext:
@@ -194,13 +194,13 @@ def _gains_by_correction(context: StepContext, corrected: nn.Module) -> bool:
     trial = first_samples(context.batches, BIAS_CORRECTION_TRIAL_SAMPLES)
     reference = context.qmodel if context.float_weights is None else context.float_weights
     expected = float_outputs(reference, trial)
-    without = sqnr(quantized_outputs(context.qmodel, trial), expected)
-    with_ = sqnr(quantized_outputs(corrected, trial), expected)
+    sqnr_without = sqnr(quantized_outputs(context.qmodel, trial), expected)
+    sqnr_with = sqnr(quantized_outputs(corrected, trial), expected)
     context.log(
-        f"The quantized outputs have an SQNR of {with_:.2f} dB with the correction, {without:.2f} dB without, so it is "
-        f"{'kept' if with_ > without else 'undone'}."
+        f"The quantized outputs have an SQNR of {sqnr_with:.2f} dB with the correction, {sqnr_without:.2f} dB without, "
+        f"so it is {'kept' if sqnr_with > sqnr_without else 'undone'}."
     )
-    return with_ > without
+    return sqnr_with > sqnr_without
 
 
 # Without data

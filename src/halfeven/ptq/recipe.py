@@ -99,7 +99,7 @@ def decide(
     return PTQRecipe(made, "layers" if options.reconstruct == "layers" else "blocks", data)
 
 
-def _equalize(situation: Situation, earlier: Earlier) -> Decision:
+def _decide_equalize(situation: Situation, earlier: Earlier) -> Decision:
     if chosen := switched(situation.options.equalize):
         return chosen
     if situation.per_channel:
@@ -109,7 +109,7 @@ def _equalize(situation: Situation, earlier: Earlier) -> Decision:
     return Decision(True, "one scale serves all channels of a weight, so they need equal ranges")
 
 
-def _unclip(situation: Situation, earlier: Earlier) -> Decision:
+def _decide_unclip(situation: Situation, earlier: Earlier) -> Decision:
     clipped = len(clipped_relus(situation.qmodel))
     if not clipped:
         return Decision(False, "the model has none")
@@ -129,7 +129,7 @@ def _unclip_by_batchnorm(qmodel: nn.Module) -> Decision:
     return Decision(False, "by BatchNorm's statistics the float model would lose too much")
 
 
-def _absorb(situation: Situation, earlier: Earlier) -> Decision:
+def _decide_absorb(situation: Situation, earlier: Earlier) -> Decision:
     if chosen := switched(situation.options.absorb):
         return chosen
     if earlier[EQUALIZE].enabled:
@@ -137,7 +137,7 @@ def _absorb(situation: Situation, earlier: Earlier) -> Decision:
     return Decision(False, "there is no equalization")
 
 
-def _smooth(situation: Situation, earlier: Earlier) -> Decision:
+def _decide_smooth(situation: Situation, earlier: Earlier) -> Decision:
     if reason := _obstacle_after_layernorm(situation):
         return Decision(False, reason)
     if chosen := switched(situation.options.smooth):
@@ -147,7 +147,7 @@ def _smooth(situation: Situation, earlier: Earlier) -> Decision:
     return Decision(True, "outliers after LayerNorm spoil a scale per tensor")
 
 
-def _reparametrize(situation: Situation, earlier: Earlier) -> Decision:
+def _decide_reparametrize(situation: Situation, earlier: Earlier) -> Decision:
     if reason := _obstacle_after_layernorm(situation):
         return Decision(False, reason)
     if chosen := switched(situation.options.reparametrize):
@@ -166,7 +166,7 @@ def _obstacle_after_layernorm(situation: Situation) -> str:
     return "" if situation.data else "it needs data"
 
 
-def _reconstruct(situation: Situation, earlier: Earlier) -> Decision:
+def _decide_reconstruct(situation: Situation, earlier: Earlier) -> Decision:
     if not situation.data:
         return Decision(False, "it needs data")
     if situation.options.reconstruct != "auto":
@@ -176,7 +176,7 @@ def _reconstruct(situation: Situation, earlier: Earlier) -> Decision:
     return Decision(False, f"at {situation.weight_bits} bits rounding to nearest costs next to nothing")
 
 
-def _correct_biases(situation: Situation, earlier: Earlier) -> Decision:
+def _decide_correct_biases(situation: Situation, earlier: Earlier) -> Decision:
     if chosen := switched(situation.options.correct_biases):
         return chosen
     if not situation.data:
@@ -189,13 +189,13 @@ def _correct_biases(situation: Situation, earlier: Earlier) -> Decision:
 
 
 DECISIONS: dict[str, Decide] = {
-    EQUALIZE: _equalize,
-    UNCLIP: _unclip,
-    ABSORB: _absorb,
-    SMOOTH: _smooth,
-    REPARAMETRIZE: _reparametrize,
-    RECONSTRUCT: _reconstruct,
-    CORRECT_BIASES: _correct_biases,
+    EQUALIZE: _decide_equalize,
+    UNCLIP: _decide_unclip,
+    ABSORB: _decide_absorb,
+    SMOOTH: _decide_smooth,
+    REPARAMETRIZE: _decide_reparametrize,
+    RECONSTRUCT: _decide_reconstruct,
+    CORRECT_BIASES: _decide_correct_biases,
 }
 """Name of a step -> function that decides it; a decision may depend on those above it."""
 

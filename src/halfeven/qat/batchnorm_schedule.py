@@ -32,7 +32,7 @@ class ScheduleOptions(Options):
 
 
 def freeze(model: nn.Module) -> None:
-    """Let BatchNorm use its running statistics and keep them, until the next call of `train()`.
+    """Freeze BatchNorm: use its running statistics and keep them, until the next call of `train()`.
 
     Scale and shift are still trained. In a distributed run every process must call this function: the statistics are
     averaged over the processes first.

@@ -25,7 +25,7 @@ class ProgressionOptions(Options):
     """The stages before the plan's own bits.
 
     Raises:
-        ConfigError: stages that do not go down, or no time for them.
+        ConfigError: stages whose bits do not decrease, or no time for them.
     """
 
     bits: tuple[Bits, ...] = (8, 6)
@@ -34,10 +34,10 @@ class ProgressionOptions(Options):
     """Share of the run that they take together, in equal parts."""
 
     def __post_init__(self) -> None:
-        falling = all(a > b for a, b in zip(self.bits, self.bits[1:], strict=False))
-        if not (self.bits and falling):
+        decrease = all(a > b for a, b in zip(self.bits, self.bits[1:], strict=False))
+        if not (self.bits and decrease):
             raise ConfigError(
-                f"qat.progression.bits={self.bits} is no way down to fewer bits. Give widths that fall, such as (8, 6)."
+                f"qat.progression.bits={self.bits} does not lead to fewer bits. The bits must decrease, such as (8, 6)."
             )
 
 

@@ -153,7 +153,8 @@ class Distillation:
         if weight > 0 or options.features:
             expected = self._teach(inputs, first_tensor(outputs).device)
             if weight > 0:
-                given, wanted = self.logits(outputs), self.logits(expected)
+                given = self.logits(outputs)
+                wanted = self.logits(expected)
                 _check_shape("logits", given, wanted)
                 soft = soft_label_loss(given, wanted, options.temperature)
                 total = soft if weight == 1 else (1 - weight) * task_loss + weight * soft
@@ -170,7 +171,8 @@ class Distillation:
         return self.teacher(*args, **kwargs)
 
     def _feature_error(self) -> Tensor:
-        student, teacher = self._student_features.take(), self._teacher_features.take()
+        student = self._student_features.take()
+        teacher = self._teacher_features.take()
         errors = []
         for name, given, wanted in zip(self.options.features, student, teacher, strict=True):
             _check_shape(f'feature "{name}"', given, wanted)

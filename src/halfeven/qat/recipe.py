@@ -63,17 +63,17 @@ def decide(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) ->
     found = quantizers(qmodel).values()
     weight_bits = min((q.scheme.bits for q in found if q.weight), default=8)
     bits = min((q.scheme.bits for q in found), default=8)
-    progress = _progress(options, bits)
+    progress = _decide_progress(options, bits)
     return QATRecipe(
-        equalize=_equalize(options, plan_of(qmodel).options),
-        reconstruct=_start(options, bits, progress),
+        equalize=_decide_equalize(options, plan_of(qmodel).options),
+        reconstruct=_decide_start(options, bits, progress),
         blocks=options.start != "layers",
         progress=progress,
         distill=_off_unless_asked(options.distill, "a teacher no better than what is trained holds it back"),
         dampen=_off_unless_asked(options.dampen_oscillations, "freezing them costs less"),
-        freeze=_freeze(options, weight_bits),
-        average=_average(options, bits),
-        re_estimate=_re_estimate(qmodel, schedule, bits),
+        freeze=_decide_freeze(options, weight_bits),
+        average=_decide_average(options, bits),
+        re_estimate=_decide_re_estimate(qmodel, schedule, bits),
     )
 
 
@@ -94,7 +94,7 @@ def check_equalize(options: QATOptions, batchnorm: str) -> None:
         )
 
 
-def _equalize(options: QATOptions, quantization: QuantizationOptions) -> Decision:
+def _decide_equalize(options: QATOptions, quantization: QuantizationOptions) -> Decision:
     check_equalize(options, quantization.batchnorm)
     if chosen := switched(options.equalize):
         return chosen
@@ -105,7 +105,7 @@ def _equalize(options: QATOptions, quantization: QuantizationOptions) -> Decisio
     return Decision(True, "one scale serves all channels of a weight, so they need equal ranges")
 
 
-def _start(options: QATOptions, bits: int, progress: Decision) -> Decision:
+def _decide_start(options: QATOptions, bits: int, progress: Decision) -> Decision:
     if progress.enabled:
         return Decision(False, "a rounding that is learned for the last bits means nothing for the first")
     if options.start != "auto":
@@ -115,12 +115,12 @@ def _start(options: QATOptions, bits: int, progress: Decision) -> Decision:
     return Decision(False, f"from {bits} bits training ends as well, or better, from calibrated ranges")
 
 
-def _progress(options: QATOptions, bits: int) -> Decision:
+def _decide_progress(options: QATOptions, bits: int) -> Decision:
     reason = "learned rounding is a better start" if bits < LOW_BITS else f"{bits} bits need no way down"
     return _off_unless_asked(options.progress, reason)
 
 
-def _freeze(options: QATOptions, weight_bits: int) -> Decision:
+def _decide_freeze(options: QATOptions, weight_bits: int) -> Decision:
     if chosen := switched(options.freeze_oscillations):
         return chosen
     if weight_bits <= options.oscillation.bits:
@@ -128,7 +128,7 @@ def _freeze(options: QATOptions, weight_bits: int) -> Decision:
     return Decision(False, f"weights of {weight_bits} bits hop by too little to matter")
 
 
-def _average(options: QATOptions, bits: int) -> Decision:
+def _decide_average(options: QATOptions, bits: int) -> Decision:
     if chosen := switched(options.average):
         return chosen
     if bits <= LOW_BITS:
@@ -136,7 +136,7 @@ def _average(options: QATOptions, bits: int) -> Decision:
     return Decision(False, f"at {bits} bits the last weights are as good")
 
 
-def _re_estimate(qmodel: nn.Module, schedule: ScheduleOptions, bits: int) -> Decision:
+def _decide_re_estimate(qmodel: nn.Module, schedule: ScheduleOptions, bits: int) -> Decision:
     if plan_of(qmodel).options.batchnorm == "fold":
         return Decision(False, "BatchNorm is folded")
     if schedule.re_estimate != "auto":

@@ -55,7 +55,7 @@ def fake_quantize(
     domain: Domain | None = None,
     clip: Clip = UNCLIPPED,
     rounding_gradient: bool = True,
-    known: Tensor | None = None,
+    precomputed: Tensor | None = None,
 ) -> Tensor:
     """Quantize and dequantize a tensor, with the gradients of learned step size quantization.
 
@@ -75,15 +75,15 @@ def fake_quantize(
         clip: bounds that x is clipped to before it is quantized, in the same kernel.
         rounding_gradient: True: inside the grid the scale gets the gradient of rounding (LSQ); False: it gets 0 there,
             the gradient of clipping alone (PACT, arXiv 1805.06085, section 3).
-        known: the result, where an earlier call has computed it; then only the backward pass computes.
+        precomputed: the result, where an earlier call has computed it; then only the backward pass computes.
     """
     # A kernel sees [elements] or [channels, elements], except in a model that is compiled as a whole.
     axis = scheme.axis if scheme.axis is None or torch.compiler.is_compiling() else 0
-    grid = _Kernel(scheme.quant_min, scheme.quant_max, axis, domain, clip, rounding_gradient)
+    settings = _Kernel(scheme.quant_min, scheme.quant_max, axis, domain, clip, rounding_gradient)
     # An unsigned symmetric grid starts at 0: it is the lower bound of a ReLU already.
     ends_at_zero = scheme.symmetric and not scheme.signed and clip[0] == 0
-    forward = grid._replace(clip=(-math.inf, clip[1])) if ends_at_zero else grid
-    result = _FakeQuantize.apply(x, scale, zero_point, scheme.axis, forward, grid, gradient_factor, known)
+    forward = settings._replace(clip=(-math.inf, clip[1])) if ends_at_zero else settings
+    result = _FakeQuantize.apply(x, scale, zero_point, scheme.axis, forward, settings, gradient_factor, precomputed)
     assert isinstance(result, Tensor)
     return result
 
@@ -100,13 +100,13 @@ class _Kernel(NamedTuple):
     rounding: bool
 
 
-def _used(scale: Tensor, zero_point: Tensor, ndim: int, grid: _Kernel) -> tuple[Tensor, Tensor]:
+def _used(scale: Tensor, zero_point: Tensor, ndim: int, settings: _Kernel) -> tuple[Tensor, Tensor]:
     """Return scale and zero point in use, float32, in shapes that broadcast over a tensor with `ndim` axes."""
-    if grid.domain is not None:
-        scale = effective_scale(scale, grid.domain)
+    if settings.domain is not None:
+        scale = effective_scale(scale, settings.domain)
     if zero_point.is_floating_point():
-        zero_point = torch.clamp(torch.round(zero_point), grid.low, grid.high)
-    return per_channel(scale, grid.axis, ndim), per_channel(zero_point.float(), grid.axis, ndim)
+        zero_point = torch.clamp(torch.round(zero_point), settings.low, settings.high)
+    return per_channel(scale, settings.axis, ndim), per_channel(zero_point.float(), settings.axis, ndim)
 
 
 def _clipped(x: Tensor, clip: Clip) -> Tensor:
@@ -116,10 +116,10 @@ def _clipped(x: Tensor, clip: Clip) -> Tensor:
     return torch.where(x > high, high, x) if high < math.inf else x
 
 
-def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, grid: _Kernel) -> Tensor:
+def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, settings: _Kernel) -> Tensor:
     # LSQ, equations 1 and 2, with a zero point: q = clamp(round(x / s) + z, low, high); result = (q - z) * s.
-    used, zero = _used(scale, zero_point, x.ndim, grid)
-    integers = torch.clamp(torch.round(_clipped(x.float(), grid.clip) / used) + zero, grid.low, grid.high)
+    used, zero = _used(scale, zero_point, x.ndim, settings)
+    integers = torch.clamp(torch.round(_clipped(x.float(), settings.clip) / used) + zero, settings.low, settings.high)
     return ((integers - zero) * used).to(x.dtype)
 
 
@@ -131,43 +131,45 @@ def _passed(grad: Tensor, x: Tensor, inside: Tensor, clip: Clip) -> Tensor:
     return torch.where(inside, grad, 0.0)
 
 
-def _backward_input(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: _Kernel) -> tuple[Tensor]:
+def _backward_input(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, settings: _Kernel) -> tuple[Tensor]:
     """Return the gradient of the input alone."""
-    used, zero = _used(scale, zero_point, x.ndim, grid)
+    used, zero = _used(scale, zero_point, x.ndim, settings)
     shifted = torch.round(x.float() / used) + zero
-    return (_passed(grad, x, (shifted >= grid.low) & (shifted <= grid.high), grid.clip),)
+    return (_passed(grad, x, (shifted >= settings.low) & (shifted <= settings.high), settings.clip),)
 
 
-def _backward_scale(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: _Kernel) -> tuple[Tensor, Tensor]:
+def _backward_scale(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, settings: _Kernel
+) -> tuple[Tensor, Tensor]:
     """Return the gradients of the input and of the stored scale, the latter summed over the elements that share it."""
-    used, zero = _used(scale, zero_point, x.ndim, grid)
-    ratio = _clipped(x.float(), grid.clip) / used
+    used, zero = _used(scale, zero_point, x.ndim, settings)
+    ratio = _clipped(x.float(), settings.clip) / used
     shifted = torch.round(ratio) + zero
-    inside = (shifted >= grid.low) & (shifted <= grid.high)
-    clipped = torch.clamp(shifted, grid.low, grid.high) - zero
+    inside = (shifted >= settings.low) & (shifted <= settings.high)
+    clipped = torch.clamp(shifted, settings.low, settings.high) - zero
     # LSQ, equation 3: d(result) / ds = round(x / s) - x / s inside the grid, and its lower or upper bound outside.
     # PACT (section 3) has 0 inside.
-    slope = torch.where(inside, shifted - zero - ratio if grid.rounding else 0.0, clipped)
+    slope = torch.where(inside, shifted - zero - ratio if settings.rounding else 0.0, clipped)
     total = (grad.float() * slope).sum_to_size(used.shape)
-    if grid.domain == "log":
+    if settings.domain == "log":
         # s = 2^stored, so ds / d(stored) = s * ln 2 (TQT, arXiv 1903.08066, learns the logarithm too).
         total = total * (used * math.log(2))
-    elif grid.domain == "linear":
+    elif settings.domain == "linear":
         # s = |stored|, so ds / d(stored) is the sign of the stored scale.
-        total = torch.where(per_channel(scale, grid.axis, x.ndim) < 0, -total, total)
-    return _passed(grad, x, inside, grid.clip), total.reshape(scale.shape)
+        total = torch.where(per_channel(scale, settings.axis, x.ndim) < 0, -total, total)
+    return _passed(grad, x, inside, settings.clip), total.reshape(scale.shape)
 
 
 def _backward_all(
-    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: _Kernel
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, settings: _Kernel
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the input, of the stored scale and of the zero point."""
-    used, zero = _used(scale, zero_point, x.ndim, grid)
-    shifted = torch.round(_clipped(x.float(), grid.clip) / used) + zero
-    outside = (shifted < grid.low) | (shifted > grid.high)
+    used, zero = _used(scale, zero_point, x.ndim, settings)
+    shifted = torch.round(_clipped(x.float(), settings.clip) / used) + zero
+    outside = (shifted < settings.low) | (shifted > settings.high)
     # LSQ+, section 3.1: its offset is beta = -s * z, so d(result) / dz is 0 inside the grid and -s outside.
     total = -torch.where(outside, grad.float() * used, 0.0).sum_to_size(used.shape)
-    passed, for_scale = _backward_scale(grad, x, scale, zero_point, grid)
+    passed, for_scale = _backward_scale(grad, x, scale, zero_point, settings)
     return passed, for_scale, total.reshape(zero_point.shape)
 
 
@@ -182,16 +184,16 @@ class _FakeQuantize(torch.autograd.Function):
         zero_point: Tensor,
         axis: int | None,
         forward: _Kernel,
-        grid: _Kernel,
+        settings: _Kernel,
         gradient_factor: float,
-        known: Tensor | None,
+        precomputed: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, zero_point)
         ctx.axis = axis
-        ctx.grid = grid
+        ctx.settings = settings
         ctx.gradient_factor = gradient_factor
-        if known is not None:
-            return known.view_as(known)
+        if precomputed is not None:
+            return precomputed.view_as(precomputed)
         rows, restore = _rows(x, axis)
         return restore(fused(_forward)(rows, scale, zero_point, forward))
 
@@ -202,7 +204,7 @@ class _FakeQuantize(torch.autograd.Function):
         grad = _rows(_laid_out_like(gradients[0], x), ctx.axis)[0]
         _, for_scale, for_zero_point, *_ = ctx.needs_input_grad
         compute = _backward_all if for_zero_point else _backward_scale if for_scale else _backward_input
-        passed, *sums = fused(compute)(grad, rows, scale, zero_point, ctx.grid)
+        passed, *sums = fused(compute)(grad, rows, scale, zero_point, ctx.settings)
         found = [total * ctx.gradient_factor for total in sums]
         return restore(passed), *found, *(None,) * (7 - len(found))
 

@@ -124,7 +124,9 @@ class Quantizer(nn.Module):
             scale, zero_point = self._present_range(x)
             if self.training:
                 self._store(scale, zero_point)
-            return self._once(x, lambda known: fake_quantize(x, scale, zero_point, self.scheme, known=known))
+            return self._once(
+                x, lambda precomputed: fake_quantize(x, scale, zero_point, self.scheme, precomputed=precomputed)
+            )
         follows = self.state.observing and self.training
         if follows:
             self._follow(x)
@@ -133,16 +135,18 @@ class Quantizer(nn.Module):
                 f"The quantizer {self.name or '(unnamed)'} has no range yet, so its integers mean nothing. "
                 "Run halfeven.calibrate(qmodel, loader) first, or load a checkpoint."
             )
-        factor, domain = (self._gradient_factor(x), self.domain) if self.learned else (1.0, None)
+        factor = self._gradient_factor(x) if self.learned else 1.0
+        domain = self.domain if self.learned else None
         rounding = self.ranges != "clipped"
         # A quantizer that several tensors share moves its range at each of them; the backward pass of the tensors
         # before must see the range that they were quantized with.
-        scale, zero_point = (t.clone() if follows else t for t in (self.scale, self.zero_point))
+        scale = self.scale.clone() if follows else self.scale
+        zero_point = self.zero_point.clone() if follows else self.zero_point
         return self._once(
             x,
-            lambda known: fake_quantize(
+            lambda precomputed: fake_quantize(
                 x, scale, zero_point, self.scheme, factor,
-                domain=domain, clip=clip, rounding_gradient=rounding, known=known,
+                domain=domain, clip=clip, rounding_gradient=rounding, precomputed=precomputed,
             ),
         )  # fmt: skip
 
@@ -182,7 +186,10 @@ class Quantizer(nn.Module):
             self.state = state_of(observing=self.state.observing, has_range=True)
 
     def set_observing(self, on: bool) -> None:
-        """Let training batches move an observed range, or keep it; a learned, searched or fixed range never moves."""
+        """Switch on or off that training batches move an observed range.
+
+        A learned, searched or fixed range never moves by them.
+        """
         if not self.state.fixed:
             observing = on and self._observable
             self._set_state(state_of(observing=observing, has_range=self.state.has_range))
@@ -294,8 +301,8 @@ class Quantizer(nn.Module):
                 "float model's weights" if self.weight else "calibration data and at the float model's outputs on it"
             )
             raise CalibrationError(
-                f"No range can be set for {self.name or 'a tensor'}: {error}. A scale made of it would spoil all "
-                f"results. Look at the {where}."
+                f"No range can be set for {self.name or 'a tensor'}: {error}. A scale made of it would make all "
+                f"results wrong. Look at the {where}."
             ) from error
 
     def extra_repr(self) -> str:
@@ -323,7 +330,7 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
 
 
 def set_observing(model: nn.Module, on: bool) -> None:
-    """Let training batches move the observed ranges of a model (on), or keep the ranges (off)."""
+    """Switch on or off that training batches move the observed ranges of a model."""
     for quantizer in quantizers(model).values():
         quantizer.set_observing(on)
 

@@ -79,7 +79,8 @@ def parse_bits(name: str) -> tuple[int, int]:
             f'The scheme "{name}" cannot be read. It names the bits of weights and activations: '
             'write it like "w8a8" or "w4a8".'
         )
-    weight_bits, activation_bits = int(match[1]), int(match[2])
+    weight_bits = int(match[1])
+    activation_bits = int(match[2])
     for bits in (weight_bits, activation_bits):
         if not fits(Bits, bits):
             raise ConfigError(

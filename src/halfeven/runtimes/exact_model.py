@@ -21,11 +21,12 @@ from halfeven.runtimes.simulation import Simulation
 
 
 def exact(qmodel: nn.Module, target: str | None = None) -> "ExactModel":
-    """A quantized model as its runtime computes it, integer for integer: a module to evaluate, called like the model.
+    """Return the exact simulation of a quantized model: a module called like it, with its runtime's own integers.
 
-    It runs on the CPU and has no gradients. What the runtime computes in float (a GELU, a normalization) it is asked
-    for, operator by operator: the last bits are its own. After a call, `codes` holds the integers of every quantizer
-    by name. The file is simulated as it runs for users; where its tensors are watched, single integers may be others.
+    It runs on the CPU and has no gradients. Operators that the runtime computes in float (a GELU, a normalization) are
+    run in the runtime itself, because the last bits depend on its kernels. After a call, `codes` holds the integers of
+    every quantizer by name. The file is simulated as it runs for users; where its tensors are watched, single integers
+    may differ.
 
     Args:
         qmodel: a calibrated model; it is not changed.

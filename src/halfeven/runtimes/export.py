@@ -1,4 +1,4 @@
-"""Writing a quantized model for its runtime, in any of the formats that it reads."""
+"""Write a quantized model for its runtime, in any of the formats that it reads."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def export(qmodel: nn.Module, path: str | Path, target: str | None = None) -> Pa
     runtime = runtime_of(qmodel, target)
     if path.suffix not in runtime.writers:
         raise ConfigError(
-            f'The file "{path}" ends with "{path.suffix}", and {runtime.name} reads no such files. '
+            f'The file "{path}" ends with "{path.suffix}", which {runtime.name} cannot read. '
             f"Name it with {' or '.join(runtime.writers)}."
         )
     deployed = deploy(qmodel, runtime)

@@ -22,7 +22,7 @@ Function = Callable[[Sequence[Tensor], Mapping[str, Tensor]], Tensor]
 """From inputs, and constants by name, to a result."""
 
 
-def is_asked(node: fx.Node) -> bool:
+def needs_runtime_kernel(node: fx.Node) -> bool:
     """Return True if the last bits of an operator's float result depend on the runtime's kernel."""
     operands = [operand for operand in Op(node).inputs if not operand.is_constant]
     if not Op(node).is_float_tensor or not any(operand.is_float_tensor for operand in operands):

@@ -36,18 +36,18 @@ class IntegerLayer:
     """None also where the layer has a bias of zeros."""
 
     @staticmethod
-    def of(layer: Any, input_scale: Tensor, zero_code: Tensor, steps: int) -> "IntegerLayer":
+    def of(layer: Any, input_scale: Tensor, zero_code: Tensor, largest_code: int) -> "IntegerLayer":
         """Return the integers of a layer with an exported weight quantizer.
 
         Args:
             layer: a layer of `halfeven.placement.quantized_layers.QUANTIZED_LAYERS`, its weight on its grid.
             input_scale: of the codes that it reads, [].
             zero_code: the code that stands for 0, [].
-            steps: the largest code.
+            largest_code: the largest code that the layer can read.
         """
         quantizer = layer.weight_quantizer
         integers = integer_weight(layer)
-        largest = max(float(zero_code), steps - float(zero_code))
+        largest = max(float(zero_code), largest_code - float(zero_code))
         linear = isinstance(layer, nn.Linear)
         # Shapes that stand before the axes of the window: [outputs], or [batch, outputs, ...].
         after = () if linear else (1,) * (layer.weight.ndim - 2)

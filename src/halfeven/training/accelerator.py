@@ -77,7 +77,7 @@ def check_device(options: DeviceOptions) -> None:
 
 
 def mixed_precision() -> Literal["bfloat16", "float16"]:
-    """The mixed precision that this machine can do: bfloat16, or float16 on older GPUs."""
+    """Return the mixed precision that this machine can do: bfloat16, or float16 on older GPUs."""
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "float16"
     return "bfloat16"

@@ -57,10 +57,10 @@ class TrainingOptions(Options):
     def __post_init__(self) -> None:
         if self.schedule == "step" and not self.step_epochs:
             raise ConfigError(
-                'schedule="step" without step_epochs would never lower the learning rate. Give the epochs that do.'
+                'schedule="step" without step_epochs would never lower the learning rate. Set step_epochs.'
             )
         if self.schedule != "step" and self.step_epochs:
             raise ConfigError(
-                f'step_epochs={self.step_epochs} with schedule="{self.schedule}" would have no effect. Leave them out, '
-                'or set schedule="step".'
+                f'step_epochs={self.step_epochs} with schedule="{self.schedule}" would have no effect. '
+                'Leave step_epochs out, or set schedule="step".'
             )

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-OVERFLOW = 'this processor has no VNNI: sums of 8-bit products overflow, those of layers do not at scheme="w7a8"'
+OVERFLOW = 'this processor has no VNNI, so sums of 8-bit products overflow; with scheme="w7a8" layers do not overflow'
 
 
 @dataclass
@@ -22,12 +22,12 @@ class TensorParity:
     """From the float simulation of the whole model."""
     largest: int = 0
 
-    def add(self, found: Tensor, exact: Tensor, alone: Tensor, simulated: Tensor) -> None:
+    def add(self, found: Tensor, exact: Tensor, layer_alone: Tensor, simulated: Tensor) -> None:
         """Count one batch of integers."""
         distance = (found - exact).abs()
         self.count += found.numel()
         self.different += int((distance > 0).sum())
-        self.different_alone += int((found != alone).sum())
+        self.different_alone += int((found != layer_alone).sum())
         self.different_float += int((found != simulated).sum())
         self.largest = max(self.largest, int(distance.max()))
 
@@ -94,7 +94,7 @@ class Report:
     tensors: list[TensorParity] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON, which has no NaN: None stands for it."""
+        """Return the report as plain values for JSON; None stands for NaN, which JSON does not have."""
         return {name: None if value != value else value for name, value in asdict(self).items()}
 
     def __str__(self) -> str:

@@ -72,7 +72,7 @@ def verify(
     with as_planned(qmodel):
         rows = _compare(comparison, batches, quantized, float_model, class_axis)
     layers = comparison.file.executed_layers(comparison.layers)
-    alone = not comparison.activations  # weights alone are quantized: float kernels read them, as they should
+    weights_only = not comparison.activations  # float kernels read the weights then, as they should
     milliseconds = latency(qmodel, Path(path), inputs_of(batches[0]), runtime) if timed else {}
     return Report(
         path=str(path),
@@ -81,7 +81,7 @@ def verify(
         integer_layers=sum(layer.integer for layer in layers),
         quantizable_layers=len(layers),
         weight_layers=sum(layer.stored and not layer.integer for layer in layers),
-        float_layers=[_in_float(layer) for layer in layers if not (layer.integer or (layer.stored and alone))],
+        float_layers=[_in_float(layer) for layer in layers if not (layer.integer or (layer.stored and weights_only))],
         output_difference=rows.difference / rows.largest if rows.largest else 0.0,
         integer_macs=integer_share(comparison.parts, layers, comparison.file.executed_products()),
         top1_agreement=rows.same_exact / rows.answers,
@@ -121,7 +121,7 @@ class _Comparison:
         first = {q.number: q.name for q in deployed.quantizers}
         self.calls: dict[str, list[str]] = {}  # quantizer of the model -> its tensors, in the order of the graph
         for name, quantizer in self.activations.items():
-            self.calls.setdefault(first[quantizer.grid], []).append(name)
+            self.calls.setdefault(first[quantizer.grid_number], []).append(name)
         self.tensors = [TensorParity(name.removeprefix("quantizers.")) for name in self.names]
 
     def _lacking(self) -> list[str]:
@@ -139,11 +139,11 @@ class _Comparison:
         exact_output = first_tensor(self.exact(*inputs))
         exact = dict(self.exact.codes)
         matters = simulation.watching_matters
-        alone = exact
+        layer_alone = exact
         if not all(torch.equal(found[name], exact[name]) for name in self.names):
             simulation.given.update(found)
             self.exact(*inputs)
-            alone = dict(self.exact.codes)
+            layer_alone = dict(self.exact.codes)
             simulation.given.clear()
         if matters:  # the outputs are of the file as users run it
             simulation.watched = False
@@ -151,7 +151,7 @@ class _Comparison:
         simulated = self.simulated_codes
         for tensor, name in zip(self.tensors, self.names, strict=True):
             # A mean over positions keeps or loses their axes: the runtime's form may be another than the model's.
-            tensor.add(found[name], exact[name], alone[name], simulated[name].reshape(found[name].shape))
+            tensor.add(found[name], exact[name], layer_alone[name], simulated[name].reshape(found[name].shape))
         return deployed_outputs[0], exact_output
 
     def simulate(self, args: Sequence[Tensor], kwargs: dict[str, Tensor]) -> Tensor:

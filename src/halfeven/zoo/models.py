@@ -95,7 +95,7 @@ def torchvision_model(options: ModelOptions, pretrained: bool = False) -> nn.Mod
 
     if options.in_chans != 3:
         raise ConfigError(
-            f"model.in_chans={options.in_chans} cannot be had from torchvision, whose models take images of 3 "
+            f"model.in_chans={options.in_chans} is not available in torchvision, whose models take images of 3 "
             'channels. Use model.source="timm", or repeat the channel in your data.'
         )
     if options.name not in models.list_models():

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 from halfeven.errors import ConfigError
 from halfeven.options import NonNegativeInt, Options, PositiveFloat, PositiveInt, formerly, renamed_from
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,7 +100,10 @@ class _Propagation:
         return None if x is None else self._after_function(op, x)
 
     def _after_module(self, op: Op, module: Any, x: Distribution | None) -> Distribution | None:
-        """A normalization fixes the moments of its outputs, whatever its input."""
+        """Return the distribution behind a module.
+
+        A normalization fixes the moments of its outputs, whatever its input.
+        """
         kind = op.kind
         if kind is K.IDENTITY or isinstance(module, Quantizer):
             return x
@@ -134,7 +137,10 @@ class _Propagation:
         return None
 
     def _after_two_operands(self, op: Op) -> Distribution | None:
-        """A sum, difference or product; an operand is a tensor, a number, or a constant of the model."""
+        """Return the distribution of a sum, difference or product.
+
+        An operand is a tensor, a number, or a constant of the model.
+        """
         operands = [self._operand(op, operand) for operand in op.node.args[:2]]
         if any(operand is None for operand in operands) or len(operands) < 2:
             return None

@@ -276,5 +276,10 @@ def _kept(x: Distribution | None, bound: float) -> float:
         return float("-inf")
     kept = clipped(x, 0.0, bound)
     lost = through(x, lambda values: (values - bound).clamp(min=0))
-    signal, noise = (float((y.mean**2 + y.std**2).sum()) for y in (kept, lost))
+    signal = _power(kept)
+    noise = _power(lost)
     return 10 * math.log10(signal / noise) if signal and noise else float("inf")
+
+
+def _power(x: Distribution) -> float:
+    return float((x.mean**2 + x.std**2).sum())

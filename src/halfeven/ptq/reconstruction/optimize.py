@@ -143,7 +143,7 @@ class _Parameters:
 
     @contextmanager
     def soft_weights(self) -> Iterator[None]:
-        """Let the layers compute with their soft weights; their quantizers are put back at the end."""
+        """Compute the layers with their soft weights within the context; put their quantizers back at the end."""
         for layer, rounding in self.roundings.items():
             layer.weight_quantizer = _SoftWeight(rounding)
         try:

@@ -200,7 +200,7 @@ def _check_calibrated(qmodel: nn.Module) -> None:
 
 @contextmanager
 def _parameters_without_gradients(model: nn.Module) -> Iterator[None]:
-    """Let no parameter require gradients, except those that a block learns; restore the flags at the end."""
+    """Switch the gradients of all parameters off, except those that a block learns; restore the flags at the end."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     try:

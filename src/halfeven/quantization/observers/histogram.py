@@ -95,13 +95,16 @@ class HistogramObserver:
 
 
 def _bins(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the index of the first bin and the exponent of the width, [rows] each, of the narrowest bins that hold a
-    range. They are no finer than float32."""
+    """Return the index of the first bin and the exponent of the width, [rows] each, of the narrowest bins for a range.
+
+    They are no finer than float32.
+    """
     largest = torch.maximum(-low, high)
     exponent = torch.where(high > low, torch.frexp((high - low) / BINS).exponent, SMALLEST_EXPONENT).long()
     finest = torch.where(largest > 0, torch.frexp(largest).exponent - 24, SMALLEST_EXPONENT).long()
     exponent = torch.maximum(exponent, finest).clamp(min=SMALLEST_EXPONENT)
-    first, last = (torch.floor(end * _power_of_two(-exponent)) for end in (low, high))
+    first = torch.floor(low * _power_of_two(-exponent))
+    last = torch.floor(high * _power_of_two(-exponent))
     exponent += last - first >= BINS
     return torch.floor(low * _power_of_two(-exponent)).long(), exponent
 
@@ -165,7 +168,8 @@ def _occupied(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
     each = torch.bincount(row, minlength=len(histogram.counts))
     place = torch.arange(len(row), device=row.device) - (each.cumsum(0) - each)[row]
     shape = len(each), int(each.amax())
-    centers, counts = histogram.width.new_zeros(shape), histogram.counts.new_zeros(shape)
+    centers = histogram.width.new_zeros(shape)
+    counts = histogram.counts.new_zeros(shape)
     centers[row, place] = histogram.low[row] + (bin_ + 0.5) * histogram.width[row]
     counts[row, place] = histogram.counts[row, bin_]
     return centers, counts

@@ -19,7 +19,7 @@ def read(path: Path) -> Any:
     """Return the ONNX model of a file.
 
     Raises:
-        VerificationError: no such file, or none that is whole.
+        VerificationError: there is no such file, or it is incomplete.
     """
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -31,8 +31,8 @@ def read(path: Path) -> Any:
         onnx.checker.check_model(model)
     except (DecodeError, onnx.checker.ValidationError) as error:
         raise VerificationError(
-            f"{path} is no whole ONNX file: {str(error).strip().splitlines()[-1]} It is damaged or of another kind: "
-            "write it again with halfeven.export(qmodel, path)."
+            f"{path} is not a complete ONNX file: {str(error).strip().splitlines()[-1]} It is incomplete, damaged or "
+            "of another format, so it cannot be run. Write it again with halfeven.export(qmodel, path)."
         ) from error
     return model
 

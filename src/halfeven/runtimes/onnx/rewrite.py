@@ -101,7 +101,7 @@ def _layers(node: Any) -> Iterator[Any]:
 
 
 def _fold_weight(graph: Any, node: Any, dequantize: Any, quantizer: ExportedQuantizer) -> None:
-    """Let a weight's DequantizeLinear read integers, in place of a QuantizeLinear of numbers."""
+    """Store a weight as integers: its DequantizeLinear reads them in place of a QuantizeLinear of numbers."""
     import onnx_ir
 
     source = node.inputs[0]

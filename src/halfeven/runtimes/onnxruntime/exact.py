@@ -19,7 +19,7 @@ from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import pytree
 from halfeven.graph.view import Op, kind_of, module_of
-from halfeven.runtimes.float_operators import FloatOperators, is_asked
+from halfeven.runtimes.float_operators import FloatOperators, needs_runtime_kernel
 from halfeven.runtimes.integer_layers import IntegerLayer
 from halfeven.runtimes.onnx.literal import Grid, Integers
 from halfeven.runtimes.onnxruntime.session import function_of, softmax_of_integers
@@ -136,7 +136,7 @@ def _normalized_alone(node: fx.Node) -> bool:
 
 
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a * b + c, rounded to float32 once."""
+    """Return a * b + c, rounded to float32 once."""
     return (a.double() * b.double() + c.double()).float()
 
 
@@ -160,14 +160,14 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         special = self._special(n, args, kwargs)
         if special is not None:
             return special
-        if is_asked(n):
-            return self._asked(n)
+        if needs_runtime_kernel(n):
+            return self._in_runtime(n)
         args, kwargs = pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special)
         if _normalized_alone(n) and not kwargs and all(isinstance(a, Tensor) for a in args):
             return Added(*args)
         return getattr(super(), n.op)(n.target, args, kwargs)
 
-    def _asked(self, n: fx.Node) -> Tensor:
+    def _in_runtime(self, n: fx.Node) -> Tensor:
         source = n.all_input_nodes[0]
         nodes = [n]
         values = {operand: _real(self.env[operand]) for operand in n.all_input_nodes if operand is not source}
@@ -203,7 +203,7 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
             a, b = (x.values - x.grid.zero_point for x in args[:2])
             product = getattr(super(), n.op)(n.target, (a.double(), b.double()), kwargs)
             return Sums(product.float(), args[0].grid.scale * args[1].grid.scale)
-        if kind is K.SOFTMAX and isinstance(args[0], Integers) and (grid := _only_reader(n)) is not None:
+        if kind is K.SOFTMAX and isinstance(args[0], Integers) and (grid := _grid_of_only_reader(n)) is not None:
             return Integers(grid.clipped(softmax_of_integers(args[0].values, args[1], args[0].grid, grid)), grid)
         return None
 
@@ -243,7 +243,7 @@ def _on_one_grid(tensors: Any) -> bool:
     return len({(float(one.grid.scale), float(one.grid.zero_point)) for one in tensors}) == 1
 
 
-def _only_reader(node: fx.Node) -> Grid | None:
+def _grid_of_only_reader(node: fx.Node) -> Grid | None:
     """Return the grid of the quantizer that alone reads a tensor, or None."""
     readers = [module_of(user) if user.op == "call_module" else None for user in node.users]
     if len(readers) != 1 or not isinstance(quantizer := readers[0], ExportedQuantizer):

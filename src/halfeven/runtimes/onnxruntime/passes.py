@@ -55,14 +55,17 @@ def _count_from_zero(exported: list[ExportedQuantizer]) -> None:
 
 
 def _take_in_clips(region: CapturedModule) -> None:
-    """Let quantizers clip integers where activations before them clip numbers: rounding is monotonic, so that is the
-    same, and the runtime fuses the layer with the quantizer."""
+    """Clip integers in quantizers where activations before them clip numbers.
+
+    Rounding is monotonic, so the result is the same, and the runtime fuses the layer with the quantizer.
+    """
     for node in list(region.graph.nodes):
         if (quantizer := quantizer_at(node)) is None:
             continue
         clip = node.all_input_nodes[0]
         while (bounds := Op(clip).bounds) is not None and len(clip.users) == 1:
-            low, high = (_integer_of(quantizer, bound) for bound in bounds)
+            low = _integer_of(quantizer, bounds[0])
+            high = _integer_of(quantizer, bounds[1])
             quantizer.quant_min = int(max(quantizer.quant_min, min(low, quantizer.quant_max)))
             quantizer.quant_max = int(min(quantizer.quant_max, max(high, quantizer.quant_min)))
             source = clip.all_input_nodes[0]
@@ -81,7 +84,8 @@ def _write_slices(region: CapturedModule) -> None:
         if not Op(node).row.splits or not all(user.target is operator.getitem for user in node.users):
             continue
         given = Op(node).arguments
-        source, dim = given["self"], given["dim"]
+        source = given["self"]
+        dim = given["dim"]
         sizes = [part.shape[dim] for part in node.meta["val"]]
         if not all(isinstance(size, int) for size in sizes):
             continue  # along the free batch
@@ -142,8 +146,10 @@ def _is_global_mean(node: fx.Node) -> bool:
 
 
 def _repeat_quantizers(region: CapturedModule, exported: list[ExportedQuantizer], prefix: str) -> None:
-    """After each operator that keeps the scale, its input's quantizer once more: between two such pairs the runtime
-    runs the operator on integers."""
+    """Insert the quantizer of its input again behind each operator that keeps the scale.
+
+    Between two such quantizers the runtime runs the operator on integers.
+    """
     count = 0
     for node in list(region.graph.nodes):
         if kind_of(node) not in (*TRANSPARENT, OperatorKind.CONCAT) or not Op(node).is_float_tensor:
@@ -154,7 +160,8 @@ def _repeat_quantizers(region: CapturedModule, exported: list[ExportedQuantizer]
         path = f"quantizers.repeated_{count}"
         twin = twin_of(quantizer, prefix + path, exported)
         twin.repeats = True
-        twin.quant_min, twin.quant_max = (-128, 127) if twin.signed else (0, 255)
+        twin.quant_min = -128 if twin.signed else 0
+        twin.quant_max = 127 if twin.signed else 255
         place(region, path, twin)
         with region.graph.inserting_after(node):
             again = region.graph.call_module(path, (node,))
@@ -174,15 +181,17 @@ def _round_biases(region: CapturedModule, deployed: Deployed, prefix: str) -> No
         if layer.bias is None or grid is None or not hasattr(layer, "weight_quantizer"):
             continue
         if layer not in unrounded:
-            unrounded[layer] = grid.grid, layer.bias.detach()
+            unrounded[layer] = (grid.grid_number, layer.bias.detach())
             deployed.int32_biases[names[layer]] = _round_bias(layer, grid.scale)
-        elif unrounded[layer][0] != grid.grid:  # the same layer on other integers: their products have another grid
+        elif (
+            unrounded[layer][0] != grid.grid_number
+        ):  # the same layer on other integers: their products have another grid
             copied, name = _own_copy(region, node, unrounded[layer][1], deployed, prefix)
             deployed.int32_biases[name] = _round_bias(copied, grid.scale)
 
 
 def _own_copy(region: CapturedModule, node: fx.Node, bias: Tensor, deployed: Deployed, prefix: str) -> tuple[Any, str]:
-    """Give a call of a layer a copy of it, with a bias of its own; the copy and its name."""
+    """Give a call of a layer a copy of the layer, with a bias of its own; return the copy and its name."""
     layer: Any = module_of(node)
     path = f"{node.target}_on_{node.all_input_nodes[0].name}"
     copied = copy.deepcopy(layer)

@@ -19,7 +19,7 @@ from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import pytree
 from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.runtimes.cpu import has_avx512_vnni
-from halfeven.runtimes.float_operators import FloatOperators, is_asked
+from halfeven.runtimes.float_operators import FloatOperators, needs_runtime_kernel
 from halfeven.runtimes.openvino.exact_values import Accumulator, Average, Codes, FakeQuantizeRange, Scaled, ScaledSum
 from halfeven.runtimes.openvino.layers import OpenVINOLayer
 from halfeven.runtimes.openvino.residual_add import fused_sum, is_unrounded, sum_in_kernel, sum_of_integers
@@ -57,7 +57,7 @@ class OpenVINOInterpreter(fx.Interpreter):
         return getattr(super(), node.op)(node.target, args, kwargs)
 
     def _in_float(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        if is_asked(node):
+        if needs_runtime_kernel(node):
             values = {operand: _real(self.env[operand]) for operand in node.all_input_nodes}
             if _is_layer_norm(node):
                 values[node.all_input_nodes[0]] = _normalized(args[0])
@@ -168,9 +168,11 @@ class OpenVINOInterpreter(fx.Interpreter):
         return watched
 
     def _limits(self, node: fx.Node, quantizer: ExportedQuantizer) -> FakeQuantizeRange:
-        if quantizer.grid not in self.limits:  # one object for a shared grid: concatenation compares by identity
-            self.limits[quantizer.grid] = FakeQuantizeRange.of(quantizer, signed_readers=not _read_by_convolution(node))
-        return self.limits[quantizer.grid]
+        if quantizer.grid_number not in self.limits:  # one object for a shared grid: concatenation compares by identity
+            self.limits[quantizer.grid_number] = FakeQuantizeRange.of(
+                quantizer, signed_readers=not _read_by_convolution(node)
+            )
+        return self.limits[quantizer.grid_number]
 
 
 RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {

@@ -206,19 +206,19 @@ class OpenVINOFile:
         with_outputs(opened, tensors)
         # Where the model returns a tensor that is quantized, that output is the tensor's.
         named = [(name, index) for index, port in enumerate(opened.outputs) for name in port.get_names()]
-        self.places = {name: index for name, index in named if name in tensors}
+        self.output_index = {name: index for name, index in named if name in tensors}
         self.compiled = compile_model(opened)
 
     @property
     def tensors(self) -> list[str]:
-        return list(self.places)
+        return list(self.output_index)
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         outputs = run_compiled(self.plain, inputs)
-        if not self.places:
+        if not self.output_index:
             return outputs, {}
         watched = run_compiled(self.compiled, inputs)
-        return outputs, {name: watched[index] for name, index in self.places.items()}
+        return outputs, {name: watched[index] for name, index in self.output_index.items()}
 
     def executed_layers(self, layers: Sequence[str]) -> list[LayerExecution]:
         return executed_layers(self.plain, layers)
@@ -229,7 +229,7 @@ class OpenVINOFile:
     @functools.cached_property
     def plain(self) -> Any:
         """Compiled without more outputs than its own, which keep operators from being fused: what users run."""
-        return self.compiled if not self.places else compile_model(read(self.path))
+        return self.compiled if not self.output_index else compile_model(read(self.path))
 
     def stored_integers(self, layers: Sequence[str]) -> dict[str, Tensor]:
         return stored_integers(read(self.path), layers)

@@ -1,4 +1,4 @@
-"""OpenVINO: writing a deployed model as IR with int8 weights."""
+"""Write a deployed model as OpenVINO IR with int8 weights."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
 
 
 def keep_products_whole(program: torch.export.ExportedProgram) -> None:
-    """Let each product of activations be a single operator.
+    """Make each product of activations a single operator.
 
     The front end's decomposition expands both factors to their own size first, which is a copy of each in the runtime
     where the batch is free.
@@ -61,7 +61,8 @@ def write_out_ceilings(model: Any) -> None:
     for node in model.get_ordered_ops():
         if node.get_type_name() != "MaxPool" or not node.get_attributes()["rounding_type"].startswith("ceil"):
             continue
-        sizes, results = (port.get_partial_shape() for port in (node.input_value(0), node.output(0)))
+        sizes = node.input_value(0).get_partial_shape()
+        results = node.output(0).get_partial_shape()
         axes = range(2, sizes.rank.get_length())
         if any(sizes[axis].is_dynamic for axis in axes):
             continue

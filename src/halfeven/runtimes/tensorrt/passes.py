@@ -1,4 +1,4 @@
-"""TensorRT's form of a deployed model: it has signed activations without a zero point alone."""
+"""TensorRT's form of a deployed model: only signed activations without a zero point."""
 
 from halfeven.deployment.deployed import Deployed
 from halfeven.errors import PlacementError
@@ -14,7 +14,7 @@ def prepare_graph(deployed: Deployed) -> None:
     if unsigned:
         name = deployed.target.name
         raise PlacementError(
-            f"{name} has signed activations without a zero point alone, and {len(unsigned)} of this model are "
-            f'unsigned ({", ".join(unsigned[:3])}): other integers would run. Prepare it with target="{name}"; '
+            f"{name} supports only signed activations without a zero point, and {len(unsigned)} of this model are "
+            f'unsigned ({", ".join(unsigned[:3])}), so other integers would run. Prepare it with target="{name}"; '
             "OpenVINO and ONNX Runtime run such a model too."
         )

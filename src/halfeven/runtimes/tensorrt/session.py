@@ -45,7 +45,7 @@ class TensorRTFile(ONNXFile):
         return pair is not None and pair.name.endswith(WEIGHT_SUFFIX)
 
     def _pair(self, name: str) -> Any:
-        """The DequantizeLinear that a tensor comes from, through operators that commute with it, or None."""
+        """Return the DequantizeLinear that a tensor comes from, through operators that commute with it, or None."""
         makers = {output: node for node in self.model.graph.node for output in node.output}
         node = makers.get(name)
         while node is not None and node.op_type in COMMUTING:
