@@ -1,6 +1,8 @@
-"""One run of an exact simulation: its settings, and the integers that it computed."""
+"""One run of an exact simulation: its settings, its tensors, and the integers that it computed."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,3 +39,21 @@ class Simulation:
         """Keep the computed integers of a quantizer, and return those that the next operator reads."""
         self.codes[quantizer] = codes
         return self.given.get(quantizer, codes)
+
+
+class Simulated(ABC):
+    """A tensor in a form that a runtime keeps between two quantizers: more is known of it than its real values."""
+
+    @abstractmethod
+    def real(self) -> Tensor:
+        """Return the real values."""
+
+
+def is_simulated(value: Any) -> bool:
+    """Return True for a tensor in a runtime's own form."""
+    return isinstance(value, Simulated)
+
+
+def real_values(value: Any) -> Any:
+    """Return the real values of a tensor in a runtime's own form; any other value as it is."""
+    return value.real() if isinstance(value, Simulated) else value

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import module_of
-from halfeven.runtimes.simulation import Simulation
+from halfeven.runtimes.simulation import Simulated, Simulation
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Grid:
 
 
 @dataclass(frozen=True, eq=False)
-class Integers:
+class Integers(Simulated):
     """A tensor on a quantizer's grid."""
 
     values: Tensor

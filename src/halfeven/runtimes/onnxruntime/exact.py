@@ -8,7 +8,7 @@ QuantizeLinear where it computes in float. Operators that it computes in float i
 
 import operator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,7 +23,7 @@ from halfeven.runtimes.float_operators import FloatOperators, needs_runtime_kern
 from halfeven.runtimes.integer_layers import IntegerLayer
 from halfeven.runtimes.onnx.literal import Grid, Integers
 from halfeven.runtimes.onnxruntime.session import function_of, softmax_of_integers
-from halfeven.runtimes.simulation import Simulation
+from halfeven.runtimes.simulation import Simulated, Simulation, is_simulated, real_values
 
 aten = torch.ops.aten
 K = OperatorKind
@@ -35,16 +35,8 @@ def _requantized(grid: Grid, sums: Tensor, unit: Tensor) -> Tensor:
     return grid.clipped(torch.round(sums * (unit / grid.scale)) + grid.zero_point)
 
 
-class Special(Protocol):
-    """A tensor of which more is known than its real values."""
-
-    def real(self) -> Tensor: ...
-
-    def integers(self, grid: Grid) -> Tensor: ...
-
-
 @dataclass(frozen=True, eq=False)
-class Sums:
+class Sums(Simulated):
     """Exact sums of integer products, rounded to float32, and the scale that they are in units of."""
 
     values: Tensor
@@ -58,7 +50,7 @@ class Sums:
 
 
 @dataclass(frozen=True, eq=False)
-class Combined:
+class Combined(Simulated):
     """Two tensors of integers added or multiplied: QLinearAdd, QLinearMul add the zero point before they round."""
 
     a: Integers
@@ -86,7 +78,7 @@ class Combined:
 
 
 @dataclass(frozen=True, eq=False)
-class Mean:
+class Mean(Simulated):
     """The mean of a tensor of integers over all positions."""
 
     sums: Tensor
@@ -102,7 +94,7 @@ class Mean:
 
 
 @dataclass(frozen=True, eq=False)
-class Pooled:
+class Pooled(Simulated):
     """Averages over windows of a tensor of integers: QLinearAveragePool adds the zero point before it rounds."""
 
     values: Tensor
@@ -115,7 +107,7 @@ class Pooled:
 
 
 @dataclass(frozen=True, eq=False)
-class Added:
+class Added(Simulated):
     """A sum in float, which becomes one kernel with the normalization that reads it."""
 
     a: Tensor
@@ -154,15 +146,15 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         if n.op in ("placeholder", "get_attr"):
             return super().run_node(n)
         if n.op == "output":
-            return pytree.tree_map(_real, args[0], is_leaf=_is_special)
+            return pytree.tree_map(real_values, args[0], is_leaf=is_simulated)
         if n.op == "call_module" and isinstance(quantizer := module_of(n), ExportedQuantizer):
             return self._quantize(quantizer, args[0])
-        special = self._special(n, args, kwargs)
-        if special is not None:
-            return special
+        found = self._on_integers(n, args, kwargs)
+        if found is not None:
+            return found
         if needs_runtime_kernel(n):
             return self._in_runtime(n)
-        args, kwargs = pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special)
+        args, kwargs = pytree.tree_map(real_values, (args, kwargs), is_leaf=is_simulated)
         if _normalized_alone(n) and not kwargs and all(isinstance(a, Tensor) for a in args):
             return Added(*args)
         return getattr(super(), n.op)(n.target, args, kwargs)
@@ -170,15 +162,15 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
     def _in_runtime(self, n: fx.Node) -> Tensor:
         source = n.all_input_nodes[0]
         nodes = [n]
-        values = {operand: _real(self.env[operand]) for operand in n.all_input_nodes if operand is not source}
+        values = {operand: real_values(self.env[operand]) for operand in n.all_input_nodes if operand is not source}
         if isinstance(read := self.env[source], Added):
             nodes = [source, n]
             values |= zip(source.all_input_nodes, (read.a, read.b), strict=True)
         else:
-            values[source] = _real(read)
+            values[source] = real_values(read)
         return self.float_operators.compute(nodes, values)
 
-    def _special(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
+    def _on_integers(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """Return the result of an operator on integers, where it has an integer kernel; else None."""
         kind = kind_of(n)
         if n.target is torch.ops.halfeven.global_average_pool.default and isinstance(args[0], Integers):
@@ -227,7 +219,7 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         if quantizer.weight:
             return quantizer(x)
         grid = Grid.of(quantizer)
-        integers = x.integers(grid) if _is_special(x) else grid.quantized(x)
+        integers = x.integers(grid) if is_simulated(x) else grid.quantized(x)
         return Integers(self.simulation.keep(quantizer.name, integers - grid.first) + grid.first, grid)
 
 
@@ -255,11 +247,3 @@ def _mean(x: Integers) -> Mean:
     axes = tuple(range(2, x.values.ndim))
     count = x.values[0, 0].numel()
     return Mean((x.values - x.grid.zero_point).double().sum(axes, keepdim=True).float(), count, x.grid)
-
-
-def _is_special(value: Any) -> bool:
-    return isinstance(value, Integers | Sums | Combined | Mean | Pooled | Added)
-
-
-def _real(value: Any) -> Any:
-    return value.real() if _is_special(value) else value

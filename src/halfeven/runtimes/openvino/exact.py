@@ -24,7 +24,7 @@ from halfeven.runtimes.openvino.exact_values import Accumulator, Average, Codes,
 from halfeven.runtimes.openvino.layers import OpenVINOLayer
 from halfeven.runtimes.openvino.residual_add import fused_sum, is_unrounded, sum_in_kernel, sum_of_integers
 from halfeven.runtimes.openvino.session import function_of
-from halfeven.runtimes.simulation import Simulation
+from halfeven.runtimes.simulation import Simulation, is_simulated, real_values
 from halfeven.targets.openvino import OPENVINO
 
 SCALINGS = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
@@ -45,7 +45,7 @@ class OpenVINOInterpreter(fx.Interpreter):
         if n.op in ("placeholder", "get_attr"):
             return super().run_node(n)
         if n.op == "output":
-            return pytree.tree_map(_real, args[0], is_leaf=_is_special)
+            return pytree.tree_map(real_values, args[0], is_leaf=is_simulated)
         if n.op == "call_module" and isinstance(quantizer := module_of(n), ExportedQuantizer):
             return self._quantize(n, quantizer, args[0])
         rule = RULES.get(n.target, RULES.get(kind_of(n)))
@@ -58,11 +58,11 @@ class OpenVINOInterpreter(fx.Interpreter):
 
     def _in_float(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if needs_runtime_kernel(node):
-            values = {operand: _real(self.env[operand]) for operand in node.all_input_nodes}
+            values = {operand: real_values(self.env[operand]) for operand in node.all_input_nodes}
             if _is_layer_norm(node):
                 values[node.all_input_nodes[0]] = _normalized(args[0])
             return self.float_operators.compute([node], values)
-        return self._run(node, *pytree.tree_map(_real, (args, kwargs), is_leaf=_is_special))
+        return self._run(node, *pytree.tree_map(real_values, (args, kwargs), is_leaf=is_simulated))
 
     def _layer(self, node: fx.Node, args: Any, kwargs: Any) -> Tensor | Accumulator | None:
         layer = module_of(node) if node.op == "call_module" else None
@@ -153,7 +153,7 @@ class OpenVINOInterpreter(fx.Interpreter):
             x = _clipped(x, quantizer.bounds)
         unrounded = None
         if quantizer.bounds is None and is_unrounded(node, (float(limits.low), float(limits.high))):
-            unrounded = _real(x).clamp(limits.low, limits.high)
+            unrounded = real_values(x).clamp(limits.low, limits.high)
         kernel = limits.in_kernel() if _in_kernel(node) else limits
         return Codes(self.simulation.keep(quantizer.name, self._codes(node, kernel, x)), limits, unrounded)
 
@@ -193,7 +193,7 @@ def _clipped(x: Any, bounds: tuple[float, float]) -> Any:
     if isinstance(x, Codes | Scaled):
         return (x.scaled if isinstance(x, Codes) else x).clipped(bounds)
     if not isinstance(x, ScaledSum | Accumulator):
-        return _real(x).clamp(*bounds)
+        return real_values(x).clamp(*bounds)
     if x.unit.numel() == 1:
         low, high = (bound / float(x.unit) for bound in bounds)
     elif all(bound in (0.0, float("-inf"), float("inf")) for bound in bounds):
@@ -272,13 +272,5 @@ def _normalized(x: Any) -> Tensor:
         return x.values
     if isinstance(x, Codes) and not bool(x.limits.zero_byte):
         return x.bytes
-    real: Tensor = _real(x)
+    real: Tensor = real_values(x)
     return real
-
-
-def _is_special(value: Any) -> bool:
-    return isinstance(value, Codes | Scaled | Average | ScaledSum | Accumulator)
-
-
-def _real(value: Any) -> Any:
-    return value.real() if _is_special(value) else value

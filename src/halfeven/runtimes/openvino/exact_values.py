@@ -5,12 +5,12 @@ is exactly half-way lands depends on the order of the float32 operations, so eac
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from halfeven.deployment.quantize_op import ExportedQuantizer
+from halfeven.runtimes.simulation import Simulated
 
 ONE_SHIFT = 5e-5
 """Channels whose shifts differ by less are all given the first channel's."""
@@ -133,16 +133,8 @@ class FakeQuantizeRange:
         return (torch.round(x) - self.origin).clamp(0, self.steps)
 
 
-class Special(Protocol):
-    """A tensor of which more is known than its real values."""
-
-    def real(self) -> Tensor: ...
-
-    def codes(self, limits: FakeQuantizeRange) -> Tensor: ...
-
-
 @dataclass(frozen=True)
-class Codes:
+class Codes(Simulated):
     """A tensor on a quantizer's grid: unsigned codes, as float32 numbers."""
 
     values: Tensor
@@ -166,7 +158,7 @@ class Codes:
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(Simulated):
     """Integers times a number, which is integers on another scale."""
 
     values: Tensor
@@ -193,7 +185,7 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class Average:
+class Average(Simulated):
     """Averages of the bytes of a tensor: of the integers, not of the real values that they represent."""
 
     values: Tensor
@@ -208,7 +200,7 @@ class Average:
 
 
 @dataclass(frozen=True)
-class ScaledSum:
+class ScaledSum(Simulated):
     """A sum divided by a scale: the plugin takes it in units of an operand's scale."""
 
     values: Tensor
@@ -224,7 +216,7 @@ class ScaledSum:
 
 
 @dataclass(frozen=True)
-class Accumulator:
+class Accumulator(Simulated):
     """The result of a layer without a bias: exact sums, and a scale that the plugin merges into the next operator.
 
     Without a bias nothing stands between the layer's scales and the limits of the quantizer, which it divides by them.
