@@ -35,6 +35,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, fail)
+    assert os.listdir(tmp_path) == ["state.pt"], "nothing is left of the failed write"
     assert load_state(path).step == 1
     save_state(state(step=2), path)
     assert load_state(path).step == 2

@@ -1,8 +1,6 @@
 """ONNX: QuantizeLinear and DequantizeLinear at opset 19, weights as int8 initializers."""
 
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import torch
 
 from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.quantize_op import PER_TENSOR, ExportedQuantizer
+from halfeven.files import write_atomically
 from halfeven.runtimes.onnx.rewrite import four_bits, name_and_fold
 
 OPSET = 19
@@ -36,13 +35,7 @@ def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path)
         del described.metadata_props[:]  # the tracer's notes, a quarter of a small file
     _describe_alone(proto.graph, _skip_connections(proto.graph))
     onnx.checker.check_model(proto, full_check=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".onnx")
-    os.close(handle)
-    try:
-        onnx.save(proto, temporary)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    write_atomically(path, lambda partial: onnx.save(proto, partial, format="protobuf"))
 
 
 def _skip_connections(graph: Any) -> set[str]:
