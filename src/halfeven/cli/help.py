@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 WIDEST = 100
 """Columns beyond which lines are hard to read."""
 COLUMN = 34
-"""Where the descriptions begin; a longer option has a line of its own."""
+"""Column at which descriptions begin; a longer option has a line of its own."""
 LONGEST_FORM = 30
 """Characters of choices that stand behind an option; longer ones are told with its meaning."""
 

@@ -21,7 +21,7 @@ class Command:
 
     name: str
     takes: str
-    """What follows the name in its shortest form."""
+    """The arguments behind the name, in their shortest form."""
     summary: str
     arguments: str
     """"module:class" of a dataclass with the command's arguments."""

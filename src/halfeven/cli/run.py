@@ -29,10 +29,10 @@ from halfeven.zoo.leakage import check_apart
 RECORD = "experiment.json"
 """The resolved experiment, written beside the results: a folder that has it holds a run."""
 FLOAT_FOLDER = "float"
-"""Where the training of the float model, if there is one, keeps its files."""
+"""Folder of the training of the float model, if there is one."""
 BEST = "best.safetensors"
 PTQ_STATE = "ptq_state"
-"""Where post-training quantization keeps what it has reconstructed, until it has finished."""
+"""Folder of the layers and blocks that post-training quantization has reconstructed, until it has finished."""
 RESULTS = "results.json"
 RESUMED_FROM = (STATE_FILE, BEST, f"{FLOAT_FOLDER}/{STATE_FILE}", f"{FLOAT_FOLDER}/{BEST}", PTQ_STATE)
 """Files that a resumed run continues from; a new run in the same folder removes them first."""

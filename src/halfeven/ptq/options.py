@@ -1,4 +1,4 @@
-"""What post-training quantization does, step by step."""
+"""The steps of post-training quantization and their options."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypedDict
@@ -35,7 +35,7 @@ class PTQOptions(Options):
     equalize: Switch = "auto"
     """Cross-layer equalization: the channels of consecutive layers get equal weight ranges."""
     relu6: Literal["auto", "keep", "replace"] = "auto"
-    """Whether ReLU6 becomes ReLU, so that equalization reaches across it; "auto": if the quantized model gains."""
+    """Replace ReLU6 by ReLU, so that equalization reaches across it; "auto": if the quantized model gains."""
     absorb: Switch = "auto"
     """Bias absorption: large biases move into the next layer."""
     smooth: Switch = "auto"
@@ -59,7 +59,7 @@ class PTQOptions(Options):
     bias_rate: NonNegativeFloat = 0.0
     """Learning rate of biases, relative to the size of their layer's weights; 0: biases stay."""
     learn_weight_scales: bool = False
-    """Whether the weights' scales are learned with their rounding (Genie)."""
+    """Learn the weights' scales with their rounding (Genie)."""
     drop: Annotated[float, at_least(0), below(1)] = 0.5
     """Probability with which an activation stays in float while blocks are reconstructed (QDrop)."""
     regularization: NonNegativeFloat = 20.0

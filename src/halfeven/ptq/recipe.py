@@ -60,7 +60,7 @@ class PTQRecipe:
     decisions: Mapping[str, Decision]
     """Name of the step -> decision."""
     granularity: Granularity
-    """What a reconstruction learns together: layers or blocks."""
+    """The unit that a reconstruction learns together: layers or blocks."""
     data: bool
     """Calibration data is at hand."""
 

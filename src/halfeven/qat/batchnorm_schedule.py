@@ -1,4 +1,4 @@
-"""When BatchNorm's statistics and observed ranges stop moving while quantization is learned.
+"""The moments at which BatchNorm's statistics and observed ranges stop moving while quantization is learned.
 
 Freezing: white paper, section 5.2 (arXiv:2106.08295). Statistics are re-estimated by `halfeven.layerwise.re_estimate`.
 """
@@ -17,7 +17,7 @@ from halfeven.renamed import renamed_attributes
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions(Options):
-    """When ranges and BatchNorm statistics stop moving, in shares of the run."""
+    """The moments at which ranges and BatchNorm statistics stop moving, in shares of the run."""
 
     freeze_batchnorm_after: Annotated[Share | Auto, formerly(None)] = "auto"
     """Share of the steps in which BatchNorm follows the batches; 0: frozen from the start, 1: never frozen. "auto": two
@@ -25,7 +25,7 @@ class ScheduleOptions(Options):
     stop_observing_after: Share = 2 / 3
     """Share of the steps in which observed ranges follow the batches; 0: as calibrated, 1: to the end."""
     re_estimate: Annotated[bool | Auto, formerly(None)] = "auto"
-    """Whether BatchNorm is re-estimated before each validation; "auto": where a scheme has less than 8 bits and
+    """Re-estimate BatchNorm before each validation; "auto": where a scheme has less than 8 bits and
     BatchNorm is not frozen: weights that were trained with frozen statistics suit these alone."""
     re_estimate_batches: PositiveInt = 50
     """Batches of calibration samples for that."""

@@ -29,7 +29,7 @@ from halfeven.tasks.task import first_tensor
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationOptions(Options):
-    """How much of the loss the float model gives, and what of it is compared."""
+    """The share of the float model in the loss, and the outputs and features that are compared."""
 
     weight: Share = 0.0
     """Share of the loss that the teacher's soft labels take; 0: off, 1: the labels are ignored."""

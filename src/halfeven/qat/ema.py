@@ -34,11 +34,11 @@ PYTHON_STATE = ("scheme", "state")
 
 @dataclass(frozen=True, kw_only=True)
 class AveragingOptions(Options):
-    """How long the average remembers."""
+    """The memory of the average."""
 
     decay: Annotated[float, at_least(0), below(1)] = 0.0
-    """What stays of the average at each step, some 1 / (1 - decay) steps long: 0.999 for runs of thousands of steps;
-    0: off."""
+    """Share of the average that stays at each step; its memory is about 1 / (1 - decay) steps: 0.999 for runs of
+    thousands of steps; 0: off."""
 
 
 def warmed_up(decay: float, step: int) -> float:

@@ -1,4 +1,4 @@
-"""What accompanies the training of a quantized model."""
+"""The steps that accompany the training of a quantized model, and their options."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,7 +20,7 @@ class QATOptions(Options):
     equalize: Switch = "auto"
     """Cross-layer equalization of the start, which needs BatchNorm folded: channels get equal weight ranges."""
     start: Literal["auto", "ranges", "layers", "blocks"] = "auto"
-    """Where training starts from: calibrated ranges alone, or learned rounding of layers (AdaRound) or of blocks."""
+    """Start of the training: calibrated ranges alone, or learned rounding of layers (AdaRound) or of blocks."""
     distill: Switch = "auto"
     """Distillation: the float model's outputs are labels too."""
     average: Switch = "auto"
@@ -32,10 +32,10 @@ class QATOptions(Options):
     progress: Switch = "auto"
     """Training starts with more bits."""
     distillation: DistillationOptions = field(default_factory=lambda: DistillationOptions(weight=1.0))
-    """How distillation is done."""
+    """Details of distillation."""
     averaging: AveragingOptions = field(default_factory=lambda: AveragingOptions(decay=0.99))
-    """How the average is taken."""
+    """Details of the average."""
     oscillation: OscillationOptions = field(default_factory=lambda: OscillationOptions(dampening=0.1))
-    """How oscillations are found, frozen and dampened."""
+    """Details of finding, freezing and dampening oscillations."""
     progression: ProgressionOptions = field(default_factory=ProgressionOptions)
     """The bits to start with."""

@@ -25,17 +25,17 @@ OSCILLATING_FREQUENCY = 0.005
 
 @dataclass(frozen=True, kw_only=True)
 class OscillationOptions(Options):
-    """How oscillations are found, and what is done about them.
+    """The search for oscillations and the measures against them.
 
     Raises:
         ConfigError: numbers that would freeze everything, or nothing.
     """
 
     track: bool = False
-    """Whether oscillations are followed and logged even where nothing is done about them, for a pass over the weights
-    at every step."""
+    """Follow and log oscillations even where nothing is done about them, at the cost of a pass over the weights in
+    each step."""
     freeze: bool = False
-    """Whether weights that oscillate too often are frozen (section 4.3)."""
+    """Freeze weights that oscillate too often (section 4.3)."""
     dampening: NonNegativeFloat = 0.0
     """Weight of the dampening term at the end of the run (section 4.2); 0: none."""
     bits: Bits = 4

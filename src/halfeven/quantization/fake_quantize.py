@@ -17,8 +17,8 @@ from halfeven.quantization.compile import fused
 from halfeven.quantization.scheme import Scheme
 
 Domain = Literal["linear", "log"]
-"""How a learned scale is stored: "linear", as itself, of which the absolute value is used; "log", as its binary
-logarithm."""
+"""Form in which a learned scale is stored: "linear", as itself, of which the absolute value is used; "log", as its
+binary logarithm."""
 
 Clip = tuple[float, float]
 """Bounds of an activation function that clips, for example (0, inf) for ReLU."""

@@ -20,8 +20,8 @@ RANGE_MOMENTUM = 0.01
 """Weight of a training batch in the moving average of an observed activation range."""
 
 Ranges = Literal["observed", "learned", "clipped", "calibrated"]
-"""How a range moves in training: "observed" follows the data, "learned" follows the loss (LSQ), "clipped" follows the
-loss of clipping alone (PACT), "calibrated" stays."""
+"""Movement of a range in training: "observed" follows the data, "learned" follows the loss (LSQ), "clipped" follows
+the loss of clipping alone (PACT), "calibrated" stays."""
 
 
 class Mode(enum.Enum):

@@ -1,4 +1,4 @@
-"""What a tensor becomes: the integer grid, and which elements share a scale."""
+"""The integer grid of a tensor, and the elements that share a scale."""
 
 import re
 from dataclasses import dataclass

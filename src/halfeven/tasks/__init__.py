@@ -1,4 +1,4 @@
-"""What a model's outputs are for: the loss that trains them and the metrics that judge them."""
+"""Tasks: the loss that trains a model's outputs and the metrics that judge them."""
 
 from halfeven.tasks.classification import Classification
 from halfeven.tasks.segmentation import Segmentation

@@ -1,4 +1,4 @@
-"""Which task an experiment has."""
+"""The task of an experiment."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,7 @@ from halfeven.options import NonNegativeFloat, Options
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions(Options):
-    """What the model's outputs are for: it decides the loss and the metrics."""
+    """The task of the model: it decides the loss and the metrics."""
 
     kind: Literal["classification", "segmentation", "detection", "callable"] = "classification"
     """"classification" is for texts too; "callable": your own function, which returns a `halfeven.tasks.Task`."""

@@ -18,7 +18,7 @@ MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions(Options):
-    """Where and in which precision the work is done."""
+    """The device and the precision of the work."""
 
     kind: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto": the accelerator of this process if there is one, else the CPU. "cuda": a GPU, or an error."""

@@ -1,4 +1,4 @@
-"""How a model is trained: the options of the trainer."""
+"""The options of the trainer."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -32,17 +32,17 @@ class TrainingOptions(Options):
     weight_decay: NonNegativeFloat = 1e-4
     """Weight decay; learned scales do not decay, except for those that learn from clipping alone (PACT)."""
     decay_norms_and_biases: bool = False
-    """Whether weight decay also applies to biases and to the parameters of normalization layers."""
+    """Apply weight decay to biases and to the parameters of normalization layers too."""
     schedule: Literal["constant", "cosine", "step"] = "cosine"
     """Learning rate after the warm-up: constant, cosine to 0, or times `step_factor` at each of `step_epochs`."""
     schedule_by: Literal["step", "epoch"] = "step"
-    """Whether the cosine moves at every optimizer step or only between epochs."""
+    """Move the cosine at every optimizer step, rather than only between epochs."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps in which the learning rate rises linearly from 0."""
     step_epochs: tuple[PositiveInt, ...] = ()
     """Epochs after which schedule "step" lowers the learning rate."""
     step_factor: NonNegativeFloat = 0.1
-    """What schedule "step" multiplies the learning rate by."""
+    """Factor by which schedule "step" multiplies the learning rate."""
     clip_norm: NonNegativeFloat = 0.0
     """Largest norm of the gradient; longer ones are shortened to it; 0: no clipping."""
     label_smoothing: Annotated[float, at_least(0), below(1)] = 0.0

@@ -88,6 +88,6 @@ def check_position(found: dict[str, int], wanted: dict[str, int], path: Path) ->
     if changed:
         raise CheckpointError(
             f"The run in {path} cannot be resumed with other settings ({'; '.join(changed)}): it would see samples "
-            "twice or never. Resume with the settings that it was started with, or start a new run in another "
-            "--work-dir."
+            "twice or never. Resume with the settings that it was started with, "
+            "or start a new run in another --work-dir."
         )

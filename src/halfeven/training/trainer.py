@@ -239,8 +239,8 @@ class Trainer:
         if value != value or value in (float("inf"), float("-inf")):
             raise ConfigError(
                 f"The loss became {value} at step {self.step} (learning rate {rate:g}); all weights after it would be "
-                "NaN. Lower training.learning_rate, set training.clip_norm or training.warmup_steps, or look at the "
-                "data."
+                "NaN. Lower training.learning_rate, set training.clip_norm or training.warmup_steps, "
+                "or look at the data."
             )
         self.log.training(self.step, epoch + 1, value, rate, self.callback.figures())
 

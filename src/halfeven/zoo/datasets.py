@@ -25,7 +25,7 @@ from halfeven.zoo.options import DataOptions
 from halfeven.zoo.text import texts
 
 FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"
-"""Where Debian's package dataset-fashion-mnist puts its files."""
+"""Folder of the files of Debian's package dataset-fashion-mnist."""
 FASHION_MNIST_MEAN = 0.2860
 FASHION_MNIST_STD = 0.3530
 DIGITS_MEAN = 0.3053

@@ -19,7 +19,7 @@ PRETRAINED = "pretrained"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
-    """Which float model, and its weights."""
+    """The float model and its weights."""
 
     source: Literal["timm", "torchvision", "transformers", "effdet", "callable"] = "timm"
     """Library that makes the model; "callable": your own function."""

@@ -1,4 +1,4 @@
-"""Which data a run has."""
+"""The data of a run."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -12,7 +12,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(Options):
-    """How texts become tokens."""
+    """The tokens of texts."""
 
     tokenizer: str = ""
     """Tokenizer of transformers: a folder, or a name of its hub."""
@@ -33,7 +33,7 @@ class TextOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Options):
-    """Which data, and how it is read."""
+    """The data and the way in which it is read."""
 
     source: Literal[
         "digits", "fashion_mnist", "image_folder", "voc_segmentation", "coco_detection", "texts", "callable"
@@ -48,13 +48,13 @@ class DataOptions(Options):
     resize: PositiveInt = 256
     """Short side to which "image_folder" scales evaluation images before the centre crop."""
     keep_aspect: bool = True
-    """Whether images of segmentation and detection are scaled to fit into the square; else they are stretched to it."""
+    """Scale images of segmentation and detection to fit into the square; else they are stretched to it."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of the colours, which is taken off images read from files."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
     """Standard deviation of the colours, by which they are divided."""
     text: TextOptions = field(default_factory=TextOptions)
-    """How "texts" are read."""
+    """Tokenizer and columns of "texts"."""
     calibration_samples: Annotated[PositiveInt, renamed_from("calibration_images")] = 512
     """Training samples, drawn once with the seed, that set the ranges."""
     calibration_seed: NonNegativeInt = 0

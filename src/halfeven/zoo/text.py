@@ -82,8 +82,8 @@ def _rows(path: Path, options: DataOptions) -> list[dict[str, str]]:
     short = [number for number, row in enumerate(rows, 2) if any(row[name] is None for name in wanted)]
     if short:
         raise ConfigError(
-            f"Line {short[0]} of {path} has fewer fields than the first line, so its text or label is missing. Correct "
-            "the file."
+            f"Line {short[0]} of {path} has fewer fields than the first line, so its text or label is missing. "
+            "Correct the file."
         )
     return rows
 

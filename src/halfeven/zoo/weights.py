@@ -81,8 +81,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(
             f"There is no weights file {path}, so the model would start from random numbers. Give the path of an "
-            'existing .safetensors or .pth file, "pretrained" for the library\'s own weights, or "" to start from '
-            "random ones."
+            'existing .safetensors or .pth file, "pretrained" for the library\'s own weights, or "" '
+            "to start from random ones."
         )
     if path.suffix == ".safetensors":
         try:
