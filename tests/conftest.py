@@ -58,6 +58,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # what was imported stays: looking through it for cycles takes half a second each time
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else extensions complain at the end of what was not freed
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _exporters_are_quick():
     with pytest.MonkeyPatch.context() as patch:

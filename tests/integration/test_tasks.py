@@ -102,7 +102,7 @@ def test_texts(glue, tmp_path):
     assert_deployed_as_simulated(results, "top1")
     assert results["float"]["top1"] > 90
     assert results["deployed"]["top1"] > 85
-    assert "60 validation texts" in said
+    assert "60 validation samples" in said
     trained = ("--training.epochs", "1", "--training.learning-rate", "1e-3")
     said, results = run("train", "qat/bert_base_sst2.py", tmp_path / "qat", *glue, *SHORT, *trained)
     assert_deployed_as_simulated(results, "top1")
