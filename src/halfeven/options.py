@@ -153,8 +153,8 @@ def mistakes(kind: type, values: Mapping[str, Any], path: str, *, partial: bool 
 def up_to_date(kind: type, values: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
     """Return the keywords of an option class as this version spells them.
 
-    Old names become the new ones, and old spellings of "auto" become "auto". An old name whose new name is given too
-    stays, and is a mistake.
+    Old names become the new ones, old spellings of "auto" become "auto", and a list becomes the tuple that a field
+    takes. An old name whose new name is given too stays, and is a mistake.
 
     Args:
         kind: the option class.
@@ -173,8 +173,13 @@ def up_to_date(kind: type, values: Mapping[str, Any], *, warn: bool = True) -> d
         is_old = any(type(value) is type(one) and value == one for one in old)
         if warn and is_old:
             warn_of_old(f'{kind.__name__}.{name}={shown(value)} is now written "auto"', stacklevel=4)
-        current[name] = "auto" if is_old else value
+        current[name] = "auto" if is_old else _as_tuple(hints.get(name), value)
     return current
+
+
+def _as_tuple(kind: Any, value: Any) -> Any:
+    """Return a list as the tuple that a field takes; any other value as it is."""
+    return tuple(value) if kind is not None and isinstance(value, list) and fits(kind, tuple(value)) else value
 
 
 def _without_filled_in(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from halfeven.layerwise.calibrate import calibrate
 from halfeven.nearest import did_you_mean
 from halfeven.placement.captured_model import capture_for_quantization
 from halfeven.placement.graph_edits import apply_changes
-from halfeven.placement.insertion import insert, plan_of, record_example
+from halfeven.placement.insertion import check_scales, insert, plan_of, record_example
 from halfeven.placement.make_plan import make_plan, skeleton
 from halfeven.placement.options import BatchNormHandling, QuantizationFields, QuantizationOptions, Rule
 from halfeven.placement.plan import Plan
@@ -98,7 +98,7 @@ def prepare(
                 "A plan was given together with options, and a plan already contains options, so the given options "
                 "would have no effect. Give the options to halfeven.plan, or leave the plan out."
             )
-        return _from_plan(model, example, plan)
+        return _from_plan(model, example, plan, check=check_scales)
     options = _with_batchnorm(dataclasses.replace(options or QuantizationOptions(), **changes), "keep")
     target = runtime_named(options.target).target
     captured, notes = capture_for_quantization(copy.deepcopy(model), example, options)
@@ -132,13 +132,15 @@ def _with_batchnorm(options: QuantizationOptions, handling: BatchNormHandling) -
 
 def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
     """Make the quantized model that a plan describes, so that a checkpoint can be loaded into it."""
-    qmodel = _from_plan(model, example, plan)
+    # A checkpoint of another model is refused when it is loaded, with a list of all that differs.
+    qmodel = _from_plan(model, example, plan, check=lambda captured, plan: None)
     forget_statistics(qmodel)  # they describe the weights given here, and the checkpoint will replace these
     return qmodel
 
 
-def _from_plan(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
+def _from_plan(model: nn.Module, example: Example, plan: Plan, check: Callable[[nn.Module, Plan], None]) -> nn.Module:
     captured, _ = capture_for_quantization(copy.deepcopy(model), example, plan.options)
+    check(captured, plan)
     qmodel = insert(captured, plan, runtime_named(plan.options.target).target)
     return _with_example(apply_changes(qmodel, plan.changes), example)
 

@@ -103,7 +103,14 @@ def _check_fits(plan: Plan, found: Mapping[str, tuple[CapturedModule, fx.Node]])
             f"{' and more' if len(missing) > 5 else ''}, so quantizers of the plan cannot be inserted. Use the model, "
             "and the versions of torch and timm, that the plan was made with."
         )
+
+
+def check_scales(model: nn.Module, plan: Plan) -> None:
+    """Raise PlacementError for a plan that gives a weight another number of scales than a captured model's has."""
+    found = named_nodes(model)
     for weight in plan.weights:
+        if weight.name not in found:
+            continue
         node = found[weight.name][1]
         shape = weight_shape(node) if kind_of(node) in WEIGHTED else ()
         channels = shape[weight.scheme.axis] if shape and weight.scheme.axis is not None else weight.channels

@@ -208,6 +208,7 @@ class _Comparison:
     def weights_match(self) -> bool:
         """Return True if the file holds all integer weights of the model."""
         stored = self.file.stored_integers(self.layers)
+        renamed = [integers for name, integers in stored.items() if name not in self.layers]
         for quantizer, layer in zip(self.weights, self.layers, strict=True):
             module = self.modules.get(layer)
             if module is None or not isinstance(module.weight, Tensor):
@@ -216,7 +217,8 @@ class _Comparison:
             if quantizer.scale.ndim:
                 shape[quantizer.axis] = -1
             integers = torch.round(module.weight / quantizer.scale.reshape(shape))
-            if layer not in stored or not torch.equal(stored[layer].flatten(), integers.flatten()):
+            candidates = [stored[layer]] if layer in stored else renamed
+            if not any(torch.equal(one.flatten(), integers.flatten()) for one in candidates):
                 return False
         return True
 

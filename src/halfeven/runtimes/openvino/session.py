@@ -162,7 +162,11 @@ def products_of(model: Any) -> set[str]:
 
 
 def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Return the integer weights of the named layers in a file."""
+    """Return the integer weights of the named layers in a file.
+
+    The converter renames a layer whose BatchNorm stands in another part of the model, when it merges the two: the
+    weight of such a layer is returned under the layer's new name.
+    """
     found: dict[str, Tensor] = {}
     for node in model.get_ordered_ops():
         if node.get_type_name() not in LAYER_TYPES:
@@ -173,8 +177,8 @@ def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
             # The ONNX front end names a transposed convolution anew; its weight keeps the name it had.
             names.append(source.get_friendly_name().removesuffix(WEIGHT_SUFFIX))
             source = source.input_value(0).get_node()
-        layer = next((name for name in names if name in layers), None)
-        if layer and source.get_type_name() == "Constant" and source.get_element_type().is_integral_number():
+        layer = next((name for name in names if name in layers), node.get_friendly_name())
+        if source.get_type_name() == "Constant" and source.get_element_type().is_integral_number():
             integers = torch.from_numpy(_integers(source))
             turned = node.get_type_name() == "MatMul" and not node.get_attributes()["transpose_b"]
             found[layer] = integers.t() if turned and integers.ndim == 2 else integers
