@@ -1,5 +1,8 @@
 """A plan is made without a model being changed, edited, and set; a quantized model takes further rules."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -248,3 +251,12 @@ def test_real_models(name, rule):
     qmodel = calibrated(net)
     he.set_rules(qmodel, rule)
     assert_alike(qmodel, calibrated(net, rule))
+
+
+def test_a_plan_is_copied_and_pickled():
+    plan = he.plan(made(Net), X)
+    assert copy.deepcopy(plan).with_rules(he.Rule(pattern="body", weight_bits=4)) != plan
+    read = pickle.loads(pickle.dumps(plan))
+    assert read == plan
+    with pytest.raises(PlacementError, match="has no graph"):
+        read.with_rules(he.Rule(pattern="body", weight_bits=4))

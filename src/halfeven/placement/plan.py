@@ -81,8 +81,16 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     changes: GraphChanges = field(default=GraphChanges())
     decide: "Callable[[QuantizationOptions], Plan] | None" = field(default=None, repr=False, compare=False)
-    """Makes the plan of the same graph for other options. Files do not contain it: a plan from `from_dict` has None
-    until a model is prepared with the plan."""
+    """Makes the plan of the same graph for other options. Files and pickles do not contain it: a plan that is read has
+    None until a model is prepared with the plan."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Plan":
+        """Return the plan itself: nothing in it changes."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle contains: all fields except the graph to decide about, as in a file."""
+        return {**vars(self), "decide": None}
 
     def with_rules(self, *rules: Rule) -> "Plan":
         """Return the plan with further rules, which win over the rules that the plan was made with.
