@@ -32,7 +32,7 @@ class ModelOptions(Options):
     """Classes of the head; in segmentation and detection with the background."""
     in_chans: PositiveInt = 3
     """Channels of the input image (timm; torchvision's models take 3)."""
-    arguments: dict[str, bool | int | float | str] = field(default_factory=dict)
+    arguments: dict[str, bool | int | float | str | tuple[int, ...]] = field(default_factory=dict)
     """Further keyword arguments of the model's function."""
 
 
