@@ -260,3 +260,16 @@ def test_a_plan_is_copied_and_pickled():
     assert read == plan
     with pytest.raises(PlacementError, match="has no graph"):
         read.with_rules(he.Rule(pattern="body", weight_bits=4))
+
+
+def test_a_quantized_model_is_pickled_with_its_plan(tmp_path):
+    qmodel = calibrated(Net)
+    read = pickle.loads(pickle.dumps(qmodel)).eval()
+    assert he.plan_of(read) == he.plan_of(qmodel)
+    assert torch.equal(read(X), qmodel(X))
+    expected = qmodel.state_dict()
+    assert {name: tensor.tolist() for name, tensor in read.state_dict().items()} == {
+        name: tensor.tolist() for name, tensor in expected.items()
+    }
+    he.save(read, tmp_path / "q.safetensors")
+    assert torch.equal(he.load(tmp_path / "q.safetensors", made(Net), X)(X), qmodel(X))

@@ -62,6 +62,20 @@ class CapturedModule(fx.GraphModule):
         copied.recompile()
         return copied
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, super().__reduce__()
+
+
+def _unpickled(make: Callable[..., fx.GraphModule], arguments: tuple[Any, ...]) -> CapturedModule:
+    """Return the captured module of a pickle, of which torch.fx makes a plain graph module without recorded shapes."""
+    plain: Any = make(*arguments)
+    result = CapturedModule(plain, plain.graph)
+    adopt(result, plain, lambda value: value)
+    for name in ("halfeven_plan", "halfeven_example", "execution_graph"):
+        setattr(result, name, getattr(plain, name, None))
+    result.recompile()
+    return result
+
 
 @torch.library.custom_op("halfeven::leaf", mutates_args=())
 def _leaf(x: Tensor, name: str) -> Tensor:

@@ -23,7 +23,7 @@ class DeviceOptions(Options):
     kind: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto": the accelerator of this process if there is one, else the CPU. "cuda": a GPU, or an error."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of matrix products in training; --amp chooses the mixed precision that the device can do."""
+    """The precision of matrix products in training; --amp chooses the mixed precision that the device can do."""
     threads: Annotated[PositiveInt | Auto, formerly(0)] = "auto"
     """CPU threads of each process; "auto": as PyTorch decides."""
 

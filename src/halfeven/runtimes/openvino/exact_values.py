@@ -226,7 +226,7 @@ class Accumulator(Simulated):
     unit: Tensor
     """The scale of the sums: [], or a shape that broadcasts over the output channels."""
     scales: tuple[Tensor, Tensor] | None = None
-    """Of both factors, where these are activations: the next scaling is merged into the second."""
+    """The scales of both factors, if both are activations: the next scaling is merged into the second."""
 
     def real(self) -> Tensor:
         return self.values * self.unit
