@@ -86,6 +86,9 @@ def correct_biases(
     float_model = qmodel if reference is None else reference
     with evaluating(qmodel), evaluating(float_model):
         for prefix, region in regions(qmodel).items():
+            # Two streams of activations through the same blocks: the float one for E[W x], the quantized one for E[W^
+            # x^]. The latter runs through blocks that are corrected already, so each layer makes up only for what is
+            # left.
             floats, _ = activation_caches(float_model, prefix, inputs, cache)
             _, quantized = activation_caches(qmodel, prefix, inputs, cache)
             float_blocks = find_blocks(regions(float_model)[prefix], "layers")
@@ -114,6 +117,7 @@ def _correct(
     """Correct the layer of a block, and return the shift relative to the outputs; the block is not advanced."""
     found = _OutputMeans(block)
     quantized.visit(block, found)
+    # White paper, section 3.3: the expected change of each output channel, which the bias takes back.
     shift = expected.mean - found.mean  # E[W x] - E[W^ x^]
     (node,) = block.layers
     layer = Op(node)
@@ -137,6 +141,7 @@ class _OutputMeans:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         result = module(*args)
         if module is self.layer:
+            # Batches may differ in size, so each mean counts with its number of samples.
             self.total = self.total + channel_means(result, self.axis) * result.shape[0]
             self.squares = self.squares + result.double().square().mean() * result.shape[0]
             self.samples += result.shape[0]

@@ -165,6 +165,7 @@ def _calibrate(context: StepContext) -> None:
 
 def _reconstruct(context: StepContext) -> None:
     if context.recipe.enabled(CORRECT_BIASES):
+        # After the reconstruction only rounded weights are left, and the bias correction compares with float outputs.
         context.float_weights = copy.deepcopy(context.qmodel)
     algorithm = adaround if context.recipe.granularity == "layers" else reconstruct
     report = algorithm(
@@ -184,6 +185,7 @@ def _correct_biases(context: StepContext) -> None:
     """Correct the biases of a copy, and keep it where the user insists or the quantized model gains."""
     corrected = copy.deepcopy(context.qmodel)
     report = correct_biases(corrected, context.batches, reference=context.float_weights, options=context.options)
+    # Biases have moved the activations, so that their ranges are set again before anything is measured.
     calibrate(corrected, context.batches)
     context.log(str(report))
     if context.options.correct_biases == "on" or _gains_by_correction(context, corrected):
@@ -231,6 +233,8 @@ AFTER_UNCLIPPING = (enabled_step(EQUALIZE, _equalize), enabled_step(ABSORB, _abs
 EQUALIZATION = (enabled_step(UNCLIP, _unclip), *AFTER_UNCLIPPING)
 """The steps that give channels equal ranges; ranges that were set before must be set again."""
 
+# The white paper's order (figure 8): equalization before any range is set; then ranges; then learned rounding, which
+# needs the ranges of the weights, or bias correction. Both move activations, whose ranges are set again.
 STEPS: tuple[Step, ...] = (
     *EQUALIZATION,
     enabled_step(SMOOTH, _smooth),

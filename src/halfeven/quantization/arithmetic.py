@@ -20,6 +20,7 @@ SMALLEST_SCALE = 2.0**SMALLEST_EXPONENT
 
 def snap(scale: Tensor) -> Tensor:
     """Round float32 scales, of any shape, to `SIGNIFICAND_BITS` significand bits, ties to even."""
+    # A float32 number has 24 significand bits (the first is not stored); the lowest `dropped` of them become 0.
     dropped = 24 - SIGNIFICAND_BITS
     # On the bit pattern: adding half of the last bit kept, less one where that bit is even, carries as rounding does.
     bits = scale.detach().float().view(torch.int32)
@@ -41,19 +42,27 @@ def scale_and_zero_point(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Ten
     Returns:
         scale (float32, snapped) and zero_point (int32, an integer of the grid), shaped like `low`.
     """
+    # White paper, section 2.2: the range is widened to contain 0, because zero padding and ReLU must give 0 exactly.
     low = low.float().clamp(max=0.0)
     high = high.float().clamp(min=0.0)
     if scheme.symmetric:
+        # The divisor is 2^(b-1) - 1, so the range itself never reaches the integer -2^(b-1) of a grid that is not
+        # narrow.
         largest = torch.maximum(-low, high) if scheme.signed else high
         scale = largest / scheme.quant_max
     else:
         scale = (high - low) / (scheme.quant_max - scheme.quant_min)
+    # The weights of a dead channel are 0 on any grid. Its bias need not be: on a large scale it still fits in the 32
+    # bits of runtimes that store it as an integer on the grid of the products.
     alive = scale > SMALLEST_SCALE
     fallback = torch.where(alive, scale, 0.0).amax()
     fallback = torch.where(fallback > 0, fallback, 1.0 / scheme.quant_max)
+    # Snapped before the zero point is computed, so that both belong to the same grid.
     scale = snap(torch.where(alive, scale, fallback))
     if scheme.symmetric:
         return scale, torch.zeros_like(scale, dtype=torch.int32)
+    # White paper, section 2.2: z = quant_min - round(low / s). Rounding moves the range by up to half a step, so that 0
+    # is an integer of the grid; the clamp keeps it on the grid.
     zero_point = scheme.quant_min - torch.round(low / scale)
     return scale, zero_point.clamp(scheme.quant_min, scheme.quant_max).to(torch.int32)
 
@@ -71,10 +80,13 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Te
     """Return the integers of `x` on the scheme's grid, shaped like `x`, as float32, which is exact up to 2^24."""
     scale = per_channel(scale, scheme.axis, x.ndim)
     zero_point = per_channel(zero_point, scheme.axis, x.ndim)
+    # The order of ONNX's QuantizeLinear. A product with 1 / s gives another integer near ties, and so does rounding
+    # after the zero point is added: with an odd zero point, ties to even go the other way.
     return torch.clamp(torch.round(x.float() / scale) + zero_point, scheme.quant_min, scheme.quant_max)
 
 
 def dequantize(integers: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
     """Return the real values of integers, (integer - zero_point) * scale, shaped like `integers`."""
     scale = per_channel(scale, scheme.axis, integers.ndim)
+    # The difference of two small integers is exact in float32: the product is the only rounding.
     return (integers - per_channel(zero_point, scheme.axis, integers.ndim)) * scale

@@ -63,6 +63,8 @@ def _kind(argument: Any) -> Any:
         return argument.ndim, argument.dtype
     if isinstance(argument, tuple):
         return _kinds(argument)
+    # With `dynamic=True` the compiler keeps integers as symbols, so their values make no new kernel. A bool is compiled
+    # in, although Python counts it as an int.
     return int if type(argument) is int else argument
 
 
@@ -86,6 +88,7 @@ def _doubled(x: Tensor) -> Tensor:
 
 def _try_compiler() -> bool:
     try:
+        # `torch.compile` builds nothing by itself: a missing toolchain shows at the first call.
         _compiled(_doubled)(torch.linspace(-1, 1, 64))
     except Exception as error:  # a missing or broken toolchain raises many kinds: each is reported, none is fatal
         logger.warning(

@@ -105,6 +105,7 @@ def _used(scale: Tensor, zero_point: Tensor, ndim: int, settings: _Kernel) -> tu
     if settings.domain is not None:
         scale = effective_scale(scale, settings.domain)
     if zero_point.is_floating_point():
+        # LSQ+ learns a real offset. Integer runtimes need an integer of the grid, so it is rounded, straight-through.
         zero_point = torch.clamp(torch.round(zero_point), settings.low, settings.high)
     return per_channel(scale, settings.axis, ndim), per_channel(zero_point.float(), settings.axis, ndim)
 
@@ -126,6 +127,7 @@ def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, settings: _Kernel) ->
 def _passed(grad: Tensor, x: Tensor, inside: Tensor, clip: Clip) -> Tensor:
     """Return the gradient of the input: the incoming one inside of grid and clip, else 0 (LSQ, equation 5)."""
     low, high = clip
+    # The clip lies in the same kernel, so its derivative is here too; a ReLU passes nothing at 0, as in torch.
     inside = inside & (x > low) if low > -math.inf else inside
     inside = inside & (x < high) if high < math.inf else inside
     return torch.where(inside, grad, 0.0)
@@ -134,6 +136,8 @@ def _passed(grad: Tensor, x: Tensor, inside: Tensor, clip: Clip) -> Tensor:
 def _backward_input(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, settings: _Kernel) -> tuple[Tensor]:
     """Return the gradient of the input alone."""
     used, zero = _used(scale, zero_point, x.ndim, settings)
+    # The mask is taken from the rounded integer: a value just beyond the range that still rounds to the last integer
+    # passes its gradient.
     shifted = torch.round(x.float() / used) + zero
     return (_passed(grad, x, (shifted >= settings.low) & (shifted <= settings.high), settings.clip),)
 
@@ -146,10 +150,12 @@ def _backward_scale(
     ratio = _clipped(x.float(), settings.clip) / used
     shifted = torch.round(ratio) + zero
     inside = (shifted >= settings.low) & (shifted <= settings.high)
+    # With a zero point z, the bounds of LSQ's equation 3 become low - z and high - z.
     clipped = torch.clamp(shifted, settings.low, settings.high) - zero
     # LSQ, equation 3: d(result) / ds = round(x / s) - x / s inside the grid, and its lower or upper bound outside.
     # PACT (section 3) has 0 inside.
     slope = torch.where(inside, shifted - zero - ratio if settings.rounding else 0.0, clipped)
+    # Summed in float32 under autocast too: the terms have both signs and nearly cancel.
     total = (grad.float() * slope).sum_to_size(used.shape)
     if settings.domain == "log":
         # s = 2^stored, so ds / d(stored) = s * ln 2 (TQT, arXiv 1903.08066, learns the logarithm too).
@@ -193,6 +199,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.settings = settings
         ctx.gradient_factor = gradient_factor
         if precomputed is not None:
+            # A view, so that autograd attaches this function to the result and not to the cached tensor.
             return precomputed.view_as(precomputed)
         rows, restore = _rows(x, axis)
         return restore(fused(_forward)(rows, scale, zero_point, forward))
@@ -201,10 +208,14 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
         rows, restore = _rows(x, ctx.axis)
+        # The gradient may come in another memory format than x (channels last or not), and rows must pair the same
+        # elements.
         grad = _rows(_laid_out_like(gradients[0], x), ctx.axis)[0]
         _, for_scale, for_zero_point, *_ = ctx.needs_input_grad
         compute = _backward_all if for_zero_point else _backward_scale if for_scale else _backward_input
         passed, *sums = fused(compute)(grad, rows, scale, zero_point, ctx.settings)
+        # LSQ, section 2.2: the gradient scale g. Outside of the kernel, into which a number that differs for each
+        # quantizer would be compiled.
         found = [total * ctx.gradient_factor for total in sums]
         return restore(passed), *found, *(None,) * (7 - len(found))
 

@@ -94,6 +94,7 @@ class Quantizer(nn.Module):
             self.zero_point = nn.Parameter(torch.zeros(shape))
         else:
             self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        # A search such as "mse" is too slow for each step, so a searched range of a weight stays as calibrated.
         self._observable = ranges == "observed" and (not weight or observer == "minmax")
         # The buffer holds the state in the file; the attribute is read in each step, without waiting for a device.
         self.state = RangeState.STARTING if self._observable else RangeState.UNSET
@@ -180,6 +181,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _store(self, scale: Tensor, zero_point: Tensor) -> None:
+        # In place: the optimizer and DDP hold this very tensor.
         self.scale.copy_(stored_scale(scale, self.domain) if self.learned else scale)
         self.zero_point.copy_(zero_point)
         if not self.state.has_range:
@@ -216,6 +218,8 @@ class Quantizer(nn.Module):
     def fix_scale(self, scale: Tensor) -> None:
         """Set a scale, [] or [channels], and keep it for good; the zero point stays."""
         if not self.learned and not self.weight:
+            # The range that gives this scale again: on a symmetric grid it goes from -quant_max to quant_max, narrow or
+            # not.
             low = -self.scheme.quant_max if self.scheme.symmetric and self.scheme.signed else self.scheme.quant_min
             self.low.copy_((low - self.zero_point) * scale)
             self.high.copy_((self.scheme.quant_max - self.zero_point) * scale)
@@ -284,6 +288,8 @@ class Quantizer(nn.Module):
 
     def _gradient_factor(self, x: Tensor) -> float:
         """Return LSQ's 1 / sqrt(N * quant_max) (section 2.2) for the N weights of a scale or features of a sample."""
+        # N counts the features of one sample. With those of the whole batch, the gradient would depend on the batch
+        # size.
         sharing = self.scale.numel() if self.weight else x.shape[0]
         elements = x.numel() // max(sharing, 1)
         return float((max(elements, 1) * self.scheme.quant_max) ** -0.5)

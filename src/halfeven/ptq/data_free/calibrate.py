@@ -36,6 +36,7 @@ def mean_shift(layer: Any, quantized_weight: Tensor, mean: Tensor) -> Tensor:
     Returns:
         [outputs], float64.
     """
+    # A mean is the same at every position, so the kernel's window is summed before the product with it.
     error = weight_by_channel(layer, weight=quantized_weight - layer.weight).double()
     return apply_to_constant(error, mean.to(error)) * transposed_share(layer)
 
@@ -78,6 +79,7 @@ def ranges_from_batchnorm(qmodel: nn.Module, *, alpha: float = 6.0, inputs: Inpu
         AlgorithmError: the distribution of some tensors is unknown; they are named, and no range is set.
     """
     distributions = _distributions(qmodel, alpha, inputs)
+    # All distributions are sought before any range is set: a model with ranges here and none there would be of no use.
     unknown = [q.name for q, known in distributions.items() if not known or None in known]
     if unknown:
         raise AlgorithmError(
@@ -90,6 +92,7 @@ def ranges_from_batchnorm(qmodel: nn.Module, *, alpha: float = 6.0, inputs: Inpu
     estimated: list[str] = []
     for quantizer, known in distributions.items():
         tensors = [x for x in known if x is not None]
+        # A quantizer that several tensors share must cover all of them, and all of their channels.
         low = min(x.low.min() for x in tensors)
         high = max(x.high.max() for x in tensors)
         quantizer.set_range(low.to(quantizer.scale), high.to(quantizer.scale))
@@ -140,6 +143,7 @@ def correct_biases_analytically(qmodel: nn.Module, *, inputs: Inputs = NORMALIZE
     layers, left = rewritable_layers(qmodel)
     known: dict[fx.Node, Distribution] = {}
     for region_name, region in regions(qmodel).items():
+        # The inputs of a region inside of the model are not the model's, so nothing is assumed of them.
         known |= propagated(region, inputs=None if region_name else inputs)
     set_weight_ranges(qmodel, missing_only=True)
     shifts = {}

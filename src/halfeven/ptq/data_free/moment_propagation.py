@@ -107,6 +107,7 @@ class _Propagation:
         kind = op.kind
         if kind is K.IDENTITY or isinstance(module, Quantizer):
             return x
+        # A BatchNorm that was folded into this layer: its beta and |gamma| are the moments of the layer's outputs.
         if (kept := kept_statistics(module)) is not None:
             return gaussian(*kept, self.alpha, channel_axis(op.node, op.node), True)
         if kind is K.BATCH_NORM:
@@ -124,9 +125,12 @@ class _Propagation:
             return None
         mean = torch.zeros_like(module.weight) if module.bias is None else module.bias
         axis = 1 if isinstance(module, nn.GroupNorm) else op.ndim - 1
+        # LayerNorm and GroupNorm end with gamma x + beta on values of mean 0 and variance 1 over a sample. As of
+        # BatchNorm, beta and |gamma| are taken for the moments of a channel.
         return gaussian(mean, module.weight.abs(), self.alpha, axis, True)
 
     def _after_function(self, op: Op, x: Distribution) -> Distribution | None:
+        # A clip has moments in closed form; other activation functions are integrated numerically.
         if (bounds := op.bounds) is not None:
             return clipped(x, *bounds)
         if op.kind is K.ACTIVATION:
@@ -159,6 +163,8 @@ class _Propagation:
         if read.is_constant:
             return constant(_tensor_of(operand))
         x = self.found.get(operand)
+        # Broadcasting aligns axes at the end, so that with another number of axes the channel's axis means another
+        # axis.
         return collapsed(x) if x is not None and read.ndim != op.ndim else x
 
     def _after_concat(self, op: Op) -> Distribution | None:
@@ -190,6 +196,7 @@ def layer_moments(layer: Any, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor
     weight = weight_by_channel(layer).detach().double().cpu()
     share = transposed_share(layer)
     first = apply_to_constant(weight, mean.double()) * share
+    # Var[sum_i w_i x_i] = sum_i w_i^2 Var[x_i] for independent inputs.
     variance = apply_to_constant(weight**2, std.double() ** 2) * share
     return first if layer.bias is None else first + layer.bias.detach().double().cpu(), variance.sqrt()
 
@@ -208,6 +215,7 @@ def input_moments(node: fx.Node, x: Distribution) -> tuple[Tensor, Tensor]:
     """
     op = Op(node)
     layer: Any = op.module
+    # The layer sums over another axis than the known channels lie on: each of its inputs is then the mixture of them.
     if x.axis != channel_axis(node, op.inputs[0].node):
         x = collapsed(x)
     channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
@@ -229,6 +237,7 @@ def _after_mover(op: Op, x: Distribution) -> Distribution:
     axis = op.factor_axis(x.axis)
     if axis is None:
         return collapsed(x)
+    # Flattening [channels, h, w] to features repeats each channel's moments for its h * w features.
     channels = int(op.shape[axis])
     repeated = {
         name: getattr(x, name).repeat_interleave(channels // len(x.mean)) for name in ("mean", "std", "low", "high")

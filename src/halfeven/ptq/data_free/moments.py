@@ -58,6 +58,7 @@ def clipped_moments(mean: Tensor, std: Tensor, low: float, high: float) -> tuple
         [channels] each, float64.
     """
     mean = mean.double()
+    # Where gamma is 0 the channel is constant: a tiny deviation avoids 0 / 0 for a mean that lies on a bound.
     std = std.double().clamp(min=1e-30)
     a = (low - mean) / std
     b = (high - mean) / std
@@ -70,8 +71,10 @@ def clipped_moments(mean: Tensor, std: Tensor, low: float, high: float) -> tuple
     low_times = low if math.isfinite(low) else 0.0
     high_times = high if math.isfinite(high) else 0.0
     first = low_times * below + high_times * above + mean * inside + std * (p_a - p_b)
+    # The second moment of the same integral. z^2 p(z) integrates to P(z) - z p(z), which gives the terms at both edges.
     edges = std * ((low_times + mean) * p_a - (high_times + mean) * p_b)
     second = low_times**2 * below + high_times**2 * above + (mean**2 + std**2) * inside + edges
+    # E[y^2] - E[y]^2 of nearly constant values may come out slightly negative.
     return first, (second - first**2).clamp(min=0).sqrt()
 
 
@@ -89,11 +92,13 @@ def through(x: Distribution, function: Callable[[Tensor], Tensor]) -> Distributi
     """Return the distribution after an elementwise function of [points, channels], by quadrature."""
     reach = QUADRATURE_DEVIATIONS
     z = torch.linspace(-reach, reach, QUADRATURE_POINTS, dtype=torch.float64)[:, None]
+    # Divided by their sum, the weights are those of a distribution, so that constants are integrated exactly.
     weight = _density(z) / _density(z).sum()
     y = function(x.mean + x.std * z)
     mean = (weight * y).sum(0)
     std = (weight * (y - mean) ** 2).sum(0).sqrt()
     fraction = torch.linspace(0, 1, QUADRATURE_POINTS, dtype=torch.float64)[:, None]
+    # A function such as SiLU has its minimum inside of the range, so both ends are not enough.
     extent = function(x.low + (x.high - x.low) * fraction)
     return replace(x, mean=mean, std=std, low=extent.amin(0), high=extent.amax(0))
 
@@ -107,6 +112,7 @@ def added(a: Distribution, b: Distribution, alpha: float) -> Distribution:
     """
     a, b = aligned(a, b)
     mean = a.mean + b.mean
+    # Variances of independent terms add up: sqrt(std_a^2 + std_b^2).
     std = torch.hypot(a.std, b.std)
     below = torch.maximum(alpha * std, torch.hypot(a.mean - a.low, b.mean - b.low))
     above = torch.maximum(alpha * std, torch.hypot(a.high - a.mean, b.high - b.mean))
@@ -150,6 +156,7 @@ def joined(parts: Sequence[Distribution], axis: int | None) -> Distribution:
 def collapsed(x: Distribution) -> Distribution:
     """Return the mixture of all channels as one channel, for operators that mix the channels."""
     mean = x.mean.mean(0, keepdim=True)
+    # The variance of a mixture: the mean of E[x^2] over the channels, less the square of the common mean.
     std = (x.std**2 + x.mean**2).mean(0, keepdim=True) - mean**2
     low = x.low.amin(0, keepdim=True)
     high = x.high.amax(0, keepdim=True)

@@ -43,6 +43,7 @@ def absorb(producer: Any, consumer: Any, constant: Tensor) -> None:
     """Move a constant of each channel, [channels], from the first layer's bias into the second's, in place."""
     constant = constant.to(producer.bias)
     producer.bias.sub_(constant)
+    # White paper, section 3.2: b1 - c and b2 + W2 c; W2 c sums W2 over the kernel's window.
     consumer.bias.add_(apply_to_constant(weight_by_channel(consumer, len(constant)), constant))
     if (kept := kept_statistics(producer)) is not None:
         mean, std = kept
@@ -58,6 +59,7 @@ class _ChannelStatistics:
     count: int = 0
 
     def update(self, layer: Any, output: Tensor) -> None:
+        # The output of a convolution may lack the batch axis, so its channels are counted from the end.
         axis = -1 if isinstance(layer, nn.Linear) else output.ndim - layer.weight.ndim + 1
         rows = output.movedim(axis, 0).flatten(1)
         smallest = rows.amin(1)
@@ -67,6 +69,8 @@ class _ChannelStatistics:
 
     def constant(self, activated: bool) -> Tensor:
         assert self.smallest is not None
+        # Through a ReLU only what is always above 0 passes as a constant. Without an activation function any constant
+        # passes, and the mean moves the range to about 0.
         return self.smallest.clamp(min=0) if activated else torch.as_tensor(self.total / self.count)
 
 
@@ -190,6 +194,7 @@ def _constants_by_data(
     seen = {pair: _ChannelStatistics() for pair in pairs}
     hooks = [
         module_of(pair.producer).register_forward_hook(
+            # Bound as a default: a closure over the loop's variable would see the last pair's statistics in every hook.
             lambda layer, _, output, statistics=statistics: statistics.update(layer, output)
         )
         for pair, statistics in seen.items()

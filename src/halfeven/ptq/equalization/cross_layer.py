@@ -52,11 +52,14 @@ def equalizing_factors(ranges: Sequence[Tensor]) -> Tensor:
     Returns:
         [n, channels] in float64; 1 for channels that are dead, or not finite, in one of the layers.
     """
+    # White paper, section 3.2, for a chain of any length; the products of ranges become sums of logarithms, which
+    # neither overflow nor underflow.
     r = torch.stack(list(ranges)).double()
     finite = torch.where(torch.isfinite(r), r, 0.0)
     live = (finite > DEAD_CHANNEL_RATIO * finite.amax(1, keepdim=True)).all(0)
     # log s_i = sum over j <= i of (log r_j - log g)
     logs = torch.where(live, r, 1.0).log()
+    # The last sum is 0 by construction: behind the chain nothing is scaled.
     return (logs - logs.mean(0)).cumsum(0)[:-1].exp()
 
 
@@ -125,6 +128,8 @@ def _sweep(chains: Sequence[Sequence[_ScaledLayer]]) -> float:
     """Make the ranges of each chain equal in turn, and return the largest distance of a factor from 1."""
     worst = 0.0
     for chain in chains:
+        # The first layer counts by what it writes to each channel, the others by what reads it. In a depthwise layer
+        # the two are the same weights.
         factors = equalizing_factors(
             [output_ranges(chain[0].largest), *(input_ranges(scaled.largest) for scaled in chain[1:])]
         )
@@ -185,6 +190,8 @@ def equalize(qmodel: nn.Module, *, max_sweeps: int = 20, tolerance: float = 1e-3
     scaled = _scaled(chains)
     sweeps = 0
     converged = not chains
+    # Only the factors and the largest weights are followed here. The weights are multiplied once, at the end, so that
+    # they are rounded once.
     while not converged and sweeps < max_sweeps:
         converged = _sweep([[scaled[layer] for layer in chain.layers] for chain in chains]) <= tolerance
         sweeps += 1
@@ -274,6 +281,8 @@ def _clips(pair: LayerPair) -> dict[fx.Node, tuple[float, float]]:
 def _kept(x: Distribution | None, bound: float) -> float:
     if x is None:
         return float("-inf")
+    # White paper, section 3.2: ReLU6 does not commute with a factor. `lost` is what a ReLU lets through and ReLU6 does
+    # not.
     kept = clipped(x, 0.0, bound)
     lost = through(x, lambda values: (values - bound).clamp(min=0))
     signal = _power(kept)

@@ -32,6 +32,8 @@ def weight_by_channel(layer: Any, inputs: int | None = None, *, weight: Tensor |
     weight = layer.weight if weight is None else weight
     if isinstance(layer, nn.Linear):
         return _split_axis(weight, 1, inputs or layer.in_features)[None]
+    # A convolution's weight is [outputs, inputs / groups, ...] and a transposed convolution's is [inputs, outputs /
+    # groups, ...]: axis 0 has the groups in both.
     grouped = _split_axis(weight, 0, layer.groups)
     return grouped.transpose(1, 2) if layer.transposed else grouped
 
@@ -57,6 +59,7 @@ def apply_to_constant(weight: Tensor, values: Tensor) -> Tensor:
 
     Borders with padding are left aside.
     """
+    # An input that is constant in space meets every tap of the window with the same value.
     summed = weight.flatten(3).sum(3) if weight.ndim > 3 else weight
     return (summed * values.reshape(len(weight), 1, -1)).sum(2).flatten()
 
@@ -79,6 +82,7 @@ def rewritable_layers(model: nn.Module) -> tuple[dict[str, fx.Node], tuple[str, 
 
     A weight that is read in a second place cannot be changed for one of its readers alone.
     """
+    # By identity: a tied weight is one parameter under several names.
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     found: dict[str, fx.Node] = {}
     left: list[str] = []
@@ -159,6 +163,7 @@ def channel_axis(layer: fx.Node, tensor: fx.Node) -> int:
 
 def _axis_after(reader: Op, node: fx.Node, axis: int, through_clips: bool) -> int | None:
     """Return the axis of the channels after an operator; None where the channels' factors do not pass it."""
+    # The tensor is another argument, such as the second operand of a product or a convolution's weight.
     if not reader.node.args or reader.node.args[0] is not node:
         return None
     if reader.kind is OperatorKind.IDENTITY:
@@ -168,5 +173,6 @@ def _axis_after(reader: Op, node: fx.Node, axis: int, through_clips: bool) -> in
         return axis if isinstance(module, Quantizer) and module.scheme.axis is None else None
     if (bounds := reader.bounds) is not None:
         low, high = bounds
+        # Only ReLU commutes with every positive factor. A ReLU6 would clip at 6 / s, at another value for each channel.
         return axis if low == 0 and (high == float("inf") or through_clips) else None
     return reader.factor_axis(axis)

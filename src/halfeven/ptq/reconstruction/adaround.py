@@ -38,6 +38,7 @@ def soft_step(v: Tensor) -> Tensor:
 
 def inverse_soft_step(step: Tensor) -> Tensor:
     """Return the V with h(V) = step, for a step in [0, 1): soft weights start as the float weights."""
+    # No clamp is undone: a step in [0, 1) lies inside of the stretched sigmoid.
     return torch.logit((step - SHIFT) / STRETCH)
 
 
@@ -142,7 +143,10 @@ class Rounding:
         column = scale.detach().reshape(-1, 1).clone()
         ratio = _rows(weight.detach(), scheme.axis) / column
         floor = torch.floor(ratio)
+        # The fractional part. float32 rounds that of a tiny negative quotient to 1, where h has no slope.
         v = inverse_soft_step((ratio - floor).clamp(0.0, 1 - 1e-6))
+        # Clamped to one below the grid, from where h(V) cannot bring a clipped weight back inside. Grids of weights are
+        # narrow, so that low - 1 is at least -128 and fits in int8.
         floor = floor.clamp(low - 1, high).to(torch.int8)
         rows = soft_weight(v, floor, column, low, high)
         soft = _shaped(rows, weight.shape, scheme.axis).detach().requires_grad_()
@@ -160,6 +164,7 @@ class Rounding:
         corrections = (1 - ADAM_BETA1**self.steps, 1 - ADAM_BETA2**self.steps)
         numbers = torch.tensor([rate, weight, beta, *corrections], device=self.v.device)
         assert self.soft.grad is not None
+        # The kernel sees [rows, elements] of any layer, so that it is compiled once for all of them.
         grad = _rows(self.soft.grad, self.scheme.axis)
         state = (self.v, self.first, self.second, self.rows, grad, self.floor, self.scale.detach(), numbers)
         with torch.no_grad():

@@ -33,8 +33,11 @@ def conv_as_matmul(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [batch, output channels, output height, output width].
     """
+    # im2col: each output position becomes a column with the inputs under its window, [batch, channels * kernel,
+    # positions].
     columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
     flat = columns.transpose(0, 1).reshape(columns.shape[1], -1)  # [channels * kernel, batch * positions]
+    # All positions of all samples are columns of one product, so the weight is read once.
     product = (weight.flatten(1) @ flat).view(weight.shape[0], x.shape[0], -1).transpose(0, 1)
     result = product.reshape(x.shape[0], weight.shape[0], *_output_size(layer, x))
     return result if layer.bias is None else result + layer.bias[:, None, None]

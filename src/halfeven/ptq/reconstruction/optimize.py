@@ -65,6 +65,7 @@ def optimize_block(
     undecided = max((rounding.undecided for rounding in parameters.roundings.values()), default=0.0)
     parameters.fix()
     after = relative_error(block, floats, quantized, powers)
+    # The loss is that of soft weights on single batches; rounded weights on all batches may come out worse.
     if after > before:
         restore_nearest()
         after = before
@@ -96,6 +97,7 @@ def _powers(block: Block, floats: ActivationCache) -> dict[fx.Node, Tensor]:
         for node, value in floats.outputs(block, batch).items():
             if _is_floating_point(value):
                 powers[node] = powers.get(node, 0.0) + value.double().square().mean() / batches
+    # An output of zeros has no power, and a division by 0 would make the whole loss NaN.
     return {node: power.float().clamp(min=1e-12) for node, power in powers.items()}
 
 
@@ -130,6 +132,8 @@ class _Parameters:
     def _add_activation_scales(self, block: Block, rate: float) -> None:
         for quantizer in _activation_quantizers(block):
             self.scales[quantizer] = effective_scale(quantizer.scale.detach()).clone()
+            # Adam's steps have the size of the learning rate, whatever the gradient: a rate relative to the number
+            # moves scales of any size alike.
             self._add(self.scales[quantizer], rate * float(quantizer.scale))
 
     def _add_biases(self, rate: float) -> None:
@@ -175,6 +179,7 @@ class _Parameters:
         """Put the weights on their grids as was learned, and fix the scales: a moved scale would undo the rounding."""
         for layer, rounding in self.roundings.items():
             quantizer = self.quantizers[layer]
+            # Snapped first: the weights must lie on the grid of the scale that is stored.
             scale = snap(rounding.scale.detach().abs()).reshape(quantizer.scale.shape)
             layer.weight.copy_(dequantize(rounding.integers, scale, torch.zeros_like(scale), quantizer.scheme))
             quantizer.fix_scale(scale)
@@ -229,8 +234,10 @@ def _descend(
     """Minimize the error plus the regularizer, which takes part after the warm start."""
     generator = torch.Generator().manual_seed(seed)
     qdrop = _QDrop(options.drop, generator, parameters)
+    # For scales and biases alone: the roundings have a fused Adam of their own (`Rounding.step`).
     optimizer = torch.optim.Adam(parameters.groups) if parameters.groups else None
     steps = options.steps
+    # AdaRound's warm start: first the error alone moves the soft weights, then the regularizer decides them.
     warm = round(options.warm_start * steps)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if optimizer else None
     weights = sum(rounding.v.numel() for rounding in parameters.roundings.values())
@@ -238,11 +245,14 @@ def _descend(
         for step, batch in enumerate(_shuffled_batches(len(quantized.batches), steps, generator)):
             values = quantized.inputs(block, batch)
             if options.drop:
+                # QDrop: each element of the block's input comes from the quantized or the float model at random, so
+                # that the block learns no answer to one fixed noise.
                 values = qdrop.mix(values, floats.inputs(block, batch))
             found = run(block, values, qdrop.call)
             _loss(found, floats.outputs(block, batch), powers).backward()  # type: ignore[no-untyped-call]
             if optimizer and decay:
                 for rounding in parameters.roundings.values():
+                    # Before `Rounding.step`, which takes the gradient of the soft weight away.
                     rounding.set_scale_gradient()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -300,6 +310,7 @@ class _QDrop:
         if 2 * count > len(self.decisions):
             drawn = torch.rand(max(MIN_RANDOM_DECISIONS, 4 * count), generator=self.generator)
             self.decisions = (drawn < self.probability).to(x.device)
+        # The generator is on the CPU, so this waits for no device.
         start = int(torch.randint(len(self.decisions) - count, (), generator=self.generator))
         return self.decisions[start : start + count].view(x.shape)
 

@@ -135,6 +135,7 @@ def _reconstruct(
     resume_dir: Path | None,
     log: Log | None,
 ) -> ReconstructionReport:
+    # The number that "auto" stands for is written out, so that a resumed run compares numbers.
     options = dataclasses.replace(options, iterations=options.steps)
     check_float_weights(qmodel, "Reconstruction")
     _check_calibrated(qmodel)
@@ -168,14 +169,18 @@ def _reconstruct_region(
     for index, block in enumerate(blocks):
         begin = time.perf_counter()
         name = qualified(prefix, block.name)
+        # The target is the float model's output on float inputs, the input is the quantized model's: AdaRound's
+        # asymmetric reconstruction, which lets a block make up for the errors before it.
         with in_float(block):
             floats.advance(block)
         result = finished.restore(name, block)
         if result is None:
             result = BlockResult(0, 0, 0)
+            # A region without a quantized weight is a single block without layers: its activations only pass on.
             if block.layers:
                 result = optimize_block(block, floats, quantized, options, options.seed + index)
             finished.save(name, block, result)
+        # A restored block is run as well, so that a resumed run gives the next block the same activations.
         quantized.advance(block)
         for cached in (floats, quantized):
             cached.release(blocks[: index + 1])

@@ -72,6 +72,8 @@ class BlockStore:
             result = BlockResult(**json.loads(file.metadata()["outcome"]))
             for key, tensor in _state(block).items():
                 tensor.copy_(file.get_tensor(key))
+        # The tensors are loaded, but the state of a quantizer is a Python attribute: it must be set to fixed as
+        # `optimize_block` did.
         for quantizer in learned_quantizers(block, self.options):
             quantizer.fix_scale(quantizer.scale.detach().clone())
         return result

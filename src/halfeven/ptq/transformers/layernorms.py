@@ -48,6 +48,7 @@ def move_affine(
         r: positive factors, [channels], float64.
         c: offsets, [channels], float64.
     """
+    # f x + o with x = r x' + c is (f r) x' + (f c + o): several moves add up in one pair of factor and offset.
     if rescaling is not None:
         factor = rescaling.factor.double()
         rescaling.offset.copy_(rescaling.offset.double() + factor * c)
@@ -55,7 +56,9 @@ def move_affine(
     for layer in linears:
         weight = layer.weight.double()
         if layer.bias is not None:
+            # The bias before the weight: W c needs W as it was.
             layer.bias.copy_(layer.bias.double() + weight @ c)
+        # [outputs, inputs] * [inputs]: a factor for each input channel.
         layer.weight.copy_(weight * r)
     if norm.bias is not None:
         norm.bias.copy_((norm.bias.double() - c) / r)
@@ -210,6 +213,7 @@ def channel_ranges(
     """
     if not groups:
         return []
+    # Axis 0: an observer takes [channels, ...], and the hook moves the last axis there.
     observers = [make_observer(observer, Scheme(axis=0)) for _ in groups]
     hooks = [
         group.norm.register_forward_hook(lambda module, inputs, output, seen=seen: seen.update(output.movedim(-1, 0)))

@@ -44,10 +44,13 @@ def to_common_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     live = live_channels(extent)
     if not bool(live.any()):
         return torch.ones_like(extent), torch.zeros_like(extent)
+    # RepQ-ViT, section 3.2: the common scale s~ and zero point z~ are the means over the channels; r1 = s / s~ and r2 =
+    # z - z~ are written here as r = extent / common and c.
     common = extent[live].mean()
     # Position of zero as a fraction of the extent; inside it, because padding brings zeros in.
     zero = (-low[live] / extent[live]).mean().clamp(0, 1)
     r = extent / common
+    # The offset that puts the channel's own low end on the common low end: (low - c) / r = -zero * common.
     c = low + r * zero * common
     return torch.where(live, r, 1.0), torch.where(live, c, 0.0)
 
@@ -78,6 +81,7 @@ def reparametrize(
     ranges = channel_ranges(qmodel, groups, loader, observer, batches)
     rescalings = give_rescalings(qmodel, groups)
     for group in groups:
+        # W c goes into the bias of the layer that reads the tensor, which some layers do not have.
         for name in group.linear_names:
             give_bias(qmodel, name)
     spreads = {}

@@ -47,6 +47,7 @@ def smoothing_factors(activations: Tensor, weights: Tensor, strength: float) -> 
     """
     x = activations.double()
     w = weights.double()
+    # With strength 1/2, activations and weights of a channel get the same largest magnitude: sqrt(max|X| max|W|).
     factor = x.pow(strength) / w.pow(1 - strength)
     return torch.where(live_channels(x) & live_channels(w), factor, 1.0)
 
@@ -86,6 +87,7 @@ def smooth(
     with preserving_the_float_function(qmodel, "Smoothing"):
         for group, rescaling, (low, high) in zip(groups, rescalings, ranges, strict=True):
             activations = torch.maximum(-low, high)
+            # All layers that read the tensor get the same factor, so the largest weight of any of them counts.
             weights = torch.stack([layer.weight.abs().amax(0) for layer in group.linears]).amax(0)
             r = smoothing_factors(activations, weights, strength)
             move_affine(group.norm, group.linears, rescaling, r, torch.zeros_like(r))

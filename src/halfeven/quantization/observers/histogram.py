@@ -61,11 +61,13 @@ class HistogramObserver:
         self.largest = high
         # Exact in float32: the factor is a power of two, and indices are below 2^24.
         bins = (torch.floor(rows(values) * _power_of_two(-exponent)[:, None]) - first[:, None]).long()
+        # One `bincount` for all rows: row r counts in the bins from r * BINS on.
         bins += torch.arange(len(bins), device=bins.device)[:, None] * BINS
         self.counts += torch.bincount(bins.flatten(), minlength=self.counts.numel()).view_as(self.counts)
 
     def _widen(self, first: Tensor, exponent: Tensor) -> None:
         old = self.first[:, None] + torch.arange(BINS, device=first.device)
+        # Doubling the width k times takes bin i to floor(i / 2^k): an arithmetic shift, for negative i too.
         new = (old >> (exponent - self.exponent).clamp(max=62)[:, None]) - first[:, None]
         # Only empty bins fall outside of the new ones.
         self.counts = torch.zeros_like(self.counts).scatter_add_(1, new.clamp(0, BINS - 1), self.counts)
@@ -100,11 +102,13 @@ def _bins(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     They are no finer than float32.
     """
     largest = torch.maximum(-low, high)
+    # `frexp` gives the smallest power of two above the quotient, so that BINS bins cover the extent.
     exponent = torch.where(high > low, torch.frexp((high - low) / BINS).exponent, SMALLEST_EXPONENT).long()
     finest = torch.where(largest > 0, torch.frexp(largest).exponent - 24, SMALLEST_EXPONENT).long()
     exponent = torch.maximum(exponent, finest).clamp(min=SMALLEST_EXPONENT)
     first = torch.floor(low * _power_of_two(-exponent))
     last = torch.floor(high * _power_of_two(-exponent))
+    # Edges are multiples of the width: a range that begins in the middle of a bin may need a bin more than there are.
     exponent += last - first >= BINS
     return torch.floor(low * _power_of_two(-exponent)).long(), exponent
 
@@ -123,6 +127,7 @@ def percentile_range(histogram: HistogramObserver, percentile: float = 99.99) ->
     tail = (100 - percentile) / 100
     two_sided = (histogram.smallest < 0) & (histogram.largest > 0)
     share = torch.where(two_sided, tail / 2, tail)[:, None]
+    # `right=True` passes over the empty bins at the start, whose cumulative count is 0, when nothing is to be left out.
     first = torch.searchsorted(cumulative, share * total, right=True).clamp(max=BINS - 1)[:, 0]
     last = torch.searchsorted(cumulative, (1 - share) * total).clamp(max=BINS - 1)[:, 0]
     low = histogram.low + first * histogram.width
@@ -166,6 +171,8 @@ def _occupied(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
     """Return centers and counts of the bins that are not empty, [rows, most of a row]: a filter has few weights."""
     row, bin_ = (histogram.counts > 0).nonzero(as_tuple=True)
     each = torch.bincount(row, minlength=len(histogram.counts))
+    # `nonzero` lists the bins row by row, so a bin's place in its row is its index less the number of bins in rows
+    # before.
     place = torch.arange(len(row), device=row.device) - (each.cumsum(0) - each)[row]
     shape = len(each), int(each.amax())
     centers = histogram.width.new_zeros(shape)
@@ -190,6 +197,7 @@ def entropy_range(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
         level = level.clamp_(scheme.quant_min, scheme.quant_max).long() - scheme.quant_min
         return _divergence(histogram.counts.repeat(len(lows), 1), level, inside, scheme.levels).view_as(lows)
 
+    # Both ends shrink together, as in Migacz's search over one threshold.
     fractions = torch.linspace(1.0, 0.1, CANDIDATES, device=histogram.smallest.device)[:, None]
     bounded = by_parts(divergences, max(1, MAX_SEARCH_NUMBERS // histogram.counts.numel()))
     return best(bounded, histogram.smallest * fractions, histogram.largest * fractions)

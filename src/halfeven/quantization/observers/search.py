@@ -32,6 +32,7 @@ def least_error(errors: Errors, low: Tensor, high: Tensor, symmetric: bool) -> t
     if symmetric:
         return best(errors, low * fractions, high * fractions)
     coarse = torch.linspace(1.0, 1.0 / COARSE_CANDIDATES, COARSE_CANDIDATES, device=device)
+    # The pairs of equal fractions come first, from the whole range down: of equal errors the widest range wins.
     pairs = torch.cat([fractions.expand(-1, 2), torch.cartesian_prod(coarse, coarse)])
     low, high = best(errors, low * pairs[:, :1], high * pairs[:, 1:])
     # Factors from 1/2 to 3/2; the factor 1 comes first, so that the present range wins a tie.
