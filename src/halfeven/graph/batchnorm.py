@@ -24,6 +24,7 @@ def folding(norm: Any, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     mean = norm.running_mean.double()
     if norm.weight is not None:
         factor = factor * norm.weight.detach().double()
+    # White paper, section 2.3.1: b~ = beta + gamma (b - mean) / sqrt(var + eps), with the layer's own bias b.
     shift = factor * ((0.0 if bias is None else bias.detach().double()) - mean)
     if norm.bias is not None:
         shift = shift + norm.bias.detach().double()
@@ -36,6 +37,7 @@ def statistics(norm: Any) -> tuple[Tensor, Tensor]:
     BatchNorm normalizes its input first, so they are beta and |gamma|; gamma may be negative.
     """
     ones = torch.ones_like(norm.running_mean)
+    # A BatchNorm with affine=False has neither gamma nor beta: mean 0, deviation 1.
     mean = torch.zeros_like(ones) if norm.bias is None else norm.bias.detach()
     std = ones if norm.weight is None else norm.weight.detach().abs()
     return mean.float().clone(), std.float().clone()
@@ -77,6 +79,7 @@ def split_shared(region: CapturedModule) -> None:
         norms = [users[0] for users in readers if len(users) == 1 and kind_of(users[0]) is OperatorKind.BATCH_NORM]
         if len(norms) < len(layers) or any(len(calls[norm.target]) != 1 for norm in norms):
             continue
+        # The first call keeps the shared layer under its own name.
         for layer, norm in list(zip(layers, norms, strict=True))[1:]:
             layer.target = f"{path}_before_{str(norm.target).replace('.', '_')}"
             place(region, layer.target, copy.deepcopy(region.get_submodule(path)))
@@ -103,7 +106,9 @@ def fold(region: CapturedModule) -> int:
         shape = [1] * module.weight.ndim
         shape[output_axis(layer)] = -1
         with torch.no_grad():
+            # In place: the parameter keeps its identity and its name, by which checkpoints and optimizers know it.
             module.weight.copy_((module.weight.double() * factor.reshape(shape)).float())
+        # Registering by attribute also fills the entry of a layer that was made with bias=False.
         module.bias = nn.Parameter(bias.to(module.weight))
         keep_statistics(module, *statistics(module_of(node)))
         remove(region, node)

@@ -24,6 +24,7 @@ def make_functional(node: fx.Node) -> None:
     if functional is aten.copy.default:
         _write_as_expansion(node, changed)
     later = nodes_after(node)
+    # Only nodes after the change: those before it read the tensor as it was.
     changed.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
     _write_back(node, changed, later)
 
@@ -40,10 +41,13 @@ def _write_back(result: fx.Node, view: fx.Node, later: set[fx.Node]) -> None:
     while (scatter := Op(view).row.scatter) is not None:
         base = view.args[0]
         assert isinstance(base, fx.Node)
+        # A view of the whole tensor (`x[:]`): the result is the new tensor, and nothing is put into place.
         if Op(view).shape == Op(base).shape:
             whole = result
         else:
             with result.graph.inserting_after(result):
+                # torch has for each view the operator that puts a changed view back into its base, such as slice and
+                # slice_scatter.
                 whole = result.graph.call_function(scatter, (base, result, *view.args[1:]))
             whole.meta = dict(base.meta)
         base.replace_all_uses_with(whole, delete_user_cb=lambda user: user in later)

@@ -92,6 +92,7 @@ def leaf_markers(model: nn.Module) -> Iterator[None]:
     """Mark the calls of modules for stochastic depth within the context: in eval mode they would leave no trace."""
     marked = [(name, module) for name, module in model.named_modules() if is_stochastic_depth(module)]
     for name, module in marked:
+        # An attribute of the instance hides the class's method; `del` in the end makes the method visible again.
         module.forward = lambda x, *_, name=name: torch.ops.halfeven.leaf(x, name)
     try:
         yield
@@ -112,6 +113,7 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule) -> CapturedModule:
             _restore(node, original, modules)
             _check_mode_is_free(node)
     root = CapturedModule(nn.Module(), fx.Graph())
+    # Parents before children: a placed parent would replace children that are there already.
     for name in sorted(modules, key=lambda name: name.count(".")):
         place(root, name, modules[name])
     adopt(root, original, lambda value: value)
@@ -120,6 +122,7 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule) -> CapturedModule:
             owner, attribute = _owner(root, op.path)
             owner.register_buffer(attribute, op.constant.detach(), persistent=False)
     root.graph = graph
+    # Takes away the reads of parameters that belong to the restored modules now.
     graph.eliminate_dead_code()
     root.recompile()
     return root
@@ -150,6 +153,7 @@ def _restore(node: fx.Node, original: nn.Module, modules: dict[str, nn.Module]) 
         return
     if present is None:
         _call(node, name, module, modules)
+    # A module's repr has all its settings. Two calls of one weight with different strides are two functions.
     elif repr(present) == repr(module):  # a layer that is used more than once
         _call(node, name, present, modules)
 
@@ -204,7 +208,9 @@ def _convolution(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
     path, weight, bias = layer
     build: Any = Op(node).row.module
     padding = a["padding"] if isinstance(a["padding"], str) else tuple(a["padding"])
+    # A convolution's weight is [outputs, inputs / groups, *kernel].
     shape = (weight.shape[1] * a["groups"], weight.shape[0], tuple(weight.shape[2:]), tuple(a["stride"]), padding)
+    # device="meta": the new module's own parameters get no memory, since the original's take their place.
     module = build(*_spread(shape, weight.ndim - 2), tuple(_many(a["dilation"], weight.ndim - 2)), a["groups"],
                    bias is not None, device="meta")  # fmt: skip
     return path, _with_parameters(module, weight, bias)
@@ -252,9 +258,11 @@ def _batch_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
     if any(p is not None and _path(p, n) != path for p, n in ((weight, "weight"), (bias, "bias"))):
         return None
     was: Any = original.get_submodule(path)
+    # It keeps its process group and its class; rebuilt as BatchNorm2d, it would no longer synchronize.
     if isinstance(was, nn.SyncBatchNorm):
         return path, was
     mean = was.running_mean
+    # The operator is the same for all numbers of axes, and the module is not.
     build: Any = BATCH_NORMS[Op(node).inputs[0].ndim]
     # Exported in eval mode, the operator has no true momentum; the module's may be None, for a cumulative average.
     module = build(
@@ -286,6 +294,7 @@ def _group_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
 
 def _dropout(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
     op = Op(node)
+    # A dropout called as a function bears the path of the module around it, or of no module.
     try:
         was = original.get_submodule(op.path)
     except AttributeError:
@@ -337,6 +346,7 @@ def place(root: nn.Module, path: str, module: nn.Module) -> None:
 
 def adopt(root: nn.Module, source: nn.Module, convert: Callable[[Any], Any]) -> None:
     """Give `root` every parameter and buffer of `source` that it lacks, at the same path, each through `convert`."""
+    # `remove_duplicate=False`: tied parameters keep every name they have, and state dicts keep their keys.
     for path, parameter in source.named_parameters(remove_duplicate=False):
         owner, name = _owner(root, path)
         if name not in own_parameters(owner):

@@ -36,6 +36,7 @@ def _lower(region: CapturedModule, node: fx.Node) -> bool:
     query = values["query"]
     key = values["key"]
     width = Op(query).shape[-1]
+    # torch's default: 1 / sqrt(width of a head).
     scale = values["scale"] if values["scale"] is not None else float(width) ** -0.5
     graph = region.graph
     call = _caller(node)
@@ -43,6 +44,7 @@ def _lower(region: CapturedModule, node: fx.Node) -> bool:
         scores = call(aten.mul.Tensor, call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1)), scale)
         mask = values["attn_mask"]
         if mask is not None and Op(mask).value.dtype is torch.bool:
+            # torch's boolean masks are True where a position takes part, and masked_fill fills where its mask is True.
             scores = call(aten.masked_fill.Scalar, scores, call(aten.logical_not.default, mask), float("-inf"))
         elif mask is not None:
             scores = call(aten.add.Tensor, scores, mask)
@@ -96,6 +98,7 @@ def merge_duplicates(region: CapturedModule) -> int:
     known: dict[Any, fx.Node] = {}
     merged = 0
     for node in list(region.graph.nodes):
+        # Modules stay apart: two calls of a dropout, or of a BatchNorm in training, are not equal.
         if not (Op(node).is_function and is_operator(node.target) and is_pure(node.target)):
             continue
         try:
@@ -115,6 +118,7 @@ def _hashable(value: Any) -> Any:
         return tuple(_hashable(item) for item in value)
     if isinstance(value, dict):
         return tuple((key, _hashable(item)) for key, item in sorted(value.items()))
+    # The type too: 1, 1.0 and True are equal in Python, and give an operator other results.
     return type(value), value
 
 
@@ -123,6 +127,7 @@ def _caller(node: fx.Node) -> Callable[..., fx.Node]:
 
     def call(target: Any, *args: Any) -> fx.Node:
         new = node.graph.call_function(target, args)
+        # The module that the operator belongs to: names of tensors and rules for modules follow it.
         new.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
         with torch.no_grad():
             fakes = [Op(a).value if isinstance(a, fx.Node) else a for a in args]
@@ -133,6 +138,8 @@ def _caller(node: fx.Node) -> Callable[..., fx.Node]:
 
 
 def _evaluate(target: Any, fakes: list[Any]) -> Any:
+    # The recorded values are torch.export's fake tensors, which have shapes and no data; results must belong to the
+    # same fake mode, or its symbols for free sizes would not match.
     mode = next(f.fake_mode for f in fakes if hasattr(f, "fake_mode"))
     with mode:
         return target(*fakes)

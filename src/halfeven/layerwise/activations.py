@@ -53,6 +53,8 @@ class ActivationCache:
         """Return the values that a block reads from outside itself, for the batch of this index."""
         values: Values = {}
         if any(Op(node).is_input for node in block.inputs):
+            # The region's own inputs are stored once per batch and not among `values`, since both forms of a whole
+            # model share them.
             args, kwargs = self.batches[batch].load()
             values = dict(zip(self.placeholders, self.region.flat_inputs(*args, **kwargs), strict=True))
         found = {n: values[n] if n in values else self.values[batch][n].load() for n in block.inputs}
@@ -78,6 +80,7 @@ class ActivationCache:
         """
         for batch, values in enumerate(self.values):
             for node, value in run(block, self.inputs(block, batch), call).items():
+                # The cache's bound counts RAM: on a GPU the activations of all batches would not fit.
                 values[node] = self.store.store(pytree.tree_map_only(Tensor, lambda t: t.cpu(), value))
 
     @torch.no_grad()
@@ -90,6 +93,7 @@ class ActivationCache:
         """Release the tensors that no block reads except these, which are finished."""
         inside = {node for block in done for node in block.nodes}
         for values in self.values:
+            # A list first: entries are deleted from the dictionary during the loop.
             for node in [n for n in values if all(user in inside for user in n.users)]:
                 del values[node]
 
@@ -109,6 +113,7 @@ def run(block: Block, values: Values, call: Call = run_module) -> Values:
         return read.constant if read.is_constant else known[node]
 
     for op in map(Op, block.nodes):
+        # Node by node rather than by the region's generated code, so that a caller can watch or replace each module.
         args = fx.node.map_arg(op.node.args, look_up)
         kwargs = fx.node.map_arg(op.node.kwargs, look_up)
         module = op.module
@@ -147,6 +152,7 @@ def _region_arguments(
         seen.append(store.store(pytree.tree_map_only(Tensor, lambda t: t.cpu(), (args, kwargs))))
 
     device = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
+    # The model around the region is Python, which cannot be cut into blocks: it runs whole, once per form.
     hook = region.register_forward_pre_hook(see, with_kwargs=True)
     set_mode(qmodel, mode)
     try:

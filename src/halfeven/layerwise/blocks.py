@@ -50,6 +50,8 @@ def find_blocks(region: CapturedModule, granularity: Granularity) -> list[Block]
     """
     nodes = computed_nodes(region)
     layers = [index for index, node in enumerate(nodes) if is_quantized_layer(node)]
+    # What comes before the first layer belongs to it, and what follows a layer (activation, quantizer, addition)
+    # belongs to that layer.
     starts = [0, *layers[1:]] if granularity == "layers" else _block_starts(nodes, layers)
     return [_block(nodes[a:b]) for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True)]
 
@@ -68,6 +70,7 @@ def is_quantized_layer(node: fx.Node) -> bool:
 def _block(nodes: Sequence[fx.Node]) -> Block:
     inside = set(nodes)
     layers = [node for node in nodes if is_quantized_layer(node)]
+    # A dict for its order, which a set does not have.
     read = dict.fromkeys(
         read.node for node in nodes for read in Op(node).inputs if read.node not in inside and not read.is_constant
     )
@@ -108,11 +111,13 @@ def _cuts(nodes: Sequence[fx.Node]) -> list[int]:
     """Return the indices before which at most one tensor computed by layers is still to be read."""
     index_of = {node: index for index, node in enumerate(nodes)}
     computed = _behind_layers(nodes)
+    # A tensor that the graph's output reads is live to the end: the output is none of `nodes`.
     last_read = {n: max((index_of.get(user, len(nodes)) for user in n.users), default=-1) for n in computed}
     cuts = []
     live = {node for node in computed if Op(node).is_input}
     for index, node in enumerate(nodes):
         live = {tensor for tensor in live if last_read[tensor] >= index}
+        # A residual block has two live tensors inside, its branch and the skip connection, and one at its end.
         if len(live) <= 1:
             cuts.append(index)
         if node in computed and isinstance(Op(node).value, Tensor | tuple | list):

@@ -51,6 +51,7 @@ class BoundedCache:
         size = sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
         fits = self.used + size <= self.memory
         stored = Stored(value, None if fits else self._write(value))
+        # By reference count: when the caller drops a value, its RAM counts as free or its file goes, without a call.
         weakref.finalize(stored, self._release, size if fits else 0, stored._file)
         self.used += size if fits else 0
         self.on_disk += 0 if fits else size
@@ -59,6 +60,7 @@ class BoundedCache:
     def _write(self, value: Any) -> Path:
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="halfeven-", dir=self._parent))
+            # Also at the interpreter's exit, so that an interrupted run leaves no folder.
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self.files += 1
         path = self._folder / f"{self.files}.pt"
@@ -89,6 +91,7 @@ def store_inputs(loader: Iterable[Any], size: int, cache: BoundedCache, batches:
     result: list[Stored] = []
     for batch in islice(loader, batches):
         leaves, spec = pytree.tree_flatten(inputs_of(batch))
+        # Scalars and tensors of another first size, such as a position table, are not cut.
         samples = max((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), default=1)
         for start in range(0, samples, size):
             part = [_part(leaf, samples, slice(start, start + size)) for leaf in leaves]

@@ -34,14 +34,18 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
             names it. Earlier ranges are restored.
     """
     found = [q for q in quantizers(qmodel).values() if not q.state.fixed]
+    # Only quantizers change here, so that their tensors are all there is to restore.
     before = {q: {k: v.clone() for k, v in q.state_dict().items()} for q in found}
     try:
         for quantizer in found:
             quantizer.start_calibration()
         with evaluating(qmodel):
+            # A weight's quantizer sets its range at its first call and quantizes from then on (`Quantizer._calibrate`),
+            # so the activations that observers see are those of quantized weights.
             run_batches(qmodel, loader, batches)
         for quantizer in found:
             quantizer.finish_calibration()
+    # Ctrl-C too: an interrupted calibration must not leave observers behind.
     except BaseException:
         for quantizer in found:
             quantizer.mode = Mode.QUANTIZE
@@ -87,6 +91,7 @@ def set_weight_ranges(qmodel: nn.Module, *, missing_only: bool = False) -> None:
         try:
             for quantizer in found:
                 quantizer.start_calibration()
+            # Quantizers see the weights when the layers are called; the numbers of the example do not matter.
             run_example(qmodel)
             for quantizer in found:
                 quantizer.finish_calibration()

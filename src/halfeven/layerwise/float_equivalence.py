@@ -63,6 +63,7 @@ def preserving_the_float_function(qmodel: nn.Module, algorithm: str) -> Iterator
             restored.
     """
     before = {p: p.detach().clone() for p in qmodel.parameters()}
+    # Buffers beside the parameters: algorithms that scale channels scale them too.
     statistics = {m: kept for m in qmodel.modules() if (kept := kept_statistics(m)) is not None}
     expected = example_outputs(qmodel)
     yield

@@ -39,6 +39,7 @@ def re_estimate(model: nn.Module, loader: Iterable[Any], batches: int = 50) -> N
         return
     device = next(model.parameters()).device
     seen = 0
+    # `evaluating` puts all modules in eval mode first (no dropout, no moving ranges), then BatchNorm alone trains.
     with evaluating(model), _plain_averages(layers, device):
         for batch in islice(loader, batches):
             args, kwargs = inputs_of(batch)

@@ -17,6 +17,7 @@ def sqnr(found: Iterable[Tensor], expected: Sequence[Tensor]) -> float:
         found: tensors of the quantized model, in the order and with the shapes of `expected`.
         expected: tensors of the float model.
     """
+    # In float64: squares of millions of small errors would vanish beside a large sum in float32.
     signal = sum(float(e.double().square().sum()) for e in expected)
     noise = sum(float((f - e).double().square().sum()) for f, e in zip(found, expected, strict=True))
     return float(10 * torch.log10(torch.tensor(signal / noise))) if noise else float("inf")
@@ -33,6 +34,7 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
         return 0.0
     scale = float(expected.abs().max()) or 1.0
     worst = float((found - expected).abs().max()) / scale
+    # NaN is the one number that is not equal to itself.
     return worst if worst == worst else float("inf")
 
 

@@ -37,6 +37,8 @@ def freeze(model: nn.Module) -> None:
     Scale and shift are still trained. In a distributed run every process must call this function: the statistics are
     averaged over the processes first.
     """
+    # The trainer's `model.train()` at the start of each epoch puts BatchNorm into training mode again, so this is
+    # called before each step and usually finds nothing to do.
     live = [module for module in batchnorms(model).values() if module.training]
     if live:
         average_batchnorm(model)
@@ -68,6 +70,8 @@ def frozen_after(model: nn.Module, options: ScheduleOptions) -> float:
     """Return the fraction of the run after which BatchNorm is frozen: that of the options, or one by the bits."""
     if options.freeze_batchnorm_after != "auto":
         return options.freeze_batchnorm_after
+    # White paper, section 5.2, freezes late in the run. Below 8 bits weights hop between integers, and statistics
+    # frozen at one moment suit none of the networks after it.
     return 1.0 if any(quantizer.scheme.bits < 8 for quantizer in quantizers(model).values()) else 2 / 3
 
 

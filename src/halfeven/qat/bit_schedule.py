@@ -64,12 +64,15 @@ class BitSchedule:
         stage = min(int(done / self.options.share * stages), stages)
         if stage != self.stage:
             self._set(stage)
+            # A grid with fewer integers needs a larger scale for the same range. This happens once for each stage.
             calibrate(self.qmodel, self.loader)
 
     def _set(self, stage: int) -> None:
         self.stage = stage
+        # The last stage has no bits of its own: 0 leaves every tensor at those of the plan.
         least = (*self.options.bits, 0)[stage]
         for quantizer, scheme in self.planned.items():
+            # Scale and zero point keep their shapes, so that optimizer and state dict are not touched.
             quantizer.scheme = dataclasses.replace(scheme, bits=max(scheme.bits, least))
 
     def state_dict(self) -> dict[str, Any]:

@@ -61,8 +61,11 @@ def soft_label_loss(outputs: Tensor, expected: Tensor, temperature: float = 1.0)
         expected: the teacher's logits, of the same shape; they get no gradient.
         temperature: divides the logits of both before the softmax.
     """
+    # In float32 under autocast too: the divergence of two similar distributions is a small difference of logarithms.
     student = F.log_softmax(outputs.float() / temperature, -1)
     teacher = F.log_softmax(expected.detach().float() / temperature, -1)
+    # `log_target` takes the logarithm of the teacher's probabilities: no log(0). Summed over classes, then the mean
+    # over samples: "batchmean" would divide by the first axis alone, also where positions count as samples.
     return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean()
 
 
@@ -119,6 +122,7 @@ class Distillation:
     ) -> None:
         self.options = options
         self.logits = logits
+        # A copy: the caller may train the float model on, or may have given the model that is quantized.
         self.teacher = copy.deepcopy(teacher)
         if options.features and regions(qmodel) and not regions(teacher):
             self.teacher = _captured_as(qmodel, self.teacher)
@@ -201,9 +205,11 @@ def _captured_as(qmodel: nn.Module, teacher: nn.Module) -> nn.Module:
             "with halfeven.prepare(model, example), or give a teacher that is captured already."
         )
     args, kwargs = example
+    # Modules that the user left out of the student may not exist in the teacher, and capture refuses unknown names.
     there = dict(teacher.named_modules())
     leave_out = tuple(name for name in options.leave_out if name in there)
     options = dataclasses.replace(options, leave_out=leave_out)
+    # The recorded example is on the CPU, where the capture runs the model on it; `_teach` moves the teacher back.
     return capture_for_quantization(teacher.cpu(), kwargs or args, options)[0]
 
 

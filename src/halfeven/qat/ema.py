@@ -43,6 +43,7 @@ class AveragingOptions(Options):
 
 def warmed_up(decay: float, step: int) -> float:
     """Return the decay at a step, from 0: at most (1 + step) / (10 + step), so that the start is soon forgotten."""
+    # The warm-up of TensorFlow's ExponentialMovingAverage.
     return min(decay, (1 + step) / (10 + step))
 
 
@@ -57,6 +58,8 @@ def blend(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) ->
     """
     for mine, new in _by_dtype(averages, values):
         if decay == 0:
+            # Not lerp with weight 1: integers cannot be interpolated, and NaN of a range that is not set would stay
+            # NaN.
             copy_all(mine, new)
         else:
             blend_all(mine, new, 1 - decay)
@@ -99,6 +102,7 @@ class WeightEMA:
         self._copied: list[tuple[dict[str, Any], dict[str, Any], str]] = []
         for name, buffer in qmodel.named_buffers():
             owner = qmodel.get_submodule(name.rpartition(".")[0])
+            # Other floating-point buffers are constants such as masks, whose -inf has no average.
             averaged = buffer.is_floating_point() and isinstance(owner, AnyBatchNorm | Quantizer)
             (self._averaged if averaged else self._copied).append(self._places(name, own_buffers))
 
@@ -121,6 +125,7 @@ class WeightEMA:
             if raw.scheme != mine.scheme or (raw.state.has_range and not mine.state.has_range):
                 # An average with NaN, or with the scale of another grid, would mean nothing.
                 mine.load_state_dict(raw.state_dict())
+            # These steer the average's own forward pass, and they are no tensors that `blend` could copy.
             for name in PYTHON_STATE:
                 setattr(mine, name, getattr(raw, name))
         blend(*self._tensors(self._averaged), warmed_up(self.options.decay, step) if self._started else 0.0)

@@ -71,6 +71,7 @@ class _Catch:
             self.store[self.name] = output.clone()  # a later `ReLU(inplace=True)` may change it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Catch":
+        # A copied model (the average of the weights, a checkpoint) must not write into the store of this distillation.
         return _Catch(None, self.name, self.with_gradients)
 
     def __reduce__(self) -> tuple[Any, ...]:

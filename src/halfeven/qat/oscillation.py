@@ -87,11 +87,14 @@ def _follow(
     """
     # Section 2.3: a weight oscillates in a step where its integer changes, in the direction opposite to its last
     # change. The frequency is a moving average of these events; section 4.3 averages the integers too.
+    # A frozen element stays on `average`, which was rounded to an integer when it was frozen.
     integers = torch.where(frozen, average, _integers(weight, scale, bounds))
     change = torch.sign(integers - before)
+    # -1 where this change and the last one go in opposite directions, 0 where nothing changed.
     turned = (change * direction < 0).float()
     frequency.copy_(torch.lerp(frequency, turned, momentum))
     average.copy_(torch.lerp(average, integers, momentum))
+    # Steps without a change keep the direction: a turn is counted however long the weight rests between.
     direction.copy_(torch.where(change != 0, change, direction))
     before.copy_(integers)
 
@@ -106,6 +109,7 @@ class _Weight:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.quantizer: Quantizer = layer.weight_quantizer
+        # Grids of weights are symmetric, so that an integer is round(w / s) without a zero point.
         start = _integers(*self._grid())
         self.before = start.to(torch.int8)
         self.direction = torch.zeros_like(start, dtype=torch.int8)
@@ -143,6 +147,8 @@ class _Weight:
         rows, scale, _ = self._grid()
         shape = weight.shape if axis is None else weight.movedim(axis, 0).shape
         held = torch.where(self.frozen, self.average * scale, rows).reshape(shape)
+        # Section 4.3 freezes the integer and not the weight: with a scale that still learns, the latent weight moves
+        # with it.
         weight.data.copy_(held if axis is None else held.movedim(0, axis))
 
     def distance(self) -> Tensor:
@@ -152,6 +158,8 @@ class _Weight:
         scheme = self.quantizer.scheme
         scale = self.quantizer.used_scale(weight.detach()).detach()
         column = per_channel(scale, scheme.axis, weight.ndim)
+        # The clip takes weights beyond the grid out of the loss: their gradient is 0, and the straight-through
+        # estimator has none for them either.
         inside = torch.minimum(torch.maximum(weight, scheme.quant_min * column), scheme.quant_max * column)
         zero = self.quantizer.used_zero_point()
         target = quantize(weight.detach(), scale, zero, scheme) * column
@@ -206,6 +214,7 @@ class Oscillations:
         options = self.options
         if not options.freeze or done < options.start:
             return None
+        # A high threshold first: only the worst weights are frozen while the others can still find their integers.
         return options.freeze_to + (options.freeze_from - options.freeze_to) * (1 - self._risen(done))
 
     def _risen(self, done: float) -> float:

@@ -29,6 +29,7 @@ def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[st
         The groups that are not empty. "rate" is the factor on the learning rate of each step.
     """
     found = quantizers(model).values()
+    # By identity: tensors have no useful equality, and a shared parameter must be in one group only.
     scales = {id(p) for quantizer in found for p in quantizer.parameters(recurse=False)}
     clipping = {id(q.scale) for q in found if q.ranges == "clipped" and q.domain == "linear"}
     norms = {id(p) for m in model.modules() if isinstance(m, NORMALIZATIONS) for p in m.parameters(recurse=False)}
@@ -44,6 +45,7 @@ def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[st
         group = learned if id(parameter) in scales else free if keeps else decayed
         (clipped if id(parameter) in clipping else group).append(parameter)
     factor = options.scale_rate if options.optimizer == "sgd" else 1.0
+    # "rate" is a key of our own: each step sets "lr" anew from the schedule, times this factor (`Trainer._take_step`).
     own = {"lr": options.learning_rate * factor, "rate": factor}
     groups = [
         {"params": decayed, "weight_decay": options.weight_decay},
@@ -72,6 +74,7 @@ def learning_rate(step: int, total_steps: int, steps_per_epoch: int, options: Tr
         options: schedule and warm-up.
     """
     if step < options.warmup_steps:
+        # From step 0 on: a rate of 0 would waste the first step.
         return options.learning_rate * (step + 1) / (options.warmup_steps + 1)
     epoch = step // steps_per_epoch
     if options.schedule == "cosine":

@@ -21,6 +21,7 @@ from halfeven.training.options import TrainingOptions
 
 def mix(*numbers: int) -> int:
     """Return a well-mixed 63-bit seed made of several small numbers."""
+    # A sum or a hash of small numbers would give neighbouring steps related seeds. 63 bits fit a signed integer.
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -31,8 +32,10 @@ def seeded(*numbers: int) -> Iterator[None]:
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     seed = mix(*numbers)
+    # `torch.manual_seed` would seed every GPU as well, for each sample.
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
+    # NumPy's old generator takes 32 bits.
     np.random.seed(seed % 2**32)
     try:
         yield
@@ -97,6 +100,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             )
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        # `np.resize` repeats the order from its start until every process has as many samples: with fewer, a process
+        # would wait for the gradients of the others for ever.
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
         mine = np.resize(order, self.share * world_size())[rank() :: world_size()]
         for batch in range(self.start, self.batches):

@@ -59,6 +59,7 @@ def load_state(path: Path) -> TrainingState:
             "--work-dir of the interrupted run."
         )
     try:
+        # "cpu": the file may come from a machine with another device; `load_state_dict` moves what it loads.
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(

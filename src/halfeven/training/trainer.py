@@ -115,6 +115,7 @@ class Trainer:
         self.start = start
         self.header = json.dumps(header or {})
         self.batches = TrainingBatches(samples, options, seed=run.seed, workers=run.workers, collate=task.collate)
+        # Rounded up: the last group of an epoch may have fewer batches.
         self.steps_per_epoch = -(-len(self.batches) // options.accumulation)
         whole = options.epochs * self.steps_per_epoch
         self.total_steps = whole if options.max_steps == "auto" else min(options.max_steps, whole)
@@ -123,6 +124,7 @@ class Trainer:
         self.last = Metrics()
         self.accelerator = run.accelerator
         model.to(self.accelerator.device)
+        # After `model.to`, which may replace the parameters that the optimizer holds.
         self.optimizer = self.accelerator.prepare(make_optimizer(model, options))
         # The number of samples is part of the order: with another number every epoch is shuffled otherwise.
         self.position = {
@@ -178,6 +180,7 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> None:
         self.model.train()
+        # A resumed run begins in the middle of an epoch, at the batch where it was interrupted.
         start = self.step % self.steps_per_epoch * self.options.accumulation
         for group in self._groups(self.batches.epoch(epoch, start)):
             loss, rate = self._take_step(group)
@@ -205,11 +208,15 @@ class Trainer:
 
     def _take_step(self, group: list[tuple[Any, Any]]) -> tuple[Tensor, float]:
         """Take an optimizer step on the mean gradient of a group of batches. Returns its loss and learning rate."""
+        # The model's random numbers (dropout) depend on the step alone and not on what was drawn before: no generator's
+        # state needs saving, and a resumed run draws the same.
         torch.manual_seed(mix(self.where.seed, self.step, rank()))
         self.callback.before_step(self.model, self.step / self.total_steps)
         rate = learning_rate(self.step, self.total_steps, self.steps_per_epoch, self.options)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate * parameters.get("rate", 1.0)
+        # The weights do not change between the batches of a step: quantizing them once saves a pass over them per
+        # batch.
         with weights_quantized_once(self.model) if len(group) > 1 else contextlib.nullcontext():
             total = self._accumulate(group)
         if self.options.clip_norm > 0:
@@ -230,11 +237,14 @@ class Trainer:
                 loss = self.objective(*send_to_device(batch, device, non_blocking=True))
                 penalty = self.callback.penalty(self.step / self.total_steps)
                 loss = loss if penalty is None else loss + penalty
+                # Divided here, so that gradients add up to the mean over the group.
                 self.accelerator.backward(loss / len(group))
+            # A tensor on the device: `float(loss)` in each step would wait for the device.
             total += loss.detach() / len(group)
         return total
 
     def _log_loss(self, epoch: int, loss: Tensor, rate: float) -> None:
+        # Reading the number waits for the device, so it is read every `log_every` steps only.
         value = float(self.accelerator.reduce(loss, "mean"))
         if value != value or value in (float("inf"), float("-inf")):
             raise ConfigError(
@@ -252,6 +262,8 @@ class Trainer:
 
     def _validate(self, model: nn.Module, epoch: int, name: str, file: str = "") -> Metrics:
         """Validate a model, write it to `file` and, where it is better than all before, as the best."""
+        # Each process has the BatchNorm statistics of its own samples: without this, one process's model would be
+        # judged.
         average_batchnorm(model)
         self.callback.before_validation(model)
         metrics = self.validate(model)
@@ -275,6 +287,7 @@ class Trainer:
     def _save_state(self) -> None:
         for model in (self.model, *self.callback.other_models.values()):
             average_batchnorm(model)
+        # Only the first process writes its model, so that all must have the same.
         if different := differing(self.model):
             raise CheckpointError(
                 f"After step {self.step} the processes of this run have different models ("
@@ -295,6 +308,7 @@ class Trainer:
                 others={name: kept.state_dict() for name, kept in self.callback.stateful.items()},
             )
             save_state(state, self.where.folder / STATE_FILE)
+        # No process may train on, or end, before the file is complete.
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:

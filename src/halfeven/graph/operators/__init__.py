@@ -53,6 +53,7 @@ def row_of(target: Any) -> Operator:
 
 def row_of_module(module: nn.Module) -> Operator:
     """Return the row of a module's type or of its nearest base class that has a row; `UNKNOWN` where there is none."""
+    # A subclass of a layer (timm's Linear, a padded convolution) computes as its base class does.
     for ancestor in type(module).__mro__:
         if ancestor in ROWS:
             return ROWS[ancestor]

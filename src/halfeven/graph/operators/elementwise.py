@@ -42,6 +42,7 @@ ARITHMETIC = (
     Operator(target=aten.mul.Tensor, kind=K.MULTIPLY),
 )
 
+# Operators without a row run in float as well; these have a row for `kernel_rounded`.
 IN_FLOAT = (
     Operator(target=aten.exp.default, kind=K.FLOAT, kernel_rounded=True),
     Operator(target=aten.expm1.default, kind=K.FLOAT, kernel_rounded=True),

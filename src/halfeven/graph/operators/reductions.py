@@ -58,6 +58,7 @@ OVER_WINDOWS = (
         adaptive=True,
         factor_axis=along_last_axes(2),
     ),
+    # Nearest neighbours are copies, on the input's grid; bilinear and bicubic sampling compute new numbers.
     _resampling(aten.upsample_nearest2d.vec, K.SAME_SCALE),
     _resampling(aten.upsample_nearest2d.default, K.SAME_SCALE),
     _resampling(aten.upsample_bilinear2d.vec, K.INTERPOLATION),
@@ -72,6 +73,7 @@ OVER_AXES = (
         passes_features=on_other_axes("dim"),
     ),
     Operator(target=aten.mean.default, kind=K.AVERAGE),
+    # The largest value is an element of the tensor, on its grid; a mean is not (white paper, section 2.3).
     Operator(target=aten.amax.default, kind=K.SAME_SCALE, factor_axis=reduced_axis),
     Operator(target=aten.sum.dim_IntList, kind=K.FLOAT, kernel_rounded=True),
     Operator(target=aten.var.correction, kind=K.FLOAT, kernel_rounded=True),

@@ -108,6 +108,8 @@ class Operator:
     @property
     def has_kernel_rounding(self) -> bool:
         """Return True if the last bits of a result, computed in float, depend on the kernel's version."""
+        # A clip or a ReLU selects numbers and rounds nothing, and a leaky ReLU rounds once, as IEEE 754 says; exp, erf
+        # and their like are approximated, differently by each library.
         if self.kind is K.ACTIVATION:
             return self.bounds is None and not self.homogeneous
         return self.kernel_rounded or self.kind in KERNEL_ROUNDED
@@ -132,6 +134,7 @@ def any_axis(call: Call, axis: int) -> int:
 
 def reduced_axis(call: Call, axis: int) -> int | None:
     """Return the axis after a mean or maximum over some axes; None if the channels' axis is reduced."""
+    # No `dim` means all axes.
     ndim = len(call.input_shape)
     dims = {dim % ndim for dim in call.arguments["dim"] or range(ndim)}
     if axis in dims:
@@ -149,8 +152,10 @@ def flattened_axis(call: Call, axis: int) -> int | None:
 
 def zero_padded_axis(call: Call, axis: int) -> int | None:
     """Return the same axis for a padding of other axes with zeros, or with values of the tensor itself."""
+    # `pad` has two amounts for each axis, from the last axis backwards.
     padded = len(call.arguments["pad"]) // 2
     constant = call.arguments.get("mode", "constant") == "constant"
+    # Reflection, replication and circular padding repeat the tensor's own values, which have its factors already.
     zero = not constant or call.arguments.get("value") in (None, 0)
     return axis if zero and axis < len(call.shape) - padded else None
 

@@ -20,6 +20,7 @@ aten = torch.ops.aten
 K = OperatorKind
 
 
+# A reshape passes factors of channels only as a flattening: other shapes mix channels and positions.
 def _reshape(target: object) -> Operator:
     return Operator(target=target, kind=K.SAME_SCALE, factor_axis=flattened_axis, passes_features=keeps_last_size)
 

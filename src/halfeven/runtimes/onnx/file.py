@@ -47,6 +47,7 @@ def session(model: Any, *, optimized: Path | None = None, literal: bool = False)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    # Errors only: the optimizer warns about things that no user can act on.
     options.log_severity_level = 3
     if literal:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -83,6 +84,8 @@ class ONNXFile:
         asked.CopyFrom(self.model)
         for name in self.tensors:
             if name not in self.own_outputs:
+                # The optimizer may rename or remove any tensor that is no output of the graph, so watched tensors
+                # become outputs.
                 asked.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
         self.watched = session(asked, literal=self.literal)
         # More outputs than its own keep operators from being fused: this is what users run.
@@ -102,6 +105,7 @@ class ONNXFile:
         return stored_integers(self.model, layers)
 
     def timed(self, inputs: Sequence[Tensor]) -> Callable[[], object]:
+        # Inputs and outputs are bound once, so that a timed call copies nothing from or to Python.
         binding = self.session.io_binding()
         for name, x in self._fed(inputs).items():
             binding.bind_cpu_input(name, np.ascontiguousarray(x))
@@ -123,6 +127,8 @@ def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
             continue
         integers = torch.from_numpy(numpy_helper.to_array(constants[node.input[0]]).astype(np.float32))
         reader = readers[node.output[0]]
+        # torch's linear weight is [outputs, inputs]. MatMul reads [inputs, outputs], and Gemm does unless transB is
+        # set.
         turned = reader.op_type == "MatMul" or (reader.op_type == "Gemm" and not _is_set(reader, "transB"))
         found[layer] = integers.t() if turned and integers.ndim == 2 else integers
     return found

@@ -51,6 +51,7 @@ class Integers(Simulated):
         return (self.values - self.grid.zero_point) * self.grid.scale
 
     def integers(self, grid: Grid) -> Tensor:
+        # Requantizing to the same grid is exact: (q - z) s / s may round, the integers themselves do not.
         if torch.equal(grid.scale, self.grid.scale) and torch.equal(grid.zero_point, self.grid.zero_point):
             return grid.clipped(self.values)
         return grid.quantized(self.real())

@@ -25,6 +25,7 @@ def name_and_fold(graph: Any, deployed: Deployed) -> None:
     modules = dict(deployed.model.named_modules())
     taken = Counter[str]()
     for node in [node for node in graph if node.op_type == "QuantizeLinear"]:
+        # The exporter names initializers after buffers, and the buffer `<quantizer>.scale` identifies its quantizer.
         quantizer = quantizers[node.inputs[1].name.removesuffix(".scale")]
         dequantize = _name_pair(graph, node, quantizer, taken)
         if not quantizer.weight:
@@ -55,6 +56,8 @@ def _name_pair(graph: Any, node: Any, quantizer: ExportedQuantizer, taken: Count
         after = _only_reader(after)
     zeros = quantizer.zero_point.numpy().astype(_type_of(quantizer))
     constant = _constant(graph, f"{quantizer.name}.zero_point.integer", zeros)
+    # The zero point is an int32 buffer, which the translation casts. ONNX Runtime fuses only pairs whose zero point is
+    # a constant.
     cast = node.inputs[2].producer()
     node.replace_input_with(2, constant)
     after.replace_input_with(2, constant)
@@ -111,12 +114,14 @@ def _fold_weight(graph: Any, node: Any, dequantize: Any, quantizer: ExportedQuan
     shape = [1] * weight.ndim
     if quantizer.axis != PER_TENSOR:
         shape[quantizer.axis] = -1
+    # The deployed weights lie on their grids already, so this division finds integers back and decides nothing.
     integers = torch.round(weight / quantizer.scale.reshape(shape)).to(torch.int8)
     readers = dequantize.outputs[0].consumers()
     if integers.ndim == 2 and readers and all(reader.op_type == "Transpose" for reader in readers):
         # As the product reads it: a runtime need not look through the transposition for its pattern.
         integers = integers.t().contiguous()
         if quantizer.axis != PER_TENSOR:
+            # The outputs of a transposed matrix are its other axis.
             dequantize.attributes["axis"] = onnx_ir.AttrInt64("axis", 1 - quantizer.axis)
         for transpose in readers:
             transpose.outputs[0].replace_all_uses_with(dequantize.outputs[0])
@@ -130,6 +135,7 @@ def _fold_bias(graph: Any, layer_node: Any, layer: str, bias: Int32Bias) -> None
     """Write a layer's bias, its third input or the term added to its product, as 32-bit integers."""
     import onnx_ir
 
+    # A MatMul has no bias input: its bias is an Add behind it.
     holder = _only_reader(layer_node) if layer_node.op_type == "MatMul" else layer_node
     index = next(
         i for i, value in enumerate(holder.inputs) if value.const_value is not None and value.name.endswith(".bias")
@@ -138,6 +144,7 @@ def _fold_bias(graph: Any, layer_node: Any, layer: str, bias: Int32Bias) -> None
     integers = _constant(graph, f"{name}.integers", bias.integers.numpy().astype(np.int32))
     scale = _constant(graph, f"{name}.scale", bias.scale.numpy())
     pair = next((reader for reader in integers.consumers() if reader.op_type == "DequantizeLinear"), None)
+    # A layer that is called more than once has one bias, and one pair for it.
     if pair is None:
         pair = onnx_ir.node("DequantizeLinear", [integers, scale], {"axis": 0}, name=name)
         pair.outputs[0].name = f"{name}.dequantized"

@@ -90,6 +90,7 @@ def _translation(signed: list[bool]) -> Any:
     def translate(x: Any, scale: Any, zero_point: Any, quant_min: int, quant_max: int, axis: int, number: int) -> Any:
         kind = onnx.TensorProto.INT8 if signed[number] else onnx.TensorProto.UINT8
         zero = op.Cast(zero_point, to=kind)
+        # ONNX ignores the axis of a scalar scale, and 1 is its default, which every version accepts.
         axis = 1 if axis == PER_TENSOR else axis
         integers = op.QuantizeLinear(x, scale, zero, axis=axis)
         if (quant_min, quant_max) not in WHOLE_RANGES:
@@ -112,6 +113,7 @@ def _translate_gelu(x: Any, approximate: str = "none") -> Any:
 
     half = op.Mul(x, 0.5)
     if approximate == "tanh":
+        # x + 0.044715 x^3 (Hendrycks and Gimpel, arXiv:1606.08415, section 2).
         cubic = op.Add(x, op.Mul(op.Pow(x, 3.0), 0.044715))
         return op.Mul(half, op.Add(op.Tanh(op.Mul(cubic, math.sqrt(2 / math.pi))), 1.0))
     return op.Mul(half, op.Add(op.Erf(op.Div(x, math.sqrt(2))), 1.0))

@@ -31,6 +31,7 @@ LARGEST_BIAS = 2.0**30
 
 def prepare_graph(deployed: Deployed) -> None:
     """Give a deployed model the patterns and the integer biases of ONNX Runtime, in place."""
+    # In this order: clips and repeated quantizers take the grids without a sign, and biases the scales that are final.
     _count_from_zero(deployed.quantizers)
     for name, region in regions(deployed.model).items():
         prefix = f"{name}." if name else ""
@@ -64,8 +65,11 @@ def _take_in_clips(region: CapturedModule) -> None:
             continue
         clip = node.all_input_nodes[0]
         while (bounds := Op(clip).bounds) is not None and len(clip.users) == 1:
+            # round(x / s) + z does not decrease with x: to clip x at a bound is to clip its integer at the bound's
+            # integer.
             low = _integer_of(quantizer, bounds[0])
             high = _integer_of(quantizer, bounds[1])
+            # Both ends stay within the grid: a bound beyond it clips nothing that the grid does not clip itself.
             quantizer.quant_min = int(max(quantizer.quant_min, min(low, quantizer.quant_max)))
             quantizer.quant_max = int(min(quantizer.quant_max, max(high, quantizer.quant_min)))
             source = clip.all_input_nodes[0]
@@ -160,6 +164,8 @@ def _repeat_quantizers(region: CapturedModule, exported: list[ExportedQuantizer]
         path = f"quantizers.repeated_{count}"
         twin = twin_of(quantizer, prefix + path, exported)
         twin.repeats = True
+        # The values are integers of the grid already. With the whole range of the type no Clip is written, which would
+        # stand between the pair and the operator and keep them from being fused.
         twin.quant_min = -128 if twin.signed else 0
         twin.quant_max = 127 if twin.signed else 255
         place(region, path, twin)
@@ -205,6 +211,7 @@ def _own_copy(region: CapturedModule, node: fx.Node, bias: Tensor, deployed: Dep
 def _round_bias(layer: Any, input_scale: Tensor) -> Int32Bias:
     """Put a layer's bias on the grid of its products, and its weights on a coarser grid where that grid is too fine."""
     quantizer: ExportedQuantizer = layer.weight_quantizer
+    # The smallest weight scale s_w for which bias / (s_x s_w) stays below the bound.
     needed = layer.bias.abs() / (input_scale * LARGEST_BIAS)
     if bool((needed > quantizer.scale).any()) and quantizer.scale.ndim:
         # Weights so small that the bias has no place on their grid: a coarser grid is theirs, of fewer integers.
@@ -213,6 +220,8 @@ def _round_bias(layer: Any, input_scale: Tensor) -> Int32Bias:
         integers = torch.round(layer.weight / per_channel(scale, axis, layer.weight.ndim))
         layer.weight = nn.Parameter(integers * per_channel(scale, axis, layer.weight.ndim), requires_grad=False)
         quantizer.scale = scale
+    # White paper, section 2.1: the accumulator counts in steps of s_w s_x, and so does the bias in it, without a zero
+    # point.
     scale = input_scale * quantizer.scale
     layer.bias = nn.Parameter(Int32Bias.of(layer.bias, scale).real(), requires_grad=False)
     return Int32Bias.of(layer.bias, scale)

@@ -41,6 +41,7 @@ def _keep_branch_roundings(region: CapturedModule) -> None:
             continue
         if any(kind_of(user) is OperatorKind.ADD and _reads_grids(user) for user in node.users):
             with region.graph.inserting_before(node):
+                # A leaky ReLU of slope 1 is the identity, and neither the converter nor the plugin takes it away.
                 same = region.graph.call_function(torch.ops.aten.leaky_relu.default, (source, 1.0))
             same.meta = dict(source.meta)
             node.replace_input_with(source, same)
@@ -58,6 +59,7 @@ def _keep_scales_apart(region: CapturedModule, *, whole: bool) -> None:
         if len(node.users) < 2 and (whole or all(user.op != "output" for user in node.users)):
             continue
         layer: Any = module_of(node)
+        # The converter drops a bias of zeros too.
         if layer.bias is None or not bool(layer.bias.any()):
             bias = torch.full((node.meta["val"].shape[1],), NO_BIAS)
             layer.bias = nn.Parameter(bias, requires_grad=False)

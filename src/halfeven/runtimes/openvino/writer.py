@@ -67,6 +67,9 @@ def write_out_ceilings(model: Any) -> None:
         if any(sizes[axis].is_dynamic for axis in axes):
             continue
         given = node.get_attributes()
+        # Padding at the end = (results - 1) * stride + dilation * (kernel - 1) + 1 - size - padding at the start: with
+        # it, rounding down gives the size that rounding up gave. A max pool pads with minus infinity, which changes no
+        # maximum.
         ends = [
             max(
                 given["pads_end"][i],
@@ -81,6 +84,7 @@ def write_out_ceilings(model: Any) -> None:
         pool = opset.max_pool(
             node.input_value(0), given["strides"], given["dilations"], given["pads_begin"], ends, given["kernel"]
         )
+        # Names are how layers and tensors of the file are found again, so a replacement takes over its node's name.
         pool.set_friendly_name(node.get_friendly_name())
         node.output(0).replace(pool.output(0))
 
@@ -147,6 +151,7 @@ def _indices(node: Any) -> dict[int, Any]:
         if sizes[axis].is_dynamic or axis in found:
             return {}
         size = sizes[axis].get_length()
+        # A roll by `count` reads from `count` places before, and a repetition reads the places in turn.
         found[axis] = (np.arange(size) - count) % size if kind == "Roll" else np.arange(size * count) % size
     return found
 
@@ -174,6 +179,8 @@ def _fake_quantize(context: Any, names: Sequence[str]) -> list[Any]:
     x = context.get_input(0)
     scale, zero_point = (_constant(context.get_input(i)).astype(np.float32) for i in (1, 2))
     quant_min, quant_max, axis, number = (int(_constant(context.get_input(i))) for i in (3, 4, 5, 6))
+    # In float32 from the snapped scale, of 16 significand bits: the product with a small integer is exact, and so is
+    # the scale that the plugin computes back as (high - low) / (levels - 1).
     low = (quant_min - zero_point) * scale
     high = (quant_max - zero_point) * scale
     if axis != PER_TENSOR:
@@ -182,6 +189,7 @@ def _fake_quantize(context: Any, names: Sequence[str]) -> list[Any]:
         low = low.reshape(shape)
         high = high.reshape(shape)
     ends = [opset.constant(end.astype(np.float32)) for end in (low, high)]
+    # Input and output limits are equal: FakeQuantize quantizes to `levels` steps and dequantizes in one operator.
     node = opset.fake_quantize(x, *ends, *ends, levels=quant_max - quant_min + 1)
     node.set_friendly_name(names[number])
     return list(node.outputs())

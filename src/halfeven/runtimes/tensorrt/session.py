@@ -37,6 +37,7 @@ class TensorRTFile(ONNXFile):
     def _planned(self, layer: str, node: Any) -> LayerExecution:
         if node is None:
             return LayerExecution(layer, "unknown", "", integer=False)
+        # TensorRT takes explicit quantization literally: without a pair on both inputs, the layer runs in float.
         integer = all(self._pair(name) is not None for name in node.input[:2])
         return LayerExecution(layer, "int8" if integer else "float32", f"{node.op_type}, not run", integer=integer)
 
