@@ -34,6 +34,18 @@ def prepared(model: nn.Module, shape=IMAGE, **options) -> nn.Module:
     return he.prepare(model, torch.randn(shape), batchnorm="fold", **options)
 
 
+def normalized() -> nn.Module:
+    """A network with BatchNorm and dropout, for images of `growing_batches`."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.LazyLinear(2))
+
+
+def growing_batches(count: int = 4) -> list[torch.Tensor]:
+    """Batches of images, each with a larger standard deviation than the batch before."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(5, 1, 6, 6, generator=generator) * (i + 1) for i in range(count)]
+
+
 class Residual(nn.Module):
     """conv1 -> conv2 are linked; nothing is across the addition."""
 

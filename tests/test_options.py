@@ -12,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfeven.errors import ConfigError
-from halfeven.options import Auto, Options, PositiveInt, Share, Switch, above, below, formerly, renamed_from
+from halfeven.options import (
+    Auto,
+    Options,
+    PositiveInt,
+    Share,
+    Switch,
+    above,
+    also_spelled,
+    below,
+    formerly,
+    renamed_from,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +170,21 @@ def test_the_old_spelling_of_auto_is_accepted_with_a_warning():
     with pytest.warns(DeprecationWarning, match="formats"):
         assert dataclasses.replace(Sample(), formats=()).formats == "auto"
     refusal(steps=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spelled(Options):
+    """A choice with further spellings."""
+
+    ranges: Annotated[Literal["learned", "clipped", "lsq"], also_spelled(lsq="learned")] = "clipped"
+
+
+def test_a_further_spelling_is_the_choice_that_it_stands_for(recwarn):
+    assert Spelled(ranges="lsq") == Spelled(ranges="learned")
+    assert dataclasses.replace(Spelled(), ranges="lsq").ranges == "learned"
+    assert not recwarn.list
+    with pytest.raises(ConfigError, match=r'ranges="LSQ" must be "learned", "clipped" or "lsq"\. Did you mean "lsq"'):
+        Spelled(ranges="LSQ")
 
 
 def test_the_old_name_of_a_field_is_accepted_with_a_warning():

@@ -4,7 +4,6 @@ All option classes can be imported from here, and a config needs no other import
 """
 
 import dataclasses
-import difflib
 import runpy
 import sys
 import traceback
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from halfeven.errors import ConfigError, HalfevenError
+from halfeven.nearest import similar
 from halfeven.options import Auto, NonNegativeInt, Options, PositiveInt, formerly, renamed_from
 from halfeven.placement.options import QuantizationOptions, Rule
 from halfeven.ptq.options import PTQOptions
@@ -202,7 +202,7 @@ def _files_named_like(path: Path) -> list[Path]:
     by_name: dict[str, Path] = {}
     for file in islice(files, MOST_SEEN):
         by_name.setdefault(file.stem, file)
-    return [by_name[name] for name in difflib.get_close_matches(path.stem, by_name, n=MOST_NAMED)]
+    return [by_name[name] for name in similar(path.stem, by_name, MOST_NAMED)]
 
 
 def _line_of(error: Exception, path: Path) -> str:

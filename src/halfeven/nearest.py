@@ -30,15 +30,35 @@ def nearest(value: object, choices: Sequence[Any]) -> Any:
     words = [word, MEANT.get(word, word)]
     if found := [by_name[one] for one in words if one in by_name]:
         return found[0]
-    near = difflib.get_close_matches(word, by_name, n=1)
+    near = similar(word, by_name, 1)
     return by_name[near[0]] if near else None
 
 
-def did_you_mean(name: str, choices: Iterable[str], most: int = 1) -> str:
-    """Return the sentence that names the nearest choices, or all of them where none is near."""
+def did_you_mean(name: str, choices: Iterable[str], most: int = 1, otherwise: str | None = None) -> str:
+    """Return the sentence that names the nearest choices.
+
+    Args:
+        name: the misspelt name.
+        choices: the right names.
+        most: largest number of names in the sentence.
+        otherwise: the sentence where no name is near; None: it lists all choices.
+    """
     choices = list(choices)
-    near = difflib.get_close_matches(name, choices, n=most)
-    return f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(choices)}."
+    if near := similar(name, choices, most):
+        return f"Did you mean {' or '.join(near)}?"
+    return f"There are {', '.join(choices)}." if otherwise is None else otherwise
+
+
+def similar(name: str, choices: Iterable[str], most: int, cutoff: float = 0.6) -> list[str]:
+    """Return the most similar names, at most `most`, the nearest first.
+
+    Args:
+        name: the misspelt name.
+        choices: the right names.
+        most: largest number of names.
+        cutoff: smallest similarity, from 0 to 1.
+    """
+    return difflib.get_close_matches(name, list(choices), n=most, cutoff=cutoff)
 
 
 def _lower(value: object) -> str:

@@ -1,8 +1,9 @@
 """The base of all option classes, which checks every value where an object is made, whoever makes it.
 
 A field's annotation says all that one value must be: its type, its choices (`Literal`), its bounds
-(`Annotated[int, at_least(1)]`), and the spellings (`formerly`) and the name (`renamed_from`) of earlier versions. Rules
-between fields are left to a class's `__post_init__`, which runs after every value has been found right.
+(`Annotated[int, at_least(1)]`), further spellings of a choice (`also_spelled`), and the spellings (`formerly`) and the
+name (`renamed_from`) of earlier versions. Rules between fields are left to a class's `__post_init__`, which runs after
+every value has been found right.
 """
 
 import dataclasses
@@ -64,6 +65,22 @@ class Formerly:
 def formerly(value: object) -> Formerly:
     """Accept an earlier version's spelling of "auto", with a DeprecationWarning."""
     return Formerly(value)
+
+
+@dataclass(frozen=True)
+class AlsoSpelled:
+    """Further spellings of choices: pairs of a spelling and the choice that it stands for."""
+
+    pairs: tuple[tuple[str, str], ...]
+
+
+def also_spelled(**choices: str) -> AlsoSpelled:
+    """Accept further spellings of choices, such as a paper's name; objects hold the choice that they stand for.
+
+    Args:
+        choices: spelling -> choice.
+    """
+    return AlsoSpelled(tuple(choices.items()))
 
 
 @dataclass(frozen=True)
@@ -153,8 +170,9 @@ def mistakes(kind: type, values: Mapping[str, Any], path: str, *, partial: bool 
 def up_to_date(kind: type, values: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
     """Return the keywords of an option class as this version spells them.
 
-    Old names become the new ones, old spellings of "auto" become "auto", and a list becomes the tuple that a field
-    takes. An old name whose new name is given too stays, and is a mistake.
+    Old names become the new ones, old spellings of "auto" become "auto", further spellings of a choice become that
+    choice, and a list becomes the tuple that a field takes. An old name whose new name is given too stays, and is a
+    mistake.
 
     Args:
         kind: the option class.
@@ -173,8 +191,14 @@ def up_to_date(kind: type, values: Mapping[str, Any], *, warn: bool = True) -> d
         is_old = any(type(value) is type(one) and value == one for one in old)
         if warn and is_old:
             warn_of_old(f'{kind.__name__}.{name}={shown(value)} is now written "auto"', stacklevel=4)
-        current[name] = "auto" if is_old else _as_tuple(hints.get(name), value)
+        current[name] = "auto" if is_old else _as_choice(hints.get(name), _as_tuple(hints.get(name), value))
     return current
+
+
+def _as_choice(kind: Any, value: Any) -> Any:
+    """Return the choice that a further spelling stands for; any other value as it is."""
+    pairs = [pair for note in _notes(kind) if isinstance(note, AlsoSpelled) for pair in note.pairs]
+    return next((choice for spelling, choice in pairs if value == spelling), value)
 
 
 def _as_tuple(kind: Any, value: Any) -> Any:

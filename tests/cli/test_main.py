@@ -383,10 +383,10 @@ def test_a_file_to_verify_that_is_not_there(refused, config, checkpoint, tmp_pat
 
 
 def test_fields_are_overridden(config):
-    parsed = cli.parse(
-        "train", [config, "--training.epochs", "7", "--model.arguments", "zero_init_last", "False", "--amp"]
-    )
+    named = ["--model.arguments", "zero_init_last", "False"]
+    parsed = cli.parse("train", [config, "--training.epochs", "7", *named, "--quantization.ranges", "pact", "--amp"])
     assert parsed.experiment.training.epochs == 7
+    assert parsed.experiment.quantization.ranges == "clipped"
     assert parsed.experiment.model == ModelOptions(
         name="resnet18", num_classes=10, in_chans=1, arguments={"zero_init_last": False}
     )

@@ -6,16 +6,8 @@ from torch import nn
 
 from halfeven.errors import CalibrationError
 from halfeven.layerwise.re_estimate import re_estimate
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.LazyLinear(2))
-
-
-def batches(count=4):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(5, 1, 6, 6, generator=generator) * (i + 1) for i in range(count)]
+from nets import growing_batches as batches
+from nets import normalized as net
 
 
 def test_re_estimation_is_the_mean_of_single_batches():

@@ -339,6 +339,11 @@ def test_an_input_of_8_bits_keeps_its_calibrated_range_where_others_are_learned(
     assert {t.ranges for t in plan(net()).tensors} == {"observed"}
 
 
+@pytest.mark.parametrize(("paper", "ranges"), [("lsq", "learned"), ("pact", "clipped")])
+def test_ranges_by_the_name_of_their_paper(paper, ranges):
+    assert plan(net(), ranges=paper).to_dict() == plan(net(), ranges=ranges).to_dict()
+
+
 # What stays in float
 
 

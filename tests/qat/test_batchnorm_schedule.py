@@ -2,22 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
 
 from halfeven.errors import ConfigError
 from halfeven.qat.batchnorm_schedule import ScheduleOptions, freeze, schedule
 from halfeven.quantization.quantizer import Quantizer
 from halfeven.quantization.scheme import Scheme
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.LazyLinear(2))
-
-
-def batches(count=4):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(5, 1, 6, 6, generator=generator) * (i + 1) for i in range(count)]
+from nets import growing_batches as batches
+from nets import normalized as net
 
 
 def test_frozen_statistics_stay_and_affine_learns():

@@ -187,8 +187,9 @@ def _ranges(places: list[fx.Node], options: QuantizationOptions, bits: int) -> R
     The range of an input of 8 bits or more stays as calibrated where other ranges are learned: images do not change,
     and a gradient for its scale needs the first layer's backward pass for its input.
     """
-    learned = options.ranges in ("learned", "clipped")
-    return "calibrated" if learned and bits >= 8 and all(Op(node).is_input for node in places) else options.ranges
+    ranges = options.ranges_in_training
+    learned = ranges in ("learned", "clipped")
+    return "calibrated" if learned and bits >= 8 and all(Op(node).is_input for node in places) else ranges
 
 
 def _logits(region: Region, places: list[fx.Node], options: QuantizationOptions) -> bool:
@@ -246,7 +247,7 @@ def _planned_weights(
             name=region.names[node],
             scheme=Scheme(bits=asked, signed=True, symmetric=True, narrow=True, axis=axis),
             channels=None if axis is None else shape[axis],
-            ranges="learned" if options.ranges == "clipped" else options.ranges,
+            ranges="learned" if options.ranges == "clipped" else options.ranges_in_training,
             observer=rules.observer({region.names[node]: kind}, _weight_observer(options, asked)),
         )
 

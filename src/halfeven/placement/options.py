@@ -1,15 +1,17 @@
 """Define the options of `halfeven.prepare`, and the user's rules."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal, TypedDict, cast
 
-from halfeven.options import Auto, Options, formerly
+from halfeven.options import Auto, Options, also_spelled, formerly
 from halfeven.quantization.fake_quantize import Domain
 from halfeven.quantization.observers import ObserverName
 from halfeven.quantization.quantizer import Ranges
 from halfeven.quantization.scheme import Bits, parse_bits
 
 BatchNormHandling = Literal["keep", "fold", "fold live"]
+RangesByPaper = Literal["lsq", "pact"]
+"""Further spellings of "learned" and "clipped"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +49,10 @@ class QuantizationOptions(Options):
     """Runtime whose rules place the quantizers."""
     scheme: str = "w8a8"
     """Bits of weights and activations, for every layer that no rule excepts."""
-    ranges: Ranges = "observed"
-    """In training: "observed": ranges follow the data; "learned": scales are parameters, trained with the weights
-    (LSQ); "clipped": the same, except that activations learn from clipped values alone (PACT); "calibrated": ranges
-    stay as calibrated."""
+    ranges: Annotated[Ranges | RangesByPaper, also_spelled(lsq="learned", pact="clipped")] = "observed"
+    """In training: "observed": ranges follow the data; "learned" or "lsq": scales are parameters, trained with the
+    weights (LSQ); "clipped" or "pact": the same, except that activations learn from clipped values alone (PACT);
+    "calibrated": ranges stay as calibrated."""
     scale_domain: Domain = "linear"
     """Learned scales are stored and trained directly ("linear") or as their logarithms ("log")."""
     learn_zero_points: bool = False
@@ -79,13 +81,18 @@ class QuantizationOptions(Options):
     def __post_init__(self) -> None:
         parse_bits(self.scheme)
 
+    @property
+    def ranges_in_training(self) -> Ranges:
+        """Return `ranges`, whose further spellings no object holds."""
+        return cast(Ranges, self.ranges)
+
 
 class QuantizationFields(TypedDict, total=False):
     """The fields of `QuantizationOptions` as keyword arguments, for type checkers."""
 
     target: str
     scheme: str
-    ranges: Ranges
+    ranges: Ranges | RangesByPaper
     scale_domain: Domain
     learn_zero_points: bool
     weight_observer: ObserverName | Auto

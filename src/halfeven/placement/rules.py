@@ -1,12 +1,12 @@
 """Look up the user's rules by operator."""
 
-import difflib
 import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from halfeven.errors import PlacementError
 from halfeven.graph.operators import OperatorKind
+from halfeven.nearest import similar
 from halfeven.placement.options import Rule
 
 
@@ -87,7 +87,7 @@ class RuleBook:
                 f'matches "{self.matched[index]}", which has {" and ".join(lacks)}, so it would do nothing. The plan '
                 "without the rule (halfeven.plan_of) lists what is quantized, and why the rest is not."
             )
-        near = difflib.get_close_matches(rule.pattern, names, n=3, cutoff=0.4)
+        near = similar(rule.pattern, names, 3, cutoff=0.4)
         hint = f" The nearest names are {', '.join(near)}." if near else ""
         return (
             f"holds for no operator of this model, so it would do nothing.{hint} Correct its pattern, or leave the "

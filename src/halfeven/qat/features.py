@@ -1,6 +1,5 @@
 """The outputs of named layers of a model, kept at each forward pass for distillation to compare."""
 
-import difflib
 from itertools import chain
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from halfeven.errors import AlgorithmError, ConfigError
 from halfeven.graph.view import module_calls
+from halfeven.nearest import did_you_mean
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.quantizer import Quantizer
 
@@ -109,12 +109,11 @@ def _resolve(name: str, layers: dict[str, nn.Module], whose: str) -> str:
     inside = [layer for layer in layers if layer.startswith(f"{name}.")]
     if name not in layers and not inside:
         parents = {layer.rsplit(".", depth)[0] for layer in layers for depth in range(1, layer.count(".") + 1)}
-        near = difflib.get_close_matches(name, [*layers, *sorted(parents)], n=3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(list(layers)[:8])}, ..."
+        several = f"There are {', '.join(list(layers)[:8])}, ..."
         raise ConfigError(
             f'distillation.features names "{name}", and the {whose} calls no layer with parameters of that name or '
             "inside of it, so there is nothing to compare (a folded BatchNorm is part of the layer before). "
-            f"{hint}"
+            f"{did_you_mean(name, [*layers, *sorted(parents)], most=3, otherwise=several)}"
         )
     found = name if name in layers else inside[-1]
     live: Any = getattr(layers[found], "live_norms", ())

@@ -1,6 +1,5 @@
 """Float models by name: from timm, from torchvision, or from any function of yours, with their weights."""
 
-import difflib
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from torch import nn
 
 from halfeven.errors import ConfigError
 from halfeven.imports import extra, import_function
+from halfeven.nearest import did_you_mean
 from halfeven.options import Options, PositiveInt
 from halfeven.zoo.detectors import TensorPart
 from halfeven.zoo.weights import load_weights
@@ -70,7 +70,7 @@ def _from_timm(options: ModelOptions, pretrained: bool) -> nn.Module:
     if not timm.is_model(options.name):
         raise ConfigError(
             f'timm has no model "{options.name}", so there is nothing to quantize. '
-            f"{_nearest(options.name, timm.list_models())}"
+            f"{_did_you_mean(options.name, timm.list_models())}"
         )
     sizes = {"num_classes": options.num_classes, "in_chans": options.in_chans}
     try:
@@ -101,7 +101,7 @@ def torchvision_model(options: ModelOptions, pretrained: bool = False) -> nn.Mod
     if options.name not in models.list_models():
         raise ConfigError(
             f'torchvision has no model "{options.name}", so there is nothing to quantize. '
-            f"{_nearest(options.name, models.list_models())}"
+            f"{_did_you_mean(options.name, models.list_models())}"
         )
     arguments: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None, **options.arguments}
     if "weights_backbone" in inspect.signature(models.get_model_builder(options.name)).parameters:
@@ -163,9 +163,8 @@ def _from_callable(options: ModelOptions, pretrained: bool) -> nn.Module:
     return model
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=4)
-    return f"Did you mean {' or '.join(near)}?" if near else "See the library's list of models."
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    return did_you_mean(name, names, most=4, otherwise="See the library's list of models.")
 
 
 def _no_model(options: ModelOptions, pretrained: bool, error: Exception) -> ConfigError:
