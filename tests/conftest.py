@@ -7,6 +7,7 @@ import pkgutil
 import typing
 
 os.environ.setdefault("CI", "true")  # else OpenVINO reports its use over the network, a third of each test
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some tests import ONNX Runtime themselves
 
 import pytest
 import torch

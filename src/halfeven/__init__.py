@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from halfeven.placement.plan import Plan
     from halfeven.runtimes.exact_model import exact
     from halfeven.runtimes.export import export
+    from halfeven.runtimes.runtime import load_deployed
     from halfeven.verification.verify import verify
 else:
     # torch takes seconds to import, and `halfeven --help` does without it: a public name is imported at its first use.
@@ -27,6 +28,7 @@ else:
         "exact": "runtimes.exact_model",
         "export": "runtimes.export",
         "load": "pipelines",
+        "load_deployed": "runtimes.runtime",
         "plan": "pipelines",
         "plan_of": "placement.insertion",
         "prepare": "pipelines",
@@ -60,6 +62,7 @@ __all__ = [
     "exact",
     "export",
     "load",
+    "load_deployed",
     "plan",
     "plan_of",
     "prepare",

@@ -348,6 +348,7 @@ def test_init_writes_the_configs_and_overwrites_none(refused, tmp_path, capsys):
 def report(**changes):
     """A report without a fault, but for the changes."""
     good = {"weights_match": True, "alone_match": 1.0, "float_layers": [], "quantizable_layers": 3, "overflows": False}
+    good |= {"findings": []}
     return SimpleNamespace(**{**good, "first_difference": "conv1", **changes})
 
 
@@ -359,6 +360,7 @@ def report(**changes):
         ({"alone_match": 0.99995}, ""),
         ({"alone_match": 0.9998}, "99.9800 % of the integers"),
         ({"alone_match": 0.9998, "overflows": True}, "This processor has no VNNI"),
+        ({"findings": ['The output "boxes" differs']}, 'The output "boxes" differs'),
         ({"weights_match": False}, "integer weights in the file are not the checkpoint's"),
         ({"float_layers": ["fc (f32 gemm)"]}, "1 of 3 layers with quantized weights ran in float: fc (f32 gemm)"),
     ],

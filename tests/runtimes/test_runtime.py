@@ -27,6 +27,7 @@ class EvaluatedFile:
     """An ONNX file that onnx's own evaluator computes, in NumPy."""
 
     runtime = "onnx's evaluator"
+    settings = ()
 
     def __init__(self, path, tensors=()):
         self.model = onnx.load(path)
@@ -37,6 +38,7 @@ class EvaluatedFile:
         watched.CopyFrom(self.model)
         for name in set(self.tensors) - set(self.own):
             watched.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+        self.input_names = [found.name for found in self.model.graph.input]
         self.evaluator = ReferenceEvaluator(watched)
 
     def run(self, inputs):
@@ -44,6 +46,9 @@ class EvaluatedFile:
         fed = {found.name: x.numpy() for found, x in zip(self.model.graph.input, inputs, strict=True)}
         values = [torch.from_numpy(np.array(x)) for x in self.evaluator.run(names, fed)]
         return values[: len(self.own)], dict(zip(self.tensors, values[len(self.own) :], strict=True))
+
+    def run_with(self, settings, inputs):
+        return self.run(inputs)[0]
 
     def executed_layers(self, layers):
         return [LayerExecution(layer, "int8", "numpy", integer=True) for layer in layers]

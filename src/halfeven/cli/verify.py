@@ -85,4 +85,4 @@ def problems_of(report: Report, min_match: float, *, allow_float: bool) -> list[
             f"{len(report.float_layers)} of {report.quantizable_layers} layers with quantized weights ran in float: "
             f"{', '.join(report.float_layers)}. --allow-float accepts that."
         )
-    return problems
+    return problems + report.findings

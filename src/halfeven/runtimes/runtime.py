@@ -4,7 +4,7 @@ This file alone imports the runtimes' folders: a new runtime is its folder, its 
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.exported_program import example_of
-from halfeven.errors import ConfigError
+from halfeven.errors import ConfigError, VerificationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import pytree
@@ -45,6 +45,14 @@ class DeployedFile(Protocol):
     runtime: str
     """The runtime's name."""
 
+    settings: Sequence[str]
+    """The settings of the runtime that the file needs, as `name=value`; those that its default session lacks."""
+
+    @property
+    def input_names(self) -> list[str]:
+        """The names of the model's inputs, in their order."""
+        ...
+
     @property
     def tensors(self) -> list[str]:
         """The names of the requested tensors that the file has."""
@@ -55,6 +63,10 @@ class DeployedFile(Protocol):
 
         The tensors are those of a second run: a tensor that is an output keeps operators from being fused.
         """
+        ...
+
+    def run_with(self, settings: Collection[str], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the model's outputs in a session with these of `settings` alone; with none, the default session."""
         ...
 
     def executed_layers(self, layers: Sequence[str]) -> list[LayerExecution]:
@@ -161,7 +173,9 @@ def runtime_named(name: str) -> Runtime:
 
 
 def load_deployed(path: str | Path, target: str = "openvino", qmodel: nn.Module | None = None) -> Callable[..., Any]:
-    """Return a deployed file as a function from tensors to tensors, on the CPU.
+    """Return a deployed file as a function from tensors to tensors, on the CPU, with the settings that it needs.
+
+    Threads may call the function at once; each call gets the outputs of its own inputs.
 
     Args:
         path: an `.xml` or `.onnx` file.
@@ -170,18 +184,19 @@ def load_deployed(path: str | Path, target: str = "openvino", qmodel: nn.Module 
             outputs in the same dicts, lists or classes.
 
     Returns:
-        A function of the model's inputs; without `qmodel` they are given in their order, and it returns one tensor, or
-        a tuple where the model has several outputs.
+        A function of the model's inputs, by position or by name; without `qmodel` names are the file's, and it returns
+        one tensor, or a tuple where the model has several outputs.
 
     Raises:
         ConfigError: there is no such runtime.
-        VerificationError: there is no such file, or the runtime cannot read it.
+        VerificationError: there is no such file, or the runtime cannot read it; in a call: it does not take the inputs.
     """
     opened = runtime_named(target).open_file(Path(path), ())
     names, leaves, form = _form_of(qmodel) if qmodel is not None else ((), (), None)
+    taken = opened.input_names if qmodel is None else [*opened.input_names[: -len(names) or None], *names]
 
     def run(*inputs: Tensor, **named: Tensor) -> Any:
-        outputs, _ = opened.run([*inputs, *(named[name] for name in names if name in named)])
+        outputs, _ = opened.run(_in_order(inputs, named, taken, path))
         if form is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
         given = iter(outputs)
@@ -190,9 +205,33 @@ def load_deployed(path: str | Path, target: str = "openvino", qmodel: nn.Module 
     return run
 
 
+def _in_order(inputs: Sequence[Tensor], named: Mapping[str, Tensor], taken: Sequence[str], path: Any) -> list[Tensor]:
+    """Return positional and named inputs in the file's order.
+
+    Raises:
+        VerificationError: an input is missing, has another name, or is no tensor.
+    """
+    named = {name: value for name, value in named.items() if value is not None}
+    left = taken[len(inputs) :]
+    if len(inputs) > len(taken) or set(named) != set(left):
+        given = ", ".join([f"{len(inputs)} by position", *named])
+        raise VerificationError(
+            f"{path} takes the inputs {', '.join(taken)}, and was given {given}, so it cannot be run. Give each input "
+            "once, by position or by name."
+        )
+    found = [*inputs, *(named[name] for name in left)]
+    for name, value in zip(taken, found, strict=True):
+        if not isinstance(value, Tensor):
+            raise VerificationError(
+                f'The input "{name}" of {path} is a {type(value).__name__}, which cannot be run. Give a tensor: '
+                "torch.as_tensor(...) makes one."
+            )
+    return found
+
+
 def _form_of(qmodel: nn.Module) -> tuple[tuple[str, ...], list[Any], pytree.TreeSpec]:
     """Return the names of a model's keyword inputs, and its outputs: the leaves, and the structure that holds them."""
     args, kwargs = example_of(qmodel)
     with torch.no_grad(), evaluating(qmodel):
         leaves, form = pytree.tree_flatten(copy.deepcopy(qmodel).cpu()(*args, **kwargs))
-    return tuple(kwargs), leaves, form
+    return tuple(name for name, value in kwargs.items() if isinstance(value, Tensor)), leaves, form

@@ -8,7 +8,7 @@ in pixels of the input, and "labels", [boxes].
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Detection(Task):
     """A detector's metrics: `mAP`, COCO's mean average precision over overlaps of 0.5 to 0.95, and `mAP50`, at 0.5."""
 
     key = "mAP"
-    class_axis = -1
+    class_axis: int | Literal["auto"] = -1
 
     def metrics(self) -> "Metric":
         """Return a new mean average precision, which pycocotools computes.

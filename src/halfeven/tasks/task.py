@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -21,8 +21,9 @@ class Task(ABC):
 
     key: str
     """The metric that decides which of several models is the best."""
-    class_axis: int = 1
-    """Axis of the first output over which the largest value is the model's answer."""
+    class_axis: int | Literal["auto"] = "auto"
+    """Axis of an output over which the largest value is the model's answer; "auto": the last axis of tokens, and the
+    second axis of everything else."""
 
     @abstractmethod
     def loss(self, outputs: Any, targets: Any, label_smoothing: float = 0.0) -> Tensor:

@@ -1,9 +1,13 @@
 """The report of `verify`."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from halfeven.verification.default_session import DefaultSession
+from halfeven.verification.outputs import OutputParity
 
 OVERFLOW = 'this processor has no VNNI, so sums of 8-bit products overflow; with scheme="w7a8" layers do not overflow'
 
@@ -20,16 +24,22 @@ class TensorParity:
     """From the exact simulation of this tensor's own layer, given the runtime's integers before it."""
     different_float: int = 0
     """From the float simulation of the whole model."""
+    different_float_alone: int = 0
+    """From the float simulation of this tensor's own layer, given the runtime's integers before it."""
     largest: int = 0
 
-    def add(self, found: Tensor, exact: Tensor, layer_alone: Tensor, simulated: Tensor) -> None:
-        """Count one batch of integers."""
+    def add(self, found: Tensor, exact: Tensor, layer_alone: Tensor) -> None:
+        """Count one batch of integers beside the exact simulation's."""
         distance = (found - exact).abs()
         self.count += found.numel()
         self.different += int((distance > 0).sum())
         self.different_alone += int((found != layer_alone).sum())
-        self.different_float += int((found != simulated).sum())
         self.largest = max(self.largest, int(distance.max()))
+
+    def add_float(self, found: Tensor, simulated: Tensor, layer_alone: Tensor) -> None:
+        """Count the same batch beside the float simulation's integers."""
+        self.different_float += int((found != simulated).sum())
+        self.different_float_alone += int((found != layer_alone).sum())
 
 
 @dataclass
@@ -69,10 +79,11 @@ class Report:
     integer_macs: float
     """Share of the model's multiply-accumulates that ran with integer kernels, those of attention included."""
     output_difference: float
-    """Largest difference of the first output from the exact simulation's, over the largest absolute value of that."""
+    """Largest difference of an output from the exact simulation's, over the largest absolute value of that: the largest
+    of all outputs. `outputs` has each."""
     top1_agreement: float
-    """Share of samples (of pixels, of anchors) whose largest output is the same in the runtime and in the exact
-    simulation."""
+    """Share of samples (of pixels, tokens, anchors) whose largest value over the classes is the same in the runtime and
+    in the exact simulation, in the output that the labels judge, or else in the first."""
     float_simulation_top1_agreement: float
     """The same for the float simulation."""
     accuracy: dict[str, float]
@@ -92,21 +103,33 @@ class Report:
     """Integers differ and sums can overflow: the processor has no VNNI, and weights need more than 7 bits, or
     activations of as many are multiplied together. Never of a file that was evaluated, not run (TensorRT's)."""
     tensors: list[TensorParity] = field(default_factory=list)
+    outputs: list[OutputParity] = field(default_factory=list)
+    """Each output of the model, in their order."""
+    default_session: DefaultSession | None = None
+    """The first batch in the runtime's default session; None where the runtime needs no settings."""
+    findings: list[str] = field(default_factory=list)
+    """A sentence for each difference from a simulation that is too large to be the rounding of float arithmetic."""
+    notes: list[str] = field(default_factory=list)
+    """What must be known to read the accuracies, and why there are none."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON; None stands for NaN, which JSON does not have."""
-        return {name: None if value != value else value for name, value in asdict(self).items()}
+        values: dict[str, Any] = _plain(asdict(self))
+        return values
 
     def __str__(self) -> str:
         rows = [
             *(self._integer_rows() if self.tensors else []),
-            ("largest difference of the output", self._difference()),
+            ("largest difference of the output", _difference(self.output_difference)),
+            *(self._output_rows() if len(self.outputs) > 1 else []),
+            *(self._default_rows(self.default_session) if self.default_session else []),
             ("integer weights equal", "yes" if self.weights_match else "NO"),
             *(self._executed_rows() if self.tensors else [("layers that read integer weights", self._readers())]),
             *(("  in float", name) for name in self.float_layers),
             ("same top-1 as the exact simulation", _percent(self.top1_agreement)),
             ("same top-1 as the float simulation", _percent(self.float_simulation_top1_agreement)),
             *((f"top-1 {name}", f"{value:.2f} %") for name, value in self.accuracy.items()),
+            *(("  note", note) for note in self.notes),
         ]
         if self.latency_ms:
             rows += [
@@ -115,7 +138,10 @@ class Report:
             rows += [("latency deployed / float", f"{self.latency_ratio:.2f}")]
         width = max(len(name) for name, _ in rows)
         title = f"{self.path} in {self.runtime}, {self.samples} samples"
-        return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)])
+        lines = [title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)]
+        if self.findings:
+            lines += ["FOUND:", *(f"  {finding}" for finding in self.findings)]
+        return "\n".join(lines)
 
     def _integer_rows(self) -> list[tuple[str, str]]:
         return [
@@ -135,11 +161,33 @@ class Report:
             ("  share of multiply-accumulates", f"{100 * self.integer_macs:.2f} %"),
         ]
 
-    def _difference(self) -> str:
-        return f"{self.output_difference:.1e} of the largest" if self.output_difference else "none"
+    def _output_rows(self) -> list[tuple[str, str]]:
+        return [
+            (f"  {output.name}", f"{_difference(output.difference)}, {_percent(output.equal)} equal")
+            for output in self.outputs
+        ]
+
+    def _default_rows(self, default: DefaultSession) -> list[tuple[str, str]]:
+        return [
+            ("difference of the default session", _difference(default.difference)),
+            *(("  due to the lack of", setting) for setting in default.settings),
+        ]
 
     def _readers(self) -> str:
         return f"{self.weight_layers} of {self.quantizable_layers}, in floating point"
+
+
+def _difference(relative: float) -> str:
+    return f"{relative:.1e} of the largest" if relative else "none"
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of JSON: None stands for NaN and infinities."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _percent(share: float) -> str:

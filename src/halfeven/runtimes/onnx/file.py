@@ -1,6 +1,8 @@
 """ONNX files: opening them, running them in ONNX Runtime, and reading the weights that they hold."""
 
-from collections.abc import Callable, Sequence
+import importlib
+import os
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,30 @@ from torch import Tensor
 from halfeven.deployment.quantize_op import WEIGHT_SUFFIX
 from halfeven.errors import VerificationError
 
-DISABLED = ["WeightBiasQuantization"]
-"""Optimizers that must be off: WeightBiasQuantization quantizes layers that the plan leaves in float."""
+WEIGHT_BIAS = "disabled_optimizers=WeightBiasQuantization"
+"""This optimizer quantizes layers that the plan leaves in float."""
+
+ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level=1"
+"""Products of weights alone stay in float32; by default the runtime quantizes their inputs too."""
+
+SETTINGS = (WEIGHT_BIAS, ACCURACY_LEVEL)
+"""The settings that keep a session to its file, as `name=value`."""
+
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+def onnxruntime() -> Any:
+    """Import ONNX Runtime, with its telemetry off unless the user has decided about it.
+
+    It reads the variable when it is imported. Without it, it keeps a device's id and a queue of events in the user's
+    home, and sends them to its makers.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    return importlib.import_module("onnxruntime")
 
 
 def read(path: Path) -> Any:
-    """Return the ONNX model of a file.
+    """Return the ONNX model of a file; tensors that lie in a file beside it stay there.
 
     Raises:
         VerificationError: there is no such file, or it is incomplete.
@@ -27,54 +47,76 @@ def read(path: Path) -> Any:
     if not path.is_file():
         raise VerificationError(f"There is no file {path} to run. Write it with halfeven.export(qmodel, path).")
     try:
-        model = onnx.load(path)
-        onnx.checker.check_model(model)
-    except (DecodeError, onnx.checker.ValidationError) as error:
+        model = onnx.load(path, load_external_data=False)
+        onnx.checker.check_model(str(path))
+    except (DecodeError, onnx.checker.ValidationError, UnicodeDecodeError) as error:
         raise VerificationError(
-            f"{path} is not a complete ONNX file: {str(error).strip().splitlines()[-1]} It is incomplete, damaged or "
+            f"{path} is not a complete ONNX file: {_last_line(error)} It is incomplete, damaged or "
             "of another format, so it cannot be run. Write it again with halfeven.export(qmodel, path)."
         ) from error
     return model
 
 
-def session(model: Any, *, optimized: Path | None = None, literal: bool = False) -> Any:
-    """Return a session on the CPU whose options keep to the file.
+def session(
+    model: Any,
+    *,
+    folder: Path | None = None,
+    optimized: Path | None = None,
+    literal: bool = False,
+    settings: Collection[str] = SETTINGS,
+) -> Any:
+    """Return a session on the CPU.
 
     Args:
+        model: an `onnx.ModelProto`.
+        folder: where the tensors lie that are not in the model itself.
         optimized: where the optimized graph is written.
         literal: no optimizer at all: every operator as it is written, in float.
-    """
-    import onnxruntime
+        settings: those of `SETTINGS` that are made; all keep to the file.
 
-    options = onnxruntime.SessionOptions()
+    Raises:
+        VerificationError: ONNX Runtime cannot run the model.
+    """
+    runtime = onnxruntime()
+    options = runtime.SessionOptions()
     # Errors only: the optimizer warns about things that no user can act on.
     options.log_severity_level = 3
     if literal:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-    # Products of weights alone stay in float32, as far as such layers go.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if folder is not None:
+        options.add_session_config_entry(EXTERNAL_FOLDER, str(folder.resolve()))
+    if ACCURACY_LEVEL in settings:
+        options.add_session_config_entry(*ACCURACY_LEVEL.split("="))
+    disabled = [WEIGHT_BIAS.split("=")[1]] if WEIGHT_BIAS in settings else []
     try:
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED
+        return runtime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
     except Exception as error:  # its exceptions have no common class
         raise VerificationError(
-            f"ONNX Runtime cannot run the file: {str(error).strip().splitlines()[-1]} Write it again with "
+            f"ONNX Runtime cannot run the file: {_last_line(error)} Write it again with "
             "halfeven.export(qmodel, path), and report what it says."
         ) from error
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
 class ONNXFile:
     """An ONNX file opened in ONNX Runtime: what is common to all `DeployedFile`s of this format."""
 
+    settings: Sequence[str] = SETTINGS
     literal = False
     """No optimizer at all: every operator is evaluated as it is written, in float."""
 
     def __init__(self, path: Path, tensors: Sequence[str] = ()) -> None:
         import onnx
 
+        self.path = path
         self.model = read(path)
         graph = self.model.graph
         self.own_outputs = [output.name for output in graph.output]
@@ -87,22 +129,36 @@ class ONNXFile:
                 # The optimizer may rename or remove any tensor that is no output of the graph, so watched tensors
                 # become outputs.
                 asked.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-        self.watched = session(asked, literal=self.literal)
+        self.watched = session(asked, folder=path.parent, literal=self.literal)
         # More outputs than its own keep operators from being fused: this is what users run.
-        self.session = self.watched if self.literal or not self.tensors else session(self.model)
-        self.inputs = [found.name for found in self.session.get_inputs()]
+        self.session = self.watched if self.literal or not self.tensors else session(self.model, folder=path.parent)
+        self.input_names = [found.name for found in self.session.get_inputs()]
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        fed = self._fed(inputs)
-        outputs = [torch.from_numpy(x) for x in self.session.run(self.own_outputs, fed)]
-        tensors = self.watched.run(self.tensors, fed) if self.tensors else []
-        return outputs, {name: torch.from_numpy(x) for name, x in zip(self.tensors, tensors, strict=True)}
+        outputs = self._computed(self.session, self.own_outputs, inputs)
+        tensors = self._computed(self.watched, self.tensors, inputs) if self.tensors else []
+        return outputs, dict(zip(self.tensors, tensors, strict=True))
+
+    def run_with(self, settings: Collection[str], inputs: Sequence[Tensor]) -> list[Tensor]:
+        opened = session(self.model, folder=self.path.parent, settings=settings)
+        return self._computed(opened, self.own_outputs, inputs)
+
+    def _computed(self, opened: Any, names: Sequence[str], inputs: Sequence[Tensor]) -> list[Tensor]:
+        try:
+            return [torch.from_numpy(x) for x in opened.run(names, self._fed(inputs))]
+        except Exception as error:  # its exceptions have no common class
+            given = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in inputs)
+            taken = ", ".join(f"{found.name} {found.type} {found.shape}" for found in opened.get_inputs())
+            raise VerificationError(
+                f"ONNX Runtime cannot run {self.path} on these inputs ({given}): {_last_line(error)} It takes {taken}. "
+                "Give the inputs that the model was prepared with, of the sizes that are free in the file."
+            ) from error
 
     def _fed(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
-        return {name: x.detach().cpu().numpy() for name, x in zip(self.inputs, inputs, strict=True)}
+        return {name: x.detach().cpu().numpy() for name, x in zip(self.input_names, inputs, strict=True)}
 
     def stored_integers(self, layers: Sequence[str]) -> dict[str, Tensor]:
-        return stored_integers(self.model, layers)
+        return stored_integers(self.model, layers, self.path.parent)
 
     def timed(self, inputs: Sequence[Tensor]) -> Callable[[], object]:
         # Inputs and outputs are bound once, so that a timed call copies nothing from or to Python.
@@ -114,8 +170,14 @@ class ONNXFile:
         return lambda: self.session.run_with_iobinding(binding)
 
 
-def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Return the integer weights of the named layers, in the order of the model's weights."""
+def stored_integers(model: Any, layers: Sequence[str], folder: Path = Path()) -> dict[str, Tensor]:
+    """Return the integer weights of the named layers, in the order of the model's weights.
+
+    Args:
+        model: an `onnx.ModelProto`.
+        layers: their names.
+        folder: where the tensors lie that are not in the model itself.
+    """
     from onnx import numpy_helper
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -125,7 +187,7 @@ def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
         layer = node.name.removesuffix(WEIGHT_SUFFIX)
         if layer == node.name or layer not in layers or node.input[0] not in constants:
             continue
-        integers = torch.from_numpy(numpy_helper.to_array(constants[node.input[0]]).astype(np.float32))
+        integers = torch.from_numpy(numpy_helper.to_array(constants[node.input[0]], str(folder)).astype(np.float32))
         reader = readers[node.output[0]]
         # torch's linear weight is [outputs, inputs]. MatMul reads [inputs, outputs], and Gemm does unless transB is
         # set.

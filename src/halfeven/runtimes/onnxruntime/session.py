@@ -97,7 +97,7 @@ class ONNXRuntimeFile(ONNXFile):
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "optimized.onnx"
-            session(self.model, optimized=path)
+            session(self.model, folder=self.path.parent, optimized=path)
             yield from onnx.load(path).graph.node
 
     def executed_layers(self, layers: Sequence[str]) -> list[LayerExecution]:

@@ -1,7 +1,7 @@
 """OpenVINO: running a deployed file on the CPU, and reading from the runtime model which kernels it executed."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from halfeven.runtimes.layer_execution import LayerExecution
 from halfeven.runtimes.openvino.telemetry import silently
 from halfeven.runtimes.openvino.writer import LAYER_TYPES, convert
 
-ACCURACY = {"EXECUTION_MODE_HINT": "ACCURACY"}
-"""Without it the plugin computes in bfloat16 what is not integer, and nothing can be compared."""
+SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
+"""Without it the plugin computes in bfloat16 what is not integer, and quantizes the inputs of some linear layers on its
+own: nothing could be compared."""
 
 INTEGER_TYPES = ("u8", "i8", "u4", "i4")
 
@@ -48,21 +49,56 @@ def read(path: str | Path) -> Any:
         return _core().read_model(path)
     except RuntimeError as error:
         raise VerificationError(
-            f"OpenVINO cannot read {path}: {str(error).strip().splitlines()[-1]} The file is damaged or of another "
+            f"OpenVINO cannot read {path}: {last_line(error)} The file is damaged or of another "
             "kind: write it again with halfeven.export(qmodel, path)."
         ) from error
 
 
 @silently()
-def compile_model(model: Any, config: dict[str, str] | None = None) -> Any:
-    """Return a model ready to run on the CPU, in float32 where it is not integer unless `config` says otherwise."""
-    return _core().compile_model(model, "CPU", ACCURACY if config is None else config)
+def compile_model(model: Any, config: Mapping[str, str] | None = None) -> Any:
+    """Return a model ready to run on the CPU, in float32 where it is not integer unless `config` says otherwise.
+
+    Raises:
+        VerificationError: OpenVINO has no kernel for the model.
+    """
+    try:
+        return _core().compile_model(model, "CPU", dict(SETTINGS if config is None else config))
+    except RuntimeError as error:
+        raise VerificationError(
+            f"OpenVINO reads the model and cannot compile it: {last_line(error)} So it cannot be run. Write the file "
+            "again with halfeven.export(qmodel, path); if that does not help, leave the named operator in float with a "
+            "Rule, and report it."
+        ) from error
 
 
 def run_compiled(compiled: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return all outputs of a compiled model as tensors of their own."""
-    result = compiled([np.ascontiguousarray(x.detach().cpu().numpy()) for x in inputs])
+    """Return all outputs of a compiled model as tensors of their own; threads may call it at once.
+
+    Each call has a request of its own: the one that a compiled model shares holds the tensors of a single call.
+
+    Raises:
+        VerificationError: the model does not take these inputs.
+    """
+    request = compiled.create_infer_request()
+    try:
+        result = request.infer([np.ascontiguousarray(x.detach().cpu().numpy()) for x in inputs], share_inputs=True)
+    except (RuntimeError, TypeError, ValueError) as error:
+        given = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in inputs)
+        taken = ", ".join(
+            f"{port.get_any_name()} {port.get_element_type().get_type_name()} {port.get_partial_shape()}"
+            for port in compiled.inputs
+        )
+        raise VerificationError(
+            f"OpenVINO cannot run the file on these inputs ({given}): {last_line(error)} It takes {taken}. Give the "
+            "inputs that the model was prepared with, of the sizes that are free in the file."
+        ) from error
     return [torch.from_numpy(np.array(result[i])) for i in range(len(compiled.outputs))]
+
+
+def last_line(error: Exception) -> str:
+    """Return the line of a message of OpenVINO that tells the reason: its last."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
 def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Tensor], Mapping[str, Tensor]], Tensor]:
@@ -203,6 +239,7 @@ class OpenVINOFile:
     """A file opened in OpenVINO; see `halfeven.runtimes.runtime.DeployedFile`."""
 
     runtime = "OpenVINO"
+    settings: Sequence[str] = tuple(f"{name}={value}" for name, value in SETTINGS.items())
 
     def __init__(self, path: Path, tensors: Sequence[str] = ()) -> None:
         self.path = path
@@ -214,6 +251,10 @@ class OpenVINOFile:
         self.compiled = compile_model(opened)
 
     @property
+    def input_names(self) -> list[str]:
+        return [port.get_any_name() for port in self.compiled.inputs]
+
+    @property
     def tensors(self) -> list[str]:
         return list(self.output_index)
 
@@ -223,6 +264,10 @@ class OpenVINOFile:
             return outputs, {}
         watched = run_compiled(self.compiled, inputs)
         return outputs, {name: watched[index] for name, index in self.output_index.items()}
+
+    def run_with(self, settings: Collection[str], inputs: Sequence[Tensor]) -> list[Tensor]:
+        config = dict(setting.split("=", 1) for setting in settings)
+        return run_compiled(compile_model(read(self.path), config), inputs)
 
     def executed_layers(self, layers: Sequence[str]) -> list[LayerExecution]:
         return executed_layers(self.plain, layers)

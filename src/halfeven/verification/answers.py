@@ -1,0 +1,145 @@
+"""The answers of a model: the largest value over the classes of an output, and the labels that judge it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+ClassAxis = int | Literal["auto"]
+"""Axis of an output whose largest value is an answer; "auto": the last axis of tokens, else the second axis."""
+
+
+@dataclass
+class Answers:
+    """The answers of all batches, counted: the file's that equal the simulations', and those that are right."""
+
+    axis: ClassAxis = "auto"
+    total: int = 0
+    same_exact: int = 0
+    same_float: int = 0
+    labelled: int = 0
+    ignored: int = 0
+    """Labels that are no class: padding, or the border of a segmentation."""
+    unlabelled: int = 0
+    """Batches without labels."""
+    judged: str = ""
+    """Name of the output that the labels judge."""
+    reasons: list[str] = field(default_factory=list)
+    """Why labels could not be used."""
+    right: dict[str, int] = field(default_factory=dict)
+
+    def add(self, outputs: Mapping[str, Mapping[str, Tensor]], labels: Any) -> None:
+        """Count one batch.
+
+        Args:
+            outputs: "deployed", "exact", "simulated" and, where there is a float model, "float": outputs by name.
+            labels: of the batch; None where it has none.
+        """
+        name, axis = self._judged(outputs["deployed"], labels)
+        choices = {model: answer(found[name], axis) for model, found in outputs.items()}
+        self.total += choices["deployed"].numel()
+        self.same_exact += int((choices["deployed"] == choices["exact"]).sum())
+        self.same_float += int((choices["deployed"] == choices["simulated"]).sum())
+        if labels is None:
+            self.unlabelled += 1
+            return
+        if not self.judged:
+            return
+        labels = labels.cpu()
+        classes = math.inf if axis is None else outputs["deployed"][name].shape[axis]
+        counted = (labels >= 0) & (labels < classes)
+        self.labelled += int(counted.sum())
+        self.ignored += int((~counted).sum())
+        for model in ("float", "simulated", "deployed"):
+            if model in choices:
+                right = int(((choices[model] == labels) & counted).sum())
+                self.right[model] = self.right.get(model, 0) + right
+
+    def accuracy(self) -> dict[str, float]:
+        """Return the accuracies in percent by model; empty where no label could be used."""
+        return {name: 100 * count / self.labelled for name, count in self.right.items()} if self.labelled else {}
+
+    def notes(self) -> list[str]:
+        """Return what must be known to read the accuracies, and why there are none."""
+        found = list(self.reasons)
+        if self.right and self.unlabelled:
+            found.append(f"accuracies leave out {self.unlabelled} batches without labels")
+        if self.right and self.ignored:
+            found.append(f"accuracies leave out {self.ignored} labels that are no class of the output")
+        return found
+
+    def _judged(self, outputs: Mapping[str, Tensor], labels: Any) -> tuple[str, int | None]:
+        """Return the output that answers, and its axis of classes: where there are labels, the first that they fit."""
+        first = next(iter(outputs))
+        default = (first, class_axis(outputs[first], self.axis))
+        if labels is None:
+            return default
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+            self._say(f"no accuracy: the labels are {_described(labels)}, not a tensor of indices of classes")
+            return default
+        for name, output in outputs.items():
+            if labels.shape == output.shape and not output.is_floating_point():
+                self.judged = name
+                return name, None  # indices of classes already
+            if (axis := _fitting_axis(output, labels, self.axis)) is not None:
+                self.judged = name
+                return name, axis
+        shapes = ", ".join(f"{name} {list(output.shape)}" for name, output in outputs.items())
+        self._say(f"no accuracy: labels of shape {list(labels.shape)} fit no output without its classes ({shapes})")
+        return default
+
+    def _say(self, reason: str) -> None:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+
+
+def labels_of(batch: Any, inputs: int) -> Any:
+    """Return the labels of a batch: the item behind its inputs, or the entry "labels" or "label"; None if none.
+
+    Args:
+        batch: as a loader gives it.
+        inputs: how many items of the batch the model takes.
+    """
+    if isinstance(batch, list | tuple):
+        if len(batch) > inputs:
+            return batch[inputs]
+        batch = batch[0] if batch else None
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in ("labels", "label") if batch.get(key) is not None), None)
+    return None
+
+
+def class_axis(output: Tensor, given: ClassAxis) -> int:
+    """Return the axis of the classes: the given one, else the last axis of tokens [samples, tokens, classes] and the
+    second axis of everything else."""
+    if given != "auto":
+        return given
+    return -1 if output.ndim == 3 else 1
+
+
+def answer(output: Tensor, axis: int | None) -> Tensor:
+    """Return the index of the largest value over an axis; an output without such an axis is its own answer, rounded."""
+    output = output.cpu().float()
+    if axis is None or output.ndim < 2 or not -output.ndim <= axis < output.ndim:
+        return output.round()
+    return output.argmax(axis)
+
+
+def _fitting_axis(output: Tensor, labels: Tensor, given: ClassAxis) -> int | None:
+    """Return the axis of an output that labels do not have; None where their shapes differ in more than that."""
+    if labels.ndim != output.ndim - 1:
+        return None
+    usual = class_axis(output, given) % output.ndim
+    for axis in [usual] if given != "auto" else [usual, *range(1, output.ndim)]:
+        if torch.Size([size for place, size in enumerate(output.shape) if place != axis]) == labels.shape:
+            return axis
+    return None
+
+
+def _described(labels: Any) -> str:
+    if isinstance(labels, Tensor):
+        return f"{str(labels.dtype).removeprefix('torch.')} of shape {list(labels.shape)}"
+    return f"a {type(labels).__name__}"

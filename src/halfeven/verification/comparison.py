@@ -1,0 +1,171 @@
+"""A deployed file that is opened with all its integers as outputs, beside the two simulations of its model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfeven.deployment.deployed import Deployed
+from halfeven.deployment.quantize_op import WEIGHT_SUFFIX, ExportedQuantizer
+from halfeven.errors import VerificationError
+from halfeven.graph.view import module_of
+from halfeven.placement.make_plan import regions
+from halfeven.quantization.quantizer import quantizers
+from halfeven.runtimes.cpu import pair_fits
+from halfeven.runtimes.exact_model import ExactModel
+from halfeven.runtimes.runtime import Runtime
+from halfeven.verification.default_session import DefaultSession, default_session
+from halfeven.verification.float_simulation import FloatSimulation, codes_of, outputs_of
+from halfeven.verification.latency import deployed_in_float
+from halfeven.verification.outputs import OutputSums, in_form_of, named_outputs
+from halfeven.verification.report import TensorParity
+
+MAX_MERGED_SHARE = 0.1
+"""Largest fraction of tensors that a converter may merge away; above it the file belongs to another model."""
+
+
+class Comparison:
+    """A file and its two simulations, compared batch by batch."""
+
+    def __init__(self, qmodel: nn.Module, deployed: Deployed, path: Path, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.path = path
+        self.weights = [q for q in deployed.quantizers if q.weight]
+        self.layers = [q.name.removesuffix(WEIGHT_SUFFIX) for q in self.weights]
+        self.activations = in_graph_order(deployed.model)
+        self.parts = regions(deployed.model)  # which the exact simulation takes over
+        self.modules = dict(deployed.model.named_modules())
+        self.exact = ExactModel(deployed, runtime.interpreter)
+        self.qmodel = qmodel
+        self.floating = deployed_in_float(qmodel)
+        self.file = runtime.open_file(path, list(self.activations))
+        self.names = [name for name in self.activations if name in self.file.tensors]
+        self.unseen = [name for name in self.activations if name not in self.file.tensors]
+        if len(lacking := self._lacking()) > MAX_MERGED_SHARE * len(self.activations):
+            raise VerificationError(
+                f"{path} lacks the quantized tensors {', '.join(lacking[:3])}, so it was not written from "
+                "this model. Export the model again, then verify."
+            )
+        first = {q.number: q.name for q in deployed.quantizers}
+        calls: dict[str, list[str]] = {}
+        for name, quantizer in self.activations.items():
+            calls.setdefault(first[quantizer.grid_number], []).append(name)
+        self.simulation = FloatSimulation(qmodel, calls, self.activations)
+        self.tensors = [TensorParity(name.removeprefix("quantizers.")) for name in self.names]
+        self.outputs: dict[str, OutputSums] = {}
+        self.default_session: DefaultSession | None = None
+
+    def _lacking(self) -> list[str]:
+        """Return the tensors that the file lacks, except for those on the grid of a tensor that it has: the converter
+        merges equal tensors."""
+        grids = {_grid(self.activations[name]) for name in self.names}
+        return [name for name in self.unseen if _grid(self.activations[name]) not in grids]
+
+    def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+        """Compare the integers and the outputs of one batch.
+
+        Returns:
+            The outputs by name of the file ("deployed") and of both simulations ("exact", "simulated").
+        """
+        simulated, simulated_codes = self.simulation.run(args, kwargs)
+        cpu = [x.cpu() if isinstance(x, Tensor) else x for x in (*args, *kwargs.values())]
+        found, reals = self.file.run(cpu)
+        codes = {name: codes_of(reals[name], self.activations[name]) for name in self.names}
+        exact = self._exact(cpu, codes)
+        alone = simulated
+        alone_codes = simulated_codes
+        if any(not torch.equal(codes[name].flatten(), simulated_codes[name].flatten()) for name in self.names):
+            alone, alone_codes = self.simulation.run(args, kwargs, {name: reals[name] for name in self.names})
+        for tensor, name in zip(self.tensors, self.names, strict=True):
+            shape = codes[name].shape
+            tensor.add_float(codes[name], simulated_codes[name].reshape(shape), alone_codes[name].reshape(shape))
+        floating = outputs_of(self.floating, args, kwargs)
+        deployed = in_form_of(exact, found, self.path)
+        if not self.outputs:  # once: it is another session
+            self.default_session = default_session(self.file, cpu, found)
+        for name, output in deployed.items():
+            sums = self.outputs.setdefault(name, OutputSums(name))
+            sums.add(output, exact[name], simulated[name], alone[name], floating[name])
+        return {"deployed": deployed, "exact": exact, "simulated": simulated}
+
+    def _exact(self, inputs: Sequence[Any], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compare the integers of all activations with the exact simulation; return its outputs."""
+        simulation = self.exact.simulation
+        simulation.watched = True
+        outputs = self.exact(*inputs)
+        exact = dict(self.exact.codes)
+        matters = simulation.watching_matters
+        layer_alone = exact
+        if not all(torch.equal(found[name], exact[name]) for name in self.names):
+            simulation.given.update(found)
+            self.exact(*inputs)
+            layer_alone = dict(self.exact.codes)
+            simulation.given.clear()
+        if matters:  # the outputs are of the file as users run it
+            simulation.watched = False
+            outputs = self.exact(*inputs)
+        for tensor, name in zip(self.tensors, self.names, strict=True):
+            tensor.add(found[name], exact[name], layer_alone[name])
+        return named_outputs(outputs)
+
+    def parity(self) -> dict[str, Any]:
+        """Return the report's fields about integers and outputs."""
+        total = sum(tensor.count for tensor in self.tensors) or float("nan")  # shares of nothing are NaN
+        last = self.tensors[-1] if self.tensors else TensorParity("")
+        outputs = [sums.result() for sums in self.outputs.values()]
+        return {
+            "integer_match": 1 - sum(t.different for t in self.tensors) / total,
+            "alone_match": 1 - sum(t.different_alone for t in self.tensors) / total,
+            "last_integer_match": 1 - last.different / (last.count or float("nan")),
+            "float_simulation_match": 1 - sum(t.different_float for t in self.tensors) / total,
+            "max_lsb_difference": max((t.largest for t in self.tensors), default=0),
+            "weights_match": self.weights_match(),
+            "first_difference": next((t.name for t in self.tensors if t.different), ""),
+            "overflows": any(t.different_alone for t in self.tensors) and self.may_overflow(),
+            "output_difference": max(output.difference for output in outputs),
+            "outputs": outputs,
+            "default_session": self.default_session,
+            "tensors": self.tensors,
+            "unseen": [name.removeprefix("quantizers.") for name in self.unseen],
+        }
+
+    def may_overflow(self) -> bool:
+        """Return True where a pair of products of an executed kernel can be too large for the 16 bits that hold it."""
+        if not self.runtime.sums_in_16_bits():
+            return False
+        found = list(quantizers(self.qmodel).values())
+        steps = max((q.scheme.quant_max - q.scheme.quant_min for q in found if not q.weight), default=0)
+        largest = max((q.scheme.quant_max for q in found if q.weight), default=0)
+        if any(product.integer for product in self.file.executed_products()):
+            largest = max(largest, (steps + 1) // 2)
+        return not pair_fits(steps, largest)
+
+    def weights_match(self) -> bool:
+        """Return True if the file holds all integer weights of the model."""
+        stored = self.file.stored_integers(self.layers)
+        renamed = [integers for name, integers in stored.items() if name not in self.layers]
+        for quantizer, layer in zip(self.weights, self.layers, strict=True):
+            module = self.modules.get(layer)
+            if module is None or not isinstance(module.weight, Tensor):
+                continue  # a weight that is computed in the graph has no constant of its own
+            shape = [1] * module.weight.ndim
+            if quantizer.scale.ndim:
+                shape[quantizer.axis] = -1
+            integers = torch.round(module.weight / quantizer.scale.reshape(shape))
+            candidates = [stored[layer]] if layer in stored else renamed
+            if not any(torch.equal(one.flatten(), integers.flatten()) for one in candidates):
+                return False
+        return True
+
+
+def _grid(quantizer: ExportedQuantizer) -> tuple[float, ...]:
+    ends = (quantizer.quant_min, quantizer.quant_max, quantizer.axis)
+    return (*quantizer.scale.flatten().tolist(), *quantizer.zero_point.flatten().tolist(), *ends)
+
+
+def in_graph_order(model: nn.Module) -> dict[str, ExportedQuantizer]:
+    """Return the quantizers of activations by name, in the order of the graph."""
+    calls = [module_of(n) for region in regions(model).values() for n in region.graph.nodes if n.op == "call_module"]
+    return {q.name: q for q in calls if isinstance(q, ExportedQuantizer) and not (q.weight or q.repeats)}

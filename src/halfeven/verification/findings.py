@@ -1,0 +1,85 @@
+"""What a report says aloud: differences that are too large to be the rounding of float arithmetic."""
+
+from collections.abc import Sequence
+
+from halfeven.verification.outputs import OutputParity
+from halfeven.verification.report import TensorParity
+
+VISIBLE = 1e-3
+"""Smallest difference of an output, relative to the output, that counts: rounding in float32 stays far below."""
+
+SHARE_OF_QUANTIZATION_ERROR = 0.5
+"""Largest difference of an output from the exact simulation, over what quantization itself changes."""
+
+MOVED_SHARE = 0.1
+"""Largest share of a tensor's integers that float rounding moves, computed from the same integers before it. A few of a
+thousand are usual; a weight that differs moves more than a tenth."""
+
+FEWEST_MOVED = 10
+"""Fewer integers than these are no share of a small tensor."""
+
+
+def findings(outputs: Sequence[OutputParity], tensors: Sequence[TensorParity]) -> list[str]:
+    """Return a sentence for each difference between the file and a simulation that float rounding does not explain."""
+    return [
+        *(_not_exact(output) for output in outputs if _differs_from_exact(output)),
+        *_not_trained(outputs, tensors),
+    ]
+
+
+def _differs_from_exact(output: OutputParity) -> bool:
+    if not output.continuous:
+        return False  # an index that changes is no size: its share is in the report
+    return output.rms_difference > max(VISIBLE, SHARE_OF_QUANTIZATION_ERROR * output.quantization_error)
+
+
+def _not_exact(output: OutputParity) -> str:
+    return (
+        f'The output "{output.name}" differs from the exact simulation by {_percent(output.rms_difference)} of its '
+        f"size (root mean square), and quantization itself changes it by {_percent(output.quantization_error)}. The "
+        "file does not compute what this model does: export the model again, and report it if that does not help."
+    )
+
+
+def _not_trained(outputs: Sequence[OutputParity], tensors: Sequence[TensorParity]) -> list[str]:
+    """Return a sentence where the file computes something else than the float simulation: the first tensor or output
+    that does, given the same integers before it; else the output that parts as a whole."""
+    first = next((tensor for tensor in tensors if _moved(tensor)), None)
+    if first is not None:
+        share = _percent(first.different_float_alone / first.count)
+        return [_advice(f'{share} of the integers of "{first.name}" differ from the float simulation\'s')]
+    real = [output for output in outputs if output.continuous]
+    alone = next((output for output in real if _parted(output, output.float_simulation_difference_alone)), None)
+    if alone is not None:
+        size = _percent(alone.float_simulation_difference_alone)
+        return [_advice(f'the output "{alone.name}" differs from the float simulation\'s by {size} of its size')]
+    return [_spread(output) for output in real if _parted(output, output.float_simulation_difference)]
+
+
+def _moved(tensor: TensorParity) -> bool:
+    return tensor.different_float_alone > max(FEWEST_MOVED, MOVED_SHARE * tensor.count)
+
+
+def _parted(output: OutputParity, difference: float) -> bool:
+    return difference > max(VISIBLE, output.quantization_error)
+
+
+def _advice(what: str) -> str:
+    return (
+        f"Given the same integers before it, {what}: the file computes there what was not trained, as where a layer's "
+        "weight is read by another operator too. Its accuracy is not that of the simulation. Give that operator a "
+        "weight of its own, or leave the layer in float with a Rule, and report it."
+    )
+
+
+def _spread(output: OutputParity) -> str:
+    return (
+        f'The output "{output.name}" differs from the float simulation, which is what was trained, by '
+        f"{_percent(output.float_simulation_difference)} of its size (root mean square), more than quantization itself "
+        f"changes it ({_percent(output.quantization_error)}). Each layer alone agrees: single roundings spread. Judge "
+        "the file by its own accuracy, not by the simulation's."
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

@@ -1,0 +1,159 @@
+"""Every output of a model: its name, and its difference between the file and the simulations."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfeven.errors import VerificationError
+from halfeven.graph.torch_private import pytree
+
+SINGLE = "output"
+"""The name of the output of a model that returns a single tensor."""
+
+
+@dataclass(frozen=True)
+class OutputParity:
+    """The comparison of one output: the file against the exact simulation and against the float simulation."""
+
+    name: str
+    """Its key or its place in what the model returns: "logits", "0", "boxes.1"."""
+    count: int
+    equal: float
+    """Share of the values that equal the exact simulation's to the last bit."""
+    difference: float
+    """Largest difference from the exact simulation, over the largest absolute value of that."""
+    rms_difference: float
+    """Root mean square of that difference, over that of the float simulation."""
+    float_simulation_difference: float
+    """The same for the float simulation, which is what was trained."""
+    float_simulation_difference_alone: float
+    """The same where the float simulation is given the runtime's own integers before it."""
+    quantization_error: float
+    """The same between the float simulation and the model with its quantizers off: what quantization itself costs."""
+    continuous: bool
+    """The output holds real numbers, not indices or masks."""
+
+
+def named_outputs(outputs: Any) -> dict[str, Tensor]:
+    """Return the tensors of a model's outputs by name, in the order in which a file has them."""
+    found: dict[str, Tensor] = {}
+    _collect(outputs, "", found)
+    return found
+
+
+def _collect(value: Any, name: str, found: dict[str, Tensor]) -> None:
+    if isinstance(value, Tensor):
+        found[name or SINGLE] = value
+        return
+    for key, part in _parts(value):
+        _collect(part, f"{name}.{key}" if name else key, found)
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    """Return the named parts of a container; none of what is no container."""
+    if isinstance(value, Mapping):
+        return [(str(key), part) for key, part in value.items()]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return list(zip(value._fields, value, strict=True))
+    if isinstance(value, list | tuple):
+        return [(str(place), part) for place, part in enumerate(value)]
+    leaves = pytree.tree_leaves(value)
+    return [] if len(leaves) == 1 and leaves[0] is value else [(str(i), leaf) for i, leaf in enumerate(leaves)]
+
+
+class OutputSums:
+    """What is counted of one output, batch by batch."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.count = 0
+        self.equal = 0
+        self.largest_difference = 0.0
+        self.largest = 0.0
+        self.continuous = True
+        self.squares = {"exact": 0.0, "simulated": 0.0, "alone": 0.0, "quantization": 0.0, "signal": 0.0}
+
+    def add(self, found: Tensor, exact: Tensor, simulated: Tensor, alone: Tensor, floating: Tensor) -> None:
+        """Count one batch.
+
+        Args:
+            found: the file's output.
+            exact: the exact simulation's.
+            simulated: the float simulation's.
+            alone: the same, computed from the file's own integers.
+            floating: that of the model with its quantizers off.
+        """
+        self.continuous = self.continuous and exact.is_floating_point()
+        differences = _differences(found, exact)
+        self.count += found.numel()
+        self.equal += int((differences == 0).sum())
+        self.largest_difference = max(self.largest_difference, _largest(differences))
+        self.largest = max(self.largest, _largest(_finite(exact).abs()))
+        self.squares["exact"] += _square(differences)
+        self.squares["simulated"] += _square(_differences(found, simulated))
+        self.squares["alone"] += _square(_differences(found, alone))
+        self.squares["quantization"] += _square(_differences(simulated, floating))
+        self.squares["signal"] += _square(_finite(simulated))
+
+    def result(self) -> OutputParity:
+        return OutputParity(
+            name=self.name,
+            count=self.count,
+            equal=self.equal / self.count if self.count else 1.0,
+            difference=self.largest_difference / (self.largest or 1.0),
+            rms_difference=self._relative("exact"),
+            float_simulation_difference=self._relative("simulated"),
+            float_simulation_difference_alone=self._relative("alone"),
+            quantization_error=self._relative("quantization"),
+            continuous=self.continuous,
+        )
+
+    def _relative(self, which: str) -> float:
+        return math.sqrt(self.squares[which] / (self.squares["signal"] or 1.0))
+
+
+def in_form_of(expected: dict[str, Tensor], found: Sequence[Tensor], path: Any) -> dict[str, Tensor]:
+    """Return a file's outputs by the names of the simulation's.
+
+    Raises:
+        VerificationError: another number of outputs, or another shape.
+    """
+    if len(found) != len(expected):
+        raise VerificationError(
+            f"{path} has {len(found)} outputs and the model {len(expected)} ({', '.join(expected)}), so it was not "
+            "written from this model. Export the model again, then verify."
+        )
+    named = dict(zip(expected, found, strict=True))
+    for name, output in named.items():
+        if output.shape != expected[name].shape:
+            raise VerificationError(
+                f'The output "{name}" of {path} is {list(output.shape)}, and that of the model '
+                f"{list(expected[name].shape)}, so the file was not written from this model, or for inputs of another "
+                "size. Export the model again, then verify."
+            )
+    return named
+
+
+def _differences(a: Tensor, b: Tensor) -> Tensor:
+    """Return the absolute differences of two tensors in float64: 0 where both hold the same value, NaN included, and
+    infinite where one alone is NaN or infinite."""
+    a = a.cpu().double()
+    b = b.cpu().double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    return torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=math.inf))
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.cpu().double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.max()) if x.numel() else 0.0
+
+
+def _square(x: Tensor) -> float:
+    return float(x.square().sum())

@@ -1,0 +1,225 @@
+"""Every output of a file is compared, with the exact and with the float simulation, and what is large is said."""
+
+import re
+from collections import namedtuple
+
+import numpy as np
+import onnx
+import openvino
+import openvino.opset13 as opset
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+import halfeven as he
+from halfeven.cli.verify import problems_of
+from halfeven.errors import VerificationError
+from halfeven.runtimes import deploy
+from halfeven.verification.answers import Answers, labels_of
+from halfeven.verification.outputs import OutputSums, in_form_of, named_outputs
+from runtimes.parity import quantized
+
+IMAGE = (4, 3, 8, 8)
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.boxes, self.scores = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return {"detection": (self.boxes(x), x.amax((2, 3)).argmax(1)), "scores": self.scores(x.mean((2, 3)))}
+
+
+def shifted_ir(path, place, amount):
+    """Add a number to an output of an OpenVINO file."""
+    model = openvino.Core().read_model(path)
+    result = model.get_results()[place]
+    source = result.input_value(0)
+    result.input(0).replace_source_output(opset.add(source, np.float32(amount)).output(0))
+    openvino.save_model(model, path.with_name("bad.xml"), compress_to_fp16=False)
+    return path.with_name("bad.xml")
+
+
+def shifted_onnx(path, place, amount):
+    """Add a number to an output of an ONNX file."""
+    model = onnx.load(path)
+    output = model.graph.output[place].name
+    for node in model.graph.node:
+        node.output[:] = ["before" if name == output else name for name in node.output]
+        node.input[:] = ["before" if name == output else name for name in node.input]
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(amount), "amount"))
+    model.graph.node.append(onnx.helper.make_node("Add", ["before", "amount"], [output]))
+    onnx.save(model, path.with_name("bad.onnx"))
+    return path.with_name("bad.onnx")
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "shifted"),
+    [("openvino", "model.xml", shifted_ir), ("onnxruntime", "model.onnx", shifted_onnx)],
+    ids=["openvino", "onnxruntime"],
+)
+def test_a_later_output_that_is_wrong_is_a_finding(target, name, shifted, tmp_path):
+    qmodel, batches = quantized(Heads(), IMAGE, target=target)
+    path = he.export(qmodel, tmp_path / name)
+    report = he.verify(qmodel, path, batches, timed=False)
+    assert [output.name for output in report.outputs] == ["detection.0", "detection.1", "scores"]
+    assert [output.equal for output in report.outputs] == [1.0, 1.0, 1.0]
+    assert [output.count for output in report.outputs] == [12 * 4 * 36, 12, 60]
+    assert report.output_difference == 0.0
+    assert report.findings == []
+    assert 0 < report.outputs[1].quantization_error < 0.1
+    wrong = he.verify(qmodel, shifted(path, 2, 0.5), batches, timed=False)
+    assert wrong.integer_match == 1.0
+    assert [output.difference > 0.1 for output in wrong.outputs] == [False, False, True]
+    assert wrong.output_difference == wrong.outputs[2].difference
+    assert wrong.outputs[2].equal == 0.0
+    (finding,) = [finding for finding in wrong.findings if "exact simulation" in finding]
+    assert '"scores" differs from the exact simulation' in finding
+    assert finding in str(wrong)
+    assert finding in problems_of(wrong, 0.9999, allow_float=False)
+    assert "detection.0" in str(wrong)
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+def test_a_file_of_something_that_was_not_trained_is_a_finding(target, tmp_path, monkeypatch):
+    """File and exact simulation come from one deployed form: where that is wrong, only the float simulation tells."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    qmodel, batches = quantized(net, IMAGE, target=target)
+    deployed_form = deploy.deployed_form
+
+    def wrong(model):
+        made = deployed_form(model)
+        with torch.no_grad():
+            made.get_submodule("2").bias += 0.1
+        return made
+
+    monkeypatch.setattr(deploy, "deployed_form", wrong)
+    path = he.export(qmodel, tmp_path / f"model.{'xml' if target == 'openvino' else 'onnx'}")
+    report = he.verify(qmodel, path, batches, timed=False)
+    assert report.integer_match == 1.0
+    assert report.output_difference < 1e-6
+    (finding,) = report.findings
+    assert 'of the integers of "3_relu" differ from the float simulation' in finding
+    moved = {tensor.name: tensor.different_float_alone / tensor.count for tensor in report.tensors}
+    assert moved["1_relu"] < 0.01
+    assert moved["3_relu"] > 0.2
+    assert report.outputs[0].float_simulation_difference > report.outputs[0].quantization_error
+    assert report.outputs[0].float_simulation_difference_alone < 1e-3
+
+
+def test_a_last_layer_that_was_not_trained_is_found_at_the_output(tmp_path, monkeypatch):
+    qmodel, batches = quantized(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), IMAGE)
+    deployed_form = deploy.deployed_form
+
+    def wrong(model):
+        made = deployed_form(model)
+        with torch.no_grad():
+            made.get_submodule("2").bias += 0.2
+        return made
+
+    monkeypatch.setattr(deploy, "deployed_form", wrong)
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
+    assert report.integer_match == 1.0
+    assert ['the output "output" differs from the float simulation' in finding for finding in report.findings] == [True]
+
+
+Boxes = namedtuple("Boxes", ["left", "right"])
+
+
+def test_outputs_bear_the_names_of_what_holds_them():
+    x = torch.zeros(1)
+    assert list(named_outputs(x)) == ["output"]
+    assert list(named_outputs((x, [x, {"mask": x}], None, 3))) == ["0", "1.0", "1.1.mask"]
+    assert list(named_outputs({"boxes": Boxes(x, x), "aux": (x,)})) == ["boxes.left", "boxes.right", "aux.0"]
+
+
+def test_differences_of_values_that_are_no_numbers_count():
+    sums = OutputSums("y")
+    infinite = torch.tensor([1.0, float("inf"), float("nan")])
+    sums.add(infinite, infinite, infinite, infinite, infinite)
+    assert (sums.result().equal, sums.result().difference) == (1.0, 0.0)
+    sums.add(infinite, torch.ones(3), infinite, infinite, infinite)
+    assert sums.result().equal == pytest.approx(4 / 6)
+    assert sums.result().difference == float("inf")
+
+
+def test_outputs_of_another_number_or_shape_are_an_error():
+    expected = {"a": torch.zeros(2, 3), "b": torch.zeros(2)}
+    with pytest.raises(VerificationError, match=r"has 1 outputs and the model 2 \(a, b\).*Export the model again"):
+        in_form_of(expected, [torch.zeros(2, 3)], "model.xml")
+    with pytest.raises(VerificationError, match=r'"b" of model.xml is \[4\].*\[2\].*Export the model again'):
+        in_form_of(expected, [torch.zeros(2, 3), torch.zeros(4)], "model.xml")
+
+
+def judged(outputs, labels, axis="auto"):
+    answers = Answers(axis)
+    answers.add({"deployed": outputs, "exact": outputs, "simulated": outputs}, labels)
+    return answers
+
+
+def one_hot(labels, classes, axis):
+    return torch.nn.functional.one_hot(labels, classes).movedim(-1, axis).float()
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((6,), 1), ((6, 5), -1), ((6, 4), 1), ((6, 4, 4), 1), ((6, 3, 4), -1)], ids=str
+)
+def test_the_axis_of_the_classes_is_the_one_that_labels_lack(shape, axis):
+    labels = torch.randint(0, 5, shape)
+    answers = judged({"y": one_hot(labels, 5, axis)}, labels)
+    assert answers.accuracy() == {"simulated": 100.0, "deployed": 100.0}
+    assert answers.total == labels.numel()
+    assert answers.notes() == []
+
+
+def test_without_labels_tokens_have_their_classes_last():
+    assert judged({"y": torch.zeros(2, 7, 5)}, None).total == 14
+    assert judged({"y": torch.zeros(2, 5, 7, 7)}, None).total == 98
+    assert judged({"y": torch.zeros(2, 7, 5)}, None, axis=1).total == 10
+
+
+def test_labels_judge_the_output_that_they_fit():
+    labels = torch.tensor([0, 2, 1])
+    answers = judged({"features": torch.randn(3, 8, 4, 4), "logits": one_hot(labels, 3, 1)}, labels)
+    assert answers.judged == "logits"
+    assert answers.accuracy()["deployed"] == 100.0
+    assert judged({"classes": labels}, labels).accuracy()["deployed"] == 100.0
+
+
+def test_labels_that_are_no_class_are_left_out_and_counted():
+    labels = torch.tensor([[0, 1, -100], [2, 255, -100]])
+    answers = judged({"y": one_hot(labels.clamp(0, 2), 3, -1)}, labels)
+    assert answers.accuracy()["deployed"] == 100.0
+    assert answers.labelled == 3
+    assert answers.notes() == ["accuracies leave out 3 labels that are no class of the output"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        (torch.zeros(4, 7, dtype=torch.int64), r"labels of shape \[4, 7\] fit no output .*y \[4, 5\]"),
+        (torch.zeros(4), r"labels are float32 of shape \[4\], not a tensor of indices"),
+        ([{"boxes": torch.zeros(1, 4)}], "labels are a list, not a tensor of indices"),
+    ],
+    ids=["shape", "floats", "list"],
+)
+def test_accuracy_is_never_dropped_without_a_word(labels, reason):
+    answers = judged({"y": torch.zeros(4, 5)}, labels)
+    assert answers.accuracy() == {}
+    (note,) = answers.notes()
+    assert note.startswith("no accuracy: ")
+    assert re.search(reason, note)
+
+
+def test_labels_of_batches():
+    x, y = torch.zeros(2, 3), torch.tensor([0, 1])
+    assert labels_of((x, y), 1) is y
+    assert labels_of((x, x, y), 2) is y
+    assert labels_of((x, x), 2) is None
+    assert labels_of({"x": x, "labels": y}, 1) is y
+    assert labels_of([{"x": x, "label": y}], 1) is y
+    assert labels_of(({"x": x}, y), 1) is y
+    assert labels_of(x, 1) is None
