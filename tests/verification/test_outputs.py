@@ -70,7 +70,7 @@ def test_a_later_output_that_is_wrong_is_a_finding(target, name, shifted, tmp_pa
     assert [output.count for output in report.outputs] == [12 * 4 * 36, 12, 60]
     assert report.output_difference == 0.0
     assert report.findings == []
-    assert 0 < report.outputs[1].quantization_error < 0.1
+    assert 0 < report.outputs[0].quantization_error < 0.1
     wrong = he.verify(qmodel, shifted(path, 2, 0.5), batches, timed=False)
     assert wrong.integer_match == 1.0
     assert [output.difference > 0.1 for output in wrong.outputs] == [False, False, True]

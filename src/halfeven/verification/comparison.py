@@ -17,9 +17,10 @@ from halfeven.runtimes.cpu import pair_fits
 from halfeven.runtimes.exact_model import ExactModel
 from halfeven.runtimes.runtime import Runtime
 from halfeven.verification.default_session import DefaultSession, default_session
+from halfeven.verification.findings import differs_from_exact
 from halfeven.verification.float_simulation import FloatSimulation, codes_of, outputs_of
 from halfeven.verification.latency import deployed_in_float
-from halfeven.verification.outputs import OutputSums, in_form_of, named_outputs
+from halfeven.verification.outputs import OutputParity, OutputSums, in_form_of, named_outputs
 from halfeven.verification.report import TensorParity
 
 MAX_MERGED_SHARE = 0.1
@@ -123,13 +124,17 @@ class Comparison:
             "max_lsb_difference": max((t.largest for t in self.tensors), default=0),
             "weights_match": self.weights_match(),
             "first_difference": next((t.name for t in self.tensors if t.different), ""),
-            "overflows": any(t.different_alone for t in self.tensors) and self.may_overflow(),
+            "overflows": self._computes_otherwise(outputs) and self.may_overflow(),
             "output_difference": max(output.difference for output in outputs),
             "outputs": outputs,
             "default_session": self.default_session,
             "tensors": self.tensors,
             "unseen": [name.removeprefix("quantizers.") for name in self.unseen],
         }
+
+    def _computes_otherwise(self, outputs: Sequence[OutputParity]) -> bool:
+        """Return True where a layer alone gives other integers, or an output is another."""
+        return any(tensor.different_alone for tensor in self.tensors) or any(map(differs_from_exact, outputs))
 
     def may_overflow(self) -> bool:
         """Return True where a pair of products of an executed kernel can be too large for the 16 bits that hold it."""

@@ -22,12 +22,13 @@ FEWEST_MOVED = 10
 def findings(outputs: Sequence[OutputParity], tensors: Sequence[TensorParity]) -> list[str]:
     """Return a sentence for each difference between the file and a simulation that float rounding does not explain."""
     return [
-        *(_not_exact(output) for output in outputs if _differs_from_exact(output)),
+        *(_not_exact(output) for output in outputs if differs_from_exact(output)),
         *_not_trained(outputs, tensors),
     ]
 
 
-def _differs_from_exact(output: OutputParity) -> bool:
+def differs_from_exact(output: OutputParity) -> bool:
+    """Return True where an output is further from the exact simulation than single roundings take it."""
     if not output.continuous:
         return False  # an index that changes is no size: its share is in the report
     return output.rms_difference > max(VISIBLE, SHARE_OF_QUANTIZATION_ERROR * output.quantization_error)
