@@ -100,8 +100,8 @@ class Report:
     first_difference: str
     """The first activation, in the order of the graph, whose integers differ from the exact simulation; "" if none."""
     overflows: bool = False
-    """Integers or outputs differ and sums can overflow: the processor has no VNNI, and weights need more than 7 bits, or
-    activations of as many are multiplied together. Never of a file that was evaluated, not run (TensorRT's)."""
+    """Integers or outputs differ and sums can overflow: the processor has no VNNI, and weights need more than 7 bits,
+    or activations of as many are multiplied together. Never of a file that was evaluated, not run (TensorRT's)."""
     tensors: list[TensorParity] = field(default_factory=list)
     outputs: list[OutputParity] = field(default_factory=list)
     """Each output of the model, in their order."""

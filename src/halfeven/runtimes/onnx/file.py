@@ -22,6 +22,7 @@ ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level=1"
 SETTINGS = (WEIGHT_BIAS, ACCURACY_LEVEL)
 """The settings that keep a session to its file, as `name=value`."""
 
+OPTIMIZED_TENSORS = "session.optimized_model_external_initializers_file_name"
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -85,6 +86,8 @@ def session(
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+        # Its tensors beside it, since they may be too many for one file.
+        options.add_session_config_entry(OPTIMIZED_TENSORS, f"{optimized.name}.data")
     if folder is not None:
         options.add_session_config_entry(EXTERNAL_FOLDER, str(folder.resolve()))
     if ACCURACY_LEVEL in settings:

@@ -9,6 +9,7 @@ import torch
 from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.quantize_op import PER_TENSOR, ExportedQuantizer
 from halfeven.files import write_atomically
+from halfeven.runtimes.onnx import external_data
 from halfeven.runtimes.onnx.rewrite import four_bits, name_and_fold
 
 OPSET = 19
@@ -24,18 +25,46 @@ them."""
 
 
 def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path) -> None:
-    """Write the program of a deployed model as one ONNX file with a free batch size."""
-    import onnx
-    import onnx_ir
+    """Write the program of a deployed model as an ONNX file with a free batch size; beyond 2 GB its tensors lie in a
+    file beside it."""
+    write_model(named(program, deployed), path)
 
+
+def named(program: torch.export.ExportedProgram, deployed: Deployed) -> Any:
+    """Return the program of a deployed model as an `onnx_ir.Model`, with its names and its integers."""
     model = translated(program, deployed.quantizers)
     name_and_fold(model.graph, deployed)
+    return model
+
+
+def write_model(model: Any, path: Path) -> None:
+    """Check an `onnx_ir.Model` and write it, whole or not at all."""
+    import onnx
+
+    if external_data.needed(model):
+        external_data.write(model, path, lambda whole: _save(_proto(model), whole))
+        return
+    proto = _proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    write_atomically(path, lambda partial: onnx.save(proto, partial, format="protobuf"))
+
+
+def _save(proto: Any, path: Path) -> None:
+    import onnx
+
+    onnx.save(proto, path, format="protobuf")
+    onnx.checker.check_model(str(path), full_check=True)  # by its path, since the tensors lie beside it
+
+
+def _proto(model: Any) -> Any:
+    """Return a model as an `onnx.ModelProto` without what only the tracer needs."""
+    import onnx_ir
+
     proto = onnx_ir.to_proto(model)
     for described in (*proto.graph.node, *proto.graph.initializer, *proto.graph.value_info, proto.graph, proto):
         del described.metadata_props[:]  # the tracer's notes, a quarter of a small file
     _describe_alone(proto.graph, _skip_connections(proto.graph))
-    onnx.checker.check_model(proto, full_check=True)
-    write_atomically(path, lambda partial: onnx.save(proto, partial, format="protobuf"))
+    return proto
 
 
 def _skip_connections(graph: Any) -> set[str]:

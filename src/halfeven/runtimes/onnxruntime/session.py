@@ -98,7 +98,7 @@ class ONNXRuntimeFile(ONNXFile):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "optimized.onnx"
             session(self.model, folder=self.path.parent, optimized=path)
-            yield from onnx.load(path).graph.node
+            yield from onnx.load(path, load_external_data=False).graph.node
 
     def executed_layers(self, layers: Sequence[str]) -> list[LayerExecution]:
         found = {}
