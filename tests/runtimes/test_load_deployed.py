@@ -71,14 +71,14 @@ def test_inputs_that_a_file_does_not_take_are_refused_with_a_reason(served):
     assert torch.equal(run(image, weight)["y"], run(weight=weight, image=image)["y"])
     with pytest.raises(VerificationError, match=r"takes the inputs image, weight, and was given .*image"):
         run(image=image)
-    with pytest.raises(VerificationError, match="was given .* wait"):
+    with pytest.raises(VerificationError, match=r"was given .* wait"):
         run(image=image, wait=weight)
-    with pytest.raises(VerificationError, match='input "weight" of .* is a list'):
+    with pytest.raises(VerificationError, match=r'input "weight" of .* is a list'):
         run(image=image, weight=[1.0])
     with pytest.raises(VerificationError, match=r"cannot run .*\[4, 5, 24, 24\].* It takes .*") as raised:
         run(image=torch.randn(4, 5, 24, 24), weight=weight)
     assert raised.value.__cause__ is not None
-    with pytest.raises(VerificationError, match="cannot run .*float64"):
+    with pytest.raises(VerificationError, match=r"cannot run .*float64"):
         he.load_deployed(path, target)(image.double(), weight.double()[:, None])
 
 
