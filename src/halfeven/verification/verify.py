@@ -63,28 +63,37 @@ def verify(
     answers = Answers(class_axis)
     samples = _compare(comparison, batches, float_model, answers)
     parity = comparison.parity()
-    layers = comparison.file.executed_layers(comparison.layers)
-    weights_only = not comparison.activations  # float kernels read the weights then, as they should
     milliseconds = latency(qmodel, Path(path), inputs_of(batches[0]), runtime) if timed else {}
     return Report(
         path=str(path),
         runtime=comparison.file.runtime,
         samples=samples,
-        integer_layers=sum(layer.integer for layer in layers),
-        quantizable_layers=len(layers),
-        weight_layers=sum(layer.stored and not layer.integer for layer in layers),
-        float_layers=[_in_float(layer) for layer in layers if not (layer.integer or (layer.stored and weights_only))],
-        integer_macs=integer_share(comparison.parts, layers, comparison.file.executed_products()),
         top1_agreement=answers.same_exact / answers.total,
         float_simulation_top1_agreement=answers.same_float / answers.total,
         accuracy=answers.accuracy(),
+        notes=answers.notes(),
         latency_ms=milliseconds,
         latency_batch=_size(inputs_of(batches[0])),
         latency_ratio=milliseconds["deployed"] / milliseconds["float"] if timed else float("nan"),
         findings=findings(parity["outputs"], parity["tensors"]),
-        notes=answers.notes(),
         **parity,
+        **_execution(comparison),
     )
+
+
+def _execution(comparison: Comparison) -> dict[str, Any]:
+    """Return the report's fields about kernels."""
+    layers = comparison.file.executed_layers(comparison.layers)
+    weights_only = not comparison.activations  # float kernels read the weights then, as they should
+    return {
+        "integer_layers": sum(layer.integer for layer in layers),
+        "quantizable_layers": len(layers),
+        "weight_layers": sum(layer.stored and not layer.integer for layer in layers),
+        "float_layers": [
+            _in_float(layer) for layer in layers if not (layer.integer or (layer.stored and weights_only))
+        ],
+        "integer_macs": integer_share(comparison.parts, layers, comparison.file.executed_products()),
+    }
 
 
 def _in_float(layer: LayerExecution) -> str:
