@@ -1,10 +1,12 @@
 """Coverage of models: from capture over a training step to the verified files.
 
-    python benchmarks/coverage.py [--suite others] [--models MODEL ...] [--targets openvino onnxruntime] [--scheme w7a7]
+    python benchmarks/coverage.py [--suite others|brought] [--models MODEL ...] [--targets openvino onnxruntime] [--scheme w7a7]
         [--json FILE]
 
 "timm" is the smallest model of each of its families; "others" are models of torchvision and, where it is installed,
-transformers (`coverage_models.py`). Weights are random, inputs are noise of the model's own size, two samples, from
+transformers (`coverage_models.py`); "brought" are small models with the habits of those that people bring: several
+inputs and outputs, tied weights, recurrence, heads that return something else in training (`brought_models.py`).
+Weights are random, inputs are noise of the model's own size, two samples, from
 which BatchNorm's statistics are set. "eval" and "train" say whether the captured model's outputs equal the original's
 bit for bit in that mode. A model is walked in a process of its own, so that a crash or a hang of one (there is a time
 limit) costs one row. Failures come with their reasons. Without VNNI 8-bit products overflow; of 7 bits they do not.
@@ -23,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage_models import FAMILIES, OTHERS, create, example_of
+from brought_models import BROUGHT
+from coverage_models import FAMILIES, OTHERS, create
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -32,6 +35,9 @@ from halfeven.graph.capture import capture
 
 SECONDS = 900
 """Limit for one model."""
+
+SUITES = {"timm": list(FAMILIES), "others": list(OTHERS), "brought": list(BROUGHT)}
+"""Names of the models of each suite."""
 
 
 def first(output: Any) -> Tensor:
@@ -53,7 +59,9 @@ def same(model: nn.Module, captured: nn.Module, x: Any, *, training: bool) -> bo
 
 def call(model: nn.Module, x: Any) -> Any:
     """A model's result on its example."""
-    return model(**x) if isinstance(x, dict) else model(x)
+    if isinstance(x, dict):
+        return model(**x)
+    return model(*x) if isinstance(x, tuple) else model(x)
 
 
 def step(qmodel: nn.Module, x: Any) -> str:
@@ -82,8 +90,8 @@ def walk(name: str, targets: list[str], scheme: str) -> dict[str, Any]:
             row[f"{what}, s"] = round(time.perf_counter() - started, 1)
 
     torch.manual_seed(0)
-    model = create(name).eval()
-    x = example_of(name, model)
+    model, x = BROUGHT[name]() if name in BROUGHT else create(name)
+    model.eval()
     _give_statistics(model, x)
     row["parameters"] = sum(p.numel() for p in model.parameters())
     found = attempt("capture", lambda: capture(copy.deepcopy(model), x))
@@ -161,7 +169,7 @@ def line(row: dict[str, Any], targets: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("timm", "others"), default="timm")
+    parser.add_argument("--suite", choices=tuple(SUITES), default="timm")
     parser.add_argument("--models", nargs="+", help="names; not given: all of the suite")
     parser.add_argument("--targets", nargs="+", default=["openvino", "onnxruntime"])
     parser.add_argument("--scheme", default="w8a8")
@@ -181,7 +189,7 @@ def main() -> None:
     ]
     print(f"{'':38} " + " ".join(f"{head:>9}" for head in heads) + f"  ({', '.join(options.targets)})")
     rows = []
-    for name in options.models or (FAMILIES if options.suite == "timm" else OTHERS):
+    for name in options.models or SUITES[options.suite]:
         rows.append(in_own_process(name, options.targets, options.scheme))
         print(line(rows[-1], options.targets), flush=True)
         if options.json:

@@ -165,16 +165,17 @@ OTHERS: dict[str, tuple[Callable[[str], nn.Module], str]] = {
 """Models of torchvision and transformers -> what makes them, and what they read."""
 
 
-def create(name: str) -> nn.Module:
-    """A model with random weights."""
+def create(name: str) -> tuple[nn.Module, Any]:
+    """A model with random weights, and two samples of noise as it reads them."""
     if name in OTHERS:
-        return OTHERS[name][0](name)
-    sized = {"img_size": SMALLER[name]} if name in SMALLER and "vit" in name else {}
-    return timm.create_model(name, **sized)  # type: ignore[no-any-return]
+        model = OTHERS[name][0](name)
+    else:
+        sized = {"img_size": SMALLER[name]} if name in SMALLER and "vit" in name else {}
+        model = timm.create_model(name, **sized)
+    return model, _example(name, model)
 
 
-def example_of(name: str, model: nn.Module) -> Any:
-    """Two samples of noise as a model reads them."""
+def _example(name: str, model: nn.Module) -> Any:
     generator = torch.Generator().manual_seed(0)
     reads = OTHERS[name][1] if name in OTHERS else IMAGE
     if reads == TOKENS:
