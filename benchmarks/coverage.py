@@ -157,14 +157,16 @@ def line(row: dict[str, Any], targets: list[str]) -> str:
     cells += ["yes" if row.get(key) else "no" for key in ("eval", "train", "step")]
     for target in targets:
         found = row.get(target)
-        cells += ["-"] * 4 if not found else [
-            f"{found['integer_layers']}/{found['quantizable_layers']}",
-            f"{100 * found['integer_macs']:.1f}",
-            f"{100 * found['integer_match']:.4f}",
-            f"{100 * found['alone_match']:.4f}",
-        ]  # fmt: skip
+        cells += _cells(found) if found else ["-"] * 4
     reasons = "; ".join(f"{what}: {why}" for what, why in row.get("failures", {}).items())
     return f"{row['model']:38} " + " ".join(f"{cell:>9}" for cell in cells) + (f"  {reasons}" if reasons else "")
+
+
+def _cells(found: dict[str, Any]) -> list[str]:
+    """Layers, share of the work in integers, and shares of equal integers, which a file without integers lacks."""
+    shares = [found["integer_match"], found["alone_match"]]
+    equal = ["-" if share is None else f"{100 * share:.4f}" for share in shares]
+    return [f"{found['integer_layers']}/{found['quantizable_layers']}", f"{100 * found['integer_macs']:.1f}", *equal]
 
 
 def main() -> None:
