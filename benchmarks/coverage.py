@@ -1,7 +1,7 @@
 """Coverage of models: from capture over a training step to the verified files.
 
-    python benchmarks/coverage.py [--suite others|brought] [--models MODEL ...] [--targets openvino onnxruntime] [--scheme w7a7]
-        [--json FILE]
+    python benchmarks/coverage.py [--suite others|brought] [--models MODEL ...] [--targets openvino onnxruntime]
+        [--scheme w7a7] [--json FILE]
 
 "timm" is the smallest model of each of its families; "others" are models of torchvision and, where it is installed,
 transformers (`coverage_models.py`); "brought" are small models with the habits of those that people bring: several
