@@ -73,6 +73,8 @@ def _bias(layer: Any, x: Tensor, weight: Tensor) -> Tensor | None:
     if any(part.mode is not Mode.QUANTIZE or not part.state.has_range for part in both):
         return bias
     unit = quantizer.used_scale(x) * layer.weight_quantizer.used_scale(weight)
+    # White paper, section 2.1: int32 biases have the scale s_x s_w of the accumulator. Straight-through: the term in
+    # parentheses has no gradient.
     rounded: Tensor = bias + (torch.round(bias.detach() / unit) * unit - bias.detach())
     return rounded
 

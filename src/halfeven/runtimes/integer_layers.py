@@ -90,16 +90,20 @@ def _pieces(layer: Any, weight: Tensor, largest: float) -> list[Piece]:
     `largest` bounds the absolute values of the layer's input.
     """
     axis = 0 if getattr(layer, "transposed", False) else 1
+    # Axis 0 or 1 has the inputs, the other the outputs; all further axes are the kernel's window.
     others = [a for a in range(weight.ndim) if a > 1]
     by_channel = weight.abs().sum(others) if others else weight.abs()
     bounds = by_channel.amax(1 - axis) * largest  # what an input channel can add to any output, at most
     if float(bounds.sum()) < EXACT_IN_FLOAT32:
         return [Piece(weight, 0, len(bounds))]
+    # A group reads channels of its own, which a cut through all channels would tear apart; and a single channel whose
+    # sum may exceed 2^24 can be cut no further.
     if getattr(layer, "groups", 1) != 1 or float(bounds.max()) >= EXACT_IN_FLOAT32:
         return [Piece(weight.double(), 0, len(bounds))]
     pieces = []
     start = 0
     while start < len(bounds):
+        # As many channels as float32 can sum exactly, whatever the inputs; the sums of the pieces are added in float64.
         fits = int((bounds[start:].cumsum(0) < EXACT_IN_FLOAT32).sum())
         pieces.append(Piece(weight.narrow(axis, start, fits).contiguous(), start, fits))
         start += fits

@@ -35,6 +35,7 @@ class FakeQuantizeRange:
         scale = quantizer.scale
         zero_point = quantizer.zero_point.float()
         steps = quantizer.quant_max - quantizer.quant_min
+        # 128 of 256 codes: only there do signed bytes have a zero point of 0.
         symmetric = steps == 255 and int(zero_point) - quantizer.quant_min == 128
         low = (quantizer.quant_min - zero_point) * scale
         high = (quantizer.quant_max - zero_point) * scale
@@ -111,6 +112,8 @@ class FakeQuantizeRange:
         if from_layer and self.steps == 255 and not bool(offset):
             one = torch.ones_like(slope)
             slope = one / (one / slope)  # the kernel is given 1 / slope, and multiplies by its reciprocal
+        # A fused multiply-add rounds once, at the end. The float64 product of two float32 numbers is exact, and the
+        # rounding of the sum in float64 is too fine to matter.
         return self._rounded((x.double() * slope.double() + offset.double()).float())
 
     def codes_by_channel(self, x: Tensor) -> Tensor:

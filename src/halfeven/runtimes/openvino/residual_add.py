@@ -20,7 +20,10 @@ def sum_of_integers(node: fx.Node, args: Sequence[Codes]) -> ScaledSum | None:
     if args[0].values.shape != args[1].values.shape or len(node.all_input_nodes) != 2:
         return None
     moved, kept = args if _first_is_moved(node) else reversed(args)
+    # Both zero points as one number, in units of the operand that is moved.
     zero = moved.limits.zero_byte + kept.limits.zero_byte * kept.limits.scale / moved.limits.scale
+    # In this order: a difference, a product with the quotient of the scales, a sum. Each rounds in float32, and ties of
+    # the next quantizer depend on them.
     values = (moved.bytes - zero) * (moved.limits.scale / kept.limits.scale) + kept.bytes
     return ScaledSum(values, kept.limits.scale)
 
@@ -45,6 +48,7 @@ def fused_sum(node: fx.Node, args: Any) -> ScaledSum | None:
             unit = skip.limits.scale
             zero = skip.limits.zero_byte * unit
             if isinstance(branch, Tensor):
+                # The plugin multiplies by the reciprocal, which rounds once more than a division.
                 values = (values - zero) * (torch.ones_like(unit) / unit)
             else:  # the scales that a layer without a bias leaves are merged with the skip's
                 values = (values - zero / branch.unit) * (branch.unit / unit)
@@ -97,6 +101,7 @@ def _leads_to(node: fx.Node, later: fx.Node) -> bool:
     """Return True if a later node depends on a node."""
     if node is later:
         return False
+    # Depth first, upwards: each node once, since branches of a network meet again.
     seen = set()
     waiting = list(later.all_input_nodes)
     while waiting:
