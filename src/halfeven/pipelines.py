@@ -1,6 +1,5 @@
 """Run the steps that make a quantized model, in their order."""
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
@@ -13,6 +12,7 @@ from halfeven.checkpoint import restore
 from halfeven.errors import CalibrationError, ConfigError
 from halfeven.graph.batchnorm import forget_statistics
 from halfeven.graph.capture import Example, as_arguments, batched, inputs_of
+from halfeven.graph.copying import copy_model
 from halfeven.graph.torch_private import pytree
 from halfeven.layerwise.calibrate import calibrate
 from halfeven.nearest import did_you_mean
@@ -63,8 +63,8 @@ def plan(
         PlacementError: the target cannot do the scheme, or a rule held for nothing.
     """
     options = _with_batchnorm(dataclasses.replace(options or QuantizationOptions(), **changes), "keep")
-    captured, notes = capture_for_quantization(copy.deepcopy(model), example, options)
-    return make_plan(skeleton(captured), options, runtime_named(options.target).target, notes)
+    captured, found = capture_for_quantization(copy_model(model), example, options)
+    return make_plan(skeleton(captured), options, runtime_named(options.target).target, found)
 
 
 def prepare(
@@ -101,8 +101,8 @@ def prepare(
         return _from_plan(model, example, plan, check=check_scales)
     options = _with_batchnorm(dataclasses.replace(options or QuantizationOptions(), **changes), "keep")
     target = runtime_named(options.target).target
-    captured, notes = capture_for_quantization(copy.deepcopy(model), example, options)
-    return _with_example(insert(captured, make_plan(captured, options, target, notes), target), example)
+    captured, found = capture_for_quantization(copy_model(model), example, options)
+    return _with_example(insert(captured, make_plan(captured, options, target, found), target), example)
 
 
 def set_rules(qmodel: nn.Module, rules: Rule | Sequence[Rule]) -> tuple[str, ...]:
@@ -139,7 +139,7 @@ def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
 
 
 def _from_plan(model: nn.Module, example: Example, plan: Plan, check: Callable[[nn.Module, Plan], None]) -> nn.Module:
-    captured, _ = capture_for_quantization(copy.deepcopy(model), example, plan.options)
+    captured, _ = capture_for_quantization(copy_model(model), example, plan.options, plan.kept)
     check(captured, plan)
     qmodel = insert(captured, plan, runtime_named(plan.options.target).target)
     return _with_example(apply_changes(qmodel, plan.changes), example)

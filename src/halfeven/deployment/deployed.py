@@ -3,7 +3,6 @@
 Writers write it and the exact simulation computes it, so that they agree by construction.
 """
 
-import copy
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +14,14 @@ from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.errors import CalibrationError
 from halfeven.graph.batchnorm import foldable, folding, forget_statistics, output_axis, remove, split_shared
 from halfeven.graph.constants import fold_constants
+from halfeven.graph.copying import copy_model
 from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule, build_module, place
 from halfeven.graph.view import Op, kind_of, module_of, replace_call
 from halfeven.placement.folded_batchnorm import settle_live
 from halfeven.placement.make_plan import regions
 from halfeven.placement.quantized_layers import QUANTIZED_LAYERS
+from halfeven.placement.tied_weights import tied_parameters, untie
 from halfeven.quantization.arithmetic import dequantize, quantize, snap
 from halfeven.quantization.quantizer import Quantizer, quantizers
 from halfeven.targets.target import Target
@@ -78,10 +79,11 @@ def deployed_form(qmodel: nn.Module) -> nn.Module:
                 f"The quantizer {name} has no range yet, so there are no integers to deploy. "
                 "Run halfeven.calibrate(qmodel, loader) first, or load a checkpoint."
             )
-    model = copy.deepcopy(qmodel).cpu().float().eval()
+    model = copy_model(qmodel).cpu().float().eval()
     forget_statistics(model)  # buffers, which an exported program would carry along
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    untie(model, tied_parameters(model))  # what is done to a layer's weight below is done to that layer's alone
     settled: set[nn.Module] = set()
     for region in regions(model).values():
         region.execution_graph = None  # exporters trace what runs, and shall see the graph as it is

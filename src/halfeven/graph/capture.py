@@ -6,22 +6,26 @@ float model's state dict, and any batch size. Where a model cannot be exported w
 are, and the rest stays Python.
 """
 
-import copy
 import inspect
 import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from halfeven.errors import CaptureError
-from halfeven.graph.rebuild import assemble, leaf_markers
+from halfeven.graph.copying import copy_model
+from halfeven.graph.kept_in_python import KeptInPython, kept_markers, relative_to
+from halfeven.graph.rebuild import CapturedModule, assemble, leaf_markers
 from halfeven.graph.torch_private import pytree
+from halfeven.graph.training_mode import Capture, capture_as_trained
+from halfeven.graph.training_run import left_in_eval
+from halfeven.graph.view import computes_products
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 
@@ -43,9 +47,15 @@ class CaptureReport:
 
     regions: list[str] = field(default_factory=list)
     left: list[LeftInPython] = field(default_factory=list)
+    kept: tuple[KeptInPython, ...] = ()
+    """Modules whose own code stays Python, because it does something in training alone."""
+    notes: tuple[str, ...] = ()
+    """What could not be compared."""
 
 
-def capture(model: nn.Module, example: Example, leave_out: Sequence[str] = ()) -> tuple[nn.Module, CaptureReport]:
+def capture(
+    model: nn.Module, example: Example, leave_out: Sequence[str] = (), kept: Sequence[KeptInPython] | None = None
+) -> tuple[nn.Module, CaptureReport]:
     """Rebuild a model as graph modules that share its parameters.
 
     Args:
@@ -53,13 +63,15 @@ def capture(model: nn.Module, example: Example, leave_out: Sequence[str] = ()) -
         example: an input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments. The
             first axis of its tensors is the batch and stays free.
         leave_out: names of submodules that shall stay Python, for example `["head"]`.
+        kept: the modules whose own code stays Python for training, as an earlier capture reported them; None: they are
+            looked for, by a run of both models in training mode.
 
     Returns:
         The captured model, in eval mode, and the report.
 
     Raises:
-        CaptureError: a name of `leave_out` does not exist, nothing could be captured, or the captured model's outputs
-            differ from the original's.
+        CaptureError: a name of `leave_out` does not exist, nothing could be captured, or the captured model differs
+            from the original in its outputs or in what training does.
     """
     missing = [name for name in leave_out if name not in dict(model.named_modules())]
     if missing:
@@ -68,16 +80,28 @@ def capture(model: nn.Module, example: Example, leave_out: Sequence[str] = ()) -
             "Choose from the names that `[name for name, _ in model.named_modules()]` lists."
         )
     args, kwargs = batched(*as_arguments(example))
-    report = CaptureReport()
+    reports: list[CaptureReport] = []
+    exported: dict[Any, CapturedModule] = {}
+
+    def with_kept(kept: dict[str, KeptInPython]) -> nn.Module:
+        reports.append(CaptureReport(kept=tuple(kept.values())))
+        return _capture_largest(model, args, kwargs, tuple(leave_out), kept, reports[-1], exported)
+
+    def check(captured: nn.Module) -> None:
+        _check_same(model, captured, args, kwargs)
+
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        captured = _capture_largest(model, args, kwargs, tuple(leave_out), report)
-        _check_same(model, captured, args, kwargs)
+        with torch.enable_grad():  # the graph must not depend on where it is captured
+            if kept is not None:
+                check(captured := with_kept({k.name: k for k in kept}))
+                return captured, reports[-1]
+            found = capture_as_trained(model, args, kwargs, Capture(with_kept, check, _export))
     finally:
         for module, training in was_training.items():
             module.training = training
-    return captured, report
+    return found.model, replace(reports[-1], notes=found.notes)
 
 
 @contextmanager
@@ -125,8 +149,15 @@ def batched(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _capture_largest(
-    model: nn.Module, args: Any, kwargs: Any, leave_out: tuple[str, ...], report: CaptureReport
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    leave_out: tuple[str, ...],
+    kept: dict[str, KeptInPython],
+    report: CaptureReport,
+    exported: dict[Any, CapturedModule],
 ) -> nn.Module:
+    shells = [k.name for k in kept.values() if not k.whole]
     inputs = _recorded_inputs(model, args, kwargs)
     inputs[""] = (args, kwargs)
     replaced: dict[str, nn.Module] = {}
@@ -139,13 +170,20 @@ def _capture_largest(
         if not any(called == name or called.startswith(prefix) for called in inputs):
             report.left.append(LeftInPython(name, "the example input does not lead to it"))
             return
-        if name in inputs and not any(out.startswith(prefix) for out in leave_out):
+        inner = [out for out in (*leave_out, *shells) if out.startswith(prefix)]
+        if name in inputs and name not in kept and not inner:
+            whole = tuple(relative_to(name, kept))
             try:
-                replaced[name] = _export(module, *inputs[name])
+                if (name, whole) not in exported:  # what is kept elsewhere does not change this part
+                    exported[name, whole] = _export(module, *inputs[name], whole)
+                part = exported[name, whole]
             except Exception as error:  # torch.export raises many kinds: each is reported with its line
                 report.left.append(LeftInPython(name, _reason(error)))
             else:
-                report.regions.append(name)
+                # Python may read the parts of one without products, which gains nothing as a graph.
+                if not shells or computes_products(part.graph):
+                    replaced[name] = part
+                    report.regions.append(name)
                 return
         for child_name, child in module.named_children():
             if any(True for _ in child.parameters()):
@@ -153,7 +191,7 @@ def _capture_largest(
 
     visit(model, "")
     if not replaced:
-        reasons = "\n  ".join(str(left) for left in report.left)
+        reasons = "\n  ".join(str(reason) for reason in (*report.left, *report.kept))
         raise CaptureError(
             "No part of the model could be captured, so no part of it can be quantized. These were tried:\n  "
             f"{reasons}\nMend the named lines, or leave those submodules out with leave_out=[...]."
@@ -162,7 +200,7 @@ def _capture_largest(
         return replaced[""]
     # The remaining Python code runs on a copy of the model, whose memo makes it share the original's parameters.
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    shell = copy.deepcopy(model, memo)
+    shell = copy_model(model, memo)
     for name, module in replaced.items():
         parent, _, attribute = name.rpartition(".")
         setattr(shell.get_submodule(parent), attribute, module)
@@ -193,7 +231,7 @@ def _recorded_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, tupl
     return seen
 
 
-def _export(module: nn.Module, args: Any, kwargs: Any) -> fx.GraphModule:
+def _export(module: nn.Module, args: Any, kwargs: Any, kept: Sequence[str] = ()) -> CapturedModule:
     batch = {x.shape[0] for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim}
     size = max(batch, default=0)
 
@@ -206,13 +244,15 @@ def _export(module: nn.Module, args: Any, kwargs: Any) -> fx.GraphModule:
     # The fast path of `nn.MultiheadAttention` is a fused kernel, which hides the layers inside of it.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with leaf_markers(module), quiet():
+        with leaf_markers(module), kept_markers(module, kept) as calls, quiet():
             program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
             unlifted = program.module()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     assert isinstance(unlifted, fx.GraphModule)
-    return assemble(module, unlifted)
+    result = assemble(module, unlifted, calls)
+    result.stays_in_eval = left_in_eval(module)
+    return result
 
 
 def _by_parameter(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from torch import Tensor, fx, nn
 
 from halfeven.errors import CaptureError
 from halfeven.graph.functionalize import make_functional
-from halfeven.graph.operators import Arguments, OperatorKind, is_stochastic_depth
+from halfeven.graph.kept_in_python import Calls, restore_kept
+from halfeven.graph.operators import Arguments, Operator, OperatorKind, is_stochastic_depth
+from halfeven.graph.tied_names import name_readers
 from halfeven.graph.torch_private import (
     AnyDropout,
     input_keywords,
@@ -23,6 +25,8 @@ from halfeven.graph.torch_private import (
 from halfeven.graph.view import Op, operations, replace_call
 
 BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+KEPT_FIELDS = ("halfeven_plan", "halfeven_example", "execution_graph", "kept_rows", "stays_in_eval")
+"""Fields of a captured module that its copies have too."""
 CHECKS = ("_assert", "sym_constrain", "_guards")
 
 
@@ -37,6 +41,10 @@ class CapturedModule(fx.GraphModule):
     changes the module's graph sees `graph`; `recompile` updates the code that runs."""
     halfeven_plan: Any = None
     """The plan of the whole model that this is a region of; None before quantizers are inserted."""
+    kept_rows: "dict[str, Operator]" = {}  # noqa: RUF012 (never changed, only replaced)
+    """The facts of the modules that stay Python inside of the graph, by path."""
+    stays_in_eval: tuple[str, ...] = ()
+    """The modules that the original's own `train()` leaves in eval mode, by path."""
     halfeven_example: Any = None
     """Two samples of the whole model's inputs: (positional, keyword) arguments."""
 
@@ -48,6 +56,15 @@ class CapturedModule(fx.GraphModule):
             type(self).forward = type(running).forward
         return code
 
+    def train(self, mode: bool = True) -> "CapturedModule":
+        """Set the mode; modules that the original's own `train()` leaves in eval mode stay there."""
+        super().train(mode)
+        present = dict(self.named_modules()) if self.stays_in_eval else {}
+        for path in self.stays_in_eval:
+            if path in present:
+                present[path].eval()
+        return self
+
     def flat_inputs(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Return the values of the graph's placeholders, in order, for a call with these arguments."""
         keywords = {name: kwargs[name] for name in input_keywords(self.graph) if name in kwargs}
@@ -56,7 +73,7 @@ class CapturedModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModule":
         result: Any = super().__deepcopy__(memo)
         adopt(result, self, lambda value: copy.deepcopy(value, memo))
-        for name in ("halfeven_plan", "halfeven_example", "execution_graph"):
+        for name in KEPT_FIELDS:
             setattr(result, name, getattr(self, name))
         copied: CapturedModule = result
         copied.recompile()
@@ -71,8 +88,8 @@ def _unpickled(make: Callable[..., fx.GraphModule], arguments: tuple[Any, ...]) 
     plain: Any = make(*arguments)
     result = CapturedModule(plain, plain.graph)
     adopt(result, plain, lambda value: value)
-    for name in ("halfeven_plan", "halfeven_example", "execution_graph"):
-        setattr(result, name, getattr(plain, name, None))
+    for name in KEPT_FIELDS:
+        setattr(result, name, getattr(plain, name, getattr(CapturedModule, name)))
     result.recompile()
     return result
 
@@ -101,10 +118,18 @@ def leaf_markers(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def assemble(original: nn.Module, unlifted: fx.GraphModule) -> CapturedModule:
-    """Build the captured module from an exported program's graph and the original's parameters and buffers."""
+def assemble(original: nn.Module, unlifted: fx.GraphModule, calls: Calls) -> CapturedModule:
+    """Build the captured module from an exported program's graph and the original's parameters and buffers.
+
+    Args:
+        original: the model that was exported.
+        unlifted: its graph.
+        calls: the traced calls of the modules that are kept in Python.
+    """
     graph = unlifted.graph
-    modules: dict[str, nn.Module] = {}
+    name_readers(graph, original)
+    rows = restore_kept(graph, original, calls)
+    modules: dict[str, nn.Module] = {name: original.get_submodule(name) for name in rows}
     for node in list(graph.nodes):
         if any(check in str(node.target) for check in CHECKS):  # export's assertions on sizes, without a result
             graph.erase_node(node)
@@ -121,6 +146,7 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule) -> CapturedModule:
         if op.is_constant and not _has(root, op.path):  # a constant that export lifted out of the code
             owner, attribute = _owner(root, op.path)
             owner.register_buffer(attribute, op.constant.detach(), persistent=False)
+    root.kept_rows = rows
     root.graph = graph
     # Takes away the reads of parameters that belong to the restored modules now.
     graph.eliminate_dead_code()

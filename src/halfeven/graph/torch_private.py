@@ -25,6 +25,7 @@ __all__ = [
     "convolution_of",
     "copy_all",
     "functional_form",
+    "has_hooks",
     "input_keywords",
     "is_mutable",
     "is_operator",
@@ -117,6 +118,11 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
     """Return a module's own table of submodules; changes take effect."""
     return module._modules
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return True for a module with functions that its call runs before or after its forward."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def is_persistent(module: nn.Module, buffer: str) -> bool:

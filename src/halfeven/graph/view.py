@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from halfeven.graph.operators import TRANSPARENT, Call, Operator, OperatorKind, row_of, row_of_module
+from halfeven.graph.operators import TRANSPARENT, WEIGHTED, Call, Operator, OperatorKind, row_of, row_of_module
 from halfeven.graph.torch_private import is_operator, parameters_of, short_name
 
 K = OperatorKind
@@ -63,7 +63,10 @@ class Op:
     @property
     def row(self) -> Operator:
         """Return the operator's row in the table `halfeven.graph.operators.OPERATORS`."""
-        return row_of_module(self._called()) if self.is_module else row_of(self.node.target)
+        if not self.is_module:
+            return row_of(self.node.target)
+        kept: dict[str, Operator] = getattr(self.node.graph.owning_module, "kept_rows", {})
+        return kept.get(self.path) or row_of_module(self._called())
 
     @property
     def module(self) -> Any:
@@ -291,6 +294,11 @@ def nodes_after(node: fx.Node) -> set[fx.Node]:
         found.add(current)
         current = current.next
     return found
+
+
+def computes_products(graph: fx.Graph) -> bool:
+    """Return True for a graph with an operator that a runtime may compute with integers: a layer or a product."""
+    return any(op.kind in (*WEIGHTED, K.MATMUL) for op in operations(graph))
 
 
 def module_calls(graph: fx.Graph) -> list[Op]:

@@ -1,32 +1,43 @@
 """Capture a model in the form that a plan is made for: attention expanded, duplicates merged, BatchNorm folded."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from halfeven.graph.batchnorm import fold
 from halfeven.graph.capture import Example, capture
+from halfeven.graph.kept_in_python import KeptInPython
 from halfeven.graph.rewrite import lower_attention, lower_stacked_sums, merge_duplicates
 from halfeven.placement.make_plan import regions
 from halfeven.placement.options import QuantizationOptions
+from halfeven.placement.plan import FoundInCapture
+from halfeven.placement.tied_weights import untie_for_folding
 
 
 def capture_for_quantization(
-    model: nn.Module, example: Example, options: QuantizationOptions
-) -> tuple[nn.Module, tuple[str, ...]]:
+    model: nn.Module,
+    example: Example,
+    options: QuantizationOptions,
+    kept: Sequence[KeptInPython] | None = None,
+) -> tuple[nn.Module, FoundInCapture]:
     """Capture a model and bring its graphs into the form that quantizers are placed in.
 
     Args:
         model: any module; the result shares its parameters, and its mode.
         example: an input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments.
         options: name the submodules that stay Python, and decide about BatchNorm.
+        kept: the modules whose own code stays Python for training, of an earlier plan; None: they are looked for.
 
     Returns:
-        The captured model, and notes for the plan about submodules in float and about rewritten operators.
+        The captured model, and what the plan says about it.
 
     Raises:
         CaptureError: nothing of the model could be captured.
     """
-    captured, report = capture(model, example, options.leave_out)
+    captured, report = capture(model, example, options.leave_out, kept)
     notes = [f"Stays Python, in float: {left}" for left in report.left]
+    notes += [f"Its own code stays Python, so that it trains as in float: {kept}" for kept in report.kept]
+    notes += report.notes
     lowered = sum(lower_attention(region) for region in regions(captured).values())
     if lowered:
         notes.append(
@@ -36,7 +47,13 @@ def capture_for_quantization(
     for region in regions(captured).values():
         merge_duplicates(region)
         lower_stacked_sums(region)
-        if options.batchnorm == "fold":
+    if options.batchnorm == "fold":
+        if untied := untie_for_folding(captured):
+            notes.append(
+                f"No longer tied, and trained by themselves: {', '.join(untied)}. BatchNorm is folded into these "
+                "layers, and others read the same weight without it."
+            )
+        for region in regions(captured).values():
             fold(region)
     captured.train(model.training)
-    return captured, tuple(notes)
+    return captured, FoundInCapture(tuple(notes), report.kept)

@@ -14,6 +14,7 @@ from halfeven.placement.channel_affine import insert_rescaling
 from halfeven.placement.insertion import plan_of, record_plan
 from halfeven.placement.make_plan import named_nodes
 from halfeven.placement.plan import GraphChanges
+from halfeven.placement.tied_weights import tied_parameters, untie
 
 aten = torch.ops.aten
 
@@ -31,6 +32,7 @@ def apply_changes(model: nn.Module, changes: GraphChanges) -> nn.Module:
         PlacementError: the model has no operator or layer of a name, or the change does not apply to it.
     """
     found = named_nodes(model)
+    untie(model, changes.untied)
     for name in changes.unclipped:
         _unclip(name, _found(found, name)[1])
     for name in changes.given_biases:
@@ -48,6 +50,7 @@ def record_changes(
     unclipped: tuple[str, ...] = (),
     given_biases: tuple[str, ...] = (),
     rescaled: tuple[str, ...] = (),
+    untied: tuple[str, ...] = (),
 ) -> GraphChanges:
     """Make changes in a quantized model, in place, and record them in its plan.
 
@@ -55,14 +58,30 @@ def record_changes(
         All changes that the plan records, earlier ones included.
     """
     plan = plan_of(qmodel)
-    apply_changes(qmodel, GraphChanges(unclipped=unclipped, given_biases=given_biases, rescaled=rescaled))
+    made = GraphChanges(unclipped=unclipped, given_biases=given_biases, rescaled=rescaled, untied=untied)
+    apply_changes(qmodel, made)
     changes = GraphChanges(
         unclipped=tuple(dict.fromkeys((*plan.changes.unclipped, *unclipped))),
         given_biases=tuple(dict.fromkeys((*plan.changes.given_biases, *given_biases))),
         rescaled=tuple(dict.fromkeys((*plan.changes.rescaled, *rescaled))),
+        untied=tuple(dict.fromkeys((*plan.changes.untied, *untied))),
     )
     record_plan(qmodel, dataclasses.replace(plan, changes=changes))
     return changes
+
+
+def untie_layers(qmodel: nn.Module, parameters: tuple[str, ...] = ("weight", "bias")) -> None:
+    """Give each layer of a quantized model parameters of its own, in place, before an algorithm changes them.
+
+    Parameters that a single operator reads stay as they are. The plan records the parameters that are copied.
+
+    Args:
+        qmodel: a model from `prepare`.
+        parameters: names of the parameters that the algorithm changes.
+    """
+    tied = tuple(name for name in tied_parameters(qmodel) if name.rpartition(".")[2] in parameters)
+    if tied:
+        record_changes(qmodel, untied=tied)
 
 
 def give_bias(qmodel: nn.Module, name: str) -> nn.Parameter:

@@ -16,7 +16,7 @@ from halfeven.placement.execution_graph import fused_graph
 from halfeven.placement.folded_batchnorm import fold_live
 from halfeven.placement.make_plan import make_plan, named_nodes, regions, skeleton, weight_shape
 from halfeven.placement.options import QuantizationOptions
-from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight
+from halfeven.placement.plan import FoundInCapture, Plan, PlannedTensor, PlannedWeight
 from halfeven.placement.quantized_layers import QUANTIZED_LAYERS, QuantizedLayer
 from halfeven.quantization.quantizer import Quantizer
 from halfeven.targets.target import Target
@@ -35,7 +35,8 @@ def insert(model: nn.Module, plan: Plan, target: Target) -> nn.Module:
     """
     # Insertion changes the graph, and `Plan.with_rules` must decide about the graph as it was before.
     original = skeleton(model)
-    plan = dataclasses.replace(plan, decide=lambda options: make_plan(original, options, target, plan.notes))
+    found_in_capture = FoundInCapture(plan.notes, plan.kept)
+    plan = dataclasses.replace(plan, decide=lambda options: make_plan(original, options, target, found_in_capture))
     found = named_nodes(model)
     _check_fits(plan, found)
     for weight in plan.weights:

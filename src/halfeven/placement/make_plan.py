@@ -16,7 +16,7 @@ from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, kind_of, module_of, tensor_names
 from halfeven.placement.options import QuantizationOptions, Rule
-from halfeven.placement.plan import LeftInFloat, Plan, PlannedTensor, PlannedWeight
+from halfeven.placement.plan import NOTHING_FOUND, FoundInCapture, LeftInFloat, Plan, PlannedTensor, PlannedWeight
 from halfeven.placement.requests import ITSELF, OUTPUT, Region, collect, collect_outputs, fused_group, head, sources
 from halfeven.placement.rules import RuleBook
 from halfeven.quantization.observers import LOGITS
@@ -46,7 +46,9 @@ def named_nodes(model: nn.Module) -> dict[str, tuple[CapturedModule, fx.Node]]:
     }
 
 
-def make_plan(model: nn.Module, options: QuantizationOptions, target: Target, notes: tuple[str, ...] = ()) -> Plan:
+def make_plan(
+    model: nn.Module, options: QuantizationOptions, target: Target, found: FoundInCapture = NOTHING_FOUND
+) -> Plan:
     """Decide what to quantize in a captured model for a target.
 
     Raises:
@@ -87,8 +89,9 @@ def make_plan(model: nn.Module, options: QuantizationOptions, target: Target, no
         tensors=tuple(tensors),
         weights=tuple(weights),
         left=tuple(left),
-        notes=notes,
-        decide=lambda other: make_plan(model, other, target, notes),
+        notes=found.notes,
+        kept=found.kept,
+        decide=lambda other: make_plan(model, other, target, found),
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfeven.errors import PlacementError
+from halfeven.graph.kept_in_python import KeptInPython
 from halfeven.placement.options import QuantizationOptions as QuantizationOptions
 from halfeven.placement.options import Rule as Rule
 from halfeven.quantization.quantizer import Ranges
@@ -60,14 +61,31 @@ class GraphChanges:
     """Layers that had no bias and were given a bias."""
     rescaled: tuple[str, ...] = ()
     """LayerNorms that additions read through a factor and an offset of each channel, in float."""
+    untied: tuple[str, ...] = ()
+    """Parameters, such as "head.weight", that were copied for their layer before an algorithm changed them there,
+    because other operators read them too."""
 
     def __str__(self) -> str:
         said = {
             "No longer clipped above (ReLU now)": self.unclipped,
             "Layers that were given a bias": self.given_biases,
             "Read by additions through a factor and an offset of each channel": self.rescaled,
+            "No longer tied to what else reads them": self.untied,
         }
         return "\n".join(f"{what}: {', '.join(names)}" for what, names in said.items() if names)
+
+
+@dataclass(frozen=True)
+class FoundInCapture:
+    """What the capture of a model found, for its plan."""
+
+    notes: tuple[str, ...] = ()
+    """About submodules in float and about rewritten operators."""
+    kept: tuple[KeptInPython, ...] = ()
+    """Modules whose own code stays Python for training."""
+
+
+NOTHING_FOUND = FoundInCapture()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +97,8 @@ class Plan:
     weights: tuple[PlannedWeight, ...]
     left: tuple[LeftInFloat, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    kept: tuple[KeptInPython, ...] = ()
+    """Modules whose own code stays Python for what it does in training; loading a checkpoint keeps them too."""
     changes: GraphChanges = field(default=GraphChanges())
     decide: "Callable[[QuantizationOptions], Plan] | None" = field(default=None, repr=False, compare=False)
     """Makes the plan of the same graph for other options. Files and pickles do not contain it: a plan that is read has
@@ -133,6 +153,7 @@ class Plan:
             weights=tuple(PlannedWeight(**_with_scheme(w)) for w in values["weights"]),
             left=tuple(LeftInFloat(**left) for left in values["left"]),
             notes=tuple(values["notes"]),
+            kept=tuple(KeptInPython(**kept) for kept in values.get("kept", ())),
             changes=GraphChanges(**{name: tuple(names) for name, names in values.get("changes", {}).items()}),
         )
 

@@ -24,7 +24,7 @@ from halfeven.layerwise.activations import (
 )
 from halfeven.layerwise.blocks import Block, find_blocks
 from halfeven.layerwise.cache import BoundedCache, store_inputs
-from halfeven.placement.graph_edits import give_bias
+from halfeven.placement.graph_edits import give_bias, untie_layers
 from halfeven.placement.make_plan import qualified, regions
 from halfeven.ptq.options import PTQOptions
 
@@ -77,6 +77,7 @@ def correct_biases(
         AlgorithmError: the rounding was learned, and no `reference` is given.
         CalibrationError: the loader is empty, or a range is not set.
     """
+    untie_layers(qmodel, ("bias",))
     options = options or PTQOptions()
     if reference is None:
         check_float_weights(qmodel, "Bias correction")

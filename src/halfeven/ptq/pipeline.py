@@ -4,7 +4,6 @@ An algorithm has a file of its own. It becomes part of the pipeline by a `Step` 
 `halfeven.ptq.recipe.DECISIONS`.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from halfeven.graph.copying import copy_model
 from halfeven.layerwise.calibrate import calibrate
 from halfeven.layerwise.outputs import first_samples, float_outputs, quantized_outputs
 from halfeven.layerwise.sqnr import sqnr, top1_agreement
@@ -125,7 +125,7 @@ def _gains_by_unclipping(context: StepContext) -> bool:
 def _trial_copy(context: StepContext) -> StepContext:
     """Return a context with a copy of the model, whose steps are not logged."""
     return StepContext(
-        qmodel=copy.deepcopy(context.qmodel),
+        qmodel=copy_model(context.qmodel),
         batches=context.batches,
         recipe=context.recipe,
         options=context.options,
@@ -166,7 +166,7 @@ def _calibrate(context: StepContext) -> None:
 def _reconstruct(context: StepContext) -> None:
     if context.recipe.enabled(CORRECT_BIASES):
         # After the reconstruction only rounded weights are left, and the bias correction compares with float outputs.
-        context.float_weights = copy.deepcopy(context.qmodel)
+        context.float_weights = copy_model(context.qmodel)
     algorithm = adaround if context.recipe.granularity == "layers" else reconstruct
     report = algorithm(
         context.qmodel, context.batches, options=context.options, resume_dir=context.resume_dir, log=context.log
@@ -183,7 +183,7 @@ def _corrects_with_data(context: StepContext) -> bool:
 
 def _correct_biases(context: StepContext) -> None:
     """Correct the biases of a copy, and keep it where the user insists or the quantized model gains."""
-    corrected = copy.deepcopy(context.qmodel)
+    corrected = copy_model(context.qmodel)
     report = correct_biases(corrected, context.batches, reference=context.float_weights, options=context.options)
     # Biases have moved the activations, so that their ranges are set again before anything is measured.
     calibrate(corrected, context.batches)

@@ -5,7 +5,6 @@ Mishra and Marr, "Apprentice" (arXiv:1711.05852); Kim et al., "QKD" (arXiv:1911.
 "Nonuniform-to-Uniform Quantization" (arXiv:2111.14826). Layers: Romero et al., "FitNets" (arXiv:1412.6550).
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 
 from halfeven.errors import ConfigError
 from halfeven.graph.capture import as_arguments
+from halfeven.graph.copying import copy_model
 from halfeven.options import Options, PositiveFloat, Share
 from halfeven.placement.captured_model import capture_for_quantization
 from halfeven.placement.insertion import plan_of, recorded_example
@@ -123,7 +123,7 @@ class Distillation:
         self.options = options
         self.logits = logits
         # A copy: the caller may train the float model on, or may have given the model that is quantized.
-        self.teacher = copy.deepcopy(teacher)
+        self.teacher = copy_model(teacher)
         if options.features and regions(qmodel) and not regions(teacher):
             self.teacher = _captured_as(qmodel, self.teacher)
         self.teacher.eval().requires_grad_(False)
@@ -209,8 +209,9 @@ def _captured_as(qmodel: nn.Module, teacher: nn.Module) -> nn.Module:
     there = dict(teacher.named_modules())
     leave_out = tuple(name for name in options.leave_out if name in there)
     options = dataclasses.replace(options, leave_out=leave_out)
+    kept = [kept for kept in plan_of(qmodel).kept if kept.name in there]
     # The recorded example is on the CPU, where the capture runs the model on it; `_teach` moves the teacher back.
-    return capture_for_quantization(teacher.cpu(), kwargs or args, options)[0]
+    return capture_for_quantization(teacher.cpu(), kwargs or args, options, kept)[0]
 
 
 def _check_shape(what: str, given: Tensor, wanted: Any) -> None:

@@ -13,7 +13,6 @@ zero point that rises is never followed), and a mask's -inf becomes NaN; without
 averaged. It has no warm-up, ignores the state of quantizers, and waits for the device in each step.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.errors import CheckpointError
+from halfeven.graph.copying import copy_model
 from halfeven.graph.torch_private import AnyBatchNorm, blend_all, copy_all, own_buffers, own_parameters
 from halfeven.options import Options, at_least, below
 from halfeven.quantization.quantizer import Quantizer, quantizers
@@ -93,7 +93,7 @@ class WeightEMA:
     def __init__(self, qmodel: nn.Module, options: AveragingOptions) -> None:
         self.options = options
         self._raw = qmodel
-        self.model = copy.deepcopy(qmodel).eval().requires_grad_(False)
+        self.model = copy_model(qmodel).eval().requires_grad_(False)
         own = quantizers(self.model)
         self._quantizers = [(quantizer, own[name]) for name, quantizer in quantizers(qmodel).items()]
         self._started = False

@@ -97,6 +97,12 @@ class _ExactRegion(nn.Module):
         self.region = region
         self.interpreter = [interpreter]  # in a list: it is no submodule
 
+    def __getattr__(self, name: str) -> Any:
+        """Return a part of the region, which Python code outside of it may read."""
+        if name in ("region", "_modules", "_parameters", "_buffers"):
+            return super().__getattr__(name)
+        return getattr(self.region, name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         flat = self.region.flat_inputs(*args, **kwargs)
         result = self.interpreter[0].run(*flat, enable_io_processing=False)

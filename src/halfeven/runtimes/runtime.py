@@ -3,7 +3,6 @@
 This file alone imports the runtimes' folders: a new runtime is its folder, its target and its row.
 """
 
-import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.exported_program import example_of
 from halfeven.errors import ConfigError, VerificationError
 from halfeven.evaluation import evaluating
+from halfeven.graph.copying import copy_model
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import pytree
 from halfeven.nearest import did_you_mean
@@ -233,5 +233,5 @@ def _form_of(qmodel: nn.Module) -> tuple[tuple[str, ...], list[Any], pytree.Tree
     """Return the names of a model's keyword inputs, and its outputs: the leaves, and the structure that holds them."""
     args, kwargs = example_of(qmodel)
     with torch.no_grad(), evaluating(qmodel):
-        leaves, form = pytree.tree_flatten(copy.deepcopy(qmodel).cpu()(*args, **kwargs))
+        leaves, form = pytree.tree_flatten(copy_model(qmodel).cpu()(*args, **kwargs))
     return tuple(name for name, value in kwargs.items() if isinstance(value, Tensor)), leaves, form

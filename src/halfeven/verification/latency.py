@@ -1,6 +1,5 @@
 """The latency of a deployed file, beside that of the same model in float."""
 
-import copy
 import statistics
 import tempfile
 import time
@@ -11,6 +10,7 @@ from torch import nn
 
 from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.exported_program import example_of, exported_program
+from halfeven.graph.copying import copy_model
 from halfeven.quantization.quantizer import Mode, set_mode
 from halfeven.runtimes.runtime import Runtime
 
@@ -52,6 +52,6 @@ def latency(
 def deployed_in_float(qmodel: nn.Module) -> nn.Module:
     """Return the float counterpart of a quantized model: the same layers without quantizers, BatchNorm left to the
     runtime."""
-    model = copy.deepcopy(qmodel).cpu().float().eval()
+    model = copy_model(qmodel).cpu().float().eval()
     set_mode(model, Mode.FLOAT)
     return model

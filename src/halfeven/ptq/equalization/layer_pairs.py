@@ -107,8 +107,10 @@ def _why_not_rewritable(op: Op, calls: Counter[str], owners: Counter[int], const
         return "called as a function"
     if calls[op.path] > 1:
         return "called more than once"
-    if owners[id(layer.weight)] > 1 or id(layer.weight) in constants:
-        return "its weight is tied to another's"
+    for name in ("weight", "bias"):
+        parameter = getattr(layer, name)
+        if parameter is not None and (owners[id(parameter)] > 1 or id(parameter) in constants):
+            return f"its {name} is tied to another's"
     return None
 
 

@@ -24,6 +24,7 @@ from halfeven.layerwise.activations import activation_caches, check_float_weight
 from halfeven.layerwise.blocks import Block, Granularity, find_blocks
 from halfeven.layerwise.cache import BoundedCache, Stored, store_inputs
 from halfeven.layerwise.sqnr import decibels
+from halfeven.placement.graph_edits import untie_layers
 from halfeven.placement.make_plan import qualified, regions
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.reconstruction.optimize import BlockResult, optimize_block
@@ -138,6 +139,7 @@ def _reconstruct(
     # The number that "auto" stands for is written out, so that a resumed run compares numbers.
     options = dataclasses.replace(options, iterations=options.steps)
     check_float_weights(qmodel, "Reconstruction")
+    untie_layers(qmodel)
     _check_calibrated(qmodel)
     cache = BoundedCache(options.memory * 1e9, options.cache_folder)
     reports: list[BlockReport] = []

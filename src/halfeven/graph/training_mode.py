@@ -1,0 +1,198 @@
+"""Find what a captured graph loses of a model's training mode, and the modules to keep in Python for it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfeven.errors import CaptureError
+from halfeven.graph.kept_in_python import KeptInPython, can_be_whole
+from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.torch_private import pytree
+from halfeven.graph.training_run import TrainingRun, differences, run_in_training
+from halfeven.graph.training_suspects import Export, suspects, training_inputs
+
+Kept = dict[str, KeptInPython]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """How a model is captured."""
+
+    capture: Callable[[Kept], nn.Module]
+    """Captures the model with the modules that it is given kept in Python."""
+    check: Callable[[nn.Module], None]
+    """Raises an error for a captured model that differs in eval mode."""
+    export: Export
+    """Captures a part of the model alone, on its arguments."""
+
+
+@dataclass(frozen=True)
+class TrainingCapture:
+    """A captured model that trains as its original does."""
+
+    model: nn.Module
+    kept: tuple[KeptInPython, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def capture_as_trained(model: nn.Module, args: Any, kwargs: Any, how: Capture) -> TrainingCapture:
+    """Capture a model, compare it with the original in training mode, and keep modules in Python where they differ.
+
+    Args:
+        model: the original.
+        args, kwargs: its arguments, of at least two samples.
+        how: how the model is captured.
+
+    Raises:
+        CaptureError: the captured model trains in another way, whatever is kept.
+    """
+    captured = how.capture({})
+    how.check(captured)
+    try:
+        comparison = _Comparison.of(model, args, kwargs, captured)
+    except Exception as error:  # the model's own code, which may want labels in training
+        note = (
+            f"In training mode the model does not run on the example ({_first_line(error)}), so what it does in "
+            "training alone was not looked for: the quantized model computes in training what it computes in eval mode."
+        )
+        return TrainingCapture(captured, notes=(note,))
+    kept: Kept = {}
+    said = comparison.differences(captured)
+    if not said:
+        return TrainingCapture(captured)
+    candidates = comparison.suspects(how.export)
+    while said:
+        new = next((found for found in candidates if found), {})
+        if not new:
+            new = {name: replace(k, whole=False) for name, k in kept.items() if k.whole}
+        if not new:
+            new = comparison.differing_regions(captured, kept)
+        if not new:
+            return _cannot(comparison, captured, tuple(kept.values()), said)
+        captured, kept = _captured_with(model, kept | new, how)
+        said = comparison.differences(captured)
+    return TrainingCapture(captured, tuple(kept.values()))
+
+
+def _captured_with(model: nn.Module, kept: Kept, how: Capture) -> tuple[nn.Module, Kept]:
+    """Capture a model with modules kept in Python, and with those whose attributes the kept code reads."""
+    while True:
+        captured = how.capture(kept)
+        try:
+            how.check(captured)
+            return captured, kept
+        except AttributeError as error:
+            names = {
+                id(region): name for name, region in captured.named_modules() if isinstance(region, CapturedModule)
+            }
+            name = names.get(id(getattr(error, "obj", None)))
+            if not name:
+                raise CaptureError(
+                    f"{', '.join(kept)} must stay Python for training, and the code that stays fails with the layers "
+                    f"that were captured: {_first_line(error)}. Leave the submodules that it reads out with "
+                    "leave_out=[...]."
+                ) from error
+            kept = kept | {name: KeptInPython(name, f"code that stays Python reads its {error.name}")}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _cannot(
+    comparison: "_Comparison", captured: nn.Module, kept: tuple[KeptInPython, ...], said: list[str]
+) -> TrainingCapture:
+    if comparison.repeats_itself():
+        names = ", ".join(k.name or "(the model itself)" for k in kept) or "(the model itself)"
+        raise CaptureError(
+            f"In training the captured model differs from the original in {names}: {'; '.join(said)}. So it would be "
+            "trained in another way than you wrote, although these modules stay Python. Move what training does there "
+            "into a submodule of its own, or name the submodule in leave_out=[...]."
+        )
+    note = (
+        "In training mode the model gives other results each time, even with the same random numbers, so its training "
+        "could not be compared with that of the captured model."
+    )
+    return TrainingCapture(captured, kept, (note,))
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """An original, its arguments, and its run in training mode."""
+
+    model: nn.Module
+    args: Any
+    kwargs: Any
+    run: TrainingRun
+    parameters: Mapping[str, nn.Parameter]
+
+    @staticmethod
+    def of(model: nn.Module, args: Any, kwargs: Any, captured: nn.Module) -> "_Comparison":
+        """Return the comparison on two samples, or on all where the captured model takes their number alone."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        a, k = _two_samples(args, kwargs)
+        try:
+            with torch.no_grad():
+                captured(*a, **k)
+        except Exception:
+            a, k = args, kwargs
+        return _Comparison(model, a, k, run_in_training(model, a, k, parameters), parameters)
+
+    def differences(self, captured: nn.Module) -> list[str]:
+        """Return what a captured model does otherwise in training."""
+        return _differences(self.run, captured, self.args, self.kwargs, self.parameters)
+
+    def suspects(self, export: Export) -> Iterator[Kept]:
+        """Return the modules whose own code has a training mode of its own, the most likely ones first."""
+        for found in suspects(self.model, self.args, self.kwargs, export):
+            yield {
+                name: KeptInPython(name, said.text, whole=said.same_outputs and self._can_be_whole(name))
+                for name, said in found.items()
+            }
+
+    def _can_be_whole(self, name: str) -> bool:
+        return bool(name) and can_be_whole(self.part(name))
+
+    def part(self, name: str) -> nn.Module:
+        """Return a module of the original."""
+        return self.model.get_submodule(name)
+
+    def differing_regions(self, captured: nn.Module, kept: Kept) -> Kept:
+        """Return the captured regions that train in another way than the module that they were made of."""
+        inputs = training_inputs(self.model, self.args, self.kwargs)
+        found: Kept = {}
+        for name, region in captured.named_modules():
+            if not isinstance(region, CapturedModule) or name in kept or name not in inputs:
+                continue
+            part = self.part(name)
+            parameters = dict(part.named_parameters(remove_duplicate=False))
+            expected = run_in_training(part, *inputs[name], parameters)
+            if said := _differences(expected, region, *inputs[name], parameters):
+                found[name] = KeptInPython(name, "; ".join(said))
+        return found
+
+    def repeats_itself(self) -> bool:
+        """Return True if a second run of the original gives the same results."""
+        return not differences(self.run, run_in_training(self.model, self.args, self.kwargs, self.parameters))
+
+
+def _differences(
+    expected: TrainingRun, captured: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn.Parameter]
+) -> list[str]:
+    try:
+        found = run_in_training(captured, args, kwargs, parameters)
+    except Exception as error:  # Python code around the graphs may use their modules otherwise in training
+        return [f"the captured graph fails there ({_first_line(error)})"]
+    return differences(expected, found)
+
+
+def _two_samples(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    sizes = [len(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
+    batch = max(sizes, default=0)
+    result: tuple[Any, Any] = pytree.tree_map(
+        lambda x: x[:2] if isinstance(x, Tensor) and x.ndim and len(x) == batch else x, (args, kwargs)
+    )
+    return result

@@ -1,0 +1,316 @@
+"""Run a model once in training mode, without dropout, and compare two models by what they do there.
+
+A captured graph is that of eval mode. Layers, BatchNorm and dropout are modules in it and follow `train()`; whatever
+else a model does in training alone is compared here: outputs, tensors that change, gradients, recomputation.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from halfeven.graph.operators import is_stochastic_depth
+from halfeven.graph.torch_private import AnyDropout, own_buffers, pytree
+
+SAME = 1e-2
+"""Largest difference of two outputs or gradients, over the larger norm, that rounding may cause: BatchNorm on two
+samples magnifies it."""
+NO_GRADIENT = 1e-5
+"""A gradient below this part of the largest, element by element, is rounding alone: that of a bias before BatchNorm."""
+DROPOUT_ARGUMENT = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}
+"""The place of `dropout_p` among the arguments of functions that contain a dropout."""
+SEED = 0
+
+
+@dataclass
+class TrainingRun:
+    """The results of one forward and backward pass in training mode."""
+
+    structure: Any = None
+    """How the outputs are nested."""
+    outputs: list[Any] = field(default_factory=list)
+    """The outputs without their nesting."""
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    """Parameters and buffers that the forward pass changed, with their new values."""
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    """The gradients of parameters, and of the inputs as "input 0"."""
+    losses: set[str] = field(default_factory=set)
+    """Attributes that the forward pass set to a single number with a gradient."""
+    called: set[str] = field(default_factory=set)
+    """Modules that the forward pass called."""
+    recomputed: set[str] = field(default_factory=set)
+    """Modules that the backward pass called again, to save memory."""
+    random: Any = None
+    """The random states after the forward pass: they show that it drew numbers, even where these changed nothing."""
+
+
+def run_in_training(
+    model: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn.Parameter] | None = None
+) -> TrainingRun:
+    """Run a model forward and backward in training mode with dropout 0, and restore all that this changes.
+
+    Args:
+        model: any module; its state, attributes, gradients and mode, and the random state, stay as they were.
+        args, kwargs: its arguments, of at least two samples.
+        parameters: the parameters whose gradients are kept, by name; None: the model's own.
+    """
+    with restored(model):
+        model.train()
+        return run_as_is(model, args, kwargs, parameters)
+
+
+def run_as_is(
+    model: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn.Parameter] | None = None
+) -> TrainingRun:
+    """Run a model as `run_in_training` does, in the mode that its modules have, and restore nothing of the model."""
+    switch_off_dropout(model)
+    given = parameters or dict(model.named_parameters(remove_duplicate=False))
+    before = {name: tensor.detach().clone() for name, tensor in _state(model).items()}
+    attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
+    run = TrainingRun()
+    (args, kwargs), leaves = _with_gradients(args, kwargs)
+    with _random_state(), _hooked(model, run), _WithoutDropout(), torch.enable_grad():
+        outputs = model(*args, **kwargs)
+        run.random = _random_states()
+        run.outputs, run.structure = pytree.tree_flatten(outputs)
+        run.losses = _losses(model, attributes)
+        run.changed = _changed(before, model)
+        run.gradients = _gradients(run, given, leaves)
+    run.outputs = [x.detach() if isinstance(x, Tensor) else x for x in run.outputs]
+    return run
+
+
+def differences(expected: TrainingRun, found: TrainingRun) -> list[str]:
+    """Return what a model does otherwise in training than another, a phrase for each kind of difference."""
+    said: list[str] = []
+    nested_alike = expected.structure == found.structure
+    if not nested_alike:
+        said.append(f"it returns {_described(expected)} in training, {_described(found)} in eval mode")
+    if expected.random != found.random:
+        said.append("it draws random numbers in training")
+    moved = [name for name in expected.changed if not _alike(expected.changed[name], found.changed.get(name))]
+    moved += [name for name in found.changed if name not in expected.changed]
+    if moved:
+        said.append(f"it changes {_some(moved)} in training")
+    if unset := expected.losses - found.losses:
+        said.append(f"it sets {_some(sorted(unset))} to a loss")
+    if lost := sorted((expected.recomputed & found.called) - found.recomputed):
+        said.append(f"it computes {_some(lost)} again in the backward pass, to save memory")
+    # What follows may be a consequence of the former.
+    if not said and not all(_alike(e, f) for e, f in zip(expected.outputs, found.outputs, strict=True)):
+        said.append("its outputs have other values in training than in eval mode")
+    if not said and (turned := _other_gradients(expected.gradients, found.gradients)):
+        said.append(f"the gradients of {_some(turned)} are not those of its operators")
+    return said
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _described(run: TrainingRun) -> str:
+    count = len(run.outputs)
+    kind = getattr(run.structure.type, "__name__", None) if run.structure.type is not None else None
+    return f"a {kind} of {count}" if kind else "a tensor"
+
+
+def _alike(expected: Any, found: Any) -> bool:
+    if not (isinstance(expected, Tensor) and isinstance(found, Tensor)):
+        return type(expected) is type(found)
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return False
+    if not expected.is_floating_point():
+        return torch.equal(expected, found)
+    e = torch.nan_to_num(expected.float())
+    f = torch.nan_to_num(found.float())
+    return bool((e - f).norm() <= SAME * max(float(e.norm()), float(f.norm())) + 1e-12)
+
+
+def _other_gradients(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    largest = max((float(g.abs().max()) for g in (*expected.values(), *found.values()) if g.numel()), default=0.0)
+    names = []
+    for name in dict.fromkeys((*expected, *found)):
+        e = expected.get(name)
+        f = found.get(name)
+        if e is None or f is None:
+            present = f if e is None else e
+            if present is not None and bool(present.any()):
+                names.append(name)
+            continue
+        noise = NO_GRADIENT * largest * e.numel() ** 0.5
+        if (e - f).norm() > SAME * max(float(e.norm()), float(f.norm())) + noise:
+            names.append(name)
+    return names
+
+
+# One run
+
+
+def _with_gradients(args: Any, kwargs: Any) -> tuple[tuple[Any, Any], list[Tensor]]:
+    """Return the arguments, detached, whose floating-point tensors collect gradients, and these tensors."""
+    leaves: list[Tensor] = []
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        leaves.append(x.detach().clone().requires_grad_())
+        # A model may change its input in place, which torch forbids for a tensor that collects a gradient itself.
+        return leaves[-1].clone()
+
+    return pytree.tree_map(leaf, (args, kwargs)), leaves
+
+
+def _gradients(run: TrainingRun, parameters: Mapping[str, nn.Parameter], leaves: list[Tensor]) -> dict[str, Tensor]:
+    kept = {name: parameter.grad for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    total = torch.zeros(())
+    for number, output in enumerate(run.outputs):
+        if isinstance(output, Tensor) and output.is_floating_point() and output.requires_grad:
+            generator = torch.Generator().manual_seed(number)
+            cotangent = torch.randn(output.shape, generator=generator).to(output)
+            total = total + (output * cotangent).sum().cpu()
+    try:
+        if total.requires_grad:
+            torch.autograd.backward(total)
+        found = {name: p.grad.detach().clone() for name, p in parameters.items() if p.grad is not None}
+        inputs = {f"input {n}": x.grad for n, x in enumerate(leaves) if x.grad is not None}
+        return found | inputs
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = kept[name]
+
+
+def _losses(model: nn.Module, before: Mapping[str, dict[str, Any]]) -> set[str]:
+    found = set()
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            loss = isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad
+            if loss and before[name].get(attribute) is not value:
+                found.add(f"{name}.{attribute}" if name else attribute)
+    return found
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _changed(before: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    now = _state(model)
+    return {
+        name: now[name].detach().clone()
+        for name, value in before.items()
+        if name in now and not (value.shape == now[name].shape and torch.equal(value, now[name].detach()))
+    }
+
+
+@contextmanager
+def _hooked(model: nn.Module, run: TrainingRun) -> Iterator[None]:
+    """Record the modules that are called and, after the outputs are there, called again."""
+
+    def call(name: str) -> None:
+        (run.called if run.structure is None else run.recomputed).add(name)
+
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: call(name)) for name, module in model.named_modules()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# What a run leaves as it was
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Restore the parameters, buffers, attributes and modes of a model, and the values of its tensors, at the end."""
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    buffers = [dict(own_buffers(module)) for module in modules]
+    values = [(tensor, tensor.detach().clone()) for tensor in _state(model).values()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        for module, had, held in zip(modules, attributes, buffers, strict=True):
+            vars(module).clear()
+            vars(module).update(had)
+            own_buffers(module).update(held)
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.data.copy_(value)
+
+
+def left_in_eval(model: nn.Module) -> tuple[str, ...]:
+    """Return the modules that a model's own `train()` leaves in eval mode, such as frozen BatchNorms."""
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.train()
+        return tuple(name for name, module in model.named_modules() if name and not module.training)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+
+def _random_states() -> Any:
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    return [state.tolist() for state in states], random.getstate(), str(np.random.get_state())
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    """Set all random states to the same for each run, and restore them at the end."""
+    python = random.getstate()
+    numpy = np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(SEED)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Put the modules for dropout and stochastic depth, whose randomness the captured model has too, in eval mode."""
+    for module in model.modules():
+        if isinstance(module, AnyDropout) or is_stochastic_depth(module):
+            module.eval()
+        if isinstance(module, nn.RNNBase):
+            module.dropout = 0.0
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Let functions for dropout return their input, and attention compute without dropout."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if "dropout" in name and not isinstance(func, type):
+            return args[0] if args else kwargs["input"]
+        place = DROPOUT_ARGUMENT.get(name)
+        if place is not None and len(args) > place:
+            args = (*args[:place], 0.0, *args[place + 1 :])
+        elif place is not None:
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)

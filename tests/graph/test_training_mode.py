@@ -1,0 +1,349 @@
+"""What a model does in training alone: found by one run in both modes, and kept in Python, in the smallest module."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from halfeven.errors import CaptureError
+from halfeven.graph.capture import capture
+from halfeven.graph.rebuild import CapturedModule
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class Rounded(torch.autograd.Function):
+    """Its gradient passes straight through; the operators have none."""
+
+    @staticmethod
+    def forward(x):
+        return torch.round(x * 4) / 4
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Squared(torch.autograd.Function):
+    """Its gradient is that of its operators."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+class Does(nn.Module):
+    """A module with parts whose forward is a function of it and its input."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            if isinstance(part, torch.Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def conv(inputs=3, outputs=4):
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def around(middle):
+    return nn.Sequential(conv(), middle, nn.Conv2d(4, 2, 1))
+
+
+def follow(m, x):
+    if m.training:
+        m.centre.mul_(0.9).add_(x.detach().mean((0, 2, 3)), alpha=0.1)
+    return x - m.centre[:, None, None]
+
+
+def enqueue(m, x):
+    scores = torch.einsum("bchw,ck->bkhw", x, m.queue.clone())
+    if m.training:
+        place = int(m.place)
+        m.queue[:, place : place + len(x)] = x.detach().mean((2, 3)).T
+        m.place.add_(len(x)).remainder_(8)
+    return scores
+
+
+def normalize(m, x):
+    mean, variance = (x.mean((0, 2, 3)), x.var((0, 2, 3))) if m.training else (m.mean, m.variance)
+    if m.training:
+        m.mean = torch.lerp(m.mean, mean.detach(), 0.1)
+        m.variance = torch.lerp(m.variance, variance.detach(), 0.1)
+    return m.factor[:, None, None] * (x - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
+
+
+def drop_branches(m, x):
+    y = m.branch(x)
+    return x + (y * (torch.rand(len(x), 1, 1, 1) > 0.2) if m.training else y)
+
+
+def mix(m, x):
+    share = random.random() if m.training else 1.0
+    return m.head(share * x + (1 - share) * x.flip(0))
+
+
+def raw_maps(m, x):
+    raw = m.head(x)
+    return [raw] if m.training else (raw.sigmoid().flatten(1), [raw])
+
+
+def with_auxiliary(m, x):
+    y = m.body(x)
+    outputs = {"out": m.head(y)}
+    if m.training:
+        outputs["aux"] = m.aux(y)
+    return outputs
+
+
+def teach(m, x):
+    y = m.student(x)
+    if m.training:
+        with torch.no_grad():
+            for old, new in zip(m.teacher.parameters(), m.student.parameters(), strict=True):
+                old.lerp_(new, 0.1)
+        return y, m.teacher(x)
+    return y
+
+
+def codes(m, x):
+    distance = torch.cdist(x.movedim(1, -1).flatten(0, 2), m.book.weight)
+    found = m.book(distance.argmin(1)).unflatten(0, (x.shape[0], x.shape[2], x.shape[3])).movedim(-1, 1)
+    y = x + (found - x).detach()
+    return (y, (found.detach() - x).square().mean()) if m.training else y
+
+
+def through_codes(m, x):
+    y = m.codes(m.body(x))
+    return (m.head(y[0]), y[1]) if m.training else m.head(y)
+
+
+def sample(m, x):
+    mean, spread = m.mean(x), m.spread(x)
+    if not m.training:
+        return mean
+    m.divergence = (mean**2 + spread.exp() - spread).mean()
+    return mean + torch.randn_like(mean) * spread.exp()
+
+
+def save_memory(m, x):
+    for block in m.blocks:
+        x = checkpoint(block, x, use_reentrant=False) if m.training else block(x)
+    return m.head(x)
+
+
+def save_memory_in_two(m, x):
+    return m.head(checkpoint_sequential(m.blocks, 2, x, use_reentrant=False) if m.training else m.blocks(x))
+
+
+def save_memory_reentrantly(m, x):
+    x = m.stem(x)
+    return m.head(checkpoint(m.block, x, use_reentrant=True) if m.training else m.block(x))
+
+
+def turn_by_hook(m, x):
+    y = x * 1.0
+    if y.requires_grad:
+        y.register_hook(lambda gradient: -gradient)
+    return y
+
+
+def blocks(count=4):
+    return [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()) for _ in range(count)]
+
+
+reverse = Reverse.apply
+DEEP = nn.Sequential
+
+KEPT = {
+    "raw maps": (lambda: nn.Sequential(conv(), Does(raw_maps, head=nn.Conv2d(4, 2, 1))), {"1"}),
+    "auxiliary head": (
+        lambda: Does(with_auxiliary, body=conv(), head=nn.Conv2d(4, 2, 1), aux=nn.Conv2d(4, 2, 1)),
+        {""},
+    ),
+    "gradient reversal": (lambda: around(Does(lambda m, x: reverse(x))), {"1"}),
+    "gradient reversal in the model itself": (
+        lambda: Does(lambda m, x: m.head(Reverse.apply(m.body(x))), body=conv(), head=nn.Conv2d(4, 2, 1)),
+        {""},
+    ),
+    "gradient turned by a hook": (lambda: around(Does(turn_by_hook)), {"", "1"}),
+    "straight-through rounding": (lambda: around(Does(lambda m, x: Rounded.apply(x))), {"1"}),
+    "centre": (lambda: around(Does(follow, centre=torch.zeros(4))), {"1"}),
+    "queue": (lambda: around(Does(enqueue, queue=torch.randn(4, 8), place=torch.zeros((), dtype=torch.long))), None),
+    "own normalization": (
+        lambda: around(
+            Does(normalize, mean=torch.zeros(4), variance=torch.ones(4), factor=nn.Parameter(torch.ones(4)))
+        ),
+        {"1"},
+    ),
+    "own stochastic depth": (lambda: around(Does(drop_branches, branch=conv(4))), {"1"}),
+    "noise": (
+        lambda: around(nn.Sequential(Does(lambda m, x: x + torch.randn_like(x) if m.training else x))),
+        {"1.0"},
+    ),
+    "mixed samples": (lambda: nn.Sequential(conv(), Does(mix, head=nn.Conv2d(4, 2, 1))), {"1"}),
+    "spectral norm": (
+        lambda: around(parametrizations.spectral_norm(nn.Conv2d(4, 4, 1))),
+        {"1.parametrizations.weight.0"},
+    ),
+    "old spectral norm": (lambda: around(nn.utils.spectral_norm(nn.Conv2d(4, 4, 1))), {"1"}),
+    "teacher": (lambda: nn.Sequential(conv(), Does(teach, student=conv(4), teacher=conv(4))), {"1"}),
+    "codebook with a loss": (
+        lambda: Does(through_codes, body=conv(), codes=Does(codes, book=nn.Embedding(8, 4)), head=nn.Conv2d(4, 2, 1)),
+        {"codes"},
+    ),
+    "a loss as an attribute": (
+        lambda: nn.Sequential(conv(), Does(sample, mean=nn.Conv2d(4, 2, 1), spread=nn.Conv2d(4, 2, 1))),
+        {"1"},
+    ),
+    "checkpointing": (lambda: Does(save_memory, blocks=nn.ModuleList(blocks()), head=nn.Conv2d(3, 2, 1)), {""}),
+    "checkpointing of a sequence": (
+        lambda: Does(save_memory_in_two, blocks=nn.Sequential(*blocks()), head=nn.Conv2d(3, 2, 1)),
+        {"", "blocks"},
+    ),
+    "reentrant checkpointing": (
+        lambda: Does(save_memory_reentrantly, stem=conv(3, 3), block=conv(3, 3), head=nn.Conv2d(3, 2, 1)),
+        {""},
+    ),
+}
+
+
+class Frozen(nn.Sequential):
+    """A model whose own train() leaves its first block in eval mode."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[0].eval()
+        return self
+
+
+NOT_KEPT = {
+    "dropout": lambda: around(nn.Dropout(0.3)),
+    "functional dropout": lambda: around(Does(lambda m, x: F.dropout2d(x, 0.3, m.training))),
+    "a gradient that is the operators'": lambda: around(Does(lambda m, x: Squared.apply(x))),
+    "weight standardization": lambda: around(
+        Does(lambda m, x: F.conv2d(x, m.weight - m.weight.mean(), None), weight=nn.Parameter(torch.randn(4, 4, 1, 1)))
+    ),
+    "frozen BatchNorm": lambda: Frozen(conv(), conv(4)),
+    "detached": lambda: around(Does(lambda m, x: x + (x.round() - x).detach())),
+}
+
+
+def trained(model, x):
+    """Outputs, changed tensors and gradients of a step, with dropout and under the same random numbers."""
+    random.seed(3)
+    torch.manual_seed(3)
+    model.train()
+    model.zero_grad()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    outputs = torch.utils._pytree.tree_leaves(model(x))
+    sum((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() for y in outputs).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    moved = {name: t.clone() for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(before[name])
+    return outputs, moved, gradients
+
+
+def assert_same_step(model, captured, x):
+    (outputs, moved, gradients), (outputs_2, moved_2, gradients_2) = trained(model, x), trained(captured, x)
+    assert [y.shape for y in outputs] == [y.shape for y in outputs_2]
+    torch.testing.assert_close(outputs, outputs_2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moved, moved_2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients, gradients_2, rtol=1e-3, atol=1e-4)
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_training_does_what_it_does_in_float(name):
+    build, kept = KEPT[name]
+    model, x = build(), torch.randn(4, 3, 6, 6)
+    before = state_of(model)
+    captured, report = capture(model, x)
+    torch.testing.assert_close(state_of(model), before, rtol=0, atol=0)
+    assert kept is None or {k.name for k in report.kept} == kept
+    assert report.kept
+    assert all(k.reason for k in report.kept)
+    assert_same_step(model, captured, x)
+    regions = [m for m in captured.modules() if isinstance(m, CapturedModule)]
+    assert regions, "the layers around it are captured"
+    again, _ = capture(build(), x, kept=report.kept)
+    assert sorted(captured.state_dict()) == sorted(again.state_dict())
+
+
+@pytest.mark.parametrize("name", NOT_KEPT)
+def test_what_the_captured_graph_does_as_well_is_not_kept(name):
+    model, x = NOT_KEPT[name](), torch.randn(4, 3, 6, 6)
+    captured, report = capture(model, x)
+    assert isinstance(captured, CapturedModule)
+    assert not report.kept
+    assert not report.notes
+    if "dropout" not in name:
+        assert_same_step(model, captured, x)
+
+
+def test_the_modules_around_a_small_kept_module_stay_captured():
+    captured, report = capture(KEPT["centre"][0](), torch.randn(4, 3, 6, 6))
+    assert isinstance(captured, CapturedModule)
+    assert report.kept[0].whole
+    assert "centre" in str(report.kept[0])
+
+
+def test_checkpointed_blocks_are_computed_twice():
+    captured, _ = capture(KEPT["checkpointing"][0](), torch.randn(4, 3, 6, 6))
+    calls = []
+    for block in captured.blocks:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    captured.train()(torch.randn(2, 3, 6, 6)).sum().backward()
+    assert len(calls) == 8
+
+
+def test_a_model_that_needs_labels_in_training_is_captured_with_a_note():
+    def loss(m, x):
+        if m.training:
+            raise ValueError("targets should not be none")
+        return m.body(x)
+
+    _, report = capture(Does(loss, body=conv()), torch.randn(2, 3, 6, 6))
+    assert "targets should not be none" in report.notes[0]
+
+
+def test_what_cannot_be_kept_is_named():
+    def turned(m, x):
+        weight = m.weight * 1.0
+        if m.training:
+            return Reverse.apply(F.conv2d(x, weight))
+        return F.conv2d(x, weight)
+
+    with pytest.raises(CaptureError, match=r"the gradient of its function Reverse"):
+        capture(Does(turned, weight=nn.Parameter(torch.randn(2, 3, 1, 1))), torch.randn(2, 3, 6, 6))

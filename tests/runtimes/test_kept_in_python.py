@@ -1,0 +1,99 @@
+"""Models whose training does more than their eval mode: trained, saved, loaded, and verified in both runtimes."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import halfeven as he
+from runtimes.parity import SCHEME, trained
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x) if self.training else x
+
+
+class Centre(nn.Module):
+    """Subtracts a moving average of its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.full((4,), 0.1))
+
+    def forward(self, x):
+        if self.training:
+            self.centre.lerp_(x.detach().mean((0, 2, 3)), 0.1)
+        return x - self.centre[:, None, None]
+
+
+class Maps(nn.Module):
+    """Returns raw maps in training, and boxes with the maps in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(2))
+
+    def forward(self, maps):
+        raw = [head(x) for head, x in zip(self.heads, maps, strict=True)]
+        return raw if self.training else (torch.cat([x.sigmoid().flatten(2) for x in raw], 2), raw)
+
+
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+        self.down = nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+        self.detect = Maps()
+
+    def forward(self, x):
+        first = self.stem(x)
+        return self.detect([first, self.down(first)])
+
+
+def inside():
+    """All that is kept is a call inside of the graph."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), Noise(), parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)), Centre(),
+        nn.Conv2d(4, 2, 1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("build", [inside, Detector])
+def test_the_file_is_that_of_eval_mode_and_equals_the_trained_model(build, target, tmp_path):
+    model, x = trained(build()), torch.randn(3, 3, 12, 12)
+    qmodel = he.calibrate(he.prepare(model, x, target=target, scheme=SCHEME), [x])
+    optimizer = torch.optim.SGD(qmodel.parameters(), 0.01)
+    outputs = torch.utils._pytree.tree_leaves(qmodel.train()(x))
+    assert [y.shape for y in outputs] == [y.shape for y in torch.utils._pytree.tree_leaves(model.train()(x))]
+    sum(y.square().mean() for y in outputs).backward()
+    optimizer.step()
+    path = tmp_path / ("m.xml" if target == "openvino" else "m.onnx")
+    report = he.verify(qmodel.eval(), he.export(qmodel, path), [x], timed=False)
+    assert report.integer_match == 1
+    assert report.integer_layers == report.quantizable_layers == (3 if build is inside else 4)
+    he.save(qmodel, tmp_path / "m.safetensors")
+    again = he.load(tmp_path / "m.safetensors", build(), x)
+    assert he.plan_of(again).kept == he.plan_of(qmodel).kept
+    for y, expected in zip(*(torch.utils._pytree.tree_leaves(m(x)) for m in (again, qmodel)), strict=True):
+        assert torch.equal(y, expected)
+
+
+def test_the_plan_names_what_is_kept_and_can_be_used_to_prepare():
+    model, x = inside(), torch.randn(3, 3, 12, 12)
+    plan = he.plan(model, x)
+    assert {kept.name for kept in plan.kept} == {"2", "3.parametrizations.weight.0", "4"}
+    assert "so that it trains as in float: 2: it draws random numbers in training" in str(plan)
+    assert he.plan_of(he.prepare(model, x, plan=plan)).kept == plan.kept
+
+
+@pytest.mark.parametrize("normalize", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_model_of_the_older_normalizations_is_prepared_after_a_step(normalize):
+    model, x = nn.Sequential(normalize(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.randn(2, 3, 8, 8)
+    model.train()(x).sum().backward()
+    qmodel = he.calibrate(he.prepare(model, x), [x])
+    qmodel.train()(x).sum().backward()
+    assert torch.isfinite(qmodel.get_parameter("2.weight").grad).all()
+    he.calibrate(qmodel, [x])
+    assert he.exact(qmodel)(x).shape == (2, 2, 6, 6)
