@@ -88,7 +88,7 @@ def enqueue(m, x):
     if m.training:
         place = int(m.place)
         m.queue[:, place : place + len(x)] = x.detach().mean((2, 3)).T
-        m.place.add_(len(x)).remainder_(8)
+        m.place.add_(len(x)).remainder_(4)
     return scores
 
 
@@ -180,8 +180,6 @@ def blocks(count=4):
 
 
 reverse = Reverse.apply
-DEEP = nn.Sequential
-
 KEPT = {
     "raw maps": (lambda: nn.Sequential(conv(), Does(raw_maps, head=nn.Conv2d(4, 2, 1))), {"1"}),
     "auxiliary head": (
@@ -193,10 +191,10 @@ KEPT = {
         lambda: Does(lambda m, x: m.head(Reverse.apply(m.body(x))), body=conv(), head=nn.Conv2d(4, 2, 1)),
         {""},
     ),
-    "gradient turned by a hook": (lambda: around(Does(turn_by_hook)), {"", "1"}),
+    "gradient turned by a hook": (lambda: around(Does(turn_by_hook)), {"1"}),
     "straight-through rounding": (lambda: around(Does(lambda m, x: Rounded.apply(x))), {"1"}),
     "centre": (lambda: around(Does(follow, centre=torch.zeros(4))), {"1"}),
-    "queue": (lambda: around(Does(enqueue, queue=torch.randn(4, 8), place=torch.zeros((), dtype=torch.long))), None),
+    "queue": (lambda: around(Does(enqueue, queue=torch.randn(4, 4), place=torch.zeros((), dtype=torch.long))), {"1"}),
     "own normalization": (
         lambda: around(
             Does(normalize, mean=torch.zeros(4), variance=torch.ones(4), factor=nn.Parameter(torch.ones(4)))
@@ -291,8 +289,7 @@ def test_training_does_what_it_does_in_float(name):
     before = state_of(model)
     captured, report = capture(model, x)
     torch.testing.assert_close(state_of(model), before, rtol=0, atol=0)
-    assert kept is None or {k.name for k in report.kept} == kept
-    assert report.kept
+    assert {k.name for k in report.kept} == kept
     assert all(k.reason for k in report.kept)
     assert_same_step(model, captured, x)
     regions = [m for m in captured.modules() if isinstance(m, CapturedModule)]
@@ -323,7 +320,7 @@ def test_checkpointed_blocks_are_computed_twice():
     captured, _ = capture(KEPT["checkpointing"][0](), torch.randn(4, 3, 6, 6))
     calls = []
     for block in captured.blocks:
-        block.register_forward_hook(lambda *_: calls.append(1))
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
     captured.train()(torch.randn(2, 3, 6, 6)).sum().backward()
     assert len(calls) == 8
 
@@ -345,5 +342,5 @@ def test_what_cannot_be_kept_is_named():
             return Reverse.apply(F.conv2d(x, weight))
         return F.conv2d(x, weight)
 
-    with pytest.raises(CaptureError, match=r"the gradient of its function Reverse"):
+    with pytest.raises(CaptureError, match=r"the gradients of weight, input 0 are not those of its operators"):
         capture(Does(turned, weight=nn.Parameter(torch.randn(2, 3, 1, 1))), torch.randn(2, 3, 6, 6))

@@ -80,8 +80,17 @@ def check(qmodel, model, x, path, least):
     assert sqnr(found, simulated) > 40, "the file is another function than the one that was trained"
 
 
-@pytest.mark.parametrize("batchnorm", ["keep", "fold", "fold live"])
-@pytest.mark.parametrize("case", ["convolutions", "strides", "function of another stride"])
+@pytest.mark.parametrize(
+    ("case", "batchnorm"),
+    [
+        ("convolutions", "keep"),
+        ("convolutions", "fold"),
+        ("convolutions", "fold live"),
+        ("strides", "fold"),
+        ("function of another stride", "fold"),
+        ("function of another stride", "fold live"),
+    ],
+)
 def test_folding_a_batchnorm_changes_no_other_reader(case, batchnorm, tmp_path):
     build, batch = CASES[case]
     model, x = build().eval(), batch()
@@ -92,8 +101,10 @@ def test_folding_a_batchnorm_changes_no_other_reader(case, batchnorm, tmp_path):
     assert torch.equal(again(x), qmodel(x))
 
 
-@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
-@pytest.mark.parametrize("case", ["module", "function", "strides"])
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [("module", "openvino"), ("module", "onnxruntime"), ("function", "openvino"), ("strides", "onnxruntime")],
+)
 def test_the_file_reads_the_weights_that_training_reads(case, target, tmp_path):
     build, batch = CASES[case]
     model, x = build().eval(), batch()
@@ -103,7 +114,7 @@ def test_the_file_reads_the_weights_that_training_reads(case, target, tmp_path):
 
 def test_learned_rounding_gives_the_layer_a_weight_of_its_own(tmp_path):
     model, x = Language().eval(), ids()
-    qmodel = he.quantize(model, [x], scheme="w4a8", reconstruct="on", iterations=20, example=x)
+    qmodel = he.quantize(model, [x], scheme="w4a8", reconstruct="layers", iterations=20, example=x)
     assert torch.equal(qmodel.embed.weight, model.embed.weight)
     assert not torch.equal(qmodel.out.weight, model.out.weight)
     assert he.plan_of(qmodel).changes.untied == ("out.weight",)

@@ -11,7 +11,7 @@ from halfeven.errors import CaptureError
 from halfeven.graph.kept_in_python import KeptInPython, can_be_whole
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import pytree
-from halfeven.graph.training_run import TrainingRun, differences, run_in_training
+from halfeven.graph.training_run import TrainingRun, differences, map_tensors, run_in_training
 from halfeven.graph.training_suspects import Export, suspects, training_inputs
 
 Kept = dict[str, KeptInPython]
@@ -192,7 +192,5 @@ def _differences(
 def _two_samples(args: Any, kwargs: Any) -> tuple[Any, Any]:
     sizes = [len(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
     batch = max(sizes, default=0)
-    result: tuple[Any, Any] = pytree.tree_map(
-        lambda x: x[:2] if isinstance(x, Tensor) and x.ndim and len(x) == batch else x, (args, kwargs)
-    )
+    result: tuple[Any, Any] = map_tensors(lambda x: x[:2] if x.ndim and len(x) == batch else x, (args, kwargs))
     return result

@@ -5,7 +5,7 @@ else a model does in training alone is compared here: outputs, tensors that chan
 """
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,6 +149,23 @@ def _other_gradients(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
     return names
 
 
+def map_tensors(function: Callable[[Tensor], Tensor], arguments: Any) -> Any:
+    """Return nested arguments with a function's results for the tensors.
+
+    A tensor that is given twice stays a single tensor, because models compare: `query is key` in torch's attention.
+    """
+    results: dict[int, Tensor] = {}
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if id(x) not in results:
+            results[id(x)] = function(x)
+        return results[id(x)]
+
+    return pytree.tree_map(one, arguments)
+
+
 # One run
 
 
@@ -156,14 +173,14 @@ def _with_gradients(args: Any, kwargs: Any) -> tuple[tuple[Any, Any], list[Tenso
     """Return the arguments, detached, whose floating-point tensors collect gradients, and these tensors."""
     leaves: list[Tensor] = []
 
-    def leaf(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+    def leaf(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
             return x
         leaves.append(x.detach().clone().requires_grad_())
         # A model may change its input in place, which torch forbids for a tensor that collects a gradient itself.
         return leaves[-1].clone()
 
-    return pytree.tree_map(leaf, (args, kwargs)), leaves
+    return map_tensors(leaf, (args, kwargs)), leaves
 
 
 def _gradients(run: TrainingRun, parameters: Mapping[str, nn.Parameter], leaves: list[Tensor]) -> dict[str, Tensor]:
@@ -247,13 +264,21 @@ def restored(model: nn.Module) -> Iterator[None]:
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         for module, had, held in zip(modules, attributes, buffers, strict=True):
-            vars(module).clear()
-            vars(module).update(had)
-            own_buffers(module).update(held)
+            _put_back(vars(module), had)
+            _put_back(own_buffers(module), held)
         with torch.no_grad():
             for tensor, value in values:
                 if not torch.equal(tensor, value):
                     tensor.data.copy_(value)
+
+
+def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Give a dict its former entries, in place."""
+    for name in [name for name in now if name not in before]:
+        del now[name]
+    for name, value in before.items():
+        if now.get(name) is not value:
+            now[name] = value
 
 
 def left_in_eval(model: nn.Module) -> tuple[str, ...]:

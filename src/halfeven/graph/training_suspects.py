@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from halfeven.graph.operators import is_stochastic_depth
 from halfeven.graph.torch_private import AnyBatchOrInstanceNorm, AnyDropout, has_hooks, pytree
-from halfeven.graph.training_run import differences, restored, run_as_is, run_in_training
+from halfeven.graph.training_run import differences, map_tensors, restored, run_as_is, run_in_training
 
 Arguments = tuple[Any, Any]
 Export = Callable[..., nn.Module]
@@ -51,7 +51,7 @@ def suspects(model: nn.Module, args: Any, kwargs: Any, export: Export) -> Iterat
     Own code is a module's forward without that of its children. First come modules whose `training` flag alone changes
     what they do, those that call their children under `torch.utils.checkpoint` or call parts of other modules, and
     normalizations of another arithmetic than torch's. Then come, where these were not all, modules that apply an
-    `autograd.Function` whose gradient is not that of its operators.
+    `autograd.Function` whose gradient is not that of its operators, and last any others, each captured alone.
 
     Args:
         model: any module.
@@ -67,10 +67,23 @@ def suspects(model: nn.Module, args: Any, kwargs: Any, export: Export) -> Iterat
         module = model.get_submodule(name)
         kind = (type(module), function)
         if name and kind not in judged:
-            judged[kind] = _differs_alone(module, trace.inputs[name], export)
+            judged[kind] = bool(_differences_alone(module, trace.inputs[name], export))
         if judged.get(kind, True):
             found[name] = Suspicion(f"the gradient of its function {function} is not that of its operators")
     yield found
+    yield _smallest_that_differ(model, trace, export)
+
+
+def _smallest_that_differ(model: nn.Module, trace: _Trace, export: Export) -> dict[str, Suspicion]:
+    """Return the modules that train otherwise than the graph captured of them alone, and that contain no other such."""
+    found: dict[str, Suspicion] = {}
+    for name, module in reversed(list(model.named_modules())):
+        around = any(inner.startswith(f"{name}.") for inner in found)
+        if not name or name not in trace.inputs or around or _is_of_torch(module):
+            continue
+        if said := _differences_alone(module, trace.inputs[name], export):
+            found[name] = Suspicion("; ".join(said))
+    return found
 
 
 def _by_mode(model: nn.Module, args: Any, kwargs: Any, trace: _Trace, export: Export) -> dict[str, Suspicion]:
@@ -89,7 +102,7 @@ def _by_mode(model: nn.Module, args: Any, kwargs: Any, trace: _Trace, export: Ex
             continue
         if isinstance(module, AnyBatchOrInstanceNorm) and not _is_of_torch(module):
             if type(module) not in norms:
-                norms[type(module)] = _differs_alone(module, trace.inputs[name], export)
+                norms[type(module)] = bool(_differences_alone(module, trace.inputs[name], export))
             if norms[type(module)]:
                 found[name] = Suspicion("it normalizes in training in a way of its own")
         elif not _follows_the_mode(module) and (suspicion := _by_flag(module, *trace.inputs[name])) is not None:
@@ -139,15 +152,15 @@ def _by_flag(module: nn.Module, args: Any, kwargs: Any) -> Suspicion | None:
     return Suspicion("; ".join(said), expected.structure == found.structure) if said else None
 
 
-def _differs_alone(module: nn.Module, arguments: Arguments, export: Export) -> bool:
-    """Return True for a module that trains otherwise than the graph that is captured of it alone."""
+def _differences_alone(module: nn.Module, arguments: Arguments, export: Export) -> list[str]:
+    """Return what a module does otherwise in training than the graph that is captured of it alone."""
     try:
         captured = export(module, *arguments)
         parameters = dict(module.named_parameters(remove_duplicate=False))
         expected = run_in_training(module, *arguments, parameters)
-        return bool(differences(expected, run_in_training(captured, *arguments, parameters)))
-    except Exception:  # then the graph cannot take its place
-        return True
+        return differences(expected, run_in_training(captured, *arguments, parameters))
+    except Exception:  # then no graph can take its place
+        return ["it cannot be captured alone"]
 
 
 def _traced(model: nn.Module, args: Any, kwargs: Any, *, training: bool = True) -> _Trace:
@@ -185,7 +198,7 @@ def _recorded(model: nn.Module, trace: _Trace) -> Iterator[None]:
 
     def enter(name: str, args: Any, kwargs: Any) -> None:
         if name not in trace.inputs:
-            trace.inputs[name] = pytree.tree_map(_copied, (args, kwargs))
+            trace.inputs[name] = map_tensors(_copied, (args, kwargs))
             trace.caller[name] = stack[-1][0] if stack else ""
         elif not stack:  # the model is done: the backward pass calls it
             trace.recomputed.add(name)
@@ -212,5 +225,5 @@ def _recorded(model: nn.Module, trace: _Trace) -> Iterator[None]:
             handle.remove()
 
 
-def _copied(x: Any) -> Any:
-    return x.detach().clone() if isinstance(x, Tensor) else x
+def _copied(x: Tensor) -> Tensor:
+    return x.detach().clone()
