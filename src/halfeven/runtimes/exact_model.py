@@ -99,9 +99,12 @@ class _ExactRegion(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Return a part of the region, which Python code outside of it may read."""
-        if name in ("region", "_modules", "_parameters", "_buffers"):
+        try:
             return super().__getattr__(name)
-        return getattr(self.region, name)
+        except AttributeError:
+            if name == "region":
+                raise
+            return getattr(self.region, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         flat = self.region.flat_inputs(*args, **kwargs)
