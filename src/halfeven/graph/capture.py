@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 from halfeven.errors import CaptureError
 from halfeven.graph.copying import copy_model
 from halfeven.graph.kept_in_python import KeptInPython, kept_markers, relative_to
-from halfeven.graph.rebuild import CapturedModule, assemble, leaf_markers
+from halfeven.graph.rebuild import CapturedModule, assemble
+from halfeven.graph.stochastic_depth import leaf_markers
 from halfeven.graph.torch_private import pytree
 from halfeven.graph.training_mode import Capture, capture_as_trained
 from halfeven.graph.training_run import left_in_eval

@@ -1,17 +1,16 @@
 """Put modules back into an exported graph, under their own names and around the model's own parameters."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from halfeven.errors import CaptureError
 from halfeven.graph.functionalize import make_functional
 from halfeven.graph.kept_in_python import Calls, restore_kept
-from halfeven.graph.operators import Arguments, Operator, OperatorKind, is_stochastic_depth
+from halfeven.graph.operators import Arguments, Operator, OperatorKind
 from halfeven.graph.tied_names import name_readers
 from halfeven.graph.torch_private import (
     AnyDropout,
@@ -92,30 +91,6 @@ def _unpickled(make: Callable[..., fx.GraphModule], arguments: tuple[Any, ...]) 
         setattr(result, name, getattr(plain, name, getattr(CapturedModule, name)))
     result.recompile()
     return result
-
-
-@torch.library.custom_op("halfeven::leaf", mutates_args=())
-def _leaf(x: Tensor, name: str) -> Tensor:
-    return x.clone()
-
-
-@_leaf.register_fake
-def _(x: Tensor, name: str) -> Tensor:
-    return torch.empty_like(x)
-
-
-@contextmanager
-def leaf_markers(model: nn.Module) -> Iterator[None]:
-    """Mark the calls of modules for stochastic depth within the context: in eval mode they would leave no trace."""
-    marked = [(name, module) for name, module in model.named_modules() if is_stochastic_depth(module)]
-    for name, module in marked:
-        # An attribute of the instance hides the class's method; `del` in the end makes the method visible again.
-        module.forward = lambda x, *_, name=name: torch.ops.halfeven.leaf(x, name)
-    try:
-        yield
-    finally:
-        for _, module in marked:
-            del module.forward
 
 
 def assemble(original: nn.Module, unlifted: fx.GraphModule, calls: Calls) -> CapturedModule:
