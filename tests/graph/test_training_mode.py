@@ -344,3 +344,37 @@ def test_what_cannot_be_kept_is_named():
 
     with pytest.raises(CaptureError, match=r"the gradients of weight, input 0 are not those of its operators"):
         capture(Does(turned, weight=nn.Parameter(torch.randn(2, 3, 1, 1))), torch.randn(2, 3, 6, 6))
+
+
+class Cached(nn.Module):
+    """Adds a part of a table, which it keeps from call to call in eval mode, as LeViT does; train() forgets it."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.cache = nn.Parameter(torch.randn(8)), {}
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.cache = {}
+        return self
+
+    def forward(self, x):
+        if self.training:
+            return x + self.table[2:6, None, None]
+        if "biases" not in self.cache:
+            self.cache["biases"] = self.table[2:6, None, None]
+        return x + self.cache["biases"]
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_what_eval_mode_keeps_of_earlier_calls_is_no_constant_in_the_graph(called_before):
+    model, x = around(Cached()), torch.randn(4, 3, 6, 6)
+    if called_before:
+        with torch.no_grad():
+            model.eval()(x)
+    captured, report = capture(model, x)
+    assert not report.kept
+    assert_same_step(model, captured, x)
+    model.eval()(x)
+    assert not isinstance(model[1].cache["biases"], torch._subclasses.FakeTensor)

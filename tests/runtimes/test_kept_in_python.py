@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import halfeven as he
 from runtimes.parity import SCHEME, trained
@@ -88,6 +89,11 @@ def test_the_plan_names_what_is_kept_and_can_be_used_to_prepare():
     assert he.plan_of(he.prepare(model, x, plan=plan)).kept == plan.kept
 
 
+def test_the_plan_says_why_the_result_of_a_kept_module_is_in_float():
+    plan = he.plan(nn.Sequential(nn.Conv2d(3, 4, 1), Centre()), torch.randn(2, 3, 4, 4))
+    assert ("1", "its own code stays Python, for training") in {(left.name, left.reason) for left in plan.left}
+
+
 @pytest.mark.parametrize("normalize", [nn.utils.weight_norm, nn.utils.spectral_norm])
 def test_a_model_of_the_older_normalizations_is_prepared_after_a_step(normalize):
     model, x = nn.Sequential(normalize(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.randn(2, 3, 8, 8)
@@ -97,3 +103,37 @@ def test_a_model_of_the_older_normalizations_is_prepared_after_a_step(normalize)
     assert torch.isfinite(qmodel.get_parameter("2.weight").grad).all()
     he.calibrate(qmodel, [x])
     assert he.exact(qmodel)(x).shape == (2, 2, 6, 6)
+
+
+class Checkpointed(nn.Module):
+    """Three blocks, each of which may be computed again in the backward pass."""
+
+    def __init__(self, saves_memory):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()) for _ in range(3))
+        self.saves_memory = saves_memory
+
+    def forward(self, x):
+        for block in self.blocks:
+            saves = self.saves_memory and self.training
+            x = checkpoint(block, x, use_reentrant=False) if saves else block(x)
+        return x
+
+
+def test_recomputation_moves_no_range_and_no_gradient():
+    x = torch.randn(4, 3, 10, 10)
+    reference = Checkpointed(saves_memory=False)
+    models = []
+    for saves_memory in (False, True):
+        model = Checkpointed(saves_memory)
+        model.load_state_dict(reference.state_dict())
+        # In both the blocks are captured one by one, so that they have the same quantizers.
+        qmodel = he.calibrate(he.prepare(Checkpointed(True), x, scheme=SCHEME), [x])
+        qmodel.load_state_dict({**qmodel.state_dict(), **model.state_dict()})
+        qmodel.saves_memory = saves_memory
+        he.calibrate(qmodel, [x]).train()(3 * x).square().sum().backward()
+        models.append(qmodel)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+    for (name, value), other in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(value, other), name

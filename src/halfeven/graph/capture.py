@@ -22,6 +22,7 @@ from halfeven.errors import CaptureError
 from halfeven.graph.copying import copy_model
 from halfeven.graph.kept_in_python import KeptInPython, kept_markers, relative_to
 from halfeven.graph.rebuild import CapturedModule, assemble
+from halfeven.graph.restoring import attributes_restored
 from halfeven.graph.stochastic_depth import leaf_markers
 from halfeven.graph.torch_private import pytree
 from halfeven.graph.training_mode import Capture, capture_as_trained
@@ -92,6 +93,7 @@ def capture(
         _check_same(model, captured, args, kwargs)
 
     was_training = {module: module.training for module in model.modules()}
+    left_in_eval(model)  # its own train() may forget what eval mode keeps of earlier calls
     model.eval()
     try:
         with torch.enable_grad():  # the graph must not depend on where it is captured
@@ -219,7 +221,7 @@ def _recorded_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, tupl
         if name
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), attributes_restored(model):
             model(*args, **kwargs)
     except Exception as error:
         raise CaptureError(
@@ -245,7 +247,7 @@ def _export(module: nn.Module, args: Any, kwargs: Any, kept: Sequence[str] = ())
     # The fast path of `nn.MultiheadAttention` is a fused kernel, which hides the layers inside of it.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with leaf_markers(module), kept_markers(module, kept) as calls, quiet():
+        with attributes_restored(module), leaf_markers(module), kept_markers(module, kept) as calls, quiet():
             program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
             unlifted = program.module()
     finally:
@@ -283,7 +285,7 @@ def _check_same(model: nn.Module, captured: nn.Module, args: Any, kwargs: Any) -
         ("the example", (args, kwargs)),
         ("a larger batch", pytree.tree_map(another, (args, kwargs))),
     ):
-        with torch.no_grad():
+        with torch.no_grad(), attributes_restored(model):
             try:
                 expected = pytree.tree_leaves(model(*a, **k))
             except Exception:  # the example itself ran before: this model accepts no other batch size

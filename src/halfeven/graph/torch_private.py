@@ -26,6 +26,7 @@ __all__ = [
     "copy_all",
     "functional_form",
     "has_hooks",
+    "in_backward_pass",
     "input_keywords",
     "is_mutable",
     "is_operator",
@@ -134,6 +135,14 @@ def convolution_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tens
     """Return the function of (input, weight, bias) that a convolution module computes, with its padding mode."""
     compute: Callable[[Tensor, Tensor, Tensor | None], Tensor] = layer._conv_forward
     return compute
+
+
+# The backward pass
+
+
+def in_backward_pass() -> bool:
+    """Return True while a backward pass runs: a module that is called then is computed again, to save memory."""
+    return torch._C._current_graph_task_id() != -1
 
 
 # Lists of tensors, in a single kernel

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from halfeven.graph.operators import is_stochastic_depth
+from halfeven.graph.restoring import attributes_restored, put_back
 from halfeven.graph.torch_private import AnyDropout, own_buffers, pytree
 
 SAME = 1e-2
@@ -254,31 +255,21 @@ def _hooked(model: nn.Module, run: TrainingRun) -> Iterator[None]:
 def restored(model: nn.Module) -> Iterator[None]:
     """Restore the parameters, buffers, attributes and modes of a model, and the values of its tensors, at the end."""
     modules = list(model.modules())
-    attributes = [dict(vars(module)) for module in modules]
     buffers = [dict(own_buffers(module)) for module in modules]
     values = [(tensor, tensor.detach().clone()) for tensor in _state(model).values()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        yield
+        with attributes_restored(model):
+            yield
     finally:
         for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
-        for module, had, held in zip(modules, attributes, buffers, strict=True):
-            _put_back(vars(module), had)
-            _put_back(own_buffers(module), held)
+            parameter.requires_grad = requires_grad
+        for module, held in zip(modules, buffers, strict=True):
+            put_back(own_buffers(module), held)
         with torch.no_grad():
             for tensor, value in values:
                 if not torch.equal(tensor, value):
                     tensor.data.copy_(value)
-
-
-def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Give a dict its former entries, in place."""
-    for name in [name for name in now if name not in before]:
-        del now[name]
-    for name, value in before.items():
-        if now.get(name) is not value:
-            now[name] = value
 
 
 def left_in_eval(model: nn.Module) -> tuple[str, ...]:
@@ -292,7 +283,7 @@ def left_in_eval(model: nn.Module) -> tuple[str, ...]:
         for module, mode in modes:
             module.training = mode
         for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
+            parameter.requires_grad = requires_grad
 
 
 def _random_states() -> Any:

@@ -65,8 +65,17 @@ class Op:
         """Return the operator's row in the table `halfeven.graph.operators.OPERATORS`."""
         if not self.is_module:
             return row_of(self.node.target)
+        return self._kept_rows.get(self.path) or row_of_module(self._called())
+
+    @property
+    def is_kept(self) -> bool:
+        """Return True for the call of a module whose own code stays Python."""
+        return self.is_module and self.path in self._kept_rows
+
+    @property
+    def _kept_rows(self) -> dict[str, Operator]:
         kept: dict[str, Operator] = getattr(self.node.graph.owning_module, "kept_rows", {})
-        return kept.get(self.path) or row_of_module(self._called())
+        return kept
 
     @property
     def module(self) -> Any:

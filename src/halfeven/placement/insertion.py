@@ -10,6 +10,7 @@ from torch import fx, nn
 from halfeven.errors import PlacementError
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.graph.torch_private import in_backward_pass
 from halfeven.graph.view import Op, kind_of, module_calls
 from halfeven.placement.channel_affine import ChannelAffine
 from halfeven.placement.execution_graph import fused_graph
@@ -146,6 +147,7 @@ def tensor_quantizer(planned: PlannedTensor, options: QuantizationOptions) -> Qu
         learns_zero_point=options.learn_zero_points,
     )
     quantizer.name = " = ".join(planned.places)
+    quantizer.is_recomputation = in_backward_pass
     quantizer.fix_range(planned.fixed_range)
     return quantizer
 

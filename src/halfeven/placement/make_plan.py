@@ -300,6 +300,8 @@ def _left(region: Region, rules: RuleBook, target: Target, kinds: frozenset[Oper
         elif node in region.branches:
             if kind is K.CONVOLUTION:
                 reason = "fused with the addition that reads it, which would drop the rounding of a quantizer here"
+        elif Op(node).is_kept:
+            reason = "its own code stays Python, for training"
         elif kind is K.FLOAT:
             reason = "no row of the operator table says how it treats scales"
         elif _fused_into_reader(node):

@@ -83,6 +83,7 @@ class Quantizer(nn.Module):
         self.name = ""
         self.mode = Mode.QUANTIZE
         self.observer: Observer | None = None
+        self.is_recomputation: Callable[[], bool] | None = None
         self.caches_output = False
         self.cached: Tensor | None = None
         unset = torch.full(shape, float("nan"))
@@ -128,7 +129,7 @@ class Quantizer(nn.Module):
             return self._once(
                 x, lambda precomputed: fake_quantize(x, scale, zero_point, self.scheme, precomputed=precomputed)
             )
-        follows = self.state.observing and self.training
+        follows = self.state.observing and self.training and not self._recomputes()
         if follows:
             self._follow(x)
         if not self.state.has_range:
@@ -150,6 +151,11 @@ class Quantizer(nn.Module):
                 domain=domain, clip=clip, rounding_gradient=rounding, precomputed=precomputed,
             ),
         )  # fmt: skip
+
+    def _recomputes(self) -> bool:
+        """Return True in the second call of a step that saves memory by checkpointing, whose range must stay."""
+        known = self.is_recomputation is not None and not torch.compiler.is_compiling()
+        return known and self.is_recomputation()  # type: ignore[misc]
 
     def _once(self, x: Tensor, quantized: Callable[[Tensor | None], Tensor]) -> Tensor:
         """Return the fake-quantized tensor: the cached one, where weights are quantized once."""
