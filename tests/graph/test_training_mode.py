@@ -378,3 +378,19 @@ def test_what_eval_mode_keeps_of_earlier_calls_is_no_constant_in_the_graph(calle
     assert_same_step(model, captured, x)
     model.eval()(x)
     assert not isinstance(model[1].cache["biases"], torch._subclasses.FakeTensor)
+
+
+def test_checkpointed_dropout_is_switched_off_where_it_is_computed_again():
+    """Attention with dropout has another kernel than without: torch checks that both computations are of one form."""
+
+    def attend(m, x):
+        tokens = m.inner(x).flatten(2).transpose(1, 2)[:, None]
+        y = F.scaled_dot_product_attention(tokens, tokens, tokens, dropout_p=0.1 if m.training else 0.0)
+        return F.dropout(y, 0.1, m.training)
+
+    part = Does(attend, inner=nn.Conv2d(3, 4, 1))
+    model = Does(lambda m, x: checkpoint(m.part, x, use_reentrant=False) if m.training else m.part(x), part=part)
+    captured, report = capture(model, torch.randn(2, 3, 4, 4))
+    assert not report.notes
+    assert [k.name for k in report.kept] == [""]
+    assert isinstance(captured.part, CapturedModule)

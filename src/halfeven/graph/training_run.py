@@ -8,11 +8,13 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from halfeven.graph.operators import is_stochastic_depth
@@ -76,7 +78,7 @@ def run_as_is(
     attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
     run = TrainingRun()
     (args, kwargs), leaves = _with_gradients(args, kwargs)
-    with _random_state(), _hooked(model, run), _WithoutDropout(), torch.enable_grad():
+    with _random_state(), _hooked(model, run), _functions_without_dropout(), _WithoutDropout(), torch.enable_grad():
         outputs = model(*args, **kwargs)
         run.random = _random_states()
         run.outputs, run.structure = pytree.tree_flatten(outputs)
@@ -316,17 +318,39 @@ def switch_off_dropout(model: nn.Module) -> None:
             module.dropout = 0.0
 
 
+@contextmanager
+def _functions_without_dropout() -> Iterator[None]:
+    """Replace torch's functions by their form without dropout: a mode does not reach what checkpointing computes again
+    in the backward pass."""
+    found = {
+        name: value
+        for name, value in vars(functional).items()
+        if callable(value) and not name.startswith("_") and ("dropout" in name or name in DROPOUT_ARGUMENT)
+    }
+    try:
+        for name, value in found.items():
+            setattr(functional, name, partial(_without_dropout, value))
+        yield
+    finally:
+        for name, value in found.items():
+            setattr(functional, name, value)
+
+
+def _without_dropout(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the input of a dropout, and the result of a function with `dropout_p` for 0."""
+    name = getattr(func, "__name__", "")
+    if "dropout" in name and not isinstance(func, type):
+        return args[0] if args else kwargs["input"]
+    place = DROPOUT_ARGUMENT.get(name)
+    if place is not None and len(args) > place:
+        args = (*args[:place], 0.0, *args[place + 1 :])
+    elif place is not None:
+        kwargs = {**kwargs, "dropout_p": 0.0}
+    return func(*args, **kwargs)
+
+
 class _WithoutDropout(TorchFunctionMode):
     """Let functions for dropout return their input, and attention compute without dropout."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if "dropout" in name and not isinstance(func, type):
-            return args[0] if args else kwargs["input"]
-        place = DROPOUT_ARGUMENT.get(name)
-        if place is not None and len(args) > place:
-            args = (*args[:place], 0.0, *args[place + 1 :])
-        elif place is not None:
-            kwargs = {**kwargs, "dropout_p": 0.0}
-        return func(*args, **kwargs)
+        return _without_dropout(func, *args, **(kwargs or {}))
