@@ -1,4 +1,4 @@
-"""The processes of a distributed run: rank, number, averages over all of them, and a check that all agree."""
+"""The processes of a distributed run: rank, number, smallest numbers, averages, and a check that all agree."""
 
 from collections.abc import Iterable
 
@@ -22,6 +22,15 @@ def world_size() -> int:
 def rank() -> int:
     """Return the number of this process, from 0."""
     return dist.get_rank() if is_distributed() else 0
+
+
+def smallest(number: int, device: torch.device | str) -> int:
+    """Return the smallest of the numbers that the processes give; `device` is where they exchange tensors."""
+    if not is_distributed():
+        return number
+    shared = torch.tensor(int(number), device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MIN)
+    return int(shared)
 
 
 @torch.no_grad()

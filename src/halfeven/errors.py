@@ -7,6 +7,7 @@
     ├── CalibrationError    data or ranges that no scale can be made of
     ├── AlgorithmError      an algorithm that does not apply, or that would change what the model computes
     ├── CheckpointError     a file that does not belong to the model
+    ├── StorageError        a file or folder that cannot be written or read
     ├── ExportError         a model that cannot be written for the target
     └── VerificationError   a deployed file that cannot be compared with the model
 
@@ -36,6 +37,10 @@ class CalibrationError(HalfevenError, ValueError):
 
 class CheckpointError(HalfevenError, ValueError):
     """A file that does not belong to the model."""
+
+
+class StorageError(HalfevenError, OSError):
+    """A file or folder that cannot be written or read: a full disk, missing rights, a lock."""
 
 
 class ExportError(HalfevenError, RuntimeError):

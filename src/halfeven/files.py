@@ -1,30 +1,185 @@
-"""Write files that are either whole or not there."""
+"""Write files that are either whole or not there, and say what a disk refuses."""
 
+import contextlib
+import errno
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from halfeven.errors import HalfevenError, StorageError
+
+PARTIAL = ".partial"
+"""Ending of the folders in which files are written."""
+PROBE_BYTES = 1 << 20
+"""Size of the file that is written to learn why a library could not write its own."""
+
+REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "your quota of disk space is used up",
+    errno.EFBIG: "the file would be larger than this process may write (ulimit -f)",
+    errno.EROFS: "the disk can only be read",
+    errno.EACCES: "you may not write there",
+    errno.EPERM: "you may not write there",
+    errno.ENOTDIR: "a file stands where a folder belongs",
+    errno.EEXIST: "a file stands where a folder belongs",
+    errno.EISDIR: "a folder stands where the file belongs",
+    errno.ENAMETOOLONG: "the name is too long for this disk",
+    errno.EMFILE: "this process has too many open files (ulimit -n)",
+    errno.EIO: "the disk reports a fault",
+    errno.ESTALE: "the network disk has gone",
+}
+"""What an error number of the operating system means to the user."""
+
+WAYS_OUT = {
+    errno.ENOSPC: "Make room there, or name a folder on another disk.",
+    errno.EDQUOT: "Make room there, or name a folder on another disk.",
+    errno.EMFILE: "Raise the limit, or lower data.workers.",
+    errno.ENOENT: "Check the path.",
+}
+"""What to do about it, where it is not just another folder."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a path beside `path`, and move the file into place once it is whole and on the disk.
+    """Call `write` with a path of the same name, and move the file into place once it is whole and on the disk.
 
     A reader of `path` finds the old content or the new one, at whatever moment the writer is killed.
+
+    Raises:
+        StorageError: the disk cannot take the file; `path` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o666 & ~mask)  # some writers make files that only their owner can read
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # it is there only where something failed
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    with replacing(path) as folder:
+        write(folder / path.name)
+
+
+@contextmanager
+def replacing(*paths: Path) -> Iterator[Path]:
+    """Give a folder to write files of these names into, and move them into place when all are whole and on the disk.
+
+    The files are moved in the order given. The folder lies beside them and belongs to this user alone: no link that
+    somebody else has put there is followed. What an earlier, killed writer has left of it is deleted.
+
+    Raises:
+        StorageError: the disk cannot take the files.
+    """
+    first = paths[0]
+    folder = first.with_name(f".{first.name}{PARTIAL}")
+    with storing(first):
+        first.parent.mkdir(parents=True, exist_ok=True)
+        remove(folder)
+        folder.mkdir(mode=0o700)
         try:
-            os.fsync(folder)
+            with _reasons_of(folder):
+                yield folder
+            for path in paths:
+                _settle(folder / path.name)
+            for path in paths:
+                os.replace(folder / path.name, path)
         finally:
-            os.close(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+        _sync_folder(first.parent)
+
+
+def _settle(path: Path) -> None:
+    """Bring a file to the disk, readable as the umask says: some writers make files for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link (not what it points to) or a folder with all that is in it; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses, within the context, into a `StorageError` about `path`."""
+    try:
+        with _reasons_of(path.parent):
+            yield
+    except HalfevenError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise storage_error(error, path) from error
+
+
+@contextmanager
+def _reasons_of(folder: Path) -> Iterator[None]:
+    """Raise the error of the operating system where, within the context, a library raises one of its own instead.
+
+    Libraries that write files lose the reason ("unexpected pos 8064 vs 7960"). A file that is written beside theirs,
+    before anything is tidied up, meets it again.
+    """
+    try:
+        yield
+    except (HalfevenError, OSError):
+        raise
+    except Exception as error:
+        if refusal := _refusal(folder):
+            raise refusal from error
+        raise
+
+
+def storage_error(error: OSError, path: Path | None = None) -> StorageError:
+    """Return an error of the operating system as a message: what, where, how much is free, what is safe.
+
+    Args:
+        error: the error.
+        path: the file that was to be written or read; None: the one that the error names, if any.
+    """
+    named = path or (Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None)
+    while named and named.parent.name.endswith(PARTIAL):  # the user knows the file by its place in the end
+        named = named.parents[1] / named.name
+    where = f"{named}" if named else "A file"
+    reason = REASONS.get(error.errno or 0, error.strerror or str(error))
+    way = WAYS_OUT.get(error.errno or 0, "Name another folder, or mend that.")
+    free = _free(named or Path.cwd())
+    return StorageError(
+        f"{where} cannot be used: {reason} (error {error.errno}, {error.strerror}). {free}Files that were whole before "
+        f"are whole still, and a run can be resumed from its last saved state. {way}"
+    )
+
+
+def _free(path: Path) -> str:
+    """Return a sentence with the free space on the disk of a path; "" where that cannot be told."""
+    folder = path.absolute()
+    with contextlib.suppress(OSError):
+        while not folder.is_dir():
+            folder = folder.parent
+        usage = shutil.disk_usage(folder)
+        return f"{usage.free / 1e6:.1f} of {usage.total / 1e6:.1f} MB are free on the disk of {folder}. "
+    return ""
+
+
+def _refusal(folder: Path) -> OSError | None:
+    """Return the error with which the disk of a folder refuses a small file; None where it takes it."""
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        with probe.open("xb") as file:
+            file.write(os.urandom(PROBE_BYTES))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return None

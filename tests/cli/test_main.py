@@ -233,6 +233,7 @@ def test_nothing_to_resume(refused, config, tmp_path, command):
 @pytest.mark.parametrize("command", ["train", "ptq"])
 def test_a_run_is_not_overwritten(refused, config, tmp_path, command):
     (tmp_path / "experiment.json").write_text("{}")
+    (tmp_path / "best.safetensors").touch()
     assert "holds a run already" in refused(command, config, "--work-dir", tmp_path)
 
 

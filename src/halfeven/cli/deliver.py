@@ -58,7 +58,6 @@ def export_verified(
     """
     target = target_of(context, qmodel)
     qmodel = qmodel.cpu().eval()
-    folder.mkdir(parents=True, exist_ok=True)
     reports = {}
     for ending in context.experiment.endings(target):
         path = folder / f"model{ending}"

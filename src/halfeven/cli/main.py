@@ -5,7 +5,7 @@ import importlib.util
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,8 @@ COMMANDS = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
-    Exits with the command's own code, with 2 and a message on input that cannot be used, and with 130 where the user
-    interrupts it.
+    Exits with the command's own code, with 2 and a message on input that cannot be used, with 130 where the user
+    interrupts it, and with 75 where SIGTERM or SIGUSR1 has stopped it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # torch.compile looks for CUDA's compiler, and warns where there is only the CPU.
@@ -92,6 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = run(arguments)
     except HalfevenError as error:
         _print_error(error)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        from halfeven.files import storage_error
+
+        _print_error(storage_error(error))
         sys.exit(2)
     except KeyboardInterrupt:
         print("Interrupted. `--resume` continues from the last saved state.", file=sys.stderr)
@@ -121,7 +128,20 @@ def run(arguments: list[str]) -> int:
         meant = did_you_mean(arguments[0], [command.name for command in COMMANDS])
         print(f'There is no command "{arguments[0]}". {meant}\n\n{usage()}', file=sys.stderr)
         return 2
-    return found(command.run)(parse(command.name, arguments[1:])) or 0
+    read = parse(command.name, arguments[1:])
+    return _run_stoppable(found(command.run), read)
+
+
+def _run_stoppable(command: Callable[[Any], int | None], arguments: Any) -> int:
+    """Run a command until its end, or until a signal asks it to stop. Returns the exit code."""
+    from halfeven.training.stopping import EXIT_CODE, StopRequested, stoppable
+
+    try:
+        with stoppable():
+            return command(arguments) or 0
+    except StopRequested as stop:
+        print(stop, file=sys.stderr)
+        return EXIT_CODE
 
 
 def usage() -> str:
@@ -162,7 +182,7 @@ def found(name: str) -> Any:
 def _print_error(error: HalfevenError) -> None:
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     console.print(f"[bold red]{type(error).__name__}[/]", end=": ")
     console.print(str(error), markup=False, highlight=False, soft_wrap=True)
 

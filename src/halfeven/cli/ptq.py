@@ -11,7 +11,17 @@ from halfeven.checkpoint import read_facts, save
 from halfeven.cli.arguments import Config, Fields
 from halfeven.cli.deliver import deliver
 from halfeven.cli.float_model import check_has_weights, train_float
-from halfeven.cli.run import BEST, PTQ_STATE, RunContext, default_folder, open_folder, open_run
+from halfeven.cli.preflight import check_quantization
+from halfeven.cli.run import (
+    BEST,
+    PTQ_STATE,
+    RunContext,
+    check_folder,
+    claimed_folder,
+    continues,
+    default_folder,
+    open_run,
+)
 from halfeven.distributed import world_size
 from halfeven.errors import ConfigError
 from halfeven.pipelines import check_folds, quantize
@@ -29,6 +39,8 @@ class PtqArguments:
     """Folder for the checkpoint and the exported files; "" for work_dirs/<name of the config>."""
     resume: bool = False
     """Continue the interrupted run in the work folder; what it has reconstructed is not done again."""
+    auto_resume: bool = False
+    """Continue the run in the work folder if there is one, and start it otherwise: for jobs that are restarted."""
     overwrite: bool = False
     """Start anew in a work folder that holds a run already."""
 
@@ -36,19 +48,24 @@ class PtqArguments:
 def run_ptq(arguments: PtqArguments) -> None:
     """Quantize, export and verify, and print one table of accuracies."""
     experiment = arguments.experiment
-    resume = arguments.resume
     check_has_weights(experiment)
     check_folds(experiment.quantization)
     context = open_run(experiment, default_folder(arguments.config, arguments.work_dir))
     _check_alone()
-    open_folder(context, "ptq", resume=resume, overwrite=arguments.overwrite)
+    resume = continues(
+        context, resume=arguments.resume, auto_resume=arguments.auto_resume, overwrite=arguments.overwrite
+    )
+    check_folder(context, "ptq", resume=resume, overwrite=arguments.overwrite)
     model = create_model(experiment.model)
     facts = _finished(context, resume=resume)
-    if experiment.pretraining.epochs:
-        train_float(context, model, resume=resume)
     if facts is None:
-        facts = _quantize(context, model)
-    deliver(context, model, facts["float"], {"quantization_seconds": facts["quantization_seconds"]})
+        check_quantization(context, model)
+    with claimed_folder(context, "ptq", resume=resume):
+        if experiment.pretraining.epochs:
+            train_float(context, model, resume=resume)
+        if facts is None:
+            facts = _quantize(context, model)
+        deliver(context, model, facts["float"], {"quantization_seconds": facts["quantization_seconds"]})
 
 
 def _check_alone() -> None:

@@ -1,8 +1,10 @@
 """Open a run for a command: the data, the processes, the folder that holds a run, and the table of accuracies."""
 
+import contextlib
 import json
-import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -13,15 +15,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from halfeven.cli.lock import locked
 from halfeven.cli.task import make_task
 from halfeven.config import Experiment, as_dict
-from halfeven.errors import ConfigError
+from halfeven.distributed import rank, smallest
+from halfeven.errors import CheckpointError, ConfigError, StorageError
 from halfeven.evaluation import evaluate, evaluation_loader
-from halfeven.files import write_atomically
+from halfeven.files import remove, storing, write_atomically
 from halfeven.options import Options, up_to_date
 from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
 from halfeven.training.accelerator import make_accelerator
+from halfeven.training.progress import plain_console
 from halfeven.training.state import STATE_FILE
 from halfeven.zoo.datasets import Datasets, load_datasets
 from halfeven.zoo.leakage import check_apart
@@ -36,8 +41,19 @@ PTQ_STATE = "ptq_state"
 RESULTS = "results.json"
 RESUMED_FROM = (STATE_FILE, BEST, f"{FLOAT_FOLDER}/{STATE_FILE}", f"{FLOAT_FOLDER}/{BEST}", PTQ_STATE)
 """Files that a resumed run continues from; a new run in the same folder removes them first."""
+SEEN_WITHIN_SECONDS = 30.0
+"""Seconds in which a file of one machine appears on another that shares the disk; NFS remembers for a while that a file
+is not there."""
 MAY_CHANGE = (
-    *("device", "export", "data.workers", "data.root", "training.log_every", "training.save_every"),
+    *(
+        "device.kind",
+        "device.threads",
+        "export",
+        "data.workers",
+        "data.root",
+        "training.log_every",
+        "training.save_every",
+    ),
     *("ptq.memory", "ptq.cache_folder"),
 )
 """Fields that may differ when a run is resumed: they do not change its result."""
@@ -75,7 +91,7 @@ class RunContext:
 
     def log(self, text: str) -> None:
         """Print a line, from the first process alone."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
 
 def open_run(experiment: Experiment, folder: Path) -> RunContext:
@@ -85,7 +101,7 @@ def open_run(experiment: Experiment, folder: Path) -> RunContext:
         ConfigError: data, model and device do not go together.
     """
     accelerator = make_accelerator(experiment.device)
-    console = Console(quiet=not accelerator.is_main_process)
+    console = plain_console(quiet=not accelerator.is_main_process)
     datasets = load_datasets(experiment.data)
     if mismatches := _mismatches(experiment, datasets):
         raise ConfigError(
@@ -119,8 +135,41 @@ def default_folder(config: Path, work_dir: str) -> Path:
     return Path(work_dir or Path("work_dirs") / config.stem)
 
 
-def open_folder(context: RunContext, command: str, *, resume: bool, overwrite: bool) -> None:
-    """Make the work folder and write down the experiment, or check that there is a run to resume.
+def holds_run(folder: Path) -> bool:
+    """Return True for a folder with a run that can be resumed, or lost."""
+    return (folder / RECORD).is_file() and any((folder / name).exists() for name in RESUMED_FROM)
+
+
+def continues(context: RunContext, *, resume: bool, auto_resume: bool, overwrite: bool) -> bool:
+    """Return True where the run in the work folder is to be continued. The arguments are the command line's.
+
+    Raises:
+        ConfigError: the arguments contradict each other, or the processes see different folders.
+    """
+    if resume + auto_resume + overwrite > 1:
+        given = {"--resume": resume, "--auto-resume": auto_resume, "--overwrite": overwrite}
+        raise ConfigError(
+            f"{' and '.join(name for name, on in given.items() if on)} were given, and only one of them can decide "
+            "what becomes of a run in the work folder. Give one: --auto-resume continues a run, and starts where there "
+            "is none."
+        )
+    found = holds_run(context.folder)
+    device = context.accelerator.device
+    if smallest(found, device) == smallest(not found, device):
+        raise _not_shared(context.folder)
+    return resume or (auto_resume and found)
+
+
+def _not_shared(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"The processes of this run see different things in the work folder ({folder} in process {rank()}), so they "
+        "could not go on from the same state. With several machines, --work-dir must name a folder on a disk that all "
+        "of them share."
+    )
+
+
+def check_folder(context: RunContext, command: str, *, resume: bool, overwrite: bool) -> None:
+    """Check that the work folder can be used, and write nothing.
 
     Args:
         context: the run.
@@ -131,12 +180,14 @@ def open_folder(context: RunContext, command: str, *, resume: bool, overwrite: b
     Raises:
         ConfigError: there is nothing to resume, the options differ from the run's, a run would be lost, or calibration
             samples are validation samples too.
+        CheckpointError: the record of the run's options is damaged.
     """
     check_apart(context.datasets)
     record = context.folder / RECORD
-    held = record.is_file()
+    recorded = record.is_file()
+    held = holds_run(context.folder)
     context.accelerator.wait_for_everyone()  # all processes look before the first one writes
-    if resume and not held:
+    if resume and not recorded:
         raise ConfigError(
             f"There is no run in {context.folder}, so nothing can be resumed. Leave --resume out, or give the "
             "--work-dir of the run."
@@ -146,22 +197,77 @@ def open_folder(context: RunContext, command: str, *, resume: bool, overwrite: b
             f"{context.folder} holds a run already, whose checkpoints would be lost. Give --resume to continue it, "
             "another --work-dir to keep it, or --overwrite to start anew."
         )
-    facts = {"command": command, **as_dict(context.experiment)}
     if resume:
-        _check_same_run(json.loads(record.read_text(encoding="utf-8")), facts, context.folder)
-    if context.accelerator.is_main_process:
-        for name in RESUMED_FROM if not resume else ():
-            _remove(context.folder / name)
-        text = json.dumps(facts, indent=2) + "\n"
-        write_atomically(record, lambda path: path.write_text(text, encoding="utf-8"))
-    context.accelerator.wait_for_everyone()
+        _check_same_run(_read_record(record), _facts(context, command), context.folder)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+@contextmanager
+def claimed_folder(context: RunContext, command: str, *, resume: bool) -> Iterator[None]:
+    """Make the work folder, lock it within the context, and write down the experiment.
+
+    Call this when all that can be checked beforehand was right.
+
+    Args:
+        context: the run.
+        command: "train" or "ptq".
+        resume: keep the files that a run is resumed from.
+
+    Raises:
+        StorageError: the folder cannot be written, or another process works in it.
+    """
+    with contextlib.ExitStack() as held:
+        refusal = None
+        if context.accelerator.is_main_process:
+            try:
+                with storing(context.folder):
+                    context.folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(context.folder, context.log))
+                _write_record(context, command, resume=resume)
+            except StorageError as error:
+                refusal = error
+        # No process waits for the one that was refused.
+        if smallest(0 if refusal else 1, context.accelerator.device) == 0:
+            raise refusal or StorageError(f"The first process of this run cannot use {context.folder}; it says why.")
+        _check_shared(context, command)
+        yield
+
+
+def _check_shared(context: RunContext, command: str) -> None:
+    """Raise ConfigError where a process does not see what the first one has written: it works on another disk."""
+    wanted = _as_plain(_facts(context, command))
+    deadline = time.monotonic() + SEEN_WITHIN_SECONDS
+    while not (seen := _sees(context.folder / RECORD, wanted)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if smallest(seen, context.accelerator.device) == 0:
+        raise _not_shared(context.folder)
+
+
+def _sees(path: Path, wanted: Any) -> bool:
+    return path.is_file() and _as_plain(_read_record(path)) == wanted
+
+
+def _write_record(context: RunContext, command: str, *, resume: bool) -> None:
+    for name in RESUMED_FROM if not resume else ():
+        remove(context.folder / name)
+    text = json.dumps(_facts(context, command), indent=2) + "\n"
+    write_atomically(context.folder / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _facts(context: RunContext, command: str) -> dict[str, Any]:
+    return {"command": command, **as_dict(context.experiment)}
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(recorded, dict):
+            raise ValueError(f"it holds a {type(recorded).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}), so nothing says with which options the run was started, and it cannot be "
+            "resumed. Put the file back from a copy, or give --overwrite to start anew."
+        ) from error
+    return recorded
 
 
 def _check_same_run(recorded: dict[str, Any], present: dict[str, Any], folder: Path) -> None:

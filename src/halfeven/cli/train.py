@@ -12,7 +12,18 @@ from halfeven.checkpoint import save
 from halfeven.cli.arguments import Config, Fields
 from halfeven.cli.deliver import deliver
 from halfeven.cli.float_model import check_has_weights, train_float
-from halfeven.cli.run import BEST, FLOAT_FOLDER, PTQ_STATE, RunContext, default_folder, open_folder, open_run
+from halfeven.cli.preflight import check_training
+from halfeven.cli.run import (
+    BEST,
+    FLOAT_FOLDER,
+    PTQ_STATE,
+    RunContext,
+    check_folder,
+    claimed_folder,
+    continues,
+    default_folder,
+    open_run,
+)
 from halfeven.distributed import world_size
 from halfeven.layerwise.calibrate import calibrate
 from halfeven.pipelines import prepare, rebuild, resume_qat, setup_qat
@@ -20,7 +31,7 @@ from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import Plan
 from halfeven.qat.recipe import decide
 from halfeven.qat.session import QATSession
-from halfeven.training.accelerator import mixed_precision
+from halfeven.training.accelerator import described_processes, mixed_precision
 from halfeven.training.options import TrainingOptions
 from halfeven.training.state import STATE_FILE, load_state
 from halfeven.training.trainer import Run, Trainer
@@ -39,6 +50,8 @@ class TrainArguments:
     """Folder for checkpoints, logs and exported files; "" for work_dirs/<name of the config>."""
     resume: bool = False
     """Continue the interrupted run in the work folder; it ends as if it had not been interrupted."""
+    auto_resume: bool = False
+    """Continue the run in the work folder if there is one, and start it otherwise: for jobs that are restarted."""
     overwrite: bool = False
     """Start anew in a work folder that holds a run already."""
     amp: bool = False
@@ -51,7 +64,6 @@ def run_train(arguments: TrainArguments) -> None:
     """Train, export and verify, and print one table of accuracies."""
     experiment = arguments.experiment
     folder = default_folder(arguments.config, arguments.work_dir)
-    resume = arguments.resume
     check_has_weights(experiment)
     if arguments.amp:
         device = dataclasses.replace(experiment.device, precision=mixed_precision())
@@ -59,18 +71,24 @@ def run_train(arguments: TrainArguments) -> None:
     context = open_run(experiment, folder)
     if arguments.auto_scale_lr:
         context = _with_scaled_rates(context)
-    open_folder(context, "train", resume=resume, overwrite=arguments.overwrite)
+    context.log(described_processes(context.accelerator.device))
+    resume = continues(
+        context, resume=arguments.resume, auto_resume=arguments.auto_resume, overwrite=arguments.overwrite
+    )
+    check_folder(context, "train", resume=resume, overwrite=arguments.overwrite)
     model = create_model(experiment.model)
     resume_training = resume and (folder / STATE_FILE).is_file()
-    if resume_training:
-        qmodel, session, header = _continue(context, model)
-    else:
-        qmodel, session, header = _start(context, model, resume=resume)
-    _train_quantized(context, qmodel, session, header, resume=resume_training)
-    main = context.accelerator.is_main_process
-    context.accelerator.end_training()  # what follows is the first process's alone
-    if main:
-        deliver(context, model, header["float"])
+    prepared = None if resume_training else check_training(context, model)
+    with claimed_folder(context, "train", resume=resume):
+        if prepared is None:
+            qmodel, session, header = _continue(context, model)
+        else:
+            qmodel, session, header = _start(context, model, prepared, resume=resume)
+        _train_quantized(context, qmodel, session, header, resume=resume_training)
+        main = context.accelerator.is_main_process
+        context.accelerator.end_training()  # what follows is the first process's alone
+        if main:
+            deliver(context, model, header["float"])
 
 
 def _with_scaled_rates(context: RunContext) -> RunContext:
@@ -113,16 +131,15 @@ def _loaders(context: RunContext) -> tuple[Any, Callable[[], Any]]:
     return loader, lambda: loader
 
 
-def _start(context: RunContext, model: nn.Module, *, resume: bool) -> tuple[nn.Module, QATSession, dict[str, Any]]:
+def _start(
+    context: RunContext, model: nn.Module, qmodel: nn.Module, *, resume: bool
+) -> tuple[nn.Module, QATSession, dict[str, Any]]:
     """Prepare the quantized model for its training. Its plan is printed before any long work."""
     experiment = context.experiment
-    example = context.datasets.example()
-    options = experiment.quantization
-    qmodel = prepare(model, example, options)
     context.log(f"{plan_of(qmodel)}\n")
     if context.experiment.pretraining.epochs:
         train_float(context, model, resume=resume)
-        qmodel = prepare(model, example, options)
+        qmodel = prepare(model, context.datasets.example(), experiment.quantization)
     float_metrics = context.accuracy(model)
     loader, inputs = _loaders(context)
     scheme = experiment.quantization.scheme

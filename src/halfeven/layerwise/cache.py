@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from halfeven.errors import CalibrationError
+from halfeven.files import storing
 from halfeven.graph.capture import inputs_of
 from halfeven.graph.torch_private import pytree
 
@@ -65,7 +66,8 @@ class BoundedCache:
         self.files += 1
         path = self._folder / f"{self.files}.pt"
         # Without the copy, torch.save would write the whole storage that a view belongs to.
-        torch.save(pytree.tree_map_only(Tensor, torch.clone, value), path)
+        with storing(path):
+            torch.save(pytree.tree_map_only(Tensor, torch.clone, value), path)
         return path
 
     def _release(self, size: int, file: Path | None) -> None:

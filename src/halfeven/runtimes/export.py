@@ -5,7 +5,8 @@ from pathlib import Path
 from torch import nn
 
 from halfeven.deployment.exported_program import example_of, exported_program
-from halfeven.errors import ConfigError, ExportError
+from halfeven.errors import ConfigError, ExportError, HalfevenError
+from halfeven.files import storage_error
 from halfeven.runtimes.deploy import deploy, runtime_of
 
 
@@ -27,6 +28,7 @@ def export(qmodel: nn.Module, path: str | Path, target: str | None = None) -> Pa
         PlacementError: a target that cannot carry the model's integers.
         CalibrationError: a range is not set yet.
         ExportError: the exporter of the format cannot write an operator of the model.
+        StorageError: the disk cannot take the file; a file that was there is whole still.
     """
     path = Path(path)
     runtime = runtime_of(qmodel, target)
@@ -36,12 +38,13 @@ def export(qmodel: nn.Module, path: str | Path, target: str | None = None) -> Pa
             f"Name it with {' or '.join(runtime.writers)}."
         )
     deployed = deploy(qmodel, runtime)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         program = exported_program(deployed.model, *example_of(qmodel))
         runtime.writers[path.suffix](program, deployed, path)
-    except ExportError:
+    except HalfevenError:
         raise
+    except OSError as error:
+        raise storage_error(error) from error
     except Exception as error:  # tracers and converters raise many kinds; whichever it is, there is no file
         raise ExportError(
             f"{path} could not be written: {type(error).__name__}: {_reason(error)}\n"

@@ -1,11 +1,13 @@
 """The Accelerator of a run: its device, precision and processes."""
 
+import os
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 
+from halfeven.distributed import world_size
 from halfeven.errors import ConfigError
 from halfeven.imports import extra
 from halfeven.options import Auto, Options, PositiveInt, formerly
@@ -54,6 +56,21 @@ def make_accelerator(options: DeviceOptions) -> "Accelerator":
             'there. Change that set-up, or set device.kind to "auto".'
         )
     return accelerator
+
+
+def described_processes(device: torch.device) -> str:
+    """Return how many processes the run has, and on what, as a sentence; with a warning where more were asked for."""
+    count = world_size()
+    found = f"Training in {count} process{'es' if count > 1 else ''}, on {device.type}."
+    # On CPUs, and without its --multi_gpu, `accelerate launch` starts a single process whatever --num_processes says,
+    # and passes on no more of it than an address at which several would have met.
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if count == 1 and launched and "WORLD_SIZE" not in os.environ:
+        found += (
+            " `accelerate launch` was given --num_processes of more than 1, and has started one process, as it does on "
+            "CPUs. `torchrun --nproc_per_node N` starts N."
+        )
+    return found
 
 
 def check_device(options: DeviceOptions) -> None:

@@ -16,10 +16,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from halfeven.files import storing, write_atomically
 from halfeven.imports import extra
 
 QUIET_SECONDS = 30.0
 """Seconds between printed lines where there is no terminal to draw a bar in."""
+
+
+def plain_console(*, quiet: bool = False) -> Console:
+    """Return a console that prints texts as they are: in a path, "[bold]" and ":smile:" are letters."""
+    return Console(quiet=quiet, markup=False, emoji=False)
 
 
 def described(metrics: dict[str, float]) -> str:
@@ -46,9 +52,10 @@ class JSONLinesTracker(GeneralTracker):  # type: ignore[misc]
 
     def start(self) -> None:
         """Open the file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._purge()
-        self.lines = self.path.open("a", encoding="utf-8")
+        with storing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._purge()
+            self.lines = self.path.open("a", encoding="utf-8")
 
     def _purge(self) -> None:
         if not self.path.is_file():
@@ -61,7 +68,7 @@ class JSONLinesTracker(GeneralTracker):  # type: ignore[misc]
                 continue
             if record.get("step", 0) < self.purge_step:
                 kept.append(line)
-        self.path.write_text("".join(kept), encoding="utf-8")
+        write_atomically(self.path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
 
     @property
     def tracker(self) -> Any:
@@ -70,8 +77,9 @@ class JSONLinesTracker(GeneralTracker):  # type: ignore[misc]
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Write a line."""
-        self.lines.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
-        self.lines.flush()
+        with storing(self.path):
+            self.lines.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
+            self.lines.flush()
 
     def finish(self) -> None:
         """Close the file."""
@@ -109,7 +117,7 @@ class RunLog:
             with extra("train", "Training"):  # TensorBoard is imported here
                 self._curves.start()
         columns = (
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[state]}"),

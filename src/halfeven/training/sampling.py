@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from halfeven.distributed import rank, world_size
 from halfeven.errors import ConfigError
 from halfeven.training.options import TrainingOptions
+from halfeven.training.stopping import init_worker
 
 
 def mix(*numbers: int) -> int:
@@ -99,11 +100,19 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
                 "training.batch_size."
             )
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def indices(self, epoch: int, batch: int) -> list[int]:
+        """Return the indices of this process's samples in a batch of an epoch."""
+        return [int(index) for index in self._mine(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]]
+
+    def _mine(self, epoch: int) -> np.ndarray[Any, Any]:
+        """Return the indices of this process's samples of an epoch, in order."""
         # `np.resize` repeats the order from its start until every process has as many samples: with fewer, a process
         # would wait for the gradients of the others for ever.
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        mine = np.resize(order, self.share * world_size())[rank() :: world_size()]
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+        return np.resize(order, self.share * world_size())[rank() :: world_size()]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        mine = self._mine(self.epoch)
         for batch in range(self.start, self.batches):
             part = mine[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield [(self.epoch, int(index)) for index in part]
@@ -133,11 +142,14 @@ class TrainingBatches:
         collate: Callable[[Any], Any] = default_collate,
     ) -> None:
         self.sampler = EpochBatches(len(samples), options.batch_size, seed=seed, drop_last=options.drop_last)
+        self.samples = SeededSamples(samples, seed)
+        self.collate = collate
         self.loader: DataLoader[Any] = DataLoader(
-            SeededSamples(samples, seed),
+            self.samples,
             batch_sampler=self.sampler,
             collate_fn=collate,
             num_workers=workers,
+            worker_init_fn=init_worker,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -150,3 +162,11 @@ class TrainingBatches:
         self.sampler.epoch = number
         self.sampler.start = start
         return iter(self.loader)
+
+    def indices(self, epoch: int, batch: int) -> list[int]:
+        """Return the indices of the samples in a batch, counted from the start of the epoch."""
+        return self.sampler.indices(epoch, batch)
+
+    def items(self, epoch: int, batch: int) -> list[Any]:
+        """Return the samples of a batch, not collated, as they are augmented in that epoch."""
+        return [self.samples[epoch, index] for index in self.indices(epoch, batch)]

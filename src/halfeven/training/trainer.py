@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,24 +10,27 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import find_batch_size, send_to_device
+from accelerate.utils import find_batch_size, gather_object, send_to_device
 from rich.console import Console
 from torch import Tensor, nn
 
-from halfeven.distributed import differing, rank, world_size
-from halfeven.errors import CheckpointError, ConfigError
+from halfeven.distributed import differing, is_distributed, rank, world_size
+from halfeven.errors import CheckpointError
 from halfeven.files import write_atomically
 from halfeven.graph.capture import as_arguments
-from halfeven.layerwise.batchnorm_statistics import average_batchnorm
+from halfeven.layerwise.batchnorm_statistics import average_batchnorm, own_statistics, set_own_statistics
 from halfeven.quantization.quantizer import weights_quantized_once
 from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
 from halfeven.training.callback import TrainerCallback
+from halfeven.training.finite import damage_in, listed
+from halfeven.training.finite_guard import FiniteGuard
 from halfeven.training.optimization import learning_rate, make_optimizer
 from halfeven.training.options import TrainingOptions
-from halfeven.training.progress import RunLog
+from halfeven.training.progress import RunLog, plain_console
 from halfeven.training.sampling import TrainingBatches, mix
 from halfeven.training.state import STATE_FILE, TrainingState, check_position, load_state, save_state
+from halfeven.training.stopping import StopRequested, deferred
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,7 @@ class Run:
     folder: Path
     """Folder for state, checkpoints and logs."""
     accelerator: Accelerator
-    console: Console = field(default_factory=Console)
+    console: Console = field(default_factory=plain_console)
     seed: int = 0
     workers: int = 0
     """Number of processes that read samples."""
@@ -120,6 +124,7 @@ class Trainer:
         whole = options.epochs * self.steps_per_epoch
         self.total_steps = whole if options.max_steps == "auto" else min(options.max_steps, whole)
         self.step = 0
+        self.rate = 0.0
         self.best = Metrics()
         self.last = Metrics()
         self.accelerator = run.accelerator
@@ -143,11 +148,16 @@ class Trainer:
 
         Raises:
             CheckpointError: the state cannot be resumed, or the processes have come to different models.
-            ConfigError: the loss became NaN or infinite.
+            StopRequested: a signal has asked to stop (`halfeven.training.stopping`); the state is saved.
+            ConfigError: the loss or a weight became NaN or infinite. The state before it stays in the folder.
         """
         if resume:
             self._resume()
         objective = _Objective(self.model, self.task, self.options.label_smoothing, self.callback)
+        state_file = self.where.folder / STATE_FILE
+        self.guard = FiniteGuard(
+            objective, self.optimizer, self.batches, self.options.accumulation, state_file, self.accelerator
+        )
         self.objective = self.accelerator.prepare(objective)
         self.log = RunLog(
             self.where.folder,
@@ -165,8 +175,9 @@ class Trainer:
                 if self.start is not None:
                     self._write_best(self.model, self.start, 0, self.where.name)
                 self._save_state()
-            while self.step < self.total_steps:
-                self._train_epoch(self.step // self.steps_per_epoch)
+            with deferred() as self.safe_points:
+                while self.step < self.total_steps:
+                    self._train_epoch(self.step // self.steps_per_epoch)
         finally:
             self.log.close()
         if self.best and self.best == self.start:
@@ -183,16 +194,21 @@ class Trainer:
         # A resumed run begins in the middle of an epoch, at the batch where it was interrupted.
         start = self.step % self.steps_per_epoch * self.options.accumulation
         for group in self._groups(self.batches.epoch(epoch, start)):
-            loss, rate = self._take_step(group)
+            loss, self.rate = self._take_step(group)
             self.step += 1
             self.log.advance(self.step, sum(find_batch_size(inputs) for inputs, _ in group) * world_size())
             if self.step % self.options.log_every == 0 or self.step == self.total_steps:
-                self._log_loss(epoch, loss, rate)
+                self._log_loss(epoch, loss)
             # At the end of an epoch the state is saved after the validation, which a resumed run must not skip.
             if self.step == self.total_steps or self.step % self.steps_per_epoch == 0:
                 break
-            if self.step % self.options.save_every == 0:
-                self._save_state()
+            stop = self.safe_points.reason(self.step, self.accelerator.device)
+            if stop or self.step % self.options.save_every == 0:
+                self.guard.check(self.step, self.rate)
+                self._save_state(stopping=bool(stop))
+            if stop:
+                raise StopRequested(stop, self.step)
+        self.guard.check(self.step, self.rate)
         self._finish_epoch(epoch)
 
     def _groups(self, batches: Iterator[Any]) -> Iterator[list[tuple[Any, Any]]]:
@@ -234,31 +250,31 @@ class Trainer:
             # The processes exchange gradients once, with the last batch of the group.
             last = i == len(group) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
-                loss = self.objective(*send_to_device(batch, device, non_blocking=True))
+                with self.guard.explained(self.step, i):
+                    loss = self.objective(*send_to_device(batch, device, non_blocking=True))
                 penalty = self.callback.penalty(self.step / self.total_steps)
                 loss = loss if penalty is None else loss + penalty
                 # Divided here, so that gradients add up to the mean over the group.
                 self.accelerator.backward(loss / len(group))
+            self.guard.see(loss, self.step, i)
             # A tensor on the device: `float(loss)` in each step would wait for the device.
             total += loss.detach() / len(group)
         return total
 
-    def _log_loss(self, epoch: int, loss: Tensor, rate: float) -> None:
+    def _log_loss(self, epoch: int, loss: Tensor) -> None:
         # Reading the number waits for the device, so it is read every `log_every` steps only.
         value = float(self.accelerator.reduce(loss, "mean"))
-        if value != value or value in (float("inf"), float("-inf")):
-            raise ConfigError(
-                f"The loss became {value} at step {self.step} (learning rate {rate:g}); all weights after it would be "
-                "NaN. Lower training.learning_rate, set training.clip_norm or training.warmup_steps, "
-                "or look at the data."
-            )
-        self.log.training(self.step, epoch + 1, value, rate, self.callback.figures())
+        if not math.isfinite(value):
+            self.guard.check(self.step, self.rate)
+        self.log.training(self.step, epoch + 1, value, self.rate, self.callback.figures())
 
     def _finish_epoch(self, epoch: int) -> None:
         self.last = self._validate(self.model, epoch, self.where.name, "last")
         for name, model in self.callback.other_models.items():
             self._validate(model, epoch, f"{self.where.name}, {name}")
         self._save_state()
+        if stop := self.safe_points.reason(self.step, self.accelerator.device, exchange=True):
+            raise StopRequested(stop, self.step)
 
     def _validate(self, model: nn.Module, epoch: int, name: str, file: str = "") -> Metrics:
         """Validate a model, write it to `file` and, where it is better than all before, as the best."""
@@ -284,8 +300,14 @@ class Trainer:
             path = self.where.folder / f"{file}.safetensors"
             write_atomically(path, lambda partial: self.save(model, partial, facts))
 
-    def _save_state(self) -> None:
-        for model in (self.model, *self.callback.other_models.values()):
+    def _save_state(self, *, stopping: bool = False) -> None:
+        """Save the state, at a step at which every run of these options does, or where a signal stops this one."""
+        models = (self.model, *self.callback.other_models.values())
+        own: list[dict[str, Tensor]] = []
+        if stopping and is_distributed():
+            # A run that is not stopped does not average here: each process goes on from statistics of its own.
+            own = gather_object([own_statistics(models)])
+        for model in models:
             average_batchnorm(model)
         # Only the first process writes its model, so that all must have the same.
         if different := differing(self.model):
@@ -305,7 +327,8 @@ class Trainer:
                 last=self.last,
                 position=self.position,
                 header=self.header,
-                others={name: kept.state_dict() for name, kept in self.callback.stateful.items()},
+                others={name: kept.state_dict() for name, kept in self.callback.stateful.items()}
+                | {_statistics_of(number): statistics for number, statistics in enumerate(own)},
             )
             save_state(state, self.where.folder / STATE_FILE)
         # No process may train on, or end, before the file is complete.
@@ -315,13 +338,26 @@ class Trainer:
         path = self.where.folder / STATE_FILE
         state = load_state(path)
         check_position(state.position, self.position, path)
+        if damaged := damage_in(state.model, state.optimizer, self.model.state_dict()):
+            raise CheckpointError(
+                f"The state in {path}, of step {state.step}, holds NaN or infinity in {listed(damaged)}, so training "
+                "cannot go on from it: the loss had become NaN before it was saved. best.safetensors beside it is from "
+                "before. Start anew with --overwrite or in another --work-dir, with a lower training.learning_rate if "
+                "the data are right."
+            )
         self.model.load_state_dict(state.model)
         self.optimizer.load_state_dict(state.optimizer)
         if self.accelerator.scaler is not None and state.scaler:
             self.accelerator.scaler.load_state_dict(state.scaler)
         for name, kept in self.callback.stateful.items():
             kept.load_state_dict(state.others[name])
+        models = (self.model, *self.callback.other_models.values())
+        set_own_statistics(models, state.others.get(_statistics_of(rank()), {}))
         self.step = state.step
         self.best = state.best
         self.last = state.last
         self.where.console.print(f"Resumed {path} at step {self.step} of {self.total_steps}.", highlight=False)
+
+
+def _statistics_of(process: int) -> str:
+    return f"statistics of process {process}"

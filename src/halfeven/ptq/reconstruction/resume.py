@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -47,7 +47,7 @@ class BlockStore:
             return BlockStore(None, options)
         index = folder / INDEX_FILE
         facts = _facts(qmodel, inputs, options, granularity)
-        if index.is_file() and json.loads(index.read_text(encoding="utf-8")) != facts:
+        if index.is_file() and _read_index(index) != facts:
             raise CheckpointError(
                 f"{folder} holds the finished blocks of another reconstruction (another model, other samples or other "
                 "options), and they would be mixed with the blocks of this run. Delete the folder, or give another "
@@ -68,10 +68,17 @@ class BlockStore:
         """Load the parameters and buffers of a block, and return its errors; None where it was not finished."""
         if self.folder is None or not self._file(name, block).is_file():
             return None
-        with safe_open(self._file(name, block), "pt") as file:
-            result = BlockResult(**json.loads(file.metadata()["outcome"]))
-            for key, tensor in _state(block).items():
-                tensor.copy_(file.get_tensor(key))
+        path = self._file(name, block)
+        try:
+            with safe_open(path, "pt") as file:
+                result = BlockResult(**json.loads(file.metadata()["outcome"]))
+                found = {key: file.get_tensor(key) for key in _state(block)}
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, error) from error
+        for key, tensor in _state(block).items():
+            if found[key].shape != tensor.shape or found[key].dtype != tensor.dtype:
+                raise _damaged(path, f"{key} is {found[key].dtype} of shape {tuple(found[key].shape)}")
+            tensor.copy_(found[key])
         # The tensors are loaded, but the state of a quantizer is a Python attribute: it must be set to fixed as
         # `optimize_block` did.
         for quantizer in learned_quantizers(block, self.options):
@@ -83,6 +90,20 @@ class BlockStore:
         # A layer that is called several times, as in a detector's head, gives its name to several blocks.
         digest = _digest(part.encode() for part in (name, *(f"/{node.name}" for node in block.nodes)))
         return self.folder / f"{digest[:16]}.safetensors"
+
+
+def _read_index(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, reason: object) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged ({reason}), so the finished blocks of the reconstruction cannot be trusted. Delete the "
+        f"folder {path.parent}: the reconstruction then starts from its first block, and nothing else is lost."
+    )
 
 
 def _facts(qmodel: nn.Module, inputs: Sequence[Stored], options: PTQOptions, granularity: str) -> dict[str, Any]:

@@ -1,11 +1,9 @@
 """ONNX models that are larger than a protobuf message may be: their tensors lie in a file beside the model's."""
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from halfeven.files import write_atomically
+from halfeven.files import replacing
 
 LARGEST_PROTO = 2_000_000_000
 """Bytes of tensors that one file may hold: a protobuf message ends at 2 GiB, and its nodes need a little."""
@@ -31,10 +29,7 @@ def write(model: Any, path: Path, save: Any) -> None:
     """
     from onnx_ir import external_data
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = path.with_name(path.name + SUFFIX)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with replacing(tensors, path) as folder:
         external_data.unload_from_model(model, folder, tensors.name)
-        save(Path(folder) / path.name)
-        write_atomically(tensors, lambda partial: shutil.move(Path(folder) / tensors.name, partial))
-        write_atomically(path, lambda partial: shutil.move(Path(folder) / path.name, partial))
+        save(folder / path.name)

@@ -1,8 +1,6 @@
 """Write a deployed model as OpenVINO IR with int8 weights."""
 
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 
 from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.quantize_op import PER_TENSOR, WEIGHT_SUFFIX
+from halfeven.files import replacing
 from halfeven.runtimes.openvino.telemetry import silently
 
 
@@ -248,10 +247,19 @@ def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path)
     import openvino
 
     converted = convert(program, [quantizer.name for quantizer in deployed.quantizers])
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        whole = Path(folder) / path.name
+    weights = path.with_suffix(".bin")
+    # The weights first: a new .xml must never stand beside an old .bin.
+    with replacing(weights, path) as folder:
+        whole = folder / path.name
         openvino.save_model(converted, whole, compress_to_fp16=False)
+        _check_whole(whole)
         whole.write_text(re.sub(r">\s+<", "><", whole.read_text()))  # a third of the file is indentation
-        # The weights first: a new .xml must never stand beside an old .bin.
-        os.replace(whole.with_suffix(".bin"), path.with_suffix(".bin"))
-        os.replace(whole, path)
+
+
+def _check_whole(path: Path) -> None:
+    """Check that an IR is as long as it says: on a full disk OpenVINO writes what it can, and says nothing."""
+    text = path.read_text()
+    constants = re.findall(r'offset="(\d+)"[^>]*size="(\d+)"', text)
+    size = max((int(offset) + int(length) for offset, length in constants), default=0)
+    if not text.rstrip().endswith("</net>") or path.with_suffix(".bin").stat().st_size < size:
+        raise RuntimeError("OpenVINO has written a part of the file alone")

@@ -1,0 +1,98 @@
+"""Find what is wrong with an experiment before anything is written: a refused run leaves no folder behind."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+
+from halfeven.cli.run import RunContext
+from halfeven.errors import ConfigError, HalfevenError
+from halfeven.evaluation import evaluate, evaluating, evaluation_loader
+from halfeven.graph.capture import as_arguments
+from halfeven.pipelines import prepare
+from halfeven.ptq.recipe import decide as decide_ptq
+from halfeven.qat.distillation import Distillation
+from halfeven.qat.recipe import decide as decide_qat
+from halfeven.training.options import TrainingOptions
+from halfeven.training.sampling import TrainingBatches, seeded
+
+
+def check_training(context: RunContext, model: nn.Module) -> nn.Module:
+    """Prepare the quantized model, and compute first batches with the float model. Returns the former.
+
+    Raises:
+        HalfevenError: scheme, rules, recipe, batch size or data cannot be used.
+    """
+    experiment = context.experiment
+    qmodel = prepare(model, context.datasets.example(), experiment.quantization)
+    recipe = decide_qat(qmodel, experiment.qat, experiment.schedule)
+    if recipe.distill.enabled:  # its options may name layers that do not exist
+        Distillation(model, qmodel, experiment.qat.distillation, context.task.logits).close()
+    _check_data(context, model, [experiment.pretraining, experiment.training])
+    return qmodel
+
+
+def check_quantization(context: RunContext, model: nn.Module) -> None:
+    """Prepare the quantized model, and compute first batches with the float model.
+
+    Raises:
+        HalfevenError: scheme, rules, recipe or data cannot be used.
+    """
+    experiment = context.experiment
+    folded = dataclasses.replace(experiment.quantization, batchnorm="fold")
+    decide_ptq(prepare(model, context.datasets.example(), folded), experiment.ptq, data=True)
+    _check_data(context, model, [experiment.pretraining])
+
+
+def _check_data(context: RunContext, model: nn.Module, trainings: list[TrainingOptions]) -> None:
+    """Compute the float model on a first batch of each part of the data, with its loss or its metrics."""
+    device = context.accelerator.device
+    model.to(device)
+    with seeded(context.experiment.seed):  # what data sets draw here leaves the run's random numbers alone
+        for options in trainings:
+            if options.epochs:
+                with _told("training"):
+                    _check_batch(context, model, options, device)
+        with _told("calibration"), torch.no_grad(), evaluating(model):
+            inputs, _ = next(iter(_in_this_process(context, context.datasets.calibration, shared=False)))
+            args, kwargs = as_arguments(send_to_device(inputs, device))
+            model(*args, **kwargs)
+        with _told("validation"):
+            batches = islice(_in_this_process(context, context.datasets.validation, shared=True), 1)
+            evaluate(model, batches, context.task, device=device)
+
+
+def _in_this_process(context: RunContext, items: Any, *, shared: bool) -> Any:
+    """Return evaluation batches; starting workers for a single one would take longer than reading it."""
+    size = context.experiment.data.evaluation_batch_size
+    return evaluation_loader(items, size, 0, shared=shared, collate=context.task.collate)
+
+
+def _check_batch(context: RunContext, model: nn.Module, options: TrainingOptions, device: torch.device) -> None:
+    seed = context.experiment.seed
+    batches = TrainingBatches(context.datasets.train, options, seed=seed, workers=0, collate=context.task.collate)
+    inputs, targets = send_to_device(next(batches.epoch(0)), device)
+    args, kwargs = as_arguments(inputs)
+    with torch.no_grad(), evaluating(model):
+        context.task.loss(model(*args, **kwargs), targets, options.label_smoothing)
+
+
+@contextmanager
+def _told(part: str) -> Iterator[None]:
+    """Turn an error of the model or the data, within the context, into one that says which part of the data it met."""
+    try:
+        yield
+    except HalfevenError:
+        raise
+    except Exception as error:  # models and data sets are the user's code, and raise what they like
+        reason = next(iter(str(error).strip().splitlines()), "no reason given")
+        raise ConfigError(
+            f"The float model cannot be computed on a first {part} batch: {type(error).__name__}: {reason}. So there "
+            f"is nothing to quantize, and nothing was written. Look at the {part} part of the data, its labels and "
+            "sizes, and at the options of `model` and `task`."
+        ) from error
