@@ -339,7 +339,9 @@ LEFT = {
     "norm (read by gelu)": Function(lambda m, x: m.layer(F.gelu(m.norm(x)))),
     "norm (read by Dropout)": Function(lambda m, x: m.layer(m.other(m.norm(x))), nn.Dropout(0.1)),
     "norm (used more than once)": Function(lambda m, x: m.layer(m.norm(x)) + m.other(m.norm(2 * x)), nn.Linear(16, 16)),
-    "norm (read by linear)": tied(Function(lambda m, x: m.layer(m.norm(x)) + m.other(x), nn.Linear(WIDTH, WIDTH))),
+    "norm (read by QuantizedLinear)": tied(
+        Function(lambda m, x: m.layer(m.norm(x)) + m.other(x), nn.Linear(WIDTH, WIDTH))
+    ),
     "layer_norm (no LayerNorm over the last axis with a factor of its own)": Function(
         lambda m, x: m.layer(F.layer_norm(x, (WIDTH,)))
     ),
