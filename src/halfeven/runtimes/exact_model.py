@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from halfeven.deployment.deployed import Deployed
 from halfeven.errors import PlacementError
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.torch_private import pytree
 from halfeven.placement.make_plan import regions
 from halfeven.runtimes.deploy import deploy, runtime_of
 from halfeven.runtimes.runtime import RUNTIMES, Interpreter
@@ -87,7 +88,7 @@ class ExactModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.simulation.begin()
+        self.simulation.begin(pytree.tree_leaves((args, kwargs)))
         return self.model(*args, **kwargs)
 
 

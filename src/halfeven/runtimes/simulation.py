@@ -1,7 +1,9 @@
 """One run of an exact simulation: its settings, its tensors, and the integers that it computed."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +27,20 @@ class Simulation:
     watching_matters: bool = False
     """True where the last run has integers that differ between the watched file and the file as users run it."""
 
-    def begin(self) -> None:
-        """Forget the last run."""
+    file: Path | None = None
+    """The file that is simulated, where there is one."""
+
+    inputs: Sequence[Any] = ()
+    """The model's inputs, in the file's order."""
+
+    tensors: "dict[str, Simulated]" = field(default_factory=dict)
+    """The tensors behind the quantizers, by name, as the next operators read them."""
+
+    def begin(self, inputs: Sequence[Any] = ()) -> None:
+        """Forget the last run; the next reads these inputs."""
         self.codes.clear()
+        self.tensors.clear()
+        self.inputs = inputs
         self.watching_matters = False
 
     def choose(self, watched: Tensor, used: Tensor) -> Tensor:

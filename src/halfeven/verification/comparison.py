@@ -39,6 +39,7 @@ class Comparison:
         self.parts = regions(deployed.model)  # which the exact simulation takes over
         self.modules = dict(deployed.model.named_modules())
         self.exact = ExactModel(deployed, runtime.interpreter)
+        self.exact.simulation.file = path
         self.qmodel = qmodel
         self.floating = deployed_in_float(qmodel)
         self.file = runtime.open_file(path, list(self.activations))

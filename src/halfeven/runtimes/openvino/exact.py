@@ -21,11 +21,18 @@ from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.runtimes.cpu import has_avx512_vnni
 from halfeven.runtimes.float_operators import FloatOperators, needs_runtime_kernel
 from halfeven.runtimes.openvino.exact_values import Accumulator, Average, Codes, FakeQuantizeRange, Scaled, ScaledSum
+from halfeven.runtimes.openvino.kernels_between import KernelsBetween
 from halfeven.runtimes.openvino.layers import OpenVINOLayer
 from halfeven.runtimes.openvino.residual_add import fused_sum, is_unrounded, sum_in_kernel, sum_of_integers
 from halfeven.runtimes.openvino.session import function_of
 from halfeven.runtimes.simulation import Simulation, is_simulated, real_values
 from halfeven.targets.openvino import OPENVINO
+
+NEAR_A_TIE = 2.0**-12
+"""Distance, in steps, from the middle between two integers below which the order of float32 operations can matter."""
+
+KERNEL_ERROR = 2.0**-10
+"""Steps by which the plugin's kernels may differ from the formulas before they round."""
 
 SCALINGS = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
 
@@ -39,6 +46,12 @@ class OpenVINOInterpreter(fx.Interpreter):
         self.limits: dict[int, FakeQuantizeRange] = {}
         self.layers: dict[fx.Node, OpenVINOLayer] = {}
         self.float_operators = FloatOperators(function_of)
+        self.kernels = KernelsBetween(region, simulation)
+        self.inputs: tuple[Any, ...] = ()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        self.inputs = args
+        return super().run(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -155,7 +168,26 @@ class OpenVINOInterpreter(fx.Interpreter):
         if quantizer.bounds is None and is_unrounded(node, (float(limits.low), float(limits.high))):
             unrounded = real_values(x).clamp(limits.low, limits.high)
         kernel = limits.in_kernel() if _in_kernel(node) else limits
-        return Codes(self.simulation.keep(quantizer.name, self._codes(node, kernel, x)), limits, unrounded)
+        codes = self._codes(node, kernel, x)
+        if _is_computed_between(node, x):
+            codes = self._rounded_by_kernel(quantizer.name, kernel, real_values(x), codes)
+        # What is read of the file are real values, and integers by the quantizer's own zero point.
+        kept = self.simulation.keep(quantizer.name, codes + limits.lost) - limits.lost
+        result = Codes(kept, limits, unrounded)
+        self.simulation.tensors[quantizer.name] = result
+        return result
+
+    def _rounded_by_kernel(self, name: str, limits: FakeQuantizeRange, x: Tensor, codes: Tensor) -> Tensor:
+        """Return codes whose values near the middle between two integers are rounded by the plugin's own kernel."""
+        exact = (x.double() * limits.slope.double() + limits.shift.double()).clamp(0, limits.steps)
+        if bool(((exact - exact.round()).abs() < 0.5 - NEAR_A_TIE).all()):
+            return codes
+        self.simulation.watching_matters = True
+        found = self.kernels.compute(name, self.inputs)
+        if found is None:
+            return codes
+        theirs = torch.round(found / limits.scale).reshape(codes.shape) + limits.zero_code
+        return torch.where((theirs - exact).abs() <= 0.5 + KERNEL_ERROR, theirs, codes)
 
     def _codes(self, quantizer: fx.Node, limits: FakeQuantizeRange, x: Any) -> Tensor:
         if isinstance(x, Tensor):
@@ -188,10 +220,25 @@ RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
 """Operator or kind -> the rule that computes it on integers; a rule returns None where the plugin computes in float."""
 
 
+def _is_computed_between(quantizer: fx.Node, x: Any) -> bool:
+    """Return True if the plugin fuses the operators before a quantizer into a kernel whose arithmetic varies.
+
+    The formulas of a layer's own kernel (with its activation function, with a sum that it computes) and of integers are
+    known. What such a kernel rounds depends on the readers of its bytes, which a part of the file does not have.
+    """
+    if isinstance(x, Tensor):
+        return kind_of(_before_activations(quantizer)) not in (*WEIGHTED, OperatorKind.INPUT)
+    if isinstance(x, ScaledSum):
+        return not x.from_layer
+    return isinstance(x, Accumulator) and x.scales is not None
+
+
 def _clipped(x: Any, bounds: tuple[float, float]) -> Any:
     """Clip values in their own units, where all channels have the same unit or the bounds are the same in all units."""
     if isinstance(x, Codes | Scaled):
         return (x.scaled if isinstance(x, Codes) else x).clipped(bounds)
+    if isinstance(x, Average):
+        return x.clipped(bounds)
     if not isinstance(x, ScaledSum | Accumulator):
         return real_values(x).clamp(*bounds)
     if x.unit.numel() == 1:

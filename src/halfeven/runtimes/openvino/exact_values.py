@@ -15,6 +15,9 @@ from halfeven.runtimes.simulation import Simulated
 ONE_SHIFT = 5e-5
 """Channels whose shifts differ by less are all given the first channel's."""
 
+LOST_ZERO_POINT = 1e-6
+"""The plugin takes a lower limit nearer to 0 for one of a grid without a zero point, and keeps signed bytes."""
+
 
 @dataclass(frozen=True, eq=False)
 class FakeQuantizeRange:
@@ -29,6 +32,9 @@ class FakeQuantizeRange:
     steps: int
     signed: bool = False
     rounds_signed: bool = False
+    lost: float = 0.0
+    """Codes between the zero that the limits give and code 128, which the plugin takes for it: the real values of all
+    codes are off by as many steps, where the lower limit is tiny (layer scales of 1e-6 make such tensors)."""
 
     @staticmethod
     def of(quantizer: ExportedQuantizer, signed_readers: bool) -> "FakeQuantizeRange":
@@ -39,7 +45,9 @@ class FakeQuantizeRange:
         symmetric = steps == 255 and int(zero_point) - quantizer.quant_min == 128
         low = (quantizer.quant_min - zero_point) * scale
         high = (quantizer.quant_max - zero_point) * scale
-        return FakeQuantizeRange(low, high, steps, symmetric and signed_readers)
+        loses = steps == 255 and signed_readers and bool((low < 0) & (low > -LOST_ZERO_POINT))
+        lost = float(zero_point) - quantizer.quant_min - 128 if loses else 0.0
+        return FakeQuantizeRange(low, high, steps, (symmetric and signed_readers) or loses, lost=lost)
 
     def moved(self, unit: Tensor, zero: Tensor | float = 0.0) -> "FakeQuantizeRange":
         """Return the range in units of a scale, [] or [channels], counted from the byte that represents 0."""
@@ -52,7 +60,7 @@ class FakeQuantizeRange:
     @property
     def zero_code(self) -> Tensor:
         """The code that represents 0."""
-        return torch.round(-self.low / self.scale)
+        return torch.round(-self.low / self.scale) - self.lost
 
     @property
     def slope(self) -> Tensor:
@@ -152,6 +160,10 @@ class Codes(Simulated):
     def real(self) -> Tensor:
         return (self.values - self.limits.zero_code) * self.limits.scale
 
+    def before_loss(self) -> Tensor:
+        """Return the real values on the quantizer's own grid, whose zero point the plugin may lose behind it."""
+        return self.real() - self.limits.lost * self.limits.scale
+
     def codes(self, limits: FakeQuantizeRange) -> Tensor:
         return self.scaled.codes(limits)
 
@@ -200,6 +212,11 @@ class Average(Simulated):
     def codes(self, limits: FakeQuantizeRange) -> Tensor:
         """Return codes with the limits moved to the bytes: with the same scale before and after, ties stay ties."""
         return limits.moved(self.limits.scale, self.limits.zero_byte).codes(self.values)
+
+    def clipped(self, bounds: tuple[float, float]) -> "Average":
+        """Clip averages of bytes to the bounds, in bytes."""
+        low, high = (bound / self.limits.scale + self.limits.zero_byte for bound in bounds)
+        return replace(self, values=self.values.clamp(low, high))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """OpenVINO: running a deployed file on the CPU, and reading from the runtime model which kernels it executed."""
 
 import functools
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,18 @@ def read(path: str | Path) -> Any:
             f"OpenVINO cannot read {path}: {last_line(error)} The file is damaged or of another "
             "kind: write it again with halfeven.export(qmodel, path)."
         ) from error
+
+
+@silently()
+def as_file(model: Any) -> Any:
+    """Return a converted model as OpenVINO reads it from a file: with integer weights."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.xml"
+        openvino.save_model(model, path, compress_to_fp16=False)
+        # In memory: a file that is mapped cannot be removed everywhere.
+        return _core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes())
 
 
 @silently()

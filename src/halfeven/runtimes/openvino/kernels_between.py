@@ -1,0 +1,236 @@
+"""The plugin's own kernels between quantizers: parts of a file, cut out and run for the exact simulation.
+
+The plugin fuses elementwise operators between layers into kernels that it compiles for the processor. The order of
+their operations, fused multiply-adds and merged constants differ from kernel to kernel, and move one integer in ten
+million. A part of the file, from the quantizers before to the quantizer behind, is therefore run by the plugin itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from halfeven.deployment.exported_program import exported_program
+from halfeven.deployment.quantize_op import ExportedQuantizer
+from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.torch_private import pytree
+from halfeven.runtimes.openvino.exact_values import Codes
+from halfeven.runtimes.openvino.session import as_file, compile_model, read, run_compiled
+from halfeven.runtimes.openvino.writer import convert
+from halfeven.runtimes.simulation import Simulation
+
+
+@dataclass(frozen=True, eq=False)
+class _Node:
+    """An operator of the file, and its neighbours by their unique names."""
+
+    operator: Any
+    kind: str
+    sources: tuple[str, ...]
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Extent:
+    """The operators of a part. All quantizers are named as operators."""
+
+    end: str
+    """The quantizer whose integers are computed."""
+    reads: tuple[str, ...]
+    """The quantizers before."""
+    inputs: tuple[str, ...]
+    """The inputs of the model that are read."""
+    others: tuple[str, ...]
+    """Operators whose results are read by more of the file than the part: they are outputs too, since the plugin fuses
+    no operator with several readers."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A compiled part, and the names of the quantizers and the positions of the model's inputs that it reads."""
+
+    compiled: Any
+    tensors: tuple[str, ...]
+    inputs: tuple[int, ...]
+
+
+class KernelsBetween:
+    """The parts of the file that a region is in, each made when it is first needed.
+
+    They are cut out of the simulated file where there is one, and else out of the region's own.
+    """
+
+    def __init__(self, region: CapturedModule, simulation: Simulation) -> None:
+        self.region = region
+        self.simulation = simulation
+        self.parts: dict[tuple[str, bool], _Part | None] = {}
+        self.model: Any = None
+        self.whole = False
+        """True where `model` is the whole model's file."""
+        self.nodes: dict[str, _Node] = {}
+        self.quantizers: dict[str, str] = {}
+        """Name of a quantizer -> its operator's name in the file."""
+        self.orders: dict[str, tuple[int, ...]] = {}
+        """The permutation of axes that the front end moved from before a quantizer to behind it."""
+
+    def compute(self, quantizer: str, inputs: Sequence[Any]) -> Tensor | None:
+        """Return the real values behind a quantizer as the plugin computes them.
+
+        None where the converter merged the quantizer with others, so that the file has none of that name.
+
+        Args:
+            quantizer: its name; the tensors before it were simulated.
+            inputs: the values of the region's placeholders.
+        """
+        if self.model is None:
+            self._open([x for x in inputs if isinstance(x, Tensor)])
+        watched = self.simulation.watched
+        if (quantizer, watched) not in self.parts:
+            self.parts[quantizer, watched] = self._part(quantizer, watched)
+        part = self.parts[quantizer, watched]
+        if part is None:
+            return None
+        given = [x for x in (self.simulation.inputs if self.whole else inputs) if isinstance(x, Tensor)]
+        read = [self._before_permutation(name, self._real(name)) for name in part.tensors]
+        result = run_compiled(part.compiled, [*read, *(given[index] for index in part.inputs)])[0]
+        order = self.orders.get(quantizer)
+        return result if order is None else result.permute(order)
+
+    def _real(self, name: str) -> Tensor:
+        tensor = self.simulation.tensors[name]
+        assert isinstance(tensor, Codes)
+        return tensor.before_loss()
+
+    def _before_permutation(self, name: str, values: Tensor) -> Tensor:
+        order = self.orders.get(name)
+        return values if order is None else values.permute([order.index(axis) for axis in range(len(order))])
+
+    def _open(self, inputs: Sequence[Tensor]) -> None:
+        """Open the file and read its graph."""
+        path = self.simulation.file
+        self.whole = path is not None and path.suffix == ".xml"
+        self.model = read(path) if path is not None and self.whole else file_of(self.region, inputs)
+        operators = self.model.get_ordered_ops()
+        self.nodes = {node.get_name(): _described(node) for node in operators}
+        for node in operators:
+            if not node.get_output_size():
+                continue
+            source = node.input_value(0).get_node() if node.get_type_name() == "Transpose" else node
+            if source.get_type_name() != "FakeQuantize":
+                continue
+            for name in node.output(0).get_names():
+                self.quantizers[name] = source.get_name()
+                if source is not node:
+                    self.orders[name] = tuple(node.input_value(1).get_node().get_data().tolist())
+
+    def _part(self, quantizer: str, watched: bool) -> _Part | None:
+        if quantizer not in self.quantizers:
+            return None
+        known = {name: node for name, node in self.quantizers.items() if name in self.simulation.tensors}
+        extent = _extent(self.nodes, set(self.quantizers.values()), self.quantizers[quantizer], set(known.values()))
+        names = {node: name for name, node in known.items()}
+        positions = [port.get_node().get_name() for port in self.model.inputs]
+        return _Part(
+            compile_model(_cut(self.nodes, extent, watched)),
+            tuple(names[node] for node in extent.reads),
+            tuple(positions.index(name) for name in extent.inputs),
+        )
+
+
+def file_of(region: CapturedModule, inputs: Sequence[Tensor]) -> Any:
+    """Return a region as OpenVINO reads it from a file."""
+    named = {q.number: q.name for q in region.modules() if isinstance(q, ExportedQuantizer)}
+    names = [named.get(number, "") for number in range(max(named) + 1)]
+    return as_file(convert(_program(region, inputs), names))
+
+
+def _extent(nodes: Mapping[str, _Node], quantizers: set[str], end: str, known: set[str]) -> _Extent:
+    """Return the extent of the part that ends at a quantizer.
+
+    It holds all that leads from quantizers to `end`, and all that reads tensors between, as far as it depends on known
+    quantizers alone: what the plugin fuses depends on the readers of a tensor, too.
+    """
+    computed: set[str] = set()  # from the inputs of the model
+    late: set[str] = set()  # from quantizers that are not known yet
+    for name, node in nodes.items():
+        if node.kind == "Parameter" or any(source in computed for source in node.sources):
+            computed.add(name)
+        unknown = (quantizers - known) & computed
+        if any(source in late or source in unknown for source in node.sources):
+            late.add(name)
+    reads: set[str] = set()
+    inputs: set[str] = set()
+    others: set[str] = set()
+    ends = {end}
+    seen: set[tuple[str, bool]] = set()
+    waiting = [(end, True)]
+    while waiting:
+        name, followed = waiting.pop()
+        if (name, followed) in seen:
+            continue
+        seen.add((name, followed))
+        node = nodes[name]
+        for source in node.sources:
+            if source in known:
+                reads.add(source)
+            elif nodes[source].kind == "Parameter":
+                inputs.add(source)
+            elif source in computed:
+                waiting.append((source, followed and node.kind != "ShapeOf"))
+        if name in ends or not followed:
+            continue
+        for reader in node.readers:
+            if reader in late or nodes[reader].kind == "Result":
+                others.add(name)
+                continue
+            if reader in quantizers:
+                ends.add(reader)
+            waiting.append((reader, True))
+    others |= ends - {end}
+    return _Extent(end, tuple(sorted(reads)), tuple(sorted(inputs)), tuple(sorted(others)))
+
+
+def _cut(nodes: Mapping[str, _Node], extent: _Extent, watched: bool) -> Any:
+    """Return a part as a model of its own. Its first output is its quantizer's.
+
+    It reads real values on the grids of the quantizers before, each through a quantizer like the file's.
+    """
+    import openvino
+    from openvino import opset13 as opset
+
+    parameters = []
+    again = []
+    ends = [nodes[name].operator.output(0) for name in (extent.end, *extent.others)]
+    moved: list[tuple[Any, Any]] = []
+    for name in extent.reads:
+        operator = nodes[name].operator
+        parameters.append(opset.parameter(operator.input_value(0).get_partial_shape(), np.float32))
+        limits = [operator.input_value(index) for index in range(1, 5)]
+        again.append(opset.fake_quantize(parameters[-1], *limits, levels=operator.get_attributes()["levels"]))
+        moved += [(port, operator.output(0)) for port in operator.output(0).get_target_inputs()]
+        for port in operator.output(0).get_target_inputs():
+            port.replace_source_output(again[-1].output(0))
+    if watched:
+        ends += [operator.output(0) for operator in again]
+    inputs = [nodes[name].operator for name in extent.inputs]
+    part = openvino.Model([opset.result(end) for end in ends], [*parameters, *inputs], "part").clone()
+    for port, source in moved:
+        port.replace_source_output(source)
+    return part
+
+
+def _described(node: Any) -> _Node:
+    sources = tuple(port.get_source_output().get_node().get_name() for port in node.inputs())
+    readers = [reader.get_node() for port in node.outputs() for reader in port.get_target_inputs()]
+    return _Node(node, node.get_type_name(), sources, tuple(reader.get_name() for reader in readers))
+
+
+def _program(region: CapturedModule, inputs: Sequence[Tensor]) -> torch.export.ExportedProgram:
+    """Return a region as a program of its placeholders, which returns all that the region returns in a tuple."""
+    graph = fx.Graph()
+    result = graph.graph_copy(region.graph, {})
+    graph.output(tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, fx.Node)))
+    return exported_program(fx.GraphModule(region, graph).eval(), tuple(inputs), {})

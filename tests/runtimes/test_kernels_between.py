@@ -1,0 +1,79 @@
+"""Parity where OpenVINO fuses elementwise operators into kernels: sums, gates, normalizations, layer scales."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import halfeven as he
+from halfeven.quantization.quantizer import quantizers
+from runtimes.parity import SCHEME, quantized, trained
+from runtimes.test_exact import conv
+
+
+class LayerScale(nn.Module):
+    """ConvNeXt's block: a LayerNorm over channels, and a scale for each channel before the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 16, 2, 2), conv(16, 4)
+        self.depthwise, self.norm = conv(16, 16, 7, groups=16), nn.LayerNorm(16)
+        self.wide, self.narrow = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.scale = nn.Parameter(0.1 + 0.4 * torch.rand(16, 1, 1))
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        y = self.narrow(F.gelu(self.wide(y))).permute(0, 3, 1, 2)
+        return self.last(x + y * self.scale)
+
+
+class ScaledPool(nn.Module):
+    """PoolFormer's block: a difference of an average and a tensor, scaled, and a sum of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.middle, self.last, self.norm = conv(3), conv(), conv(8, 4), nn.BatchNorm2d(8)
+        self.scale = nn.Parameter(0.1 + 0.4 * torch.rand(8, 1, 1))
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.norm(x)
+        x = x + self.scale * (F.avg_pool2d(y, 3, 1, 1, count_include_pad=False) - y)
+        return self.last(x + self.scale * F.gelu(self.middle(x)))
+
+
+@pytest.mark.parametrize(("build", "seed"), [(LayerScale, 3), (ScaledPool, 0)])
+def test_a_fused_kernel_rounds_as_it_does_in_the_file(build, seed, tmp_path):
+    """By the formulas alone, three and eight of a million integers differ, and outputs by a step."""
+    torch.manual_seed(seed)
+    model = trained(build())
+    x = torch.randn(128, 3, 16, 16)
+    qmodel = he.calibrate(he.prepare(model, x, scheme=SCHEME), [x]).eval()
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), [x], timed=False)
+    assert report.integer_match == 1, report
+    assert report.output_difference == 0, report
+
+
+class TinyScale(nn.Module):
+    """A block whose layer scale is as small as at its initialization, behind a permutation."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.stem, self.last, self.wide, self.narrow = conv(3), conv(8, 4), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.scale = nn.Parameter(torch.full((8,), scale))
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.narrow(F.gelu(self.wide(x.permute(0, 2, 3, 1)))) * self.scale
+        return self.last(x + y.permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3])
+def test_the_zero_point_of_a_tiny_tensor_is_lost_as_in_the_file(scale, tmp_path):
+    """OpenVINO takes a lower limit above -1e-6 for 0: it keeps the bytes, and forgets the zero point."""
+    torch.manual_seed(0)
+    qmodel, batches = quantized(TinyScale(scale), (4, 3, 8, 8))
+    assert {int(q.zero_point) for q in quantizers(qmodel).values() if not q.weight} - {0, 128}
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
+    assert report.integer_match == 1, report
