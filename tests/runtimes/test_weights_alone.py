@@ -1,5 +1,6 @@
 """Weights alone in integers ("w8a16", "w4a16"): they are stored and read as such, and all else is as it was."""
 
+import dataclasses
 import json
 import math
 
@@ -11,8 +12,14 @@ import torch
 from torch import nn
 
 import halfeven as he
+from halfeven.deployment.exported_program import example_of, exported_program
 from halfeven.errors import PlacementError
-from halfeven.runtimes.runtime import load_deployed
+from halfeven.runtimes.deploy import deploy
+from halfeven.runtimes.onnx import writer as onnx_writer
+from halfeven.runtimes.onnx.file import ACCURACY_LEVEL
+from halfeven.runtimes.onnxruntime.writer import block_of, packed_blocks, unpacked_blocks
+from halfeven.runtimes.runtime import RUNTIMES, load_deployed
+from halfeven.verification.default_session import DefaultSession
 
 FILES = {"openvino": "model.xml", "onnxruntime": "model.onnx"}
 
@@ -89,9 +96,45 @@ def test_types_in_the_files(tmp_path):
     _, qmodel, _ = quantized("onnxruntime", "w4a16", reconstruct="off")
     model = onnx.load(he.export(qmodel, tmp_path / "model.onnx"))
     assert {entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")} == {21}
-    stored = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT4 and len(t.dims) == 2]
-    assert len(stored) == 3
-    assert all(np.abs(onnx.numpy_helper.to_array(t).astype(int)).max() == 7 for t in stored)
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    assert [node.name for node in products] == LINEAR
+    for node in products:
+        given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert (given["bits"], given["accuracy_level"]) == (4, 1)
+        integers = unpacked_blocks(constants[node.input[1]], 4, given["K"])
+        assert np.abs(integers).max() == 7
+        assert integers.shape == qmodel.get_submodule(node.name).weight.shape
+    path = he.export(qmodel, tmp_path / "other.onnx", "openvino")
+    stored = [t for t in onnx.load(path).graph.initializer if t.data_type == onnx.TensorProto.INT4 and len(t.dims) == 2]
+    assert len(stored) == 3, "OpenVINO reads ONNX's own integers of 4 bits"
+
+
+def test_the_default_session_computes_what_was_verified(tmp_path):
+    """Its precision stands in the file. In a file that leaves it to the session, the default rounds the inputs."""
+    _, qmodel, batches = quantized("onnxruntime", "w8a16", reconstruct="off")
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.onnx"), batches, timed=False)
+    assert report.default_session == DefaultSession(0.0, [])
+    plain = dataclasses.replace(RUNTIMES["onnxruntime"], writers={".onnx": onnx_writer.write})
+    deployed = deploy(qmodel, plain)
+    onnx_writer.write(exported_program(deployed.model, *example_of(qmodel)), deployed, tmp_path / "plain.onnx")
+    report = he.verify(qmodel, tmp_path / "plain.onnx", batches, timed=False)
+    assert report.weights_match
+    assert report.weight_layers == 3
+    assert report.default_session.difference > 1e-4
+    assert report.default_session.settings == [ACCURACY_LEVEL]
+    assert ACCURACY_LEVEL in str(report)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("inputs", [1, 16, 17, 100, 128, 300])
+def test_packed_weights_are_unpacked(bits, inputs):
+    largest = 2 ** (bits - 1) - 1
+    weight = np.random.default_rng(0).integers(-largest, largest + 1, (5, inputs))
+    packed = packed_blocks(weight, bits, block_of(inputs))
+    assert packed.dtype == np.uint8
+    assert packed.shape == (5, -(-inputs // block_of(inputs)), block_of(inputs) * bits // 8)
+    assert np.array_equal(unpacked_blocks(packed, bits, inputs), weight)
 
 
 def test_learned_rounding_gains_at_4_bits():

@@ -24,6 +24,7 @@ from halfeven.runtimes.layer_execution import LayerExecution
 from halfeven.runtimes.onnx import writer as onnx_writer
 from halfeven.runtimes.onnx.literal import LiteralInterpreter
 from halfeven.runtimes.onnxruntime import passes as onnxruntime_passes
+from halfeven.runtimes.onnxruntime import writer as onnxruntime_writer
 from halfeven.runtimes.onnxruntime.exact import ONNXRuntimeInterpreter
 from halfeven.runtimes.onnxruntime.session import ONNXRuntimeFile
 from halfeven.runtimes.openvino import passes as openvino_passes
@@ -138,7 +139,7 @@ RUNTIMES: dict[str, Runtime] = {
         ),
         Runtime(
             target=ONNXRUNTIME,
-            writers={".onnx": onnx_writer.write},
+            writers={".onnx": onnxruntime_writer.write},
             clips_integers=True,
             prepare_graph=onnxruntime_passes.prepare_graph,
             open_file=ONNXRuntimeFile,

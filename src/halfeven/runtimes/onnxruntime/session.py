@@ -13,6 +13,7 @@ from torch import Tensor
 from halfeven.runtimes.layer_execution import LayerExecution
 from halfeven.runtimes.onnx.file import ONNXFile, session
 from halfeven.runtimes.onnx.writer import OPSET, translated
+from halfeven.runtimes.onnxruntime.writer import unpacked_blocks
 
 INTEGER_PRODUCTS = ("QLinearMatMul", "MatMulIntegerToFloat")
 INTEGER_KERNELS = ("QLinearConv", "QGemm", *INTEGER_PRODUCTS)
@@ -90,6 +91,23 @@ class ONNXRuntimeFile(ONNXFile):
     """A file opened in ONNX Runtime, optimized as for users; see `halfeven.runtimes.runtime.DeployedFile`."""
 
     runtime = "ONNX Runtime"
+
+    def stored_integers(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        return super().stored_integers(layers) | self._stored_blocks(layers)
+
+    def _stored_blocks(self, layers: Sequence[str]) -> dict[str, Tensor]:
+        """Return the integer weights of products of weights alone."""
+        from onnx import helper, numpy_helper
+
+        constants = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        found = {}
+        for node in self.model.graph.node:
+            if node.op_type in WEIGHTS_ALONE and node.name in layers:
+                packed = numpy_helper.to_array(constants[node.input[1]], str(self.path.parent))
+                given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+                integers = unpacked_blocks(packed, given["bits"], given["K"])
+                found[node.name] = torch.from_numpy(integers.astype(np.float32))
+        return found
 
     def _optimized(self) -> Iterator[Any]:
         """Yield the operators of the graph as the runtime executes it."""

@@ -1,7 +1,7 @@
 """Write a deployed model as OpenVINO IR with int8 weights."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     from openvino.frontend.pytorch import ConversionExtension
 
     keep_products_whole(program)
+    traced = traced_names(program, names)
     translations = {"fake_quantize": lambda context: _fake_quantize(context, names), "matmul": _matmul}
     extensions = [ConversionExtension(f"halfeven.{name}.default", made) for name, made in translations.items()]
     model = openvino.convert_model(program, extension=extensions)
@@ -35,6 +36,7 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     write_out_ceilings(model)
     write_out_moves(model)
     write_out_means(model)
+    name_moved_tensors(model, traced)
     name_layers(model, set(names))
     return model
 
@@ -199,6 +201,40 @@ def _constant(output: Any) -> np.ndarray[Any, Any]:
 
 
 LAYER_TYPES = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul")
+
+
+def name_moved_tensors(model: Any, traced: Mapping[str, str]) -> None:
+    """Name the tensors after their quantizers that are computed by operators of another name.
+
+    The front end moves operators through a FakeQuantize, such as the mean of a transposed tensor; the FakeQuantize is
+    then another node under a new name. The name that the tracer gave to the tensor stays with its values, wherever they
+    are computed. It is trusted where it says of all other tensors what their operators say.
+
+    Args:
+        model: a converted model, whose other tensors are named.
+        traced: the tracer's name of each quantized tensor -> its quantizer's.
+    """
+    nodes = model.get_ordered_ops()
+    in_place = {node.get_friendly_name() for node in nodes}.intersection(traced.values())
+    moved = []
+    for node in nodes:
+        for port in node.outputs():
+            found = {traced[name] for name in port.get_names() if name in traced}
+            if found and node.get_friendly_name() in in_place - found:
+                return
+            if lost := found - in_place:
+                moved.append((port, lost))
+    for port, lost in moved:
+        if port.get_node().get_friendly_name() not in in_place:
+            port.get_tensor().set_names(lost)
+
+
+def traced_names(program: torch.export.ExportedProgram, names: Sequence[str]) -> dict[str, str]:
+    """Return the tracer's names of the tensors of activations, as the front end writes them -> their quantizers'."""
+    made = torch.ops.halfeven.fake_quantize.default
+    calls = [node for node in program.graph.nodes if node.target is made]
+    found = {f"{node.name}:0": names[int(node.args[-1])] for node in calls}
+    return {traced: name for traced, name in found.items() if not name.endswith(WEIGHT_SUFFIX)}
 
 
 def name_layers(model: Any, quantizers: set[str]) -> None:
