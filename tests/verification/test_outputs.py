@@ -14,7 +14,7 @@ from torch import nn
 
 import halfeven as he
 from halfeven.cli.verify import problems_of
-from halfeven.errors import VerificationError
+from halfeven.errors import ExportError, VerificationError
 from halfeven.runtimes import deploy
 from halfeven.verification.answers import Answers, labels_of
 from halfeven.verification.outputs import OutputSums, in_form_of, named_outputs
@@ -223,3 +223,20 @@ def test_labels_of_batches():
     assert labels_of([{"x": x, "label": y}], 1) is y
     assert labels_of(({"x": x}, y), 1) is y
     assert labels_of(x, 1) is None
+
+
+def test_what_a_model_raises_of_a_batch_is_an_error_that_names_the_batch(tmp_path):
+    qmodel, batches = quantized(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), (2, 3, 2, 2))
+    path = he.export(qmodel, tmp_path / "model.onnx")
+    with pytest.raises(VerificationError, match=r"Batch 1 could not be compared.*\n.*Give batches as for") as raised:
+        he.verify(qmodel, path, [batches[0], torch.randn(2, 3, 4, 4)], timed=False)
+    assert isinstance(raised.value.__cause__, RuntimeError)
+
+
+def test_a_folder_that_takes_no_file_is_named_without_advice_about_operators(tmp_path):
+    qmodel, _ = quantized(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), (2, 3, 2, 2))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="Give a folder that you may write to") as raised:
+        he.export(qmodel, tmp_path / "file" / "model.xml")
+    assert "leave_out" not in str(raised.value)
+    assert isinstance(raised.value.__cause__, OSError)

@@ -37,8 +37,8 @@ def export(qmodel: nn.Module, path: str | Path, target: str | None = None) -> Pa
             f'The file "{path}" ends with "{path.suffix}", which {runtime.name} cannot read. '
             f"Name it with {' or '.join(runtime.writers)}."
         )
-    deployed = deploy(qmodel, runtime)
     try:
+        deployed = deploy(qmodel, runtime)
         program = exported_program(deployed.model, *example_of(qmodel))
         runtime.writers[path.suffix](program, deployed, path)
     except HalfevenError:

@@ -10,6 +10,7 @@ from torch import nn
 
 from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.exported_program import example_of, exported_program
+from halfeven.errors import VerificationError
 from halfeven.graph.copying import copy_model
 from halfeven.quantization.quantizer import Mode, set_mode
 from halfeven.runtimes.runtime import Runtime
@@ -28,12 +29,8 @@ def latency(
 
     They are timed in turn, so that drift hits both alike.
     """
-    floating = Deployed(deployed_in_float(qmodel), [], runtime.target)
-    program = exported_program(floating.model, *example_of(qmodel))
-    ending, write = next(iter(runtime.writers.items()))
     with tempfile.TemporaryDirectory() as folder:
-        float_path = Path(folder) / f"float{ending}"
-        write(program, floating, float_path)
+        float_path = _write_float(qmodel, runtime, Path(folder))
         tensors = [x.cpu() for x in (*inputs[0], *inputs[1].values())]
         runs = {
             "float": runtime.open_file(float_path, ()).timed(tensors),
@@ -47,6 +44,25 @@ def latency(
                 if turn >= WARM_UP_PAIRS:
                     times[name].append(time.perf_counter() - start)
     return {name: 1000 * statistics.median(values) for name, values in times.items()}
+
+
+def _write_float(qmodel: nn.Module, runtime: Runtime, folder: Path) -> Path:
+    """Write the float counterpart of a quantized model; return its path.
+
+    Raises:
+        VerificationError: the runtime's format has no form for it.
+    """
+    floating = Deployed(deployed_in_float(qmodel), [], runtime.target)
+    ending, write = next(iter(runtime.writers.items()))
+    path = folder / f"float{ending}"
+    try:
+        write(exported_program(floating.model, *example_of(qmodel)), floating, path)
+    except Exception as error:  # tracers and converters raise many kinds
+        raise VerificationError(
+            f"The float model could not be written, so there is nothing to time the file against: {error}\nCompare "
+            "without latencies: timed=False, or --export.timed false."
+        ) from error
+    return path
 
 
 def deployed_in_float(qmodel: nn.Module) -> nn.Module:

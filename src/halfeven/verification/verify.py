@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from halfeven.errors import VerificationError
+from halfeven.errors import HalfevenError, VerificationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.capture import inputs_of
 from halfeven.placement.execution_graph import as_planned
@@ -109,15 +109,28 @@ def _compare(comparison: Comparison, batches: list[Any], float_model: nn.Module 
         stack.enter_context(weights_quantized_once(comparison.qmodel))
         if float_model is not None:
             stack.enter_context(evaluating(float_model))
-        for batch in batches:
-            args, kwargs = inputs_of(batch)
-            labels = labels_of(batch, max(len(args), 1))
-            outputs = comparison.run(args, kwargs)
-            if float_model is not None and labels is not None:
-                outputs["float"] = outputs_of(float_model, args, kwargs)
-            answers.add(outputs, labels)
-            samples += _size((args, kwargs))
+        for number, batch in enumerate(batches):
+            try:
+                samples += _compare_batch(comparison, batch, float_model, answers)
+            except HalfevenError:
+                raise
+            except Exception as error:  # the model's own code raises whatever it likes
+                raise VerificationError(
+                    f"Batch {number} could not be compared: {type(error).__name__}: {str(error).strip()}\nSo nothing "
+                    "is known about the file. Give batches as for calibrate, in the sizes that the model was prepared for."
+                ) from error
     return samples
+
+
+def _compare_batch(comparison: Comparison, batch: Any, float_model: nn.Module | None, answers: Answers) -> int:
+    """Compare one batch; return the number of its samples."""
+    args, kwargs = inputs_of(batch)
+    labels = labels_of(batch, max(len(args), 1))
+    outputs = comparison.run(args, kwargs)
+    if float_model is not None and labels is not None:
+        outputs["float"] = outputs_of(float_model, args, kwargs)
+    answers.add(outputs, labels)
+    return _size((args, kwargs))
 
 
 def _size(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> int:

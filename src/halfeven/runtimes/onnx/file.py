@@ -50,6 +50,7 @@ def read(path: Path) -> Any:
     try:
         model = onnx.load(path, load_external_data=False)
         onnx.checker.check_model(str(path))
+        _names(model.graph)  # a damaged name shows when it is read
     except (DecodeError, onnx.checker.ValidationError, UnicodeDecodeError) as error:
         raise VerificationError(
             f"{path} is not a complete ONNX file: {_last_line(error)} It is incomplete, damaged or "
@@ -102,6 +103,13 @@ def session(
             f"ONNX Runtime cannot run the file: {_last_line(error)} Write it again with "
             "halfeven.export(qmodel, path), and report what it says."
         ) from error
+
+
+def _names(graph: Any) -> list[str]:
+    """Return all names in a graph."""
+    named = (*graph.node, *graph.initializer, *graph.input, *graph.output)
+    tensors = (name for node in graph.node for name in (*node.input, *node.output))
+    return [*(one.name for one in named), *tensors]
 
 
 def _last_line(error: Exception) -> str:
