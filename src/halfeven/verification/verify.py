@@ -117,7 +117,7 @@ def _compare(comparison: Comparison, batches: list[Any], float_model: nn.Module 
             except Exception as error:  # the model's own code raises whatever it likes
                 raise VerificationError(
                     f"Batch {number} could not be compared: {type(error).__name__}: {str(error).strip()}\nSo nothing "
-                    "is known about the file. Give batches as for calibrate, in the sizes that the model was prepared for."
+                    "is known about the file. Give batches as for calibrate, of the sizes that prepare was given."
                 ) from error
     return samples
 
