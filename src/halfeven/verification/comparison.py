@@ -24,7 +24,8 @@ from halfeven.verification.outputs import OutputParity, OutputSums, in_form_of, 
 from halfeven.verification.report import TensorParity
 
 MAX_MERGED_SHARE = 0.1
-"""Largest fraction of tensors that a converter may merge away; above it the file belongs to another model."""
+"""Largest fraction of tensors that a converter may merge or move away, a single one always; above it the file belongs
+to another model."""
 
 
 class Comparison:
@@ -45,7 +46,7 @@ class Comparison:
         self.file = runtime.open_file(path, list(self.activations))
         self.names = [name for name in self.activations if name in self.file.tensors]
         self.unseen = [name for name in self.activations if name not in self.file.tensors]
-        if len(lacking := self._lacking()) > MAX_MERGED_SHARE * len(self.activations):
+        if len(lacking := self._lacking()) > max(1, MAX_MERGED_SHARE * len(self.activations)):
             raise VerificationError(
                 f"{path} lacks the quantized tensors {', '.join(lacking[:3])}, so it was not written from "
                 "this model. Export the model again, then verify."
