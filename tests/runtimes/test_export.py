@@ -13,7 +13,7 @@ from torch import nn
 
 import halfeven as he
 from halfeven.deployment.quantize_op import ExportedQuantizer
-from halfeven.errors import CalibrationError, ConfigError, ExportError
+from halfeven.errors import CalibrationError, ConfigError, ExportError, StorageError
 from halfeven.runtimes.runtime import load_deployed
 from runtimes.parity import SCHEME, quantized, trained
 from sweeps import crossed
@@ -176,7 +176,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(suffix, tmp_path, monkey
 
     monkeypatch.setattr(openvino, "save_model", fail)
     monkeypatch.setattr(onnx, "save", fail)
-    with pytest.raises(ExportError, match="no space left on device"):
+    with pytest.raises(StorageError, match="no space left on device"):
         he.export(qmodel, path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
