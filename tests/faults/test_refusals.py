@@ -36,7 +36,13 @@ def test_a_refused_training_leaves_no_folder(config, tmp_path, wrong):
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        wrong if wrong in ("model", "labels", "left out") else pytest.param(wrong, marks=pytest.mark.exhaustive)
+        for wrong in WRONG
+    ],
+)
 def test_a_refused_quantization_leaves_no_folder(config, tmp_path, wrong):
     refused("ptq", config, "--work-dir", tmp_path / "work", *WRONG[wrong])
     assert not (tmp_path / "work").exists()

@@ -58,7 +58,11 @@ def signalled_at(monkeypatch, name, step, number):
 
 @pytest.mark.parametrize(
     ("name", "step", "number"),
-    [("float", 2, signal.SIGTERM), ("w7a8", 0, signal.SIGUSR1), ("w7a8", 5, signal.SIGTERM)],
+    [
+        ("float", 2, signal.SIGTERM),
+        pytest.param("w7a8", 0, signal.SIGTERM, marks=pytest.mark.exhaustive),
+        ("w7a8", 5, signal.SIGUSR1),
+    ],
 )
 def test_a_signal_saves_the_step_it_meets_and_the_same_command_goes_on(
     config, whole, tmp_path, monkeypatch, name, step, number
