@@ -175,6 +175,15 @@ def turn_by_hook(m, x):
     return y
 
 
+class InHalves(nn.BatchNorm2d):
+    """Normalizes each half of a batch by itself in training, and as torch's in eval mode."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        return torch.cat([super(InHalves, self).forward(half) for half in x.chunk(2)])
+
+
 def blocks(count=4):
     return [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()) for _ in range(count)]
 
@@ -201,6 +210,7 @@ KEPT = {
         ),
         {"1"},
     ),
+    "own BatchNorm": (lambda: around(InHalves(4)), {"1"}),
     "own stochastic depth": (lambda: around(Does(drop_branches, branch=conv(4))), {"1"}),
     "noise": (
         lambda: around(nn.Sequential(Does(lambda m, x: x + torch.randn_like(x) if m.training else x))),
@@ -244,6 +254,9 @@ class Frozen(nn.Sequential):
 
 NOT_KEPT = {
     "dropout": lambda: around(nn.Dropout(0.3)),
+    "dropout of attention": lambda: nn.Sequential(
+        nn.Flatten(2), nn.TransformerEncoderLayer(36, 2, 8, dropout=0.1, batch_first=True)
+    ),
     "functional dropout": lambda: around(Does(lambda m, x: F.dropout2d(x, 0.3, m.training))),
     "a gradient that is the operators'": lambda: around(Does(lambda m, x: Squared.apply(x))),
     "weight standardization": lambda: around(
