@@ -53,3 +53,7 @@ class VerificationError(HalfevenError, RuntimeError):
 
 class AlgorithmError(HalfevenError, RuntimeError):
     """An algorithm cannot be applied to a model, or would have changed what the model computes."""
+
+
+class HalfevenWarning(UserWarning):
+    """Something that works, and that a user should know of: training clips much of an activation, for example."""

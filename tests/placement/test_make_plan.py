@@ -637,3 +637,34 @@ def test_outputs_that_python_makes_cannot_be_quantized():
     model = nn.Sequential(conv(3), nn.ReLU(), conv())
     with pytest.raises(PlacementError, match=r"captured in parts \(0\).*quantize_outputs=False"):
         plan(model, quantize_outputs=True, leave_out=("2",))
+
+
+# What computes, and what does not
+
+
+class Arithmetic(nn.Module):
+    """Work outside of layers, and tensors that are the same for every sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.lstm, self.gru = nn.LSTM(16, 16, batch_first=True), nn.GRU(16, 16, batch_first=True)
+        self.weight, self.bias = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16))
+
+    def forward(self, x):
+        y = self.first(x).relu()
+        y = y * torch.cos(torch.arange(12.0) * 0.1)[:, None] + torch.zeros(x.shape[0], 12, 16)
+        y = y + self.lstm(y)[0] + self.gru(y)[1].transpose(0, 1) + torch.einsum("bnc,cd->bnd", y, self.weight)
+        y = y + F.scaled_dot_product_attention(y[:, None], y[:, None], y[:, None], is_causal=True)[:, 0]
+        y = y @ self.weight + y.max(1, keepdim=True).values
+        return self.last(torch.addmm(self.bias, torch.mm(y.mean(1), self.weight), self.weight))
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+def test_the_plan_names_all_that_multiplies_and_nothing_that_computes_nothing(target):
+    planned = plan(Arithmetic(), (4, 12, 8), target=target)
+    named = {left.operator for left in planned.left}
+    work = {"lstm", "gru", "einsum", "scaled_dot_product_attention", "mm", "addmm", "matmul"}
+    assert work <= named
+    assert named.isdisjoint({"cos", "arange", "zeros", "getitem", "full"})
+    assert {left.operator for left in planned.left if "two activations" in left.reason} == work

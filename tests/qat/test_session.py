@@ -1,6 +1,7 @@
 """What a recipe puts beside a training: losses, averages and frozen weights act, and a resumed run goes on the same."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from halfeven.errors import ConfigError
+from halfeven.errors import ConfigError, HalfevenWarning
 from halfeven.pipelines import setup_qat
 from halfeven.ptq.options import PTQOptions
 from halfeven.qat.batchnorm_schedule import ScheduleOptions
@@ -145,3 +146,19 @@ def test_a_resumed_course_goes_on_the_same():
         assert torch.equal(resumed.state_dict()[name], value), name
     for name, value in session.average.model.state_dict().items():
         assert torch.equal(other.average.model.state_dict()[name], value), name
+
+
+def test_a_step_that_clips_much_is_told_with_names_once_after_each_validation():
+    _, qmodel, session = made("w8a8")
+    with torch.no_grad():
+        qmodel.get_submodule("quantizers.relu").scale.mul_(1e-3)
+    with pytest.warns(HalfevenWarning, match=r"1 of 4 quantized activations clip more than 20%.*relu \("):
+        train(qmodel, session, 0, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HalfevenWarning)
+        train(qmodel, session, 1, 2)
+    with torch.no_grad():
+        qmodel.get_submodule("quantizers.relu_1").scale.mul_(1e-3)
+    session.before_validation(qmodel)
+    with pytest.warns(HalfevenWarning, match=r"relu_1 \("):
+        train(qmodel, session, 2, 3)

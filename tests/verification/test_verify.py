@@ -434,6 +434,30 @@ def test_the_share_of_work_in_integers_counts_layers_in_float(tmp_path):
     assert report.integer_macs == pytest.approx((stem + each + head) / (stem + 2 * each + head))
 
 
+class Recurrent(nn.Module):
+    """Two layers beside recurrent cells, which do most of the work."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.cells, self.last = nn.Linear(8, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.last(self.cells(self.first(x).relu())[0][:, -1])
+
+
+@pytest.mark.parametrize("leave_out", [(), ("cells",)])
+def test_the_share_of_work_counts_recurrent_cells_and_what_stays_python(leave_out, tmp_path):
+    qmodel, batches = quantized(Recurrent(), (4, 6, 8), target="onnxruntime", leave_out=leave_out)
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.onnx"), batches, timed=False)
+    layers, cells = 6 * 64 + 32, 6 * 3 * 8 * 16
+    assert (report.integer_layers, report.quantizable_layers) == (2, 2)
+    assert report.integer_macs == pytest.approx(layers / (layers + cells))
+    ((name, share),) = report.float_macs.items()
+    assert name.startswith("cells")
+    assert share == pytest.approx(cells / (layers + cells))
+    assert f"in float, {name}" in str(report)
+
+
 class Clamped(nn.Module):
     """Three layers with a clamp of their own, at the same bounds: the converter makes one of them."""
 

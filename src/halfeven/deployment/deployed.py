@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from halfeven.deployment.epilogue import epilogue, folded_epilogue, split_by_epilogue
 from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.errors import CalibrationError
-from halfeven.graph.batchnorm import foldable, folding, forget_statistics, output_axis, remove, split_shared
+from halfeven.graph.batchnorm import forget_statistics, layer_calls, output_axis, remove
 from halfeven.graph.constants import fold_constants
 from halfeven.graph.copying import copy_model
 from halfeven.graph.operators import WEIGHTED, OperatorKind
@@ -92,13 +93,12 @@ def deployed_form(qmodel: nn.Module) -> nn.Module:
         # A weight's quantizer stays: the layer that reads it is quantized.
         fold_constants(region, lambda module: isinstance(module, Quantizer) and module.weight)
         _make_modules(region)
-        split_shared(region)
-        norms = dict(foldable(region.graph))
-        calls = [node for node in region.graph.nodes if node.op == "call_module"]
-        for call in [node for node in calls if hasattr(module_of(node), "weight_quantizer")]:
-            if (layer := module_of(call)) not in settled:  # a layer may be called more than once
+        split_by_epilogue(region)
+        for calls in layer_calls(region.graph).values():
+            layer = module_of(calls[0])
+            if hasattr(layer, "weight_quantizer") and layer not in settled:  # parts of a model may share a layer
                 settled.add(layer)
-                _settle(region, call, norms.get(call))
+                _settle(region, calls)
         region.recompile()
     for quantizer in quantizers(model).values():
         if not (quantizer.weight and quantizer.state.observing):
@@ -119,30 +119,23 @@ def _remove_identities(region: CapturedModule) -> None:
             region.graph.erase_node(node)
 
 
-def _settle(region: CapturedModule, node: fx.Node, norm: fx.Node | None) -> None:
-    """Put a layer's weight on its grid, and fold the BatchNorm that follows it."""
+def _settle(region: CapturedModule, calls: list[fx.Node]) -> None:
+    """Put a layer's weight on its grid, and take in the BatchNorms and multiplications that follow each call of it."""
+    node = calls[0]
     layer: Any = module_of(node)
     quantizer: Quantizer = layer.weight_quantizer
     scale = quantizer.used_scale(layer.weight)
     integers = quantize(layer.weight, scale, torch.zeros_like(scale), quantizer.scheme)
     scheme = quantizer.scheme
-    if norm is not None:
-        factor, bias = folding(module_of(norm), layer.bias)
-        axis = output_axis(node)
-        scale, integers = _scaled(scale, integers, factor, axis)
-        scheme = dataclasses.replace(scheme, axis=axis)
-        layer.bias = nn.Parameter(bias, requires_grad=False)
-        remove(region, norm)
-    else:
-        scale = snap(scale)
-    if (found := _multiplication(region, node)) is not None:
-        multiplication, factor = found
+    if behind := epilogue(node):
+        factor, bias = folded_epilogue(behind, node, layer.bias)
         scale, integers = _scaled(scale, integers, factor, output_axis(node))
         scheme = dataclasses.replace(scheme, axis=output_axis(node))
-        if layer.bias is not None:
-            layer.bias = nn.Parameter(layer.bias * factor, requires_grad=False)
-        multiplication.replace_all_uses_with(node)
-        region.graph.erase_node(multiplication)
+        layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        for call in calls:
+            _remove_all(region, epilogue(call))
+    else:
+        scale = snap(scale)
     frozen = Quantizer(scheme, channels=None if scheme.axis is None else scale.numel(), weight=True, observer="mse")
     frozen.name = quantizer.name
     frozen.fix_scale(scale)
@@ -151,31 +144,16 @@ def _settle(region: CapturedModule, node: fx.Node, norm: fx.Node | None) -> None
     layer.int32_bias = False  # the runtime's passes round biases
 
 
-def _multiplication(region: CapturedModule, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
-    """Return the multiplication that alone reads a layer (layer scale) and its constants, one for each output channel.
-
-    None where there is no such multiplication.
-
-    It goes into the layer's scales as a BatchNorm does: runtimes would do the same, and lose the layer's name.
-    """
-    calls = [other for other in region.graph.nodes if other.op == "call_module" and other.target == node.target]
-    reader = next(iter(node.users)) if len(node.users) == 1 and len(calls) == 1 else None
-    if reader is None or reader.target is not torch.ops.aten.mul.Tensor:
-        return None
-    (constant,) = [a for a in reader.args if a is not node] or [node]
-    if isinstance(constant, int | float):
-        values = torch.tensor(float(constant))
-    elif isinstance(constant, fx.Node) and constant.op == "get_attr":
-        values = Op(constant).constant
-    else:
-        return None
-    shape = node.meta["val"].shape
-    ndim = node.meta["val"].ndim
-    axis = ndim - 1 if kind_of(node) is OperatorKind.LINEAR else 1
-    wide = (1,) * (ndim - values.ndim) + tuple(values.shape)
-    if len(wide) != ndim or any(size != 1 for place, size in enumerate(wide) if place != axis):
-        return None
-    return reader, values.detach().float().flatten().expand(shape[axis])
+def _remove_all(region: CapturedModule, nodes: list[fx.Node]) -> None:
+    """Remove operators, each the only reader of the one before: the readers of the last then read what the first
+    read."""
+    for node in reversed(nodes):
+        if Op(node).is_module:
+            remove(region, node)
+            continue
+        (source,) = [operand for operand in node.all_input_nodes if not Op(operand).is_constant]
+        node.replace_all_uses_with(source)
+        region.graph.erase_node(node)
 
 
 def _make_modules(region: CapturedModule) -> None:

@@ -1,15 +1,13 @@
 """Fold BatchNorm into the layer before it (white paper, section 2.3.1). No formula divides by gamma, which may be
 zero."""
 
-import copy
-from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from halfeven.graph.operators import WEIGHTED, OperatorKind
-from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, kind_of, module_calls, module_of
 
 
@@ -44,45 +42,49 @@ def statistics(norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def foldable(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
-    """Return the pairs (layer, BatchNorm) of modules that are called once, the BatchNorm being the only reader."""
-    calls: dict[Any, int] = {}
-    for node in graph.nodes:
-        calls[node.target] = calls.get(node.target, 0) + Op(node).is_module
+    """Return the pairs (layer, BatchNorm) of calls of modules, the BatchNorm being the only reader.
+
+    A layer that is called several times, as the backbone of a siamese network is, has a pair for each call: all of its
+    calls are read by the same BatchNorm, so that folding does to all of them the same.
+    """
+    calls = layer_calls(graph)
     pairs = []
-    for node in graph.nodes:
-        if not Op(node).is_module or kind_of(node) is not OperatorKind.BATCH_NORM:
-            continue
-        layer = node.all_input_nodes[0]
-        if not Op(layer).is_module or kind_of(layer) not in WEIGHTED or len(layer.users) != 1:
-            continue
-        # The output channels of a grouped transposed convolution are no axis of its weight, which is
-        # [in, out / groups, ...]: a factor of each channel cannot be multiplied in.
-        grouped_transposed = kind_of(layer) is OperatorKind.TRANSPOSED_CONVOLUTION and module_of(layer).groups != 1
-        if calls[layer.target] == calls[node.target] == 1 and not grouped_transposed:
-            pairs.append((layer, node))
+    for layers in calls.values():
+        norms = [norm_behind(layer) for layer in layers]
+        if len({None if norm is None else norm.target for norm in norms}) == 1:
+            pairs += [(layer, norm) for layer, norm in zip(layers, norms, strict=True) if norm is not None]
     return pairs
 
 
-def split_shared(region: CapturedModule) -> None:
-    """Copy a layer that is called several times for each call that a separate BatchNorm follows, so that all fold.
+def layer_calls(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """Return the calls of each convolution and linear layer that is a module, by the layer's path."""
+    calls: dict[str, list[fx.Node]] = {}
+    for op in module_calls(graph):
+        if op.kind in WEIGHTED:
+            calls.setdefault(op.path, []).append(op.node)
+    return calls
 
-    EfficientDet's heads share a convolution between levels, and each level has its own BatchNorm. Training needs the
-    shared weight; call this before folding for deployment, where the weights of the copies differ.
+
+def norm_behind(layer: fx.Node) -> fx.Node | None:
+    """Return the call of a BatchNorm that alone reads a result and works on the layer's channels; else None.
+
+    Args:
+        layer: the call of a layer, or of a BatchNorm behind it.
     """
-    calls: dict[Any, list[fx.Node]] = defaultdict(list)
-    for op in module_calls(region.graph):
-        calls[op.path].append(op.node)
-    for path, layers in list(calls.items()):
-        if len(layers) < 2 or kind_of(layers[0]) not in WEIGHTED:
-            continue
-        readers = [list(layer.users) for layer in layers]
-        norms = [users[0] for users in readers if len(users) == 1 and kind_of(users[0]) is OperatorKind.BATCH_NORM]
-        if len(norms) < len(layers) or any(len(calls[norm.target]) != 1 for norm in norms):
-            continue
-        # The first call keeps the shared layer under its own name.
-        for layer, norm in list(zip(layers, norms, strict=True))[1:]:
-            layer.target = f"{path}_before_{str(norm.target).replace('.', '_')}"
-            place(region, layer.target, copy.deepcopy(region.get_submodule(path)))
+    reader = Op(layer).only_reader
+    if reader is None or not reader.is_module or reader.kind is not OperatorKind.BATCH_NORM:
+        return None
+    return reader.node if scales_by_channel(layer) else None
+
+
+def scales_by_channel(layer: fx.Node) -> bool:
+    """Return True if a factor of each channel, axis 1 of a layer's output, can be multiplied into its weight."""
+    kind = kind_of(layer)
+    if kind is OperatorKind.TRANSPOSED_CONVOLUTION:
+        # The output channels of a grouped one are no axis of its weight, which is [in, out / groups, ...].
+        return bool(module_of(layer).groups == 1)
+    # Of tokens, [samples, tokens, features], axis 1 are the tokens.
+    return kind is not OperatorKind.LINEAR or Op(layer).ndim == 2
 
 
 def output_axis(layer: fx.Node) -> int:
@@ -97,23 +99,32 @@ def fold(region: CapturedModule) -> int:
     algorithms that scale or shift the outputs scale and shift the statistics too.
 
     Returns:
-        The number of folded BatchNorms.
+        The number of calls of BatchNorms that were folded.
     """
-    pairs = foldable(region.graph)
-    for layer, node in pairs:
-        module: Any = module_of(layer)
-        factor, bias = folding(module_of(node), module.bias)
-        shape = [1] * module.weight.ndim
-        shape[output_axis(layer)] = -1
-        with torch.no_grad():
-            # In place: the parameter keeps its identity and its name, by which checkpoints and optimizers know it.
-            module.weight.copy_((module.weight.double() * factor.reshape(shape)).float())
-        # Registering by attribute also fills the entry of a layer that was made with bias=False.
-        module.bias = nn.Parameter(bias.to(module.weight))
-        keep_statistics(module, *statistics(module_of(node)))
-        remove(region, node)
+    count = 0
+    while pairs := foldable(region.graph):  # behind a BatchNorm that was folded there may be another
+        folded: set[nn.Module] = set()
+        for layer, node in pairs:
+            module: Any = module_of(layer)
+            if module not in folded:  # of a layer that is called several times, the first call
+                folded.add(module)
+                _fold_into(module, module_of(node), output_axis(layer))
+            remove(region, node)
+            count += 1
     region.recompile()
-    return len(pairs)
+    return count
+
+
+def _fold_into(layer: Any, norm: nn.Module, axis: int) -> None:
+    factor, bias = folding(norm, layer.bias)
+    shape = [1] * layer.weight.ndim
+    shape[axis] = -1
+    with torch.no_grad():
+        # In place: the parameter keeps its identity and its name, by which checkpoints and optimizers know it.
+        layer.weight.copy_((layer.weight.double() * factor.reshape(shape)).float())
+    # Registering by attribute also fills the entry of a layer that was made with bias=False.
+    layer.bias = nn.Parameter(bias.to(layer.weight))
+    keep_statistics(layer, *statistics(norm))
 
 
 def keep_statistics(layer: nn.Module, mean: Tensor, std: Tensor) -> None:

@@ -1,35 +1,89 @@
-"""Count the multiply-accumulates of a graph's products."""
+"""Count the multiply-accumulates of a graph's operators."""
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from halfeven.graph.operators import WEIGHTED, OperatorKind
-from halfeven.graph.view import Op, kind_of, module_of
+from halfeven.graph.operators.layers import RECURRENT
+from halfeven.graph.torch_private import fake_tensors, is_aten, is_operator, pytree
+from halfeven.graph.view import Op
+
+aten = torch.ops.aten
+K = OperatorKind
+Arguments = dict[str, Any]
 
 
 def multiply_accumulates(node: fx.Node) -> int:
-    """Return the multiply-accumulates of a convolution, linear layer or matrix product; 0 for other operators.
+    """Return the multiply-accumulates of an operator: of a layer, of a product, of recurrent cells or of attention.
 
-    They are counted for the batch size that the graph was traced with.
+    They are counted for the sizes that the graph was traced with; elementwise operators have none.
     """
-    kind = kind_of(node)
-    if kind is OperatorKind.MATMUL:
-        first = node.args[0]
-        assert isinstance(first, fx.Node)
-        return _size(Op(node).shape) * _number(Op(first).shape[-1])
-    if kind not in WEIGHTED:
-        return 0
-    if Op(node).is_module:
-        weight: Any = module_of(node).weight
-    else:
-        source = node.args[1]
-        assert isinstance(source, fx.Node)
-        weight = Op(source).value
+    op = Op(node)
+    if op.kind is K.MATMUL:
+        return _size(op.shape) * _number(op.inputs[0].shape[-1])
+    if op.kind in WEIGHTED:
+        return _of_layer(op)
+    if op.row in RECURRENT:
+        return _of_recurrence(op)
+    if op.function is aten.scaled_dot_product_attention.default:
+        return _of_attention(op.arguments)
+    if op.kind is K.FLOAT and _may_multiply(op):
+        return _counted_by_torch(op)
+    return 0
+
+
+def _of_layer(op: Op) -> int:
+    weight: Any = op.module.weight if op.is_module else op.inputs[1].value
     # A transposed convolution multiplies each input by a whole window; other layers compute each output from a window.
-    transposed = kind is OperatorKind.TRANSPOSED_CONVOLUTION
-    walked = node.all_input_nodes[0] if transposed else node
-    return _size(Op(walked).shape) * _size(weight.shape[1:])
+    walked = op.inputs[0] if op.kind is K.TRANSPOSED_CONVOLUTION else op
+    return _size(walked.shape) * _size(weight.shape[1:])
+
+
+def _of_recurrence(op: Op) -> int:
+    # The weights of two axes, those of all layers and directions, each multiply the values of every step.
+    steps = _size(op.inputs[0].shape[:-1])  # of all samples
+    weights = [Op(parameter).value for parameter in op.argument("params")]
+    return steps * sum(_size(weight.shape) for weight in weights if weight.ndim == 2)
+
+
+def _of_attention(given: Arguments) -> int:
+    query, key, value = (Op(given[name]).shape for name in ("query", "key", "value"))
+    return _size(query[:-1]) * _number(key[-2]) * (_number(query[-1]) + _number(value[-1]))
+
+
+DEPENDS_ON_VALUES = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
+
+
+def _may_multiply(op: Op) -> bool:
+    if not is_operator(op.function) or not is_aten(op.function) or torch.Tag.pointwise in op.function.tags:
+        return False
+    known = not any(tag in op.function.tags for tag in DEPENDS_ON_VALUES)
+    return known and op.yields_floats and any(operand.yields_floats for operand in op.inputs)
+
+
+def _counted_by_torch(op: Op) -> int:
+    """Return the count of PyTorch's own counter, which sees the products that an operator such as einsum is made of."""
+    with fake_tensors(), FlopCounterMode(display=False) as counter:
+        args, kwargs = fx.map_arg((op.node.args, op.node.kwargs), lambda node: pytree.tree_map(_empty, Op(node).value))
+        args, kwargs = pytree.tree_map(_hinted, (args, kwargs))
+        call: Callable[..., Any] = op.function
+        call(*args, **kwargs)
+    return int(counter.get_total_flops()) // 2
+
+
+def _empty(value: Any) -> Any:
+    """Return a tensor of a recorded result's sizes, without data."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty([_number(size) for size in value.shape], dtype=value.dtype, device=value.device)
+
+
+def _hinted(value: Any) -> Any:
+    return _number(value) if isinstance(value, torch.SymInt) else value
 
 
 def _size(shape: Any) -> int:

@@ -5,12 +5,14 @@ forbids private names of torch in other files.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.batchnorm import _NormBase as AnyBatchOrInstanceNorm
 from torch.nn.modules.dropout import _DropoutNd as AnyDropout
@@ -24,10 +26,12 @@ __all__ = [
     "blend_all",
     "convolution_of",
     "copy_all",
+    "fake_tensors",
     "functional_form",
     "has_hooks",
     "in_backward_pass",
     "input_keywords",
+    "is_aten",
     "is_mutable",
     "is_operator",
     "is_persistent",
@@ -56,6 +60,11 @@ class Parameter:
 def is_operator(target: Any) -> TypeGuard[OpOverload]:
     """Return True for an overload of an operator of `torch.ops`, such as `torch.ops.aten.add.Tensor`."""
     return isinstance(target, OpOverload)
+
+
+def is_aten(operator: Any) -> bool:
+    """Return True for an operator of PyTorch's own library."""
+    return str(operator.namespace) == "aten"
 
 
 def parameters_of(operator: Any) -> list[Parameter]:
@@ -95,6 +104,11 @@ def functional_form(operator: Any) -> OpOverload | None:
 
 
 # Graphs
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Return a context in which tensors have sizes and no data, so that operators compute sizes alone."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def input_keywords(graph: fx.Graph) -> list[str]:

@@ -5,6 +5,7 @@ interprets them.
 """
 
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, Call, Operator, OperatorKind, row_of, row_of_module
-from halfeven.graph.torch_private import is_operator, parameters_of, short_name
+from halfeven.graph.torch_private import is_operator, parameters_of, pytree, short_name
 
 K = OperatorKind
 GRAPH_ENDS = {"placeholder": K.INPUT, "get_attr": K.CONSTANT, "output": K.OUTPUT}
@@ -57,8 +58,19 @@ class Op:
 
     @property
     def kind(self) -> OperatorKind:
-        """Return the operator's kind; `OperatorKind.FLOAT` for an operator without a row."""
+        """Return the operator's kind; `OperatorKind.FLOAT` for an operator without a row.
+
+        A result that is taken out of several keeps the scale of their operator's input where that operator does: a part
+        of a split does, a maximum beside its position is a tensor of its own.
+        """
+        if self.takes_result and self.inputs[0].kind not in TRANSPARENT:
+            return K.FLOAT
         return GRAPH_ENDS.get(self.node.op) or self.row.kind
+
+    @property
+    def takes_result(self) -> bool:
+        """Return True for the node that takes a result out of those of an operator with several."""
+        return self.node.target is operator.getitem
 
     @property
     def row(self) -> Operator:
@@ -189,6 +201,12 @@ class Op:
     def is_float_tensor(self) -> bool:
         """Return True if the result is a single floating-point tensor."""
         return isinstance(self.value, Tensor) and self.value.is_floating_point()
+
+    @property
+    def yields_floats(self) -> bool:
+        """Return True if a result, of one or of several, is a floating-point tensor."""
+        results = pytree.tree_leaves(self.value)
+        return any(isinstance(result, Tensor) and result.is_floating_point() for result in results)
 
     # Facts from the operator's row
 

@@ -1,17 +1,19 @@
 """Calibration: run samples through the model and set the range of every quantizer (white paper, section 3.1)."""
 
 from collections.abc import Iterable
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halfeven.errors import CalibrationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.capture import inputs_of
+from halfeven.layerwise.clipping import counting_clipped, warn_of_unsettled
 from halfeven.layerwise.float_equivalence import float_function, run_example
-from halfeven.quantization.quantizer import Mode, quantizers
+from halfeven.layerwise.training_mode import normalizing_by_batch, trained_batchnorms
+from halfeven.quantization.quantizer import Mode, Quantizer, quantizers
 
 
 @torch.no_grad()
@@ -20,6 +22,9 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
 
     Weight ranges are set first, so that the ranges of activations are those of the model with quantized weights. The
     model computes in eval mode; its training mode is restored, and nothing else of it changes.
+
+    Training normalizes by the batch. Where BatchNorm's running statistics do not describe the batches yet, ranges of
+    eval mode would clip most of what training computes: ranges are then set from both modes, and a warning says so.
 
     Args:
         qmodel: a model from `prepare`.
@@ -36,15 +41,13 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
     found = [q for q in quantizers(qmodel).values() if not q.state.fixed]
     # Only quantizers change here, so that their tensors are all there is to restore.
     before = {q: {k: v.clone() for k, v in q.state_dict().items()} for q in found}
+    norms = trained_batchnorms(qmodel)
     try:
-        for quantizer in found:
-            quantizer.start_calibration()
         with evaluating(qmodel):
-            # A weight's quantizer sets its range at its first call and quantizes from then on (`Quantizer._calibrate`),
-            # so the activations that observers see are those of quantized weights.
-            run_batches(qmodel, loader, batches)
-        for quantizer in found:
-            quantizer.finish_calibration()
+            given = islice(loader, batches)
+            first = list(islice(given, 1))
+            clipped = _clipped_in_training(qmodel, found, first, norms) if norms and first else {}
+            _set_ranges(qmodel, found, chain(first, given), norms if clipped else [])
     # Ctrl-C too: an interrupted calibration must not leave observers behind.
     except BaseException:
         for quantizer in found:
@@ -52,7 +55,42 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
             quantizer.observer = None
             quantizer.load_state_dict(before[quantizer])
         raise
+    if clipped:
+        warn_of_unsettled(clipped, len([q for q in quantizers(qmodel).values() if not q.weight]))
     return qmodel
+
+
+def _set_ranges(qmodel: nn.Module, found: list[Quantizer], loader: Iterable[Any], norms: list[Any]) -> None:
+    """Set ranges from batches in eval mode, and from the same batches normalized by the batch in these BatchNorms."""
+    for quantizer in found:
+        quantizer.start_calibration()
+    # A weight's quantizer sets its range at its first call and quantizes from then on (`Quantizer._calibrate`), so the
+    # activations that observers see are those of quantized weights.
+    if norms:
+        for batch in loader:
+            run_batches(qmodel, [batch])
+            with normalizing_by_batch(norms):
+                run_batches(qmodel, [batch])
+    else:
+        run_batches(qmodel, loader)
+    for quantizer in found:
+        quantizer.finish_calibration()
+
+
+def _clipped_in_training(
+    qmodel: nn.Module, found: list[Quantizer], first: list[Any], norms: list[Any]
+) -> dict[str, float]:
+    """Return the activations of which ranges of eval mode would clip too large a share in training, with the share.
+
+    One batch is enough to tell; one sample is not, since it may have a single value for a channel.
+    """
+    args, kwargs = inputs_of(first[0])
+    if min((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), default=0) < 2:
+        return {}
+    _set_ranges(qmodel, found, first, [])
+    with normalizing_by_batch(norms), counting_clipped(qmodel) as counts:
+        run_batches(qmodel, first)
+    return counts.excessive()
 
 
 def run_batches(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = None) -> None:

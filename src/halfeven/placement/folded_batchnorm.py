@@ -7,6 +7,7 @@ running statistics. Dividing the statistics of its outputs by the factor gives t
 would yield, and the outputs are then corrected from the running to the batch's standard deviation.
 """
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from halfeven.graph.batchnorm import foldable, output_axis, remove
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.graph.view import module_of
+from halfeven.graph.view import Op, module_calls, module_of
 from halfeven.quantization.arithmetic import per_channel
 
 SMALLEST_FACTOR = 1e-6
@@ -96,11 +97,18 @@ LIVE_FOLDED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def fold_live(region: CapturedModule) -> None:
-    """Fold, at every step from now on, the BatchNorm after each quantized layer of a region into its weight."""
-    for layer_node, norm_node in foldable(region.graph):
+    """Fold, at every step from now on, the BatchNorm after each quantized layer of a region into its weight.
+
+    A BatchNorm that other layers, or a sum, are normalized by too stays as it is.
+    """
+    pairs = foldable(region.graph)
+    readings = Counter(Op(norm).path for _, norm in pairs)
+    calls = Counter(op.path for op in module_calls(region.graph))
+    for layer_node, norm_node in pairs:
         layer: Any = module_of(layer_node)
         norm: Any = module_of(norm_node)
-        if not hasattr(layer, "weight_quantizer") or type(norm) not in LIVE_FOLDED:
+        own = readings[Op(norm_node).path] == calls[Op(norm_node).path] == calls[Op(layer_node).path]
+        if not own or not hasattr(layer, "weight_quantizer") or type(norm) not in LIVE_FOLDED:
             continue
         norm.__class__ = LIVE_FOLDED[type(norm)]
         # In tuples, so that neither becomes a submodule of the other.
@@ -127,10 +135,11 @@ def settle_live(region: CapturedModule) -> None:
         norm: Any = module_of(norm_node)
         if not isinstance(norm, _LiveFolded):
             continue
-        shift = _shift(norm, layer, factor_of(norm)).detach()
-        layer.weight = nn.Parameter(folded_weight(layer).detach(), requires_grad=False)
-        layer.bias = nn.Parameter(shift, requires_grad=False)
-        layer.live_norms = ()
+        if layer.live_norms:  # else the layer is called several times, and this is not its first call
+            shift = _shift(norm, layer, factor_of(norm)).detach()
+            layer.weight = nn.Parameter(folded_weight(layer).detach(), requires_grad=False)
+            layer.bias = nn.Parameter(shift, requires_grad=False)
+            layer.live_norms = ()
         remove(region, norm_node)
     region.recompile()
 

@@ -17,8 +17,9 @@ from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, kind_of, module_of, tensor_names
 from halfeven.placement.options import QuantizationOptions, Rule
 from halfeven.placement.plan import NOTHING_FOUND, FoundInCapture, LeftInFloat, Plan, PlannedTensor, PlannedWeight
-from halfeven.placement.requests import ITSELF, OUTPUT, Region, collect, collect_outputs, fused_group, head, sources
+from halfeven.placement.requests import ITSELF, OUTPUT, Region, collect, collect_outputs, multiplies_in_float
 from halfeven.placement.rules import RuleBook
+from halfeven.placement.sources import fused_group, head, sources
 from halfeven.quantization.observers import LOGITS
 from halfeven.quantization.quantizer import Ranges
 from halfeven.quantization.scheme import FLOAT_BITS, Scheme, parse_bits
@@ -289,27 +290,33 @@ def _left(region: Region, rules: RuleBook, target: Target, kinds: frozenset[Oper
             continue
         if kinds != set(target.inputs) and kind not in WEIGHTED:
             continue  # all are in float, as the scheme says
-        if kind in (K.OUTPUT, K.CONSTANT, K.CONCAT, *TRANSPARENT) or node in region.requests:
+        if kind in (K.OUTPUT, K.CONSTANT, K.CONCAT, *TRANSPARENT) or node not in region.computed:
+            continue  # nothing is computed, or the same for every sample
+        if Op(node).takes_result or not Op(node).yields_floats:
             continue
-        if not Op(node).is_float_tensor:
-            continue
-        name = region.names[node]
-        reason = None
-        if not rules.quantizes(name, kind):
-            reason = "a rule says so"
-        elif node in region.branches:
-            if kind is K.CONVOLUTION:
-                reason = "fused with the addition that reads it, which would drop the rounding of a quantizer here"
-        elif Op(node).is_kept:
-            reason = "its own code stays Python, for training"
-        elif kind is K.FLOAT:
-            reason = "no row of the operator table says how it treats scales"
-        elif _fused_into_reader(node):
-            continue
-        else:
-            reason = _unread(node)
-        if reason is not None:
-            yield LeftInFloat(name=name, operator=Op(node).name, reason=reason)
+        if (reason := _reason(region, node, rules)) is not None:
+            yield LeftInFloat(name=region.names[node], operator=Op(node).name, reason=reason)
+
+
+def _reason(region: Region, node: fx.Node, rules: RuleBook) -> str | None:
+    """Return the reason why an operator computes in float, or its result is not quantized; None where neither holds."""
+    kind = kind_of(node)
+    if multiplies_in_float(node, region.computed):
+        return (
+            "halfeven has integers for layers and for products of two activations alone, and its products are neither"
+        )
+    if node in region.requests:
+        return None
+    if not rules.quantizes(region.names[node], kind):
+        return "a rule says so"
+    if node in region.branches:
+        fused = "fused with the addition that reads it, which would drop the rounding of a quantizer here"
+        return fused if kind is K.CONVOLUTION else None
+    if Op(node).is_kept:
+        return "its own code stays Python, for training"
+    if kind is K.FLOAT:
+        return "no row of the operator table says how it treats scales"
+    return None if _fused_into_reader(node) else _unread(node)
 
 
 def _fused_into_reader(node: fx.Node) -> bool:

@@ -4,14 +4,17 @@ The request of an operator travels up through operators that keep the scale to t
 past the BatchNorm and activation that a runtime fuses into it.
 """
 
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from halfeven.graph.operators import TRANSPARENT, OperatorKind
+from halfeven.graph.cost import multiply_accumulates
+from halfeven.graph.operators import OperatorKind
 from halfeven.graph.view import Op, kind_of, operations
+from halfeven.placement.feature_maps import computed_tensors, feature_maps
 from halfeven.placement.rules import RuleBook
+from halfeven.placement.sources import head, sources
 from halfeven.targets.target import Grid, Target, wanted_grid
 
 K = OperatorKind
@@ -44,6 +47,16 @@ class Region:
     names: dict[fx.Node, str]
     requests: dict[fx.Node, QuantizationRequest] = field(default_factory=dict)
     branches: set[fx.Node] = field(default_factory=set)
+
+    @functools.cached_property
+    def features(self) -> set[fx.Node]:
+        """The nodes that yield feature maps."""
+        return feature_maps(self.graph)
+
+    @functools.cached_property
+    def computed(self) -> set[fx.Node]:
+        """The nodes that are neither parameters nor made of parameters alone, without a layer."""
+        return computed_tensors(self.graph)
 
 
 def collect(region: Region, target: Target, rules: RuleBook) -> None:
@@ -87,10 +100,23 @@ def _integer_operands(region: Region, node: fx.Node, target: Target) -> list[fx.
     kind = kind_of(node)
     if kind in target.elementwise:
         return _elementwise_operands(node, target, region)
-    if wanted_grid(target, node) is None:
+    if wanted_grid(target, node) is None or multiplies_in_float(node, region.computed):
         return []
     operands = node.all_input_nodes if kind is K.MATMUL else node.args[:1]
     return [operand for operand in operands if isinstance(operand, fx.Node)]
+
+
+def multiplies_in_float(node: fx.Node, computed: set[fx.Node]) -> bool:
+    """Return True for products that no runtime computes in integers: of einsum, recurrent cells, or by a parameter.
+
+    Args:
+        node: any operator.
+        computed: the nodes of `computed_tensors`.
+    """
+    kind = kind_of(node)
+    if kind is K.MATMUL:
+        return not computed.issuperset(node.all_input_nodes)
+    return kind is K.FLOAT and multiply_accumulates(node) > 0
 
 
 def _request(region: Region, operand: fx.Node, grid: Grid, reader: fx.Node) -> None:
@@ -120,27 +146,17 @@ def _fused(node: fx.Node, target: Target) -> bool:
     return kind is K.ACTIVATION and (target.fuses_any_activation or Op(node).bounds is not None)
 
 
-def sources(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the operators that made the values of a tensor, upwards through those that keep the scale."""
-    kind = kind_of(node)
-    if kind is K.CONCAT:
-        for operand in node.all_input_nodes:
-            yield from sources(operand)
-    elif kind in TRANSPARENT:
-        yield from sources(node.all_input_nodes[0])
-    else:
-        yield node
-
-
 def _elementwise_operands(node: fx.Node, target: Target, region: Region) -> list[fx.Node]:
     """Return the operands of an addition or multiplication that must be integers.
 
     A runtime may fuse a convolution with the addition of a skip connection: then the convolution's result stays in
     float, and the skip connection is quantized. If no operand comes from a convolution, as in the residual stream of a
-    transformer, all operands stay in float.
+    transformer, all operands stay in float; so do the operands of a sum with a mask or an embedding.
     """
     operands = [a for a in node.args[:2] if isinstance(a, fx.Node) and Op(a).is_float_tensor]
-    if len(operands) < 2 or any(kind_of(o) is K.CONSTANT for o in operands):
+    if len(operands) < 2 or not region.computed.issuperset(operands):
+        return []  # a constant, or made of constants: a bias, a factor of each channel, a position embedding
+    if kind_of(node) is K.ADD and not all(_is_feature_map(region, operand) for operand in operands):
         return []
     if target.residual_branch_in_float and Op(node).name == "add" and _same_shape(*operands):
         for branch, skip in (operands, operands[::-1]):
@@ -149,6 +165,10 @@ def _elementwise_operands(node: fx.Node, target: Target, region: Region) -> list
                 return [skip]
     heads = [kind_of(head(source)) for operand in operands for source in sources(operand)]
     return operands if K.CONVOLUTION in heads or K.TRANSPOSED_CONVOLUTION in heads else []
+
+
+def _is_feature_map(region: Region, operand: fx.Node) -> bool:
+    return any(source in region.features for source in sources(operand))
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
@@ -165,16 +185,3 @@ def _convolution_branch(node: fx.Node) -> list[fx.Node] | None:
         passed.append(node)
         node = node.all_input_nodes[0]
     return [*passed, node] if len(node.users) == 1 and kind_of(node) is K.CONVOLUTION else None
-
-
-def fused_group(node: fx.Node) -> list[fx.Node]:
-    """Return an operator and the activation, BatchNorm and layer that are fused with it, last to first."""
-    group = [node]
-    while kind_of(group[-1]) in (K.ACTIVATION, K.BATCH_NORM) and group[-1].all_input_nodes:
-        group.append(group[-1].all_input_nodes[0])
-    return group
-
-
-def head(node: fx.Node) -> fx.Node:
-    """Return the first operator of a fused group, for example the convolution before a BatchNorm and a ReLU."""
-    return fused_group(node)[-1]

@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from halfeven.errors import ConfigError
+from halfeven.layerwise.clipping import ClippingWatch
 from halfeven.layerwise.re_estimate import re_estimate
 from halfeven.qat.batchnorm_schedule import ScheduleOptions, frozen_after, schedule
 from halfeven.qat.bit_schedule import BitSchedule
@@ -74,12 +75,14 @@ class QATSession(TrainerCallback):
         self.bit_schedule = BitSchedule(qmodel, options.progression, loader) if recipe.progress.enabled else None
         self.oscillations = _oscillations(qmodel, recipe, options)
         self.counts_from = options.progression.share if self.bit_schedule else 0.0
+        self.clipping = ClippingWatch(qmodel)
 
     def before_step(self, model: nn.Module, done: float) -> None:
         """Set the bits that are due, and stop ranges and BatchNorm statistics when their time has come."""
         if self.bit_schedule is not None:
             self.bit_schedule.before_step(model, done)
         self._schedule(model, done)
+        self.clipping.before_step()
 
     def loss(self, outputs: Any, inputs: Any, targets: Any, task_loss: Tensor) -> Tensor:
         """Return the loss of a batch, []: that of the distillation, or else the task's."""
@@ -92,12 +95,13 @@ class QATSession(TrainerCallback):
         return self.oscillations.dampening(done) if self.oscillations and self.recipe.dampen.enabled else None
 
     def after_step(self, step: int, done: float) -> None:
-        """Follow oscillations and average the weights, after an optimizer step.
+        """Follow oscillations and average the weights, after an optimizer step; warn where training clips much.
 
         Args:
             step: number of the step, from 0.
             done: fraction of the run that is done with this step.
         """
+        self.clipping.after_step()
         if done < self.counts_from:
             return  # weights and integers under other bits than the plan's do not count
         if self.oscillations is not None:
@@ -107,6 +111,7 @@ class QATSession(TrainerCallback):
 
     def before_validation(self, model: nn.Module) -> None:
         """Re-estimate BatchNorm's statistics, where the recipe says so."""
+        self.clipping.due = True  # training goes on with other weights
         if self.recipe.re_estimate.enabled:
             re_estimate(model, self.inputs(), self.schedule_options.re_estimate_batches)
 

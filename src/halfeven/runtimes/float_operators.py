@@ -25,7 +25,9 @@ Function = Callable[[Sequence[Tensor], Mapping[str, Tensor]], Tensor]
 def needs_runtime_kernel(node: fx.Node) -> bool:
     """Return True if the last bits of an operator's float result depend on the runtime's kernel."""
     operands = [operand for operand in Op(node).inputs if not operand.is_constant]
-    if not Op(node).is_float_tensor or not any(operand.is_float_tensor for operand in operands):
+    if not Op(node).yields_floats or not any(operand.is_float_tensor for operand in operands):
+        return False
+    if not Op(node).is_tensor and not all(reader.takes_result for reader in Op(node).readers):
         return False
     return Op(node).has_kernel_rounding
 
@@ -46,6 +48,17 @@ class FloatOperators:
         self.constants_are_inputs = constants_are_inputs
         self.functions: dict[object, Function] = {}
         self.modules: dict[object, tuple[fx.GraphModule, object]] = {}
+
+    def compute_results(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        """Return the result of an operator, or the tuple of its results, of which those that nothing reads are None."""
+        if Op(node).is_tensor:
+            return self.compute([node], values)
+        results: list[Tensor | None] = [None] * len(Op(node).value)
+        for reader in Op(node).readers:
+            (_, index) = reader.node.args
+            assert isinstance(index, int)
+            results[index] = self.compute([node, reader.node], values)
+        return tuple(results)
 
     def compute(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> Tensor:
         """Return the last result of a chain of operators, which the runtime computes as one file.

@@ -11,6 +11,9 @@ from halfeven.verification.outputs import OutputParity
 
 OVERFLOW = 'this processor has no VNNI, so sums of 8-bit products overflow; with scheme="w7a8" layers do not overflow'
 
+FLOAT_ROWS = 6
+"""Rows of the table about operators in float."""
+
 
 @dataclass
 class TensorParity:
@@ -68,16 +71,19 @@ class Report:
     weights_match: bool
     """All integer weights in the file are those of the model."""
     integer_layers: int
-    """Layers that the runtime executed with integer kernels."""
+    """Layers that the runtime executed with integer kernels; a layer that is called several times counts as often."""
     quantizable_layers: int
-    """Layers with quantized weights."""
+    """Layers with quantized weights, counted alike."""
     weight_layers: int
     """Layers that read integer weights and computed in float: all, where the scheme quantizes weights alone."""
     float_layers: list[str]
     """Layers with quantized weights that ran in float, each with its precision and kernel; where the scheme quantizes
     weights alone, the layers whose weights were in float too."""
     integer_macs: float
-    """Share of the model's multiply-accumulates that ran with integer kernels, those of attention included."""
+    """Share of the model's multiply-accumulates that ran with integer kernels. All are counted: those of attention, of
+    recurrent cells, of einsum and other products, and of submodules that stayed Python."""
+    float_macs: dict[str, float]
+    """Shares of the multiply-accumulates that ran in float, by the name of the layer or operator, the largest first."""
     output_difference: float
     """Largest difference of an output from the exact simulation's, over the largest absolute value of that: the largest
     of all outputs. `outputs` has each."""
@@ -159,6 +165,7 @@ class Report:
         return [
             ("layers executed in integers", f"{self.integer_layers} of {self.quantizable_layers}"),
             ("  share of multiply-accumulates", f"{100 * self.integer_macs:.2f} %"),
+            *((f"  in float, {name}", f"{100 * share:.2f} %") for name, share in self._largest_in_float()),
         ]
 
     def _output_rows(self) -> list[tuple[str, str]]:
@@ -172,6 +179,14 @@ class Report:
             ("difference of the default session", _difference(default.difference)),
             *(("  due to the lack of", setting) for setting in default.settings),
         ]
+
+    def _largest_in_float(self) -> list[tuple[str, float]]:
+        """Return the largest shares of work in float by name; small shares are summed up in a last row."""
+        rows = list(self.float_macs.items())
+        if len(rows) <= FLOAT_ROWS:
+            return rows
+        rest = rows[FLOAT_ROWS - 1 :]
+        return [*rows[: FLOAT_ROWS - 1], (f"{len(rest)} others", sum(share for _, share in rest))]
 
     def _readers(self) -> str:
         return f"{self.weight_layers} of {self.quantizable_layers}, in floating point"

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from halfeven.deployment.layer_calls import named_calls
 from halfeven.errors import HalfevenError, VerificationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.capture import inputs_of
@@ -18,8 +19,9 @@ from halfeven.verification.answers import Answers, ClassAxis, labels_of
 from halfeven.verification.comparison import Comparison
 from halfeven.verification.findings import findings
 from halfeven.verification.float_simulation import outputs_of
-from halfeven.verification.integer_macs import integer_share
+from halfeven.verification.integer_macs import work_of
 from halfeven.verification.latency import latency
+from halfeven.verification.python_work import python_work
 from halfeven.verification.report import Report
 
 
@@ -83,7 +85,9 @@ def verify(
 
 def _execution(comparison: Comparison) -> dict[str, Any]:
     """Return the report's fields about kernels."""
-    layers = comparison.file.executed_layers(comparison.layers)
+    layers = comparison.file.executed_layers(list(named_calls(comparison.parts).values()))
+    products = comparison.file.executed_products()
+    work = work_of(comparison.parts, layers, products, python_work(comparison.qmodel))
     weights_only = not comparison.activations  # float kernels read the weights then, as they should
     return {
         "integer_layers": sum(layer.integer for layer in layers),
@@ -92,7 +96,8 @@ def _execution(comparison: Comparison) -> dict[str, Any]:
         "float_layers": [
             _in_float(layer) for layer in layers if not (layer.integer or (layer.stored and weights_only))
         ],
-        "integer_macs": integer_share(comparison.parts, layers, comparison.file.executed_products()),
+        "integer_macs": work.integer_share,
+        "float_macs": work.float_shares(),
     }
 
 

@@ -28,6 +28,8 @@ __all__ = [
 OPERATORS: tuple[Operator, ...] = (
     *layers.MODULES,
     *layers.FUNCTIONS,
+    *layers.RECURRENT,
+    *layers.PRODUCTS_IN_FLOAT,
     *elementwise.ACTIVATIONS,
     *elementwise.ARITHMETIC,
     *elementwise.IN_FLOAT,

@@ -52,3 +52,19 @@ FUNCTIONS = (
     Operator(target=aten.dropout.default, kind=K.IDENTITY, module=nn.Dropout),
     Operator(target=aten.feature_dropout.default, kind=K.IDENTITY, module=nn.Dropout2d),
 )
+
+_CELLS = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
+
+RECURRENT = tuple(
+    Operator(target=overload, kind=K.FLOAT, kernel_rounded=True)
+    for cells in _CELLS
+    for overload in (cells.input, cells.data)
+)
+
+_PRODUCTS = (aten.einsum, aten.mm, aten.addmm, aten.baddbmm, aten.addbmm, aten.mv, aten.dot, aten.tensordot)
+
+PRODUCTS_IN_FLOAT = (
+    *(Operator(target=product.default, kind=K.FLOAT, kernel_rounded=True) for product in _PRODUCTS),
+    Operator(target=aten.bilinear.default, kind=K.FLOAT, kernel_rounded=True),
+    Operator(target=aten.scaled_dot_product_attention.default, kind=K.FLOAT, kernel_rounded=True),
+)

@@ -76,7 +76,11 @@ OVER_AXES = (
     # The largest value is an element of the tensor, on its grid; a mean is not (white paper, section 2.3).
     Operator(target=aten.amax.default, kind=K.SAME_SCALE, factor_axis=reduced_axis),
     Operator(target=aten.sum.dim_IntList, kind=K.FLOAT, kernel_rounded=True),
-    Operator(target=aten.var.correction, kind=K.FLOAT, kernel_rounded=True),
+    *(
+        Operator(target=overload, kind=K.FLOAT, kernel_rounded=True)
+        for deviations in (aten.var, aten.std, aten.var_mean, aten.std_mean)
+        for overload in (deviations.correction, deviations.dim)
+    ),
     Operator(target=aten.linalg_vector_norm.default, kind=K.FLOAT, kernel_rounded=True),
     Operator(target=aten.logsumexp.default, kind=K.FLOAT, kernel_rounded=True),
 )

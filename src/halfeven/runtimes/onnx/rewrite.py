@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from halfeven.deployment.deployed import Deployed, Int32Bias
+from halfeven.deployment.layer_calls import call_name
 from halfeven.deployment.quantize_op import PER_TENSOR, WEIGHT_SUFFIX, ExportedQuantizer
 
 LAYERS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
@@ -34,7 +35,8 @@ def name_and_fold(graph: Any, deployed: Deployed) -> None:
         layer = quantizer.name.removesuffix(WEIGHT_SUFFIX)
         _fold_weight(graph, node, dequantize, quantizer)
         for reader in list(_layers(dequantize)):
-            reader.name = _numbered(layer, taken)
+            taken[layer] += 1
+            reader.name = call_name(layer, taken[layer])
             if getattr(modules.get(layer), "bias", reader) is None:
                 reader.resize_inputs(2)  # zeros in float, which the exporter writes where there is no bias
             if layer in deployed.int32_biases:
@@ -74,7 +76,7 @@ def _only_reader(node: Any) -> Any:
 
 
 def _numbered(name: str, taken: Counter[str]) -> str:
-    """Return a node's name, numbered where a layer that is called more than once has taken it."""
+    """Return a node's name, numbered where the same quantizer of a weight has taken it."""
     taken[name] += 1
     return name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
 

@@ -159,16 +159,16 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
             return Added(*args)
         return getattr(super(), n.op)(n.target, args, kwargs)
 
-    def _in_runtime(self, n: fx.Node) -> Tensor:
+    def _in_runtime(self, n: fx.Node) -> Any:
         source = n.all_input_nodes[0]
         nodes = [n]
         values = {operand: real_values(self.env[operand]) for operand in n.all_input_nodes if operand is not source}
         if isinstance(read := self.env[source], Added):
             nodes = [source, n]
             values |= zip(source.all_input_nodes, (read.a, read.b), strict=True)
-        else:
-            values[source] = real_values(read)
-        return self.float_operators.compute(nodes, values)
+            return self.float_operators.compute(nodes, values)
+        values[source] = real_values(read)
+        return self.float_operators.compute_results(n, values)
 
     def _on_integers(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """Return the result of an operator on integers, where it has an integer kernel; else None."""

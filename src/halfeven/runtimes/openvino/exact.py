@@ -74,7 +74,7 @@ class OpenVINOInterpreter(fx.Interpreter):
             values = {operand: real_values(self.env[operand]) for operand in node.all_input_nodes}
             if _is_layer_norm(node):
                 values[node.all_input_nodes[0]] = _normalized(args[0])
-            return self.float_operators.compute([node], values)
+            return self.float_operators.compute_results(node, values)
         return self._run(node, *pytree.tree_map(real_values, (args, kwargs), is_leaf=is_simulated))
 
     def _layer(self, node: fx.Node, args: Any, kwargs: Any) -> Tensor | Accumulator | None:

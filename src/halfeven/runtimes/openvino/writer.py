@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from halfeven.deployment.deployed import Deployed
+from halfeven.deployment.layer_calls import call_name
 from halfeven.deployment.quantize_op import PER_TENSOR, WEIGHT_SUFFIX
 from halfeven.files import replacing
 from halfeven.runtimes.openvino.telemetry import silently
@@ -243,16 +244,18 @@ def name_layers(model: Any, quantizers: set[str]) -> None:
     The front end may pull a transposition through a FakeQuantize: the node that then bears the quantizer's name is it.
     """
     used: dict[str, int] = {}
-    for node in model.get_ordered_ops():
+    ordered = model.get_ordered_ops()
+    place = {node.get_name(): index for index, node in enumerate(ordered)}
+    for node in ordered:
         name = node.get_friendly_name()
         if name in quantizers and not name.endswith(WEIGHT_SUFFIX):
             node.output(0).get_tensor().set_names({name})
         if not name.endswith(WEIGHT_SUFFIX):
             continue
         layer = name.removesuffix(WEIGHT_SUFFIX)
-        for reader in _readers(node):
+        for reader in sorted(_readers(node), key=lambda reader: place[reader.get_name()]):
             count = used[layer] = used.get(layer, 0) + 1
-            _name_layer(reader, layer if count == 1 else f"{layer}_{count - 1}")
+            _name_layer(reader, call_name(layer, count))
 
 
 def _name_layer(node: Any, name: str) -> None:

@@ -1,0 +1,127 @@
+"""The BatchNorms and multiplications behind a layer that its weight takes in when it is deployed.
+
+Runtimes would fold them too, and lose the layer's integers or its name. A layer that is called several times is copied
+where its calls end in different ones: EfficientDet's heads share a convolution between levels and have a BatchNorm for
+each, FCOS' heads a learned factor.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from halfeven.graph.batchnorm import folding, layer_calls, norm_behind, scales_by_channel
+from halfeven.graph.operators import OperatorKind
+from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.graph.view import Op, kind_of, module_of
+
+aten = torch.ops.aten
+
+
+def epilogue(layer: fx.Node) -> list[fx.Node]:
+    """Return the BatchNorms, and the multiplications and divisions by constants, behind the call of a layer.
+
+    They are in their order; each is the only reader of the operator before it, and has a factor of each of the layer's
+    channels.
+    """
+    found: list[fx.Node] = []
+    last = layer
+    while scales_by_channel(layer) or kind_of(layer) is OperatorKind.LINEAR:
+        behind = norm_behind(last) if scales_by_channel(layer) else None
+        behind = behind or _multiplication_behind(last, layer)
+        if behind is None:
+            break
+        found.append(behind)
+        last = behind
+    return found
+
+
+def split_by_epilogue(region: CapturedModule) -> None:
+    """Give the calls of a layer that end in different epilogues copies of the layer, in place, so that each takes its
+    own in."""
+    for path, calls in layer_calls(region.graph).items():
+        if not hasattr(module_of(calls[0]), "weight_quantizer"):
+            continue
+        groups: dict[tuple[object, ...], list[fx.Node]] = {}
+        for call in calls:
+            groups.setdefault(tuple(_identity(node) for node in epilogue(call)), []).append(call)
+        # Calls without an epilogue keep the layer: a copy is named after the operator that makes it another.
+        for group in sorted(groups.values(), key=lambda group: bool(epilogue(group[0])))[1:]:
+            behind = epilogue(group[0])[0]
+            name = Op(behind).path if Op(behind).is_module else behind.name
+            copied = f"{path}_before_{name.replace('.', '_')}"
+            place(region, copied, copy.deepcopy(region.get_submodule(path)))
+            for call in group:
+                call.target = copied
+
+
+def folded_epilogue(nodes: list[fx.Node], layer: fx.Node, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the factor on a layer's output channels and its new bias, [channels] each, that replace an epilogue.
+
+    Args:
+        nodes: of `epilogue`, at least one.
+        layer: the call of the layer.
+        bias: the layer's bias.
+    """
+    total = torch.ones((), dtype=torch.float64)
+    for node in nodes:
+        if Op(node).is_module:
+            factor, bias = folding(module_of(node), bias)
+        else:
+            factor = _factor_of(node, layer)
+            bias = None if bias is None else bias * factor
+        total = total * factor.double()
+    return total, bias
+
+
+def _multiplication_behind(node: fx.Node, layer: fx.Node) -> fx.Node | None:
+    reader = Op(node).only_reader
+    if reader is None or reader.function not in (aten.mul.Tensor, aten.div.Tensor):
+        return None
+    values = _factor(reader.node, node)
+    if values is None:
+        return None
+    ndim = Op(layer).ndim
+    wide = (1,) * (ndim - values.ndim) + tuple(values.shape)
+    axis = _channel_axis(layer)
+    fits = len(wide) == ndim and all(size == 1 for place, size in enumerate(wide) if place != axis)
+    return reader.node if fits else None
+
+
+def _factor(multiplication: fx.Node, of: fx.Node) -> Tensor | None:
+    """Return the numbers that a tensor is multiplied by; None where they are computed, or the tensor is the divisor."""
+    (first, second) = multiplication.args
+    divides = multiplication.target is aten.div.Tensor
+    if first is second or (divides and first is not of):
+        return None
+    other = second if first is of else first
+    if isinstance(other, int | float):
+        values = torch.tensor(float(other))
+    elif isinstance(other, fx.Node) and Op(other).is_constant:
+        values = Op(other).constant.detach().float()
+    else:
+        return None
+    return 1 / values if divides else values
+
+
+def _factor_of(multiplication: fx.Node, layer: fx.Node) -> Tensor:
+    (source,) = [operand for operand in multiplication.all_input_nodes if not Op(operand).is_constant]
+    values = _factor(multiplication, source)
+    assert values is not None
+    return values.flatten().expand(Op(layer).shape[_channel_axis(layer)])
+
+
+def _channel_axis(layer: fx.Node) -> int:
+    return Op(layer).ndim - 1 if kind_of(layer) is OperatorKind.LINEAR else 1
+
+
+def _identity(node: fx.Node) -> object:
+    """Return the same value for epilogues that multiply by the same factors."""
+    return node.target if Op(node).is_module else (node.target, *(_written(argument) for argument in node.args))
+
+
+def _written(argument: Any) -> object:
+    if not isinstance(argument, fx.Node):
+        return argument
+    return argument.target if Op(argument).is_constant else None
