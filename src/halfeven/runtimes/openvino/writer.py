@@ -37,7 +37,11 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     write_out_ceilings(model)
     write_out_moves(model)
     write_out_means(model)
+<<<<<<< HEAD
     name_moved_tensors(model, traced)
+=======
+    write_out_extremes(model)
+>>>>>>> a0c85d7 (Maxima and minima are written with a reshape behind: OpenVINO merges what follows, a quantizer for example, and computes wrong numbers)
     name_layers(model, set(names))
     return model
 
@@ -131,6 +135,27 @@ def write_out_means(model: Any) -> None:
         sequence = opset.squeeze(mean, np.array([axis] if kept else [axis, axis + 1]))
         mean.set_friendly_name(node.get_friendly_name())
         node.output(0).replace(sequence.output(0))
+
+
+def write_out_extremes(model: Any) -> None:
+    """Write maxima and minima over axes with a reshape behind.
+
+    The plugin merges what follows directly, such as a quantizer, and computes wrong numbers (OpenVINO 2026.4, in every
+    number of axes; other reductions are right).
+    """
+    from openvino import opset8 as opset
+
+    makers = {"ReduceMax": opset.reduce_max, "ReduceMin": opset.reduce_min}
+    for node in model.get_ordered_ops():
+        if (reduce := makers.get(node.get_type_name())) is None:
+            continue
+        value = node.input_value(0)
+        axes = node.input_value(1)
+        kept = node.get_attributes()["keep_dims"]
+        reduced = reduce(value, axes, keep_dims=not kept)
+        reshaped = opset.unsqueeze(reduced, axes) if kept else opset.squeeze(reduced, axes)
+        reduced.set_friendly_name(node.get_friendly_name())
+        node.output(0).replace(reshaped.output(0))
 
 
 def _indices(node: Any) -> dict[int, Any]:
