@@ -30,7 +30,9 @@ def feature_maps(graph: fx.Graph) -> set[fx.Node]:
     from_layers: set[fx.Node] = set()
     found = _read_by_layers(graph)
     for op in operations(graph):
-        operands = {operand.node for operand in operands_of_values(op)} if op.yields_floats else set()
+        # Several results of a module that stays Python have no recorded values.
+        carries = op.yields_floats or op.value is None
+        operands = {operand.node for operand in operands_of_values(op)} if carries else set()
         if op.kind in LAYERS or not operands.isdisjoint(from_layers):
             from_layers.add(op.node)
         if op.node in from_layers or (op.kind in KEEPS_MEANING and not operands.isdisjoint(found)):

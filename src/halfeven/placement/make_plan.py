@@ -292,7 +292,7 @@ def _left(region: Region, rules: RuleBook, target: Target, kinds: frozenset[Oper
             continue  # all are in float, as the scheme says
         if kind in (K.OUTPUT, K.CONSTANT, K.CONCAT, *TRANSPARENT) or node not in region.computed:
             continue  # nothing is computed, or the same for every sample
-        if Op(node).takes_result or not Op(node).yields_floats:
+        if Op(node).takes_result or not (Op(node).yields_floats or Op(node).is_kept):
             continue
         if (reason := _reason(region, node, rules)) is not None:
             yield LeftInFloat(name=region.names[node], operator=Op(node).name, reason=reason)

@@ -67,7 +67,7 @@ def work_of(
         names = {node: qualified(prefix, name) for name, node in tensor_names(region.graph).items()}
         counts = {node: count for node in region.graph.nodes if (count := multiply_accumulates(node))}
         # The graph has the work of one call, for the samples that it was traced with.
-        calls_of_region = beside.in_regions[prefix] / sum(counts.values()) if prefix and counts else 1.0
+        calls_of_region = beside.in_regions[prefix] / sum(counts.values()) if beside.in_regions and counts else 1.0
         for node, count in counts.items():
             integer = of_products if node in of_activations else float(ran.get(calls.get(node, ""), False))
             work.add(calls.get(node, names[node]), count * calls_of_region, integer)

@@ -1,5 +1,6 @@
 """Count the multiply-accumulates of the submodules that stayed Python: no graph shows them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,27 +24,55 @@ class PythonWork:
 
 @torch.no_grad()
 def python_work(qmodel: nn.Module) -> PythonWork:
-    """Count the work inside and outside a quantized model's captured regions; none for a model captured whole."""
+    """Count the work inside and outside a quantized model's captured regions; none where no code stayed Python."""
     captured = regions(qmodel)
-    if "" in captured:
+    kept = [_joined(name, path) for name, region in captured.items() for path in region.kept_rows]
+    if "" in captured and not kept:
         return PythonWork()
+    counts = _counts(qmodel)
+
+    def own(name: str, others: Iterable[str]) -> int:
+        """Return the work of a module without that of the others that lie directly inside of it."""
+        inside = [other for other in others if other != name and _lies_in(other, name)]
+        direct = [other for other in inside if not any(_lies_in(other, outer) for outer in inside if outer != other)]
+        return counts.get(name, 0) - sum(counts.get(other, 0) for other in direct)
+
+    in_regions = {name: own(name, kept) for name in captured}
+    in_python = {name: own(name, captured) for name in kept}
+    if "" not in captured:
+        in_python |= _in_shell(qmodel, captured, counts)
+    return PythonWork({name: count for name, count in in_python.items() if count}, in_regions)
+
+
+def _counts(qmodel: nn.Module) -> dict[str, int]:
+    """Return the work of each module, its submodules included, by name; "" is the model."""
     counter = FlopCounterMode(display=False)
     # oneDNN's recurrent cells and fused attention are operators that the counter does not know.
     with float_function(qmodel), torch.backends.mkldnn.flags(enabled=False), _written_out_attention(), counter:
         run_example(qmodel)
     prefix = f"{type(qmodel).__name__}."
-    counts = {name.removeprefix(prefix): sum(found.values()) // 2 for name, found in counter.get_flop_counts().items()}
-    in_regions = {name: counts.get(name, 0) for name in captured}
+    found = {name.removeprefix(prefix): sum(rows.values()) // 2 for name, rows in counter.get_flop_counts().items()}
+    return {**found, "": found["Global"]}
+
+
+def _in_shell(qmodel: nn.Module, captured: Iterable[str], counts: dict[str, int]) -> dict[str, int]:
+    """Return the work of the outermost submodules around no region, and of the model's own code."""
     found: dict[str, int] = {}
     for name, _ in qmodel.named_modules():
         inside = any(_lies_in(name, outer) for outer in (*captured, *found))
         around = any(_lies_in(region, name) for region in captured)
         if not inside and not around and counts.get(name):
             found[name] = counts[name]
-    seen = sum(found.values()) + sum(in_regions.values())
-    if counts["Global"] > seen:
-        found["(the model's own code)"] = counts["Global"] - seen
-    return PythonWork(found, in_regions)
+    seen = sum(found.values()) + sum(counts.get(name, 0) for name in captured if not _is_nested(name, captured))
+    return {**found, "(the model's own code)": counts[""] - seen}
+
+
+def _is_nested(name: str, captured: Iterable[str]) -> bool:
+    return any(other != name and _lies_in(name, other) for other in captured)
+
+
+def _joined(prefix: str, path: str) -> str:
+    return f"{prefix}.{path}" if prefix else path
 
 
 def _lies_in(name: str, outer: str) -> bool:
