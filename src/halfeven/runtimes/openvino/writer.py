@@ -37,11 +37,8 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     write_out_ceilings(model)
     write_out_moves(model)
     write_out_means(model)
-<<<<<<< HEAD
-    name_moved_tensors(model, traced)
-=======
     write_out_extremes(model)
->>>>>>> a0c85d7 (Maxima and minima are written with a reshape behind: OpenVINO merges what follows, a quantizer for example, and computes wrong numbers)
+    name_moved_tensors(model, traced)
     name_layers(model, set(names))
     return model
 
