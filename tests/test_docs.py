@@ -222,6 +222,17 @@ def test_the_quickstart_runs_and_prints_the_plan_it_shows(tmp_path, monkeypatch,
     assert os.path.getsize("model.bin") > 0
 
 
+@pytest.mark.usefixtures("unfused")
+def test_the_page_about_sizes_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {}
+    for block in blocks(ROOT / "docs/sizes.md", "python"):
+        exec(block, names)
+    assert "layers executed in integers" in capsys.readouterr().out
+    assert os.path.getsize("model.onnx") > 0
+
+
 def test_the_choices_shown_are_those_that_are_made():
     """The page shows what the pipeline decides for MobileNetV2 at 8 bits."""
     (shown,) = blocks(ROOT / "docs/ptq.md", "text")

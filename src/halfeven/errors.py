@@ -3,6 +3,7 @@
     HalfevenError
     ├── ConfigError         an experiment, option or argument that cannot be used
     ├── CaptureError        a model that torch.export cannot turn into a graph
+    ├── InputError          inputs of a kind or size that the model was not prepared for
     ├── PlacementError      a scheme or rule that the target or the model cannot follow
     ├── CalibrationError    data or ranges that no scale can be made of
     ├── AlgorithmError      an algorithm that does not apply, or that would change what the model computes
@@ -25,6 +26,10 @@ class ConfigError(HalfevenError, ValueError):
 
 class CaptureError(HalfevenError, RuntimeError):
     """A model that torch.export cannot turn into a graph."""
+
+
+class InputError(HalfevenError, ValueError):
+    """Inputs of a kind or size that the model was not prepared for."""
 
 
 class PlacementError(HalfevenError, ValueError):

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from halfeven.checkpoint import restore
 from halfeven.errors import CalibrationError, ConfigError
 from halfeven.graph.batchnorm import forget_statistics
-from halfeven.graph.capture import Example, as_arguments, batched, inputs_of
+from halfeven.graph.capture import Example, inputs_of
 from halfeven.graph.copying import copy_model
-from halfeven.graph.torch_private import pytree
 from halfeven.layerwise.calibrate import calibrate
 from halfeven.nearest import did_you_mean
 from halfeven.placement.captured_model import capture_for_quantization
 from halfeven.placement.graph_edits import apply_changes
-from halfeven.placement.insertion import check_scales, insert, plan_of, record_example
+from halfeven.placement.insertion import check_scales, insert, plan_of
 from halfeven.placement.make_plan import make_plan, skeleton
 from halfeven.placement.options import BatchNormHandling, QuantizationFields, QuantizationOptions, Rule
 from halfeven.placement.plan import Plan
@@ -102,7 +101,7 @@ def prepare(
     options = _with_batchnorm(dataclasses.replace(options or QuantizationOptions(), **changes), "keep")
     target = runtime_named(options.target).target
     captured, found = capture_for_quantization(copy_model(model), example, options)
-    return _with_example(insert(captured, make_plan(captured, options, target, found), target), example)
+    return insert(captured, make_plan(captured, options, target, found), target)
 
 
 def set_rules(qmodel: nn.Module, rules: Rule | Sequence[Rule]) -> tuple[str, ...]:
@@ -142,7 +141,7 @@ def _from_plan(model: nn.Module, example: Example, plan: Plan, check: Callable[[
     captured, _ = capture_for_quantization(copy_model(model), example, plan.options, plan.kept)
     check(captured, plan)
     qmodel = insert(captured, plan, runtime_named(plan.options.target).target)
-    return _with_example(apply_changes(qmodel, plan.changes), example)
+    return apply_changes(qmodel, plan.changes)
 
 
 def load(path: str | Path, model: nn.Module, example: Example) -> nn.Module:
@@ -158,17 +157,6 @@ def load(path: str | Path, model: nn.Module, example: Example) -> nn.Module:
         PlacementError: the file's plan names layers that this model does not have.
     """
     return restore(path, lambda plan: rebuild(model, example, plan)).eval()
-
-
-def _with_example(qmodel: nn.Module, example: Example) -> nn.Module:
-    """Keep two samples of the example with the model, because export traces it again."""
-    args, kwargs = batched(*as_arguments(example))
-
-    def two(x: Any) -> Any:
-        return x[:2].detach().cpu() if isinstance(x, Tensor) and x.ndim else x
-
-    record_example(qmodel, pytree.tree_map(two, (args, kwargs)))
-    return qmodel
 
 
 @renamed_parameters(say="log", state="resume_dir")

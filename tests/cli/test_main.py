@@ -407,3 +407,14 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys, config):
         cli.main(["train", config])
     assert caught.value.code == 130
     assert "--resume" in capsys.readouterr().err
+
+
+def test_free_axes_stay_as_the_config_has_them(config):
+    """A dict of dicts has no option."""
+    path = Path(config)
+    free = {"images": {2: "height", 3: "width"}}
+    with_axes = DIGITS.replace("experiment = Experiment(", "experiment = Experiment(quantization=AXES,")
+    path.write_text(f"from halfeven.config import *\nAXES = QuantizationOptions(dynamic_shapes={free})\n{with_axes}")
+    parsed = cli.parse("train", [config, "--training.epochs", "2"])
+    assert parsed.experiment.quantization.dynamic_shapes == free
+    assert parsed.experiment.training.epochs == 2

@@ -14,6 +14,7 @@ from halfeven.runtimes.runtime import load_deployed
 from halfeven.tasks.task import Metrics
 from halfeven.verification.report import Report
 from halfeven.verification.verify import verify
+from halfeven.zoo.options import DataOptions
 
 
 def deliver(context: RunContext, model: nn.Module, float_metrics: Metrics, facts: dict[str, Any] | None = None) -> None:
@@ -62,9 +63,19 @@ def export_verified(
     for ending in context.experiment.endings(target):
         path = folder / f"model{ending}"
         context.log(f"Exporting {path} ...")
-        export(qmodel, path, target)
+        export(qmodel, path, target, metadata=preprocessing(context.experiment.data))
         reports[path] = verify_file(context, qmodel, path, float_model)
     return reports
+
+
+def preprocessing(data: DataOptions) -> dict[str, str]:
+    """Return how a data set's inputs are made, for the metadata of files; {} where only the user's code knows."""
+    if data.source in ("image_folder", "voc_segmentation", "coco_detection"):
+        values = f"RGB from 0 to 1, minus {list(data.mean)}, divided by {list(data.std)}"
+        return {"preprocessing": f"{values}; {data.image_size} pixels square"}
+    if data.source == "texts":
+        return {"preprocessing": f"tokens of {data.text.tokenizer}, padded to {data.text.max_length}"}
+    return {}
 
 
 def verify_file(context: RunContext, qmodel: nn.Module, path: Path, float_model: nn.Module | None) -> Report:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from halfeven.cli.values import is_nested_dict
+
 WIDEST = 100
 """Columns beyond which lines are hard to read."""
 COLUMN = 34
@@ -119,7 +121,7 @@ def _parts(prefix: str, options: Any, meaning: str) -> dict[str, list[Option]]:
         value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
             parts |= _parts(name, value, meanings[field.name])
-        elif not _is_sequence_of_options(hints[field.name]):
+        elif not _is_sequence_of_options(hints[field.name]) and not is_nested_dict(hints[field.name]):
             own.append(_option(name, hints[field.name], meanings[field.name], value))
     return parts
 

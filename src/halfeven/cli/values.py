@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from tyro.constructors import (
     ConstructorRegistry,
@@ -51,6 +51,8 @@ def unchecked() -> ConstructorRegistry:
         return dataclasses.replace(spec, instance_from_str=_or_as_written(spec), choices=None)
 
     def struct(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not inside and is_nested_dict(info.type):  # it is set in the config alone
+            return StructConstructorSpec(instantiate=lambda: info.default, fields=())
         if inside or not (isinstance(info.type, type) and issubclass(info.type, Options)):
             return None
         kind = info.type
@@ -62,6 +64,11 @@ def unchecked() -> ConstructorRegistry:
     registry.primitive_rule(primitive)
     registry.struct_rule(struct)
     return registry
+
+
+def is_nested_dict(kind: Any) -> bool:
+    """Return True for a dict of dicts, which the command line cannot set."""
+    return get_origin(kind) is dict and get_origin(get_args(kind)[1]) is dict
 
 
 def by_new_names(arguments: list[str], options: Options) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from halfeven.deployment.epilogue import epilogue, folded_epilogue, split_by_epilogue
+from halfeven.deployment.file_interface import FileInterface
 from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.errors import CalibrationError
 from halfeven.graph.batchnorm import forget_statistics, layer_calls, output_axis, remove
@@ -62,6 +63,8 @@ class Deployed:
     """The rules of the runtime that the form is for."""
     int32_biases: dict[str, Int32Bias] = field(default_factory=dict)
     """Biases that the file holds as integers, by their layers' names."""
+    interface: FileInterface | None = None
+    """Names and facts to write into the file; None: the converters' own names."""
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The deployed model as an ATen program, traced on the example that it was prepared with."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor, nn
 
 from halfeven.errors import ExportError
 from halfeven.graph.capture import quiet
+from halfeven.graph.fixed_axes import fixed_axes
+from halfeven.graph.model_inputs import BATCH, Inputs
 from halfeven.graph.torch_private import pytree
 from halfeven.placement.insertion import recorded_example
 
@@ -26,13 +29,57 @@ def example_of(qmodel: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return example
 
 
-def exported_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    """Return a model as an ATen program in which the first axis of each tensor is free, except where it is 1."""
+def exported_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: Sequence[Sequence[int]] | None = None
+) -> torch.export.ExportedProgram:
+    """Return a model as an ATen program in which axes of its inputs are free, except where their size is 1.
 
-    def free_batch(x: Any) -> Any:
-        return {0: torch.export.Dim.AUTO} if isinstance(x, Tensor) and x.ndim and len(x) != 1 else None
+    Args:
+        model: the model.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        free: the free axes of each leaf; None: the first of each tensor.
+    """
+    leaves, form = pytree.tree_flatten((args, kwargs))
+    axes = [(0,)] * len(leaves) if free is None else free
+    shapes = [
+        {axis: torch.export.Dim.AUTO for axis in own if axis < x.ndim and x.shape[axis] != 1} or None
+        if isinstance(x, Tensor)
+        else None
+        for x, own in zip(leaves, axes, strict=True)
+    ]
+    return _exported(model, (args, kwargs), pytree.tree_unflatten(shapes, form))
 
-    shapes = pytree.tree_map(free_batch, (args, tuple(kwargs.values())))
-    names = dict(zip(kwargs, shapes[1], strict=True))
+
+def program_of(model: nn.Module, example: Inputs, described: Inputs) -> torch.export.ExportedProgram:
+    """Return a deployed model as an ATen program in which the axes are free that are free in the quantized model.
+
+    Args:
+        model: the deployed model.
+        example: (positional, keyword) arguments.
+        described: the same with a `ModelInput` in the place of each tensor, as `recorded_inputs` returns them.
+
+    Raises:
+        ExportError: the size of a free axis would be a constant in the file.
+    """
+    leaves, form = pytree.tree_flatten(described)
+    dim = torch.export.Dim
+    shapes = [
+        {axis: dim.AUTO if label == BATCH else dim.DYNAMIC for axis, label in known.free.items()} if known else None
+        for known in leaves
+    ]
+    try:
+        return _exported(model, example, pytree.tree_unflatten(shapes, form))
+    except Exception as error:
+        if fixed := fixed_axes(error, described):
+            raise ExportError(
+                f"The file would have a fixed size where the model has a free one: {'; '.join(fixed)}. So it could not "
+                "be run at other sizes. Leave the axis out of dynamic_shapes."
+            ) from error
+        raise
+
+
+def _exported(model: nn.Module, example: Inputs, shapes: Inputs) -> torch.export.ExportedProgram:
+    args, kwargs = example
     with quiet():
-        return torch.export.export(model, args, kwargs, dynamic_shapes=names if kwargs else shapes[0], strict=False)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes[1] or shapes[0], strict=False)

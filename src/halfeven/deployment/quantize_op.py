@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from halfeven.graph.rebuild import CapturedModule, place
 from halfeven.graph.view import module_of
@@ -141,6 +141,37 @@ def twin_of(quantizer: ExportedQuantizer, name: str, exported: list[ExportedQuan
     twin.number = len(exported)
     exported.append(twin)
     return twin
+
+
+def repeat_quantizer(
+    region: CapturedModule,
+    node: fx.Node,
+    quantizer: ExportedQuantizer,
+    path: str,
+    prefix: str,
+    exported: list[ExportedQuantizer],
+) -> None:
+    """Insert a quantizer again behind an operator whose result lies on its grid already; no value changes.
+
+    Args:
+        region: the part of the model.
+        node: the operator.
+        quantizer: the quantizer of the grid.
+        path: where the new one goes in the region.
+        prefix: path of the region in the model, with a dot at its end; "" for the whole model.
+        exported: the model's quantizers, to which the new one is added.
+    """
+    twin = twin_of(quantizer, prefix + path, exported)
+    twin.repeats = True
+    # The values are integers of the grid already. With the whole range of the type no Clip is written, which would
+    # stand between the pair and the operator and keep them from being fused.
+    twin.quant_min = -128 if twin.signed else 0
+    twin.quant_max = 127 if twin.signed else 255
+    place(region, path, twin)
+    with region.graph.inserting_after(node):
+        again = region.graph.call_module(path, (node,))
+    again.meta = dict(node.meta)
+    node.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
 
 
 def _separate_calls(region: CapturedModule, exported: list[ExportedQuantizer]) -> None:

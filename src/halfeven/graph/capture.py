@@ -8,11 +8,11 @@ are, and the rest stays Python.
 
 import inspect
 import logging
-import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +20,16 @@ from torch import Tensor, fx, nn
 
 from halfeven.errors import CaptureError
 from halfeven.graph.copying import copy_model
-from halfeven.graph.kept_in_python import KeptInPython, kept_markers, relative_to
+from halfeven.graph.dynamic_shapes import DynamicShapes, FreeAxes, batch_axes, export_shapes, free_axes
+from halfeven.graph.fixed_axes import FixedAxisError, is_batch_fixed, reason_of_fixed_batch, refuse_fixed_axes
+from halfeven.graph.kept_in_python import Calls, KeptInPython, kept_markers, relative_to
+from halfeven.graph.model_inputs import BATCH, Inputs, model_inputs, region_inputs
+from halfeven.graph.other_sizes import inner_free_axes
 from halfeven.graph.rebuild import CapturedModule, assemble
 from halfeven.graph.restoring import attributes_restored
+from halfeven.graph.same_outputs import check_same, reason_of
+from halfeven.graph.size_relations import size_relations
+from halfeven.graph.sized_pools import SizedPools
 from halfeven.graph.stochastic_depth import leaf_markers
 from halfeven.graph.torch_private import pytree
 from halfeven.graph.training_mode import Capture, capture_as_trained
@@ -53,12 +60,20 @@ class CaptureReport:
     """Modules whose own code stays Python, because it does something in training alone."""
     notes: tuple[str, ...] = ()
     """What could not be compared."""
+    fixed_batch: str = ""
+    """Why the batch is a constant, with the line of the model's code; "" where it is free."""
+    samples: int = 0
+    """The batch of the example that was captured."""
 
 
 def capture(
-    model: nn.Module, example: Example, leave_out: Sequence[str] = (), kept: Sequence[KeptInPython] | None = None
+    model: nn.Module,
+    example: Example,
+    leave_out: Sequence[str] = (),
+    kept: Sequence[KeptInPython] | None = None,
+    dynamic_shapes: DynamicShapes | None = None,
 ) -> tuple[nn.Module, CaptureReport]:
-    """Rebuild a model as graph modules that share its parameters.
+    """Rebuild a model as graph modules that share its parameters, and keep the example and its inputs with them.
 
     Args:
         model: any module; its training mode is restored.
@@ -67,13 +82,16 @@ def capture(
         leave_out: names of submodules that shall stay Python, for example `["head"]`.
         kept: the modules whose own code stays Python for training, as an earlier capture reported them; None: they are
             looked for, by a run of both models in training mode.
+        dynamic_shapes: further axes that stay free: input name -> {axis: the axis's name}.
 
     Returns:
         The captured model, in eval mode, and the report.
 
     Raises:
-        CaptureError: a name of `leave_out` does not exist, nothing could be captured, or the captured model differs
-            from the original in its outputs or in what training does.
+        CaptureError: a name of `leave_out` does not exist, nothing could be captured, the model's code makes an axis
+            in `dynamic_shapes` a constant, or the captured model differs from the original in its outputs or in what
+            training does.
+        ConfigError: `dynamic_shapes` names an input or an axis that the model does not have.
     """
     missing = [name for name in leave_out if name not in dict(model.named_modules())]
     if missing:
@@ -81,30 +99,97 @@ def capture(
             f"leave_out names {', '.join(missing)}, and the model has no such submodule, so nothing would be left out. "
             "Choose from the names that `[name for name, _ in model.named_modules()]` lists."
         )
-    args, kwargs = batched(*as_arguments(example))
-    reports: list[CaptureReport] = []
-    exported: dict[Any, CapturedModule] = {}
+    given = as_arguments(example)
+    doubled = batched(*given)
 
-    def with_kept(kept: dict[str, KeptInPython]) -> nn.Module:
-        reports.append(CaptureReport(kept=tuple(kept.values())))
-        return _capture_largest(model, args, kwargs, tuple(leave_out), kept, reports[-1], exported)
-
-    def check(captured: nn.Module) -> None:
-        _check_same(model, captured, args, kwargs)
+    def captured(inputs: Inputs) -> tuple[nn.Module, CaptureReport]:
+        return _capture(model, inputs, tuple(leave_out), kept, dynamic_shapes or {})
 
     was_training = {module: module.training for module in model.modules()}
     left_in_eval(model)  # its own train() may forget what eval mode keeps of earlier calls
     model.eval()
     try:
         with torch.enable_grad():  # the graph must not depend on where it is captured
-            if kept is not None:
-                check(captured := with_kept({k.name: k for k in kept}))
-                return captured, reports[-1]
-            found = capture_as_trained(model, args, kwargs, Capture(with_kept, check, _export))
+            try:
+                found, report = captured(doubled)
+            except CaptureError:
+                if _samples(given) == _samples(doubled):
+                    raise
+                return captured(given)  # a model of one sample alone
+            if report.fixed_batch and _samples(given) != _samples(doubled):
+                why = report.fixed_batch  # of a batch of 1 torch.export knows no line
+                found, report = captured(given)
+                report.fixed_batch = why
     finally:
         for module, training in was_training.items():
             module.training = training
-    return found.model, replace(reports[-1], notes=found.notes)
+    return found, report
+
+
+def _capture(
+    model: nn.Module,
+    inputs: Inputs,
+    leave_out: tuple[str, ...],
+    kept: Sequence[KeptInPython] | None,
+    dynamic_shapes: DynamicShapes,
+) -> tuple[nn.Module, CaptureReport]:
+    recorded = _recorded_inputs(model, *inputs)
+    free = free_axes(model, *inputs, dynamic_shapes)
+    reports: list[CaptureReport] = []
+    exported: dict[Any, CapturedModule] = {}
+    inner: dict[str, FreeAxes] = {}
+
+    def free_axes_of(name: str) -> FreeAxes:
+        if name and not inner:
+            inner.update(inner_free_axes(lambda *other: _recorded_inputs(model, *other), recorded, inputs, free))
+        return inner[name] if name else free
+
+    def with_kept(kept: dict[str, KeptInPython]) -> nn.Module:
+        reports.append(CaptureReport(kept=tuple(kept.values()), samples=_samples(inputs)))
+        return _capture_largest(model, inputs, recorded, free_axes_of, leave_out, kept, reports[-1], exported)
+
+    def check(captured: nn.Module) -> None:
+        check_same(model, captured, inputs, _still_free(captured, free))
+
+    def alone(module: nn.Module, args: Any, kwargs: Any) -> CapturedModule:
+        return _export(module, (args, kwargs), batch_axes((args, kwargs)))
+
+    if kept is not None:
+        check(captured := with_kept({k.name: k for k in kept}))
+        report = reports[-1]
+    else:
+        found = capture_as_trained(model, *inputs, Capture(with_kept, check, alone))
+        captured, report = found.model, replace(reports[-1], notes=found.notes)
+    report.fixed_batch = next((part.fixed_batch for part in _parts(captured) if part.fixed_batch), "")
+    free = _still_free(captured, free)
+    for part in _parts(captured):
+        part.halfeven_inputs = model_inputs(model, inputs, free)
+        part.halfeven_example = two_samples(inputs, free)
+    return captured, report
+
+
+def _parts(captured: nn.Module) -> list[CapturedModule]:
+    return [module for module in captured.modules() if isinstance(module, CapturedModule)]
+
+
+def _still_free(captured: nn.Module, free: FreeAxes) -> FreeAxes:
+    """Return the free axes without the batch, where the batch is a constant in a part of the model."""
+    fixed = any(part.fixed_batch for part in _parts(captured))
+    return [{axis: name for axis, name in axes.items() if not (fixed and name == BATCH)} for axes in free]
+
+
+def _samples(inputs: Inputs) -> int:
+    return max((x.shape[0] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim), default=0)
+
+
+def two_samples(inputs: Inputs, free: FreeAxes) -> Inputs:
+    """Return arguments cut to two samples where the batch is free, on the CPU."""
+    leaves, form = pytree.tree_flatten(inputs)
+    for place, axes in enumerate(free):
+        if isinstance(leaves[place], Tensor):
+            leaves[place] = (leaves[place][:2] if 0 in axes else leaves[place]).detach().cpu()
+    cut: Inputs = pytree.tree_unflatten(leaves, form)
+    return cut
 
 
 @contextmanager
@@ -153,16 +238,16 @@ def batched(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 def _capture_largest(
     model: nn.Module,
-    args: Any,
-    kwargs: Any,
+    inputs: Inputs,
+    recorded: dict[str, list[Inputs]],
+    free_axes_of: Callable[[str], FreeAxes],
     leave_out: tuple[str, ...],
     kept: dict[str, KeptInPython],
     report: CaptureReport,
     exported: dict[Any, CapturedModule],
 ) -> nn.Module:
     shells = [k.name for k in kept.values() if not k.whole]
-    inputs = _recorded_inputs(model, args, kwargs)
-    inputs[""] = (args, kwargs)
+    recorded = {**recorded, "": [inputs]}
     replaced: dict[str, nn.Module] = {}
 
     def visit(module: nn.Module, name: str) -> None:
@@ -170,18 +255,20 @@ def _capture_largest(
             report.left.append(LeftInPython(name, "left out at your request"))
             return
         prefix = f"{name}." if name else ""
-        if not any(called == name or called.startswith(prefix) for called in inputs):
+        if not any(called == name or called.startswith(prefix) for called in recorded):
             report.left.append(LeftInPython(name, "the example input does not lead to it"))
             return
         inner = [out for out in (*leave_out, *shells) if out.startswith(prefix)]
-        if name in inputs and name not in kept and not inner:
+        if name in recorded and name not in kept and not inner:
             whole = tuple(relative_to(name, kept))
             try:
                 if (name, whole) not in exported:  # what is kept elsewhere does not change this part
-                    exported[name, whole] = _export(module, *inputs[name], whole)
+                    exported[name, whole] = _export(module, recorded[name][0], free_axes_of(name), name, whole)
                 part = exported[name, whole]
+            except FixedAxisError:
+                raise
             except Exception as error:  # torch.export raises many kinds: each is reported with its line
-                report.left.append(LeftInPython(name, _reason(error)))
+                report.left.append(LeftInPython(name, reason_of(error)))
             else:
                 # Python may read the parts of one without products, which gains nothing as a graph.
                 if not shells or computes_products(part.graph):
@@ -210,13 +297,18 @@ def _capture_largest(
     return shell
 
 
-def _recorded_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, tuple[Any, Any]]:
-    """Return the (positional, keyword) arguments of each submodule's first call, by name."""
-    seen: dict[str, tuple[Any, Any]] = {}
+def _recorded_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, list[Inputs]]:
+    """Return the (positional, keyword) arguments of each submodule's calls, by name; after the first, shapes alone."""
+    seen: dict[str, list[Inputs]] = {}
+
+    def see(_: nn.Module, args: Any, kwargs: Any, name: str) -> None:
+        call = (args, kwargs)
+        if name in seen:
+            call = pytree.tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), call)
+        seen.setdefault(name, []).append(call)
+
     handles = [
-        module.register_forward_pre_hook(
-            lambda _, args, kwargs, name=name: seen.setdefault(name, (args, kwargs)) and None, with_kwargs=True
-        )
+        module.register_forward_pre_hook(partial(see, name=name), with_kwargs=True)
         for name, module in model.named_modules()
         if name
     ]
@@ -234,68 +326,59 @@ def _recorded_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, tupl
     return seen
 
 
-def _export(module: nn.Module, args: Any, kwargs: Any, kept: Sequence[str] = ()) -> CapturedModule:
-    batch = {x.shape[0] for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim}
-    size = max(batch, default=0)
+def _export(
+    module: nn.Module, inputs: Inputs, free: FreeAxes, name: str = "", kept: Sequence[str] = ()
+) -> CapturedModule:
+    described = model_inputs(module, inputs, free)
+    export = partial(_exported, module, inputs, kept)
+    try:
+        program, unlifted, calls = export(export_shapes(free))
+    except Exception as error:
+        refuse_fixed_axes(error, described, name, export, free)
+        raise
+    result = assemble(module, unlifted, calls)
+    result.stays_in_eval = left_in_eval(module)
+    result.region_name = name
+    result.region_inputs = region_inputs(result.graph, described)
+    result.size_relations = size_relations(program, result.region_inputs)
+    if is_batch_fixed(described, result.region_inputs):
+        result.fixed_batch = reason_of_fixed_batch(export, free)
+    return result
 
-    def free_batch(x: Any) -> Any:
-        dynamic = isinstance(x, Tensor) and x.ndim and x.shape[0] == size
-        return {0: torch.export.Dim.AUTO} if dynamic else None
 
-    shapes = pytree.tree_map(free_batch, _by_parameter(module, args, kwargs))
+def _exported(
+    module: nn.Module,
+    inputs: Inputs,
+    kept: Sequence[str],
+    shapes: list[Any],
+    watching: AbstractContextManager[Any] | None = None,
+) -> tuple[torch.export.ExportedProgram, fx.GraphModule, Calls]:
+    """Return the program that `torch.export` makes of a module, its graph, and the traced calls of kept modules.
+
+    Args:
+        module: the module.
+        inputs: its arguments.
+        kept: paths of the modules that are kept in Python.
+        shapes: what `torch.export` is told of each of their leaves.
+        watching: a context for `torch.export` to run in.
+    """
+    args, kwargs = inputs
+    given = pytree.tree_unflatten(shapes, pytree.tree_structure(inputs))
     fast_path = torch.backends.mha.get_fastpath_enabled()
     # The fast path of `nn.MultiheadAttention` is a fused kernel, which hides the layers inside of it.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with attributes_restored(module), leaf_markers(module), kept_markers(module, kept) as calls, quiet():
-            program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+            with SizedPools(), watching or nullcontext():
+                program = torch.export.export(
+                    module, args, kwargs, dynamic_shapes=_by_parameter(module, *given), strict=False
+                )
             unlifted = program.module()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     assert isinstance(unlifted, fx.GraphModule)
-    result = assemble(module, unlifted, calls)
-    result.stays_in_eval = left_in_eval(module)
-    return result
+    return program, unlifted, calls
 
 
 def _by_parameter(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
-
-
-def _reason(error: Exception) -> str:
-    """Return the error's first line and the innermost line of the model's own code in its traceback."""
-    text = str(error).strip().splitlines() or [type(error).__name__]
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename and "/halfeven/graph/" not in frame.filename
-    ]
-    where = f" at {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
-    return f"{type(error).__name__}: {text[0]}{where}"
-
-
-def _check_same(model: nn.Module, captured: nn.Module, args: Any, kwargs: Any) -> None:
-    """Raise CaptureError unless both models agree in eval mode, on the example and on a batch of another size."""
-    captured.eval()
-
-    def another(x: Any) -> Any:
-        return torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.ndim else x
-
-    for what, (a, k) in (
-        ("the example", (args, kwargs)),
-        ("a larger batch", pytree.tree_map(another, (args, kwargs))),
-    ):
-        with torch.no_grad(), attributes_restored(model):
-            try:
-                expected = pytree.tree_leaves(model(*a, **k))
-            except Exception:  # the example itself ran before: this model accepts no other batch size
-                continue
-            found = pytree.tree_leaves(captured(*a, **k))
-        for e, f in zip(expected, found, strict=True):
-            if isinstance(e, Tensor) and not torch.allclose(e, f, rtol=1e-4, atol=1e-5, equal_nan=True):
-                raise CaptureError(
-                    f"The captured model differs from the original on {what} (largest difference "
-                    f"{float((e - f).abs().max()):.3g}), so its quantization would prove nothing. Usual causes are a "
-                    "value that is changed in place through a view, and a shape that capture fixed. Leave the "
-                    "submodule out with leave_out=[...]."
-                )

@@ -10,7 +10,9 @@ from torch import fx, nn
 from halfeven.errors import CaptureError
 from halfeven.graph.functionalize import make_functional
 from halfeven.graph.kept_in_python import Calls, restore_kept
+from halfeven.graph.model_inputs import ModelInput
 from halfeven.graph.operators import Arguments, Operator, OperatorKind
+from halfeven.graph.size_relations import SizeRelation, sizes_checked
 from halfeven.graph.tied_names import name_readers
 from halfeven.graph.torch_private import (
     AnyDropout,
@@ -24,9 +26,12 @@ from halfeven.graph.torch_private import (
 from halfeven.graph.view import Op, operations, replace_call
 
 BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-KEPT_FIELDS = ("halfeven_plan", "halfeven_example", "execution_graph", "kept_rows", "stays_in_eval")
-"""Fields of a captured module that its copies have too."""
 CHECKS = ("_assert", "sym_constrain", "_guards")
+KEPT_FIELDS = (
+    *("halfeven_plan", "halfeven_example", "halfeven_inputs", "region_inputs", "region_name", "size_relations"),
+    *("execution_graph", "kept_rows", "stays_in_eval"),
+)
+"""Fields of a captured module that its copies have too."""
 
 
 class CapturedModule(fx.GraphModule):
@@ -46,6 +51,16 @@ class CapturedModule(fx.GraphModule):
     """The modules that the original's own `train()` leaves in eval mode, by path."""
     halfeven_example: Any = None
     """Two samples of the whole model's inputs: (positional, keyword) arguments."""
+    halfeven_inputs: Any = None
+    """The whole model's inputs: (positional, keyword) arguments with a `ModelInput` for each tensor."""
+    region_inputs: tuple[ModelInput | None, ...] = ()
+    """The region's own inputs, in the order of its graph; None for one that is no tensor."""
+    size_relations: tuple[SizeRelation, ...] = ()
+    """What must hold for the sizes of the region's inputs."""
+    fixed_batch: str = ""
+    """Why the batch is a constant in the graph; "" where it is free."""
+    region_name: str = ""
+    """Path of the region in the model; "" for the whole model."""
 
     def recompile(self) -> Any:
         code = super().recompile()
@@ -53,6 +68,7 @@ class CapturedModule(fx.GraphModule):
             # torch.fx makes a separate class for each graph module, and the class's `forward` is the graph's code.
             running = fx.GraphModule(self, self.execution_graph(self))
             type(self).forward = type(running).forward
+        type(self).forward = sizes_checked(type(self).forward)
         return code
 
     def train(self, mode: bool = True) -> "CapturedModule":
@@ -66,7 +82,8 @@ class CapturedModule(fx.GraphModule):
 
     def flat_inputs(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Return the values of the graph's placeholders, in order, for a call with these arguments."""
-        keywords = {name: kwargs[name] for name in input_keywords(self.graph) if name in kwargs}
+        names = input_keywords(self.graph) or [op.path for op in operations(self.graph) if op.is_input]
+        keywords = {name: kwargs[name] for name in names if name in kwargs}
         return pytree.tree_leaves((args, keywords))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModule":

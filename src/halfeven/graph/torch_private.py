@@ -42,6 +42,7 @@ __all__ = [
     "parameters_of",
     "pytree",
     "short_name",
+    "size_guards",
 ]
 
 
@@ -112,9 +113,17 @@ def fake_tensors() -> AbstractContextManager[Any]:
 
 
 def input_keywords(graph: fx.Graph) -> list[str]:
-    """Return the names of the keyword arguments of a graph that `torch.export` made, in the order of its inputs."""
+    """Return the names of the keyword arguments of a graph that `torch.export` made, in the order of its inputs.
+
+    A graph that was pickled takes its inputs one by one, in their order or by name: it has no keyword arguments.
+    """
     codegen: Any = graph._codegen
-    return list(codegen.pytree_info.in_spec.child(1).context)
+    return list(codegen.pytree_info.in_spec.child(1).context) if hasattr(codegen, "pytree_info") else []
+
+
+def size_guards(program: torch.export.ExportedProgram) -> list[str]:
+    """Return the conditions on input sizes under which a program is right, in Python: `L['x'].size()[2] <= 64`."""
+    return list(getattr(program, "_guards_code", ()))
 
 
 # Modules

@@ -25,19 +25,22 @@ def capture_for_quantization(
     Args:
         model: any module; the result shares its parameters, and its mode.
         example: an input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments.
-        options: name the submodules that stay Python, and decide about BatchNorm.
+        options: name the submodules that stay Python and the free axes, and decide about BatchNorm.
         kept: the modules whose own code stays Python for training, of an earlier plan; None: they are looked for.
 
     Returns:
         The captured model, and what the plan says about it.
 
     Raises:
-        CaptureError: nothing of the model could be captured.
+        CaptureError: nothing of the model could be captured, or its code makes a free axis a constant.
+        ConfigError: `dynamic_shapes` names an input or axis that the model does not have.
     """
-    captured, report = capture(model, example, options.leave_out, kept)
+    captured, report = capture(model, example, options.leave_out, kept, options.dynamic_shapes)
     notes = [f"Stays Python, in float: {left}" for left in report.left]
     notes += [f"Its own code stays Python, so that it trains as in float: {kept}" for kept in report.kept]
     notes += report.notes
+    if report.fixed_batch:
+        notes.append(f"The batch is fixed at {report.samples}, in training and in the file: {report.fixed_batch}.")
     lowered = sum(lower_attention(region) for region in regions(captured).values())
     if lowered:
         notes.append(

@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from torch import fx, nn
 
 from halfeven.errors import PlacementError
+from halfeven.graph.model_inputs import Inputs
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule, place
 from halfeven.graph.torch_private import in_backward_pass
@@ -81,17 +81,19 @@ def plan_of(model: nn.Module) -> Plan:
     return plan
 
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+def recorded_inputs(model: nn.Module) -> Inputs:
+    """Return the description of a quantized model's inputs: arguments with a `ModelInput` for each tensor.
 
-
-def record_example(model: nn.Module, inputs: Inputs) -> None:
-    """Keep (positional, keyword) arguments of two samples, on the CPU, with a quantized model: export traces it."""
-    for region in regions(model).values():
-        region.halfeven_example = inputs
+    Raises:
+        PlacementError: the model is not a quantized model.
+    """
+    plan_of(model)
+    found: Inputs = next(region.halfeven_inputs for region in regions(model).values())
+    return found
 
 
 def recorded_example(model: nn.Module) -> Inputs | None:
-    """Return the (positional, keyword) arguments that `record_example` kept; None if there are none."""
+    """Return the (positional, keyword) arguments that capture kept, on the CPU; None if there are none."""
     return next((region.halfeven_example for region in regions(model).values()), None)
 
 

@@ -1,8 +1,9 @@
 """Define the options of `halfeven.prepare`, and the user's rules."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypedDict, cast
 
+from halfeven.graph.dynamic_shapes import DynamicShapes
 from halfeven.options import Auto, Options, also_spelled, formerly
 from halfeven.quantization.fake_quantize import Domain
 from halfeven.quantization.observers import ObserverName
@@ -77,6 +78,9 @@ class QuantizationOptions(Options):
     """Exceptions by name pattern or operator kind."""
     leave_out: tuple[str, ...] = ()
     """Submodules that stay Python, in float."""
+    dynamic_shapes: DynamicShapes = field(default_factory=dict, hash=False)
+    """Axes that may have any size, besides the batch: input name -> {axis: the axis's name}, for example
+    `{"ids": {1: "tokens"}, "mask": {1: "tokens"}}`. Axes of one name are equal; files carry the names."""
 
     def __post_init__(self) -> None:
         parse_bits(self.scheme)
@@ -103,3 +107,4 @@ class QuantizationFields(TypedDict, total=False):
     first_and_last_bits: int | Auto
     rules: tuple[Rule, ...]
     leave_out: tuple[str, ...]
+    dynamic_shapes: DynamicShapes

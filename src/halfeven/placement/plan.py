@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfeven.errors import PlacementError
+from halfeven.graph.dynamic_shapes import as_dynamic_shapes
 from halfeven.graph.kept_in_python import KeptInPython
 from halfeven.placement.options import QuantizationOptions as QuantizationOptions
 from halfeven.placement.options import Rule as Rule
@@ -142,6 +143,7 @@ class Plan:
         options = dict(values["options"])
         options["rules"] = tuple(Rule(**rule) for rule in options["rules"])
         options["leave_out"] = tuple(options["leave_out"])
+        options["dynamic_shapes"] = as_dynamic_shapes(options.get("dynamic_shapes", {}))
         tensors = [_with_scheme(t) for t in values["tensors"]]
         for tensor in tensors:
             tensor["places"] = tuple(tensor["places"])

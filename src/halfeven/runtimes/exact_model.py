@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from halfeven.deployment.deployed import Deployed
 from halfeven.errors import PlacementError
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.size_relations import check_call
 from halfeven.graph.torch_private import pytree
 from halfeven.placement.make_plan import regions
 from halfeven.runtimes.deploy import deploy, runtime_of
@@ -109,5 +110,6 @@ class _ExactRegion(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         flat = self.region.flat_inputs(*args, **kwargs)
+        check_call(self.region, flat)
         result = self.interpreter[0].run(*flat, enable_io_processing=False)
         return self.region.graph.process_outputs(result)

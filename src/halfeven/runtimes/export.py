@@ -1,16 +1,28 @@
 """Write a quantized model for its runtime, in any of the formats that it reads."""
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 
-from halfeven.deployment.exported_program import example_of, exported_program
+from halfeven.deployment.exported_program import example_of, program_of
+from halfeven.deployment.file_interface import facts_of, interface_of
 from halfeven.errors import ConfigError, ExportError, HalfevenError
 from halfeven.files import storage_error
+from halfeven.placement.insertion import plan_of, recorded_inputs
 from halfeven.runtimes.deploy import deploy, runtime_of
 
 
-def export(qmodel: nn.Module, path: str | Path, target: str | None = None) -> Path:
+def export(
+    qmodel: nn.Module,
+    path: str | Path,
+    target: str | None = None,
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     """Write a quantized model for its runtime: BatchNorm folded, weights as integers, any batch size.
 
     Args:
@@ -19,12 +31,17 @@ def export(qmodel: nn.Module, path: str | Path, target: str | None = None) -> Pa
             and DequantizeLinear, opset 19. The file appears when it is complete.
         target: the runtime; None: the one that the model was made for. Another one runs the same integers as far as
             it has kernels for them; `verify` with the same target says how far that is.
+        input_names: names of the file's inputs, in their order; None: those of the model's forward.
+        output_names: names of the file's outputs, in their order; None: the keys or fields of the model's outputs,
+            "output" for a single tensor, and "output_0", "output_1" for a tuple.
+        metadata: facts to write into the file besides halfeven's version, the scheme, the target and the settings that
+            its session needs: how inputs are normalized, for example.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: a file ending that the target does not read.
+        ConfigError: a file ending that the target does not read, or names that are too many, too few or equal.
         PlacementError: a target that cannot carry the model's integers.
         CalibrationError: a range is not set yet.
         ExportError: the exporter of the format cannot write an operator of the model.
@@ -39,8 +56,11 @@ def export(qmodel: nn.Module, path: str | Path, target: str | None = None) -> Pa
         )
     try:
         deployed = deploy(qmodel, runtime)
-        program = exported_program(deployed.model, *example_of(qmodel))
-        runtime.writers[path.suffix](program, deployed, path)
+        described = recorded_inputs(qmodel)
+        facts = facts_of(plan_of(qmodel).options.scheme, runtime.name, runtime.settings, metadata or {})
+        program = program_of(deployed.model, example_of(qmodel), described)
+        interface = interface_of(program, described, input_names=input_names, output_names=output_names, metadata=facts)
+        runtime.writers[path.suffix](program, dataclasses.replace(deployed, interface=interface), path)
     except HalfevenError:
         raise
     except OSError as error:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from halfeven.deployment.exported_program import exported_program
+from halfeven.graph.model_inputs import BATCH, constant_size
 from halfeven.graph.operators import OperatorKind
 from halfeven.graph.view import Op, kind_of, module_of
 
@@ -67,7 +68,9 @@ class FloatOperators:
             nodes: operators in their order.
             values: of all that they read; numbers, and constants of the model, are part of the file.
         """
-        read = [value.contiguous() for node, value in values.items() if _is_input(node, value)]
+        inputs = [node for node, value in values.items() if _is_input(node, value)]
+        read = [values[node].contiguous() for node in inputs]
+        free = [free_axes(node) for node in inputs]
         numbers = repr([value for value in values.values() if not isinstance(value, Tensor)])
         if (nodes[-1], numbers) not in self.modules:
             module, description = _alone(nodes, values)
@@ -80,11 +83,25 @@ class FloatOperators:
         if elementwise:  # one function for all shapes
             read = [read[0].flatten()]
             shapes = ()
+            free = [(0,)]
         key = (computed, shapes)
         if key not in self.functions:
-            self.functions[key] = self.function_of(exported_program(module, tuple(read), {}))
+            self.functions[key] = self.function_of(exported_program(module, tuple(read), {}, free))
         result = self.functions[key](read, module.state_dict())
         return result.reshape(shape) if elementwise else result
+
+
+def free_axes(node: fx.Node) -> tuple[int, ...]:
+    """Return the axes of a tensor that are free in the file: the runtime has other kernels for sizes that it knows.
+
+    In a file in which the batch alone is free it is the first axis.
+    """
+    region: Any = node.graph.owning_module
+    labels = {name for known in region.region_inputs if known is not None for name in known.free.values()}
+    if labels <= {BATCH}:
+        return (0,)
+    sizes = getattr(Op(node).value, "shape", ())
+    return tuple(axis for axis, size in enumerate(sizes) if constant_size(size) is None)
 
 
 def _alone(nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> tuple[fx.GraphModule, str]:

@@ -111,6 +111,8 @@ class Runtime:
     """Opens a file, with the named tensors at hand besides its outputs."""
     exact: Interpreter | None
     """Computes the runtime's integers exactly; None where its arithmetic is not specified."""
+    settings: Sequence[str]
+    """What a session must be given for a file to compute what was verified, as `name=value`; the file lists it."""
     sums_in_16_bits: Callable[[], bool]
     """True where the runtime's kernels, on this processor, add pairs of 8-bit products in 16 bits."""
 
@@ -135,6 +137,7 @@ RUNTIMES: dict[str, Runtime] = {
             prepare_graph=openvino_passes.prepare_graph,
             open_file=OpenVINOFile,
             exact=OpenVINOInterpreter,
+            settings=OpenVINOFile.settings,
             sums_in_16_bits=adds_pairs_in_16_bits,
         ),
         Runtime(
@@ -144,6 +147,7 @@ RUNTIMES: dict[str, Runtime] = {
             prepare_graph=onnxruntime_passes.prepare_graph,
             open_file=ONNXRuntimeFile,
             exact=ONNXRuntimeInterpreter,
+            settings=ONNXRuntimeFile.settings,
             sums_in_16_bits=adds_pairs_in_16_bits,
         ),
         Runtime(
@@ -153,6 +157,7 @@ RUNTIMES: dict[str, Runtime] = {
             prepare_graph=tensorrt_passes.prepare_graph,
             open_file=TensorRTFile,
             exact=None,  # TensorRT reserves the order of its float operations
+            settings=(),
             sums_in_16_bits=lambda: False,  # its file is evaluated in float, not run
         ),
     )

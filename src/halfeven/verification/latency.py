@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from halfeven.deployment.deployed import Deployed
-from halfeven.deployment.exported_program import example_of, exported_program
+from halfeven.deployment.exported_program import example_of, program_of
 from halfeven.errors import VerificationError
 from halfeven.graph.copying import copy_model
+from halfeven.placement.insertion import recorded_inputs
 from halfeven.quantization.quantizer import Mode, set_mode
 from halfeven.runtimes.runtime import Runtime
 
@@ -56,7 +57,7 @@ def _write_float(qmodel: nn.Module, runtime: Runtime, folder: Path) -> Path:
     ending, write = next(iter(runtime.writers.items()))
     path = folder / f"float{ending}"
     try:
-        write(exported_program(floating.model, *example_of(qmodel)), floating, path)
+        write(program_of(floating.model, example_of(qmodel), recorded_inputs(qmodel)), floating, path)
     except Exception as error:  # tracers and converters raise many kinds
         raise VerificationError(
             f"The float model could not be written, so there is nothing to time the file against: {error}\nCompare "

@@ -10,6 +10,7 @@ from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.quantize_op import PER_TENSOR, ExportedQuantizer
 from halfeven.files import write_atomically
 from halfeven.runtimes.onnx import external_data
+from halfeven.runtimes.onnx.interface import write_interface
 from halfeven.runtimes.onnx.rewrite import four_bits, name_and_fold
 
 OPSET = 19
@@ -34,6 +35,9 @@ def named(program: torch.export.ExportedProgram, deployed: Deployed) -> Any:
     """Return the program of a deployed model as an `onnx_ir.Model`, with its names and its integers."""
     model = translated(program, deployed.quantizers)
     name_and_fold(model.graph, deployed)
+    model.metadata_props.clear()  # the tracer's notes
+    if deployed.interface is not None:
+        write_interface(model, deployed.interface, {quantizer.name for quantizer in deployed.quantizers})
     return model
 
 
@@ -61,7 +65,7 @@ def _proto(model: Any) -> Any:
     import onnx_ir
 
     proto = onnx_ir.to_proto(model)
-    for described in (*proto.graph.node, *proto.graph.initializer, *proto.graph.value_info, proto.graph, proto):
+    for described in (*proto.graph.node, *proto.graph.initializer, *proto.graph.value_info, proto.graph):
         del described.metadata_props[:]  # the tracer's notes, a quarter of a small file
     _describe_alone(proto.graph, _skip_connections(proto.graph))
     return proto

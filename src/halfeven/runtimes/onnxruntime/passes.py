@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from halfeven.deployment.deployed import Deployed, Int32Bias
 from halfeven.deployment.grids import grid_of, quantizer_at
-from halfeven.deployment.quantize_op import ExportedQuantizer, twin_of
+from halfeven.deployment.quantize_op import ExportedQuantizer, repeat_quantizer, twin_of
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule, place
 from halfeven.graph.view import Op, kind_of, module_of
@@ -161,18 +161,7 @@ def _repeat_quantizers(region: CapturedModule, exported: list[ExportedQuantizer]
         if (quantizer := grid_of(node)) is None or all(user.op == "output" for user in node.users):
             continue
         count += 1
-        path = f"quantizers.repeated_{count}"
-        twin = twin_of(quantizer, prefix + path, exported)
-        twin.repeats = True
-        # The values are integers of the grid already. With the whole range of the type no Clip is written, which would
-        # stand between the pair and the operator and keep them from being fused.
-        twin.quant_min = -128 if twin.signed else 0
-        twin.quant_max = 127 if twin.signed else 255
-        place(region, path, twin)
-        with region.graph.inserting_after(node):
-            again = region.graph.call_module(path, (node,))
-        again.meta = dict(node.meta)
-        node.replace_all_uses_with(again, delete_user_cb=partial(operator.is_not, again))
+        repeat_quantizer(region, node, quantizer, f"quantizers.repeated_{count}", prefix, exported)
 
 
 def _round_biases(region: CapturedModule, deployed: Deployed, prefix: str) -> None:

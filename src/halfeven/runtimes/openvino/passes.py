@@ -9,10 +9,12 @@ import torch
 from torch import fx, nn
 
 from halfeven.deployment.deployed import Deployed
-from halfeven.deployment.grids import quantizer_at
-from halfeven.graph.operators import OperatorKind
+from halfeven.deployment.grids import grid_of, quantizer_at
+from halfeven.deployment.quantize_op import ExportedQuantizer, repeat_quantizer
+from halfeven.graph.model_inputs import constant_size
+from halfeven.graph.operators import TRANSPARENT, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.graph.view import kind_of, module_of
+from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.placement.make_plan import regions
 
 CONVOLUTIONS = (OperatorKind.CONVOLUTION, OperatorKind.TRANSPOSED_CONVOLUTION)
@@ -26,6 +28,7 @@ def prepare_graph(deployed: Deployed) -> None:
     for name, region in regions(deployed.model).items():
         _keep_branch_roundings(region)
         _keep_scales_apart(region, whole=name == "")
+        _repeat_behind_free_sizes(region, deployed.quantizers, f"{name}." if name else "")
         region.graph.lint()
         region.recompile()
 
@@ -63,6 +66,31 @@ def _keep_scales_apart(region: CapturedModule, *, whole: bool) -> None:
         if layer.bias is None or not bool(layer.bias.any()):
             bias = torch.full((node.meta["val"].shape[1],), NO_BIAS)
             layer.bias = nn.Parameter(bias, requires_grad=False)
+
+
+def _repeat_behind_free_sizes(region: CapturedModule, exported: list[ExportedQuantizer], prefix: str) -> None:
+    """Insert the quantizer of its input again behind each operator that integers pass at fixed sizes alone.
+
+    The plugin (2026.4) moves integers through a nearest resize whose sizes are constants, and the writer changes pools
+    that round up, shifts and repetitions to operators that they pass; neither is possible where sizes are free. The
+    layer behind would run in float.
+    """
+    count = 0
+    for node in list(region.graph.nodes):
+        if not _needs_fixed_sizes(node) or (quantizer := grid_of(node)) is None:
+            continue
+        if any(constant_size(size) is None for size in Op(node).shape[1:]):
+            count += 1
+            repeat_quantizer(region, node, quantizer, f"quantizers.repeated_{count}", prefix, exported)
+
+
+def _needs_fixed_sizes(node: fx.Node) -> bool:
+    op = Op(node)
+    if not op.is_function or kind_of(node) not in TRANSPARENT or not op.is_float_tensor:
+        return False
+    return op.name.startswith(("upsample_nearest", "roll", "repeat")) or (
+        op.row.takes_maximum and bool(op.arguments.get("ceil_mode"))
+    )
 
 
 def _reads_grids(node: fx.Node) -> bool:

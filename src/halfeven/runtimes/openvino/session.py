@@ -133,13 +133,25 @@ def request_with(compiled: Any, inputs: Sequence[Tensor]) -> Any:
     return request
 
 
-def with_outputs(model: Any, names: Sequence[str]) -> list[str]:
-    """Make the named tensors outputs of a model, after its own; return the names that it has."""
-    found = {name for node in model.get_ordered_ops() for port in node.outputs() for name in port.get_names()}
-    present = [name for name in names if name in found]
-    for name in present:
-        model.add_outputs(name)
-    return present
+def with_outputs(model: Any, names: Sequence[str]) -> dict[str, int]:
+    """Make the named tensors outputs of a model, after its own; return the numbers of their outputs by name.
+
+    A tensor that the model returns has the output's name alone: it is found by the name of the operator that makes it.
+    """
+    ports = [port for node in model.get_ordered_ops() for port in node.outputs()]
+    found = {port.get_node().get_friendly_name(): port for port in ports}
+    found |= {name: port for port in ports for name in port.get_names()}
+    return {name: _output_of(model, found[name]) for name in names if name in found}
+
+
+def _output_of(model: Any, port: Any) -> int:
+    """Return the number of a model's output of this tensor, which is added where there is none."""
+    readers = [reader.get_node() for reader in port.get_target_inputs()]
+    own = [reader.get_name() for reader in readers if reader.get_type_name() == "Result"]
+    if not own:
+        model.add_outputs(port)
+        return len(model.outputs) - 1
+    return [result.get_name() for result in model.get_results()].index(own[0])
 
 
 def executed_layers(compiled: Any, layers: Sequence[str]) -> list[LayerExecution]:
@@ -257,10 +269,7 @@ class OpenVINOFile:
     def __init__(self, path: Path, tensors: Sequence[str] = ()) -> None:
         self.path = path
         opened = read(path)
-        with_outputs(opened, tensors)
-        # Where the model returns a tensor that is quantized, that output is the tensor's.
-        named = [(name, index) for index, port in enumerate(opened.outputs) for name in port.get_names()]
-        self.output_index = {name: index for name, index in named if name in tensors}
+        self.output_index = with_outputs(opened, tensors)
         self.compiled = compile_model(opened)
 
     @property

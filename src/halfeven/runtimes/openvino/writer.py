@@ -10,8 +10,11 @@ import torch
 
 from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.layer_calls import call_name
+from halfeven.deployment.file_interface import input_values
 from halfeven.deployment.quantize_op import PER_TENSOR, WEIGHT_SUFFIX
 from halfeven.files import replacing
+from halfeven.graph.model_inputs import constant_size
+from halfeven.runtimes.openvino.interface import write_interface
 from halfeven.runtimes.openvino.telemetry import silently
 
 
@@ -31,7 +34,7 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     extensions = [ConversionExtension(f"halfeven.{name}.default", made) for name, made in translations.items()]
     model = openvino.convert_model(program, extension=extensions)
     # The front end forgets which sizes are fixed; the plugin's kernels are faster when it knows.
-    sizes = zip(model.inputs, _inputs(program), strict=True)
+    sizes = zip(model.inputs, input_values(program), strict=True)
     model.reshape({port: openvino.PartialShape(_sizes(value)) for port, value in sizes})
     model.validate_nodes_and_infer_types()
     write_out_ceilings(model)
@@ -180,13 +183,8 @@ def _indices(node: Any) -> dict[int, Any]:
     return found
 
 
-def _inputs(program: torch.export.ExportedProgram) -> list[torch.Tensor]:
-    names = program.graph_signature.user_inputs
-    return [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-
-
 def _sizes(value: torch.Tensor) -> list[int]:
-    return [size if isinstance(size, int) else -1 for size in value.shape]
+    return [-1 if size is None else size for size in map(constant_size, value.shape)]
 
 
 def _matmul(context: Any) -> list[Any]:
@@ -308,6 +306,8 @@ def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path)
     import openvino
 
     converted = convert(program, [quantizer.name for quantizer in deployed.quantizers])
+    if deployed.interface is not None:
+        write_interface(converted, deployed.interface)
     weights = path.with_suffix(".bin")
     # The weights first: a new .xml must never stand beside an old .bin.
     with replacing(weights, path) as folder:

@@ -1,0 +1,130 @@
+"""The interface of a deployed file: names of its inputs and outputs, names of their free axes, and facts about it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from halfeven.errors import ConfigError
+from halfeven.graph.model_inputs import Inputs, ModelInput, constant_size, path_names
+from halfeven.graph.torch_private import pytree
+
+OUTPUT = "output"
+"""Name of a model's only output, and the beginning of the names "output_0", "output_1" of a tuple's tensors."""
+
+
+@dataclass(frozen=True)
+class FileInterface:
+    """What a file says of itself."""
+
+    inputs: tuple[str, ...]
+    """Names of the inputs, in their order."""
+    outputs: tuple[str, ...]
+    """Names of the outputs, in their order."""
+    axes: tuple[Mapping[int, str], ...] = ()
+    """For each input the names of its free axes, by their numbers."""
+    symbols: Mapping[str, str] = field(default_factory=dict)
+    """Name of a free axis by the symbol that torch.export gives its size."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Facts by name."""
+
+
+def interface_of(
+    program: torch.export.ExportedProgram,
+    described: Inputs,
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> FileInterface:
+    """Return the interface of the file of a program: names as the model's forward has them, unless others are given.
+
+    Args:
+        program: the program to write.
+        described: the model's inputs, as `recorded_inputs` returns them.
+        input_names: names for the inputs, in their order.
+        output_names: names for the outputs, in their order.
+        metadata: facts to write into the file.
+
+    Raises:
+        ConfigError: names that are too many, too few or equal.
+    """
+    args, kwargs = described
+    order = _keyword_order(program)
+    leaves = pytree.tree_leaves((args, {name: kwargs[name] for name in order}))
+    known = [leaf for leaf in leaves if isinstance(leaf, ModelInput)]
+    inputs = _chosen("input", [one.name for one in known], input_names)
+    own = [f"{name}_{OUTPUT}" if name in inputs else name for name in _output_names(program)]
+    outputs = _chosen("output", own, output_names)
+    axes = [one.free for one in known]
+    if both := set(inputs) & set(outputs):
+        raise ConfigError(
+            f"{', '.join(sorted(both))} would name an input and an output, and a file's names must differ. Give other "
+            "input_names or output_names."
+        )
+    return FileInterface(
+        inputs=inputs,
+        outputs=outputs,
+        axes=tuple(axes),
+        symbols=_symbols(program, known),
+        metadata={**(metadata or {}), "axes": json.dumps(dict(zip(inputs, axes, strict=True)))},
+    )
+
+
+def facts_of(scheme: str, target: str, settings: Sequence[str], more: Mapping[str, str]) -> dict[str, str]:
+    """Return the facts that every file contains: who wrote it, how it is quantized, and how it is to be run.
+
+    Args:
+        scheme: bits of weights and activations.
+        target: name of the runtime that the file is for.
+        settings: settings that the runtime's session must be given, as `name=value`.
+        more: further facts of the user's.
+    """
+    told = ", ".join(settings)
+    return {"version": version("halfeven"), "scheme": scheme, "target": target, "settings": told, **more}
+
+
+def input_values(program: torch.export.ExportedProgram) -> list[Tensor]:
+    """Return the recorded tensors of a program's inputs, in their order; the size of a free axis is a symbol."""
+    names = program.graph_signature.user_inputs
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _keyword_order(program: torch.export.ExportedProgram) -> list[str]:
+    form = program.call_spec.in_spec
+    assert form is not None
+    places = pytree.tree_unflatten(list(range(form.num_leaves)), form)
+    return list(places[1])
+
+
+def _output_names(program: torch.export.ExportedProgram) -> list[str]:
+    form = program.call_spec.out_spec
+    assert form is not None
+    tree = pytree.tree_unflatten(list(range(form.num_leaves)), form)
+    constants = [spec.arg for spec in program.graph_signature.output_specs]
+    kept = [hasattr(arg, "name") and not hasattr(arg, "value") for arg in constants[-form.num_leaves :]]
+    return [name for name, tensor in zip(path_names(tree, OUTPUT), kept, strict=True) if tensor]
+
+
+def _chosen(what: str, own: Sequence[str], given: Sequence[str] | None) -> tuple[str, ...]:
+    if given is None:
+        return tuple(own)
+    if len(given) != len(own) or len(set(given)) != len(given):
+        raise ConfigError(
+            f"{what}_names={list(given)} does not name the model's {len(own)} {what}s, which are {', '.join(own)}, so "
+            "the file was not written. Give a different name for each, in this order."
+        )
+    return tuple(given)
+
+
+def _symbols(program: torch.export.ExportedProgram, known: Sequence[ModelInput]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for one, value in zip(known, input_values(program), strict=True):
+        for axis, name in one.free.items():
+            if constant_size(value.shape[axis]) is None:
+                found[str(value.shape[axis])] = name
+    return found

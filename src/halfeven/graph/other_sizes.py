@@ -1,0 +1,96 @@
+"""A call's inputs at other sizes of their free axes: a captured model must equal the original there, too."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfeven.errors import CaptureError
+from halfeven.graph.dynamic_shapes import FreeAxes, batch_axes
+from halfeven.graph.model_inputs import BATCH, Inputs
+from halfeven.graph.torch_private import pytree
+
+
+@dataclass(frozen=True)
+class OtherSize:
+    """A call's inputs with one named axis at another size than the example's."""
+
+    axis_name: str
+    size: int
+    inputs: Inputs
+
+
+def other_sizes(inputs: Inputs, free: FreeAxes) -> Iterator[OtherSize]:
+    """Yield the inputs at other sizes, axis by axis.
+
+    The original may not take all of them: strides and windows want multiples, tables of positions have an end. Half the
+    size comes before twice the size, because an index beyond the end of a table stops a GPU for good.
+    """
+    for label in dict.fromkeys(label for axes in free for label in axes.values()):
+        for change in (_one_more,) if label == BATCH else (_half, _twice, _one_more):
+            other = _resized(inputs, free, label, change)
+            if other is not None:
+                yield other
+
+
+def _resized(inputs: Inputs, free: FreeAxes, label: str, change: Callable[[Tensor, int], Tensor]) -> OtherSize | None:
+    leaves, form = pytree.tree_flatten(inputs)
+    places = [(place, axis) for place, axes in enumerate(free) for axis, name in axes.items() if name == label]
+    before = leaves[places[0][0]].shape[places[0][1]]
+    for place, axis in places:
+        leaves[place] = change(leaves[place], axis)
+    size = leaves[places[0][0]].shape[places[0][1]]
+    return OtherSize(label, size, pytree.tree_unflatten(leaves, form)) if size != before else None
+
+
+def _one_more(x: Tensor, axis: int) -> Tensor:
+    return torch.cat([x, x.narrow(axis, 0, 1)], axis)
+
+
+def _twice(x: Tensor, axis: int) -> Tensor:
+    return torch.cat([x, x], axis)
+
+
+def _half(x: Tensor, axis: int) -> Tensor:
+    return x.narrow(axis, 0, max(min(2, x.shape[axis]), x.shape[axis] // 2))
+
+
+Recorded = Mapping[str, Sequence[Inputs]]
+"""The inputs of each submodule's calls, by its name."""
+
+
+def inner_free_axes(
+    record: Callable[[Any, Any], Recorded], recorded: Recorded, inputs: Inputs, free: FreeAxes
+) -> dict[str, FreeAxes]:
+    """Return the free axes of each submodule's inputs: those whose sizes change with a size of the model's inputs, and
+    those that differ between its calls (a head that several levels share).
+
+    Args:
+        record: runs the model and returns the inputs of each submodule.
+        recorded: those on the example.
+        inputs: the example.
+        free: the free axes of the model's inputs.
+    """
+    found = {name: batch_axes(calls[0]) for name, calls in recorded.items()}
+    for name, (first, *later) in recorded.items():
+        for call in later:
+            _add_changed(found[name], first, call, BATCH)
+    for other in other_sizes(inputs, free):
+        try:
+            seen = record(*other.inputs)
+        except CaptureError:  # the model does not take this size
+            continue
+        for name in found.keys() & seen.keys():
+            _add_changed(found[name], recorded[name][0], seen[name][0], other.axis_name)
+    return found
+
+
+def _add_changed(free: FreeAxes, before: Inputs, after: Inputs, label: str) -> None:
+    pairs = zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=False)
+    for axes, (x, y) in zip(free, pairs, strict=False):
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == y.ndim:
+            for axis in range(x.ndim):
+                if x.shape[axis] != y.shape[axis]:
+                    axes.setdefault(axis, label)
