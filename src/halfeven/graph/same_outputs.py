@@ -41,8 +41,8 @@ def check_same(model: nn.Module, captured: nn.Module, inputs: Inputs, free: Free
                 found = _leaves(captured, other.inputs)
             except Exception as error:
                 raise CaptureError(
-                    f"The captured model does not run on {where}, and the original does: {reason_of(error)}\nSo capture "
-                    "fixed a shape, and the deployed file would fail there. Leave the submodule out with "
+                    f"The captured model does not run on {where}, and the original does: {reason_of(error)}\nSo "
+                    "capture fixed a shape, and the deployed file would fail there. Leave the submodule out with "
                     "leave_out=[...]."
                 ) from error
             _check_equal(where, expected, found)
