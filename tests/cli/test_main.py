@@ -269,7 +269,8 @@ def test_help_lists_what_can_be_set(command, columns, config, capsys, monkeypatc
     own = [f for f in dataclasses.fields(kind) if f.name not in {*POSITIONALS, "experiment"}]
     assert listed[len(own) : len(own) + len(first)] == first
     fields = {name for name in listed if "." in name}
-    assert fields == {name for name in read_by_tyro(kind, load_experiment(config)) if "." in name}
+    in_configs_alone = {"--quantization.dynamic-shapes"}  # a dict of dicts; tyro alone would list it
+    assert fields == {name for name in read_by_tyro(kind, load_experiment(config)) - in_configs_alone if "." in name}
 
 
 def read_by_tyro(kind, experiment):
