@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from halfeven.deployment.deployed import Deployed
-from halfeven.deployment.layer_calls import call_name
 from halfeven.deployment.file_interface import input_values
+from halfeven.deployment.layer_calls import call_name
 from halfeven.deployment.quantize_op import PER_TENSOR, WEIGHT_SUFFIX
 from halfeven.files import replacing
 from halfeven.graph.model_inputs import constant_size
