@@ -30,7 +30,7 @@ FLOORS = [
     {"tasks"},
     {"graph"},
     {"quantization"},
-    {"options", "imports", "distributed", "files", "decision", "moved"},
+    {"options", "imports", "distributed", "files", "integrity", "decision", "moved"},
     {"nearest"},
     {"errors", "renamed"},
 ]

@@ -11,10 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from halfeven.errors import CheckpointError
+from halfeven.errors import CheckpointError, HalfevenError
 from halfeven.files import write_atomically
+from halfeven.integrity import check_facts, check_tensors, listed, sealed, wrong_values
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import Plan
+from halfeven.placement.plan_in_file import read_plan
+from halfeven.quantization.stored_ranges import wrong_ranges
 from halfeven.zoo.weights import differences
 
 FORMAT = "1"
@@ -22,7 +25,7 @@ FORMAT = "1"
 
 
 def save(qmodel: nn.Module, path: str | Path, extra: dict[str, Any] | None = None) -> None:
-    """Write a quantized model to a safetensors file: its state dict, its plan, and the versions that wrote it.
+    """Write a quantized model to a safetensors file: state dict, plan, versions that wrote it, and a digest of all.
 
     Args:
         qmodel: a model from `prepare`, `quantize` or `load`.
@@ -41,7 +44,8 @@ def restore(path: str | Path, rebuild: Callable[[Plan], nn.Module]) -> nn.Module
         rebuild: returns the quantized model of a plan, with any weights; the weights of the file are loaded into it.
 
     Raises:
-        CheckpointError: the file is no such checkpoint, or belongs to another model; the message lists the differences.
+        CheckpointError: the file is no such checkpoint, is damaged, or belongs to another model; the message lists the
+            differences.
     """
     state, facts = read_tensors(Path(path))
     if "plan" not in facts:
@@ -50,9 +54,30 @@ def restore(path: str | Path, rebuild: Callable[[Plan], nn.Module]) -> nn.Module
             "halfeven.save or a training run wrote (best.safetensors, last.safetensors). For float weights, set "
             "model.weights."
         )
-    qmodel = rebuild(Plan.from_dict(json.loads(facts["plan"])))
+    qmodel = _rebuilt(read_plan(facts["plan"], Path(path)), rebuild, path)
     load_strictly(qmodel, state, path)
+    if problems := wrong_ranges(qmodel):
+        raise _unusable(path, problems)
     return qmodel
+
+
+def _rebuilt(plan: Plan, rebuild: Callable[[Plan], nn.Module], path: str | Path) -> nn.Module:
+    try:
+        return rebuild(plan)
+    except HalfevenError:
+        raise
+    except Exception as error:  # a plan for another model meets whatever its graph stumbles over
+        raise CheckpointError(
+            f"The plan in {path} cannot be followed in this model ({type(error).__name__}: {error}), so its weights "
+            "have no place. Give the float model and the example input that it was trained with."
+        ) from error
+
+
+def _unusable(path: str | Path, problems: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds values that no quantized model has, so its results would mean nothing:\n{listed(problems)}\n"
+        "The file was changed after it was written, or training had failed before. Use another checkpoint."
+    )
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -62,21 +87,39 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | Path) 
         path: the file that the state dict comes from, for the message.
 
     Raises:
-        CheckpointError: names or shapes differ; the message lists them.
+        CheckpointError: names, shapes or dtypes differ, or a value cannot be; the message lists them.
     """
-    problem = differences(state, model.state_dict())
+    wanted = model.state_dict()
+    problem = differences(state, wanted)
     if problem:
         raise CheckpointError(
             f"{path} is not a checkpoint of this model:\n{problem}\nLoading a part of its weights would make another "
             "model. Give the float model, number of classes and example input that it was trained with."
         )
+    dtypes = [(key, tensor.dtype, wanted[key].dtype) for key, tensor in state.items()]
+    if others := [f"{key} is {found} instead of {right}" for key, found, right in dtypes if found != right]:
+        raise CheckpointError(
+            f"{path} holds tensors of other dtypes than the model:\n{listed(others)}\nConverted, they would be other "
+            "numbers. Give the float model in the precision that it was trained in, for example model.float()."
+        )
+    if problems := wrong_values(state, wanted):
+        raise _unusable(path, problems)
     model.load_state_dict(state)
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
     """Return the facts saved with a checkpoint: `plan`, `extra`, and the versions of `halfeven` and `torch`."""
     facts: dict[str, Any] = dict(read_metadata(Path(path)))
-    return facts | {key: json.loads(facts[key]) for key in ("plan", "extra") if key in facts}
+    return facts | {key: _json(facts[key], key, path) for key in ("plan", "extra") if key in facts}
+
+
+def _json(text: str, key: str, path: str | Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: its {key} is no JSON ({type(error).__name__}). Use another checkpoint."
+        ) from error
 
 
 def save_weights(model: nn.Module, path: Path, extra: dict[str, Any] | None = None) -> None:
@@ -102,7 +145,7 @@ def write_tensors(state: dict[str, Tensor], path: Path, facts: dict[str, str]) -
             names[place] = name
             tensors[name] = tensor.detach().clone(memory_format=torch.contiguous_format).cpu()
     versions = {"format": FORMAT, "halfeven": version("halfeven"), "torch": str(torch.__version__)}
-    metadata = versions | {"same": json.dumps(same)} | facts
+    metadata = sealed(tensors, versions | {"same": json.dumps(same)} | facts)
     write_atomically(path, lambda partial: save_file(tensors, partial, metadata))
 
 
@@ -130,6 +173,7 @@ def read_metadata(path: Path) -> dict[str, str]:
             f"{path} has format {metadata['format']}, written by halfeven {metadata.get('halfeven', '?')}; this "
             f"version reads format {FORMAT} and would misread it. Load it with the version that wrote it."
         )
+    check_facts(metadata, path)
     return metadata
 
 
@@ -140,8 +184,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         CheckpointError: there is no such file, it is damaged, or another version of halfeven wrote it.
     """
     metadata = read_metadata(path)
-    with safe_open(path, "pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-    for name, kept in json.loads(metadata.get("same", "{}")).items():
-        state[name] = state[kept]
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        check_tensors(state, metadata, path)
+        for name, kept in json.loads(metadata.get("same", "{}")).items():
+            state[name] = state[kept]
+    except (HalfevenError, MemoryError):
+        raise
+    except Exception as error:  # a damaged header meets whatever its reader stumbles over
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}: {error}), so it cannot be loaded. Use another checkpoint."
+        ) from error
     return state, metadata

@@ -1,13 +1,14 @@
 """Open a run for a command: the data, the processes, the folder that holds a run, and the table of accuracies."""
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 import torch
 from accelerate import Accelerator
@@ -296,6 +297,13 @@ def _up_to_date_record(kind: Any, recorded: Any) -> Any:
     tupled = {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
     # The user has not written the record, so a warning would ask for a change that cannot be made.
     current = up_to_date(kind, tupled, warn=False)
+    # A field that came with a later version than the run's has its default.
+    news = {
+        field.name: field.default
+        for field in dataclasses.fields(cast(Any, kind))
+        if field.default is not dataclasses.MISSING
+    }
+    current = news | current
     return {name: _up_to_date_record(hints.get(name), value) for name, value in current.items()}
 
 

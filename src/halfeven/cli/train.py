@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -25,15 +26,16 @@ from halfeven.cli.run import (
     open_run,
 )
 from halfeven.distributed import world_size
+from halfeven.errors import CheckpointError, HalfevenError
 from halfeven.layerwise.calibrate import calibrate
 from halfeven.pipelines import prepare, rebuild, resume_qat, setup_qat
 from halfeven.placement.insertion import plan_of
-from halfeven.placement.plan import Plan
+from halfeven.placement.plan_in_file import read_plan
 from halfeven.qat.recipe import decide
 from halfeven.qat.session import QATSession
 from halfeven.training.accelerator import described_processes, mixed_precision
 from halfeven.training.options import TrainingOptions
-from halfeven.training.state import STATE_FILE, load_state
+from halfeven.training.state import NO_RESUME, STATE_FILE, load_state
 from halfeven.training.trainer import Run, Trainer
 from halfeven.zoo.models import create_model
 from halfeven.zoo.weights import load_weights
@@ -111,11 +113,13 @@ def _with_scaled_rates(context: RunContext) -> RunContext:
 
 def _continue(context: RunContext, model: nn.Module) -> tuple[nn.Module, QATSession, dict[str, Any]]:
     """Rebuild the quantized model of an interrupted training, except for its state, which the trainer loads."""
-    header: dict[str, Any] = json.loads(load_state(context.folder / STATE_FILE).header)
+    state_file = context.folder / STATE_FILE
+    header = _header(state_file)
     trained = context.folder / FLOAT_FOLDER / BEST
     if context.experiment.pretraining.epochs:
         load_weights(model, trained)
-    qmodel = rebuild(model, context.datasets.example(), Plan.from_dict(header["plan"])).to(context.accelerator.device)
+    plan = read_plan(json.dumps(header["plan"]), state_file)
+    qmodel = rebuild(model, context.datasets.example(), plan).to(context.accelerator.device)
     loader, inputs = _loaders(context)
     qat = context.experiment.qat
     schedule = context.experiment.schedule
@@ -123,6 +127,18 @@ def _continue(context: RunContext, model: nn.Module) -> tuple[nn.Module, QATSess
     teacher = model.to(context.accelerator.device)
     session = resume_qat(qmodel, teacher, recipe, loader, qat, schedule, inputs, context.task.logits)
     return qmodel, session, header
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Return the facts about the model in the state of a quantized training."""
+    try:
+        header = json.loads(load_state(path).header)
+        if isinstance(header, dict) and {"plan", "float"} <= header.keys():
+            return header
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, HalfevenError):
+            raise
+    raise CheckpointError(f"{path} does not say how its model is quantized. {NO_RESUME}")
 
 
 def _loaders(context: RunContext) -> tuple[Any, Callable[[], Any]]:

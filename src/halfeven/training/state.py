@@ -1,18 +1,25 @@
 """The state of a training run, in one file: a run resumed from it equals an uninterrupted run."""
 
-import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from halfeven.errors import CheckpointError
+from halfeven.errors import CheckpointError, HalfevenError
 from halfeven.files import write_atomically
+from halfeven.integrity import check_zip
 
 STATE_FILE = "state.pt"
 FORMAT = 2
 """Version of the file's layout; a file of another version is refused."""
+
+NO_RESUME = (
+    "The run cannot be resumed from it. best.safetensors beside it can still be tested and exported; start anew with "
+    "--overwrite or in another --work-dir."
+)
 
 LABELS = {"images": "samples"}
 """Names of positions in messages, where they differ from those in files."""
@@ -41,6 +48,14 @@ class TrainingState:
     format: int = FORMAT
 
 
+KINDS: dict[str, type] = {
+    **dict.fromkeys(("model", "optimizer", "scaler", "best", "last", "position", "others"), dict),
+    "step": int,
+    "header": str,
+}
+"""Types of the fields in a file."""
+
+
 def save_state(state: TrainingState, path: Path) -> None:
     """Write the state of a run atomically."""
     content = {key: getattr(state, key) for key in TrainingState.__dataclass_fields__}
@@ -59,12 +74,16 @@ def load_state(path: Path) -> TrainingState:
             "--work-dir of the interrupted run."
         )
     try:
+        check_zip(path)
         # "cpu": the file may come from a machine with another device; `load_state_dict` moves what it loads.
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {NO_RESUME}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a file of another program meets whatever its reader stumbles over
         raise CheckpointError(
-            f"{path} cannot be read as a training state: {str(error).splitlines()[0]} The run cannot be resumed from "
-            "it. Start anew in another --work-dir."
+            f"{path} cannot be read as a training state ({type(error).__name__}). {NO_RESUME}"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
@@ -72,7 +91,25 @@ def load_state(path: Path) -> TrainingState:
             f"{path} holds a training state of format {found}; this version of halfeven reads format {FORMAT} and "
             "would misread it. Resume with the version that wrote it, or start anew in another --work-dir."
         )
+    wrong = [name for name, kind in KINDS.items() if not isinstance(content.get(name), kind)]
+    if wrong := wrong + [str(key) for key in content if key not in TrainingState.__dataclass_fields__]:
+        raise CheckpointError(f"{path} holds no whole training state (look at {', '.join(wrong[:5])}). {NO_RESUME}")
     return TrainingState(**content)
+
+
+@contextmanager
+def belonging(path: Path) -> Iterator[None]:
+    """Turn what torch raises, within the context, of a state that does not fit model and optimizer into a message."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if isinstance(error, HalfevenError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"The state in {path} does not belong to this model and its optimizer ({type(error).__name__}: {reason}). "
+            f"{NO_RESUME}"
+        ) from error
 
 
 def check_position(found: dict[str, int], wanted: dict[str, int], path: Path) -> None:

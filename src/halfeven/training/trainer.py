@@ -29,7 +29,7 @@ from halfeven.training.optimization import learning_rate, make_optimizer
 from halfeven.training.options import TrainingOptions
 from halfeven.training.progress import RunLog, plain_console
 from halfeven.training.sampling import TrainingBatches, mix
-from halfeven.training.state import STATE_FILE, TrainingState, check_position, load_state, save_state
+from halfeven.training.state import STATE_FILE, TrainingState, belonging, check_position, load_state, save_state
 from halfeven.training.stopping import StopRequested, deferred
 
 
@@ -345,14 +345,15 @@ class Trainer:
                 "before. Start anew with --overwrite or in another --work-dir, with a lower training.learning_rate if "
                 "the data are right."
             )
-        self.model.load_state_dict(state.model)
-        self.optimizer.load_state_dict(state.optimizer)
-        if self.accelerator.scaler is not None and state.scaler:
-            self.accelerator.scaler.load_state_dict(state.scaler)
-        for name, kept in self.callback.stateful.items():
-            kept.load_state_dict(state.others[name])
-        models = (self.model, *self.callback.other_models.values())
-        set_own_statistics(models, state.others.get(_statistics_of(rank()), {}))
+        with belonging(path):
+            self.model.load_state_dict(state.model)
+            self.optimizer.load_state_dict(state.optimizer)
+            if self.accelerator.scaler is not None and state.scaler:
+                self.accelerator.scaler.load_state_dict(state.scaler)
+            for name, kept in self.callback.stateful.items():
+                kept.load_state_dict(state.others[name])
+            models = (self.model, *self.callback.other_models.values())
+            set_own_statistics(models, state.others.get(_statistics_of(rank()), {}))
         self.step = state.step
         self.best = state.best
         self.last = state.last

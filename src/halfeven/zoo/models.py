@@ -28,6 +28,9 @@ class ModelOptions(Options):
     "package.module:function"."""
     weights: str = ""
     """Float weights: "pretrained" (the library's own), the path of a file, or "" for random ones."""
+    weights_entry: str = "auto"
+    """Key of the weights in a .pth file that holds several sets, such as "state_dict_ema"; "auto": "state_dict" or
+    "model" before averaged ones."""
     num_classes: PositiveInt = 1000
     """Classes of the head; in segmentation and detection with the background."""
     in_chans: PositiveInt = 3
@@ -59,7 +62,7 @@ def create_model(options: ModelOptions) -> nn.Module:
             f"model.arguments={options.arguments}: {error}. Remove the arguments that it does not take."
         ) from error
     if options.weights and not pretrained:
-        load_weights(model, options.weights)
+        load_weights(model, options.weights, options.weights_entry)
     return model
 
 

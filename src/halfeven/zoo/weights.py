@@ -1,16 +1,16 @@
 """Read files of float weights without running code, and rename the layers that other libraries name differently."""
 
-import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from halfeven.errors import CheckpointError
+from halfeven.errors import CheckpointError, HalfevenError
+from halfeven.integrity import check_facts, check_tensors, listed, wrong_values
+from halfeven.zoo.torch_files import read_torch_file, shortened
 
 MOBILENET_V2_REPEATS = (1, 2, 3, 4, 3, 3, 1)
 """Inverted residual blocks of each stage of MobileNetV2."""
@@ -71,11 +71,24 @@ WRAPPERS = (("module.", ""), ("_orig_mod.", ""), ("backbone.", ""), ("head.fc.",
 """Prefixes that DDP, torch.compile and OpenMMLab put before a model's own names -> their replacements."""
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors file, or of a .pth / .pt file without unpickling any code.
+ENTRIES = ("state_dict", "model", "state_dict_ema", "model_ema", "ema_state_dict")
+"""Keys of the weights in files of several libraries, the first of which is read if the user names none."""
+COUNTERS = ("steps", "n_averaged")
+"""Numbers of steps that mmengine and torch keep beside averaged weights, which are named "module.NAME" there."""
+SHOWN = 8
+"""Largest number of names in a line of a message."""
+
+
+def read_weights(path: str | Path, entry: str = "auto") -> dict[str, Tensor]:
+    """Read the tensors of a .safetensors file, or of a .pth / .pt file without running any code of it.
+
+    Args:
+        path: the file.
+        entry: key of the weights in a .pth file that holds several; "auto": the first of `ENTRIES`, with a warning
+            where there are further ones.
 
     Raises:
-        CheckpointError: the file is missing, of an unknown kind, or has more in it than tensors.
+        CheckpointError: the file is missing, damaged, of an unknown kind, or has no weights in it.
     """
     path = Path(path)
     if not path.is_file():
@@ -86,8 +99,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         )
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
-        except SafetensorError as error:
+            with safe_open(path, "pt") as file:
+                facts = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            check_facts(facts, path)
+            check_tensors(tensors, facts, path)
+            return tensors
+        except (HalfevenError, MemoryError):
+            raise
+        except Exception as error:  # a damaged header meets whatever its reader stumbles over
             raise CheckpointError(
                 f"{path} is not a whole safetensors file ({error}), so there are no weights for the model. Download or "
                 "write it again."
@@ -97,37 +117,64 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"The weights file {path} ends with {path.suffix or 'nothing'!r}, so its format is not known. Give a "
             ".safetensors file, or a .pth / .pt file written by torch.save."
         )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    content, left_out = read_torch_file(path)
+    tensors = _state_dict_of(content, path, entry, left_out)
+    if left_out:
+        warnings.warn(
+            f"{path} holds objects of {shortened(left_out)} beside its weights. They were left out, because reading "
+            "them would run code; the weights are whole.",
+            stacklevel=2,
+        )
+    return tensors
+
+
+def _state_dict_of(content: Any, path: Path, entry: str, left_out: tuple[str, ...]) -> dict[str, Tensor]:
+    found = [key for key in ENTRIES if isinstance(content, dict) and isinstance(content.get(key), dict)]
+    if entry != "auto" and not (isinstance(content, dict) and isinstance(content.get(entry), dict)):
         raise CheckpointError(
-            f"The weights file {path} cannot be read as tensors alone: {str(error).splitlines()[0]} Anything else in "
-            "it would be code, which halfeven never runs. Load it where you trust it, and save its state_dict alone: "
-            'torch.save(torch.load(path, weights_only=False)["state_dict"], "weights.pth").'
-        ) from error
-    return _state_dict_of(content, path)
-
-
-def _state_dict_of(content: Any, path: Path) -> dict[str, Tensor]:
-    for key in ("state_dict", "model", "state_dict_ema"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+            f'{path} has no weights under "{entry}", as model.weights_entry asks. '
+            f"{f'It has them under {_quoted(found)}.' if found else 'Leave model.weights_entry out.'}"
+        )
+    if entry == "auto" and len(found) > 1:
+        warnings.warn(
+            f'{path} holds several sets of weights: {_quoted(found)}. "{found[0]}" is read; set model.weights_entry to '
+            'read another. (Averaged weights are under "state_dict" in mmengine\'s files, and under '
+            '"state_dict_ema" or "model_ema" in those of timm and torchvision.)',
+            stacklevel=2,
+        )
+    if isinstance(content, dict) and (found or entry != "auto"):
+        content = content[found[0] if entry == "auto" else entry]
+    if not isinstance(content, dict) or not content or not any(isinstance(v, Tensor) for v in content.values()):
+        objects = f" It holds objects of {shortened(left_out)}, which only code can read." if left_out else ""
         raise CheckpointError(
             f"The file {path} has no state_dict, so there are no weights for the model: it is neither a dict of "
-            'tensors by name, nor has it one under "state_dict" or "model". Save model.state_dict() with torch.save.'
+            f'tensors by name, nor has it one under "state_dict" or "model".{objects} Save model.state_dict() with '
+            "torch.save."
+        )
+    kept = [key for key in content if key not in COUNTERS]
+    if all(str(key).startswith("module.") for key in kept):
+        content = {key: content[key] for key in kept}
+    # A tensor that code would have to make is none here.
+    strange = [str(key) for key, one in content.items() if not (isinstance(key, str) and isinstance(one, Tensor))]
+    if strange:
+        raise CheckpointError(
+            f"The state_dict in {path} holds {', '.join(strange[:SHOWN])}, which are not plain tensors, so the weights "
+            "are not whole. Convert them to tensors where the file was made."
         )
     return dict(content)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def _quoted(keys: list[str]) -> str:
+    return ", ".join(f'"{key}"' for key in keys)
+
+
+def load_weights(model: nn.Module, path: str | Path, entry: str = "auto") -> None:
     """Load float weights into `model`, renaming timm's, torchvision's or OpenMMLab's names to the model's own.
 
     Raises:
         CheckpointError: the file cannot be read, or its tensors are not the model's; the message lists the differences.
     """
-    written = read_weights(path)
+    written = read_weights(path, entry)
     found = {_unwrap(key): tensor for key, tensor in written.items()}
     wanted = model.state_dict()
     # A detector has a "backbone" of its own, so the names may be right as they were written.
@@ -143,6 +190,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"The weights of {path} are not the model's:\n{problem}\nLoading a part of them would leave the others "
             "random. Give a file of this architecture, with its number of classes and of input channels."
         )
+    if wrong := wrong_values(best, wanted):
+        raise CheckpointError(
+            f"The weights of {path} cannot be used:\n{listed(wrong)}\nAll results would be NaN or wrong. Download the "
+            "file again, or train the model again."
+        )
     model.load_state_dict(best)
 
 
@@ -153,7 +205,7 @@ def _unwrap(key: str) -> str:
     return key
 
 
-def differences(found: dict[str, Tensor], wanted: dict[str, Tensor], shown: int = 8) -> str:
+def differences(found: dict[str, Tensor], wanted: dict[str, Tensor], shown: int = SHOWN) -> str:
     """Return lines of missing, unexpected and differently shaped tensors; "" where two state dicts match."""
     shapes = [
         f"{key} {tuple(found[key].shape)} instead of {tuple(wanted[key].shape)}"

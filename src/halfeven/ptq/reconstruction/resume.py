@@ -16,6 +16,7 @@ from halfeven.errors import CheckpointError
 from halfeven.files import write_atomically
 from halfeven.graph.torch_private import pytree
 from halfeven.graph.view import Op
+from halfeven.integrity import check_facts, check_tensors, sealed
 from halfeven.layerwise.blocks import Block
 from halfeven.layerwise.cache import Stored
 from halfeven.placement.insertion import plan_of
@@ -60,7 +61,7 @@ class BlockStore:
         """Write the parameters and buffers of an optimized block, with its errors."""
         if self.folder is not None:
             state = {key: tensor.detach().cpu().contiguous() for key, tensor in _state(block).items()}
-            facts = {"outcome": json.dumps(dataclasses.asdict(result))}
+            facts = sealed(state, {"outcome": json.dumps(dataclasses.asdict(result))})
             write_atomically(self._file(name, block), lambda path: save_file(state, path, facts))
 
     @torch.no_grad()
@@ -71,9 +72,12 @@ class BlockStore:
         path = self._file(name, block)
         try:
             with safe_open(path, "pt") as file:
-                result = BlockResult(**json.loads(file.metadata()["outcome"]))
+                facts = file.metadata()
+                check_facts(facts, path)
+                result = BlockResult(**json.loads(facts["outcome"]))
                 found = {key: file.get_tensor(key) for key in _state(block)}
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            check_tensors(found, facts, path)
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(path, error) from error
         for key, tensor in _state(block).items():
             if found[key].shape != tensor.shape or found[key].dtype != tensor.dtype:
