@@ -298,12 +298,9 @@ def _up_to_date_record(kind: Any, recorded: Any) -> Any:
     # The user has not written the record, so a warning would ask for a change that cannot be made.
     current = up_to_date(kind, tupled, warn=False)
     # A field that came with a later version than the run's has its default.
-    news = {
-        field.name: field.default
-        for field in dataclasses.fields(cast(Any, kind))
-        if field.default is not dataclasses.MISSING
-    }
-    current = news | current
+    for field in dataclasses.fields(cast(Any, kind)):
+        if field.default is not dataclasses.MISSING:
+            current.setdefault(field.name, field.default)
     return {name: _up_to_date_record(hints.get(name), value) for name, value in current.items()}
 
 
