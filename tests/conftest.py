@@ -75,6 +75,12 @@ def _exporters_are_quick():
         yield
 
 
+@pytest.fixture
+def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without compiled kernels, which take longer to build than small models to run."""
+    monkeypatch.setattr("halfeven.quantization.compile._works", False)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -188,12 +188,6 @@ class Net(nn.Module):
         return self.fc(torch.relu(self.bn1(self.conv1(x))).mean((2, 3)))
 
 
-@pytest.fixture
-def unfused(monkeypatch):
-    """Without compiled kernels, which take longer to build than the examples to run."""
-    monkeypatch.setattr("halfeven.quantization.compile._works", False)
-
-
 @pytest.mark.usefixtures("unfused")
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

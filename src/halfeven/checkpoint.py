@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from halfeven.errors import CheckpointError, HalfevenError
 from halfeven.files import write_atomically
+from halfeven.graph.wrappers import unwrapped
 from halfeven.integrity import check_facts, check_tensors, listed, sealed, wrong_values
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import Plan
@@ -28,10 +29,12 @@ def save(qmodel: nn.Module, path: str | Path, extra: dict[str, Any] | None = Non
     """Write a quantized model to a safetensors file: state dict, plan, versions that wrote it, and a digest of all.
 
     Args:
-        qmodel: a model from `prepare`, `quantize` or `load`.
+        qmodel: a model from `prepare`, `quantize` or `load`; it is saved without a wrapper such as `torch.compile`'s
+            or DistributedDataParallel.
         path: the file; an existing file is replaced atomically, when the new file is complete.
         extra: further JSON-able facts, for example the accuracy reached; `read_facts` returns them.
     """
+    qmodel = unwrapped(qmodel)
     facts = {"plan": json.dumps(plan_of(qmodel).to_dict()), "extra": json.dumps(extra or {})}
     write_tensors(qmodel.state_dict(), Path(path), facts)
 

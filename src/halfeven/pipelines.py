@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from halfeven.checkpoint import restore
 from halfeven.errors import CalibrationError, ConfigError
 from halfeven.graph.batchnorm import forget_statistics
-from halfeven.graph.capture import Example, inputs_of
-from halfeven.graph.copying import copy_model
+from halfeven.graph.capture import Example
+from halfeven.graph.wrappers import unwrapped
+from halfeven.layerwise.batches import inputs_in, read_inputs
 from halfeven.layerwise.calibrate import calibrate
 from halfeven.nearest import did_you_mean
-from halfeven.placement.captured_model import capture_for_quantization
+from halfeven.placement.captured_model import capture_for_quantization, float_copy
 from halfeven.placement.graph_edits import apply_changes
 from halfeven.placement.insertion import check_scales, insert, plan_of
 from halfeven.placement.make_plan import make_plan, skeleton
@@ -62,7 +63,7 @@ def plan(
         PlacementError: the target cannot do the scheme, or a rule held for nothing.
     """
     options = _with_batchnorm(dataclasses.replace(options or QuantizationOptions(), **changes), "keep")
-    captured, found = capture_for_quantization(copy_model(model), example, options)
+    captured, found = capture_for_quantization(float_copy(model), example, options)
     return make_plan(skeleton(captured), options, runtime_named(options.target).target, found)
 
 
@@ -100,7 +101,7 @@ def prepare(
         return _from_plan(model, example, plan, check=check_scales)
     options = _with_batchnorm(dataclasses.replace(options or QuantizationOptions(), **changes), "keep")
     target = runtime_named(options.target).target
-    captured, found = capture_for_quantization(copy_model(model), example, options)
+    captured, found = capture_for_quantization(float_copy(model), example, options)
     return insert(captured, make_plan(captured, options, target, found), target)
 
 
@@ -121,6 +122,7 @@ def set_rules(qmodel: nn.Module, rules: Rule | Sequence[Rule]) -> tuple[str, ...
         PlacementError: a rule holds for nothing, or the target cannot do its bits; the model is unchanged.
     """
     given = (rules,) if isinstance(rules, Rule) else tuple(rules)
+    qmodel = unwrapped(qmodel)
     return apply_rules(qmodel, given, runtime_named(plan_of(qmodel).options.target).target)
 
 
@@ -138,7 +140,7 @@ def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
 
 
 def _from_plan(model: nn.Module, example: Example, plan: Plan, check: Callable[[nn.Module, Plan], None]) -> nn.Module:
-    captured, _ = capture_for_quantization(copy_model(model), example, plan.options, plan.kept)
+    captured, _ = capture_for_quantization(float_copy(model), example, plan.options, plan.kept)
     check(captured, plan)
     qmodel = insert(captured, plan, runtime_named(plan.options.target).target)
     return apply_changes(qmodel, plan.changes)
@@ -183,7 +185,8 @@ def quantize(
             in evaluation. None: the data-free path, which needs `example`.
         options: how to quantize.
         ptq: the steps to take, and their settings.
-        example: an input, as for `prepare`; None: the loader's first batch.
+        example: an input, as for `prepare`, which says how many entries of a batch are inputs; None: the loader's first
+            batch, of which the model gets as many entries as its forward requires.
         batches: largest number of the loader's batches to read; None: all.
         log: called with the plan, the decisions and the result of each step, for example `print`.
         resume_dir: folder in which reconstruction saves finished layers; after an interruption it continues from them.
@@ -193,9 +196,9 @@ def quantize(
         The quantized model in eval mode.
 
     Raises:
-        CalibrationError: the loader yielded no batch, or NaN.
-        ConfigError: neither a loader nor an example, an option that does not exist, a value that it cannot have, or a
-            `batchnorm` other than "fold".
+        CalibrationError: the loader yielded no batch, NaN, or a batch unlike the example.
+        ConfigError: neither a loader nor an example, a batch that may hold optional inputs or labels, an option that
+            does not exist, a value that it cannot have, or a `batchnorm` other than "fold".
         CaptureError, PlacementError, AlgorithmError: as the steps raise them.
     """
     options, ptq = _split(options or QuantizationOptions(), ptq or PTQOptions(), changes)
@@ -208,13 +211,13 @@ def quantize(
             "calibration batches or, for the data-free path, example=an input of the right shape."
         )
     if example is None and data:
-        args, kwargs = data[0]
+        args, kwargs = inputs_in(model, data[0])
         example = kwargs or args
     assert example is not None
     qmodel = prepare(model, example, _with_batchnorm(options, "fold")).eval()
     recipe = decide(qmodel, ptq, data=data is not None)
     log(f"{plan_of(qmodel)}\n\n{recipe}\n")
-    inputs = [kwargs or args for args, kwargs in data or ()]
+    inputs = _inputs(qmodel, data or ())
     context = StepContext(qmodel=qmodel, batches=inputs, recipe=recipe, options=ptq, log=log, resume_dir=resume_dir)
     return run_steps(context).eval()
 
@@ -256,6 +259,7 @@ def setup_qat(
         ConfigError: equalization is on, and BatchNorm is not folded.
         AlgorithmError: as the steps raise it.
     """
+    qmodel = unwrapped(qmodel)
     options = options or QATOptions()
     schedule = schedule or ScheduleOptions()
     log = log or (lambda text: None)
@@ -263,7 +267,7 @@ def setup_qat(
     log(f"{recipe}\n")
     ptq = ptq or PTQOptions()
     if recipe.equalize.enabled:
-        batches = [kwargs or args for args, kwargs in _at_hand(loader, None)]
+        batches = _inputs(qmodel, _at_hand(loader, None))
         ptq = dataclasses.replace(ptq, equalize="on")
         ptq_recipe = decide(qmodel, ptq, data=True)
         context = StepContext(qmodel=qmodel, batches=batches, recipe=ptq_recipe, options=ptq, log=log)
@@ -287,18 +291,23 @@ def resume_qat(
     logits: Callable[[Any], Tensor] = first_tensor,
 ) -> QATSession:
     """Return the session of a resumed training run, whose start `setup_qat` prepared."""
-    return QATSession(qmodel, float_model, recipe, options, schedule, loader, inputs, logits)
+    return QATSession(unwrapped(qmodel), float_model, recipe, options, schedule, loader, inputs, logits)
 
 
-def _at_hand(loader: Iterable[Any], batches: int | None) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Return the model's arguments of all batches; kept in memory, since the steps read them many times."""
-    found = [inputs_of(batch) for batch in islice(loader, batches)]
+def _at_hand(loader: Iterable[Any], batches: int | None) -> list[Any]:
+    """Return all batches; kept in memory, since the steps read them many times."""
+    found = list(islice(loader, batches))
     if not found:
         raise CalibrationError(
             "The loader gave no batch, so the model cannot be captured and no range can be set. Give a loader with at "
             "least one batch; an iterator that was used up before looks empty."
         )
     return found
+
+
+def _inputs(qmodel: nn.Module, batches: Iterable[Any]) -> list[Any]:
+    """Return the model's arguments of batches, without labels: a tuple or a dict for each."""
+    return [kwargs or args for args, kwargs in read_inputs(qmodel, batches)]
 
 
 def _split(

@@ -28,7 +28,7 @@ def calibrated(model=None):
 def walked(qmodel, images, cache, granularity="layers", size=4):
     """Outputs of the last block in both activation_caches, per batch, after all of it was let go but that."""
     result = []
-    batches = store_inputs([images], size, cache)
+    batches = store_inputs(qmodel, [images], size, cache)
     for prefix, region in regions(qmodel).items():
         floats, quantized = activation_caches(qmodel, prefix, batches, cache)
         parts = find_blocks(region, granularity)
@@ -98,7 +98,7 @@ def test_values_go_with_what_stands_for_them(tmp_path):
 def test_what_is_read_no_more_is_let_go():
     qmodel = calibrated()
     cache = BoundedCache(PLENTY)
-    batches = store_inputs([torch.randn(4, 3, 8, 8)], 4, cache)
+    batches = store_inputs(qmodel, [torch.randn(4, 3, 8, 8)], 4, cache)
     (region,) = regions(qmodel).values()
     floats, _ = activation_caches(qmodel, "", batches, cache)
     parts = find_blocks(region, "layers")
@@ -111,15 +111,21 @@ def test_what_is_read_no_more_is_let_go():
 
 
 def test_inputs_are_cut_to_size():
-    batches = [(torch.arange(5.0)[:, None], torch.zeros(5)), {"x": torch.ones(2, 3), "labels": torch.zeros(2), "k": 7}]
-    found = [stored.load() for stored in store_inputs(batches, 2, BoundedCache(PLENTY))]
-    assert [args[0].flatten().tolist() for args, _ in found[:3]] == [[0, 1], [2, 3], [4]]
-    assert found[3][1]["k"] == 7
-    assert found[3][1]["x"].shape == (2, 3)
-    assert set(found[3][1]) == {"x", "k"}
-    assert len(store_inputs(batches, 2, BoundedCache(PLENTY), batches=1)) == 3
+    class Scaled(nn.Module):
+        def forward(self, x, k=1):
+            return x * k
+
+    batches = [(torch.arange(5.0)[:, None], torch.zeros(5)), (torch.ones(2, 1), torch.zeros(2))]
+    found = [stored.load() for stored in store_inputs(Scaled(), batches, 2, BoundedCache(PLENTY))]
+    assert [args[0].flatten().tolist() for args, _ in found] == [[0, 1], [2, 3], [4], [1, 1]]
+    assert len(store_inputs(Scaled(), batches, 2, BoundedCache(PLENTY), batches=1)) == 3
+    named = [{"x": torch.ones(3, 1), "labels": torch.zeros(3), "k": 7}]
+    found = [stored.load() for stored in store_inputs(Scaled(), named, 2, BoundedCache(PLENTY))]
+    assert [(kwargs["x"].shape[0], kwargs["k"], set(kwargs)) for _, kwargs in found] == [
+        (2, 7, {"x", "k"}), (1, 7, {"x", "k"}),
+    ]  # fmt: skip
     with pytest.raises(CalibrationError, match="no batch"):
-        store_inputs(iter(()), 2, BoundedCache(PLENTY))
+        store_inputs(Scaled(), iter(()), 2, BoundedCache(PLENTY))
 
 
 class Halves(nn.Module):

@@ -16,7 +16,7 @@ import halfeven as he
 from halfeven.cli.verify import problems_of
 from halfeven.errors import VerificationError
 from halfeven.runtimes import deploy
-from halfeven.verification.answers import Answers, labels_of
+from halfeven.verification.answers import Answers
 from halfeven.verification.outputs import OutputSums, in_form_of, named_outputs
 from runtimes.parity import quantized
 
@@ -212,17 +212,6 @@ def test_accuracy_is_never_dropped_without_a_word(labels, reason):
     (note,) = answers.notes()
     assert note.startswith("no accuracy: ")
     assert re.search(reason, note)
-
-
-def test_labels_of_batches():
-    x, y = torch.zeros(2, 3), torch.tensor([0, 1])
-    assert labels_of((x, y), 1) is y
-    assert labels_of((x, x, y), 2) is y
-    assert labels_of((x, x), 2) is None
-    assert labels_of({"x": x, "labels": y}, 1) is y
-    assert labels_of([{"x": x, "label": y}], 1) is y
-    assert labels_of(({"x": x}, y), 1) is y
-    assert labels_of(x, 1) is None
 
 
 def test_what_a_model_raises_of_a_batch_is_an_error_that_names_the_batch(tmp_path):

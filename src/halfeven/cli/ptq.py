@@ -92,6 +92,7 @@ def _quantize(context: RunContext, model: nn.Module) -> dict[str, Any]:
         context.loader(context.datasets.calibration),
         context.experiment.quantization,
         context.experiment.ptq,
+        example=context.datasets.example(),
         log=context.log,
         resume_dir=resume_dir,
     )

@@ -17,9 +17,12 @@ from halfeven.errors import CalibrationError
 from halfeven.graph.batchnorm import forget_statistics, layer_calls, output_axis, remove
 from halfeven.graph.constants import fold_constants
 from halfeven.graph.copying import copy_model
+from halfeven.graph.labels import remove_loss
 from halfeven.graph.operators import WEIGHTED, OperatorKind
-from halfeven.graph.rebuild import CapturedModule, build_module, place
+from halfeven.graph.rebuild import CapturedModule, build_module
+from halfeven.graph.tree import place
 from halfeven.graph.view import Op, kind_of, module_of, replace_call
+from halfeven.graph.wrappers import unwrapped
 from halfeven.placement.folded_batchnorm import settle_live
 from halfeven.placement.make_plan import regions
 from halfeven.placement.quantized_layers import QUANTIZED_LAYERS
@@ -77,6 +80,7 @@ def deployed_form(qmodel: nn.Module) -> nn.Module:
     Raises:
         CalibrationError: a quantizer has no range yet.
     """
+    qmodel = unwrapped(qmodel)
     for name, quantizer in quantizers(qmodel).items():
         if not quantizer.state.has_range and not (quantizer.weight and quantizer.state.observing):
             raise CalibrationError(
@@ -90,6 +94,7 @@ def deployed_form(qmodel: nn.Module) -> nn.Module:
     untie(model, tied_parameters(model))  # what is done to a layer's weight below is done to that layer's alone
     settled: set[nn.Module] = set()
     for region in regions(model).values():
+        remove_loss(region)
         region.execution_graph = None  # exporters trace what runs, and shall see the graph as it is
         settle_live(region)
         _remove_identities(region)

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 
 from halfeven.graph.batchnorm import folding, layer_calls, norm_behind, scales_by_channel
 from halfeven.graph.operators import OperatorKind
-from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.tree import place
 from halfeven.graph.view import Op, kind_of, module_of
 
 aten = torch.ops.aten

@@ -5,7 +5,8 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 
-from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.tree import place
 from halfeven.graph.view import module_of
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.arithmetic import per_channel

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.tree import displace
 from halfeven.graph.view import Op, kind_of, module_calls, module_of
 
 
@@ -123,7 +124,7 @@ def _fold_into(layer: Any, norm: nn.Module, axis: int) -> None:
         # In place: the parameter keeps its identity and its name, by which checkpoints and optimizers know it.
         layer.weight.copy_((layer.weight.double() * factor.reshape(shape)).float())
     # Registering by attribute also fills the entry of a layer that was made with bias=False.
-    layer.bias = nn.Parameter(bias.to(layer.weight))
+    layer.bias = nn.Parameter(bias.to(layer.weight), requires_grad=layer.weight.requires_grad)
     keep_statistics(layer, *statistics(norm))
 
 
@@ -157,4 +158,4 @@ def remove(region: CapturedModule, node: fx.Node) -> None:
     region.graph.erase_node(node)
     path = Op(node).path
     if not any(other.path == path for other in module_calls(region.graph)):
-        region.delete_submodule(path)
+        displace(region, path)

@@ -9,7 +9,7 @@ are, and the rest stays Python.
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,12 +19,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from halfeven.errors import CaptureError
+from halfeven.graph.batches import batched, own_tensors
 from halfeven.graph.copying import copy_model
 from halfeven.graph.dynamic_shapes import DynamicShapes, FreeAxes, batch_axes, export_shapes, free_axes
 from halfeven.graph.fixed_axes import FixedAxisError, is_batch_fixed, reason_of_fixed_batch, refuse_fixed_axes
+from halfeven.graph.inline import inline_grad_blocks, plain_forward
 from halfeven.graph.kept_in_python import Calls, KeptInPython, kept_markers, relative_to
+from halfeven.graph.labels import add_loss, without_labels
 from halfeven.graph.model_inputs import BATCH, Inputs, model_inputs, region_inputs
 from halfeven.graph.other_sizes import inner_free_axes
+from halfeven.graph.parts import called_modules
 from halfeven.graph.rebuild import CapturedModule, assemble
 from halfeven.graph.restoring import attributes_restored
 from halfeven.graph.same_outputs import check_same, reason_of
@@ -36,7 +40,7 @@ from halfeven.graph.training_mode import Capture, capture_as_trained
 from halfeven.graph.training_run import left_in_eval
 from halfeven.graph.view import computes_products
 
-Example = Tensor | tuple[Any, ...] | dict[str, Any]
+Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class CaptureReport:
     """Why the batch is a constant, with the line of the model's code; "" where it is free."""
     samples: int = 0
     """The batch of the example that was captured."""
+    in_float32: list[str] = field(default_factory=list)
+    """Lines of the model's code whose blocks of automatic mixed precision were captured in float32."""
 
 
 def capture(
@@ -78,7 +84,8 @@ def capture(
     Args:
         model: any module; its training mode is restored.
         example: an input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments. The
-            first axis of its tensors is the batch and stays free.
+            first axis of its tensors is the batch and stays free. With labels among them, which the model takes to
+            return a loss, the captured model takes labels too, as keyword arguments.
         leave_out: names of submodules that shall stay Python, for example `["head"]`.
         kept: the modules whose own code stays Python for training, as an earlier capture reported them; None: they are
             looked for, by a run of both models in training mode.
@@ -99,31 +106,58 @@ def capture(
             f"leave_out names {', '.join(missing)}, and the model has no such submodule, so nothing would be left out. "
             "Choose from the names that `[name for name, _ in model.named_modules()]` lists."
         )
-    given = as_arguments(example)
+    whole = own_tensors(model, as_arguments(example))
+    given, labels = without_labels(model, whole)
     doubled = batched(*given)
+    shapes = dynamic_shapes or {}
 
     def captured(inputs: Inputs) -> tuple[nn.Module, CaptureReport]:
-        return _capture(model, inputs, tuple(leave_out), kept, dynamic_shapes or {})
+        own_shapes = {name: axes for name, axes in shapes.items() if name not in labels}
+        return _capture(model, inputs, tuple(leave_out), kept, own_shapes)
 
     was_training = {module: module.training for module in model.modules()}
     left_in_eval(model)  # its own train() may forget what eval mode keeps of earlier calls
     model.eval()
     try:
-        with torch.enable_grad():  # the graph must not depend on where it is captured
-            try:
-                found, report = captured(doubled)
-            except CaptureError:
-                if _samples(given) == _samples(doubled):
-                    raise
-                return captured(given)  # a model of one sample alone
-            if report.fixed_batch and _samples(given) != _samples(doubled):
-                why = report.fixed_batch  # of a batch of 1 torch.export knows no line
-                found, report = captured(given)
-                report.fixed_batch = why
+        with torch.enable_grad(), plain_forward(model) as in_float32:  # the graph must not depend on where it is captured
+            found, report = _captured_batch(captured, given, doubled)
+            if labels and isinstance(found, CapturedModule):
+                inputs = batched(*whole) if report.samples == _samples(doubled) else whole
+                _capture_loss(found, model, inputs, labels, shapes)
     finally:
         for module, training in was_training.items():
             module.training = training
+    report.in_float32 = in_float32
     return found, report
+
+
+def _captured_batch(
+    captured: Callable[[Inputs], tuple[nn.Module, CaptureReport]], given: Inputs, doubled: Inputs
+) -> tuple[nn.Module, CaptureReport]:
+    """Capture a model on two samples at least, or on the single sample given where its code fixes the batch."""
+    try:
+        found, report = captured(doubled)
+    except CaptureError:
+        if _samples(given) == _samples(doubled):
+            raise
+        return captured(given)  # a model of one sample alone
+    if report.fixed_batch and _samples(given) != _samples(doubled):
+        why = report.fixed_batch  # of a batch of 1 torch.export knows no line
+        found, report = captured(given)
+        report.fixed_batch = why
+    return found, report
+
+
+def _capture_loss(
+    captured: CapturedModule, model: nn.Module, inputs: Inputs, labels: tuple[str, ...], shapes: DynamicShapes
+) -> None:
+    """Let a captured model take labels: capture the model with and without them."""
+    plain, _ = without_labels(model, inputs)
+    own_shapes = {name: axes for name, axes in shapes.items() if name not in labels}
+    free = free_axes(model, *inputs, shapes)
+    without = _exported(model, plain, (), export_shapes(free_axes(model, *plain, own_shapes)))[1]
+    add_loss(captured, model, without, _exported(model, inputs, (), export_shapes(free))[1], labels)
+    check_same(model, captured, inputs, _still_free(captured, free))
 
 
 def _capture(
@@ -208,32 +242,9 @@ def quiet() -> Iterator[None]:
 
 def as_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and keyword arguments of an example input."""
-    if isinstance(example, dict):
+    if isinstance(example, Mapping):
         return (), dict(example)
     return (tuple(example), {}) if isinstance(example, list | tuple) else ((example,), {})
-
-
-def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and keyword arguments of a batch.
-
-    Args:
-        batch: a tensor, a dict of inputs (its labels are left out), or a sequence whose first item is either.
-    """
-    if isinstance(batch, list | tuple):
-        batch = batch[0]
-    if isinstance(batch, dict):
-        return (), {key: value for key, value in batch.items() if key not in ("label", "labels")}
-    return (batch,), {}
-
-
-def batched(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Return the arguments with at least two samples: `torch.export` would make a batch size of 1 a constant."""
-
-    def double(x: Any) -> Any:
-        return torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim and x.shape[0] == 1 else x
-
-    result: tuple[Any, Any] = pytree.tree_map(double, (args, kwargs))
-    return result
 
 
 def _capture_largest(
@@ -309,7 +320,7 @@ def _recorded_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, list
 
     handles = [
         module.register_forward_pre_hook(partial(see, name=name), with_kwargs=True)
-        for name, module in model.named_modules()
+        for name, module in called_modules(model)
         if name
     ]
     try:
@@ -377,6 +388,7 @@ def _exported(
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     assert isinstance(unlifted, fx.GraphModule)
+    inline_grad_blocks(unlifted)
     return program, unlifted, calls
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import is_operator, is_pure
+from halfeven.graph.tree import place
 from halfeven.graph.view import Op
 
 

@@ -1,27 +1,52 @@
-"""Copy a model that may hold the results of an earlier call."""
+"""Copy a model that may hold the results of an earlier call, or modules that are wrapped."""
 
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from halfeven.graph.torch_private import pytree
+from halfeven.errors import CaptureError
+from halfeven.graph.torch_private import own_buffers, pytree
+from halfeven.graph.wrappers import unwrapped, wrapped_module
 
 
 def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Return a deep copy of a model, also of one that keeps a tensor of its last call with the history of its gradient.
+    """Return a deep copy of a model, without wrappers such as `torch.compile` around it or its submodules.
 
-    Such a tensor, which torch refuses to copy, is copied without the history: the older `weight_norm` and
-    `spectral_norm` compute the weight anew in each call, and keep it until the next.
+    A tensor that a module keeps of its last call with the history of its gradient, which torch refuses to copy, is
+    copied without the history: the older `weight_norm` and `spectral_norm` compute the weight anew in each call, and
+    keep it until the next.
 
     Args:
         model: any module.
         memo: what the copy shares with the model, by `id`, as for `copy.deepcopy`.
+
+    Raises:
+        CaptureError: something in the model cannot be copied.
     """
-    computed = {
+    model = unwrapped(model)
+    computed: dict[int, Any] = {
         id(value): value.detach().clone()
         for module in model.modules()
-        for value in pytree.tree_leaves(dict(vars(module)))
+        for value in pytree.tree_leaves([dict(vars(module)), dict(own_buffers(module))])
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    return copy.deepcopy(model, {**computed, **(memo or {})})
+    known = {**computed, **(memo or {})}
+    try:
+        for module in reversed([m for m in model.modules() if wrapped_module(m) is not None]):
+            known[id(module)] = copy.deepcopy(unwrapped(module), known)
+        return copy.deepcopy(model, known)
+    except (RuntimeError, TypeError) as error:
+        raise CaptureError(
+            f"This {type(model).__name__} cannot be copied, and halfeven never changes the float model itself: "
+            f"{error} Look for what a module keeps beside its parameters and buffers: a tensor with a gradient's "
+            "history (detach it before it is kept), an open file, a lock."
+        ) from error
+
+
+def float32_model(model: nn.Module) -> nn.Module:
+    """Return a model, wrappers aside, as its files have it: one that was converted (`model.bfloat16()`) in float32."""
+    model = unwrapped(model)
+    converted = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
+    return copy_model(model).float() if converted else model

@@ -1,6 +1,5 @@
 """Put modules back into an exported graph, under their own names and around the model's own parameters."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,19 +9,19 @@ from torch import fx, nn
 from halfeven.errors import CaptureError
 from halfeven.graph.functionalize import make_functional
 from halfeven.graph.kept_in_python import Calls, restore_kept
+from halfeven.graph.labels import with_labels
 from halfeven.graph.model_inputs import ModelInput
 from halfeven.graph.operators import Arguments, Operator, OperatorKind
+from halfeven.graph.parts import Original, arrange, complete, picklable
 from halfeven.graph.size_relations import SizeRelation, sizes_checked
 from halfeven.graph.tied_names import name_readers
 from halfeven.graph.torch_private import (
     AnyDropout,
+    KeepsTypes,
     input_keywords,
-    is_persistent,
-    own_buffers,
-    own_modules,
-    own_parameters,
     pytree,
 )
+from halfeven.graph.tree import adopt, has_value, owner_of, place
 from halfeven.graph.view import Op, operations, replace_call
 
 BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -34,7 +33,7 @@ KEPT_FIELDS = (
 """Fields of a captured module that its copies have too."""
 
 
-class CapturedModule(fx.GraphModule):
+class CapturedModule(KeepsTypes, fx.GraphModule):
     """A graph module that also keeps, and copies, parameters that its graph does not use.
 
     The fields that other packages fill are declared here; a model cannot have submodules of these names.
@@ -61,6 +60,8 @@ class CapturedModule(fx.GraphModule):
     """Why the batch is a constant in the graph; "" where it is free."""
     region_name: str = ""
     """Path of the region in the model; "" for the whole model."""
+    halfeven_original: Original | None = None
+    """The float module that it was captured from: its class, children and plain attributes."""
 
     def recompile(self) -> Any:
         code = super().recompile()
@@ -68,7 +69,7 @@ class CapturedModule(fx.GraphModule):
             # torch.fx makes a separate class for each graph module, and the class's `forward` is the graph's code.
             running = fx.GraphModule(self, self.execution_graph(self))
             type(self).forward = type(running).forward
-        type(self).forward = sizes_checked(type(self).forward)
+        type(self).forward = with_labels(self, sizes_checked(type(self).forward))
         return code
 
     def train(self, mode: bool = True) -> "CapturedModule":
@@ -88,7 +89,8 @@ class CapturedModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModule":
         result: Any = super().__deepcopy__(memo)
-        adopt(result, self, lambda value: copy.deepcopy(value, memo))
+        # torch.fx keeps what the graph reads; the copies of all the rest are in the memo.
+        complete(result, memo[id(vars(self))])
         for name in KEPT_FIELDS:
             setattr(result, name, getattr(self, name))
         copied: CapturedModule = result
@@ -96,16 +98,20 @@ class CapturedModule(fx.GraphModule):
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, super().__reduce__()
+        make, (state, *more) = super().__reduce__()
+        if self.halfeven_original is not None:
+            _, state = picklable(self.halfeven_original, state)
+        return _unpickled, (make, (state, *more))
 
 
 def _unpickled(make: Callable[..., fx.GraphModule], arguments: tuple[Any, ...]) -> CapturedModule:
     """Return the captured module of a pickle, of which torch.fx makes a plain graph module without recorded shapes."""
+    state = dict(arguments[0])
     plain: Any = make(*arguments)
     result = CapturedModule(plain, plain.graph)
-    adopt(result, plain, lambda value: value)
+    complete(result, state)
     for name in KEPT_FIELDS:
-        setattr(result, name, getattr(plain, name, getattr(CapturedModule, name)))
+        setattr(result, name, state.get(name, getattr(CapturedModule, name)))
     result.recompile()
     return result
 
@@ -135,10 +141,11 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule, calls: Calls) -> Cap
         place(root, name, modules[name])
     adopt(root, original, lambda value: value)
     for op in operations(graph):
-        if op.is_constant and not _has(root, op.path):  # a constant that export lifted out of the code
-            owner, attribute = _owner(root, op.path)
+        if op.is_constant and not has_value(root, op.path):  # a constant that export lifted out of the code
+            owner, attribute = owner_of(root, op.path)
             owner.register_buffer(attribute, op.constant.detach(), persistent=False)
     root.kept_rows = rows
+    arrange(root, original)
     root.graph = graph
     # Takes away the reads of parameters that belong to the restored modules now.
     graph.eliminate_dead_code()
@@ -354,43 +361,3 @@ def build_module(node: fx.Node, original: nn.Module) -> Built:
         return None
     builder = BUILDERS.get(op.kind) or NORMALIZATION_BUILDERS[standard]
     return builder(node, op.arguments, original)
-
-
-def place(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a dotted path; missing parents become empty modules."""
-    owner, name = _owner(root, path)
-    owner.add_module(name, module)
-
-
-def adopt(root: nn.Module, source: nn.Module, convert: Callable[[Any], Any]) -> None:
-    """Give `root` every parameter and buffer of `source` that it lacks, at the same path, each through `convert`."""
-    # `remove_duplicate=False`: tied parameters keep every name they have, and state dicts keep their keys.
-    for path, parameter in source.named_parameters(remove_duplicate=False):
-        owner, name = _owner(root, path)
-        if name not in own_parameters(owner):
-            owner.register_parameter(name, convert(parameter))
-    for prefix, module in source.named_modules(remove_duplicate=False):
-        for name, buffer in own_buffers(module).items():
-            if buffer is None:
-                continue
-            owner, _ = _owner(root, f"{prefix}.{name}" if prefix else name)
-            if name not in own_buffers(owner):
-                owner.register_buffer(name, convert(buffer), persistent=is_persistent(module, name))
-
-
-def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
-    *parents, name = path.split(".")
-    for parent in parents:
-        if parent not in own_modules(root):
-            root.add_module(parent, nn.Module())
-        child = own_modules(root)[parent]
-        assert child is not None
-        root = child
-    return root, name
-
-
-def _has(root: nn.Module, path: str) -> bool:
-    value: Any = root
-    for part in path.split("."):
-        value = getattr(value, part, None)
-    return value is not None

@@ -22,8 +22,11 @@ __all__ = [
     "AnyBatchNorm",
     "AnyBatchOrInstanceNorm",
     "AnyDropout",
+    "KeepsTypes",
     "Parameter",
+    "autocast_dtype",
     "blend_all",
+    "compiled_module",
     "convolution_of",
     "copy_all",
     "fake_tensors",
@@ -36,11 +39,13 @@ __all__ = [
     "is_operator",
     "is_persistent",
     "is_pure",
+    "output_form",
     "own_buffers",
     "own_modules",
     "own_parameters",
     "parameters_of",
     "pytree",
+    "set_contents",
     "short_name",
     "size_guards",
 ]
@@ -112,6 +117,12 @@ def fake_tensors() -> AbstractContextManager[Any]:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def output_form(graph: fx.Graph) -> Any:
+    """Return the structure of the outputs of a graph that `torch.export` made, for `pytree.tree_unflatten`."""
+    codegen: Any = graph._codegen
+    return codegen.pytree_info.out_spec
+
+
 def input_keywords(graph: fx.Graph) -> list[str]:
     """Return the names of the keyword arguments of a graph that `torch.export` made, in the order of its inputs.
 
@@ -124,6 +135,14 @@ def input_keywords(graph: fx.Graph) -> list[str]:
 def size_guards(program: torch.export.ExportedProgram) -> list[str]:
     """Return the conditions on input sizes under which a program is right, in Python: `L['x'].size()[2] <= 64`."""
     return list(getattr(program, "_guards_code", ()))
+
+
+# Modes
+
+
+def autocast_dtype(block: torch.autocast) -> torch.dtype | None:
+    """Return the type that a block of automatic mixed precision computes in; None where it is switched off."""
+    return block.fast_dtype if block._enabled else None
 
 
 # Modules
@@ -147,6 +166,33 @@ def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
 def has_hooks(module: nn.Module) -> bool:
     """Return True for a module with functions that its call runs before or after its forward."""
     return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+class KeepsTypes(nn.Module):
+    """A module whose submodules with a true `keeps_dtype` keep the types of their tensors in any conversion."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        keepers = [module for module in self.modules() if getattr(module, "keeps_dtype", False)]
+        tensors = [t for module in keepers for t in (*module.parameters(False), *module.buffers(False))]
+        kept = {id(t) for tensor in tensors for t in (tensor, tensor.grad) if t is not None}
+
+        def convert(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if id(tensor) in kept and result.dtype != tensor.dtype else result
+
+        parent: Any = super()
+        return parent._apply(convert, recurse)
+
+
+def set_contents(module: nn.Module, state: dict[str, Any]) -> None:
+    """Give a module the parameters, buffers and submodules of another's `vars`, in their order."""
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+        vars(module)[name] = state[name]
+
+
+def compiled_module(module: nn.Module) -> nn.Module | None:
+    """Return the module that `torch.compile` was given, of the module that it returned; None for any other."""
+    return module._modules.get("_orig_mod")
 
 
 def is_persistent(module: nn.Module, buffer: str) -> bool:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from halfeven.graph.operators import is_stochastic_depth
+from halfeven.graph.parts import called_modules
 from halfeven.graph.restoring import attributes_restored, put_back
 from halfeven.graph.torch_private import AnyDropout, own_buffers, pytree
 
@@ -241,7 +242,7 @@ def _hooked(model: nn.Module, run: TrainingRun) -> Iterator[None]:
         (run.called if run.structure is None else run.recomputed).add(name)
 
     handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: call(name)) for name, module in model.named_modules()
+        module.register_forward_pre_hook(lambda *_, name=name: call(name)) for name, module in called_modules(model)
     ]
     try:
         yield

@@ -10,6 +10,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import CheckpointFunction
 
 from halfeven.graph.operators import is_stochastic_depth
+from halfeven.graph.parts import called_modules
 from halfeven.graph.torch_private import AnyBatchOrInstanceNorm, AnyDropout, has_hooks, pytree
 from halfeven.graph.training_run import differences, map_tensors, restored, run_as_is, run_in_training
 
@@ -211,7 +212,7 @@ def _recorded(model: nn.Module, trace: _Trace) -> Iterator[None]:
             trace.functions[node] = name
 
     handles = []
-    for name, module in model.named_modules():
+    for name, module in called_modules(model):
         handles.append(
             module.register_forward_pre_hook(
                 lambda _, args, kwargs, name=name: enter(name, args, kwargs), with_kwargs=True, prepend=True

@@ -4,17 +4,16 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfeven.errors import CalibrationError
 from halfeven.files import storing
-from halfeven.graph.capture import inputs_of
 from halfeven.graph.torch_private import pytree
+from halfeven.layerwise.batches import read_inputs
 
 
 class Stored:
@@ -76,12 +75,15 @@ class BoundedCache:
             file.unlink(missing_ok=True)
 
 
-def store_inputs(loader: Iterable[Any], size: int, cache: BoundedCache, batches: int | None = None) -> list[Stored]:
+def store_inputs(
+    model: nn.Module, loader: Iterable[Any], size: int, cache: BoundedCache, batches: int | None = None
+) -> list[Stored]:
     """Cut the batches of a loader into batches of `size` samples and store the model's arguments, (args, kwargs).
 
     The remainder of a batch, and batches of fewer samples, stay as they are.
 
     Args:
+        model: the model, whose example says which entries of a batch are inputs.
         loader: batches as for `halfeven.calibrate`.
         size: samples of a stored batch.
         cache: receives the arguments.
@@ -91,8 +93,8 @@ def store_inputs(loader: Iterable[Any], size: int, cache: BoundedCache, batches:
         CalibrationError: the loader is empty.
     """
     result: list[Stored] = []
-    for batch in islice(loader, batches):
-        leaves, spec = pytree.tree_flatten(inputs_of(batch))
+    for inputs in read_inputs(model, loader, batches):
+        leaves, spec = pytree.tree_flatten(inputs)
         # Scalars and tensors of another first size, such as a position table, are not cut.
         samples = max((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), default=1)
         for start in range(0, samples, size):

@@ -5,11 +5,13 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from halfeven.errors import CalibrationError
 from halfeven.evaluation import evaluating
-from halfeven.graph.capture import inputs_of
+from halfeven.graph.batches import Inputs, tensors_of
+from halfeven.graph.wrappers import unwrapped
+from halfeven.layerwise.batches import on_device, read_inputs
 from halfeven.layerwise.clipping import counting_clipped, warn_of_unsettled
 from halfeven.layerwise.float_equivalence import float_function, run_example
 from halfeven.layerwise.training_mode import normalizing_by_batch, trained_batchnorms
@@ -27,27 +29,34 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
     eval mode would clip most of what training computes: ranges are then set from both modes, and a warning says so.
 
     Args:
-        qmodel: a model from `prepare`.
-        loader: batches: tensors, sequences whose first item is the input (labels are ignored), or dicts of inputs.
+        qmodel: a model from `prepare`, wrapped or not.
+        loader: batches: tensors; sequences that give as many inputs as the example has, and labels after them; or
+            dicts of inputs, whose other keys are ignored.
         batches: largest number of batches to read; None: all.
 
     Returns:
         `qmodel` itself.
 
     Raises:
-        CalibrationError: the loader is empty, a tensor was never reached, or a tensor held NaN or infinity; the message
-            names it. Earlier ranges are restored.
+        CalibrationError: the model has no quantizers, the loader is empty, a batch does not fit the example, a tensor
+            was never reached, or a tensor held NaN or infinity; the message names it. Earlier ranges are restored.
     """
-    found = [q for q in quantizers(qmodel).values() if not q.state.fixed]
+    inside = unwrapped(qmodel)
+    if not quantizers(inside):
+        raise CalibrationError(
+            f"This {type(inside).__name__} has no quantizers, so there is no range to set. Make a quantized model with "
+            "halfeven.prepare(model, example) first."
+        )
+    found = [q for q in quantizers(inside).values() if not q.state.fixed]
     # Only quantizers change here, so that their tensors are all there is to restore.
     before = {q: {k: v.clone() for k, v in q.state_dict().items()} for q in found}
-    norms = trained_batchnorms(qmodel)
+    norms = trained_batchnorms(inside)
     try:
-        with evaluating(qmodel):
-            given = islice(loader, batches)
+        with evaluating(inside):
+            given = read_inputs(inside, loader, batches)
             first = list(islice(given, 1))
-            clipped = _clipped_in_training(qmodel, found, first, norms) if norms and first else {}
-            _set_ranges(qmodel, found, chain(first, given), norms if clipped else [])
+            clipped = _clipped_in_training(inside, found, first, norms) if norms and first else {}
+            _set_ranges(inside, found, chain(first, given), norms if clipped else [])
     # Ctrl-C too: an interrupted calibration must not leave observers behind.
     except BaseException:
         for quantizer in found:
@@ -56,40 +65,39 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
             quantizer.load_state_dict(before[quantizer])
         raise
     if clipped:
-        warn_of_unsettled(clipped, len([q for q in quantizers(qmodel).values() if not q.weight]))
+        warn_of_unsettled(clipped, len([q for q in quantizers(inside).values() if not q.weight]))
     return qmodel
 
 
-def _set_ranges(qmodel: nn.Module, found: list[Quantizer], loader: Iterable[Any], norms: list[Any]) -> None:
+def _set_ranges(qmodel: nn.Module, found: list[Quantizer], batches: Iterable[Inputs], norms: list[Any]) -> None:
     """Set ranges from batches in eval mode, and from the same batches normalized by the batch in these BatchNorms."""
     for quantizer in found:
         quantizer.start_calibration()
     # A weight's quantizer sets its range at its first call and quantizes from then on (`Quantizer._calibrate`), so the
     # activations that observers see are those of quantized weights.
     if norms:
-        for batch in loader:
-            run_batches(qmodel, [batch])
+        for inputs in batches:
+            _run(qmodel, [inputs])
             with normalizing_by_batch(norms):
-                run_batches(qmodel, [batch])
+                _run(qmodel, [inputs])
     else:
-        run_batches(qmodel, loader)
+        _run(qmodel, batches)
     for quantizer in found:
         quantizer.finish_calibration()
 
 
 def _clipped_in_training(
-    qmodel: nn.Module, found: list[Quantizer], first: list[Any], norms: list[Any]
+    qmodel: nn.Module, found: list[Quantizer], first: list[Inputs], norms: list[Any]
 ) -> dict[str, float]:
     """Return the activations of which ranges of eval mode would clip too large a share in training, with the share.
 
     One batch is enough to tell; one sample is not, since it may have a single value for a channel.
     """
-    args, kwargs = inputs_of(first[0])
-    if min((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), default=0) < 2:
+    if min((len(x) for x in tensors_of(first[0]) if x.ndim), default=0) < 2:
         return {}
     _set_ranges(qmodel, found, first, [])
     with normalizing_by_batch(norms), counting_clipped(qmodel) as counts:
-        run_batches(qmodel, first)
+        _run(qmodel, first)
     return counts.excessive()
 
 
@@ -97,13 +105,16 @@ def run_batches(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = 
     """Run batches through a model in its present mode, for hooks and observers to see the tensors.
 
     Raises:
-        CalibrationError: the loader is empty.
+        CalibrationError: the loader is empty, or a batch does not fit the example that the model was prepared with.
     """
-    device = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
+    _run(qmodel, read_inputs(qmodel, loader, batches))
+
+
+def _run(qmodel: nn.Module, batches: Iterable[Inputs]) -> None:
     count = 0
-    for batch in islice(loader, batches):
-        args, kwargs = inputs_of(batch)
-        qmodel(*(a.to(device) for a in args), **{k: v.to(device) for k, v in kwargs.items()})
+    for inputs in batches:
+        args, kwargs = on_device(qmodel, inputs)
+        qmodel(*args, **kwargs)
         count += 1
     if not count:
         raise CalibrationError(

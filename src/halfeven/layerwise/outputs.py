@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.evaluation import evaluating
-from halfeven.graph.capture import inputs_of
 from halfeven.graph.torch_private import pytree
+from halfeven.layerwise.batches import on_device, read_inputs
 from halfeven.layerwise.float_equivalence import float_function
 
 
@@ -18,7 +18,7 @@ def first_samples(batches: Iterable[Any], count: int) -> list[Any]:
     samples = 0
     for batch in batches:
         found.append(batch)
-        samples += max((x.shape[0] for x in pytree.tree_leaves(inputs_of(batch)) if isinstance(x, Tensor)), default=1)
+        samples += max((x.shape[0] for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)), default=1)
         if samples >= count:
             break
     return found
@@ -42,10 +42,9 @@ def quantized_outputs(qmodel: nn.Module, batches: Iterable[Any]) -> list[Tensor]
 
 @torch.no_grad()
 def _outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     found: list[Tensor] = []
-    for batch in batches:
-        args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs_of(batch))
+    for inputs in read_inputs(model, batches):
+        args, kwargs = on_device(model, inputs)
         leaves = pytree.tree_leaves(model(*args, **kwargs))
         found += [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
     return found

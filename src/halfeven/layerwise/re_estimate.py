@@ -7,7 +7,6 @@ anew from the final weights.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 
 from halfeven.errors import CalibrationError
 from halfeven.evaluation import evaluating
-from halfeven.graph.capture import inputs_of
+from halfeven.layerwise.batches import on_device, read_inputs
 from halfeven.layerwise.batchnorm_statistics import average_batchnorm, batchnorms
 
 
@@ -41,9 +40,9 @@ def re_estimate(model: nn.Module, loader: Iterable[Any], batches: int = 50) -> N
     seen = 0
     # `evaluating` puts all modules in eval mode first (no dropout, no moving ranges), then BatchNorm alone trains.
     with evaluating(model), _plain_averages(layers, device):
-        for batch in islice(loader, batches):
-            args, kwargs = inputs_of(batch)
-            model(*(a.to(device) for a in args), **{name: value.to(device) for name, value in kwargs.items()})
+        for inputs in read_inputs(model, loader, batches):
+            args, kwargs = on_device(model, inputs)
+            model(*args, **kwargs)
             seen += 1
     if seen == 0:
         raise CalibrationError(

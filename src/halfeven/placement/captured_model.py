@@ -4,14 +4,32 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from halfeven.errors import ConfigError
 from halfeven.graph.batchnorm import fold
 from halfeven.graph.capture import Example, capture
+from halfeven.graph.copying import copy_model
 from halfeven.graph.kept_in_python import KeptInPython
+from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.rewrite import lower_attention, lower_stacked_sums, merge_duplicates
 from halfeven.placement.make_plan import regions
 from halfeven.placement.options import QuantizationOptions
 from halfeven.placement.plan import FoundInCapture
 from halfeven.placement.tied_weights import untie_for_folding
+
+
+def float_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a float model, without wrappers such as `torch.compile`, for capture to change.
+
+    Raises:
+        CaptureError: the model cannot be copied.
+        ConfigError: the model is quantized already.
+    """
+    if any(isinstance(m, CapturedModule) and m.halfeven_plan is not None for m in model.modules()):
+        raise ConfigError(
+            "This model is quantized already, and a second layer of quantizers could not be deployed. Give the float "
+            "model; to change bits of a quantized model, use halfeven.set_rules(qmodel, rules)."
+        )
+    return copy_model(model)
 
 
 def capture_for_quantization(
@@ -41,6 +59,11 @@ def capture_for_quantization(
     notes += report.notes
     if report.fixed_batch:
         notes.append(f"The batch is fixed at {report.samples}, in training and in the file: {report.fixed_batch}.")
+    if report.in_float32:
+        notes.append(
+            "Blocks of automatic mixed precision run in float32, in training too; to train in mixed precision, put the "
+            f"whole step under torch.autocast: {', '.join(report.in_float32)}."
+        )
     lowered = sum(lower_attention(region) for region in regions(captured).values())
     if lowered:
         notes.append(

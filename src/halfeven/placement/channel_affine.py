@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from halfeven.graph.operators import OperatorKind
-from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.tree import place
 from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.quantization.quantizer import Quantizer
 

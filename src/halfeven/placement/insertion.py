@@ -9,12 +9,15 @@ from torch import fx, nn
 from halfeven.errors import PlacementError
 from halfeven.graph.model_inputs import Inputs
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
-from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import in_backward_pass
+from halfeven.graph.tree import place
 from halfeven.graph.view import Op, kind_of, module_calls
+from halfeven.graph.wrappers import unwrapped
 from halfeven.placement.channel_affine import ChannelAffine
 from halfeven.placement.execution_graph import fused_graph
 from halfeven.placement.folded_batchnorm import fold_live
+from halfeven.placement.frozen import freeze_scales
 from halfeven.placement.make_plan import make_plan, named_nodes, regions, skeleton, weight_shape
 from halfeven.placement.options import QuantizationOptions
 from halfeven.placement.plan import FoundInCapture, Plan, PlannedTensor, PlannedWeight
@@ -40,11 +43,12 @@ def insert(model: nn.Module, plan: Plan, target: Target) -> nn.Module:
     plan = dataclasses.replace(plan, decide=lambda options: make_plan(original, options, target, found_in_capture))
     found = named_nodes(model)
     _check_fits(plan, found)
-    for weight in plan.weights:
-        insert_weight(*found[weight.name], weight, plan.options)
+    new = [insert_weight(*found[weight.name], weight, plan.options) for weight in plan.weights]
     for tensor in plan.tensors:
-        insert_tensor([found[name] for name in tensor.places], tensor, plan.options)
+        new.append(insert_tensor([found[name] for name in tensor.places], tensor, plan.options))
     settle_regions(model, plan, target)
+    for region in regions(model).values():
+        freeze_scales(region, new)
     return model
 
 
@@ -72,10 +76,11 @@ def plan_of(model: nn.Module) -> Plan:
     Raises:
         PlacementError: the model has no plan.
     """
-    plan: Plan | None = next((region.halfeven_plan for region in regions(model).values()), None)
+    inside = unwrapped(model)
+    plan: Plan | None = next((region.halfeven_plan for region in regions(inside).values()), None)
     if plan is None:
         raise PlacementError(
-            f"This {type(model).__name__} has no plan, so it is not a quantized model. Make a quantized model with "
+            f"This {type(inside).__name__} has no plan, so it is not a quantized model. Make a quantized model with "
             "halfeven.prepare(model, example)."
         )
     return plan
@@ -94,7 +99,7 @@ def recorded_inputs(model: nn.Module) -> Inputs:
 
 def recorded_example(model: nn.Module) -> Inputs | None:
     """Return the (positional, keyword) arguments that capture kept, on the CPU; None if there are none."""
-    return next((region.halfeven_example for region in regions(model).values()), None)
+    return next((region.halfeven_example for region in regions(unwrapped(model)).values()), None)
 
 
 def _check_fits(plan: Plan, found: Mapping[str, tuple[CapturedModule, fx.Node]]) -> None:
@@ -199,8 +204,12 @@ def _reads_integers(quantized: fx.Node, reader: fx.Node) -> bool:
 
 
 def quantizer_path(name: str) -> str:
-    """Return the path of a quantizer in its region, from the name that the plan gives it."""
-    return f"quantizers.{name.replace('.', '_').replace(':', '_')}"
+    """Return the path of a quantizer in its region, from the name that the plan gives it.
+
+    The tensor of a conversion is named "to", as a method of every module is.
+    """
+    own = name.replace(".", "_").replace(":", "_")
+    return f"quantizers.{own}_" if hasattr(nn.Module, own) else f"quantizers.{own}"
 
 
 def place_quantizer(region: CapturedModule, quantizer: Quantizer, name: str) -> str:

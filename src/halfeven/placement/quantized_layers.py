@@ -51,7 +51,8 @@ def run_quantized(layer: Any, x: Tensor) -> Tensor:
     headroom = FP16_HEADROOM if _compute_dtype(x) is torch.float16 else 1.0
     integer_weight = weight / per_channel(scale_w, layer.weight_quantizer.scheme.axis, weight.ndim) * headroom
     axis = -1 if isinstance(layer, nn.Linear) else 1
-    result = compute(x / scale_x, integer_weight, None)
+    dtype = _compute_dtype(x)
+    result = compute((x / scale_x).to(dtype), integer_weight.to(dtype), None)
     result = result * per_channel(scale_x * scale_w / headroom, axis if scale_w.ndim else None, result.ndim).to(
         x.device
     )

@@ -8,6 +8,7 @@ from torch import fx, nn
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, operations
 from halfeven.placement.folded_batchnorm import unfold_live
+from halfeven.placement.frozen import freeze_scales
 from halfeven.placement.insertion import (
     insert_tensor,
     insert_weight,
@@ -18,7 +19,7 @@ from halfeven.placement.insertion import (
     tensor_quantizer,
     weight_quantizer,
 )
-from halfeven.placement.make_plan import named_nodes
+from halfeven.placement.make_plan import named_nodes, regions
 from halfeven.placement.options import QuantizationOptions, Rule
 from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight
 from halfeven.placement.quantized_layers import FLOAT_LAYERS
@@ -49,6 +50,8 @@ def apply_rules(qmodel: nn.Module, rules: Sequence[Rule], target: Target) -> tup
     change = _Change(named_nodes(qmodel), after.options)
     new = [*_change_weights(change, before, after), *_change_tensors(change, before, after)]
     settle_regions(qmodel, after, target)
+    for region in regions(qmodel).values():
+        freeze_scales(region, new)
     return tuple(quantizer.name for quantizer in new if not quantizer.state.has_range)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from halfeven.evaluation import evaluating
 from halfeven.graph.operators import OperatorKind
 from halfeven.graph.view import Op
+from halfeven.graph.wrappers import unwrapped
 from halfeven.layerwise.activations import (
     ActivationCache,
     activation_caches,
@@ -79,10 +80,11 @@ def correct_biases(
     """
     untie_layers(qmodel, ("bias",))
     options = options or PTQOptions()
+    qmodel = unwrapped(qmodel)
     if reference is None:
         check_float_weights(qmodel, "Bias correction")
     cache = BoundedCache(options.memory * 1e9, options.cache_folder)
-    inputs = store_inputs(loader, options.batch_size, cache, batches)
+    inputs = store_inputs(qmodel, loader, options.batch_size, cache, batches)
     shifts: dict[str, float] = {}
     float_model = qmodel if reference is None else reference
     with evaluating(qmodel), evaluating(float_model):

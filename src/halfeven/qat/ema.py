@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from halfeven.errors import CheckpointError
 from halfeven.graph.copying import copy_model
 from halfeven.graph.torch_private import AnyBatchNorm, blend_all, copy_all, own_buffers, own_parameters
+from halfeven.graph.wrappers import unwrapped
 from halfeven.options import Options, at_least, below
 from halfeven.quantization.quantizer import Quantizer, quantizers
 from halfeven.renamed import renamed_attributes
@@ -92,6 +93,7 @@ class WeightEMA:
 
     def __init__(self, qmodel: nn.Module, options: AveragingOptions) -> None:
         self.options = options
+        qmodel = unwrapped(qmodel)
         self._raw = qmodel
         self.model = copy_model(qmodel).eval().requires_grad_(False)
         own = quantizers(self.model)

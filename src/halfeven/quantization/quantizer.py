@@ -54,6 +54,9 @@ class Quantizer(nn.Module):
         weight: True for a weight, which is at hand in each step and needs no moving average.
     """
 
+    keeps_dtype = True
+    """`model.bfloat16()` and `model.double()` leave its tensors in float32: files have float32 scales."""
+
     scale: Tensor
     zero_point: Tensor
     observing: Tensor

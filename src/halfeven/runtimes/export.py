@@ -10,6 +10,7 @@ from halfeven.deployment.exported_program import example_of, program_of
 from halfeven.deployment.file_interface import facts_of, interface_of
 from halfeven.errors import ConfigError, ExportError, HalfevenError
 from halfeven.files import storage_error
+from halfeven.graph.wrappers import unwrapped
 from halfeven.placement.insertion import plan_of, recorded_inputs
 from halfeven.runtimes.deploy import deploy, runtime_of
 
@@ -48,6 +49,7 @@ def export(
         StorageError: the disk cannot take the file; a file that was there is whole still.
     """
     path = Path(path)
+    qmodel = unwrapped(qmodel)
     runtime = runtime_of(qmodel, target)
     if path.suffix not in runtime.writers:
         raise ConfigError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.errors import HalfevenError
+from halfeven.graph.parts import called_modules
 from halfeven.graph.torch_private import pytree
 
 NEVER = 2**62
@@ -125,7 +126,7 @@ def _outputs_watched(module: nn.Module, found: list[str]) -> Iterator[None]:
 
         return look
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in module.named_modules() if name]
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in called_modules(module) if name]
     try:
         yield
     finally:

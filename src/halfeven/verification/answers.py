@@ -96,22 +96,6 @@ class Answers:
             self.reasons.append(reason)
 
 
-def labels_of(batch: Any, inputs: int) -> Any:
-    """Return the labels of a batch: the item behind its inputs, or the entry "labels" or "label"; None if none.
-
-    Args:
-        batch: as a loader gives it.
-        inputs: how many items of the batch the model takes.
-    """
-    if isinstance(batch, list | tuple):
-        if len(batch) > inputs:
-            return batch[inputs]
-        batch = batch[0] if batch else None
-    if isinstance(batch, Mapping):
-        return next((batch[key] for key in ("labels", "label") if batch.get(key) is not None), None)
-    return None
-
-
 def class_axis(output: Tensor, given: ClassAxis) -> int:
     """Return the axis of the classes: the given one, else the last axis of tokens [samples, tokens, classes] and the
     second axis of everything else."""

@@ -4,15 +4,17 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.exported_program import example_of, program_of
 from halfeven.errors import VerificationError
+from halfeven.graph.batches import Inputs, tensors_of
 from halfeven.graph.copying import copy_model
+from halfeven.graph.labels import remove_loss
 from halfeven.placement.insertion import recorded_inputs
+from halfeven.placement.make_plan import regions
 from halfeven.quantization.quantizer import Mode, set_mode
 from halfeven.runtimes.runtime import Runtime
 
@@ -23,16 +25,14 @@ WARM_UP_PAIRS = 2
 """Runs of each file before, which allocate."""
 
 
-def latency(
-    qmodel: nn.Module, path: Path, inputs: tuple[tuple[Any, ...], dict[str, Any]], runtime: Runtime
-) -> dict[str, float]:
+def latency(qmodel: nn.Module, path: Path, inputs: Inputs, runtime: Runtime) -> dict[str, float]:
     """Return the median milliseconds of the float model and of the file on one batch.
 
     They are timed in turn, so that drift hits both alike.
     """
     with tempfile.TemporaryDirectory() as folder:
         float_path = _write_float(qmodel, runtime, Path(folder))
-        tensors = [x.cpu() for x in (*inputs[0], *inputs[1].values())]
+        tensors = [x.cpu() for x in tensors_of(inputs)]
         runs = {
             "float": runtime.open_file(float_path, ()).timed(tensors),
             "deployed": runtime.open_file(path, ()).timed(tensors),
@@ -70,5 +70,7 @@ def deployed_in_float(qmodel: nn.Module) -> nn.Module:
     """Return the float counterpart of a quantized model: the same layers without quantizers, BatchNorm left to the
     runtime."""
     model = copy_model(qmodel).cpu().float().eval()
+    for region in regions(model).values():
+        remove_loss(region)
     set_mode(model, Mode.FLOAT)
     return model

@@ -5,17 +5,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from halfeven.deployment.layer_calls import named_calls
 from halfeven.errors import HalfevenError, VerificationError
 from halfeven.evaluation import evaluating
-from halfeven.graph.capture import inputs_of
+from halfeven.graph.batches import Inputs, inputs_of, label_of, tensors_of
+from halfeven.graph.copying import float32_model
+from halfeven.layerwise.batches import form_of
 from halfeven.placement.execution_graph import as_planned
 from halfeven.quantization.quantizer import weights_quantized_once
 from halfeven.runtimes.deploy import deploy, runtime_of
 from halfeven.runtimes.layer_execution import LayerExecution
-from halfeven.verification.answers import Answers, ClassAxis, labels_of
+from halfeven.verification.answers import Answers, ClassAxis
 from halfeven.verification.comparison import Comparison
 from halfeven.verification.findings import findings
 from halfeven.verification.float_simulation import outputs_of
@@ -53,34 +55,43 @@ def verify(
 
     Raises:
         VerificationError: no batch was given, the file cannot be read, or it was not written from this model.
+        CalibrationError: a batch does not fit the example that the model was prepared with.
         ConfigError: there is no such runtime.
     """
+    qmodel = float32_model(qmodel)
     batches = list(batches)
     if not batches:
         raise VerificationError(
             "verify got no batch, so there is nothing to compare the file with. Give at least one batch of inputs."
         )
+    inputs, labels = _inputs_and_labels(qmodel, batches)
     runtime = runtime_of(qmodel, target)
     comparison = Comparison(qmodel, deploy(qmodel, runtime), Path(path), runtime)
     answers = Answers(class_axis)
-    samples = _compare(comparison, batches, float_model, answers)
+    _compare(comparison, list(zip(inputs, labels, strict=True)), float_model, answers)
     parity = comparison.parity()
-    milliseconds = latency(qmodel, Path(path), inputs_of(batches[0]), runtime) if timed else {}
+    milliseconds = latency(qmodel, Path(path), inputs[0], runtime) if timed else {}
     return Report(
         path=str(path),
         runtime=comparison.file.runtime,
-        samples=samples,
+        samples=sum(_size(batch) for batch in inputs),
         top1_agreement=answers.same_exact / answers.total,
         float_simulation_top1_agreement=answers.same_float / answers.total,
         accuracy=answers.accuracy(),
         notes=answers.notes(),
         latency_ms=milliseconds,
-        latency_batch=_size(inputs_of(batches[0])),
+        latency_batch=_size(inputs[0]),
         latency_ratio=milliseconds["deployed"] / milliseconds["float"] if timed else float("nan"),
         findings=findings(parity["outputs"], parity["tensors"]),
         **parity,
         **_execution(comparison),
     )
+
+
+def _inputs_and_labels(qmodel: nn.Module, batches: list[Any]) -> tuple[list[Inputs], list[Any]]:
+    form = form_of(qmodel, batches[0])
+    inputs = [inputs_of(batch, form, number) for number, batch in enumerate(batches)]
+    return inputs, [label_of(batch, form) for batch in batches]
 
 
 def _execution(comparison: Comparison) -> dict[str, Any]:
@@ -105,18 +116,22 @@ def _in_float(layer: LayerExecution) -> str:
     return f"{layer.layer} ({layer.precision} {layer.kernel})".replace(" )", ")")
 
 
-def _compare(comparison: Comparison, batches: list[Any], float_model: nn.Module | None, answers: Answers) -> int:
-    """Compare all batches; return the number of samples."""
-    samples = 0
+def _compare(
+    comparison: Comparison, batches: list[tuple[Inputs, Any]], float_model: nn.Module | None, answers: Answers
+) -> None:
+    """Compare all batches of inputs and labels."""
     with ExitStack() as stack:
         stack.enter_context(as_planned(comparison.qmodel))
         stack.enter_context(evaluating(comparison.qmodel))
         stack.enter_context(weights_quantized_once(comparison.qmodel))
         if float_model is not None:
             stack.enter_context(evaluating(float_model))
-        for number, batch in enumerate(batches):
+        for number, ((args, kwargs), labels) in enumerate(batches):
             try:
-                samples += _compare_batch(comparison, batch, float_model, answers)
+                outputs = comparison.run(args, kwargs)
+                if float_model is not None and labels is not None:
+                    outputs["float"] = outputs_of(float_model, args, kwargs)
+                answers.add(outputs, labels)
             except HalfevenError:
                 raise
             except Exception as error:  # the model's own code raises whatever it likes
@@ -124,19 +139,7 @@ def _compare(comparison: Comparison, batches: list[Any], float_model: nn.Module 
                     f"Batch {number} could not be compared: {type(error).__name__}: {str(error).strip()}\nSo nothing "
                     "is known about the file. Give batches as for calibrate, of the sizes that prepare was given."
                 ) from error
-    return samples
 
 
-def _compare_batch(comparison: Comparison, batch: Any, float_model: nn.Module | None, answers: Answers) -> int:
-    """Compare one batch; return the number of its samples."""
-    args, kwargs = inputs_of(batch)
-    labels = labels_of(batch, max(len(args), 1))
-    outputs = comparison.run(args, kwargs)
-    if float_model is not None and labels is not None:
-        outputs["float"] = outputs_of(float_model, args, kwargs)
-    answers.add(outputs, labels)
-    return _size((args, kwargs))
-
-
-def _size(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
-    return len(next(x for x in (*inputs[0], *inputs[1].values()) if isinstance(x, Tensor)))
+def _size(inputs: Inputs) -> int:
+    return len(tensors_of(inputs)[0])

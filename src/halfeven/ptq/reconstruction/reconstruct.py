@@ -20,6 +20,7 @@ from torch import nn
 
 from halfeven.errors import CalibrationError
 from halfeven.evaluation import evaluating
+from halfeven.graph.wrappers import unwrapped
 from halfeven.layerwise.activations import activation_caches, check_float_weights, in_float
 from halfeven.layerwise.blocks import Block, Granularity, find_blocks
 from halfeven.layerwise.cache import BoundedCache, Stored, store_inputs
@@ -136,6 +137,7 @@ def _reconstruct(
     resume_dir: Path | None,
     log: Log | None,
 ) -> ReconstructionReport:
+    qmodel = unwrapped(qmodel)
     # The number that "auto" stands for is written out, so that a resumed run compares numbers.
     options = dataclasses.replace(options, iterations=options.steps)
     check_float_weights(qmodel, "Reconstruction")
@@ -146,7 +148,7 @@ def _reconstruct(
     found = [(prefix, find_blocks(region, granularity)) for prefix, region in regions(qmodel).items()]
     count = sum(len(blocks) for _, blocks in found)
     with evaluating(qmodel), _parameters_without_gradients(qmodel), _progress_bar(count) as advance:
-        inputs = store_inputs(loader, options.batch_size, cache, batches)
+        inputs = store_inputs(qmodel, loader, options.batch_size, cache, batches)
         finished = BlockStore.open(resume_dir, qmodel, inputs, options, granularity)
         for prefix, blocks in found:
             for report in _reconstruct_region(qmodel, prefix, blocks, inputs, cache, options, finished):

@@ -17,7 +17,8 @@ from halfeven.deployment.deployed import Deployed, Int32Bias
 from halfeven.deployment.grids import grid_of, quantizer_at
 from halfeven.deployment.quantize_op import ExportedQuantizer, repeat_quantizer, twin_of
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
-from halfeven.graph.rebuild import CapturedModule, place
+from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.tree import place
 from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.arithmetic import per_channel

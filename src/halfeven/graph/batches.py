@@ -1,0 +1,214 @@
+"""Read the batches of a loader: which entries are a model's inputs, which the label, and whether they fit the example.
+
+The example that a model was prepared with decides. A sequence gives as many inputs as the example has, then the label;
+a dict gives the inputs that the example names, and may hold other keys.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfeven.errors import CalibrationError
+from halfeven.graph.torch_private import pytree
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a model."""
+
+LABEL_NAMES = ("target", "targets", "start_positions", "end_positions")
+
+
+@dataclass(frozen=True)
+class InputForm:
+    """How a model takes its inputs."""
+
+    args: tuple[Any, ...]
+    """Positional arguments of the example."""
+    kwargs: Mapping[str, Any]
+    """Keyword arguments of the example."""
+    names: tuple[str, ...]
+    """Names of the positional arguments."""
+    converted: torch.dtype | None = None
+    """The type of a model whose weights are no longer in float32, such as after `model.bfloat16()`."""
+
+    @property
+    def expected(self) -> str:
+        """Return the inputs for a message."""
+        names = [*self.names, *self.kwargs]
+        return f"{len(names)} input{'s' * (len(names) != 1)} ({', '.join(names)})"
+
+
+def batched(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return the arguments with at least two samples: `torch.export` would make a batch size of 1 a constant."""
+
+    def double(x: Any) -> Any:
+        return torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim and x.shape[0] == 1 else x
+
+    result: tuple[Any, Any] = pytree.tree_map(double, (args, kwargs))
+    return result
+
+
+def own_tensors(model: nn.Module, inputs: Any) -> Any:
+    """Return the arguments with tensors of their own, on the model's device.
+
+    Of one tensor that is given twice, `torch.export` would make one input.
+    """
+    device = next((p.device for p in model.parameters()), None)
+    return pytree.tree_map_only(Tensor, lambda x: x.detach().to(device, copy=True), inputs)
+
+
+def input_form(model: nn.Module, inputs: Inputs) -> InputForm:
+    """Return how a model takes inputs like those of an example."""
+    args, kwargs = inputs
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return InputForm(args, kwargs, argument_names(model, len(args)), None if dtype == torch.float32 else dtype)
+
+
+def argument_names(model: nn.Module, count: int) -> tuple[str, ...]:
+    """Return the names of the first positional arguments that a model's forward takes."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    found = [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
+    return tuple((found + [f"input {i}" for i in range(len(found), count)])[:count])
+
+
+def inputs_of(batch: Any, form: InputForm, number: int = 0) -> Inputs:
+    """Return the arguments of a batch, in the order of the example.
+
+    Args:
+        batch: a tensor; a sequence of as many inputs as the example has, then anything; a sequence whose first item is
+            a sequence or dict of all inputs; or a dict, whose keys that name no input are ignored.
+        form: how the model takes its inputs.
+        number: the batch's place in the loader, for messages.
+
+    Raises:
+        CalibrationError: an input is missing, no tensor, empty, or of another type or number of axes than the
+            example's; the message names the batch and the input.
+    """
+    if isinstance(batch, Mapping):
+        args, kwargs = _of_mapping(batch, form, number)
+    elif _is_sequence(batch) and batch and _is_nested(batch[0], form):
+        return inputs_of(batch[0], form, number)
+    else:
+        args, kwargs = _of_sequence(list(batch) if _is_sequence(batch) else [batch], form, number)
+    for name, value, like in zip(form.names, args, form.args, strict=True):
+        _check(name, value, like, form.converted, number)
+    for name, value in kwargs.items():
+        _check(name, value, form.kwargs[name], form.converted, number)
+    return args, kwargs
+
+
+def label_of(batch: Any, form: InputForm) -> Any:
+    """Return the label of a batch: what follows the inputs, or a dict's "labels" or "label"; None if there is none."""
+    if isinstance(batch, Mapping):
+        spare = [key for key in ("labels", "label") if key in batch and key not in (*form.kwargs, *form.names)]
+        return batch[spare[0]] if spare else None
+    if not _is_sequence(batch) or not batch:
+        return None
+    nested = _is_nested(batch[0], form)
+    if nested and len(batch) == 1:
+        return label_of(batch[0], form)
+    taken = 1 if nested else len(form.args) or len(form.kwargs)
+    return batch[taken] if len(batch) > taken else None
+
+
+def is_label(parameter: inspect.Parameter) -> bool:
+    """Return True for a parameter of a forward that takes labels for a loss, and may be left out.
+
+    The names are those of the models of transformers: they hold "label", or are those of its questions and answers.
+    """
+    named = "label" in parameter.name or parameter.name in LABEL_NAMES
+    return named and parameter.default is None
+
+
+def tensors_of(inputs: Inputs) -> list[Tensor]:
+    """Return all tensors of a model's arguments, in their order."""
+    return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _is_nested(first: Any, form: InputForm) -> bool:
+    """Return True if the first item of a batch holds all inputs."""
+    if isinstance(first, Mapping):
+        return not (form.args and isinstance(form.args[0], Mapping))
+    return _is_sequence(first) and not (form.args and _is_sequence(form.args[0]))
+
+
+def _of_mapping(batch: Mapping[str, Any], form: InputForm, number: int) -> Inputs:
+    examples = {**dict(zip(form.names, form.args, strict=True)), **form.kwargs}
+    missing = [name for name, like in examples.items() if name not in batch and _holds_tensors(like)]
+    if missing:
+        raise _mismatch(
+            number,
+            f"has no {' and no '.join(missing)} (its keys: {', '.join(map(str, batch)) or 'none'})",
+            f"Give a dict with {form.expected}, or prepare the model with an example like the batch.",
+        )
+    values = {name: batch.get(name, like) for name, like in examples.items()}
+    return tuple(values[name] for name in form.names), {name: values[name] for name in form.kwargs}
+
+
+def _of_sequence(entries: list[Any], form: InputForm, number: int) -> Inputs:
+    if form.kwargs:
+        return _for_keyword(entries, form, number)
+    count = len(form.args)
+    if len(entries) < count and any(_holds_tensors(like) for like in form.args[len(entries) :]):
+        raise _mismatch(
+            number,
+            f"holds {len(entries)} of the model's {form.expected}",
+            "Let the loader give as many inputs as the example has, and the label after them; or prepare the model "
+            "with an example like the batch.",
+        )
+    return (*entries[:count], *form.args[len(entries) :]), {}
+
+
+def _for_keyword(entries: list[Any], form: InputForm, number: int) -> Inputs:
+    """Return the argument of a model that was prepared with a dict, for a batch that names nothing."""
+    tensors = [name for name, like in form.kwargs.items() if _holds_tensors(like)]
+    if len(tensors) != 1 or not entries:
+        raise _mismatch(
+            number,
+            "names no inputs, and the model was prepared with a dict",
+            f"So it is not known which entry is which. Give dicts with {form.expected}, or prepare the model with a "
+            "tuple.",
+        )
+    return (), {**form.kwargs, tensors[0]: entries[0]}
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def _check(name: str, value: Any, like: Any, converted: torch.dtype | None, number: int) -> None:
+    """Raise CalibrationError for an input that is unlike the example's."""
+    if not isinstance(like, Tensor):
+        return
+    what = f'has "{name}" as '
+    if value is None:
+        raise _mismatch(number, f"{what}None", f"{_example(like)} Give a tensor, or leave the batch out.")
+    if not isinstance(value, Tensor):
+        remedy = "Make it a tensor, for example with torch.as_tensor(...)."
+        kind = "a numpy array" if type(value).__module__ == "numpy" else f"a {type(value).__name__}"
+        raise _mismatch(number, what + kind, f"{_example(like)} {remedy}")
+    if value.ndim != like.ndim:
+        remedy = "Give the axes that the example has, the samples first."
+        raise _mismatch(number, f"{what}a tensor of shape {list(value.shape)}", f"{_example(like)} {remedy}")
+    if value.numel() == 0:
+        remedy = "Leave out empty batches, for example with drop_last=True."
+        raise _mismatch(number, f"{what}an empty tensor of shape {list(value.shape)}", remedy)
+    expected = converted if converted and like.is_floating_point() else like.dtype
+    if value.dtype != expected:
+        told = f"The model was converted to {converted}." if expected != like.dtype else _example(like)
+        raise _mismatch(number, f"{what}a tensor of {value.dtype}", f"{told} Convert it with .to({expected}).")
+
+
+def _example(like: Tensor) -> str:
+    return f"The example that the model was prepared with has shape {list(like.shape)} and {like.dtype} there."
+
+
+def _mismatch(number: int, what: str, remedy: str) -> CalibrationError:
+    return CalibrationError(f"Batch {number} (counted from 0) {what}, so the model cannot be run on it. {remedy}")

@@ -1,0 +1,242 @@
+"""Labels inside forward: `forward(inputs, labels=None)` that returns its loss when it gets labels.
+
+The captured graph is that of the call without labels, which is deployed. The operators between its outputs and the loss
+become a graph of their own, which runs only when labels are given and computes as the float model does.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from halfeven.errors import CaptureError
+from halfeven.graph.batches import Inputs, is_label
+from halfeven.graph.torch_private import output_form, own_modules, pytree
+
+LOSS = "halfeven_loss"
+"""Name of the submodule of a captured model that computes its loss."""
+
+OUTPUT, INPUT, BUFFER = "output", "input", "buffer"
+"""What an input of the loss is: an output or an input of the model, or one of its buffers."""
+
+Source = tuple[str, Any]
+"""What it is, and its place among all outputs or inputs, or the buffer's name."""
+
+
+def without_labels(model: nn.Module, inputs: Inputs) -> tuple[Inputs, tuple[str, ...]]:
+    """Return the arguments without those that are labels, and the names of the labels among them."""
+    args, kwargs = inputs
+    signature = inspect.signature(model.forward)
+    try:
+        given = signature.bind(*args, **kwargs).arguments
+    except TypeError:  # the model's own call says what is wrong
+        return inputs, ()
+    labels = [name for name in given if is_label(signature.parameters[name])]
+    names = list(given)[: len(args)]
+    first = next((i for i, name in enumerate(names) if name in labels), len(args))
+    moved = {name: value for name, value in zip(names[first:], args[first:], strict=False) if name not in labels}
+    kept = {name: value for name, value in kwargs.items() if name not in labels}
+    return (args[:first], moved | kept), tuple(name for name in labels if given[name] is not None)
+
+
+class Loss(nn.Module):
+    """The operators between a captured model's outputs and what it returns with labels.
+
+    Args:
+        graph: takes the `sources` in their order, and returns a list.
+        sources: what each input of the graph is.
+        form: the structure of what is returned.
+        names: names of the model's inputs and labels, in the order of their places.
+        labels: names of the labels.
+    """
+
+    def __init__(
+        self, graph: fx.GraphModule, sources: list[Source], form: Any, names: tuple[str, ...], labels: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        self.graph = graph
+        self.sources = sources
+        self.form = form
+        self.names = names
+        self.labels = labels
+
+    def forward(self, model: nn.Module, arguments: dict[str, Any], outputs: Any) -> Any:
+        inputs = pytree.tree_leaves([arguments[name] for name in self.names])
+        read: dict[str, Callable[[Any], Any]] = {
+            INPUT: inputs.__getitem__,
+            OUTPUT: pytree.tree_leaves(outputs).__getitem__,
+            BUFFER: model.get_buffer,
+        }
+        values = [read[kind](place) for kind, place in self.sources]
+        return pytree.tree_unflatten(list(self.graph(*values)), self.form)
+
+
+def add_loss(
+    captured: Any, original: nn.Module, plain: fx.GraphModule, full: fx.GraphModule, labels: tuple[str, ...]
+) -> None:
+    """Let a captured model take labels too.
+
+    Args:
+        captured: the captured model.
+        original: the model that it was captured from.
+        plain: the exported model without labels.
+        full: the exported model with labels.
+        labels: names of the labels.
+
+    Raises:
+        CaptureError: the loss reads parameters, beyond the model's outputs.
+    """
+    copier = _Copier(original, plain, full)
+    copier.graph.output([copier.copy(value) for value in _results(full.graph)])
+    copier.graph.lint()
+    module = fx.GraphModule(copier.constants, copier.graph)
+    names = tuple(inspect.signature(full.forward).parameters)
+    captured.add_module(LOSS, Loss(module, list(copier.sources), output_form(full.graph), names, labels))
+    captured.recompile()
+
+
+def remove_loss(captured: Any) -> None:
+    """Let a captured model take no labels any more: a file has none."""
+    if own_modules(captured).pop(LOSS, None) is not None:
+        captured.recompile()
+
+
+def with_labels(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward of a captured model, which refuses names that it does not know.
+
+    In a model with a loss it takes labels too.
+    """
+    loss: Any = own_modules(model).get(LOSS)
+    plain = inspect.signature(forward)
+    names = [name for name in plain.parameters if name != "self"]
+    if loss is None:
+        return _checked(forward, names)
+    more = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in loss.labels]
+    signature = plain.replace(parameters=[*plain.parameters.values(), *more])
+
+    @wraps(forward)
+    def labelled(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        itself = arguments.pop("self")
+        outputs = forward(itself, **{name: arguments[name] for name in names})
+        found: Any = own_modules(itself)[LOSS]
+        if all(arguments[name] is None for name in found.labels):
+            return outputs
+        return found(itself, arguments, outputs)
+
+    labelled.__signature__ = signature  # type: ignore[attr-defined]
+    return labelled
+
+
+def _checked(forward: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+    @wraps(forward)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        unknown = [name for name in kwargs if name not in names]
+        if unknown:
+            raise CaptureError(
+                f"The model was called with {', '.join(unknown)}, and was prepared with an example without: its graph "
+                f"takes {', '.join(names)} alone. Prepare it with an example that has all inputs of the call; with "
+                "labels in the example, it returns the loss as the float model does."
+            )
+        return forward(self, *args, **kwargs)
+
+    return checked
+
+
+def _results(graph: fx.Graph) -> list[Any]:
+    (output,) = [node for node in graph.nodes if node.op == "output"]
+    return list(output.args[0])
+
+
+class _Copier:
+    """Copies the operators of a loss into a graph of their own, back to the outputs of the model without labels."""
+
+    def __init__(self, original: nn.Module, plain: fx.GraphModule, full: fx.GraphModule) -> None:
+        self.full = full
+        self.parameters = {name for name, _ in original.named_parameters(remove_duplicate=False)}
+        self.buffers = {name for name, _ in original.named_buffers(remove_duplicate=False)}
+        self.graph = fx.Graph()
+        self.constants = nn.Module()
+        self.sources: dict[Source, fx.Node] = {}
+        self.copies: dict[fx.Node, Any] = {}
+        numbers: dict[Any, int] = {}
+        known = self._numbered(plain, numbers)
+        self.numbers = self._numbered(full, numbers)
+        results = _results(plain.graph)
+        self.outputs = {known[node]: place for place, node in enumerate(results) if isinstance(node, fx.Node)}
+        inputs = [node for node in full.graph.nodes if node.op == "placeholder"]
+        self.places = {node: place for place, node in enumerate(inputs)}
+
+    def _numbered(self, module: fx.GraphModule, numbers: dict[Any, int]) -> dict[fx.Node, int]:
+        """Return a number for each node, equal for nodes that compute the same of the same, in both graphs."""
+        found: dict[fx.Node, int] = {}
+
+        def key(value: Any) -> Any:
+            if isinstance(value, fx.Node):
+                return "node", found[value]
+            if isinstance(value, list | tuple):
+                return tuple(key(item) for item in value)
+            if isinstance(value, dict):
+                return tuple((name, key(item)) for name, item in value.items())
+            return repr(value)
+
+        for node in module.graph.nodes:
+            target = self._constant_key(module, node.target) if node.op == "get_attr" else node.target
+            whole = (node.op, target, key(node.args), key(node.kwargs))
+            found[node] = numbers.setdefault(whole, len(numbers))
+        return found
+
+    def _constant_key(self, module: fx.GraphModule, path: str) -> Any:
+        if path in self.parameters or path in self.buffers:
+            return path
+        value = _attribute(module, path)  # lifted out of the code, under a name that differs between the graphs
+        return repr((value.dtype, value.tolist())) if isinstance(value, Tensor) else path
+
+    def copy(self, value: Any) -> Any:
+        """Return the copy of a node, or of a structure of nodes."""
+        return fx.node.map_arg(value, self._node)
+
+    def _node(self, node: fx.Node) -> fx.Node:
+        if node not in self.copies:
+            self.copies[node] = self._made(node)
+        result: fx.Node = self.copies[node]
+        return result
+
+    def _made(self, node: fx.Node) -> fx.Node:
+        place = self.outputs.get(self.numbers[node])
+        if place is not None:
+            return self._input((OUTPUT, place))
+        if node.op == "placeholder":
+            return self._input((INPUT, self.places[node]))
+        if node.op == "get_attr":
+            return self._constant(str(node.target))
+        return self.graph.create_node(node.op, node.target, self.copy(node.args), self.copy(node.kwargs))
+
+    def _constant(self, path: str) -> fx.Node:
+        if path in self.parameters:
+            raise CaptureError(
+                f"The loss inside of the model's forward reads the parameter {path}, beyond what the model returns "
+                "without labels, so the loss of the quantized model cannot be computed from its outputs. Give an "
+                "example without labels, and compute the loss outside of the model."
+            )
+        if path in self.buffers:
+            return self._input((BUFFER, path))
+        name = path.replace(".", "_")
+        self.constants.register_buffer(name, _attribute(self.full, path).detach().clone(), persistent=False)
+        return self.graph.get_attr(name)
+
+    def _input(self, source: Source) -> fx.Node:
+        if source not in self.sources:
+            before = next(iter(self.graph.nodes), None) if not self.sources else list(self.sources.values())[-1].next
+            with self.graph.inserting_before(before):
+                self.sources[source] = self.graph.placeholder(f"value_{len(self.sources)}")
+        return self.sources[source]
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
