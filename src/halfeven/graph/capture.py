@@ -119,7 +119,10 @@ def capture(
     left_in_eval(model)  # its own train() may forget what eval mode keeps of earlier calls
     model.eval()
     try:
-        with torch.enable_grad(), plain_forward(model) as in_float32:  # the graph must not depend on where it is captured
+        with (
+            torch.enable_grad(),
+            plain_forward(model) as in_float32,
+        ):  # the graph must not depend on where it is captured
             found, report = _captured_batch(captured, given, doubled)
             if labels and isinstance(found, CapturedModule):
                 inputs = batched(*whole) if report.samples == _samples(doubled) else whole

@@ -62,7 +62,8 @@ def _symbolic_len(model: nn.Module) -> Iterator[None]:
     Python's own makes a constant of it. It stays what it is: torch's compiler knows builtins by identity.
     """
     classes = {base for module in model.modules() for base in type(module).__mro__}
-    files = [sys.modules[c.__module__] for c in classes if c.__module__.partition(".")[0] not in ("torch", "builtins")]
+    names = {c.__module__ for c in classes if c.__module__.partition(".")[0] not in ("torch", "builtins")}
+    files = [sys.modules[name] for name in names if name in sys.modules]
     spaces = {id(vars(file)): vars(file) for file in files if "len" not in vars(file)}
     for space in spaces.values():
         space["len"] = _length
