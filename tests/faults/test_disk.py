@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import stat
+import sys
 import time
 from contextlib import contextmanager
 
@@ -28,11 +29,14 @@ LIMIT = 3000
 def full_disk(limit=LIMIT):
     """No file may grow beyond a limit, as on a disk with no more room: each library meets it in its own way."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Python would cut what it compiles at the limit, without noticing, and fail at every later import of that module.
+    writes_none, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        sys.dont_write_bytecode = writes_none
 
 
 @pytest.fixture(scope="module")
