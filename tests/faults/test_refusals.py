@@ -50,7 +50,7 @@ def test_a_refused_quantization_leaves_no_folder(config, tmp_path, wrong):
 
 def test_the_message_says_which_part_of_the_data_it_is(config, tmp_path):
     said = refused("train", config, "--work-dir", tmp_path / "work", "--data.function", "faulty_net:raising")
-    assert "training batch: RuntimeError: the disk of the images is gone" in said
+    assert "The train sample 0 cannot be used: RuntimeError: the disk of the images is gone" in said
 
 
 def test_a_folder_without_anything_to_lose_is_no_obstacle(config, tmp_path, monkeypatch):

@@ -28,7 +28,9 @@ from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
 from halfeven.training.accelerator import make_accelerator
 from halfeven.training.progress import plain_console
+from halfeven.training.sampling import seeded
 from halfeven.training.state import STATE_FILE
+from halfeven.zoo.checked_samples import SKIPPED, check_targets, checked, count_skipped
 from halfeven.zoo.datasets import Datasets, load_datasets
 from halfeven.zoo.leakage import check_apart
 
@@ -51,6 +53,7 @@ MAY_CHANGE = (
         "device.threads",
         "export",
         "data.workers",
+        "data.on_bad_sample",
         "data.root",
         "training.log_every",
         "training.save_every",
@@ -103,14 +106,17 @@ def open_run(experiment: Experiment, folder: Path) -> RunContext:
     """
     accelerator = make_accelerator(experiment.device)
     console = plain_console(quiet=not accelerator.is_main_process)
-    datasets = load_datasets(experiment.data)
+    datasets = checked(load_datasets(experiment.data), experiment.data.on_bad_sample, folder)
     if mismatches := _mismatches(experiment, datasets):
         raise ConfigError(
             f"Model and data do not go together, so no loss can be computed: {'; '.join(mismatches)}. Set the options "
             "of `model` to match the data."
         )
+    task = make_task(experiment, datasets)
+    with seeded(experiment.seed):
+        check_targets(datasets, task.wrong_target, one_size=type(task).collate is Task.collate)
     torch.manual_seed(experiment.seed)
-    return RunContext(experiment, folder, accelerator, console, datasets, make_task(experiment, datasets))
+    return RunContext(experiment, folder, accelerator, console, datasets, task)
 
 
 def _mismatches(experiment: Experiment, datasets: Datasets) -> list[str]:
@@ -231,6 +237,8 @@ def claimed_folder(context: RunContext, command: str, *, resume: bool) -> Iterat
             raise refusal or StorageError(f"The first process of this run cannot use {context.folder}; it says why.")
         _check_shared(context, command)
         yield
+        if count := count_skipped(context.folder):
+            context.log(f"Bad samples were replaced by the next good ones ({count}): see {context.folder / SKIPPED}.")
 
 
 def _check_shared(context: RunContext, command: str) -> None:
@@ -248,7 +256,7 @@ def _sees(path: Path, wanted: Any) -> bool:
 
 
 def _write_record(context: RunContext, command: str, *, resume: bool) -> None:
-    for name in RESUMED_FROM if not resume else ():
+    for name in (*RESUMED_FROM, SKIPPED) if not resume else ():
         remove(context.folder / name)
     text = json.dumps(_facts(context, command), indent=2) + "\n"
     write_atomically(context.folder / RECORD, lambda path: path.write_text(text, encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +27,20 @@ class Classification(Task):
     def loss(self, outputs: Any, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Return the mean cross-entropy over samples."""
         return F.cross_entropy(self.logits(outputs).float(), targets, label_smoothing=label_smoothing)
+
+    def wrong_target(self, target: Any) -> str:
+        """Say what is wrong with a label: a class number, or probabilities of all classes. "" where nothing is."""
+        if type(self).loss is not Classification.loss:
+            return ""  # a task of the user's own may have other targets
+        if isinstance(target, Tensor | np.generic | np.ndarray):
+            if target.ndim:
+                return ""
+            target = target.item()
+        if isinstance(target, bool) or not isinstance(target, int):
+            return f"its label is {target!r}, and must be an integer, the number of a class"
+        if not 0 <= target < self.num_classes:
+            return f"its label is {target}, and the classes are 0 to {self.num_classes - 1}"
+        return ""
 
     def metrics(self) -> "MetricCollection":
         """Return new metrics: top-1 and, where there are more than 5 classes, top-5 accuracy."""

@@ -45,6 +45,15 @@ class Segmentation(Task):
             total = total + self.auxiliary_weight * cross_entropy(outputs["aux"])
         return total
 
+    def wrong_target(self, target: Any) -> str:
+        """Say which class of a mask, [height, width], does not exist; "" where all do."""
+        if type(self).loss is not Segmentation.loss or not isinstance(target, Tensor) or target.is_floating_point():
+            return ""
+        wrong = target[((target < 0) | (target >= self.num_classes)) & (target != self.ignore_index)]
+        if not wrong.numel():
+            return ""
+        return f"its mask holds the class {int(wrong[0])}, and the classes are 0 to {self.num_classes - 1}"
+
     def metrics(self) -> "MetricCollection":
         """Return new metrics: intersection over union and accuracy over the whole data set."""
         with extra("train", "The metrics of a task"):

@@ -43,6 +43,10 @@ class Task(ABC):
     def judged(self, outputs: Any, targets: Any) -> tuple[Any, Any]:
         """Return predictions and targets of a batch, as the metrics take them."""
 
+    def wrong_target(self, target: Any) -> str:
+        """Say what is wrong with the target of a sample; "" where nothing is."""
+        return ""
+
     def figures(self, computed: Mapping[str, Tensor]) -> Metrics:
         """Return the values that the metrics computed, in percent."""
         return {name: round(100 * float(value), 4) for name, value in computed.items()}

@@ -128,7 +128,7 @@ class FiniteGuard:
         number = within * self.accumulation + batch
         indices = self.batches.indices(epoch, number)
         items = self.batches.items(epoch, number)
-        if bad := [indices[i] for i in bad_samples(items)]:
+        if bad := [self.batches.describe(indices[i]) for i in bad_samples(items)]:
             return (
                 f"The first tensor that holds NaN or infinity is the batch itself, by training sample {listed(bad)} "
                 "(counted from 0). Mend it in the data."

@@ -167,6 +167,11 @@ class TrainingBatches:
         """Return the indices of the samples in a batch, counted from the start of the epoch."""
         return self.sampler.indices(epoch, batch)
 
+    def describe(self, index: int) -> str:
+        """Return the index of a sample, with its file and label where the data know them."""
+        described: Callable[[int], str] = getattr(self.samples.samples, "describe", str)
+        return described(index)
+
     def items(self, epoch: int, batch: int) -> list[Any]:
         """Return the samples of a batch, not collated, as they are augmented in that epoch."""
         return [self.samples[epoch, index] for index in self.indices(epoch, batch)]

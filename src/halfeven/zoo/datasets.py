@@ -21,6 +21,7 @@ from halfeven.errors import ConfigError
 from halfeven.imports import extra, import_function
 from halfeven.renamed import renamed_attributes
 from halfeven.zoo import detection_segmentation
+from halfeven.zoo.images import read_image
 from halfeven.zoo.options import DataOptions
 from halfeven.zoo.text import texts
 
@@ -56,7 +57,14 @@ class Datasets:
 
     def example(self) -> Example:
         """Return two validation inputs as a batch, to capture a model with."""
-        found: Example = default_collate([self.validation[index][0] for index in range(min(2, len(self.validation)))])
+        inputs = [self.validation[index][0] for index in range(min(2, len(self.validation)))]
+        try:
+            found: Example = default_collate(inputs)
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(
+                f"The first two validation inputs make no batch ({next(iter(str(error).splitlines()), '')}), so the "
+                "model cannot be captured. Give tensors of one size, or dicts of them."
+            ) from error
         return found
 
 
@@ -183,9 +191,9 @@ def image_folder(options: DataOptions) -> Datasets:
     scale = transforms.Resize(options.resize, interpolation=bilinear, antialias=True)
     evaluation = transforms.Compose([scale, transforms.CenterCrop(options.image_size), *finish])
     try:
-        train = ImageFolder(root / "train", transform=training)
-        seen_as_in_evaluation = ImageFolder(root / "train", transform=evaluation)
-        validation = ImageFolder(root / "val", transform=evaluation)
+        train = ImageFolder(root / "train", transform=training, loader=read_image)
+        seen_as_in_evaluation = ImageFolder(root / "train", transform=evaluation, loader=read_image)
+        validation = ImageFolder(root / "val", transform=evaluation, loader=read_image)
     except FileNotFoundError as error:
         raise ConfigError(
             f"The images under {root} cannot be used: {error} Put one folder per class in train and in val."

@@ -4,9 +4,10 @@ import os
 from collections.abc import Hashable, Iterator
 from typing import Any
 
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from halfeven.errors import ConfigError
+from halfeven.zoo.checked_samples import parent
 from halfeven.zoo.datasets import Datasets
 
 
@@ -38,9 +39,7 @@ def origins(samples: Any) -> Iterator[Hashable]:
 
 
 def _origin(samples: Any, index: int) -> Hashable:
-    while isinstance(samples, Subset):
-        index = samples.indices[index]
-        samples = samples.dataset
+    samples, index = parent(samples, index)
     if isinstance(samples, TensorDataset):
         first = samples.tensors[0]
         return "memory", first.data_ptr() + index * first.stride(0) * first.element_size()

@@ -59,6 +59,9 @@ class DataOptions(Options):
     """Training samples, drawn once with the seed, that set the ranges."""
     calibration_seed: NonNegativeInt = 0
     """Seed of that draw."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """A sample that cannot be read, or whose label cannot be, ends the run ("error") or is replaced by the next good
+    one ("skip"), which is counted."""
     workers: NonNegativeInt = 2
     """Processes that load samples; 0 to load them in the main one."""
     evaluation_batch_size: PositiveInt = 128
