@@ -168,6 +168,12 @@ def test_bad_samples_are_left_out_and_counted(folder, tmp_path):
     assert "0.png, label 1" in lines[0]["sample"]
 
 
+def test_a_loop_over_the_samples_ends(tmp_path):
+    samples = CheckedSamples([(image, 0) for image in IMAGES], "train", "skip", tmp_path)
+    assert len([item for item in samples]) == 6
+    assert samples[-1][0] is samples[5][0]
+
+
 def test_data_that_are_all_bad_are_refused(tmp_path):
     samples = CheckedSamples([None] * 5, "train", "skip", tmp_path)
     with pytest.raises(SampleError, match="after it cannot be used either"):

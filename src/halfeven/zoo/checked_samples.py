@@ -57,6 +57,10 @@ class CheckedSamples(Dataset[Any]):
         Raises:
             SampleError: the sample is bad and none may be left out, or too many in a row are bad.
         """
+        if not -len(self) <= index < len(self):
+            raise IndexError(
+                f"There are {len(self)} samples, and number {index} was asked for."
+            )  # ends a loop over them
         error: Exception | None = None
         for place in range(index, index + (MOST_IN_A_ROW if self.on_bad == "skip" else 1)):
             number = place % len(self)
