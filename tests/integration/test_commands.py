@@ -6,6 +6,7 @@ import shutil
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from halfeven.checkpoint import read_tensors, write_tensors
 from runtimes.parity import SCHEME
 
 from .running import halfeven
@@ -113,11 +114,9 @@ def test_verify_tells_a_file_from_one_of_other_weights(config, trained, tmp_path
     assert report["integer_match"] == recorded["integer_match"]
 
     # The same network with the classes in another order: every tensor is there, the last layer's weights differ.
-    tensors = load_file(folder / "best.safetensors")
-    with safe_open(folder / "best.safetensors", "pt") as file:
-        metadata = file.metadata()
+    tensors, facts = read_tensors(folder / "best.safetensors")
     tensors["fc.weight"] = tensors["fc.weight"].flip(0).contiguous()
-    save_file(tensors, tmp_path / "best.safetensors", metadata)
+    write_tensors(tensors, tmp_path / "best.safetensors", facts)
     done = halfeven("verify", config, tmp_path / "best.safetensors", folder / "model.xml", *untimed)
     assert done.returncode == 1, done.stderr
     assert "The integer weights in the file are not the checkpoint's." in done.stdout

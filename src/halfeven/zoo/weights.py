@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from halfeven.errors import CheckpointError, HalfevenError
+from halfeven.errors import CheckpointError, HalfevenError, HalfevenWarning
 from halfeven.integrity import check_facts, check_tensors, listed, wrong_values
 from halfeven.zoo.torch_files import read_torch_file, shortened
 
@@ -123,6 +123,7 @@ def read_weights(path: str | Path, entry: str = "auto") -> dict[str, Tensor]:
         warnings.warn(
             f"{path} holds objects of {shortened(left_out)} beside its weights. They were left out, because reading "
             "them would run code; the weights are whole.",
+            HalfevenWarning,
             stacklevel=2,
         )
     return tensors
@@ -140,6 +141,7 @@ def _state_dict_of(content: Any, path: Path, entry: str, left_out: tuple[str, ..
             f'{path} holds several sets of weights: {_quoted(found)}. "{found[0]}" is read; set model.weights_entry to '
             'read another. (Averaged weights are under "state_dict" in mmengine\'s files, and under '
             '"state_dict_ema" or "model_ema" in those of timm and torchvision.)',
+            HalfevenWarning,
             stacklevel=2,
         )
     if isinstance(content, dict) and (found or entry != "auto"):
