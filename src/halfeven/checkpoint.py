@@ -103,7 +103,7 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | Path) 
     if others := [f"{key} is {found} instead of {right}" for key, found, right in dtypes if found != right]:
         raise CheckpointError(
             f"{path} holds tensors of other dtypes than the model:\n{listed(others)}\nConverted, they would be other "
-            "numbers. Give the float model in the precision of the file, for example with model.float() or model.bfloat16()."
+            "numbers. Give the float model in the precision of the file: model.float() or model.bfloat16()."
         )
     if problems := wrong_values(state, wanted):
         raise _unusable(path, problems)
