@@ -57,6 +57,20 @@ def test_a_loader_of_two_inputs_and_labels(target, name, tmp_path):
     assert set(report.accuracy) == {"float", "simulated", "deployed"}
 
 
+def test_an_input_that_is_no_tensor_is_no_input_of_the_file(tmp_path):
+    class Switched(Two):
+        def forward(self, x, mask=None, double=False, condition=None):
+            y = self.left(x) * (2 if double else 1)
+            return self.out((y if condition is None else y + self.right(condition)).relu())
+
+    batch = {"x": torch.randn(5, 8), "mask": None, "double": True, "condition": torch.randn(5, 4)}
+    qmodel = he.calibrate(he.prepare(Switched().eval(), batch, scheme="w7a8"), [batch]).eval()
+    for target, name in (("openvino", "m.xml"), ("onnxruntime", "m.onnx")):
+        he.export(qmodel, tmp_path / name, target=target)
+        without = {"x": batch["x"], "condition": batch["condition"], "labels": torch.zeros(5)}
+        assert he.verify(qmodel, tmp_path / name, [without], target=target, timed=False).integer_match == 1
+
+
 @pytest.mark.parametrize("form", ["tuples", "nested", "dicts"])
 def test_every_algorithm_reads_the_same_inputs(form):
     model = Two().eval()

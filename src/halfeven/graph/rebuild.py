@@ -19,6 +19,7 @@ from halfeven.graph.torch_private import (
     AnyDropout,
     KeepsTypes,
     input_keywords,
+    own_buffers,
     pytree,
 )
 from halfeven.graph.tree import adopt, has_value, owner_of, place
@@ -109,7 +110,11 @@ def _unpickled(make: Callable[..., fx.GraphModule], arguments: tuple[Any, ...]) 
     state = dict(arguments[0])
     plain: Any = make(*arguments)
     result = CapturedModule(plain, plain.graph)
+    constants = dict(own_buffers(result))  # torch.fx names them anew
     complete(result, state)
+    for name, value in constants.items():
+        if name not in own_buffers(result):
+            result.register_buffer(name, value, persistent=False)
     for name in KEPT_FIELDS:
         setattr(result, name, state.get(name, getattr(CapturedModule, name)))
     result.recompile()

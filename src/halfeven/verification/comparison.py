@@ -74,7 +74,8 @@ class Comparison:
         """
         simulated, simulated_codes = self.simulation.run(args, kwargs)
         cpu = [x.cpu() if isinstance(x, Tensor) else x for x in (*args, *kwargs.values())]
-        found, reals = self.file.run(cpu)
+        tensors = [x for x in cpu if isinstance(x, Tensor)]
+        found, reals = self.file.run(tensors)
         codes = {name: codes_of(reals[name], self.activations[name]) for name in self.names}
         exact = self._exact(cpu, codes)
         alone = simulated
@@ -87,7 +88,7 @@ class Comparison:
         floating = outputs_of(self.floating, args, kwargs)
         deployed = in_form_of(exact, found, self.path)
         if not self.outputs:  # once: it is another session
-            self.default_session = default_session(self.file, cpu, found)
+            self.default_session = default_session(self.file, tensors, found)
         for name, output in deployed.items():
             sums = self.outputs.setdefault(name, OutputSums(name))
             sums.add(output, exact[name], simulated[name], alone[name], floating[name])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.export.graph_signature import ConstantArgument, InputKind
 
 from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.file_interface import input_values
@@ -33,6 +34,7 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     translations = {"fake_quantize": lambda context: _fake_quantize(context, names), "matmul": _matmul}
     extensions = [ConversionExtension(f"halfeven.{name}.default", made) for name, made in translations.items()]
     model = openvino.convert_model(program, extension=extensions)
+    _drop_constant_inputs(model, program)
     # The front end forgets which sizes are fixed; the plugin's kernels are faster when it knows.
     sizes = zip(model.inputs, input_values(program), strict=True)
     model.reshape({port: openvino.PartialShape(_sizes(value)) for port, value in sizes})
@@ -44,6 +46,16 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     name_moved_tensors(model, traced)
     name_layers(model, set(names))
     return model
+
+
+def _drop_constant_inputs(model: Any, program: torch.export.ExportedProgram) -> None:
+    """Remove the inputs that are no tensors (None, a switch): the program has their values as constants."""
+    specs = [spec.arg for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    parameters = model.get_parameters()
+    if len(parameters) == len(specs):
+        for parameter, argument in zip(parameters, specs, strict=True):
+            if isinstance(argument, ConstantArgument):
+                model.remove_parameter(parameter)
 
 
 def keep_products_whole(program: torch.export.ExportedProgram) -> None:
