@@ -14,7 +14,7 @@ from torch import nn
 
 import halfeven as he
 from halfeven.cli.verify import problems_of
-from halfeven.errors import VerificationError
+from halfeven.errors import InputError, VerificationError
 from halfeven.runtimes import deploy
 from halfeven.verification.answers import Answers
 from halfeven.verification.outputs import OutputSums, in_form_of, named_outputs
@@ -215,11 +215,21 @@ def test_accuracy_is_never_dropped_without_a_word(labels, reason):
 
 
 def test_what_a_model_raises_of_a_batch_is_an_error_that_names_the_batch(tmp_path):
-    qmodel, batches = quantized(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), (2, 3, 2, 2))
+    ids = torch.randint(8, (2, 6))
+    qmodel = he.calibrate(he.prepare(nn.Sequential(nn.Embedding(8, 12), nn.Linear(12, 4)), ids), [ids])
     path = he.export(qmodel, tmp_path / "model.onnx")
     with pytest.raises(VerificationError, match=r"Batch 1 could not be compared.*\n.*Give batches as for") as raised:
-        he.verify(qmodel, path, [batches[0], torch.randn(2, 3, 4, 4)], timed=False)
-    assert isinstance(raised.value.__cause__, RuntimeError)
+        he.verify(qmodel, path, [ids, torch.full((2, 6), 99)], timed=False)
+    assert isinstance(raised.value.__cause__, IndexError)
+
+
+def test_a_size_that_is_not_free_names_the_batch(tmp_path):
+    qmodel, batches = quantized(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), (2, 3, 2, 2))
+    path = he.export(qmodel, tmp_path / "model.onnx")
+    wrong = [batches[0], torch.randn(2, 3, 4, 4)]
+    for call in (lambda: he.verify(qmodel, path, wrong, timed=False), lambda: he.calibrate(qmodel, wrong)):
+        with pytest.raises(InputError, match=r"Batch 1 \(counted from 0\): .*has 4 at axis 2"):
+            call()
 
 
 def test_a_folder_that_takes_no_file_is_named_without_advice_about_operators(tmp_path):

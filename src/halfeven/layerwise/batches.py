@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from halfeven.errors import ConfigError
+from halfeven.errors import ConfigError, InputError
 from halfeven.evaluation import evaluating
 from halfeven.graph.batches import InputForm, Inputs, input_form, inputs_of, is_label
 from halfeven.graph.torch_private import pytree
@@ -31,6 +32,19 @@ def read_inputs(model: nn.Module, loader: Iterable[Any], batches: int | None = N
     for number, batch in enumerate(islice(loader, batches)):
         form = form or form_of(model, batch)
         yield inputs_of(batch, form, number)
+
+
+@contextmanager
+def naming_batch(number: int) -> Iterator[None]:
+    """Say, in an error about the sizes of inputs, which batch of the loader they came in.
+
+    Args:
+        number: the batch's place, counted from 0.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"Batch {number} (counted from 0): {error}") from error
 
 
 def on_device(model: nn.Module, inputs: Inputs) -> Inputs:

@@ -11,7 +11,7 @@ from halfeven.errors import CalibrationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.batches import Inputs, tensors_of
 from halfeven.graph.wrappers import unwrapped
-from halfeven.layerwise.batches import on_device, read_inputs
+from halfeven.layerwise.batches import naming_batch, on_device, read_inputs
 from halfeven.layerwise.clipping import counting_clipped, warn_of_unsettled
 from halfeven.layerwise.float_equivalence import float_function, run_example
 from halfeven.layerwise.training_mode import normalizing_by_batch, trained_batchnorms
@@ -114,7 +114,8 @@ def _run(qmodel: nn.Module, batches: Iterable[Inputs]) -> None:
     count = 0
     for inputs in batches:
         args, kwargs = on_device(qmodel, inputs)
-        qmodel(*args, **kwargs)
+        with naming_batch(count):
+            qmodel(*args, **kwargs)
         count += 1
     if not count:
         raise CalibrationError(

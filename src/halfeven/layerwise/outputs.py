@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from halfeven.evaluation import evaluating
 from halfeven.graph.torch_private import pytree
-from halfeven.layerwise.batches import on_device, read_inputs
+from halfeven.layerwise.batches import naming_batch, on_device, read_inputs
 from halfeven.layerwise.float_equivalence import float_function
 
 
@@ -43,8 +43,9 @@ def quantized_outputs(qmodel: nn.Module, batches: Iterable[Any]) -> list[Tensor]
 @torch.no_grad()
 def _outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
     found: list[Tensor] = []
-    for inputs in read_inputs(model, batches):
+    for number, inputs in enumerate(read_inputs(model, batches)):
         args, kwargs = on_device(model, inputs)
-        leaves = pytree.tree_leaves(model(*args, **kwargs))
+        with naming_batch(number):
+            leaves = pytree.tree_leaves(model(*args, **kwargs))
         found += [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
     return found

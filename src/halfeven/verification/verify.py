@@ -12,7 +12,7 @@ from halfeven.errors import HalfevenError, VerificationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.batches import Inputs, inputs_of, label_of, tensors_of
 from halfeven.graph.copying import float32_model
-from halfeven.layerwise.batches import form_of
+from halfeven.layerwise.batches import form_of, naming_batch
 from halfeven.placement.execution_graph import as_planned
 from halfeven.quantization.quantizer import weights_quantized_once
 from halfeven.runtimes.deploy import deploy, runtime_of
@@ -128,7 +128,8 @@ def _compare(
             stack.enter_context(evaluating(float_model))
         for number, ((args, kwargs), labels) in enumerate(batches):
             try:
-                outputs = comparison.run(args, kwargs)
+                with naming_batch(number):
+                    outputs = comparison.run(args, kwargs)
                 if float_model is not None and labels is not None:
                     outputs["float"] = outputs_of(float_model, args, kwargs)
                 answers.add(outputs, labels)
