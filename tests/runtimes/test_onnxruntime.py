@@ -168,7 +168,7 @@ def test_the_exact_simulation_is_an_evaluation_mode(tmp_path):
     found = load_deployed(path, "onnxruntime")(batches[0])
     assert torch.equal(exact(batches[0]), found)
     assert set(exact.codes) >= {"quantizers.x", "quantizers.relu", "quantizers.last"}
-    x = torch.randn(256, 3, 8, 8)
+    x = torch.randn(256, *IMAGE[1:])
     assert not torch.equal(exact(x), qmodel(x)), "the float simulation is another one"
     with pytest.raises(PlacementError, match="tensorrt does not specify"):
         he.exact(qmodel, "tensorrt")
