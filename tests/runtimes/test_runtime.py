@@ -74,6 +74,7 @@ def made_up(monkeypatch):
         open_file=EvaluatedFile,
         exact=None,
         sums_in_16_bits=lambda: False,
+        settings=(),
     )
     monkeypatch.setitem(RUNTIMES, "made-up", row)
     return prepared
