@@ -100,7 +100,7 @@ def weights(tmp_path_factory):
     ("config", "start"),
     [
         ("qat_openvino_resnet18_10e_8xb32_in1k.py", by_torchrun),
-        ("lsq_openvino_resnet18_8xb32_10e_in1k.py", as_torchrun_does),
+        pytest.param("lsq_openvino_resnet18_8xb32_10e_in1k.py", as_torchrun_does, marks=pytest.mark.exhaustive),
     ],
     ids=["qat", "lsq"],
 )

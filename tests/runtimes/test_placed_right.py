@@ -6,6 +6,7 @@ from torch import nn
 
 import halfeven as he
 from runtimes.parity import deployed, quantized
+from sweeps import crossed
 
 RUNTIMES = [("openvino", "model.xml"), ("onnxruntime", "model.onnx")]
 
@@ -50,8 +51,7 @@ def behind(name):
     return Net(lambda m, x: m.last(function(m, m.first(x).relu())), **parts)
 
 
-@pytest.mark.parametrize(("target", "file"), RUNTIMES)
-@pytest.mark.parametrize("name", BEHIND)
+@pytest.mark.parametrize(("name", "target", "file"), crossed(BEHIND, RUNTIMES))
 def test_a_layer_behind_an_operator_with_several_results_reads_integers(name, target, file, tmp_path):
     report = deployed(behind(name), (4, 6, 5), tmp_path / file, target=target)
     assert_all_in_integers(report, layers=2)
@@ -134,11 +134,11 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize(("target", "file"), RUNTIMES)
-@pytest.mark.parametrize(
-    ("name", "batchnorm"),
-    [*((name, "keep") for name in SHARED), ("frames", "fold live"), ("two norms", "fold live"), ("triplet", "fold")],
-)
+CALLED = [(name, "keep") for name in SHARED]
+CALLED += [("frames", "fold live"), ("two norms", "fold live"), ("triplet", "fold")]
+
+
+@pytest.mark.parametrize(("name", "batchnorm", "target", "file"), crossed(CALLED, RUNTIMES))
 def test_each_call_of_a_layer_takes_in_what_follows_it(name, batchnorm, target, file, tmp_path):
     build, shape, calls = SHARED[name]
     report = deployed_as_trained(build(), shape, tmp_path / file, target=target, batchnorm=batchnorm)
@@ -179,8 +179,7 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize(("name", "target"), crossed(MASKS, ["openvino", "onnxruntime"]))
 def test_a_mask_keeps_the_resolution_of_what_it_is_added_to(name, target):
     model = Masked(MASKS[name]).eval()
     mask = (torch.arange(24) < 16).float().expand(4, 24)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
+from sweeps import crossed
 
 ENDINGS = {"openvino": ".xml", "onnxruntime": ".onnx"}
 SIDES = {"images": {2: "height", 3: "width"}}
@@ -83,8 +84,7 @@ SUBJECTS = {
 }
 
 
-@pytest.mark.parametrize("target", ENDINGS)
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize(("name", "target"), crossed(SUBJECTS, ENDINGS))
 def test_integers_are_equal_at_every_size(name, target, tmp_path):
     kind, dynamic_shapes, batches = SUBJECTS[name]
     qmodel = he.quantize(kind().eval(), batches, scheme="w7a8", target=target, dynamic_shapes=dynamic_shapes)
