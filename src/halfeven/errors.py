@@ -15,6 +15,11 @@
 Each message says what happened, why it matters and what to do. The command line prints it and exits with code 2.
 """
 
+from collections.abc import Iterable
+
+MOST_NAMED = 5
+"""Largest number of names in a message."""
+
 
 class HalfevenError(Exception):
     """Root of all errors that a user can cause and mend."""
@@ -62,3 +67,16 @@ class AlgorithmError(HalfevenError, RuntimeError):
 
 class HalfevenWarning(UserWarning):
     """Something that works, and that a user should know of: training clips much of an activation, for example."""
+
+
+def named(names: Iterable[object]) -> str:
+    """Return names as a part of a message; a long list is cut."""
+    words = [str(name) for name in names]
+    cut = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
+    return ", ".join(words[:MOST_NAMED]) + cut
+
+
+def last_line(error: Exception) -> str:
+    """Return the line of a runtime's message that tells the reason: its last; the error's class where it is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

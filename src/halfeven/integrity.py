@@ -9,13 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halfeven.errors import CheckpointError
+from halfeven.errors import MOST_NAMED, CheckpointError
 
 TENSORS_DIGEST = "digest_of_tensors"
 FACTS_DIGEST = "digest_of_facts"
 """Keys of the digests, SHA-256 in hexadecimal, in a file's metadata."""
-MOST_NAMED = 5
-"""Largest number of tensors that a message names."""
 
 
 def sealed(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> dict[str, str]:

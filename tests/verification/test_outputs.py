@@ -65,7 +65,7 @@ def test_a_later_output_that_is_wrong_is_a_finding(target, name, shifted, tmp_pa
     qmodel, batches = quantized(Heads(), IMAGE, target=target)
     path = he.export(qmodel, tmp_path / name)
     report = he.verify(qmodel, path, batches, timed=False)
-    assert [output.name for output in report.outputs] == ["detection.0", "detection.1", "scores"]
+    assert [output.name for output in report.outputs] == ["detection_0", "detection_1", "scores"]
     assert [output.equal for output in report.outputs] == [1.0, 1.0, 1.0]
     assert [output.count for output in report.outputs] == [12 * 4 * 36, 12, 60]
     assert report.output_difference == 0.0
@@ -80,7 +80,7 @@ def test_a_later_output_that_is_wrong_is_a_finding(target, name, shifted, tmp_pa
     assert '"scores" differs from the exact simulation' in finding
     assert finding in str(wrong)
     assert finding in problems_of(wrong, 0.9999, allow_float=False)
-    assert "detection.0" in str(wrong)
+    assert "detection_0" in str(wrong)
 
 
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
@@ -132,8 +132,8 @@ Boxes = namedtuple("Boxes", ["left", "right"])
 def test_outputs_bear_the_names_of_what_holds_them():
     x = torch.zeros(1)
     assert list(named_outputs(x)) == ["output"]
-    assert list(named_outputs((x, [x, {"mask": x}], None, 3))) == ["0", "1.0", "1.1.mask"]
-    assert list(named_outputs({"boxes": Boxes(x, x), "aux": (x,)})) == ["boxes.left", "boxes.right", "aux.0"]
+    assert list(named_outputs((x, [x, {"mask": x}], None, 3))) == ["output_0", "output_1_0", "output_1_1_mask"]
+    assert list(named_outputs({"boxes": Boxes(x, x), "aux": (x,)})) == ["boxes_left", "boxes_right", "aux_0"]
 
 
 def test_differences_of_values_that_are_no_numbers_count():

@@ -23,7 +23,7 @@ LABEL_NAMES = ("target", "targets", "start_positions", "end_positions")
 
 @dataclass(frozen=True)
 class InputForm:
-    """How a model takes its inputs."""
+    """The inputs that a model takes."""
 
     args: tuple[Any, ...]
     """Positional arguments of the example."""
@@ -89,10 +89,10 @@ def inputs_of(batch: Any, form: InputForm, number: int = 0) -> Inputs:
     """
     if isinstance(batch, Mapping):
         args, kwargs = _of_mapping(batch, form, number)
-    elif _is_sequence(batch) and batch and _is_nested(batch[0], form):
+    elif is_sequence(batch) and batch and _is_nested(batch[0], form):
         return inputs_of(batch[0], form, number)
     else:
-        args, kwargs = _of_sequence(list(batch) if _is_sequence(batch) else [batch], form, number)
+        args, kwargs = _of_sequence(list(batch) if is_sequence(batch) else [batch], form, number)
     for name, value, like in zip(form.names, args, form.args, strict=True):
         _check(name, value, like, form.converted, number)
     for name, value in kwargs.items():
@@ -105,7 +105,7 @@ def label_of(batch: Any, form: InputForm) -> Any:
     if isinstance(batch, Mapping):
         spare = [key for key in ("labels", "label") if key in batch and key not in (*form.kwargs, *form.names)]
         return batch[spare[0]] if spare else None
-    if not _is_sequence(batch) or not batch:
+    if not is_sequence(batch) or not batch:
         return None
     nested = _is_nested(batch[0], form)
     if nested and len(batch) == 1:
@@ -128,7 +128,8 @@ def tensors_of(inputs: Inputs) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
 
-def _is_sequence(value: Any) -> bool:
+def is_sequence(value: Any) -> bool:
+    """Return True for a list, a tuple or the like, and not for a text."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
@@ -136,7 +137,7 @@ def _is_nested(first: Any, form: InputForm) -> bool:
     """Return True if the first item of a batch holds all inputs."""
     if isinstance(first, Mapping):
         return not (form.args and isinstance(form.args[0], Mapping))
-    return _is_sequence(first) and not (form.args and _is_sequence(form.args[0]))
+    return is_sequence(first) and not (form.args and is_sequence(form.args[0]))
 
 
 def _of_mapping(batch: Mapping[str, Any], form: InputForm, number: int) -> Inputs:

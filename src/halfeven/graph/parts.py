@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import SymBool, SymFloat, SymInt, Tensor, nn
 
-from halfeven.errors import CaptureError
+from halfeven.errors import CaptureError, HalfevenWarning
 from halfeven.graph.torch_private import own_modules, pytree, set_contents
 
 INTERNAL = {*vars(nn.Module()), "forward"}
@@ -58,7 +58,7 @@ class Part(nn.Module):
         warnings.warn(
             f"A hook was registered on {self._told()}, which the captured model never calls: the hook will not run. "
             "Register it on a layer that the model calls, such as a convolution, a linear layer or a BatchNorm.",
-            UserWarning,
+            HalfevenWarning,
             stacklevel=3,
         )
 

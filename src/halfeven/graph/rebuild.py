@@ -29,7 +29,7 @@ BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d,
 CHECKS = ("_assert", "sym_constrain", "_guards")
 KEPT_FIELDS = (
     *("halfeven_plan", "halfeven_example", "halfeven_inputs", "region_inputs", "region_name", "size_relations"),
-    *("execution_graph", "kept_rows", "stays_in_eval"),
+    *("fixed_batch", "execution_graph", "kept_rows", "stays_in_eval"),
 )
 """Fields of a captured module that its copies have too."""
 
@@ -56,7 +56,7 @@ class CapturedModule(KeepsTypes, fx.GraphModule):
     region_inputs: tuple[ModelInput | None, ...] = ()
     """The region's own inputs, in the order of its graph; None for one that is no tensor."""
     size_relations: tuple[SizeRelation, ...] = ()
-    """What must hold for the sizes of the region's inputs."""
+    """Conditions on the sizes of the region's inputs."""
     fixed_batch: str = ""
     """Why the batch is a constant in the graph; "" where it is free."""
     region_name: str = ""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from halfeven.errors import named
 from halfeven.graph.operators import is_stochastic_depth
 from halfeven.graph.parts import called_modules
 from halfeven.graph.restoring import attributes_restored, put_back
@@ -101,21 +102,17 @@ def differences(expected: TrainingRun, found: TrainingRun) -> list[str]:
     moved = [name for name in expected.changed if not _alike(expected.changed[name], found.changed.get(name))]
     moved += [name for name in found.changed if name not in expected.changed]
     if moved:
-        said.append(f"it changes {_some(moved)} in training")
+        said.append(f"it changes {named(moved)} in training")
     if unset := expected.losses - found.losses:
-        said.append(f"it sets {_some(sorted(unset))} to a loss")
+        said.append(f"it sets {named(sorted(unset))} to a loss")
     if lost := sorted((expected.recomputed & found.called) - found.recomputed):
-        said.append(f"it computes {_some(lost)} again in the backward pass, to save memory")
+        said.append(f"it computes {named(lost)} again in the backward pass, to save memory")
     # What follows may be a consequence of the former.
     if not said and not all(_alike(e, f) for e, f in zip(expected.outputs, found.outputs, strict=True)):
         said.append("its outputs have other values in training than in eval mode")
     if not said and (turned := _other_gradients(expected.gradients, found.gradients)):
-        said.append(f"the gradients of {_some(turned)} are not those of its operators")
+        said.append(f"the gradients of {named(turned)} are not those of its operators")
     return said
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _described(run: TrainingRun) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from halfeven.errors import ConfigError, InputError
 from halfeven.evaluation import evaluating
-from halfeven.graph.batches import InputForm, Inputs, input_form, inputs_of, is_label
+from halfeven.graph.batches import InputForm, Inputs, input_form, inputs_of, is_label, is_sequence
 from halfeven.graph.torch_private import pytree
 from halfeven.placement.insertion import recorded_example
 
@@ -71,17 +71,13 @@ def inputs_in(model: nn.Module, batch: Any) -> Inputs:
     parameters = inspect.signature(model.forward).parameters.values()
     if isinstance(batch, Mapping):
         return (), _accepted(batch, parameters)
-    if not _is_sequence(batch):
+    if not is_sequence(batch):
         return (batch,), {}
     if batch and isinstance(batch[0], Mapping):
         return inputs_in(model, batch[0])
-    if batch and _is_sequence(batch[0]):
+    if batch and is_sequence(batch[0]):
         return tuple(batch[0]), {}
     return _counted(model, batch, parameters), {}
-
-
-def _is_sequence(batch: Any) -> bool:
-    return isinstance(batch, Sequence) and not isinstance(batch, str)
 
 
 def _accepted(batch: Mapping[str, Any], parameters: Iterable[inspect.Parameter]) -> dict[str, Any]:

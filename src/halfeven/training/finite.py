@@ -13,8 +13,6 @@ from halfeven.graph.torch_private import pytree
 
 NEVER = 2**62
 """The place of a loss that is not finite, where there was none."""
-MOST_NAMED = 5
-"""Largest number of samples or tensors that a message names."""
 
 
 class LossWatch:
@@ -132,10 +130,3 @@ def _outputs_watched(module: nn.Module, found: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def listed(names: Iterable[object]) -> str:
-    """Return names as text; a long list is cut."""
-    words = [str(name) for name in names]
-    cut = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
-    return ", ".join(words[:MOST_NAMED]) + cut

@@ -11,13 +11,12 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from halfeven.distributed import is_distributed, smallest
-from halfeven.errors import CalibrationError, ConfigError
+from halfeven.errors import CalibrationError, ConfigError, named
 from halfeven.training.finite import (
     NEVER,
     LossWatch,
     bad_samples,
     first_not_finite,
-    listed,
     not_finite,
     tensors_of,
 )
@@ -104,11 +103,11 @@ class FiniteGuard:
         if place < NEVER:
             what = f"The loss became {self.watch.loss()} at {self._position(place)}, learning rate {rate:g}"
         else:
-            what = f"Training has filled {listed(bad)} with NaN or infinity by step {step}, learning rate {rate:g}"
+            what = f"Training has filled {named(bad)} with NaN or infinity by step {step}, learning rate {rate:g}"
             place = step * self.accumulation - 1
         began = self._began(place)
         if began is None:
-            grown = f" ({listed(bad)})" if bad else ""
+            grown = f" ({named(bad)})" if bad else ""
             began = (
                 f"With the weights saved before, this batch gives finite numbers: the weights{grown} have grown since. "
                 f"{TOO_FAST}"
@@ -130,7 +129,7 @@ class FiniteGuard:
         items = self.batches.items(epoch, number)
         if bad := [self.batches.describe(indices[i]) for i in bad_samples(items)]:
             return (
-                f"The first tensor that holds NaN or infinity is the batch itself, by training sample {listed(bad)} "
+                f"The first tensor that holds NaN or infinity is the batch itself, by training sample {named(bad)} "
                 "(counted from 0). Mend it in the data."
             )
         if self.state.is_file():

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from halfeven.distributed import differing, is_distributed, rank, world_size
-from halfeven.errors import CheckpointError
+from halfeven.errors import CheckpointError, named
 from halfeven.files import write_atomically
 from halfeven.graph.capture import as_arguments
 from halfeven.layerwise.batchnorm_statistics import average_batchnorm, own_statistics, set_own_statistics
@@ -23,7 +23,7 @@ from halfeven.quantization.quantizer import weights_quantized_once
 from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
 from halfeven.training.callback import TrainerCallback
-from halfeven.training.finite import damage_in, listed
+from halfeven.training.finite import damage_in
 from halfeven.training.finite_guard import FiniteGuard
 from halfeven.training.optimization import learning_rate, make_optimizer
 from halfeven.training.options import TrainingOptions
@@ -340,7 +340,7 @@ class Trainer:
         check_position(state.position, self.position, path)
         if damaged := damage_in(state.model, state.optimizer, self.model.state_dict()):
             raise CheckpointError(
-                f"The state in {path}, of step {state.step}, holds NaN or infinity in {listed(damaged)}, so training "
+                f"The state in {path}, of step {state.step}, holds NaN or infinity in {named(damaged)}, so training "
                 "cannot go on from it: the loss had become NaN before it was saved. best.safetensors beside it is from "
                 "before. Start anew with --overwrite or in another --work-dir, with a lower training.learning_rate if "
                 "the data are right."

@@ -1,18 +1,17 @@
 """Every output of a model: its name, and its difference between the file and the simulations."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from halfeven.deployment.file_interface import OUTPUT
 from halfeven.errors import VerificationError
+from halfeven.graph.model_inputs import path_names
 from halfeven.graph.torch_private import pytree
-
-SINGLE = "output"
-"""The name of the output of a model that returns a single tensor."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class OutputParity:
     """The comparison of one output: the file against the exact simulation and against the float simulation."""
 
     name: str
-    """Its key or its place in what the model returns: "logits", "0", "boxes.1"."""
+    """Its name in a file that was given no other names: "logits", "output_0", "boxes_1"."""
     count: int
     equal: float
     """Share of the values that equal the exact simulation's to the last bit."""
@@ -39,34 +38,14 @@ class OutputParity:
 
 
 def named_outputs(outputs: Any) -> dict[str, Tensor]:
-    """Return the tensors of a model's outputs by name, in the order in which a file has them."""
-    found: dict[str, Tensor] = {}
-    _collect(outputs, "", found)
-    return found
-
-
-def _collect(value: Any, name: str, found: dict[str, Tensor]) -> None:
-    if isinstance(value, Tensor):
-        found[name or SINGLE] = value
-        return
-    for key, part in _parts(value):
-        _collect(part, f"{name}.{key}" if name else key, found)
-
-
-def _parts(value: Any) -> list[tuple[str, Any]]:
-    """Return the named parts of a container; none of what is no container."""
-    if isinstance(value, Mapping):
-        return [(str(key), part) for key, part in value.items()]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return list(zip(value._fields, value, strict=True))
-    if isinstance(value, list | tuple):
-        return [(str(place), part) for place, part in enumerate(value)]
-    leaves = pytree.tree_leaves(value)
-    return [] if len(leaves) == 1 and leaves[0] is value else [(str(i), leaf) for i, leaf in enumerate(leaves)]
+    """Return the tensors of a model's outputs by their names in its file, in the order in which the file has them."""
+    leaves = pytree.tree_leaves(outputs)
+    pairs = zip(path_names(outputs, OUTPUT), leaves, strict=True)
+    return {name: leaf for name, leaf in pairs if isinstance(leaf, Tensor)}
 
 
 class OutputSums:
-    """What is counted of one output, batch by batch."""
+    """Counts of an output over all batches."""
 
     def __init__(self, name: str) -> None:
         self.name = name

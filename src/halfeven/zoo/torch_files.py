@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
-from halfeven.errors import CheckpointError
+from halfeven.errors import CheckpointError, named
 from halfeven.integrity import check_zip
 
 ZIP = b"PK\x03\x04"
 """Beginning of the files of torch.save since torch 1.6."""
 EVERYWHERE = ("_codecs", "builtins", "collections", "numpy")
 """Packages whose classes many files name."""
-MOST_NAMED = 4
-"""Largest number of classes that a message names."""
 
 
 class StandIn:
@@ -79,7 +77,7 @@ def _unknown_names(path: Path) -> tuple[str, ...]:
 
 
 def _let_fill(message: str, stand_ins: list[type[StandIn]]) -> bool:
-    """Let the stand-in at which reading failed make a list or a dict. Returns False where that was not the reason."""
+    """Make the stand-in at which reading failed a list or a dict. Return False where that was not the reason."""
     found = re.search(r"Can only (\w+).*StandIn(\d+)'", message, re.DOTALL)
     if found is None or stand_ins[int(found[2])].fills is not None:
         return False
@@ -93,15 +91,9 @@ def _unreadable(path: Path, error: Exception, names: tuple[str, ...]) -> Checkpo
             f"{path} is a TorchScript program, and halfeven reads tensors alone. Load it where you trust it, and save "
             "model.state_dict() with torch.save."
         )
-    named = f" (it names {shortened(names)})" if names else ""
+    told = f" (it names {named(names)})" if names else ""
     return CheckpointError(
-        f"The weights file {path} cannot be read as tensors alone{named}: it is damaged, or reading it "
+        f"The weights file {path} cannot be read as tensors alone{told}: it is damaged, or reading it "
         f"would run code, which halfeven never does ({type(error).__name__}). Download it again; if you trust "
         "its source, save model.state_dict() alone with torch.save where it was made."
     )
-
-
-def shortened(names: tuple[str, ...]) -> str:
-    """Return names as text; a long list is cut."""
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more

@@ -8,9 +8,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from halfeven.errors import CheckpointError, HalfevenError, HalfevenWarning
+from halfeven.errors import CheckpointError, HalfevenError, HalfevenWarning, named
 from halfeven.integrity import check_facts, check_tensors, listed, wrong_values
-from halfeven.zoo.torch_files import read_torch_file, shortened
+from halfeven.zoo.torch_files import read_torch_file
 
 MOBILENET_V2_REPEATS = (1, 2, 3, 4, 3, 3, 1)
 """Inverted residual blocks of each stage of MobileNetV2."""
@@ -121,7 +121,7 @@ def read_weights(path: str | Path, entry: str = "auto") -> dict[str, Tensor]:
     tensors = _state_dict_of(content, path, entry, left_out)
     if left_out:
         warnings.warn(
-            f"{path} holds objects of {shortened(left_out)} beside its weights. They were left out, because reading "
+            f"{path} holds objects of {named(left_out)} beside its weights. They were left out, because reading "
             "them would run code; the weights are whole.",
             HalfevenWarning,
             stacklevel=2,
@@ -147,7 +147,7 @@ def _state_dict_of(content: Any, path: Path, entry: str, left_out: tuple[str, ..
     if isinstance(content, dict) and (found or entry != "auto"):
         content = content[found[0] if entry == "auto" else entry]
     if not isinstance(content, dict) or not content or not any(isinstance(v, Tensor) for v in content.values()):
-        objects = f" It holds objects of {shortened(left_out)}, which only code can read." if left_out else ""
+        objects = f" It holds objects of {named(left_out)}, which only code can read." if left_out else ""
         raise CheckpointError(
             f"The file {path} has no state_dict, so there are no weights for the model: it is neither a dict of "
             f'tensors by name, nor has it one under "state_dict" or "model".{objects} Save model.state_dict() with '

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halfeven.deployment.quantize_op import WEIGHT_SUFFIX
-from halfeven.errors import VerificationError
+from halfeven.errors import VerificationError, last_line
 
 WEIGHT_BIAS = "disabled_optimizers=WeightBiasQuantization"
 """This optimizer quantizes layers that the plan leaves in float."""
@@ -53,7 +53,7 @@ def read(path: Path) -> Any:
         _names(model.graph)  # a damaged name shows when it is read
     except (DecodeError, onnx.checker.ValidationError, UnicodeDecodeError) as error:
         raise VerificationError(
-            f"{path} is not a complete ONNX file: {_last_line(error)} It is incomplete, damaged or "
+            f"{path} is not a complete ONNX file: {last_line(error)} It is incomplete, damaged or "
             "of another format, so it cannot be run. Write it again with halfeven.export(qmodel, path)."
         ) from error
     return model
@@ -100,7 +100,7 @@ def session(
         )
     except Exception as error:  # its exceptions have no common class
         raise VerificationError(
-            f"ONNX Runtime cannot run the file: {_last_line(error)} Write it again with "
+            f"ONNX Runtime cannot run the file: {last_line(error)} Write it again with "
             "halfeven.export(qmodel, path), and report what it says."
         ) from error
 
@@ -110,11 +110,6 @@ def _names(graph: Any) -> list[str]:
     named = (*graph.node, *graph.initializer, *graph.input, *graph.output)
     tensors = (name for node in graph.node for name in (*node.input, *node.output))
     return [*(one.name for one in named), *tensors]
-
-
-def _last_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
 
 
 class ONNXFile:
@@ -161,7 +156,7 @@ class ONNXFile:
             given = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in inputs)
             taken = ", ".join(f"{found.name} {found.type} {found.shape}" for found in opened.get_inputs())
             raise VerificationError(
-                f"ONNX Runtime cannot run {self.path} on these inputs ({given}): {_last_line(error)} It takes {taken}. "
+                f"ONNX Runtime cannot run {self.path} on these inputs ({given}): {last_line(error)} It takes {taken}. "
                 "Give the inputs that the model was prepared with, of the sizes that are free in the file."
             ) from error
 

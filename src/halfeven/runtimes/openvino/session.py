@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halfeven.deployment.quantize_op import WEIGHT_SUFFIX
-from halfeven.errors import VerificationError
+from halfeven.errors import VerificationError, last_line
 from halfeven.runtimes.layer_execution import LayerExecution
 from halfeven.runtimes.openvino.telemetry import silently
 from halfeven.runtimes.openvino.writer import LAYER_TYPES, convert
@@ -106,12 +106,6 @@ def run_compiled(compiled: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
             "inputs that the model was prepared with, of the sizes that are free in the file."
         ) from error
     return [torch.from_numpy(np.array(result[i])) for i in range(len(compiled.outputs))]
-
-
-def last_line(error: Exception) -> str:
-    """Return the line of a message of OpenVINO that tells the reason: its last."""
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
 
 
 def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Tensor], Mapping[str, Tensor]], Tensor]:
