@@ -30,7 +30,7 @@ REASONS = {
     errno.EIO: "the disk reports a fault",
     errno.ESTALE: "the network disk has gone",
 }
-"""What an error number of the operating system means to the user."""
+"""Error number of the operating system -> the reason in plain words."""
 
 WAYS_OUT = {
     errno.ENOSPC: "Make room there, or name a folder on another disk.",
@@ -38,7 +38,7 @@ WAYS_OUT = {
     errno.EMFILE: "Raise the limit, or lower data.workers.",
     errno.ENOENT: "Check the path.",
 }
-"""What to do about it, where it is not just another folder."""
+"""Error number -> the remedy, where another folder is not the only one."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.errors import ExportError
+from halfeven.graph.batches import Inputs
 from halfeven.graph.capture import quiet
 from halfeven.graph.fixed_axes import fixed_axes
-from halfeven.graph.model_inputs import BATCH, Inputs
+from halfeven.graph.model_inputs import BATCH
 from halfeven.graph.torch_private import pytree
 from halfeven.placement.insertion import recorded_example
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from halfeven.errors import ConfigError
-from halfeven.graph.model_inputs import Inputs, ModelInput, constant_size, path_names
+from halfeven.graph.batches import Inputs
+from halfeven.graph.model_inputs import ModelInput, constant_size, path_names
 from halfeven.graph.torch_private import pytree
 
 OUTPUT = "output"
@@ -18,7 +19,7 @@ OUTPUT = "output"
 
 @dataclass(frozen=True)
 class FileInterface:
-    """What a file says of itself."""
+    """Names and facts that a file contains."""
 
     inputs: tuple[str, ...]
     """Names of the inputs, in their order."""

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from halfeven.errors import CaptureError
-from halfeven.graph.batches import batched, own_tensors
+from halfeven.graph.batches import Inputs, batched, own_tensors
 from halfeven.graph.copying import copy_model
 from halfeven.graph.dynamic_shapes import DynamicShapes, FreeAxes, batch_axes, export_shapes, free_axes
 from halfeven.graph.fixed_axes import FixedAxisError, is_batch_fixed, reason_of_fixed_batch, refuse_fixed_axes
 from halfeven.graph.inline import inline_grad_blocks, plain_forward
 from halfeven.graph.kept_in_python import Calls, KeptInPython, kept_markers, relative_to
 from halfeven.graph.labels import add_loss, without_labels
-from halfeven.graph.model_inputs import BATCH, Inputs, model_inputs, region_inputs
+from halfeven.graph.model_inputs import BATCH, model_inputs, region_inputs
 from halfeven.graph.other_sizes import inner_free_axes
 from halfeven.graph.parts import called_modules
 from halfeven.graph.rebuild import CapturedModule, assemble
@@ -63,7 +63,7 @@ class CaptureReport:
     kept: tuple[KeptInPython, ...] = ()
     """Modules whose own code stays Python, because it does something in training alone."""
     notes: tuple[str, ...] = ()
-    """What could not be compared."""
+    """Properties that could not be compared, as sentences."""
     fixed_batch: str = ""
     """Why the batch is a constant, with the line of the model's code; "" where it is free."""
     samples: int = 0
@@ -154,7 +154,7 @@ def _captured_batch(
 def _capture_loss(
     captured: CapturedModule, model: nn.Module, inputs: Inputs, labels: tuple[str, ...], shapes: DynamicShapes
 ) -> None:
-    """Let a captured model take labels: capture the model with and without them."""
+    """Add the loss to a captured model, from captures of the model with labels and without."""
     plain, _ = without_labels(model, inputs)
     own_shapes = {name: axes for name, axes in shapes.items() if name not in labels}
     free = free_axes(model, *inputs, shapes)

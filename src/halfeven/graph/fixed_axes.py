@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from halfeven.errors import CaptureError
+from halfeven.graph.batches import Inputs
 from halfeven.graph.dynamic_shapes import FreeAxes
-from halfeven.graph.model_inputs import BATCH, Inputs, ModelInput
+from halfeven.graph.model_inputs import BATCH, ModelInput
 from halfeven.graph.torch_private import pytree
 
 
@@ -23,7 +24,7 @@ Export = Callable[[list[Any], AbstractContextManager[Any]], Any]
 """Exports a module, told of each leaf's axes, within a context."""
 
 SIZE = r"L\['(\w+)'\]((?:\[[^\]]*\])*)\.size\(\)\[(\d+)\]"
-"""How torch.export writes the size of an input's axis: L['images'][0].size()[2]."""
+"""Pattern of the size of an input's axis in messages of torch.export: L['images'][0].size()[2]."""
 FIXED = re.compile(rf"You marked {SIZE} as dynamic but your code specialized it to be a constant \((\d+)\)")
 NOT_THE_MODEL = ("/torch/", "/halfeven/graph/", "/sympy/", "/logging/", "/contextlib.py", "/functools.py")
 """Parts of the names of files that are between the model's code and the logger, on the stack."""

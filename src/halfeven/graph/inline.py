@@ -57,7 +57,7 @@ def plain_forward(model: nn.Module) -> Iterator[list[str]]:
 
 @contextmanager
 def _symbolic_len(model: nn.Module) -> Iterator[None]:
-    """Let the files of a model's classes see a `len` that returns the symbol of a free axis.
+    """Give the files of a model's classes a `len` that returns the symbol of a free axis.
 
     Python's own makes a constant of it. It stays what it is: torch's compiler knows builtins by identity.
     """

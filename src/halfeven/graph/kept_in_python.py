@@ -44,7 +44,7 @@ class _Call:
     """Which arguments are tensors."""
     nesting: Any
     results: Any
-    """How the results are nested."""
+    """The structure of the results."""
 
 
 Calls = dict[str, _Call]

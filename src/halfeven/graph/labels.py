@@ -19,10 +19,10 @@ LOSS = "halfeven_loss"
 """Name of the submodule of a captured model that computes its loss."""
 
 OUTPUT, INPUT, BUFFER = "output", "input", "buffer"
-"""What an input of the loss is: an output or an input of the model, or one of its buffers."""
+"""Kinds of inputs of the loss: an output, an input or a buffer of the model."""
 
 Source = tuple[str, Any]
-"""What it is, and its place among all outputs or inputs, or the buffer's name."""
+"""Kind of an input, and its place among all outputs or inputs, or the buffer's name."""
 
 
 def without_labels(model: nn.Module, inputs: Inputs) -> tuple[Inputs, tuple[str, ...]]:
@@ -76,7 +76,7 @@ class Loss(nn.Module):
 def add_loss(
     captured: Any, original: nn.Module, plain: fx.GraphModule, full: fx.GraphModule, labels: tuple[str, ...]
 ) -> None:
-    """Let a captured model take labels too.
+    """Add the loss to a captured model, so that it takes labels too.
 
     Args:
         captured: the captured model.
@@ -98,7 +98,7 @@ def add_loss(
 
 
 def remove_loss(captured: Any) -> None:
-    """Let a captured model take no labels any more: a file has none."""
+    """Remove the loss of a captured model: a file takes no labels."""
     if own_modules(captured).pop(LOSS, None) is not None:
         captured.recompile()
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from halfeven.errors import InputError
+from halfeven.graph.batches import Inputs
 from halfeven.graph.torch_private import input_keywords, pytree
 
 BATCH = "batch"
@@ -25,10 +26,6 @@ class ModelInput:
     def free(self) -> dict[int, str]:
         """The names of the free axes by their numbers."""
         return {axis: size for axis, size in enumerate(self.sizes) if isinstance(size, str)}
-
-
-Inputs = tuple[Any, Any]
-"""The positional and the keyword arguments of a call."""
 
 
 def model_inputs(model: nn.Module, inputs: Inputs, free: Sequence[Mapping[int, str]]) -> Inputs:

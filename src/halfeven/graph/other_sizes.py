@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from halfeven.errors import CaptureError
+from halfeven.graph.batches import Inputs
 from halfeven.graph.dynamic_shapes import FreeAxes, batch_axes
-from halfeven.graph.model_inputs import BATCH, Inputs
+from halfeven.graph.model_inputs import BATCH
 from halfeven.graph.torch_private import pytree
 
 

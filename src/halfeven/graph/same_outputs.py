@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.errors import CaptureError
+from halfeven.graph.batches import Inputs
 from halfeven.graph.dynamic_shapes import FreeAxes
-from halfeven.graph.model_inputs import Inputs
 from halfeven.graph.other_sizes import other_sizes
 from halfeven.graph.restoring import attributes_restored
 from halfeven.graph.torch_private import pytree

@@ -10,7 +10,7 @@ from halfeven.graph.view import Op
 
 
 def name_readers(graph: fx.Graph, original: nn.Module) -> None:
-    """Let each operator read a shared parameter under the name of the module that calls the operator, in place.
+    """Make each operator read a shared parameter under the name of the module that calls the operator, in place.
 
     Args:
         graph: an exported graph of the original.

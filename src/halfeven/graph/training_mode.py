@@ -19,7 +19,7 @@ Kept = dict[str, KeptInPython]
 
 @dataclass(frozen=True)
 class Capture:
-    """How a model is captured."""
+    """The functions that capture a model and its parts."""
 
     capture: Callable[[Kept], nn.Module]
     """Captures the model with the modules that it is given kept in Python."""

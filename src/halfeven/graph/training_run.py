@@ -38,7 +38,7 @@ class TrainingRun:
     """The results of one forward and backward pass in training mode."""
 
     structure: Any = None
-    """How the outputs are nested."""
+    """The structure of the outputs."""
     outputs: list[Any] = field(default_factory=list)
     """The outputs without their nesting."""
     changed: dict[str, Tensor] = field(default_factory=dict)
@@ -348,7 +348,7 @@ def _without_dropout(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _WithoutDropout(TorchFunctionMode):
-    """Let functions for dropout return their input, and attention compute without dropout."""
+    """Makes functions for dropout return their input, and attention compute without dropout."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _without_dropout(func, *args, **(kwargs or {}))

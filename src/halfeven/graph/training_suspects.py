@@ -20,7 +20,7 @@ Export = Callable[..., nn.Module]
 
 @dataclass(frozen=True)
 class Suspicion:
-    """What a module's own code does in training."""
+    """The way in which a module's own code differs in training."""
 
     text: str
     same_outputs: bool = True

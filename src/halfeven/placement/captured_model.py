@@ -77,7 +77,7 @@ def capture_for_quantization(
         if untied := untie_for_folding(captured):
             notes.append(
                 f"No longer tied, and trained by themselves: {', '.join(untied)}. BatchNorm is folded into these "
-                "layers, and others read the same weight without it."
+                "layers, and other operators read the same weight without it."
             )
         for region in regions(captured).values():
             fold(region)

@@ -7,7 +7,7 @@ from functools import partial
 from torch import fx, nn
 
 from halfeven.errors import PlacementError
-from halfeven.graph.model_inputs import Inputs
+from halfeven.graph.batches import Inputs
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import in_backward_pass

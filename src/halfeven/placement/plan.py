@@ -78,7 +78,7 @@ class GraphChanges:
 
 @dataclass(frozen=True)
 class FoundInCapture:
-    """What the capture of a model found, for its plan."""
+    """Findings of a model's capture, for its plan."""
 
     notes: tuple[str, ...] = ()
     """About submodules in float and about rewritten operators."""

@@ -112,7 +112,7 @@ class Runtime:
     exact: Interpreter | None
     """Computes the runtime's integers exactly; None where its arithmetic is not specified."""
     settings: Sequence[str]
-    """What a session must be given for a file to compute what was verified, as `name=value`; the file lists it."""
+    """Settings that a session needs to compute what was verified, as `name=value`; the file lists them."""
     sums_in_16_bits: Callable[[], bool]
     """True where the runtime's kernels, on this processor, add pairs of 8-bit products in 16 bits."""
 

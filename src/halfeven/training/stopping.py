@@ -122,7 +122,7 @@ class SafePoints:
 
 @contextmanager
 def deferred() -> Iterator[SafePoints]:
-    """Let signals wait, within the context, for the next safe point."""
+    """Make signals wait, within the context, for the next safe point."""
     _asked.deferred = True
     try:
         yield SafePoints()

@@ -63,7 +63,7 @@ class Answers:
         return {name: 100 * count / self.labelled for name, count in self.right.items()} if self.labelled else {}
 
     def notes(self) -> list[str]:
-        """Return what must be known to read the accuracies, and why there are none."""
+        """Return the limits of the accuracies, or the reason why there are none."""
         found = list(self.reasons)
         if self.right and self.unlabelled:
             found.append(f"accuracies leave out {self.unlabelled} batches without labels")

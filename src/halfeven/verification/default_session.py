@@ -1,4 +1,4 @@
-"""The file in the runtime's default session, as who runs it without any setting has it."""
+"""Run a file in the runtime's default session, as a user does who sets nothing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a report says aloud: differences that are too large to be the rounding of float arithmetic."""
+"""Find the differences of a report that are too large to be the rounding of float arithmetic."""
 
 from collections.abc import Sequence
 

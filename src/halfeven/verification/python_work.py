@@ -17,9 +17,9 @@ class PythonWork:
     """Multiply-accumulates of a model that was captured in parts, for the two samples that it was captured with."""
 
     in_python: dict[str, int] = field(default_factory=dict)
-    """Of the submodules that stayed Python, by name."""
+    """Work of the submodules that stayed Python, by name."""
     in_regions: dict[str, int] = field(default_factory=dict)
-    """Of the captured regions, by name, all of their calls together."""
+    """Work of the captured regions, by name, all of their calls together."""
 
 
 @torch.no_grad()

@@ -116,7 +116,7 @@ class Report:
     findings: list[str] = field(default_factory=list)
     """A sentence for each difference from a simulation that is too large to be the rounding of float arithmetic."""
     notes: list[str] = field(default_factory=list)
-    """What must be known to read the accuracies, and why there are none."""
+    """Limits of the accuracies, or the reason why there are none."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON; None stands for NaN, which JSON does not have."""
