@@ -65,7 +65,7 @@ def _signal_in(step):
 SHORT = ("--export.verify-samples", "4", "--training.epochs", "2", "--training.batch-size", "2")
 
 
-def stopped(config, folder, work):
+def assert_stops(config, folder, work):
     codes, said = pair(folder, [work, work], config, *SHORT, "--auto-resume", signalled=1)
     assert codes == [75, 75], said
     assert "Training in 2 processes, on cpu." in said[0]
@@ -75,14 +75,14 @@ def stopped(config, folder, work):
 
 
 def test_a_signal_to_one_stops_both_at_the_same_step(config, tmp_path):
-    stopped(config, tmp_path / "said", tmp_path / "work")
+    assert_stops(config, tmp_path / "said", tmp_path / "work")
 
 
 @pytest.mark.exhaustive
 def test_two_that_were_stopped_end_as_two_that_were_not(config, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert pair(tmp_path / "a", [whole, whole], config, *SHORT)[0] == [0, 0]
-    stopped(config, tmp_path / "b", cut)
+    assert_stops(config, tmp_path / "b", cut)
     assert pair(tmp_path / "c", [cut, cut], config, *SHORT, "--auto-resume")[0] == [0, 0]
     same(whole, cut)
 

@@ -33,7 +33,7 @@ def compiled(model):
     return torch.compile(model, backend="eager")
 
 
-def walk(wrap, tmp_path):
+def assert_every_verb_works(wrap, tmp_path):
     """Every public verb on a wrapped model does what it does on the model inside."""
     model = net()
     wrapped = wrap(he.prepare(model, X, scheme="w7a8"))
@@ -52,11 +52,11 @@ def walk(wrap, tmp_path):
 
 
 def test_compiled(tmp_path):
-    walk(compiled, tmp_path)
+    assert_every_verb_works(compiled, tmp_path)
 
 
 def test_distributed_and_compiled(tmp_path, distributed):
-    walk(lambda model: distributed(compiled(model)), tmp_path)
+    assert_every_verb_works(lambda model: distributed(compiled(model)), tmp_path)
 
 
 def test_data_parallel_around_distributed(distributed):

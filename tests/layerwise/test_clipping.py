@@ -76,7 +76,7 @@ def test_settled_frozen_and_untrained_models_are_calibrated_in_eval_mode_without
     for module in frozen.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    silent(lambda: he.calibrate(frozen, data))
+    assert silent(lambda: he.calibrate(frozen, data)) is frozen
     silent(lambda: he.calibrate(he.prepare(settled, data[0][0]).requires_grad_(False), data))
     silent(lambda: he.calibrate(he.prepare(deep(), data[0][0]), data))
     silent(lambda: he.quantize(settled, data))

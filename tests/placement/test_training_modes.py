@@ -23,7 +23,7 @@ def gradients(model, run):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def same(first, second, **tolerance):
+def assert_same_gradients(first, second, **tolerance):
     assert first.keys() == second.keys()
     for name, gradient in first.items():
         torch.testing.assert_close(second[name], gradient, **tolerance)
@@ -33,14 +33,18 @@ def test_the_compiled_kernels_of_a_whole_model_give_the_same():
     plain = prepared()
     compiled = copy.deepcopy(plain)
     expected = gradients(plain, lambda model: model(X))
-    same(expected, gradients(compiled, lambda model: torch.compile(model, fullgraph=True)(X)), rtol=1e-2, atol=1e-4)
+    assert_same_gradients(
+        expected, gradients(compiled, lambda model: torch.compile(model, fullgraph=True)(X)), rtol=1e-2, atol=1e-4
+    )
 
 
 def test_activation_checkpointing_gives_the_same_gradients():
     plain = prepared()
     other = copy.deepcopy(plain)
     expected = gradients(plain, lambda model: model(X))
-    same(expected, gradients(other, lambda model: checkpoint(model, X, use_reentrant=False)), rtol=0, atol=0)
+    assert_same_gradients(
+        expected, gradients(other, lambda model: checkpoint(model, X, use_reentrant=False)), rtol=0, atol=0
+    )
 
 
 def test_bfloat16_multiplies_the_integers_exactly():
@@ -66,7 +70,7 @@ def test_weights_are_quantized_once_while_gradients_accumulate():
         for _ in range(2):
             found = gradients(other, lambda model: model(X))
             calls.append([q.cached.data_ptr() for q in weights])
-    same(expected, found, rtol=0, atol=0)
+    assert_same_gradients(expected, found, rtol=0, atol=0)
     assert calls[0] == calls[1]
     assert all(q.cached is None for q in weights)
 

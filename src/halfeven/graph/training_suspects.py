@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import CheckpointFunction
 
+from halfeven.graph.batches import Inputs
 from halfeven.graph.operators import is_stochastic_depth
 from halfeven.graph.parts import called_modules
 from halfeven.graph.torch_private import AnyBatchOrInstanceNorm, AnyDropout, has_hooks, pytree
 from halfeven.graph.training_run import differences, map_tensors, restored, run_as_is, run_in_training
 
-Arguments = tuple[Any, Any]
 Export = Callable[..., nn.Module]
 
 
@@ -31,7 +31,7 @@ class Suspicion:
 class _Trace:
     """The calls of one run in training mode."""
 
-    inputs: dict[str, Arguments] = field(default_factory=dict)
+    inputs: dict[str, Inputs] = field(default_factory=dict)
     """The arguments of each module's first call, by its name."""
     caller: dict[str, str] = field(default_factory=dict)
     """The module whose code called each module first."""
@@ -41,7 +41,7 @@ class _Trace:
     """Modules that were called in the backward pass by no other module."""
 
 
-def training_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, Arguments]:
+def training_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, Inputs]:
     """Return the arguments of each module's first call in training mode, by the module's name."""
     return _traced(model, args, kwargs).inputs
 
@@ -153,7 +153,7 @@ def _by_flag(module: nn.Module, args: Any, kwargs: Any) -> Suspicion | None:
     return Suspicion("; ".join(said), expected.structure == found.structure) if said else None
 
 
-def _differences_alone(module: nn.Module, arguments: Arguments, export: Export) -> list[str]:
+def _differences_alone(module: nn.Module, arguments: Inputs, export: Export) -> list[str]:
     """Return what a module does otherwise in training than the graph that is captured of it alone."""
     try:
         captured = export(module, *arguments)

@@ -58,9 +58,8 @@ class CheckedSamples(Dataset[Any]):
             SampleError: the sample is bad and none may be left out, or too many in a row are bad.
         """
         if not -len(self) <= index < len(self):
-            raise IndexError(
-                f"There are {len(self)} samples, and number {index} was asked for."
-            )  # ends a loop over them
+            # A loop over the samples ends with this error.
+            raise IndexError(f"There are {len(self)} samples, numbered from 0, and none has the number {index}.")
         error: Exception | None = None
         for place in range(index, index + (MOST_IN_A_ROW if self.on_bad == "skip" else 1)):
             number = place % len(self)
