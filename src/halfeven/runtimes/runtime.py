@@ -20,7 +20,7 @@ from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import pytree
 from halfeven.nearest import did_you_mean
 from halfeven.runtimes.cpu import adds_pairs_in_16_bits
-from halfeven.runtimes.layer_execution import LayerExecution
+from halfeven.runtimes.layer_execution import KernelTime, LayerExecution
 from halfeven.runtimes.onnx import writer as onnx_writer
 from halfeven.runtimes.onnx.literal import LiteralInterpreter
 from halfeven.runtimes.onnxruntime import passes as onnxruntime_passes
@@ -84,6 +84,10 @@ class DeployedFile(Protocol):
 
     def timed(self, inputs: Sequence[Tensor]) -> Callable[[], object]:
         """Return a function that computes the model on these inputs, and does nothing else."""
+        ...
+
+    def kernel_times(self, inputs: Sequence[Tensor], runs: int = 10) -> list[KernelTime]:
+        """Return the runtime's own profile of some runs, kernel by kernel; empty where it is not run here."""
         ...
 
 

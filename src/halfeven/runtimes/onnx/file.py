@@ -66,6 +66,7 @@ def session(
     optimized: Path | None = None,
     literal: bool = False,
     settings: Collection[str] = SETTINGS,
+    profile: Path | None = None,
 ) -> Any:
     """Return a session on the CPU.
 
@@ -75,6 +76,7 @@ def session(
         optimized: where the optimized graph is written.
         literal: no optimizer at all: every operator as it is written, in float.
         settings: those of `SETTINGS` that are made; all keep to the file.
+        profile: how the name of the file begins that the session's profile is written to, if it is.
 
     Raises:
         VerificationError: ONNX Runtime cannot run the model.
@@ -89,6 +91,9 @@ def session(
         options.optimized_model_filepath = str(optimized)
         # Its tensors beside it, since they may be too many for one file.
         options.add_session_config_entry(OPTIMIZED_TENSORS, f"{optimized.name}.data")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     if folder is not None:
         options.add_session_config_entry(EXTERNAL_FOLDER, str(folder.resolve()))
     if ACCURACY_LEVEL in settings:

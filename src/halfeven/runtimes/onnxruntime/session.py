@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfeven.runtimes.layer_execution import LayerExecution
+from halfeven.runtimes.layer_execution import KernelTime, LayerExecution
 from halfeven.runtimes.onnx.file import ONNXFile, session
 from halfeven.runtimes.onnx.writer import OPSET, translated
+from halfeven.runtimes.onnxruntime import profile
 from halfeven.runtimes.onnxruntime.writer import unpacked_blocks
 
 INTEGER_PRODUCTS = ("QLinearMatMul", "MatMulIntegerToFloat")
@@ -130,6 +131,12 @@ class ONNXRuntimeFile(ONNXFile):
         weights = {tensor.name for tensor in self.model.graph.initializer}
         nodes = [node for node in self._optimized() if node.op_type in (*INTEGER_PRODUCTS, *FLOAT_PRODUCTS)]
         return [_described(node.name, node) for node in nodes if not weights.intersection(_operands(node))]
+
+    def kernel_times(self, inputs: Sequence[Tensor], runs: int = 10) -> list[KernelTime]:
+        def profiled(path: Path) -> Any:
+            return session(self.model, folder=self.path.parent, profile=path)
+
+        return profile.kernel_times(profiled, self._fed(inputs), runs, INTEGER_KERNELS)
 
 
 def _operands(node: Any) -> tuple[str, str]:

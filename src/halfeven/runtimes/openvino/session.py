@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halfeven.deployment.quantize_op import WEIGHT_SUFFIX
 from halfeven.errors import VerificationError, last_line
-from halfeven.runtimes.layer_execution import LayerExecution
+from halfeven.runtimes.layer_execution import KernelTime, LayerExecution
 from halfeven.runtimes.openvino.telemetry import silently
 from halfeven.runtimes.openvino.writer import LAYER_TYPES, convert
 
@@ -203,6 +203,32 @@ def _described(name: str, info: dict[str, str]) -> LayerExecution:
     return LayerExecution(name, precision, kernel, integer=reads_integers and computes, stored=reads_integers)
 
 
+def kernel_times(compiled: Any, inputs: Sequence[Tensor], runs: int) -> list[KernelTime]:
+    """Return the mean time of each kernel over some runs of a model that was compiled to count it.
+
+    The runtime knows no median, so the first run, which allocates, is one that it counts too.
+    """
+    request = request_with(compiled, inputs)
+    for _ in range(runs):
+        request.infer()
+    found = []
+    for info, types in _executed(compiled):
+        if (counted := info.get("execTimeMcs", "")).isdigit():
+            execution = _described(info["originalLayersNames"], info)
+            found.append(
+                KernelTime(
+                    execution.layer.split(",")[0],
+                    tuple(_layers(info)),
+                    info["layerType"],
+                    execution.kernel,
+                    execution.precision,
+                    int(counted) / 1000,
+                    integer=execution.integer,
+                )
+            )
+    return found
+
+
 def products_of(model: Any) -> set[str]:
     """Return the names of a model's products of two activations: neither factor is made of constants alone."""
     computed: set[str] = set()  # from the model's inputs
@@ -290,6 +316,9 @@ class OpenVINOFile:
 
     def executed_products(self) -> list[LayerExecution]:
         return executed_products(self.plain, products_of(read(self.path)))
+
+    def kernel_times(self, inputs: Sequence[Tensor], runs: int = 10) -> list[KernelTime]:
+        return kernel_times(compile_model(read(self.path), SETTINGS | {"PERF_COUNT": "YES"}), inputs, runs)
 
     @functools.cached_property
     def plain(self) -> Any:

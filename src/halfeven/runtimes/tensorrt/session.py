@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from halfeven.deployment.quantize_op import WEIGHT_SUFFIX
-from halfeven.runtimes.layer_execution import LayerExecution
+from halfeven.runtimes.layer_execution import KernelTime, LayerExecution
 from halfeven.runtimes.onnx.file import ONNXFile
 
 COMMUTING = frozenset(
@@ -34,6 +36,9 @@ class TensorRTFile(ONNXFile):
     def executed_products(self) -> list[LayerExecution]:
         nodes = [node for node in self.model.graph.node if node.op_type == "MatMul" and not self._weighted(node)]
         return [self._planned(node.name, node) for node in nodes]
+
+    def kernel_times(self, inputs: Sequence[Tensor], runs: int = 10) -> list[KernelTime]:
+        return []
 
     def _planned(self, layer: str, node: Any) -> LayerExecution:
         if node is None:
