@@ -212,7 +212,7 @@ def kernel_times(compiled: Any, inputs: Sequence[Tensor], runs: int) -> list[Ker
     for _ in range(runs):
         request.infer()
     found = []
-    for info, types in _executed(compiled):
+    for info, _ in _executed(compiled):
         if (counted := info.get("execTimeMcs", "")).isdigit():
             execution = _described(info["originalLayersNames"], info)
             found.append(
