@@ -20,7 +20,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="timm's name of the float model")
     parser.add_argument("weights", type=Path, help="its .safetensors")
-    parser.add_argument("--root", default="", help="folder of the IDX files; not given: Debian's")
+    parser.add_argument("--root", default="auto", help="folder of the IDX files; not given: Debian's")
     parser.add_argument("--json", type=Path)
     return parser
 

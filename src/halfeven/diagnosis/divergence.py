@@ -1,0 +1,62 @@
+"""How far a model's answers are from the float model's, without labels."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SUM_TOLERANCE = 1e-3
+"""Largest distance from 1 of a sum of probabilities."""
+
+
+def divergence(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return how far the outputs for a batch are from the float model's, summed over the outputs.
+
+    Class scores, [samples, classes], and probabilities are compared by the Kullback-Leibler divergence in nats, mean
+    over the samples: it counts what changes the answer, and nothing else. All other outputs are compared by the mean
+    squared error over the variance between the samples, in which a constant part of the output does not count.
+
+    Args:
+        found: outputs of the model, with the shapes of `expected`.
+        expected: outputs of the float model.
+    """
+    return sum(_of_output(f.double(), e.double()) for f, e in zip(found, expected, strict=True))
+
+
+def _of_output(found: Tensor, expected: Tensor) -> float:
+    if not expected.numel():
+        return 0.0
+    if not torch.isfinite(found).all():
+        return float("inf")
+    axis = _probability_axis(expected)
+    if axis is not None:
+        smallest = torch.finfo(torch.float32).tiny
+        return _kl(found.clamp(min=smallest).log(), expected.clamp(min=smallest).log(), axis)
+    if expected.ndim == 2 and expected.shape[1] > 1:
+        return _kl(F.log_softmax(found, 1), F.log_softmax(expected, 1), 1)
+    return _relative_error(found, expected)
+
+
+def _kl(found: Tensor, expected: Tensor, axis: int) -> float:
+    """Return the mean of KL(expected || found) over all distributions, from logarithms of probabilities."""
+    return float((expected.exp() * (expected - found)).sum(axis).mean())
+
+
+def _probability_axis(expected: Tensor) -> int | None:
+    """Return the axis over which all values sum to 1; None if there is none."""
+    if expected.ndim < 2 or bool((expected < 0).any()):
+        return None
+    for axis in (expected.ndim - 1, 1):
+        sums = expected.sum(axis)
+        if expected.shape[axis] > 1 and bool(((sums - 1).abs() < SUM_TOLERANCE).all()):
+            return axis
+    return None
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    error = float((found - expected).square().mean())
+    centred = expected - expected.mean(0, keepdim=True) if expected.ndim and len(expected) > 1 else expected
+    # Where all samples have the same answer, there is no variance to compare with.
+    spread = float(centred.square().mean()) or float(expected.square().mean())
+    return error / spread if spread else float(error > 0)

@@ -1,0 +1,219 @@
+"""Measure how much of the damage of quantization each tensor does, without labels.
+
+In context: all quantizers are on, and one tensor at a time gets more bits, or float; its share of the damage is what
+the answers gain by that. Alone: all are off except one. The second is what most tools do. It overlooks that errors of
+several tensors meet: in a MobileNetV2 with 4 bits, 8 tensors raised by the first order are worth more than 17 by the
+second (`benchmarks/sensitivity.py`).
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from halfeven.diagnosis.divergence import divergence
+from halfeven.diagnosis.exchanged_ranges import (
+    GridRange,
+    planned_quantizers,
+    quantized_alone,
+    raised,
+    ranges_at,
+    switched_on,
+)
+from halfeven.diagnosis.restarted import Stop, float_tensors, forward_of
+from halfeven.errors import CalibrationError
+from halfeven.evaluation import evaluating
+from halfeven.graph.batches import Inputs
+from halfeven.graph.wrappers import unwrapped
+from halfeven.layerwise.batches import on_device, read_inputs
+from halfeven.layerwise.float_equivalence import float_function
+from halfeven.layerwise.outputs import first_samples
+from halfeven.quantization.quantizer import Quantizer, weights_quantized_once
+
+SAMPLES = 256
+"""Samples that are enough to rank tensors."""
+
+Name = TypeVar("Name", bound=Hashable)
+Group = Sequence[Quantizer]
+Change = Callable[[Group], AbstractContextManager[None]]
+"""Changes the quantizers of a group within a context."""
+
+
+Measure = Callable[[Sequence[Tensor], Sequence[Tensor]], float]
+"""Distance of a batch's outputs from the float model's: of (found, expected)."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Batches, and what the float model answers to them."""
+
+    inputs: Sequence[Inputs]
+    outputs: Sequence[Sequence[Tensor]]
+    """The float model's outputs, batch by batch."""
+
+    @property
+    def weights(self) -> list[float]:
+        """Return the share of all samples that each batch has."""
+        counts = [max((len(x) for x in outputs if x.ndim), default=1) for outputs in self.outputs]
+        return [count / sum(counts) for count in counts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """The share of one quantized tensor, or of one group of them, in the damage to the answers.
+
+    Divergences are those of `halfeven.diagnosis.divergence.divergence`.
+    """
+
+    name: str
+    """The activation's name in the plan, or the layer's; the group's name, where groups were given."""
+    weight: bool
+    """True for the weight of the layer `name`."""
+    bits: int
+    """Bits that it has; of a group, the fewest."""
+    raised_bits: int | None
+    """Bits that it was given for the measurement; None: float."""
+    kl_in_context: float
+    """What the answers gain where it alone is raised: the divergence of the model minus that with it raised."""
+    kl_alone: float | None
+    """The divergence where it alone is quantized; None where this was not measured."""
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """What `sensitivities` measured."""
+
+    divergence: float
+    """Of the whole quantized model from the float model."""
+    tensors: tuple[Sensitivity, ...]
+    """The most harmful first, by `kl_in_context`."""
+
+
+def reference_of(
+    qmodel: nn.Module, batches: Iterable[Any], *, float_model: nn.Module | None = None, samples: int = SAMPLES
+) -> Reference:
+    """Return the first samples of batches, with the float answers to them.
+
+    Args:
+        qmodel: a model from `prepare`, whose example says which entries of a batch are inputs.
+        batches: as `halfeven.calibrate` takes them.
+        float_model: gives the answers; None: `qmodel` with its quantizers off.
+        samples: number of samples; whole batches are taken.
+
+    Raises:
+        CalibrationError: there is no batch, or a batch does not fit the example.
+    """
+    inputs = [on_device(qmodel, given) for given in read_inputs(qmodel, first_samples(batches, samples))]
+    if not inputs:
+        raise CalibrationError(
+            "There is no batch, so the quantized model cannot be compared with the float model. Give at least one "
+            "batch of inputs; an iterator that was used up before looks empty."
+        )
+    with torch.no_grad(), float_function(qmodel) if float_model is None else evaluating(float_model):
+        model = float_model or qmodel
+        return Reference(inputs, [float_tensors(model(*args, **kwargs)) for args, kwargs in inputs])
+
+
+@torch.no_grad()
+def divergence_of(model: nn.Module, reference: Reference) -> float:
+    """Return how far a model's answers, in eval mode, are from the float model's, mean over the samples."""
+    with evaluating(model), weights_quantized_once(model):
+        found = (float_tensors(model(*args, **kwargs)) for args, kwargs in reference.inputs)
+        pairs = zip(reference.weights, found, reference.outputs, strict=True)
+        return sum(weight * divergence(outputs, expected) for weight, outputs, expected in pairs)
+
+
+def sensitivities(
+    qmodel: nn.Module,
+    batches: Iterable[Any],
+    *,
+    float_model: nn.Module | None = None,
+    groups: Mapping[str, Group] | None = None,
+    raised_bits: int | None = 8,
+    alone: bool = True,
+    samples: int = SAMPLES,
+) -> Sensitivities:
+    """Measure how much of the damage each quantized tensor does, in the context of all others and alone.
+
+    The model runs from each tensor on with that tensor raised, once for each batch; nothing of it changes.
+
+    Args:
+        qmodel: a calibrated model.
+        batches: batches without labels, or with labels, which are not looked at.
+        float_model: gives the answers to compare with; None: `qmodel` with its quantizers off.
+        groups: quantizers that are raised together, by name; None: each quantizer of the plan alone.
+        raised_bits: bits that a tensor with fewer bits is raised to, all others to float; None: all to float.
+        alone: measure each tensor alone, too, which takes about as long again.
+        samples: number of samples; whole batches are taken.
+
+    Raises:
+        CalibrationError: there is no batch, or a range is not set.
+    """
+    qmodel = unwrapped(qmodel)
+    chosen = first_samples(batches, samples)
+    reference = reference_of(qmodel, chosen, float_model=float_model, samples=samples)
+    ranges: dict[Quantizer, GridRange] = {} if raised_bits is None else ranges_at(qmodel, chosen, raised_bits)
+    members = _members(qmodel, groups)
+    whole = divergence_of(qmodel, reference)
+    in_context = divergences(qmodel, reference, members, lambda group: raised(group, ranges))
+    lone: dict[tuple[str, bool], float] = {}
+    if alone:
+        with quantized_alone(qmodel):
+            lone = divergences(qmodel, reference, members, switched_on)
+    found = [
+        Sensitivity(
+            name=name[0],
+            weight=name[1],
+            bits=min(quantizer.scheme.bits for quantizer in group),
+            raised_bits=raised_bits if all(quantizer in ranges for quantizer in group) else None,
+            kl_in_context=whole - in_context[name],
+            kl_alone=lone.get(name),
+        )
+        for name, group in members.items()
+    ]
+    return Sensitivities(whole, tuple(sorted(found, key=lambda tensor: -tensor.kl_in_context)))
+
+
+@torch.no_grad()
+def divergences(
+    qmodel: nn.Module, reference: Reference, groups: Mapping[Name, Group], change: Change, measure: Measure = divergence
+) -> dict[Name, float]:
+    """Return the divergence of a model's answers with each group of its quantizers changed in turn.
+
+    Args:
+        qmodel: the model, in any modes of its quantizers.
+        reference: batches and the float answers.
+        groups: quantizers by name.
+        change: changes a group within a context.
+        measure: gives the distance of a batch's outputs from the float model's.
+    """
+    forward = forward_of(qmodel)
+    order = sorted(((forward.first_use(group), name) for name, group in groups.items()), key=lambda row: row[0])
+    found = dict.fromkeys(groups, 0.0)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(qmodel))
+        stack.enter_context(weights_quantized_once(qmodel))
+        for weight, inputs, expected in zip(reference.weights, reference.inputs, reference.outputs, strict=True):
+            stop: Stop = forward.start(inputs)
+            for position, name in order:
+                forward.advance(stop, position)
+                with change(groups[name]):
+                    found[name] += weight * measure(forward.outputs(stop), expected)
+    return found
+
+
+def _members(qmodel: nn.Module, groups: Mapping[str, Group] | None) -> dict[tuple[str, bool], Group]:
+    """Return the groups to change, by name and by whether it is a layer's weight."""
+    if groups is not None:
+        found: dict[tuple[str, bool], Group] = {(name, False): group for name, group in groups.items()}
+    else:
+        found = {(planned.name, quantizer.weight): [quantizer] for quantizer, planned in planned_quantizers(qmodel)}
+    return {name: group for name, group in found.items() if any(map(_can_change, group))}
+
+
+def _can_change(quantizer: Quantizer) -> bool:
+    """Return False for a weight whose rounding was learned: there is no float value to raise it to."""
+    return not (quantizer.weight and quantizer.state.fixed)
