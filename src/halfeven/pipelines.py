@@ -214,10 +214,34 @@ def quantize(
         args, kwargs = inputs_in(model, data[0])
         example = kwargs or args
     assert example is not None
-    qmodel = prepare(model, example, _with_batchnorm(options, "fold")).eval()
-    recipe = decide(qmodel, ptq, data=data is not None)
+    qmodel = prepare(model, example, _with_batchnorm(options, "fold"))
+    return quantize_prepared(qmodel, data, ptq, log=log, resume_dir=resume_dir)
+
+
+def quantize_prepared(
+    qmodel: nn.Module,
+    batches: Sequence[Any] | None,
+    ptq: PTQOptions,
+    *,
+    log: Callable[[str], None],
+    resume_dir: Path | None = None,
+) -> nn.Module:
+    """Take the steps of `quantize` on a model from `prepare` with BatchNorm folded, which they may change.
+
+    Args:
+        qmodel: the prepared model.
+        batches: calibration batches, which are read several times; None: the data-free path.
+        ptq: the steps to take, and their settings.
+        log: called with the plan, the decisions and the result of each step.
+        resume_dir: folder in which reconstruction saves finished layers.
+
+    Returns:
+        The quantized model in eval mode.
+    """
+    qmodel.eval()
+    recipe = decide(qmodel, ptq, data=batches is not None)
     log(f"{plan_of(qmodel)}\n\n{recipe}\n")
-    inputs = _inputs(qmodel, data or ())
+    inputs = _inputs(qmodel, batches or ())
     context = StepContext(qmodel=qmodel, batches=inputs, recipe=recipe, options=ptq, log=log, resume_dir=resume_dir)
     return run_steps(context).eval()
 

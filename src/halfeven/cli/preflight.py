@@ -37,16 +37,23 @@ def check_training(context: RunContext, model: nn.Module) -> nn.Module:
     return qmodel
 
 
-def check_quantization(context: RunContext, model: nn.Module) -> None:
-    """Prepare the quantized model, and compute first batches with the float model.
+def check_quantization(context: RunContext, model: nn.Module) -> nn.Module:
+    """Prepare the quantized model, and compute first batches with the float model. Returns the former.
 
     Raises:
         HalfevenError: scheme, rules, recipe or data cannot be used.
     """
     experiment = context.experiment
-    folded = dataclasses.replace(experiment.quantization, batchnorm="fold")
-    decide_ptq(prepare(model, context.datasets.example(), folded), experiment.ptq, data=True)
+    qmodel = prepare_folded(context, model)
+    decide_ptq(qmodel, experiment.ptq, data=True)
     _check_data(context, model, [experiment.pretraining])
+    return qmodel
+
+
+def prepare_folded(context: RunContext, model: nn.Module) -> nn.Module:
+    """Prepare the experiment's model with BatchNorm folded, as post-training quantization needs it."""
+    folded = dataclasses.replace(context.experiment.quantization, batchnorm="fold")
+    return prepare(model, context.datasets.example(), folded)
 
 
 def _check_data(context: RunContext, model: nn.Module, trainings: list[TrainingOptions]) -> None:

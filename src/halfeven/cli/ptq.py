@@ -11,7 +11,7 @@ from halfeven.checkpoint import read_facts, save
 from halfeven.cli.arguments import Config, Fields
 from halfeven.cli.deliver import deliver
 from halfeven.cli.float_model import check_has_weights, train_float
-from halfeven.cli.preflight import check_quantization
+from halfeven.cli.preflight import check_quantization, prepare_folded
 from halfeven.cli.run import (
     BEST,
     PTQ_STATE,
@@ -24,7 +24,7 @@ from halfeven.cli.run import (
 )
 from halfeven.distributed import world_size
 from halfeven.errors import ConfigError
-from halfeven.pipelines import check_folds, quantize
+from halfeven.pipelines import check_folds, quantize_prepared
 from halfeven.zoo.models import create_model
 
 
@@ -58,13 +58,14 @@ def run_ptq(arguments: PtqArguments) -> None:
     check_folder(context, "ptq", resume=resume, overwrite=arguments.overwrite)
     model = create_model(experiment.model)
     facts = _finished(context, resume=resume)
-    if facts is None:
-        check_quantization(context, model)
+    prepared = check_quantization(context, model) if facts is None else None
     with claimed_folder(context, "ptq", resume=resume):
         if experiment.pretraining.epochs:
             train_float(context, model, resume=resume)
-        if facts is None:
-            facts = _quantize(context, model)
+            prepared = None if prepared is None else prepare_folded(context, model)  # now with the trained weights
+        if prepared is not None:
+            facts = _quantize(context, model, prepared)
+        assert facts is not None
         deliver(context, model, facts["float"], {"quantization_seconds": facts["quantization_seconds"]})
 
 
@@ -83,16 +84,14 @@ def _finished(context: RunContext, *, resume: bool) -> dict[str, Any] | None:
     return found
 
 
-def _quantize(context: RunContext, model: nn.Module) -> dict[str, Any]:
+def _quantize(context: RunContext, model: nn.Module, prepared: nn.Module) -> dict[str, Any]:
     """Quantize and write the checkpoint. Returns the facts in it: the float accuracy, and the seconds it took."""
     start = time.perf_counter()
     resume_dir = context.folder / PTQ_STATE
-    qmodel = quantize(
-        model.to(context.accelerator.device),
-        context.loader(context.datasets.calibration),
-        context.experiment.quantization,
+    qmodel = quantize_prepared(
+        prepared.to(context.accelerator.device),
+        list(context.loader(context.datasets.calibration)),
         context.experiment.ptq,
-        example=context.datasets.example(),
         log=context.log,
         resume_dir=resume_dir,
     )
