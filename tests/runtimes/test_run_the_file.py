@@ -1,9 +1,13 @@
 """The snippets "Run the file" of the documentation compute what verify runs, and the default session is compared."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
+import openvino
 import pytest
 import torch
 from torch import nn
@@ -17,10 +21,10 @@ DOCS = Path(__file__).parents[2] / "docs" / "targets"
 FILES = {"openvino": "model.xml", "onnxruntime": "model.onnx"}
 
 
-def snippet(target):
-    """The Python under "Run the file" of a runtime's page."""
+def snippet(target, language="python"):
+    """The code under "Run the file" of a runtime's page."""
     section = (DOCS / f"{target}.md").read_text().split("## Run the file", 1)[1].split("\n## ", 1)[0]
-    return re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)[1]
+    return re.search(rf"```{language}\n(.*?)```", section, flags=re.DOTALL)[1]
 
 
 class Mixed(nn.Module):
@@ -57,6 +61,64 @@ def test_the_snippet_computes_what_verify_ran(target, scheme, tmp_path, monkeypa
     if target == "onnxruntime":
         assert report.default_session.settings == ([] if weights_alone else [WEIGHT_BIAS])
         assert (report.default_session.difference > 0) is not weights_alone
+
+
+def mixed(target, folder):
+    """A file with a layer in float, some images, and what `load_deployed` computes of them."""
+    torch.manual_seed(0)
+    batches = [torch.randn(4, 3, 8, 8) for _ in range(2)]
+    rules = (he.Rule(pattern="b", quantize=False),)
+    qmodel = he.quantize(Mixed().eval(), batches, target=target, scheme=SCHEME, rules=rules)
+    path = he.export(qmodel, folder / FILES[target])
+    return path, batches[0].numpy(), he.load_deployed(path, target)(batches[0]).numpy()
+
+
+def test_the_entry_that_the_cpp_of_onnx_runtime_makes_is_the_setting(tmp_path):
+    """The wheel has no headers to compile with, so the entry is made from Python."""
+    path, images, expected = mixed("onnxruntime", tmp_path)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(
+        *re.search(r'AddConfigEntry\("(.*?)", "(.*?)"\)', snippet("onnxruntime", "cpp")).groups()
+    )
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    assert np.array_equal(session.run(None, {"x": images})[0], expected)
+
+
+CPP_MAIN = """
+#include <fstream>
+#include <vector>
+
+int main() {
+    std::vector<float> values(4 * 3 * 8 * 8);
+    const auto bytes = [](auto& held) { return reinterpret_cast<char*>(held.data()); };
+    std::ifstream("images.bin", std::ios::binary).read(bytes(values), values.size() * sizeof(float));
+    ov::Tensor logits = run(ov::Tensor(ov::element::f32, {4, 3, 8, 8}, values.data()));
+    std::ofstream("logits.bin", std::ios::binary).write(static_cast<char*>(logits.data()), logits.get_byte_size());
+}
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_cpp_of_openvino_computes_what_load_deployed_does(tmp_path):
+    _, images, expected = mixed("openvino", tmp_path)
+    images.tofile(tmp_path / "images.bin")
+    (tmp_path / "main.cpp").write_text(snippet("openvino", "cpp") + CPP_MAIN)
+    package = Path(openvino.__file__).parent
+    (library,) = (package / "libs").glob("libopenvino.so.*")
+    command = [
+        "g++",
+        "-std=c++17",
+        "main.cpp",
+        f"-I{package}/include",
+        library,
+        f"-Wl,-rpath,{package}/libs",
+        "-o",
+        "main",
+    ]
+    for step in (command, ["./main"]):
+        subprocess.run(step, cwd=tmp_path, check=True)
+    assert np.array_equal(np.fromfile(tmp_path / "logits.bin", np.float32).reshape(expected.shape), expected)
 
 
 class File:
