@@ -56,7 +56,8 @@ def squared_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 def raised_top1(qmodel: nn.Module, names: Order, batches: Sequence[Tensor], test: tuple[Tensor, Tensor]) -> float:
     """Top-1 in percent where these activations have 8 bits."""
     mixed = copy.deepcopy(qmodel)
-    he.set_rules(mixed, [he.Rule(pattern=name, activation_bits=8) for name in names])
+    places = {tensor.name: tensor.places[0] for tensor in he.plan_of(qmodel).tensors}
+    he.set_rules(mixed, [he.Rule(pattern=places[name], activation_bits=8) for name in names])
     he.calibrate(mixed, batches)
     return top1(mixed, *test)
 

@@ -16,7 +16,7 @@ from halfeven import errors
 
 PUBLIC = {
     *("quantize", "plan", "prepare", "plan_of", "set_rules", "calibrate", "exact", "export", "verify", "save", "load"),
-    "load_deployed",
+    *("load_deployed", "diagnose"),
     *("HalfevenError", "Plan", "QuantizationOptions", "Rule"),
 }
 

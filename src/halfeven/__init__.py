@@ -7,6 +7,7 @@ from halfeven import moved
 
 if TYPE_CHECKING:
     from halfeven.checkpoint import save
+    from halfeven.diagnosis.diagnose import diagnose
     from halfeven.errors import HalfevenError
     from halfeven.layerwise.calibrate import calibrate
     from halfeven.pipelines import load, plan, prepare, quantize, set_rules
@@ -25,6 +26,7 @@ else:
         "QuantizationOptions": "placement.options",
         "Rule": "placement.options",
         "calibrate": "layerwise.calibrate",
+        "diagnose": "diagnosis.diagnose",
         "exact": "runtimes.exact_model",
         "export": "runtimes.export",
         "load": "pipelines",
@@ -59,6 +61,7 @@ __all__ = [
     "QuantizationOptions",
     "Rule",
     "calibrate",
+    "diagnose",
     "exact",
     "export",
     "load",

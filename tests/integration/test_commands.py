@@ -125,6 +125,16 @@ def test_verify_tells_a_file_from_one_of_other_weights(config, trained, tmp_path
     assert not report["weights_match"]
 
 
+def test_diagnose_measures_a_checkpoint_and_says_so(config, trained, tmp_path):
+    written = tmp_path / "diagnosis.json"
+    done = halfeven("diagnose", config, trained[0] / "best.safetensors", "--json", written, "--samples", "16")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(written.read_text())
+    assert found["samples"] >= 16
+    assert len(found["tensors"]) == 3 + len(found["plan"]["tensors"])
+    assert found["verdict"].split()[0] in done.stdout
+
+
 def test_one_checkpoint_goes_to_another_runtime(config, trained, tmp_path):
     to = ["--export.target", "onnxruntime"]
     done = halfeven("export", config, trained[0] / "best.safetensors", "--work-dir", tmp_path, *to)

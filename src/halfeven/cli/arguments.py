@@ -15,6 +15,7 @@ from halfeven.zoo.options import DataOptions
 
 Config = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CONFIG")]
 Checkpoint = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CKPT")]
+OptionalCheckpoint = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="[CKPT]")]
 DeployedFileArgument = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
 Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
 Fields = Annotated[Experiment, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from halfeven.cli.report_pages import write_pages
 from halfeven.cli.run import BEST, RESULTS, RunContext, show, write_json
 from halfeven.pipelines import load
 from halfeven.placement.insertion import plan_of
@@ -36,6 +37,7 @@ def deliver(context: RunContext, model: nn.Module, float_metrics: Metrics, facts
         rows[name] = context.accuracy(load_deployed(path, target_of(context, qmodel), qmodel), "cpu")
         files[name] = path
     show(context, rows, files)
+    write_pages(context, qmodel, reports, rows, files)
     verification = {path.name: report.to_dict() for path, report in reports.items()}
     write_json(context.folder / RESULTS, {**rows, **(facts or {}), "verification": verification})
 

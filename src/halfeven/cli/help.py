@@ -47,6 +47,7 @@ FIRST = {
     "test": ("model.weights", "data.root", "data.workers", "data.evaluation_batch_size", "export.target"),
     "export": ("model.weights", "data.root", *FILES),
     "verify": ("model.weights", "data.root", "export.target", "export.verify_samples", "export.timed"),
+    "diagnose": ("model.weights", "data.root", "data.calibration_samples", "data.workers", *QUANTIZATION),
 }
 """The options that matter first, by command."""
 

@@ -66,6 +66,13 @@ COMMANDS = (
         run="halfeven.cli.verify:run_verify",
     ),
     Command(
+        name="diagnose",
+        takes="CONFIG [CKPT]",
+        summary="say where the accuracy goes, and what brings it back",
+        arguments="halfeven.cli.diagnose:DiagnoseArguments",
+        run="halfeven.cli.diagnose:run_diagnose",
+    ),
+    Command(
         name="init",
         takes="[FOLDER]",
         summary="write the quickstart's config and the recipes into a folder",

@@ -24,6 +24,12 @@ def divergence(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return sum(_of_output(f.double(), e.double()) for f, e in zip(found, expected, strict=True))
 
 
+def error_share(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the share of error in the outputs' variation between the samples, from 0 to 1, of the output with most."""
+    pairs = [(f.double(), e.double()) for f, e in zip(found, expected, strict=True) if e.numel()]
+    return max((_relative_error(f, e) if torch.isfinite(f).all() else 1.0 for f, e in pairs), default=0.0)
+
+
 def _of_output(found: Tensor, expected: Tensor) -> float:
     if not expected.numel():
         return 0.0
@@ -55,8 +61,18 @@ def _probability_axis(expected: Tensor) -> int | None:
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:
-    error = float((found - expected).square().mean())
-    centred = expected - expected.mean(0, keepdim=True) if expected.ndim and len(expected) > 1 else expected
+    """Return the mean share of error of the features: of the channels on axis 1 or on the last, whichever has more."""
+    if expected.ndim < 2:
+        found, expected = found.reshape(-1, 1), expected.reshape(-1, 1)
+    return max(_of_features(found, expected, axis) for axis in {1, expected.ndim - 1})
+
+
+def _of_features(found: Tensor, expected: Tensor, axis: int) -> float:
+    others = [other for other in range(expected.ndim) if other != axis]
+    error = (found - expected).square().mean(others)
+    centred = expected - expected.mean(0, keepdim=True) if len(expected) > 1 else expected
     # Where all samples have the same answer, there is no variance to compare with.
-    spread = float(centred.square().mean()) or float(expected.square().mean())
-    return error / spread if spread else float(error > 0)
+    spread = centred.square().mean(others)
+    spread = torch.where(spread > 0, spread, expected.square().mean(others))
+    total = error + spread
+    return float(torch.where(total > 0, error / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0).mean())

@@ -60,12 +60,13 @@ def ranges_at(qmodel: nn.Module, batches: Sequence[Any], bits: int) -> dict[Quan
         batches: calibration batches, as `halfeven.calibrate` takes them.
         bits: the bits, more than the present ones.
     """
+    lower = [(q, p) for q, p in planned_quantizers(qmodel) if q.scheme.bits < bits and not (q.weight and q.state.fixed)]
+    if not lower:
+        return {}
     before = {quantizer: grid_range(quantizer) for quantizer in quantizers(qmodel).values()}
     raised: list[Quantizer] = []
     try:
-        for quantizer, planned in planned_quantizers(qmodel):
-            if quantizer.scheme.bits >= bits or (quantizer.weight and quantizer.state.fixed):
-                continue
+        for quantizer, planned in lower:
             quantizer.scheme = dataclasses.replace(quantizer.scheme, bits=bits)
             if isinstance(planned, PlannedTensor) and planned.fixed_range is not None:
                 quantizer.fix_range(planned.fixed_range)  # calibration leaves it as it is

@@ -7,7 +7,7 @@ second (`benchmarks/sensitivity.py`).
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from halfeven.graph.wrappers import unwrapped
 from halfeven.layerwise.batches import on_device, read_inputs
 from halfeven.layerwise.float_equivalence import float_function
 from halfeven.layerwise.outputs import first_samples
+from halfeven.layerwise.sqnr import decibels
 from halfeven.quantization.quantizer import Quantizer, weights_quantized_once
 
 SAMPLES = 256
@@ -80,6 +81,8 @@ class Sensitivity:
     """What the answers gain where it alone is raised: the divergence of the model minus that with it raised."""
     kl_alone: float | None
     """The divergence where it alone is quantized; None where this was not measured."""
+    sqnr_alone: float | None = None
+    """SQNR of the outputs in dB where it alone is quantized; None where this was not measured."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def sensitivities(
     raised_bits: int | None = 8,
     alone: bool = True,
     samples: int = SAMPLES,
+    reference: Reference | None = None,
 ) -> Sensitivities:
     """Measure how much of the damage each quantized tensor does, in the context of all others and alone.
 
@@ -148,21 +152,22 @@ def sensitivities(
         raised_bits: bits that a tensor with fewer bits is raised to, all others to float; None: all to float.
         alone: measure each tensor alone, too, which takes about as long again.
         samples: number of samples; whole batches are taken.
+        reference: the samples and float answers of an earlier `reference_of`; None: they are computed.
 
     Raises:
         CalibrationError: there is no batch, or a range is not set.
     """
     qmodel = unwrapped(qmodel)
     chosen = first_samples(batches, samples)
-    reference = reference_of(qmodel, chosen, float_model=float_model, samples=samples)
+    reference = reference or reference_of(qmodel, chosen, float_model=float_model, samples=samples)
     ranges: dict[Quantizer, GridRange] = {} if raised_bits is None else ranges_at(qmodel, chosen, raised_bits)
     members = _members(qmodel, groups)
     whole = divergence_of(qmodel, reference)
     in_context = divergences(qmodel, reference, members, lambda group: raised(group, ranges))
-    lone: dict[tuple[str, bool], float] = {}
+    lone: dict[tuple[str, bool], list[float]] = {}
     if alone:
         with quantized_alone(qmodel):
-            lone = divergences(qmodel, reference, members, switched_on)
+            lone = measured(qmodel, reference, members, switched_on, (divergence, relative_noise))
     found = [
         Sensitivity(
             name=name[0],
@@ -170,16 +175,20 @@ def sensitivities(
             bits=min(quantizer.scheme.bits for quantizer in group),
             raised_bits=raised_bits if all(quantizer in ranges for quantizer in group) else None,
             kl_in_context=whole - in_context[name],
-            kl_alone=lone.get(name),
+            kl_alone=lone[name][0] if alone else None,
+            sqnr_alone=decibels(lone[name][1]) if alone else None,
         )
         for name, group in members.items()
     ]
     return Sensitivities(whole, tuple(sorted(found, key=lambda tensor: -tensor.kl_in_context)))
 
 
-@torch.no_grad()
 def divergences(
-    qmodel: nn.Module, reference: Reference, groups: Mapping[Name, Group], change: Change, measure: Measure = divergence
+    qmodel: nn.Module,
+    reference: Reference,
+    groups: Mapping[Name, Group],
+    change: Change,
+    measure: Measure = divergence,
 ) -> dict[Name, float]:
     """Return the divergence of a model's answers with each group of its quantizers changed in turn.
 
@@ -190,19 +199,41 @@ def divergences(
         change: changes a group within a context.
         measure: gives the distance of a batch's outputs from the float model's.
     """
+    return {name: found for name, (found,) in measured(qmodel, reference, groups, change, (measure,)).items()}
+
+
+@torch.no_grad()
+def measured(
+    qmodel: nn.Module,
+    reference: Reference,
+    groups: Mapping[Name, Group],
+    change: Change,
+    measures: Sequence[Measure],
+) -> dict[Name, list[float]]:
+    """Return what each measure gives for a model with each group of its quantizers changed in turn.
+
+    The arguments are those of `divergences`; a result is the mean over the samples.
+    """
     forward = forward_of(qmodel)
     order = sorted(((forward.first_use(group), name) for name, group in groups.items()), key=lambda row: row[0])
-    found = dict.fromkeys(groups, 0.0)
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(qmodel))
-        stack.enter_context(weights_quantized_once(qmodel))
+    found = {name: [0.0] * len(measures) for name in groups}
+    with evaluating(qmodel), weights_quantized_once(qmodel):
         for weight, inputs, expected in zip(reference.weights, reference.inputs, reference.outputs, strict=True):
             stop: Stop = forward.start(inputs)
             for position, name in order:
                 forward.advance(stop, position)
                 with change(groups[name]):
-                    found[name] += weight * measure(forward.outputs(stop), expected)
+                    outputs = forward.outputs(stop)
+                for number, measure in enumerate(measures):
+                    found[name][number] += weight * measure(outputs, expected)
     return found
+
+
+def relative_noise(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the squared difference of all outputs from the float model's, over their squares."""
+    noise = sum(float((f - e).double().square().sum()) for f, e in zip(found, expected, strict=True))
+    signal = sum(float(e.double().square().sum()) for e in expected)
+    return noise / signal if signal else float(noise > 0)
 
 
 def _members(qmodel: nn.Module, groups: Mapping[str, Group] | None) -> dict[tuple[str, bool], Group]:

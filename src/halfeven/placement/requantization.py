@@ -45,8 +45,21 @@ def apply_rules(qmodel: nn.Module, rules: Sequence[Rule], target: Target) -> tup
     Raises:
         PlacementError: a rule holds for nothing, or the target cannot do its bits; the model is unchanged.
     """
+    return apply_plan(qmodel, plan_of(qmodel).with_rules(*rules), target)
+
+
+def apply_plan(qmodel: nn.Module, after: Plan, target: Target) -> tuple[str, ...]:
+    """Change a quantized model, in place, to another plan of its own graph.
+
+    Args:
+        qmodel: a model from `prepare` or `load`.
+        after: what the model's plan becomes, made by its `decide`.
+        target: the runtime of both plans.
+
+    Returns:
+        Names of the new quantizers without a range.
+    """
     before = plan_of(qmodel)
-    after = before.with_rules(*rules)
     change = _Change(named_nodes(qmodel), after.options)
     new = [*_change_weights(change, before, after), *_change_tensors(change, before, after)]
     settle_regions(qmodel, after, target)

@@ -1,0 +1,99 @@
+"""`halfeven diagnose`: where the accuracy of a quantized model goes, and what brings it back."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from halfeven.checkpoint import read_facts
+from halfeven.cli.arguments import Config, Fields, OptionalCheckpoint
+from halfeven.cli.float_model import check_has_weights, float_model_of
+from halfeven.cli.run import RunContext, default_folder, open_run, write_json
+from halfeven.diagnosis.diagnose import diagnose
+from halfeven.errors import ConfigError
+from halfeven.layerwise.calibrate import calibrate
+from halfeven.pipelines import load, prepare
+from halfeven.reporting.page import charting_library
+from halfeven.zoo.models import create_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnoseArguments:
+    """Find where the accuracy of a quantized model goes, and the cheapest remedies that bring it back. Labels are not
+    looked at. Without a checkpoint, the float model is prepared and calibrated as the config says."""
+
+    config: Config
+    """Python file that ends with `experiment = Experiment(...)`."""
+    checkpoint: OptionalCheckpoint = Path()
+    """best.safetensors or last.safetensors of a run."""
+    experiment: Fields
+    json: str = ""
+    """File to write the diagnosis to as JSON; "" for none."""
+    report: str = ""
+    """File to write the diagnosis to as a page with charts (.html); "" for none."""
+    samples: int = 256
+    """Calibration samples to compare the quantized with the float model on."""
+    accuracy: bool = False
+    """Measure the accuracy of the float, the quantized and the repaired model on the validation data, too."""
+
+
+def run_diagnose(arguments: DiagnoseArguments) -> None:
+    """Diagnose the model, and print what was found."""
+    experiment = arguments.experiment
+    if arguments.samples < 1:
+        raise ConfigError(f"--samples {arguments.samples} gives nothing to compare on. Give at least 1.")
+    if arguments.report:
+        charting_library()  # a missing package shows before the work
+    given = arguments.checkpoint != Path()
+    if given:
+        read_facts(arguments.checkpoint)  # a wrong path shows before the data is read
+        folder = arguments.checkpoint.parent
+    else:
+        check_has_weights(experiment)
+        folder = default_folder(arguments.config, "")
+    context = open_run(experiment, folder)
+    qmodel, model = _of_checkpoint(context, arguments.checkpoint) if given else _prepared(context, folder)
+    found = diagnose(
+        qmodel,
+        model,
+        context.loader(context.datasets.calibration),
+        evaluate=_first_metric(context) if arguments.accuracy else None,
+        samples=arguments.samples,
+        log=context.log,
+    )
+    context.log(f"\n{found}")
+    if arguments.report and context.accelerator.is_main_process:
+        context.log(f"Report with charts: {found.save(arguments.report)}")
+    if arguments.json and context.accelerator.is_main_process:
+        write_json(Path(arguments.json), found.to_dict())
+
+
+def _of_checkpoint(context: RunContext, checkpoint: Path) -> tuple[nn.Module, nn.Module]:
+    """Return the quantized model of a checkpoint, and the float model."""
+    model, has_weights = float_model_of(context.experiment, checkpoint)
+    if not (has_weights or context.experiment.model.source == "callable"):
+        raise ConfigError(
+            f"The float model's weights are not at hand, and the answers of {checkpoint} are compared with the float "
+            "model's. Give model.weights, or keep the folder float/ beside the checkpoint."
+        )
+    return load(checkpoint, model, context.datasets.example()).eval(), model.eval()
+
+
+def _prepared(context: RunContext, folder: Path) -> tuple[nn.Module, nn.Module]:
+    """Return the float model of the config, prepared and calibrated, and the float model itself."""
+    if context.experiment.pretraining.epochs:
+        model, has_weights = float_model_of(context.experiment, folder / "best.safetensors")
+        if not has_weights:
+            raise ConfigError(
+                f"The float model has not been trained yet: there are no weights in {folder}/float. Run `halfeven "
+                "train` or `halfeven ptq` first, or give model.weights and pretraining.epochs=0."
+            )
+    else:
+        model = create_model(context.experiment.model)
+    qmodel = prepare(model.eval(), context.datasets.example(), context.experiment.quantization).eval()
+    return calibrate(qmodel, context.loader(context.datasets.calibration)), model
+
+
+def _first_metric(context: RunContext) -> Any:
+    return lambda model: next(iter(context.accuracy(model).values()))

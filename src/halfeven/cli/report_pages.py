@@ -1,0 +1,49 @@
+"""Write the pages of verified files beside them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from halfeven.cli.run import RunContext
+from halfeven.errors import ConfigError
+from halfeven.placement.insertion import plan_of
+from halfeven.reporting.verification_page import save_verification
+from halfeven.tasks.task import Metrics
+from halfeven.verification.report import Report
+
+
+def write_pages(
+    context: RunContext,
+    qmodel: nn.Module,
+    reports: Mapping[Path, Report],
+    rows: Mapping[str, Metrics],
+    files: Mapping[str, Path],
+) -> None:
+    """Write report.html beside a verified file, or report.xml.html and report.onnx.html where there are both.
+
+    Args:
+        context: the run.
+        qmodel: the quantized model.
+        reports: of the files.
+        rows: the metrics of each model; the first is shown.
+        files: files whose sizes are shown, by name.
+    """
+    if not context.accelerator.is_main_process:
+        return
+    accuracy = {name: next(iter(metrics.values())) for name, metrics in rows.items() if metrics}
+    sizes = {name: _size(path) for name, path in files.items() if path.is_file()}
+    for path, report in reports.items():
+        page = path.with_name("report.html" if len(reports) == 1 else f"report{path.suffix}.html")
+        try:
+            save_verification(report, page, plan=plan_of(qmodel), accuracy=accuracy, sizes=sizes)
+        except ConfigError as error:  # the files are written and verified: a page more or less does not fail the run
+            context.log(f"{page} was not written. {error}")
+            return
+        context.log(f"Report with charts: {page}")
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file, with the weights that some formats keep in a file beside it."""
+    beside = [path.with_suffix(".bin")] if path.suffix == ".xml" else []
+    return sum(part.stat().st_size for part in (path, *beside) if part.is_file())

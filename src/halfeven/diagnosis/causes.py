@@ -1,0 +1,220 @@
+"""Name the cause of a harmful tensor, from what was measured of it and from the remedies that helped."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from halfeven.diagnosis.operator_groups import integer_operators
+from halfeven.diagnosis.statistics import TensorStatistics
+from halfeven.graph.operators import WEIGHTED, OperatorKind
+from halfeven.graph.view import Op
+from halfeven.placement.make_plan import named_nodes
+from halfeven.placement.plan import PlannedTensor, PlannedWeight
+
+UNLIKE = 8.0
+"""Ranges of tensors or channels that share a scale differ by this factor before it is called the cause: 3 of 8 bits."""
+QUIET = 30.0
+"""The loudest sample over a quiet one, from where 8 bits leave the quiet one few levels."""
+FEW_CHANNELS = 0.1
+"""Largest share of channels that are outliers among the rest."""
+LOGARITHMS = ("log", "log2", "log10", "log1p")
+"""Operators that make errors of small values as large as those of large ones."""
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A harmful tensor, and all that is known of it."""
+
+    qmodel: nn.Module
+    planned: PlannedTensor | PlannedWeight
+    found: TensorStatistics
+    observer_helps: str = ""
+    """The estimator that repairs it; "" if none does."""
+
+    @property
+    def tensor(self) -> str:
+        """Return what the tensor is called in texts."""
+        if isinstance(self.planned, PlannedWeight):
+            return f"the weight of {self.planned.name}"
+        return " and ".join(self.planned.places[:3]) + (" and more" if len(self.planned.places) > 3 else "")
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A cause in a few words, and the numbers that show it."""
+
+    name: str
+    evidence: str
+
+
+def cause_of(suspect: Suspect) -> Cause:
+    """Return the first cause that the numbers show."""
+    return next(cause for look in LOOKS if (cause := look(suspect)) is not None)
+
+
+def _shared_range(suspect: Suspect) -> Cause | None:
+    places = suspect.found.places
+    largest = [place.largest for place in places]
+    if isinstance(suspect.planned, PlannedWeight) or len(places) < 2 or max(largest) < UNLIKE * min(largest):
+        return None
+    sizes = ", ".join(
+        f"{name} ±{size:.3g}" for name, size in list(zip(suspect.planned.places, largest, strict=True))[:4]
+    )
+    levels = suspect.found.quantizer.scheme.levels * min(largest) / max(largest)
+    return Cause(
+        "tensors of unlike sizes share one range",
+        f"They are concatenated, so one scale serves all: {sizes}. The smallest has {levels:.1f} levels.",
+    )
+
+
+def _mask(suspect: Suspect) -> Cause | None:
+    share = suspect.found.far_share()
+    if suspect.found.quantizer.weight or not share or not suspect.found.far_is_constant():
+        return None
+    values = suspect.found.sample
+    far = values.abs() >= 0.5 * values.abs().max()
+    return Cause(
+        "an additive mask sets the range",
+        f"{share:.1%} of the values are about {float(values[far].mean()):.3g}, all others within "
+        f"±{float(values[~far].abs().max()) if bool((~far).any()) else 0.0:.3g}.",
+    )
+
+
+def _channels_of_weight(suspect: Suspect) -> Cause | None:
+    spread = suspect.found.channel_spread()
+    if not suspect.found.quantizer.weight or suspect.found.quantizer.scheme.axis is not None or spread is None:
+        return None
+    if spread[1] < UNLIKE:
+        return None
+    _, channel, ratio = suspect.found.channel_outlier() or (0, 0, 1.0)
+    worst = ", ".join(f"{channel} ({sqnr:.0f} dB)" for channel, sqnr in suspect.found.worst_channels())
+    return Cause(
+        "badly scaled channels share one scale",
+        f"Channel {channel} has {ratio:.3g} times the range of the median channel, and the weight has one scale "
+        f"for all. Worst channels: {worst}.",
+    )
+
+
+def _outlier_channel(suspect: Suspect) -> Cause | None:
+    outlier = suspect.found.channel_outlier()
+    if suspect.found.quantizer.weight or outlier is None or outlier[2] < UNLIKE:
+        return None
+    axis, channel, ratio = outlier
+    largest = suspect.found.channel_largest[axis]
+    if float((largest > 0.5 * largest.max()).double().mean()) > max(FEW_CHANNELS, 1.5 / len(largest)):
+        return None
+    behind = _maker(suspect)
+    return Cause(
+        f"an outlier channel{f' after {behind}' if behind else ''}",
+        f"Channel {channel} of axis {axis} reaches ±{float(largest.max()):.3g}, {ratio:.0f} times the median channel; "
+        f"{suspect.found.vanished_share:.0%} of the values become 0.",
+    )
+
+
+def _estimator(suspect: Suspect) -> Cause | None:
+    if not suspect.observer_helps:
+        return None
+    low, high = suspect.found.bounds
+    seen = max(place.largest for place in suspect.found.places)
+    narrow = max(abs(low), abs(high)) < 0.8 * seen
+    if suspect.found.quantizer.weight:
+        better = f'The estimator "{suspect.observer_helps}" fits it better.'
+        return Cause("the weight's range is badly estimated", better)
+    return Cause(
+        "the range clips values that matter" if narrow else "rare values make the range too wide",
+        f"The range is {low:.3g} to {high:.3g}, values reach ±{seen:.3g}; {suspect.found.clipped_share:.2%} are "
+        "clipped.",
+    )
+
+
+def _front_end(suspect: Suspect) -> Cause | None:
+    readers = _readers(suspect.planned)
+    operators = integer_operators(suspect.qmodel)
+    early = operators[: max(len(operators) // 3, 1)]
+    if not any(reader in early for reader in readers):
+        return None
+    untrained = [name for name in readers if name in operators and _is_fixed(suspect.qmodel, name)]
+    behind = _nonlinear_behind(suspect.qmodel, readers)
+    if not untrained and not behind:
+        return None
+    why = f"the weight of {untrained[0]} is not trained" if untrained else ""
+    why += (" and " if why and behind else "") + (f"{', '.join(behind)} follows" if behind else "")
+    spread = suspect.found.sample_spread()
+    loud = f" The loudest sample is {spread:.0f} times a quiet one." if spread >= QUIET else ""
+    return Cause("a front end inside of the model", f"At {readers[0]}, {why}.{loud}")
+
+
+def _dynamic_range(suspect: Suspect) -> Cause | None:
+    spread = suspect.found.sample_spread()
+    if spread < QUIET and suspect.found.vanished_share < 0.5:
+        return None
+    return Cause(
+        "the values span more than the bits can",
+        f"The largest sample is {spread:.0f} times a small one, and {suspect.found.vanished_share:.0%} of the values "
+        "become 0.",
+    )
+
+
+def _few_bits(suspect: Suspect) -> Cause | None:
+    bits = suspect.planned.scheme.bits
+    if bits >= 8:
+        return None
+    return Cause(f"{bits} bits are too few", f"{suspect.found.sqnr:.1f} dB at the tensor.")
+
+
+def _precision(suspect: Suspect) -> Cause:
+    return Cause(
+        "this tensor needs more than 8 bits",
+        f"{suspect.found.sqnr:.1f} dB at the tensor, {suspect.found.vanished_share:.0%} of the values become 0.",
+    )
+
+
+LOOKS: tuple[Callable[[Suspect], Cause | None], ...] = (
+    *(_shared_range, _mask, _channels_of_weight, _outlier_channel, _front_end, _estimator, _dynamic_range),
+    *(_few_bits, _precision),
+)
+"""What is looked for, in this order."""
+
+
+def _readers(planned: PlannedTensor | PlannedWeight) -> list[str]:
+    return [planned.name] if isinstance(planned, PlannedWeight) else list(planned.consumers)
+
+
+def _maker(suspect: Suspect) -> str:
+    """Return the class or the name of what makes the tensor, if it is a normalization."""
+    assert isinstance(suspect.planned, PlannedTensor)
+    _, node = named_nodes(suspect.qmodel)[suspect.planned.places[0]]
+    op = Op(node)
+    return op.name if op.kind is OperatorKind.NORMALIZATION else ""
+
+
+def _is_fixed(qmodel: nn.Module, name: str) -> bool:
+    """Return True for a layer whose weight is no trained parameter: a buffer, or frozen."""
+    _, node = named_nodes(qmodel)[name]
+    op = Op(node)
+    if op.kind not in WEIGHTED or not any(p.requires_grad for p in qmodel.parameters()):
+        return False
+    if op.is_module:
+        return not op.module.weight.requires_grad
+    weights = [read for read in op.inputs[1:2] if read.is_constant or read.is_module]
+    sources = [read if read.is_constant else read.inputs[0] for read in weights]
+    return any(read.is_constant and not read.constant.requires_grad for read in sources)
+
+
+def _nonlinear_behind(qmodel: nn.Module, names: list[str]) -> list[str]:
+    """Return the logarithms between these and the next layers."""
+    known = named_nodes(qmodel)
+    waiting: list[fx.Node] = [user for name in names if name in known for user in known[name][1].users]
+    seen: set[fx.Node] = set()
+    found: list[str] = []
+    while waiting:
+        node = waiting.pop()
+        op = Op(node)
+        if node in seen or op.is_output or op.kind in WEIGHTED:
+            continue
+        seen.add(node)
+        if op.is_function and op.name.removesuffix("_") in LOGARITHMS and op.name not in found:
+            found.append(op.name)
+        waiting += node.users
+    return found

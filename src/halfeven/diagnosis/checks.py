@@ -1,0 +1,156 @@
+"""What can go wrong beside the ranges: statistics that do not fit, layers in float, modules in Python, the runtime."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfeven.diagnosis.diagnosis import Finding, TriedRemedy
+from halfeven.diagnosis.divergence import divergence
+from halfeven.diagnosis.restarted import float_tensors
+from halfeven.diagnosis.sensitivity import Reference
+from halfeven.errors import HalfevenError
+from halfeven.evaluation import evaluating
+from halfeven.graph.batches import Inputs
+from halfeven.graph.copying import copy_model
+from halfeven.graph.operators import WEIGHTED, OperatorKind
+from halfeven.graph.view import kind_of
+from halfeven.layerwise.batchnorm_statistics import batchnorms
+from halfeven.layerwise.clipping import counting_clipped, told
+from halfeven.layerwise.re_estimate import re_estimate
+from halfeven.layerwise.sqnr import sqnr
+from halfeven.layerwise.training_mode import normalizing_by_batch, trained_batchnorms
+from halfeven.placement.insertion import plan_of
+from halfeven.placement.make_plan import named_nodes
+from halfeven.runtimes.exact_model import exact
+
+FEWEST_SAMPLES = 8
+"""Samples of a batch from which BatchNorm's statistics of the batch say something."""
+UNSETTLED = 1.0
+"""Distance of the batches' mean from the running mean, in standard deviations, or of the logarithm (base 2) of their
+variances, in the median channel of a BatchNorm."""
+COMPARED_SAMPLES = 8
+"""Samples that the runtime's arithmetic is simulated on."""
+
+
+@torch.no_grad()
+def unsettled_batchnorm(model: nn.Module, batches: Sequence[Any], inputs: Sequence[Inputs]) -> Finding | None:
+    """Return the finding that running statistics do not describe the batches; None if they do.
+
+    Answers cannot show it: with such statistics the float model's own answers are wrong. So the statistics are
+    compared, and the float model's answers in eval mode with those that it gives with the batches' own statistics.
+
+    Args:
+        model: the float model.
+        batches: calibration batches.
+        inputs: the same, as arguments of the model.
+    """
+    norms = trained_batchnorms(model)
+    given = [(args, kwargs) for args, kwargs in inputs if _samples((args, kwargs)) >= FEWEST_SAMPLES]
+    if not norms or not given:
+        return None
+    settled = copy_model(model)
+    re_estimate(settled, batches)
+    distances = _distances(model, settled)
+    name, worst = max(distances.items(), key=lambda row: row[1])
+    if worst < UNSETTLED:
+        return None
+    before, after = _eval_against_batch(model, given), _eval_against_batch(settled, given)
+    if after >= before:
+        return None
+    return Finding(
+        cause="BatchNorm's running statistics do not describe the batches",
+        where=name,
+        evidence=f"{sum(d >= UNSETTLED for d in distances.values())} of {len(distances)} BatchNorms differ from their "
+        f"batches by more than a standard deviation or a factor of 2; the float model's own answers in eval mode and "
+        f"with the batches' statistics differ by {before:.2g}.",
+        remedy="re-estimated statistics, before the model is quantized",
+        paste="halfeven.layerwise.re_estimate.re_estimate(model, batches)",
+        recovered=1 - after / before,
+        tried=(TriedRemedy(remedy="re-estimated statistics", recovered=1 - after / before, paste=""),),
+    )
+
+
+def _samples(inputs: Inputs) -> int:
+    return max((len(x) for x in float_tensors(inputs) if x.ndim), default=0)
+
+
+def _distances(model: nn.Module, settled: nn.Module) -> dict[str, float]:
+    """Return how far each BatchNorm's statistics are from the batches'."""
+    found = {}
+    other = batchnorms(settled)
+    for name, norm in batchnorms(model).items():
+        if norm.running_mean is None or norm.running_var is None or name not in other:
+            continue
+        mean, variance = other[name].running_mean, other[name].running_var
+        assert mean is not None
+        assert variance is not None
+        shift = (mean - norm.running_mean).abs() / (variance + norm.eps).sqrt()
+        ratio = torch.log2((variance + norm.eps) / (norm.running_var + norm.eps)).abs()
+        found[name or "the BatchNorm"] = float(torch.maximum(shift, ratio).median())
+    return found
+
+
+def _eval_against_batch(model: nn.Module, inputs: Sequence[Inputs]) -> float:
+    """Return how far a model's answers in eval mode are from those with the batches' own statistics."""
+    total = 0.0
+    with evaluating(model):
+        for args, kwargs in inputs:
+            found = float_tensors(model(*args, **kwargs))
+            with normalizing_by_batch(list(batchnorms(model).values())):
+                expected = float_tensors(model(*args, **kwargs))
+            total += divergence(found, expected)
+    return total / len(inputs)
+
+
+def notes(qmodel: nn.Module, reference: Reference, *, runtime: bool) -> list[str]:
+    """Return what else was seen, a sentence each.
+
+    Args:
+        qmodel: the quantized model.
+        reference: samples.
+        runtime: compare with the runtime's own arithmetic, too.
+    """
+    plan = plan_of(qmodel)
+    found = [*_clipped_in_training(qmodel, reference)]
+    found += [f"In Python for training: {kept}" for kept in plan.kept]
+    quantized = {weight.name for weight in plan.weights}
+    heavy = [left for left in plan.left if _is_product(qmodel, left.name) and left.name not in quantized]
+    found += [f"In float: {left.name} ({left.operator}), {left.reason}." for left in heavy]
+    return found + (_against_the_runtime(qmodel, reference) if runtime else [])
+
+
+@torch.no_grad()
+def _clipped_in_training(qmodel: nn.Module, reference: Reference) -> list[str]:
+    """Return a note where training, which normalizes by the batch, clips too many values."""
+    norms = trained_batchnorms(qmodel)
+    if not norms or _samples(reference.inputs[0]) < FEWEST_SAMPLES:
+        return []
+    args, kwargs = reference.inputs[0]
+    with evaluating(qmodel), normalizing_by_batch(norms), counting_clipped(qmodel) as counts:
+        qmodel(*args, **kwargs)
+    return [f"{told(counts.excessive(), len(counts.seen))}."] if counts.excessive() else []
+
+
+def _is_product(qmodel: nn.Module, name: str) -> bool:
+    node = named_nodes(qmodel).get(name)
+    return node is not None and kind_of(node[1]) in (*WEIGHTED, OperatorKind.MATMUL)
+
+
+@torch.no_grad()
+def _against_the_runtime(qmodel: nn.Module, reference: Reference) -> list[str]:
+    """Return a note where the runtime's integer arithmetic and the simulation give other answers."""
+    args, kwargs = reference.inputs[0]
+    if _samples((args, kwargs)) > 4 * COMPARED_SAMPLES:
+        return []
+    try:
+        model = exact(copy.deepcopy(qmodel).cpu().eval())
+    except HalfevenError:
+        return []
+    with evaluating(qmodel):
+        simulated = float_tensors(qmodel(*args, **kwargs))
+    found = float_tensors(model(*args, **kwargs))
+    ratio = sqnr([f.cpu() for f in found], [s.cpu() for s in simulated])
+    return [f"The runtime's own arithmetic agrees with the simulation to {ratio:.0f} dB."] if ratio < 40 else []

@@ -1,0 +1,277 @@
+"""Say where the accuracy of a quantized model goes, and what brings it back (white paper, section 3.7, figure 9).
+
+The figure's questions, in its order: does the model without quantization compute what the float model does? Are it the
+weights or the activations? Which tensor? What is wrong with it? Each is answered by a measurement, and each remedy is
+tried before it is named.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfeven.diagnosis.checks import notes, unsettled_batchnorm
+from halfeven.diagnosis.culprits import Patient, find_culprit
+from halfeven.diagnosis.diagnosis import Diagnosis, Finding, TensorDiagnosis
+from halfeven.diagnosis.divergence import error_share
+from halfeven.diagnosis.exchanged_ranges import planned_quantizers, raised
+from halfeven.diagnosis.restarted import float_tensors
+from halfeven.diagnosis.sensitivity import (
+    SAMPLES,
+    Reference,
+    Sensitivity,
+    divergence_of,
+    divergences,
+    reference_of,
+    sensitivities,
+)
+from halfeven.diagnosis.statistics import TensorStatistics, statistics
+from halfeven.evaluation import evaluating
+from halfeven.graph.wrappers import unwrapped
+from halfeven.layerwise.float_equivalence import float_function
+from halfeven.layerwise.outputs import first_samples
+from halfeven.layerwise.sqnr import sqnr, top1_agreement
+from halfeven.placement.insertion import plan_of
+from halfeven.placement.make_plan import named_nodes
+
+ROUNDS = 3
+"""Largest number of causes that are sought one after the other."""
+HEALTHY = 0.01
+"""Share of error in the outputs' variation (20 dB), up to which nothing needs to be found."""
+CHANGED = 0.4
+"""Share of the whole divergence that is there without quantizers, from which it is the first finding."""
+BINS = 48
+"""Bins of a tensor's histogram."""
+CHANNELS = 512
+"""Largest number of channels whose ranges are kept."""
+
+
+def diagnose(
+    qmodel: nn.Module,
+    float_model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    samples: int = SAMPLES,
+    runtime: bool = True,
+    log: Callable[[str], None] | None = None,
+) -> Diagnosis:
+    """Find where the accuracy of a quantized model goes, and the cheapest remedies that bring it back.
+
+    No labels are needed: the float model's answers are what the quantized model is compared with. Neither model is
+    changed. Remedies are tried on copies.
+
+    Args:
+        qmodel: a calibrated model, from `prepare` and `calibrate`, `quantize`, `load` or a training.
+        float_model: the float model that it was made from.
+        batches: calibration batches, as `calibrate` takes them.
+        evaluate: gives a model's accuracy, a larger number where it is better, for the float, the quantized and the
+            repaired model; None: accuracy is not measured.
+        samples: number of samples; whole batches are taken.
+        runtime: simulate the runtime's own integer arithmetic on the first batch, too, and say where it parts from the
+            quantized model; batches of more than 32 samples are not simulated.
+        log: called with each question and its answer, for example `print`.
+
+    Raises:
+        CalibrationError: there is no batch, a batch does not fit the example, or a range is not set.
+        PlacementError: the first model is not a quantized model.
+    """
+    qmodel = unwrapped(qmodel)
+    float_model = unwrapped(float_model)
+    log = log or (lambda text: None)
+    plan_of(qmodel)
+    chosen = first_samples(batches, samples)
+    reference = reference_of(qmodel, chosen, float_model=float_model, samples=samples)
+    patient = _examined(qmodel, chosen, reference)
+    parts = _parts(qmodel, reference)
+    log(
+        f"The answers differ from the float model's by {patient.divergence:.3g}; with all quantizers off by "
+        f"{parts.without:.3g}, with weights alone quantized by {parts.weights:.3g}, with activations alone by "
+        f"{parts.activations:.3g}."
+    )
+    found, repaired = _findings(patient, float_model, log)
+    agreement = _agreement(qmodel, reference)
+    if parts.without >= CHANGED * patient.divergence and agreement.error_share > HEALTHY:
+        found.insert(0, _changed(parts.without, patient.divergence))
+    accuracy = {} if evaluate is None else _accuracies(evaluate, float_model, qmodel, repaired)
+    further = tuple(notes(qmodel, reference, runtime=runtime))
+    return _diagnosis(patient, parts, agreement, tuple(found), accuracy, further)
+
+
+def _diagnosis(
+    patient: Patient,
+    parts: "Parts",
+    agreement: "Agreement",
+    findings: tuple[Finding, ...],
+    accuracy: dict[str, float],
+    further: tuple[str, ...],
+) -> Diagnosis:
+    return Diagnosis(
+        verdict=_verdict(findings, agreement),
+        samples=agreement.samples,
+        divergence=patient.divergence,
+        divergence_without_quantizers=parts.without,
+        divergence_of_weights=parts.weights,
+        divergence_of_activations=parts.activations,
+        sqnr=agreement.sqnr,
+        error_share=agreement.error_share,
+        agreement=agreement.top1,
+        tensors=_tensors(patient),
+        findings=findings,
+        accuracy=accuracy,
+        notes=further,
+        order=_order(patient.qmodel),
+        plan=plan_of(patient.qmodel).to_dict(),
+    )
+
+
+def _changed(without: float, whole: float) -> Finding:
+    """Return the finding that the model does not compute what the float model does, quantization aside."""
+    return Finding(
+        cause="without its quantizers, the model does not compute what the float model does",
+        where="the weights",
+        evidence=f"With all quantizers off, the answers differ by {without:.3g}; quantized, by {whole:.3g}. Training "
+        "or an algorithm has changed the weights, or the model was made from another float model.",
+        remedy="prepare the model again from this float model, or compare it with its own",
+        paste="",
+    )
+
+
+def _examined(qmodel: nn.Module, batches: list[Any], reference: Reference) -> Patient:
+    found = sensitivities(qmodel, batches, reference=reference)
+    return Patient(qmodel, batches, reference, found, statistics(qmodel, reference.inputs))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Divergences of a model of which only a part is quantized."""
+
+    without: float
+    """All quantizers off."""
+    weights: float
+    activations: float
+
+
+def _parts(qmodel: nn.Module, reference: Reference) -> Parts:
+    planned = planned_quantizers(qmodel)
+    others = {weight: [q for q, _ in planned if q.weight is not weight] for weight in (True, False)}
+    found = divergences(qmodel, reference, others, lambda group: raised(group, {}))
+    with torch.no_grad(), float_function(qmodel):
+        return Parts(divergence_of(qmodel, reference), found[True], found[False])
+
+
+def _findings(patient: Patient, float_model: nn.Module, log: Callable[[str], None]) -> tuple[list[Finding], nn.Module]:
+    """Return the findings, and the model that their remedies have made."""
+    found: list[Finding] = []
+    settled = unsettled_batchnorm(float_model, patient.batches, patient.reference.inputs)
+    if settled is not None:
+        found.append(settled)
+    first = patient.divergence
+    for _ in range(ROUNDS):
+        if _agreement(patient.qmodel, patient.reference).error_share <= HEALTHY or patient.divergence < first / 10:
+            break
+        result = find_culprit(patient)
+        if result is None or result[0].recovered is None or result[0].recovered <= 0.1:
+            break
+        finding, model = result
+        found.append(finding)
+        log(f"{finding.cause}: {finding.where}; {finding.remedy} takes away {finding.recovered:.0%}.")
+        patient = _examined(model, list(patient.batches), patient.reference)
+    return found, patient.qmodel
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near the outputs are to the float model's."""
+
+    sqnr: float
+    error_share: float
+    top1: float | None
+    samples: int
+
+
+@torch.no_grad()
+def _agreement(qmodel: nn.Module, reference: Reference) -> Agreement:
+    with evaluating(qmodel):
+        found = [float_tensors(qmodel(*args, **kwargs)) for args, kwargs in reference.inputs]
+    pairs = [(f, e) for fs, es in zip(found, reference.outputs, strict=True) for f, e in zip(fs, es, strict=True)]
+    firsts = [fs[0] for fs in found], [es[0] for es in reference.outputs]
+    shares = [error_share(fs, es) for fs, es in zip(found, reference.outputs, strict=True)]
+    return Agreement(
+        sqnr=sqnr([f for f, _ in pairs], [e for _, e in pairs]),
+        error_share=sum(w * share for w, share in zip(reference.weights, shares, strict=True)),
+        top1=top1_agreement(*firsts),
+        samples=sum(max((len(x) for x in outputs if x.ndim), default=1) for outputs in reference.outputs),
+    )
+
+
+def _accuracies(
+    evaluate: Callable[[nn.Module], float], float_model: nn.Module, qmodel: nn.Module, repaired: nn.Module
+) -> dict[str, float]:
+    found = {"float": float(evaluate(float_model)), "quantized": float(evaluate(qmodel))}
+    return found if repaired is qmodel else found | {"repaired": float(evaluate(repaired))}
+
+
+def _verdict(findings: Sequence[Finding], agreement: Agreement) -> str:
+    if findings:
+        first = findings[0]
+        brought = "" if first.recovered is None else f", which takes away {first.recovered:.0%} of the damage"
+        cause = first.cause[0].upper() + first.cause[1:]
+        return f"{cause} ({first.where}); the remedy is {first.remedy}{brought}."
+    same = "" if agreement.top1 is None else f", and {agreement.top1:.1%} of the top-1 answers are the same"
+    error = f"error is {agreement.error_share:.2%} of the outputs' variation{same}"
+    if agreement.error_share <= HEALTHY:
+        return f"Nothing needs mending: {error}."
+    return f"{error[0].upper()}{error[1:]}; no remedy that was tried takes away a tenth of the damage."
+
+
+def _order(qmodel: nn.Module) -> tuple[tuple[str, bool], ...]:
+    """Return (name, weight) of all quantized tensors in the order of the graph; a weight before its layer's output."""
+    position = {name: number for number, name in enumerate(named_nodes(qmodel))}
+    rows = []
+    for q, planned in planned_quantizers(qmodel):
+        place = planned.name if q.weight else planned.places[0]  # type: ignore[union-attr]
+        rows.append((position.get(place, 0), not q.weight, (planned.name, q.weight)))
+    return tuple(name for _, _, name in sorted(rows))
+
+
+def _tensors(patient: Patient) -> tuple[TensorDiagnosis, ...]:
+    planned = {(entry.name, q.weight): entry for q, entry in planned_quantizers(patient.qmodel)}
+    return tuple(
+        _tensor(tensor, planned[tensor.name, tensor.weight], patient.statistics[tensor.name, tensor.weight])
+        for tensor in patient.sensitivities.tensors
+    )
+
+
+def _tensor(tensor: Sensitivity, planned: Any, found: TensorStatistics) -> TensorDiagnosis:
+    low, high = found.bounds
+    values = found.sample
+    smallest, largest = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
+    counts = torch.histc(values, BINS, smallest, largest) if largest > smallest else torch.empty(0)
+    spread = found.channel_spread()
+    channels = torch.empty(0) if spread is None else found.channel_largest[spread[0]]
+    return TensorDiagnosis(
+        name=tensor.name,
+        weight=tensor.weight,
+        places=(planned.name,) if tensor.weight else planned.places,
+        scheme=str(planned.scheme),
+        bits=tensor.bits,
+        observer=planned.observer,
+        raised_bits=tensor.raised_bits,
+        kl_in_context=tensor.kl_in_context,
+        kl_alone=tensor.kl_alone or 0.0,
+        sqnr=found.sqnr,
+        sqnr_of_outputs=float("inf") if tensor.sqnr_alone is None else tensor.sqnr_alone,
+        clipped_share=found.clipped_share,
+        vanished_share=found.vanished_share,
+        dead_levels=found.dead_levels,
+        worst_channels=tuple(found.worst_channels()),
+        low=low,
+        high=high,
+        histogram=tuple(int(count) for count in counts),
+        smallest=smallest,
+        largest=largest,
+        channel_largest=tuple(float(value) for value in channels[:CHANNELS]),
+    )

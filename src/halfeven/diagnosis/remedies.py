@@ -1,0 +1,74 @@
+"""The remedies for a harmful tensor, cheapest first."""
+
+import glob
+from collections.abc import Sequence
+from typing import get_args
+
+from torch import nn
+
+from halfeven.diagnosis.operator_groups import float_rules, integer_operators
+from halfeven.diagnosis.trials import EQUALIZE, PER_CHANNEL, REPARAMETRIZE, SMOOTH, Remedy, by_rules
+from halfeven.placement.insertion import plan_of
+from halfeven.placement.make_plan import named_nodes
+from halfeven.placement.options import Rule
+from halfeven.placement.plan import PlannedTensor, PlannedWeight
+from halfeven.quantization.observers import ObserverName
+from halfeven.runtimes.runtime import runtime_named
+
+MORE_BITS = 8
+UNEQUAL = 4.0
+"""Channels whose magnitudes differ by less than this factor need no remedy of their own."""
+
+
+def remedies(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight, spread: float) -> list[Remedy]:
+    """Return the remedies to try for a tensor: another estimator, channels, more bits, float.
+
+    Args:
+        qmodel: the model.
+        planned: the tensor's entry in the plan.
+        spread: the largest channel's magnitude over the smallest's.
+    """
+    found = [*_observers(planned)]
+    if spread >= UNEQUAL:
+        per_tensor = isinstance(planned, PlannedWeight) and planned.scheme.axis is None
+        found += [PER_CHANNEL, EQUALIZE] if per_tensor else []
+        found += [SMOOTH, REPARAMETRIZE, EQUALIZE] if isinstance(planned, PlannedTensor) else []
+    found += _bits(qmodel, planned)
+    return [*found, *in_float(qmodel, planned)]
+
+
+def _observers(planned: PlannedTensor | PlannedWeight) -> list[Remedy]:
+    """Return one remedy for each estimator of ranges that is not in use."""
+    if isinstance(planned, PlannedTensor) and planned.fixed_range is not None:
+        return []
+    names = [name for name in get_args(ObserverName) if name not in (planned.observer, "moving_average")]
+    place = planned.places[0] if isinstance(planned, PlannedTensor) else planned.name
+    return [by_rules(f'estimator "{name}"', [Rule(pattern=glob.escape(place), observer=name)]) for name in names]
+
+
+def _bits(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight) -> list[Remedy]:
+    target = runtime_named(plan_of(qmodel).options.target).target
+    if isinstance(planned, PlannedWeight):
+        allowed = target.weight_bits
+        rule = Rule(pattern=glob.escape(planned.name), weight_bits=MORE_BITS)
+    else:
+        allowed = target.activation_bits
+        rule = Rule(pattern=glob.escape(planned.places[0]), activation_bits=MORE_BITS)
+    return [by_rules(f"{MORE_BITS} bits", [rule])] if planned.scheme.bits < MORE_BITS and MORE_BITS in allowed else []
+
+
+def in_float(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight) -> list[Remedy]:
+    """Return the ways to leave a tensor in float: its readers, what makes it, or both in float."""
+    operators = integer_operators(qmodel)
+    if isinstance(planned, PlannedWeight):
+        return [by_rules(f"{planned.name} in float", float_rules([planned.name], operators))]
+    known = named_nodes(qmodel)
+    readers = [name for name in planned.consumers if name in known]
+    makers = [name for name in planned.places if name in known]
+    ways: Sequence[list[str]] = (readers, makers, [*readers, *makers])
+    return [by_rules(f"{_named(members)} in float", float_rules(members, operators)) for members in ways if members]
+
+
+def _named(operators: Sequence[str]) -> str:
+    more = f" and {len(operators) - 2} more" if len(operators) > 2 else ""
+    return ", ".join(operators[:2]) + more

@@ -1,0 +1,122 @@
+// The charts of a report, as descriptions for Vega-Lite. Each function returns what is drawn of which rows.
+"use strict";
+
+const dark = window.matchMedia("(prefers-color-scheme: dark)");
+
+function colours() {
+  return dark.matches
+    ? { text: "#e4e7ee", line: "#343a46", activation: "#8c9eff", weight: "#ffb74d", grid: "#80cbc4", harm: "#ff8a80" }
+    : { text: "#1d2129", line: "#d9dde6", activation: "#3949ab", weight: "#ef6c00", grid: "#00796b", harm: "#c62828" };
+}
+
+function config() {
+  const c = colours();
+  const axis = { labelColor: c.text, titleColor: c.text, gridColor: c.line, domainColor: c.line, tickColor: c.line };
+  return {
+    background: null,
+    font: "system-ui, sans-serif",
+    view: { stroke: null },
+    axis: { ...axis, labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal" },
+    legend: { labelColor: c.text, titleColor: c.text, labelFontSize: 12, orient: "top", title: null },
+    bar: { fill: c.activation },
+  };
+}
+
+function described(rows, height, rest) {
+  return {
+    $schema: "https://vega.github.io/schema/vega-lite/v6.json",
+    data: { values: rows },
+    width: "container",
+    height,
+    autosize: { type: "fit-x", contains: "padding" },
+    config: config(),
+    ...rest,
+  };
+}
+
+// The network from input to output, one bar for each tensor.
+function depthChart(rows, field, title) {
+  const c = colours();
+  return described(rows, 110, {
+    mark: { type: "bar", cursor: "pointer", tooltip: true },
+    encoding: {
+      x: { field: "place", type: "ordinal", axis: { labels: false, ticks: false, title: "input → output" } },
+      y: { field, type: "quantitative", title },
+      color: {
+        field: "kind",
+        type: "nominal",
+        scale: { domain: ["activation", "weight"], range: [c.activation, c.weight] },
+      },
+      opacity: { condition: { test: "datum.chosen", value: 1 }, value: 0.75 },
+      stroke: { condition: { test: "datum.chosen", value: c.text }, value: null },
+      tooltip: [
+        { field: "name", title: "tensor" },
+        { field: "kind", title: "kind" },
+        { field, title, format: ".3g" },
+        { field: "bits", title: "bits" },
+      ],
+    },
+  });
+}
+
+// The values of a tensor, with the integers of its grid as thin lines and its ends as thick lines.
+function histogramChart(tensor) {
+  const c = colours();
+  const width = (tensor.largest - tensor.smallest) / Math.max(tensor.histogram.length, 1);
+  const bars = tensor.histogram.map((count, i) => ({
+    from: tensor.smallest + i * width,
+    to: tensor.smallest + (i + 1) * width,
+    count,
+  }));
+  const steps = Math.min(2 ** tensor.bits - 1, 255);
+  const grid = [];
+  for (let i = 0; i <= steps; i += 1) grid.push({ at: tensor.low + ((tensor.high - tensor.low) * i) / steps });
+  const ends = [{ at: tensor.low }, { at: tensor.high }];
+  return described([], 220, {
+    layer: [
+      {
+        data: { values: bars },
+        mark: { type: "bar", tooltip: true },
+        encoding: {
+          x: { field: "from", type: "quantitative", title: "value" },
+          x2: { field: "to" },
+          y: { field: "count", type: "quantitative", title: "values (square root)", scale: { type: "sqrt" } },
+          y2: { datum: 0 },
+        },
+      },
+      {
+        data: { values: grid },
+        mark: { type: "rule", strokeWidth: 1, color: c.grid, opacity: steps > 63 ? 0.15 : 0.45 },
+        encoding: { x: { field: "at", type: "quantitative" } },
+      },
+      {
+        data: { values: ends },
+        mark: { type: "rule", color: c.grid, strokeWidth: 2 },
+        encoding: { x: { field: "at", type: "quantitative" } },
+      },
+    ],
+  });
+}
+
+function channelChart(tensor) {
+  const rows = tensor.channel_largest.map((value, channel) => ({ channel, value }));
+  return described(rows, 220, {
+    mark: { type: "bar", tooltip: true },
+    encoding: {
+      x: { field: "channel", type: "ordinal", axis: { labelOverlap: true, labelAngle: 0 }, title: "channel" },
+      y: { field: "value", type: "quantitative", title: "largest magnitude" },
+    },
+  });
+}
+
+// Bars with a name each: accuracy, size, latency.
+function namedBars(values, title, rows) {
+  const found = rows || Object.entries(values).map(([name, value]) => ({ name, value }));
+  return described(found, { step: 26 }, {
+    mark: { type: "bar", tooltip: true },
+    encoding: {
+      y: { field: "name", type: "nominal", sort: null, title: null, axis: { labelLimit: 160 } },
+      x: { field: "value", type: "quantitative", title },
+    },
+  });
+}

@@ -1,0 +1,94 @@
+"""The page of a verified file: accuracy, size, latency, integers tensor by tensor, and the plan."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from halfeven.placement.plan import Plan
+from halfeven.reporting.page import PageContents, save_page
+from halfeven.verification.report import Report
+
+
+def save_verification(
+    report: Report,
+    path: str | Path,
+    *,
+    plan: Plan | None = None,
+    accuracy: Mapping[str, float] | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> Path:
+    """Write the report of `halfeven.verify` as one HTML page with charts, and return its path.
+
+    Args:
+        report: of a file.
+        path: of the page.
+        plan: the model's plan, from `halfeven.plan_of`; None: the page has none.
+        accuracy: in percent, by model; None: the report's own.
+        sizes: bytes by file.
+
+    Raises:
+        ConfigError: the package that draws the charts is not installed.
+        StorageError: the page cannot be written.
+    """
+    return save_page(verification_contents(report, plan=plan, accuracy=accuracy, sizes=sizes), path)
+
+
+def verification_contents(
+    report: Report,
+    *,
+    plan: Plan | None = None,
+    accuracy: Mapping[str, float] | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> PageContents:
+    """Return what the page of a report shows; the arguments are those of `save_verification`."""
+    shown = dict(report.accuracy if accuracy is None else accuracy)
+    return PageContents(
+        title=f"{Path(report.path).name} in {report.runtime}",
+        verdict=_verdict(report, shown),
+        facts=_facts(report),
+        accuracy=shown,
+        sizes={name: float(size) for name, size in (sizes or {}).items()},
+        latency=report.latency_ms,
+        plan={} if plan is None else plan.to_dict(),
+        tables=_tables(report),
+        notes=(*report.findings, *report.notes),
+    )
+
+
+def _verdict(report: Report, accuracy: Mapping[str, float]) -> str:
+    drop = ""
+    if "float" in accuracy and len(accuracy) > 1:
+        last = list(accuracy)[-1]
+        change = accuracy[last] - accuracy["float"]
+        drop = f"; accuracy {last} is {accuracy[last]:.2f} %, {change:+.2f} against float"
+    if report.findings:
+        return f"The file differs from the simulation{drop}."
+    ran = f"{report.integer_layers} of {report.quantizable_layers} layers run in integers"
+    return f"The file computes what was simulated, and {ran}{drop}."
+
+
+def _facts(report: Report) -> dict[str, str]:
+    found = {
+        "samples": str(report.samples),
+        "integers equal, each layer alone": f"{100 * report.alone_match:.4f} %",
+        "work in integers": f"{100 * report.integer_macs:.1f} %",
+        "same top-1 as the simulation": f"{100 * report.float_simulation_top1_agreement:.2f} %",
+    }
+    if report.latency_ms:
+        found["latency deployed / float"] = f"{report.latency_ratio:.2f}"
+    return {name: value for name, value in found.items() if "nan" not in value}
+
+
+def _tables(report: Report) -> dict[str, tuple[tuple[str, ...], ...]]:
+    found: dict[str, Any] = {}
+    if report.tensors:
+        rows = [
+            (t.name, str(t.count), str(t.different), str(t.different_alone), str(t.different_float), str(t.largest))
+            for t in report.tensors
+        ]
+        header = ("activation", "integers", "different", "each layer alone", "from the float simulation", "largest")
+        found["Integers in the file"] = (header, *rows)
+    if report.float_macs:
+        shares = [(name, f"{100 * share:.2f} %") for name, share in report.float_macs.items()]
+        found["Work in float"] = (("layer or operator", "share"), *shares)
+    return found

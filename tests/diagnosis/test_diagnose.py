@@ -1,0 +1,105 @@
+"""Eight planted faults, and the first finding of each: it names the cause, and what it says to paste repairs it."""
+
+import json
+
+import pytest
+import torch
+
+import halfeven as he
+from halfeven.diagnosis.diagnosis import LINES, WIDTH
+from halfeven.diagnosis.sensitivity import divergence_of, reference_of
+from halfeven.layerwise.re_estimate import re_estimate
+from halfeven.ptq.options import PTQOptions
+
+from .faulty_nets import FAULTS, Faulty, Mixer, faulty
+
+CAUSES = {
+    "front_end": "front end",
+    "additive_mask": "mask",
+    "scaled_depthwise_channel": "badly scaled channels",
+    "outlier_channel": "outlier channel after LayerNorm",
+    "unsettled_batchnorm": "running statistics do not describe",
+    "shared_range": "share one range",
+    "unlike_inputs": "share one range",
+    "few_bits": "2 bits are too few",
+    "narrow_range": "clips",
+}
+"""Fault -> words of the cause."""
+
+
+def quantized(fault, **changes):
+    options = {**fault.options, **changes}
+    options["rules"] = (*fault.options.get("rules", ()), *changes.get("rules", ()))
+    ptq = {name: options.pop(name) for name in list(options) if hasattr(PTQOptions(), name)}
+    if ptq:
+        off = {"reconstruct": "off", "correct_biases": "off", "equalize": "off", "smooth": "off"}
+        return he.quantize(fault.model, fault.batches, **{**off, "reparametrize": "off", **ptq}, **options)
+    qmodel = he.prepare(fault.model, fault.batches[0], **options)
+    return he.calibrate(qmodel, fault.batches).eval()
+
+
+def diagnosed(qmodel, fault, **options):
+    return he.diagnose(qmodel, fault.model, fault.batches, runtime=False, **options)
+
+
+@pytest.mark.filterwarnings("ignore::halfeven.errors.HalfevenWarning")
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_first_finding_names_the_cause_and_its_line_repairs_the_model(name):
+    fault = faulty(name)
+    qmodel = quantized(fault)
+    found = diagnosed(qmodel, fault)
+    first = found.findings[0]
+    assert CAUSES[name] in first.cause
+    if name == "unsettled_batchnorm":
+        assert "re_estimate(model, batches)" in first.paste
+        re_estimate(fault.model, fault.batches)
+        settled = diagnosed(quantized(fault), fault)
+        assert not any("running statistics" in finding.cause for finding in settled.findings)
+        return
+    pasted = eval(f"dict({first.paste})", {"Rule": he.Rule})  # as a user pastes it into a call
+    assert pasted == ({"rules": first.rules} if first.rules else first.options)
+    reference = reference_of(qmodel, fault.batches, float_model=fault.model)
+    repaired = divergence_of(quantized(fault, **pasted), reference)
+    assert repaired < 0.3 * found.divergence
+    assert first.recovered > 0.7
+
+
+def test_ranges_of_other_data_and_weights_of_another_model_are_told():
+    fault = faulty("few_bits")
+    other = [5e-2 * batch for batch in fault.batches]
+    qmodel = he.calibrate(he.prepare(fault.model, fault.batches[0]), other).eval()
+    first = diagnosed(qmodel, fault).findings[0]
+    assert "do not fit these batches" in first.cause
+    assert first.recovered > 0.9
+    he.calibrate(qmodel, fault.batches)
+    with torch.no_grad():
+        qmodel.get_submodule("8").weight.mul_(-1)
+    assert "without its quantizers" in diagnosed(qmodel, fault).findings[0].cause
+
+
+def test_a_healthy_model_has_no_finding_and_is_not_changed():
+    torch.manual_seed(0)
+    fault = Faulty(Mixer(), list(torch.randn(64, 5, 12).split(16)))
+    qmodel = quantized(fault)
+    before = {name: value.clone() for name, value in qmodel.state_dict().items()}
+    found = he.diagnose(qmodel, fault.model, fault.batches, evaluate=lambda model: 7.0)
+    assert not found.findings
+    assert "Nothing needs mending" in found.verdict
+    assert found.accuracy == {"float": 7.0, "quantized": 7.0}
+    assert all(torch.equal(value, before[name]) for name, value in qmodel.state_dict().items())
+
+
+def test_the_text_is_short_and_the_values_are_plain():
+    fault = faulty("scaled_depthwise_channel")
+    found = diagnosed(quantized(fault), fault, evaluate=lambda model: 1.0)
+    lines = str(found).splitlines()
+    assert len(lines) <= LINES
+    assert max(map(len, lines)) <= WIDTH
+    assert "weights per channel" in str(found)
+    values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert values["tensors"][0]["name"] == "2"
+    assert values["tensors"][0]["weight"]
+    assert values["findings"][0]["options"] == {"per_channel": True}
+    assert values["accuracy"]["repaired"] == 1.0
+    assert found.divergence_of_weights > 3 * found.divergence_of_activations
+    assert found.divergence_without_quantizers < 1e-6
