@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import CheckpointError, HalfevenError
 from halfeven.files import write_atomically
 from halfeven.graph.wrappers import unwrapped
@@ -25,6 +26,7 @@ FORMAT = "1"
 """Version of the files' layout; a file of another version is refused."""
 
 
+@checked_arguments(CheckpointError)
 def save(qmodel: nn.Module, path: str | Path, extra: dict[str, Any] | None = None) -> None:
     """Write a quantized model to a safetensors file: state dict, plan, versions that wrote it, and a digest of all.
 
@@ -110,6 +112,7 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | Path) 
     model.load_state_dict(state)
 
 
+@checked_arguments(CheckpointError)
 def read_facts(path: str | Path) -> dict[str, Any]:
     """Return the facts saved with a checkpoint: `plan`, `extra`, and the versions of `halfeven` and `torch`."""
     facts: dict[str, Any] = dict(read_metadata(Path(path)))

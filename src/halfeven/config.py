@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from halfeven.errors import ConfigError, HalfevenError
+from halfeven.errors import ConfigError, HalfevenError, Interruption
 from halfeven.nearest import similar
 from halfeven.options import Auto, NonNegativeInt, Options, PositiveInt, formerly, renamed_from
 from halfeven.placement.options import QuantizationOptions, Rule
@@ -158,7 +158,9 @@ def load_experiment(path: str | Path) -> Experiment:
         raise ConfigError(f"The config {path} cannot be used{_line_of(error, path)}. {error}") from error
     except HalfevenError:
         raise
-    except Exception as error:
+    except (Interruption, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # sys.exit(0) too, whose exit code would pass for success
         raise ConfigError(
             f"The config {path} cannot be run{_line_of(error, path)}: {type(error).__name__}: {error}. It is a Python "
             "file, which must run to its end to define the experiment. Correct the file."
@@ -205,7 +207,7 @@ def _files_named_like(path: Path) -> list[Path]:
     return [by_name[name] for name in similar(path.stem, by_name, MOST_NAMED)]
 
 
-def _line_of(error: Exception, path: Path) -> str:
+def _line_of(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError):
         return f" (line {error.lineno})"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]

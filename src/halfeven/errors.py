@@ -65,6 +65,10 @@ class AlgorithmError(HalfevenError, RuntimeError):
     """An algorithm cannot be applied to a model, or would have changed what the model computes."""
 
 
+class Interruption(BaseException):
+    """Not an error: what stops a command from outside. Like KeyboardInterrupt it passes every `except Exception`."""
+
+
 class HalfevenWarning(UserWarning):
     """Something that works, and that a user should know of: training clips much of an activation, for example."""
 

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset, default_collate
 
+from halfeven.checked_arguments import checked_arguments
 from halfeven.distributed import rank, world_size
+from halfeven.errors import InputError
 from halfeven.imports import extra
 from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
@@ -17,6 +19,7 @@ Model = Callable[..., Any]
 """A module, or any function from a batch of inputs to outputs."""
 
 
+@checked_arguments(InputError)
 def evaluate(
     model: Model,
     loader: Iterable[tuple[Any, Any]],

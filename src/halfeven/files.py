@@ -150,11 +150,12 @@ def storage_error(error: OSError, path: Path | None = None) -> StorageError:
     while named and named.parent.name.endswith(PARTIAL):  # the user knows the file by its place in the end
         named = named.parents[1] / named.name
     where = f"{named}" if named else "A file"
-    reason = REASONS.get(error.errno or 0, error.strerror or str(error))
+    reason = REASONS.get(error.errno or 0, error.strerror or str(error) or type(error).__name__)
+    code = "" if error.errno is None else f" (error {error.errno}, {error.strerror})"
     way = WAYS_OUT.get(error.errno or 0, "Name another folder, or mend that.")
     free = _free(named or Path.cwd())
     return StorageError(
-        f"{where} cannot be used: {reason} (error {error.errno}, {error.strerror}). {free}Files that were whole before "
+        f"{where} cannot be used: {reason}{code}. {free}Files that were whole before "
         f"are whole still, and a run can be resumed from its last saved state. {way}"
     )
 

@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Unpack
 
 from torch import Tensor, nn
 
+from halfeven.checked_arguments import checked_arguments
 from halfeven.checkpoint import restore
-from halfeven.errors import CalibrationError, ConfigError
+from halfeven.errors import AlgorithmError, CalibrationError, CaptureError, CheckpointError, ConfigError, PlacementError
+from halfeven.graph.batches import given_batches
 from halfeven.graph.batchnorm import forget_statistics
 from halfeven.graph.capture import Example
 from halfeven.graph.wrappers import unwrapped
@@ -41,6 +42,7 @@ class QuantizeFields(QuantizationFields, PTQFields, total=False):
     """The fields that `quantize` takes by name in addition to its two option objects."""
 
 
+@checked_arguments(CaptureError)
 def plan(
     model: nn.Module,
     example: Example,
@@ -67,6 +69,7 @@ def plan(
     return make_plan(skeleton(captured), options, runtime_named(options.target).target, found)
 
 
+@checked_arguments(CaptureError)
 def prepare(
     model: nn.Module,
     example: Example,
@@ -105,6 +108,7 @@ def prepare(
     return insert(captured, make_plan(captured, options, target, found), target)
 
 
+@checked_arguments(PlacementError)
 def set_rules(qmodel: nn.Module, rules: Rule | Sequence[Rule]) -> tuple[str, ...]:
     """Change bits and observers of a quantized model by further rules, in place, and update its plan.
 
@@ -146,6 +150,7 @@ def _from_plan(model: nn.Module, example: Example, plan: Plan, check: Callable[[
     return apply_changes(qmodel, plan.changes)
 
 
+@checked_arguments(CheckpointError)
 def load(path: str | Path, model: nn.Module, example: Example) -> nn.Module:
     """Return the quantized model of a checkpoint that `save` wrote, in eval mode.
 
@@ -162,6 +167,7 @@ def load(path: str | Path, model: nn.Module, example: Example) -> nn.Module:
 
 
 @renamed_parameters(say="log", state="resume_dir")
+@checked_arguments(AlgorithmError)
 def quantize(
     model: nn.Module,
     loader: Iterable[Any] | None = None,
@@ -247,6 +253,7 @@ def quantize_prepared(
 
 
 @renamed_parameters(say="log", state="resume_dir")
+@checked_arguments(AlgorithmError)
 def setup_qat(
     qmodel: nn.Module,
     float_model: nn.Module | None,
@@ -320,7 +327,7 @@ def resume_qat(
 
 def _at_hand(loader: Iterable[Any], batches: int | None) -> list[Any]:
     """Return all batches; kept in memory, since the steps read them many times."""
-    found = list(islice(loader, batches))
+    found = list(given_batches(loader, batches))
     if not found:
         raise CalibrationError(
             "The loader gave no batch, so the model cannot be captured and no range can be set. Give a loader with at "

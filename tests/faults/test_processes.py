@@ -14,7 +14,7 @@ from halfeven.training.state import load_state
 from halfeven.training.trainer import Trainer
 from processes import forked
 
-from .test_restarts import same
+from .tiny_run import differences
 
 
 def pair(folder, work, *arguments, signalled=None):
@@ -84,7 +84,7 @@ def test_two_that_were_stopped_end_as_two_that_were_not(config, tmp_path):
     assert pair(tmp_path / "a", [whole, whole], config, *SHORT)[0] == [0, 0]
     assert_stops(config, tmp_path / "b", cut)
     assert pair(tmp_path / "c", [cut, cut], config, *SHORT, "--auto-resume")[0] == [0, 0]
-    same(whole, cut)
+    assert not differences(whole, cut)
 
 
 def test_processes_that_see_different_folders_are_refused(config, tmp_path):

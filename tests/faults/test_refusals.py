@@ -4,23 +4,7 @@ import pytest
 
 from integration.running import halfeven
 
-WRONG = {
-    "scheme": ["--quantization.scheme", "w5a33"],
-    "model": ["--model.name", "faulty_net:Missing"],
-    "weights": ["--model.weights", "missing.safetensors", "--pretraining.epochs", "0"],
-    "left out": ["--quantization.leave-out", "no.such.layer"],
-    "labels": ["--data.function", "faulty_net:labels_beyond"],
-    "labels that are no integers": ["--data.function", "faulty_net:float_labels"],
-    "images of float64": ["--data.function", "faulty_net:doubles"],
-    "a data set that raises": ["--data.function", "faulty_net:raising"],
-    "images of two sizes": ["--data.function", "faulty_net:sizes_differ"],
-    "data": ["--data.function", "faulty_net:missing"],
-}
-OF_TRAINING = {
-    "batch": ["--training.batch-size", "1000"],
-    "a layer to distil": ["--qat.distill", "on", "--qat.distillation.features", "no.such.layer"],
-    "smoothing and labels": ["--pretraining.batch-size", "1000"],
-}
+from .wrong_runs import OF_TRAINING, WRONG
 
 
 def refused(*arguments):
@@ -70,3 +54,30 @@ def test_a_folder_without_anything_to_lose_is_no_obstacle(config, tmp_path, monk
 def test_a_damaged_record_is_a_message(config, tmp_path, damage):
     (tmp_path / "experiment.json").write_text(damage)
     assert "experiment.json is damaged" in refused("train", config, "--work-dir", tmp_path, "--resume")
+
+
+ENDS = {
+    "sys.exit(0)": "SystemExit",
+    "raise GeneratorExit": "GeneratorExit",
+    "raise type('Mine', (BaseException,), {})('no')": "Mine: no",
+    "1 / 0": "ZeroDivisionError",
+}
+
+
+@pytest.mark.parametrize("statement", ENDS)
+@pytest.mark.parametrize("place", ["config", "module", "function"])
+def test_code_that_ends_the_program_is_an_error(config, tmp_path, monkeypatch, statement, place):
+    monkeypatch.syspath_prepend(tmp_path)
+    module = f"ending_{abs(hash((statement, place)))}"
+    code = f"import sys\n{statement}\n"
+    if place == "function":
+        code = f"import sys\n\n\ndef data(options):\n    {statement}\n"
+    (tmp_path / f"{module}.py").write_text(code)
+    if place == "config":
+        said = refused("train", tmp_path / f"{module}.py", "--work-dir", tmp_path / "work")
+    else:
+        given = ["--data.function", f"{module}:data"]
+        said = refused("train", config, "--work-dir", tmp_path / "work", *given)
+    assert ENDS[statement] in said
+    assert module in said
+    assert not (tmp_path / "work").exists()

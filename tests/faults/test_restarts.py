@@ -1,19 +1,18 @@
 """Jobs that are restarted: a signal saves and stops, the same command goes on, and the end is the same to the bit."""
 
-import json
 import os
 import signal
 import time
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from halfeven.training import stopping
 from halfeven.training.state import load_state
 from halfeven.training.stopping import EXIT_CODE, StopRequested, deferred, stoppable
 from halfeven.training.trainer import Trainer
 from integration.running import halfeven
+
+from .tiny_run import differences, log_lines
 
 SHORT = ("--export.verify-samples", "4")
 
@@ -27,21 +26,6 @@ def whole(config, tmp_path_factory):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Training in 1 process, on cpu." in done.stdout
     return folder
-
-
-def lines(folder):
-    timed = ("time", "samples_per_second")
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key not in timed} for record in records]
-
-
-def same(first, second):
-    for name in ("best", "last", "float/best", "float/last"):
-        before, after = load_file(first / f"{name}.safetensors"), load_file(second / f"{name}.safetensors")
-        assert before.keys() == after.keys()
-        assert [key for key in before if not torch.equal(before[key], after[key])] == [], name
-    assert lines(first) == lines(second)
-    assert lines(first / "float") == lines(second / "float")
 
 
 def signalled_at(monkeypatch, name, step, number):
@@ -79,7 +63,7 @@ def test_a_signal_saves_the_step_it_meets_and_the_same_command_goes_on(
     monkeypatch.setattr("halfeven.quantization.compile._works", False)
     done = halfeven(*command)
     assert done.returncode == 0, done.stdout + done.stderr
-    same(whole, tmp_path)
+    assert not differences(whole, tmp_path)
 
 
 def test_a_run_that_is_resumed_at_step_0_keeps_its_first_lines(config, whole, tmp_path, monkeypatch):
@@ -94,13 +78,13 @@ def test_a_run_that_is_resumed_at_step_0_keeps_its_first_lines(config, whole, tm
     command = ("train", config, "--work-dir", tmp_path, *SHORT, "--auto-resume")
     assert halfeven(*command).returncode == 9
     assert load_state(tmp_path / "state.pt").step == 0
-    first = lines(tmp_path)
+    first = log_lines(tmp_path)
     assert [set(line) - {"step", "epoch"} for line in first] == [{"float"}, {"w7a8, calibrated"}]
     monkeypatch.undo()
     monkeypatch.setattr("halfeven.quantization.compile._works", False)
     assert halfeven(*command).returncode == 0
-    assert lines(tmp_path)[:2] == first
-    same(whole, tmp_path)
+    assert log_lines(tmp_path)[:2] == first
+    assert not differences(whole, tmp_path)
 
 
 def test_outside_of_training_a_signal_stops_at_once(config, tmp_path, monkeypatch):

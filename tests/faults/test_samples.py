@@ -16,6 +16,8 @@ from halfeven.zoo.images import read_image
 from halfeven.zoo.options import DataOptions
 from integration.running import halfeven
 
+from .bad_images import DAMAGES, truncate
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -34,29 +36,6 @@ def opened(folder, on_bad="error", work=None):
     found = checked(data, on_bad, work or folder)
     check_targets(found, Classification(2).wrong_target, one_size=True)
     return found
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:300])
-
-
-def bomb(path):
-    Image.new("1", (20000, 20000)).save(path)
-
-
-def dangling(path):
-    path.unlink()
-    path.symlink_to("nowhere.png")
-
-
-DAMAGES = {
-    "truncated": truncate,
-    "empty": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("<html>404</html>"),
-    "decompression bomb": bomb,
-    "dangling link": dangling,
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

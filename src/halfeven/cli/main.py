@@ -101,8 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _print_error(error)
         sys.exit(2)
     except OSError as error:
-        if error.errno is None:
-            raise
         from halfeven.files import storage_error
 
         _print_error(storage_error(error))

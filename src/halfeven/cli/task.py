@@ -4,7 +4,7 @@ from torch import Tensor
 
 from halfeven.config import Experiment
 from halfeven.errors import ConfigError
-from halfeven.imports import import_function
+from halfeven.imports import call_function
 from halfeven.tasks import Classification, Segmentation, Task
 from halfeven.tasks.detection import Detection, TorchvisionDetection
 from halfeven.zoo.datasets import Datasets
@@ -25,7 +25,7 @@ def make_task(experiment: Experiment, datasets: Datasets) -> Task:
         return Segmentation(classes, ignore_index=options.ignore_index, auxiliary_weight=options.auxiliary_weight)
     if options.kind == "detection":
         return _detection(experiment, datasets)
-    task = import_function(options.function, "task.function")(classes)
+    task = call_function(options.function, "task.function", classes)
     if not isinstance(task, Task):
         raise ConfigError(
             f"{options.function} returned a {type(task).__name__}, whose loss and metrics are unknown. It must return "

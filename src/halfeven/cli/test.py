@@ -1,6 +1,5 @@
 """`halfeven test`: the accuracy of a checkpoint, in float, simulated and deployed."""
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from halfeven.pipelines import load
 from halfeven.runtimes.export import export
 from halfeven.runtimes.runtime import load_deployed
 from halfeven.tasks.task import Metrics
+from halfeven.temporary import temporary_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,8 @@ def run_test(arguments: TestArguments) -> None:
         context.log("The float weights are not at hand; their accuracy is the one recorded in the checkpoint.")
     rows["simulated"] = context.accuracy(qmodel)
     target = target_of(context, qmodel)
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(arguments.deployed or Path(temporary) / f"model{arguments.experiment.endings(target)[0]}")
+    with temporary_folder() as temporary:
+        path = Path(arguments.deployed or temporary / f"model{arguments.experiment.endings(target)[0]}")
         if not arguments.deployed:
             export(qmodel.cpu().eval(), path, target)
         rows["deployed"] = context.accuracy(load_deployed(path, target, qmodel.cpu().eval()), "cpu")

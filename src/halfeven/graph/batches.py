@@ -5,14 +5,15 @@ a dict gives the inputs that the example names, and may hold other keys.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from halfeven.errors import CalibrationError
+from halfeven.errors import CalibrationError, ConfigError, HalfevenError, last_line
 from halfeven.graph.torch_private import pytree
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -39,6 +40,36 @@ class InputForm:
         """Return the inputs for a message."""
         names = [*self.names, *self.kwargs]
         return f"{len(names)} input{'s' * (len(names) != 1)} ({', '.join(names)})"
+
+
+def given_batches(loader: Iterable[Any], batches: int | None = None, name: str = "loader") -> Iterator[Any]:
+    """Yield the batches of a user's loader.
+
+    Args:
+        loader: anything to iterate over.
+        batches: largest number of batches to read; None: all.
+        name: the argument that the loader was given as, for messages.
+
+    Raises:
+        CalibrationError: the loader raised an error, which is the cause of this one.
+        ConfigError: `batches` is below zero.
+    """
+    if batches is not None and batches < 0:
+        raise ConfigError(
+            f"batches={batches} is below zero, so no batch can be read. Give a number above zero, or None."
+        )
+    number = 0
+    try:
+        for batch in loader if batches is None else islice(loader, batches):
+            yield batch
+            number += 1
+    except (HalfevenError, Warning):
+        raise
+    except Exception as error:  # data sets are the user's code, and raise what they like
+        raise CalibrationError(
+            f"The {name} could not give batch {number} (counted from 0): {type(error).__name__}: {last_line(error)}. "
+            "So the work stopped there. Mend the data, or leave out the samples that cannot be read."
+        ) from error
 
 
 def batched(args: Any, kwargs: Any) -> tuple[Any, Any]:

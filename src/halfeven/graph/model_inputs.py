@@ -126,7 +126,11 @@ def check_sizes(inputs: Sequence[ModelInput | None], values: Sequence[Any], part
     """
     seen: dict[str, tuple[str, int, int]] = {}
     for known, value in zip(inputs, values, strict=False):
-        if known is None or not isinstance(value, Tensor):
+        if known is None:
+            continue
+        if not isinstance(value, Tensor):
+            if value is None or isinstance(value, str | bytes) or type(value).__module__ == "numpy":
+                raise InputError(_no_tensor(known, value, part))
             continue
         if value.ndim != len(known.sizes):
             raise InputError(_other_axes(known, value, part))
@@ -138,6 +142,14 @@ def check_sizes(inputs: Sequence[ModelInput | None], values: Sequence[Any], part
                     raise InputError(_other_size(known, axis, size, found, part))
             elif not part and found != 1 and seen.setdefault(size, (known.name, axis, found))[2] != found:
                 raise InputError(_unequal(size, seen[size], (known.name, axis, found)))
+
+
+def _no_tensor(known: ModelInput, value: Any, part: str) -> str:
+    kind = "None" if value is None else f"a {type(value).__module__}.{type(value).__name__}".replace("builtins.", "")
+    return (
+        f"The input {known.name}{_of(part)} is {kind}, and the example had a tensor there, so the model cannot be run. "
+        "Give a tensor: torch.as_tensor(...) makes one of an array."
+    )
 
 
 def _other_axes(known: ModelInput, value: Tensor, part: str) -> str:

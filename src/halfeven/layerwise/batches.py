@@ -3,15 +3,23 @@
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from halfeven.errors import ConfigError, InputError
+from halfeven.errors import CalibrationError, ConfigError, HalfevenError, InputError, last_line
 from halfeven.evaluation import evaluating
-from halfeven.graph.batches import InputForm, Inputs, input_form, inputs_of, is_label, is_sequence
+from halfeven.graph.batches import (
+    InputForm,
+    Inputs,
+    given_batches,
+    input_form,
+    inputs_of,
+    is_label,
+    is_sequence,
+    tensors_of,
+)
 from halfeven.graph.torch_private import pytree
 from halfeven.placement.insertion import recorded_example
 
@@ -29,7 +37,7 @@ def read_inputs(model: nn.Module, loader: Iterable[Any], batches: int | None = N
         ConfigError: the model has no example, and a batch does not show which of its entries are inputs.
     """
     form = None
-    for number, batch in enumerate(islice(loader, batches)):
+    for number, batch in enumerate(given_batches(loader, batches)):
         form = form or form_of(model, batch)
         yield inputs_of(batch, form, number)
 
@@ -45,6 +53,28 @@ def naming_batch(number: int) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"Batch {number} (counted from 0): {error}") from error
+
+
+@contextmanager
+def computing_batch(number: int, inputs: Inputs) -> Iterator[None]:
+    """Say, in an error of the model's own code, which batch of the loader it could not compute.
+
+    Args:
+        number: the batch's place, counted from 0.
+        inputs: the arguments of the model.
+    """
+    try:
+        with naming_batch(number):
+            yield
+    except (HalfevenError, Warning):
+        raise
+    except Exception as error:
+        told = ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in tensors_of(inputs))
+        raise CalibrationError(
+            f"The model cannot compute batch {number} (counted from 0) of the loader, whose inputs are {told}: "
+            f"{type(error).__name__}: {last_line(error)} So nothing is known about its tensors. Give batches that the "
+            "float model computes, with the values of real data."
+        ) from error
 
 
 def on_device(model: nn.Module, inputs: Inputs) -> Inputs:

@@ -1,7 +1,5 @@
 """A store of tensors with a bound on memory: RAM first, then files."""
 
-import shutil
-import tempfile
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +12,7 @@ from halfeven.errors import CalibrationError
 from halfeven.files import storing
 from halfeven.graph.torch_private import pytree
 from halfeven.layerwise.batches import read_inputs
+from halfeven.temporary import TemporaryFolder
 
 
 class Stored:
@@ -44,7 +43,7 @@ class BoundedCache:
         self.on_disk = 0
         self.files = 0
         self._parent = None if folder == "auto" else folder
-        self._folder: Path | None = None
+        self._folder: TemporaryFolder | None = None
 
     def store(self, value: Any) -> Stored:
         """Store a value: any nesting of lists, tuples and dicts of tensors and numbers."""
@@ -59,11 +58,11 @@ class BoundedCache:
 
     def _write(self, value: Any) -> Path:
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="halfeven-", dir=self._parent))
+            self._folder = TemporaryFolder(self._parent)
             # Also at the interpreter's exit, so that an interrupted run leaves no folder.
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            weakref.finalize(self, self._folder.delete)
         self.files += 1
-        path = self._folder / f"{self.files}.pt"
+        path = self._folder.path / f"{self.files}.pt"
         # Without the copy, torch.save would write the whole storage that a view belongs to.
         with storing(path):
             torch.save(pytree.tree_map_only(Tensor, torch.clone, value), path)

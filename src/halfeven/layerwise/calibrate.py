@@ -7,17 +7,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import CalibrationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.batches import Inputs, tensors_of
 from halfeven.graph.wrappers import unwrapped
-from halfeven.layerwise.batches import naming_batch, on_device, read_inputs
+from halfeven.layerwise.batches import computing_batch, on_device, read_inputs
 from halfeven.layerwise.clipping import counting_clipped, warn_of_unsettled
 from halfeven.layerwise.float_equivalence import float_function, run_example
 from halfeven.layerwise.training_mode import normalizing_by_batch, trained_batchnorms
+from halfeven.progress_bar import advancing, count_of, progress
 from halfeven.quantization.quantizer import Mode, Quantizer, quantizers
 
 
+@checked_arguments(CalibrationError)
 @torch.no_grad()
 def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = None) -> nn.Module:
     """Set the ranges of all quantizers from data.
@@ -52,8 +55,8 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
     before = {q: {k: v.clone() for k, v in q.state_dict().items()} for q in found}
     norms = trained_batchnorms(inside)
     try:
-        with evaluating(inside):
-            given = read_inputs(inside, loader, batches)
+        with evaluating(inside), progress("Calibrating", count_of(loader, batches)) as advance:
+            given = advancing(read_inputs(inside, loader, batches), advance)
             first = list(islice(given, 1))
             clipped = _clipped_in_training(inside, found, first, norms) if norms and first else {}
             _set_ranges(inside, found, chain(first, given), norms if clipped else [])
@@ -114,7 +117,7 @@ def _run(qmodel: nn.Module, batches: Iterable[Inputs]) -> None:
     count = 0
     for inputs in batches:
         args, kwargs = on_device(qmodel, inputs)
-        with naming_batch(count):
+        with computing_batch(count, inputs):
             qmodel(*args, **kwargs)
         count += 1
     if not count:
@@ -124,6 +127,7 @@ def _run(qmodel: nn.Module, batches: Iterable[Inputs]) -> None:
         )
 
 
+@checked_arguments(CalibrationError)
 @torch.no_grad()
 def set_weight_ranges(qmodel: nn.Module, *, missing_only: bool = False) -> None:
     """Set the ranges of weights as `calibrate` does, without data; ranges of activations stay.

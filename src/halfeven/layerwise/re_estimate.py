@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import CalibrationError
 from halfeven.evaluation import evaluating
 from halfeven.layerwise.batches import on_device, read_inputs
 from halfeven.layerwise.batchnorm_statistics import average_batchnorm, batchnorms
 
 
+@checked_arguments(CalibrationError)
 @torch.no_grad()
 def re_estimate(model: nn.Module, loader: Iterable[Any], batches: int = 50) -> None:
     """Set BatchNorm's running statistics to the mean of single batches' means and variances under the present weights.

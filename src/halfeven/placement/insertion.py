@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import fx, nn
 
+from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import PlacementError
 from halfeven.graph.batches import Inputs
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
@@ -70,6 +71,7 @@ def record_plan(model: nn.Module, plan: Plan) -> None:
         region.halfeven_plan = plan
 
 
+@checked_arguments(PlacementError)
 def plan_of(model: nn.Module) -> Plan:
     """Return the plan of a model that `prepare` or `load` returned.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import PlacementError
 from halfeven.graph.dynamic_shapes import as_dynamic_shapes
 from halfeven.graph.kept_in_python import KeptInPython
@@ -113,6 +114,7 @@ class Plan:
         """Return what a pickle contains: all fields except the graph to decide about, as in a file."""
         return {**vars(self), "decide": None}
 
+    @checked_arguments(PlacementError)
     def with_rules(self, *rules: Rule) -> "Plan":
         """Return the plan with further rules, which win over the rules that the plan was made with.
 
@@ -138,6 +140,7 @@ class Plan:
         return values
 
     @staticmethod
+    @checked_arguments(PlacementError)
     def from_dict(values: dict[str, Any]) -> "Plan":
         """Return the plan that `to_dict` wrote; lists may stand for tuples, as after a round trip through JSON."""
         options = dict(values["options"])

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfeven.checked_arguments import checked_arguments
+from halfeven.errors import AlgorithmError
 from halfeven.evaluation import evaluating
 from halfeven.graph.operators import OperatorKind
 from halfeven.graph.view import Op
@@ -52,6 +54,7 @@ class BiasCorrectionReport:
         )
 
 
+@checked_arguments(AlgorithmError)
 @torch.no_grad()
 def correct_biases(
     qmodel: nn.Module,

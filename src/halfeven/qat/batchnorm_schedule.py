@@ -9,6 +9,8 @@ from typing import Annotated
 
 from torch import nn
 
+from halfeven.checked_arguments import checked_arguments
+from halfeven.errors import AlgorithmError
 from halfeven.layerwise.batchnorm_statistics import average_batchnorm, batchnorms
 from halfeven.options import Auto, Options, PositiveInt, Share, formerly
 from halfeven.quantization.quantizer import quantizers, set_observing
@@ -31,6 +33,7 @@ class ScheduleOptions(Options):
     """Batches of calibration samples for that."""
 
 
+@checked_arguments(AlgorithmError)
 def freeze(model: nn.Module) -> None:
     """Freeze BatchNorm: use its running statistics and keep them, until the next call of `train()`.
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from halfeven.errors import CalibrationError
+from halfeven.checked_arguments import checked_arguments
+from halfeven.errors import CalibrationError, PlacementError
 from halfeven.quantization.arithmetic import scale_and_zero_point
 from halfeven.quantization.compile import fused
 from halfeven.quantization.fake_quantize import UNCLIPPED, Clip, Domain, effective_scale, fake_quantize, stored_scale
@@ -339,11 +340,13 @@ def _read_state(quantizer: nn.Module, incompatible_keys: Any) -> None:
     quantizer.state = RangeState.FIXED if fixed and has_range else state_of(observing=code == 1, has_range=has_range)
 
 
+@checked_arguments(PlacementError)
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     """Return all quantizers of a model by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
 
 
+@checked_arguments(CalibrationError)
 def set_observing(model: nn.Module, on: bool) -> None:
     """Switch on or off that training batches move the observed ranges of a model."""
     for quantizer in quantizers(model).values():

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from halfeven.checked_arguments import checked_arguments
 from halfeven.deployment.deployed import Deployed
-from halfeven.errors import PlacementError
+from halfeven.errors import InputError, PlacementError
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.size_relations import check_call
 from halfeven.graph.torch_private import pytree
@@ -22,6 +23,7 @@ from halfeven.runtimes.runtime import RUNTIMES, Interpreter
 from halfeven.runtimes.simulation import Simulation
 
 
+@checked_arguments(PlacementError)
 def exact(qmodel: nn.Module, target: str | None = None) -> "ExactModel":
     """Return the exact simulation of a quantized model: a module called like it, with its runtime's own integers.
 
@@ -87,6 +89,7 @@ class ExactModel(nn.Module):
         )
         return self.codes
 
+    @checked_arguments(InputError)
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.simulation.begin(pytree.tree_leaves((args, kwargs)))

@@ -6,15 +6,19 @@ from pathlib import Path
 
 from torch import nn
 
+from halfeven.checked_arguments import checked_arguments
 from halfeven.deployment.exported_program import example_of, program_of
 from halfeven.deployment.file_interface import facts_of, interface_of
 from halfeven.errors import ConfigError, ExportError, HalfevenError
 from halfeven.files import storage_error
 from halfeven.graph.wrappers import unwrapped
 from halfeven.placement.insertion import plan_of, recorded_inputs
+from halfeven.progress_bar import progress
 from halfeven.runtimes.deploy import deploy, runtime_of
+from halfeven.runtimes.runtime import Runtime
 
 
+@checked_arguments(ExportError)
 def export(
     qmodel: nn.Module,
     path: str | Path,
@@ -57,12 +61,8 @@ def export(
             f"Name it with {' or '.join(runtime.writers)}."
         )
     try:
-        deployed = deploy(qmodel, runtime)
-        described = recorded_inputs(qmodel)
-        facts = facts_of(plan_of(qmodel).options.scheme, runtime.name, runtime.settings, metadata or {})
-        program = program_of(deployed.model, example_of(qmodel), described)
-        interface = interface_of(program, described, input_names=input_names, output_names=output_names, metadata=facts)
-        runtime.writers[path.suffix](program, dataclasses.replace(deployed, interface=interface), path)
+        with progress(f"Writing {path.name}"):
+            _write(qmodel, path, runtime, input_names, output_names, metadata or {})
     except HalfevenError:
         raise
     except OSError as error:
@@ -74,6 +74,22 @@ def export(
             "leave_out=[...], or write it with other operators."
         ) from error
     return path
+
+
+def _write(
+    qmodel: nn.Module,
+    path: Path,
+    runtime: Runtime,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+    metadata: Mapping[str, str],
+) -> None:
+    deployed = deploy(qmodel, runtime)
+    described = recorded_inputs(qmodel)
+    facts = facts_of(plan_of(qmodel).options.scheme, runtime.name, runtime.settings, metadata)
+    program = program_of(deployed.model, example_of(qmodel), described)
+    interface = interface_of(program, described, input_names=input_names, output_names=output_names, metadata=facts)
+    runtime.writers[path.suffix](program, dataclasses.replace(deployed, interface=interface), path)
 
 
 def _reason(error: Exception) -> str:

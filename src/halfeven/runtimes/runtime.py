@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
+from halfeven.checked_arguments import checked_arguments
 from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.exported_program import example_of
 from halfeven.errors import ConfigError, VerificationError
@@ -182,6 +183,7 @@ def runtime_named(name: str) -> Runtime:
     return RUNTIMES[name]
 
 
+@checked_arguments(VerificationError)
 def load_deployed(path: str | Path, target: str = "openvino", qmodel: nn.Module | None = None) -> Callable[..., Any]:
     """Return a deployed file as a function from tensors to tensors, on the CPU, with the settings that it needs.
 
@@ -205,7 +207,8 @@ def load_deployed(path: str | Path, target: str = "openvino", qmodel: nn.Module 
     names, leaves, form = _form_of(qmodel) if qmodel is not None else ((), (), None)
     taken = opened.input_names if qmodel is None else [*opened.input_names[: -len(names) or None], *names]
 
-    def run(*inputs: Tensor, **named: Tensor) -> Any:
+    @checked_arguments(VerificationError)
+    def run(*inputs: Any, **named: Any) -> Any:
         outputs, _ = opened.run(_in_order(inputs, named, taken, path))
         if form is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)

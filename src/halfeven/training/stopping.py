@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from halfeven.distributed import is_distributed, smallest
+from halfeven.errors import Interruption
 
 EXIT_CODE = 75
 """Exit code of a command that a signal has stopped: EX_TEMPFAIL of sysexits.h, "try again later"."""
@@ -22,8 +23,8 @@ WORKER_SECONDS = 60
 """Seconds that a process which reads samples lives on after SIGTERM, for the training to take its last step."""
 
 
-class StopRequested(BaseException):
-    """A signal has asked the command to stop. Like KeyboardInterrupt it is no error, and no `except Exception` sees it.
+class StopRequested(Interruption):
+    """A signal has asked the command to stop.
 
     Args:
         reason: what has asked, "SIGTERM" for example.

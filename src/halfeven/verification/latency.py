@@ -1,7 +1,6 @@
 """The latency of a deployed file, beside that of the same model in float."""
 
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from halfeven.placement.insertion import recorded_inputs
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.quantizer import Mode, set_mode
 from halfeven.runtimes.runtime import Runtime
+from halfeven.temporary import temporary_folder
 
 TIMED_PAIRS = 12
 """Runs of each file whose times count."""
@@ -30,8 +30,8 @@ def latency(qmodel: nn.Module, path: Path, inputs: Inputs, runtime: Runtime) -> 
 
     They are timed in turn, so that drift hits both alike.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        float_path = _write_float(qmodel, runtime, Path(folder))
+    with temporary_folder() as folder:
+        float_path = _write_float(qmodel, runtime, folder)
         tensors = [x.cpu() for x in tensors_of(inputs)]
         runs = {
             "float": runtime.open_file(float_path, ()).timed(tensors),

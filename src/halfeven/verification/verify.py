@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import nn
 
+from halfeven.checked_arguments import checked_arguments
 from halfeven.deployment.layer_calls import named_calls
 from halfeven.errors import HalfevenError, VerificationError
 from halfeven.evaluation import evaluating
-from halfeven.graph.batches import Inputs, inputs_of, label_of, tensors_of
+from halfeven.graph.batches import Inputs, given_batches, inputs_of, label_of, tensors_of
 from halfeven.graph.copying import float32_model
 from halfeven.layerwise.batches import form_of, naming_batch
 from halfeven.placement.execution_graph import as_planned
+from halfeven.progress_bar import advancing, progress
 from halfeven.quantization.quantizer import weights_quantized_once
 from halfeven.runtimes.deploy import deploy, runtime_of
 from halfeven.runtimes.layer_execution import LayerExecution
@@ -27,6 +29,7 @@ from halfeven.verification.python_work import python_work
 from halfeven.verification.report import Report
 
 
+@checked_arguments(VerificationError)
 def verify(
     qmodel: nn.Module,
     path: str | Path,
@@ -59,18 +62,19 @@ def verify(
         ConfigError: there is no such runtime.
     """
     qmodel = float32_model(qmodel)
-    batches = list(batches)
+    batches = list(given_batches(batches, name="batches"))
     if not batches:
         raise VerificationError(
             "verify got no batch, so there is nothing to compare the file with. Give at least one batch of inputs."
         )
     inputs, labels = _inputs_and_labels(qmodel, batches)
     runtime = runtime_of(qmodel, target)
-    comparison = Comparison(qmodel, deploy(qmodel, runtime), Path(path), runtime)
     answers = Answers(class_axis)
-    _compare(comparison, list(zip(inputs, labels, strict=True)), float_model, answers)
-    parity = comparison.parity()
-    milliseconds = latency(qmodel, Path(path), inputs[0], runtime) if timed else {}
+    with progress(f"Verifying {Path(path).name}", len(batches)) as advance:
+        comparison = Comparison(qmodel, deploy(qmodel, runtime), Path(path), runtime)
+        _compare(comparison, advancing(zip(inputs, labels, strict=True), advance), float_model, answers)
+        parity = comparison.parity()
+        milliseconds = latency(qmodel, Path(path), inputs[0], runtime) if timed else {}
     return Report(
         path=str(path),
         runtime=comparison.file.runtime,
@@ -117,7 +121,7 @@ def _in_float(layer: LayerExecution) -> str:
 
 
 def _compare(
-    comparison: Comparison, batches: list[tuple[Inputs, Any]], float_model: nn.Module | None, answers: Answers
+    comparison: Comparison, batches: Iterable[tuple[Inputs, Any]], float_model: nn.Module | None, answers: Answers
 ) -> None:
     """Compare all batches of inputs and labels."""
     with ExitStack() as stack:

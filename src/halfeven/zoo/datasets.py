@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from halfeven.errors import ConfigError
-from halfeven.imports import extra, import_function
+from halfeven.imports import call_function, extra, users_code
 from halfeven.renamed import renamed_attributes
 from halfeven.zoo import detection_segmentation
 from halfeven.zoo.images import read_image
@@ -83,7 +83,8 @@ def load_datasets(options: DataOptions) -> Datasets:
         "texts": _texts,
         "callable": _from_callable,
     }
-    datasets = loaders[options.source](options)
+    with users_code(f'The data of data.source="{options.source}"'):
+        datasets = loaders[options.source](options)
     for part in ("train", "calibration", "validation"):
         if len(getattr(datasets, part)) == 0:
             raise ConfigError(
@@ -230,7 +231,7 @@ def _texts(options: DataOptions) -> Datasets:
 
 
 def _from_callable(options: DataOptions) -> Datasets:
-    datasets = import_function(options.function, "data.function")(options)
+    datasets = call_function(options.function, "data.function", options)
     if not isinstance(datasets, Datasets):
         raise ConfigError(
             f"{options.function} returned a {type(datasets).__name__}, so it is not known which samples to train and "

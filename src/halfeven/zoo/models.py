@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from halfeven.errors import ConfigError
-from halfeven.imports import extra, import_function
+from halfeven.imports import call_function, extra
 from halfeven.nearest import did_you_mean
 from halfeven.options import Options, PositiveInt
 from halfeven.zoo.detectors import TensorPart
@@ -54,13 +54,7 @@ def create_model(options: ModelOptions) -> nn.Module:
         "callable": _from_callable,
     }
     pretrained = options.weights == PRETRAINED
-    try:
-        model = makers[options.source](options, pretrained)
-    except TypeError as error:
-        raise ConfigError(
-            f"The model {options.name} of {options.source} could not be created with "
-            f"model.arguments={options.arguments}: {error}. Remove the arguments that it does not take."
-        ) from error
+    model = makers[options.source](options, pretrained)
     if options.weights and not pretrained:
         load_weights(model, options.weights, options.weights_entry)
     return model
@@ -78,7 +72,7 @@ def _from_timm(options: ModelOptions, pretrained: bool) -> nn.Module:
     sizes = {"num_classes": options.num_classes, "in_chans": options.in_chans}
     try:
         return cast(nn.Module, timm.create_model(options.name, pretrained=pretrained, **sizes, **options.arguments))
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of whatever kind the library raises
         raise _no_model(options, pretrained, error) from error
 
 
@@ -111,7 +105,7 @@ def torchvision_model(options: ModelOptions, pretrained: bool = False) -> nn.Mod
         arguments.setdefault("weights_backbone", None)  # else torchvision downloads it
     try:
         return cast(nn.Module, models.get_model(options.name, num_classes=options.num_classes, **arguments))
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of whatever kind the library raises
         raise _no_model(options, pretrained, error) from error
 
 
@@ -126,7 +120,7 @@ def _from_transformers(options: ModelOptions, pretrained: bool) -> nn.Module:
         else:
             config = transformers.AutoConfig.from_pretrained(options.name, **arguments)
             model = transformers.AutoModelForSequenceClassification.from_config(config)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of whatever kind the library raises
         raise _no_model(options, pretrained, error) from error
     return cast(nn.Module, model)
 
@@ -147,7 +141,7 @@ def effdet_model(options: ModelOptions, pretrained: bool = False) -> nn.Module:
             nn.Module,
             effdet.create_model(options.name, pretrained=pretrained, num_classes=options.num_classes - 1, **arguments),
         )
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except Exception as error:  # of whatever kind the library raises
         raise _no_model(options, pretrained, error) from error
 
 
@@ -157,7 +151,7 @@ def _from_callable(options: ModelOptions, pretrained: bool) -> nn.Module:
             'model.weights="pretrained" names the weights of a library, and the model is made by your own function '
             '(model.source="callable"). Let the function load its weights, or give the path of a file.'
         )
-    model = import_function(options.name, "model.name")(**options.arguments)
+    model = call_function(options.name, "model.name", **options.arguments)
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"{options.name} returned a {type(model).__name__}, which cannot be quantized. It must return a "
@@ -171,6 +165,11 @@ def _did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def _no_model(options: ModelOptions, pretrained: bool, error: Exception) -> ConfigError:
+    if isinstance(error, TypeError):
+        return ConfigError(
+            f"The model {options.name} of {options.source} could not be created with "
+            f"model.arguments={options.arguments}: {error}. Remove the arguments that it does not take."
+        )
     with_weights = " with its own weights" if pretrained else ""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     way_out = (

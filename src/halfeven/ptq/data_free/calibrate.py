@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import AlgorithmError
 from halfeven.graph.view import Op, module_calls
 from halfeven.layerwise.calibrate import set_weight_ranges
@@ -62,6 +63,7 @@ class RangeReport:
         return "\n".join(lines)
 
 
+@checked_arguments(AlgorithmError)
 @torch.no_grad()
 def ranges_from_batchnorm(qmodel: nn.Module, *, alpha: float = 6.0, inputs: Inputs = NORMALIZED) -> RangeReport:
     """Set the ranges of all quantizers without data, as `calibrate` does with it.
@@ -129,6 +131,7 @@ class AnalyticCorrectionReport:
         return "\n".join(lines + [f"  left alone: {name}" for name in self.left])
 
 
+@checked_arguments(AlgorithmError)
 @torch.no_grad()
 def correct_biases_analytically(qmodel: nn.Module, *, inputs: Inputs = NORMALIZED) -> AnalyticCorrectionReport:
     """Subtract from the biases the shift of the channels' means by rounded weights, without data, in place.

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfeven.checked_arguments import checked_arguments
+from halfeven.errors import AlgorithmError
 from halfeven.graph.batchnorm import keep_statistics, kept_statistics
 from halfeven.graph.operators import OperatorKind
 from halfeven.graph.view import Op, module_of
@@ -100,6 +102,7 @@ class AbsorptionReport:
         return "\n".join(lines + [f"  left alone: {name}" for name in self.left])
 
 
+@checked_arguments(AlgorithmError)
 @torch.no_grad()
 def absorb_biases(
     qmodel: nn.Module,

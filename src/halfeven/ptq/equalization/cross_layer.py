@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from halfeven.checked_arguments import checked_arguments
+from halfeven.errors import AlgorithmError
 from halfeven.graph.batchnorm import keep_statistics, kept_statistics
 from halfeven.graph.view import Op, module_of
 from halfeven.layerwise.float_equivalence import preserving_the_float_function
@@ -168,6 +170,7 @@ class EqualizationReport:
         return "\n".join(lines + [f"  left alone: {name}" for name in self.left])
 
 
+@checked_arguments(AlgorithmError)
 @torch.no_grad()
 def equalize(qmodel: nn.Module, *, max_sweeps: int = 20, tolerance: float = 1e-3) -> EqualizationReport:
     """Equalize the channel ranges of consecutive layers, in place; the float function is preserved.
@@ -239,6 +242,7 @@ def _spread(layer: nn.Module) -> float:
     return float(live.max() / live.min()) if live.numel() else 1.0
 
 
+@checked_arguments(AlgorithmError)
 def unclip_relu6(qmodel: nn.Module, *, least_sqnr: float | None = None) -> tuple[str, ...]:
     """Replace ReLU6 and clamp operators between two layers by ReLU, in place, and return their names.
 
@@ -255,6 +259,7 @@ def unclip_relu6(qmodel: nn.Module, *, least_sqnr: float | None = None) -> tuple
     return names
 
 
+@checked_arguments(AlgorithmError)
 @torch.no_grad()
 def unclipping_sqnr(qmodel: nn.Module) -> dict[str, float]:
     """Return the SQNR in dB that the values of each operator would keep if `unclip_relu6` replaced it, by name.

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from halfeven.errors import CalibrationError
+from halfeven.checked_arguments import checked_arguments
+from halfeven.errors import AlgorithmError, CalibrationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.wrappers import unwrapped
 from halfeven.layerwise.activations import activation_caches, check_float_weights, in_float
@@ -76,6 +77,7 @@ class ReconstructionReport:
 
 
 @renamed_parameters(say="log", state="resume_dir")
+@checked_arguments(AlgorithmError)
 def adaround(
     qmodel: nn.Module,
     loader: Iterable[Any],
@@ -110,6 +112,7 @@ def adaround(
 
 
 @renamed_parameters(say="log", state="resume_dir")
+@checked_arguments(AlgorithmError)
 def reconstruct(
     qmodel: nn.Module,
     loader: Iterable[Any],

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfeven.checked_arguments import checked_arguments
+from halfeven.errors import AlgorithmError
 from halfeven.layerwise.float_equivalence import preserving_the_float_function
 from halfeven.placement.graph_edits import give_bias
 from halfeven.ptq.transformers.layernorms import (
@@ -58,6 +60,7 @@ def to_common_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 # The walk over the model
 
 
+@checked_arguments(AlgorithmError)
 @torch.no_grad()
 def reparametrize(
     qmodel: nn.Module, loader: Iterable[Any], *, observer: str = "percentile", batches: int | None = None

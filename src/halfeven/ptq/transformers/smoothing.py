@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import AlgorithmError
 from halfeven.layerwise.float_equivalence import preserving_the_float_function
 from halfeven.ptq.transformers.layernorms import (
@@ -55,6 +56,7 @@ def smoothing_factors(activations: Tensor, weights: Tensor, strength: float) -> 
 # The walk over the model
 
 
+@checked_arguments(AlgorithmError)
 @torch.no_grad()
 def smooth(
     qmodel: nn.Module, loader: Iterable[Any], *, strength: float = 0.5, batches: int | None = None

@@ -1,9 +1,7 @@
 """ONNX Runtime: running a deployed file on the CPU, and reading from the optimized graph what it executed."""
 
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +13,7 @@ from halfeven.runtimes.onnx.file import ONNXFile, session
 from halfeven.runtimes.onnx.writer import OPSET, translated
 from halfeven.runtimes.onnxruntime import profile
 from halfeven.runtimes.onnxruntime.writer import unpacked_blocks
+from halfeven.temporary import temporary_folder
 
 INTEGER_PRODUCTS = ("QLinearMatMul", "MatMulIntegerToFloat")
 INTEGER_KERNELS = ("QLinearConv", "QGemm", *INTEGER_PRODUCTS)
@@ -114,8 +113,8 @@ class ONNXRuntimeFile(ONNXFile):
         """Yield the operators of the graph as the runtime executes it."""
         import onnx
 
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "optimized.onnx"
+        with temporary_folder() as folder:
+            path = folder / "optimized.onnx"
             session(self.model, folder=self.path.parent, optimized=path)
             yield from onnx.load(path, load_external_data=False).graph.node
 

@@ -1,7 +1,6 @@
 """OpenVINO: running a deployed file on the CPU, and reading from the runtime model which kernels it executed."""
 
 import functools
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from halfeven.errors import VerificationError, last_line
 from halfeven.runtimes.layer_execution import KernelTime, LayerExecution
 from halfeven.runtimes.openvino.telemetry import silently
 from halfeven.runtimes.openvino.writer import LAYER_TYPES, convert
+from halfeven.temporary import temporary_folder
 
 SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
 """Without it the plugin computes in bfloat16 what is not integer, and quantizes the inputs of some linear layers on its
@@ -60,8 +60,8 @@ def as_file(model: Any) -> Any:
     """Return a converted model as OpenVINO reads it from a file: with integer weights."""
     import openvino
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.xml"
+    with temporary_folder() as folder:
+        path = folder / "model.xml"
         openvino.save_model(model, path, compress_to_fp16=False)
         # In memory: a file that is mapped cannot be removed everywhere.
         return _core().read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes())
