@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from halfeven.errors import HalfevenError
 from halfeven.evaluation import evaluate, evaluation_loader
 from halfeven.tasks import Classification
 
@@ -44,7 +45,7 @@ def test_modes_are_given_back():
 
 def test_modes_are_given_back_after_an_error():
     model = nn.Sequential(nn.Linear(3, 3)).train()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(HalfevenError):
         evaluate(model, evaluation_loader(pairs(), 5), Classification(10))
     assert model.training
 

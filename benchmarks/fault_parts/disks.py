@@ -16,7 +16,7 @@ from pathlib import Path
 from faults.tiny_run import differences, write_configs
 
 from .kills import SHORT
-from .runs import WRITING, command, generator
+from .runs import WRITING, Ended, command, generator
 from .table import Campaign, Row
 
 NEEDS_ROOM = ("open", "os.rename", "os.mkdir")
@@ -54,7 +54,7 @@ def fill(campaign: Campaign) -> Row:
             shutil.copytree(whole[name], place / "work")
         before = {path: path.read_bytes() for path in (place / "work").rglob("*.xml")}
         arguments = [*runs[name], "--work-dir", place / "work"]
-        ended = command(arguments, place, fault)
+        ended = _with_a_pipe(arguments, place, fault)
         if ended.code == 0:  # it needed less room
             shutil.rmtree(place)
             continue
@@ -69,6 +69,21 @@ def fill(campaign: Campaign) -> Row:
         problems += [] if again.code else differences(whole[name], place / "work")
         row.count(f"{number} {name} {'limit' if limited else 'refusal'}", problems)
     return row
+
+
+def _with_a_pipe(arguments: list[object], place: Path, fault: Callable[[], None]) -> Ended:
+    """Run a command on a full disk; what it prints goes to a pipe, which needs no disk."""
+    reading, writing = os.pipe()
+
+    def settle() -> None:
+        os.dup2(writing, 1)
+        os.dup2(writing, 2)
+        fault()
+
+    ended = command(arguments, place, settle)
+    os.close(writing)
+    with os.fdopen(reading, errors="replace") as said:
+        return Ended(ended.code, said.read())
 
 
 def _limit(size: int) -> Callable[[], None]:

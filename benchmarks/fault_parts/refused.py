@@ -14,7 +14,7 @@ from faults.bad_images import DAMAGES
 from faults.tiny_run import CONFIG, write_configs
 from faults.wrong_runs import OF_TRAINING, WRONG
 from halfeven.config import Experiment
-from halfeven.options import Options, fits
+from halfeven.options import Options, fits, up_to_date
 
 from .runs import command, generator
 from .table import Campaign, Row
@@ -106,6 +106,8 @@ def _configs(folder: Path) -> Iterator[tuple[str, list[Any]]]:
 def _images(folder: Path) -> Iterator[tuple[str, list[Any]]]:
     """Yield runs on a folder of images of which the first is damaged."""
     for number, (name, damage) in enumerate(DAMAGES.items()):
+        if name == "a folder":  # no image then, for torchvision
+            continue
         root = folder / f"images{number}"
         for part in ("train", "val"):
             for label in ("cat", "dog"):
@@ -129,7 +131,8 @@ def _wrong_fields(config: Path, folder: Path, draw: random.Random, count: int) -
         for part, kind in _parts()
         for name, hint in get_type_hints(kind, include_extras=True).items()
         for value in VALUES
-        if not fits(hint, value) and value != () and name in {field.name for field in dataclasses.fields(kind)}
+        if name in {field.name for field in dataclasses.fields(kind)}
+        and not any(fits(hint, now) for now in up_to_date(kind, {name: value}, warn=False).values())
     ]
     found: list[tuple[str, list[Any]]] = []
     for number, (part, name, value) in enumerate(draw.sample(wrong, min(count, len(wrong)))):

@@ -3,12 +3,12 @@
 import json
 import re
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from halfeven.runtimes.layer_execution import KernelTime
+from halfeven.temporary import temporary_folder
 
 INTEGERS = ("int8", "uint8")
 
@@ -27,8 +27,8 @@ def kernel_times(
         runs: how many count.
         integer_kernels: operators that compute with integers and may return floats.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        opened = profiled_session(Path(folder) / "profile")
+    with temporary_folder() as folder:
+        opened = profiled_session(folder / "profile")
         for _ in range(WARM_UP_RUNS + runs):
             opened.run(None, fed)
         events = json.loads(Path(opened.end_profiling()).read_text())
