@@ -30,6 +30,9 @@ def checkpoints(campaign: Campaign) -> Row:
             campaign.folder / "learned.safetensors", ranges="learned", learn_zero_points=True, quantize_outputs=True
         ),
     }
+    for name, saved in kinds.items():
+        if not torch.equal(saved.load()(IMAGES), saved.expected):
+            raise SystemExit(f"The {name} checkpoint that nobody damaged gives other numbers.")
     row = Row("mutated checkpoints")
     refused = 0
     for number in range(campaign.tries_of(1000)):
