@@ -15,7 +15,7 @@ from pathlib import Path
 
 from faults.tiny_run import differences, write_configs
 
-from .kills import SHORT
+from .kills import SHORT, check
 from .runs import WRITING, Ended, command, generator
 from .table import Campaign, Row
 
@@ -33,7 +33,7 @@ def fill(campaign: Campaign) -> Row:
     whole = {}
     for name, arguments in runs.items():
         whole[name] = campaign.folder / f"whole-{name}" / "work"
-        command([*arguments, "--work-dir", whole[name]], campaign.folder / f"whole-{name}")
+        check(command([*arguments, "--work-dir", whole[name]], campaign.folder / f"whole-{name}"))
     row = Row("full disks")
     met = 0
     wanted = campaign.tries_of(24)

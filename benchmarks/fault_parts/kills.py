@@ -78,7 +78,7 @@ def _arguments(victim: Victim, config: Path, place: Path) -> list[object]:
     if victim.command != "export":
         return [victim.command, config, *SHORT, *victim.arguments, "--auto-resume"]
     ended = command(["train", config, *SHORT, "--work-dir", place / "trained"], place / "training")
-    _check(ended)
+    check(ended)
     return ["export", config, place / "trained" / "best.safetensors", *SHORT, *victim.arguments]
 
 
@@ -87,11 +87,12 @@ def _whole(given: Sequence[object], place: Path) -> Whole:
     operations = place / "operations"
     folder = place / "whole" / "work"
     ended = command([*given, "--work-dir", folder], place / "whole", counting(folder, operations))
-    _check(ended)
+    check(ended)
     return Whole(folder, int(operations.read_text()), time.monotonic() - start_of_run)
 
 
-def _check(ended: Ended) -> None:
+def check(ended: Ended) -> None:
+    """End the part where a run that nobody disturbed has failed."""
     if ended.code:
         raise SystemExit(f"A run that nobody killed ended with {ended.code}:\n{ended.said[-3000:]}")
 

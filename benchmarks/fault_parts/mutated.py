@@ -14,7 +14,7 @@ from halfeven.errors import HalfevenError
 from halfeven.training.state import load_state, save_state
 from halfeven.verification.report import Report
 
-from .kills import SHORT
+from .kills import SHORT, check
 from .runs import command, forked, generator, waited
 from .table import Campaign, Row
 
@@ -153,7 +153,8 @@ def records(campaign: Campaign) -> Row:
     config = write_configs(campaign.folder)
     work = campaign.folder / "work"
     arguments = ["train", config, "--work-dir", work, *SHORT]
-    command(arguments, campaign.folder / "first")
+    for more in ([], ["--resume"]):
+        check(command([*arguments, *more], campaign.folder / "first"))
     record = work / "experiment.json"
     whole = record.read_bytes()
     row = Row("mutated experiment.json")

@@ -22,7 +22,7 @@ from .table import Campaign, Row
 VALUES = ("garbage", -1, 0, 10**9, 1e30, math.nan, math.inf, True, None, b"x", (), ("a", 1), {"a": 1}, 2.5, "auto ")
 """Values that most options cannot have."""
 ENDINGS = {
-    "no experiment": "x = 1",
+    "no experiment": "del experiment",
     "an experiment that is none": "experiment = {}",
     "a syntax error": "experiment = (",
     "an error": "1 / 0",

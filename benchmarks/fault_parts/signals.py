@@ -6,7 +6,7 @@ import signal
 
 from faults.tiny_run import differences, lost_lines, write_configs
 
-from .kills import SHORT
+from .kills import SHORT, check
 from .runs import command, counting, generator, on_each_operation
 from .table import Campaign, Row
 
@@ -19,7 +19,7 @@ def stop(campaign: Campaign) -> Row:
     arguments = ["train", config, *SHORT, "--auto-resume"]
     whole = campaign.folder / "whole" / "work"
     operations = campaign.folder / "operations"
-    command([*arguments, "--work-dir", whole], campaign.folder / "whole", counting(whole, operations))
+    check(command([*arguments, "--work-dir", whole], campaign.folder / "whole", counting(whole, operations)))
     row = Row("signals")
     lost = 0
     for number in range(campaign.tries_of(20)):
