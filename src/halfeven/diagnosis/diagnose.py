@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfeven.checked_arguments import checked_arguments
 from halfeven.diagnosis.checks import notes, unsettled_batchnorm
 from halfeven.diagnosis.culprits import Patient, find_culprit
 from halfeven.diagnosis.diagnosis import Diagnosis, Finding, TensorDiagnosis
@@ -28,6 +29,7 @@ from halfeven.diagnosis.sensitivity import (
     sensitivities,
 )
 from halfeven.diagnosis.statistics import TensorStatistics, statistics
+from halfeven.errors import AlgorithmError
 from halfeven.evaluation import evaluating
 from halfeven.graph.wrappers import unwrapped
 from halfeven.layerwise.float_equivalence import float_function
@@ -48,6 +50,7 @@ CHANNELS = 512
 """Largest number of channels whose ranges are kept."""
 
 
+@checked_arguments(AlgorithmError)
 def diagnose(
     qmodel: nn.Module,
     float_model: nn.Module,

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from halfeven.checked_arguments import checked_arguments
 from halfeven.diagnosis.divergence import divergence
 from halfeven.diagnosis.exchanged_ranges import (
     GridRange,
@@ -24,7 +25,7 @@ from halfeven.diagnosis.exchanged_ranges import (
     switched_on,
 )
 from halfeven.diagnosis.restarted import Stop, float_tensors, forward_of
-from halfeven.errors import CalibrationError
+from halfeven.errors import AlgorithmError, CalibrationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.batches import Inputs
 from halfeven.graph.wrappers import unwrapped
@@ -129,6 +130,7 @@ def divergence_of(model: nn.Module, reference: Reference) -> float:
         return sum(weight * divergence(outputs, expected) for weight, outputs, expected in pairs)
 
 
+@checked_arguments(AlgorithmError)
 def sensitivities(
     qmodel: nn.Module,
     batches: Iterable[Any],
