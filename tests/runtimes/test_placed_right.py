@@ -234,3 +234,15 @@ def test_sums_of_feature_maps_are_still_integers():
     plan = he.plan(net, torch.randn(2, 4, 8, 8), target="onnxruntime")
     places = [place for tensor in plan.tensors for place in tensor.places]
     assert {"add", "avg_pool2d"} <= set(places)
+
+
+@pytest.mark.parametrize(("target", "file"), RUNTIMES)
+def test_a_clip_that_stays_in_float_leaves_its_layer_in_integers(target, file, tmp_path):
+    """ONNX Runtime makes a float kernel of Gemm and Relu, or Gemm and Clip, where no quantizer follows."""
+
+    def forward(self, x):
+        sums = self.a(x).relu() + 5 * self.b(x)
+        return self.d(sums + nn.functional.relu6(self.c(x))).relu().softmax(1)
+
+    net = Net(forward, a=nn.Linear(8, 16), b=nn.Linear(8, 16), c=nn.Linear(8, 16), d=nn.Linear(16, 3))
+    assert_all_in_integers(deployed(net, (4, 8), tmp_path / file, target=target), layers=4)

@@ -37,6 +37,7 @@ def prepare_graph(deployed: Deployed) -> None:
     for name, region in regions(deployed.model).items():
         prefix = f"{name}." if name else ""
         _take_in_clips(region)
+        _write_clips(region)
         _write_slices(region)
         _write_global_pools(region)
         _repeat_quantizers(region, deployed.quantizers, prefix)
@@ -77,6 +78,28 @@ def _take_in_clips(region: CapturedModule) -> None:
             clip.replace_all_uses_with(source)
             region.graph.erase_node(clip)
             clip = source
+
+
+def _write_clips(region: CapturedModule) -> None:
+    """Write clips that read a matrix product of two axes, and stay in float, as a maximum and a minimum.
+
+    The runtime looks for a quantizer behind Gemm and Relu or Clip, and computes Gemm in float where there is none.
+    """
+    for node in list(region.graph.nodes):
+        bounds = Op(node).bounds
+        source = node.all_input_nodes[0] if bounds is not None else node
+        if bounds is None or kind_of(source) is not OperatorKind.LINEAR or source.meta["val"].ndim != 2:
+            continue
+        clipped = source
+        for of_both, bound in ((aten.maximum.default, bounds[0]), (aten.minimum.default, bounds[1])):
+            if not math.isinf(bound):
+                with region.graph.inserting_before(node):
+                    limit = region.graph.call_function(aten.scalar_tensor.default, (bound,))
+                    clipped = region.graph.call_function(of_both, (clipped, limit))
+                limit.meta = {"val": torch.tensor(bound)}
+                clipped.meta = dict(node.meta)
+        node.replace_all_uses_with(clipped)
+        region.graph.erase_node(node)
 
 
 def _integer_of(quantizer: ExportedQuantizer, bound: float) -> float:
