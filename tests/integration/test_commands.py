@@ -35,6 +35,32 @@ def test_train_delivers_and_shows_everything(trained):
         assert f"{results[row]['top1']:.2f}" in said
 
 
+def test_the_last_checkpoint_is_reported_beside_the_best(trained):
+    folder, said = trained
+    results = json.loads((folder / "results.json").read_text())
+    assert f"{results['simulated, last']['top1']:.2f}" in said
+    assert "best.safetensors was chosen on the 100 validation samples themselves" in " ".join(said.split())
+
+
+def test_the_best_can_be_chosen_on_held_out_training_samples(config, tmp_path):
+    short = ["--pretraining.epochs", "1", "--training.epochs", "2", "--data.selection", "holdout"]
+    done = halfeven("train", config, "--work-dir", tmp_path / "w", *short)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = " ".join(done.stdout.split())
+    assert "gives no train_as_evaluated" in said
+    assert "best.safetensors was chosen on the 26 held-out training samples, and not on these" in said
+    lines = [json.loads(line) for line in (tmp_path / "w" / "log.jsonl").read_text().splitlines()]
+    chosen = [line[f"{SCHEME}, holdout"]["top1"] for line in lines if f"{SCHEME}, holdout" in line]
+    assert len(chosen) == 2
+    start = next(v for line in lines for name, v in line.items() if name == f"{SCHEME}, holdout, calibrated")["top1"]
+    with safe_open(tmp_path / "w" / "best.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["extra"])
+    assert facts["selection"] == "holdout"
+    assert facts[f"{SCHEME}, holdout"]["top1"] == max([start, *chosen])
+    results = json.loads((tmp_path / "w" / "results.json").read_text())
+    assert {"float", "simulated", "simulated, last", "deployed"} <= results.keys()
+
+
 def test_the_log_tells_of_both_models(trained):
     lines = [json.loads(line) for line in (trained[0] / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines if SCHEME in line] == [1, 2, 3]

@@ -110,19 +110,28 @@ def test_best_is_the_best(tmp_path):
     assert [facts["epoch"] for name, facts in kept if "last" in name] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("step", [0, 1, 4, 6, 7, 17])
-def test_resumed_equals_uninterrupted(tmp_path, step):
-    whole = trainer(tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    [
+        *((step, {}) for step in (0, 1, 4, 6, 7, 17)),
+        (7, dict(optimizer="adam", schedule="onecycle")),
+        (8, dict(nesterov=True, schedule="linear", validate_every=4)),
+        (11, dict(optimizer="rmsprop", learning_rate=0.01, schedule="polynomial", validate_every=9)),
+    ],
+)
+def test_resumed_equals_uninterrupted(tmp_path, step, changes):
+    options = dataclasses.replace(OPTIONS, **changes)
+    whole = trainer(tmp_path / "whole", options)
     whole.run()
 
     def kill(model, done):
         if round(done * 18) == step:
             raise Killed
 
-    cut = trainer(tmp_path / "cut", hooks={"before_step": kill})
+    cut = trainer(tmp_path / "cut", options, hooks={"before_step": kill})
     with pytest.raises(Killed):
         cut.run()
-    resumed = trainer(tmp_path / "cut")
+    resumed = trainer(tmp_path / "cut", options)
     with torch.random.fork_rng():
         torch.manual_seed(99)
         outcome = resumed.run(resume=True)
@@ -135,6 +144,16 @@ def test_resumed_equals_uninterrupted(tmp_path, step):
     assert strip(log(tmp_path / "cut")) == strip(log(tmp_path / "whole")), (
         "the log tells of one run, without repetition"
     )
+
+
+@pytest.mark.parametrize(("every", "steps"), [(4, [4, 8, 12, 16, 18]), (12, [12, 18]), (100, [18])])
+def test_validations_are_as_often_as_asked(tmp_path, every, steps):
+    one = trainer(tmp_path, dataclasses.replace(OPTIONS, validate_every=every), name="float")
+    modes = []
+    one.model.norm.register_forward_hook(lambda module, args, output: modes.append(module.training))
+    one.run()
+    assert [record["step"] for record in log(tmp_path) if "float" in record] == steps
+    assert sum(modes) == 18, "training goes on in training mode after a validation"
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
@@ -273,8 +292,8 @@ def test_another_form_of_the_model_is_validated_and_kept_if_it_is_the_best(tmp_p
     assert averages == [60.0, 65.0, 45.0]
 
 
-@pytest.mark.parametrize(("reached", "best", "epoch"), [(80.0, 85.0, 0), (90.0, 90.0, 1)])
-def test_the_start_is_the_best_until_training_makes_a_better_one(tmp_path, reached, best, epoch):
+@pytest.mark.parametrize(("reached", "best", "epoch"), [(80.0, 85.0, 0), (85.0, 85.0, 1), (90.0, 90.0, 1)])
+def test_the_start_is_the_best_until_training_reaches_as_much(tmp_path, reached, best, epoch):
     kept, said = [], io.StringIO()
     calls = {
         "validate": lambda model: {"top1": reached},
@@ -285,6 +304,31 @@ def test_the_start_is_the_best_until_training_makes_a_better_one(tmp_path, reach
     assert one.run().best == {"top1": best}
     assert [e for name, e in kept if "best" in name][-1] == epoch
     assert ("the start is kept" in " ".join(said.getvalue().split())) is (epoch == 0)
+
+
+def test_of_trained_models_as_good_as_each_other_the_first_stays_the_best_also_in_a_resumed_run(tmp_path):
+    kept = []
+    calls = {
+        "validate": lambda model: {"top1": 85.0},
+        "save": lambda m, path, facts: (kept.append((path.name, facts["epoch"])), path.touch()),
+        "start": {"top1": 85.0},
+    }
+
+    def kill(model, done):
+        if round(done * 18) == 13:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trainer(tmp_path, calls=calls, hooks={"before_step": kill}).run()
+    trainer(tmp_path, calls=calls).run(resume=True)
+    assert [epoch for name, epoch in kept if "best" in name] == [0, 1]
+
+
+def test_no_advice_is_given_where_nothing_can_be_gained(tmp_path):
+    said = io.StringIO()
+    calls = {"validate": lambda model: {"top1": 99.0}, "start": {"top1": 100.0}}
+    trainer(tmp_path, console=Console(file=said, width=200), calls=calls).run()
+    assert "the start is kept as the best.\n" in said.getvalue()
 
 
 def test_a_validation_before_the_model_is_what_it_shall_be_does_not_count(tmp_path):

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from halfeven.checkpoint import read_facts
 from halfeven.cli.report_pages import write_pages
-from halfeven.cli.run import BEST, RESULTS, RunContext, show, write_json
+from halfeven.cli.run import BEST, LAST, RESULTS, RunContext, show, write_json
 from halfeven.pipelines import load
 from halfeven.placement.insertion import plan_of
 from halfeven.runtimes.export import export
@@ -16,6 +17,9 @@ from halfeven.tasks.task import Metrics
 from halfeven.verification.report import Report
 from halfeven.verification.verify import verify
 from halfeven.zoo.options import DataOptions
+
+LAST_ROW = "simulated, last"
+"""Name of the last checkpoint's accuracy in the table and in the results."""
 
 
 def deliver(context: RunContext, model: nn.Module, float_metrics: Metrics, facts: dict[str, Any] | None = None) -> None:
@@ -32,14 +36,33 @@ def deliver(context: RunContext, model: nn.Module, float_metrics: Metrics, facts
     reports = export_verified(context, qmodel, context.folder, model)
     rows = {"float": float_metrics, "simulated": context.accuracy(qmodel)}
     files = {"simulated": best}
+    last = context.folder / LAST
+    if last.is_file():  # the run was a training
+        rows[LAST_ROW] = _accuracy_of_last(context, model, rows["simulated"])
+        files[LAST_ROW] = last
     for path in reports:
         name = "deployed" if len(reports) == 1 else f"deployed {path.suffix}"
         rows[name] = context.accuracy(load_deployed(path, target_of(context, qmodel), qmodel), "cpu")
         files[name] = path
-    show(context, rows, files)
+    show(context, rows, files, _selected_by(context) if last.is_file() else "")
     write_pages(context, qmodel, reports, rows, files)
     verification = {path.name: report.to_dict() for path, report in reports.items()}
     write_json(context.folder / RESULTS, {**rows, **(facts or {}), "verification": verification})
+
+
+def _accuracy_of_last(context: RunContext, model: nn.Module, best: Metrics) -> Metrics:
+    """Return the accuracy of the last checkpoint, which was not chosen; that of the best one where it is the same."""
+    chosen, last = (read_facts(context.folder / name).get("extra", {}) for name in (BEST, LAST))
+    if chosen == last:
+        return best
+    return context.accuracy(load(context.folder / LAST, model.cpu(), context.datasets.example()))
+
+
+def _selected_by(context: RunContext) -> str:
+    said = f"{BEST} was chosen on the {context.selection}"
+    if context.datasets.holdout is not None:
+        return f"{said}, and not on these."
+    return f'{said}, so its accuracy here is a little too good; "{LAST_ROW}" was not chosen.'
 
 
 def target_of(context: RunContext, qmodel: nn.Module) -> str:

@@ -40,7 +40,7 @@ def train_float(context: RunContext, model: nn.Module, *, resume: bool) -> None:
         console=context.console,
         seed=context.experiment.seed,
         workers=context.experiment.data.workers,
-        name="float",
+        name=context.selected_name("float"),
     )
     trainer = Trainer(
         model,
@@ -48,7 +48,7 @@ def train_float(context: RunContext, model: nn.Module, *, resume: bool) -> None:
         context.experiment.pretraining,
         run,
         task=context.task,
-        validate=context.accuracy,
+        validate=context.selection_accuracy,
         save=save_weights,
     )
     trainer.run(resume=resume and (folder / STATE_FILE).is_file())

@@ -39,6 +39,7 @@ RECORD = "experiment.json"
 FLOAT_FOLDER = "float"
 """Folder of the training of the float model, if there is one."""
 BEST = "best.safetensors"
+LAST = "last.safetensors"
 PTQ_STATE = "ptq_state"
 """Folder of the layers and blocks that post-training quantization has reconstructed, until it has finished."""
 RESULTS = "results.json"
@@ -93,6 +94,27 @@ class RunContext:
             model.to(device)
         return evaluate(model, self.loader(self.datasets.validation), self.task, device=device)
 
+    def selection_accuracy(self, model: Callable[..., Any]) -> Metrics:
+        """Return the task's metrics on the samples that choose the best checkpoint, by all processes together."""
+        if self.datasets.holdout is None:
+            return self.accuracy(model)
+        if isinstance(model, nn.Module):
+            model.to(self.accelerator.device)
+        # Samples that only come augmented are augmented alike each time, or chance would choose.
+        with seeded(self.experiment.seed):
+            loader = self.loader(self.datasets.holdout)
+            return evaluate(model, loader, self.task, device=self.accelerator.device)
+
+    @property
+    def selection(self) -> str:
+        """Return which samples choose the best checkpoint, for messages."""
+        part = "validation samples themselves" if self.datasets.holdout is None else "held-out training samples"
+        return f"{len(self.datasets.selection)} {part}"
+
+    def selected_name(self, model: str) -> str:
+        """Return the name, in logs, of a model's accuracy on the samples that choose the best checkpoint."""
+        return model if self.datasets.holdout is None else f"{model}, holdout"
+
     def log(self, text: str) -> None:
         """Print a line, from the first process alone."""
         self.console.print(text, highlight=False, soft_wrap=True)
@@ -116,7 +138,13 @@ def open_run(experiment: Experiment, folder: Path) -> RunContext:
     with seeded(experiment.seed):
         check_targets(datasets, task.wrong_target, one_size=type(task).collate is Task.collate)
     torch.manual_seed(experiment.seed)
-    return RunContext(experiment, folder, accelerator, console, datasets, task)
+    context = RunContext(experiment, folder, accelerator, console, datasets, task)
+    if datasets.holdout is not None and datasets.train_as_evaluated is None:
+        context.log(
+            f"{experiment.data.function} gives no train_as_evaluated, so the held-out samples are read as those of "
+            "training, with any augmentation, which is the same in each epoch."
+        )
+    return context
 
 
 def _mismatches(experiment: Experiment, datasets: Datasets) -> list[str]:
@@ -256,7 +284,7 @@ def _sees(path: Path, wanted: Any) -> bool:
 
 
 def _write_record(context: RunContext, command: str, *, resume: bool) -> None:
-    for name in (*RESUMED_FROM, SKIPPED) if not resume else ():
+    for name in (*RESUMED_FROM, LAST, SKIPPED) if not resume else ():
         remove(context.folder / name)
     text = json.dumps(_facts(context, command), indent=2) + "\n"
     write_atomically(context.folder / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
@@ -325,15 +353,17 @@ def _differences(name: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]
         yield name, was, now
 
 
-def show(context: RunContext, rows: dict[str, Metrics], files: Mapping[str, object]) -> None:
+def show(context: RunContext, rows: dict[str, Metrics], files: Mapping[str, object], caption: str = "") -> None:
     """Print the accuracies as one table.
 
     Args:
         context: the run.
         rows: metrics by the model's name.
         files: the file of a model, by the same name.
+        caption: a line below the table.
     """
-    table = Table(title=f"{len(context.datasets.validation)} validation samples", title_justify="left")
+    title = f"{len(context.datasets.validation)} validation samples"
+    table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
     table.add_column("model")
     for metric in next(iter(rows.values())):
         table.add_column(f"{metric}, %", justify="right")

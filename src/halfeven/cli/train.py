@@ -158,9 +158,11 @@ def _start(
         qmodel = prepare(model, context.datasets.example(), experiment.quantization)
     float_metrics = context.accuracy(model)
     loader, inputs = _loaders(context)
-    scheme = experiment.quantization.scheme
-    start = context.accuracy(calibrate(qmodel.to(context.accelerator.device), loader))
+    scheme = context.selected_name(experiment.quantization.scheme)
+    start = context.selection_accuracy(calibrate(qmodel.to(context.accelerator.device), loader))
     known = {"float": float_metrics, f"{scheme}, calibrated": start}
+    if context.datasets.holdout is not None:
+        known[context.selected_name("float")] = context.selection_accuracy(model)
     session = setup_qat(
         qmodel,
         model,
@@ -174,9 +176,9 @@ def _start(
         logits=context.task.logits,
     )
     if session.recipe.equalize.enabled and not session.recipe.reconstruct.enabled:
-        start = known[f"{scheme}, equalized"] = context.accuracy(qmodel)
+        start = known[f"{scheme}, equalized"] = context.selection_accuracy(qmodel)
     if session.recipe.reconstruct.enabled:
-        start = known[f"{scheme}, rounding learned"] = context.accuracy(qmodel)
+        start = known[f"{scheme}, rounding learned"] = context.selection_accuracy(qmodel)
     facts = {"plan": plan_of(qmodel).to_dict(), "float": float_metrics, "known": known}
     # With progressive bit-width the start has more bits than it shall have, and says nothing of the end.
     return qmodel, session, facts | {"start": start if session.counts_from == 0 else None}
@@ -192,16 +194,17 @@ def _train_quantized(
         console=context.console,
         seed=experiment.seed,
         workers=experiment.data.workers,
-        name=experiment.quantization.scheme,
+        name=context.selected_name(experiment.quantization.scheme),
     )
+    known = {"float": header["float"], "selection": experiment.data.selection}
     trainer = Trainer(
         qmodel,
         context.datasets.train,
         experiment.training,
         run,
         task=context.task,
-        validate=context.accuracy,
-        save=lambda model, path, facts: save(model, path, facts | {"float": header["float"]}),
+        validate=context.selection_accuracy,
+        save=lambda model, path, facts: save(model, path, facts | known),
         callback=session,
         measured=header["known"],
         start=header.get("start"),

@@ -6,10 +6,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfeven.errors import ConfigError
 from halfeven.graph.torch_private import AnyBatchOrInstanceNorm
 from halfeven.quantization.quantizer import quantizers
+from halfeven.training.joined_optimizers import JoinedOptimizers
 from halfeven.training.options import TrainingOptions
 
+ONECYCLE_START = 1 / 25
+"""Share of the highest learning rate at which the schedule "onecycle" begins; torch's OneCycleLR has the same."""
+ONECYCLE_END = ONECYCLE_START / 1e4
+"""Share at which it ends."""
 NORMALIZATIONS = (AnyBatchOrInstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -26,7 +32,8 @@ def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[st
         options: learning rate, weight decay, and the scales' share of the learning rate (`scale_rate`).
 
     Returns:
-        The groups that are not empty. "rate" is the factor on the learning rate of each step.
+        The groups that are not empty. "rate" is the factor on the learning rate of each step, "scales" is True for
+        learned scales.
     """
     found = quantizers(model).values()
     # By identity: tensors have no useful equality, and a shared parameter must be in one group only.
@@ -44,9 +51,10 @@ def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[st
         keeps = small and not options.decay_norms_and_biases
         group = learned if id(parameter) in scales else free if keeps else decayed
         (clipped if id(parameter) in clipping else group).append(parameter)
-    factor = options.scale_rate if options.optimizer == "sgd" else 1.0
-    # "rate" is a key of our own: each step sets "lr" anew from the schedule, times this factor (`Trainer._take_step`).
-    own = {"lr": options.learning_rate * factor, "rate": factor}
+    factor = options.scale_rate if scale_optimizer(options) == "sgd" or has_two_optimizers(options) else 1.0
+    # "rate" and "scales" are keys of our own: each step sets "lr" anew from the schedule, times "rate"
+    # (`Trainer._take_step`), and "scales" tells whose optimizer a group has.
+    own = {"lr": options.learning_rate * factor, "rate": factor, "scales": True}
     groups = [
         {"params": decayed, "weight_decay": options.weight_decay},
         {"params": free, "weight_decay": 0.0},
@@ -56,12 +64,44 @@ def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[st
     return [group for group in groups if group["params"]]
 
 
+def scale_optimizer(options: TrainingOptions) -> str:
+    """Return the name of the optimizer of learned scales."""
+    return options.optimizer if options.scale_optimizer == "auto" else options.scale_optimizer
+
+
+def has_two_optimizers(options: TrainingOptions) -> bool:
+    """Return True where learned scales have another optimizer than the weights."""
+    return scale_optimizer(options) != options.optimizer
+
+
 def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
-    """Return the optimizer that the options name, over the parameters of the model that require gradients."""
+    """Return the optimizer that the options name, over the parameters of the model that require gradients.
+
+    Raises:
+        ConfigError: scales have an optimizer of their own, and the model has no learned scale.
+    """
     groups = parameter_groups(model, options)
-    if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum)
-    return torch.optim.AdamW(groups, lr=options.learning_rate)
+    if not has_two_optimizers(options):
+        return _optimizer(options.optimizer, groups, options)
+    scales = [group for group in groups if "scales" in group]
+    if not scales:
+        raise ConfigError(
+            f'training.scale_optimizer="{options.scale_optimizer}" is for learned scales, and this model has none, so '
+            'it would have no effect. Leave it out, or set quantization.ranges="learned".'
+        )
+    weights = [group for group in groups if "scales" not in group]
+    parts = [_optimizer(options.optimizer, weights, options)] if weights else []
+    return JoinedOptimizers(*parts, _optimizer(scale_optimizer(options), scales, options))
+
+
+def _optimizer(name: str, groups: list[dict[str, Any]], options: TrainingOptions) -> torch.optim.Optimizer:
+    if name == "sgd":
+        momentum = {"momentum": options.momentum, "nesterov": options.nesterov}
+        return torch.optim.SGD(groups, lr=options.learning_rate, **momentum)
+    if name == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=options.learning_rate, momentum=options.momentum)
+    kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+    return kind(groups, lr=options.learning_rate)
 
 
 def learning_rate(step: int, total_steps: int, steps_per_epoch: int, options: TrainingOptions) -> float:
@@ -76,16 +116,36 @@ def learning_rate(step: int, total_steps: int, steps_per_epoch: int, options: Tr
     if step < options.warmup_steps:
         # From step 0 on: a rate of 0 would waste the first step.
         return options.learning_rate * (step + 1) / (options.warmup_steps + 1)
+    if options.schedule == "onecycle":
+        return options.learning_rate * _onecycle(step, total_steps, options.onecycle_rise)
     epoch = step // steps_per_epoch
-    if options.schedule == "cosine":
-        if options.schedule_by == "epoch":
-            done = epoch
-            whole = math.ceil(total_steps / steps_per_epoch)
-        else:
-            done = step - options.warmup_steps
-            whole = total_steps - options.warmup_steps
-        return options.learning_rate * 0.5 * (1 + math.cos(math.pi * done / max(whole, 1)))
     if options.schedule == "step":
         passed = sum(epoch >= milestone for milestone in options.step_epochs)
         return float(options.learning_rate * options.step_factor**passed)
-    return options.learning_rate
+    if options.schedule == "constant":
+        return options.learning_rate
+    if options.schedule_by == "epoch":
+        done = epoch / max(math.ceil(total_steps / steps_per_epoch), 1)
+    else:
+        done = (step - options.warmup_steps) / max(total_steps - options.warmup_steps, 1)
+    shapes = {
+        "cosine": lambda: 0.5 * (1 + math.cos(math.pi * done)),
+        "linear": lambda: 1 - done,
+        "polynomial": lambda: (1 - done) ** options.polynomial_power,
+    }
+    left: float = shapes[options.schedule]()
+    return options.learning_rate * (options.end_rate + (1 - options.end_rate) * left)
+
+
+def _onecycle(step: int, total_steps: int, rise: float) -> float:
+    """Return the share of the highest learning rate, as torch's OneCycleLR has it by default."""
+    top = rise * total_steps - 1
+    last = total_steps - 1
+    if step <= top:
+        return _between(ONECYCLE_START, 1.0, step / top)
+    return _between(1.0, ONECYCLE_END, (step - top) / (last - top) if last > top else 1.0)
+
+
+def _between(start: float, end: float, done: float) -> float:
+    """Return the value of a half cosine from `start` to `end`."""
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * done))

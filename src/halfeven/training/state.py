@@ -45,6 +45,9 @@ class TrainingState:
     """States of the callback's objects by name, for example of the average of the weights."""
     header: str = ""
     """JSON of the facts that the caller needs to make the model anew; for a quantized model its plan."""
+    trained: bool | None = None
+    """True where the best is a trained model, and not the one that training started from; None: an earlier version of
+    halfeven wrote the file, and did not say."""
     format: int = FORMAT
 
 

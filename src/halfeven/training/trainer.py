@@ -32,6 +32,9 @@ from halfeven.training.sampling import TrainingBatches, mix
 from halfeven.training.state import STATE_FILE, TrainingState, belonging, check_position, load_state, save_state
 from halfeven.training.stopping import StopRequested, deferred
 
+PERFECT = 100.0
+"""Largest value of a metric, in percent: no advice helps beyond it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -83,11 +86,11 @@ class Trainer:
         options: optimizer, schedule and length.
         run: where the run takes place.
         task: makes batches and the loss, and names the metric that decides on the best model.
-        validate: returns a model's accuracy; called on every process after each epoch.
+        validate: returns a model's accuracy; called on every process at each validation.
         save: writes a checkpoint of a model to a path, with facts about it; called on the first process.
         callback: the method that the model is trained by.
         measured: accuracies measured before, by name, which are logged at step 0; for example the float model's.
-        start: accuracy of the model as it is given: it is the best until training makes a better one. None: the first
+        start: accuracy of the model as it is given: it is the best until training reaches as much. None: the first
             validation is the best so far.
         header: JSON-able facts that the caller needs, besides the training state, to make the model anew when the run
             is resumed.
@@ -126,6 +129,7 @@ class Trainer:
         self.step = 0
         self.rate = 0.0
         self.best = Metrics()
+        self.trained = False
         self.last = Metrics()
         self.accelerator = run.accelerator
         model.to(self.accelerator.device)
@@ -173,18 +177,19 @@ class Trainer:
                 for name, metrics in self.measured.items():
                     self.log.validation(0, 0, name, metrics)
                 if self.start is not None:
-                    self._write_best(self.model, self.start, 0, self.where.name)
+                    self._write_best(self.model, self.start, 0, self.where.name, trained=False)
                 self._save_state()
             with deferred() as self.safe_points:
                 while self.step < self.total_steps:
                     self._train_epoch(self.step // self.steps_per_epoch)
         finally:
             self.log.close()
-        if self.best and self.best == self.start:
+        if self.best and not self.trained:
+            best = self.best[self.task.key]
+            advice = " A lower training.learning_rate or a longer run may help." if best < PERFECT else ""
             self.where.console.print(
-                f"No validation was better than the {self.best[self.task.key]:.2f} % that training started from (the "
-                f"last: {self.last[self.task.key]:.2f} %): the start is kept as the best. A lower "
-                "training.learning_rate or a longer run may help.",
+                f"No validation reached the {best:.2f} % that training started from (the last: "
+                f"{self.last[self.task.key]:.2f} %): the start is kept as the best.{advice}",
                 highlight=False,
             )
         return TrainingResult(best=self.best, last=self.last, steps=self.step)
@@ -199,17 +204,26 @@ class Trainer:
             self.log.advance(self.step, sum(find_batch_size(inputs) for inputs, _ in group) * world_size())
             if self.step % self.options.log_every == 0 or self.step == self.total_steps:
                 self._log_loss(epoch, loss)
-            # At the end of an epoch the state is saved after the validation, which a resumed run must not skip.
-            if self.step == self.total_steps or self.step % self.steps_per_epoch == 0:
-                break
+            ends = self.step == self.total_steps or self.step % self.steps_per_epoch == 0
+            # The state is saved after a validation, which a resumed run must not skip.
+            if ends or self._validates():
+                self.guard.check(self.step, self.rate)
+                self._finish(epoch)
+                if ends:
+                    break
+                self.model.train()
+                continue
             stop = self.safe_points.reason(self.step, self.accelerator.device)
             if stop or self.step % self.options.save_every == 0:
                 self.guard.check(self.step, self.rate)
                 self._save_state(stopping=bool(stop))
             if stop:
                 raise StopRequested(stop, self.step)
-        self.guard.check(self.step, self.rate)
-        self._finish_epoch(epoch)
+
+    def _validates(self) -> bool:
+        """Return True where a validation is due after the present step."""
+        every = self.options.validate_every
+        return self.step == self.total_steps or self.step % (self.steps_per_epoch if every == "auto" else every) == 0
 
     def _groups(self, batches: Iterator[Any]) -> Iterator[list[tuple[Any, Any]]]:
         """Yield the batches of each optimizer step; the last group of an epoch may be smaller."""
@@ -268,10 +282,12 @@ class Trainer:
             self.guard.check(self.step, self.rate)
         self.log.training(self.step, epoch + 1, value, self.rate, self.callback.figures())
 
-    def _finish_epoch(self, epoch: int) -> None:
-        self.last = self._validate(self.model, epoch, self.where.name, "last")
-        for name, model in self.callback.other_models.items():
-            self._validate(model, epoch, f"{self.where.name}, {name}")
+    def _finish(self, epoch: int) -> None:
+        """Validate where it is due, and save the state, at the end of an epoch or at a validation within it."""
+        if self._validates():
+            self.last = self._validate(self.model, epoch, self.where.name, "last")
+            for name, model in self.callback.other_models.items():
+                self._validate(model, epoch, f"{self.where.name}, {name}")
         self._save_state()
         if stop := self.safe_points.reason(self.step, self.accelerator.device, exchange=True):
             raise StopRequested(stop, self.step)
@@ -285,14 +301,24 @@ class Trainer:
         metrics = self.validate(model)
         self.log.validation(self.step, epoch + 1, name, metrics)
         counts = self.step >= self.callback.counts_from * self.total_steps
-        if counts and (not self.best or metrics[self.task.key] > self.best[self.task.key]):
+        if counts and self._is_best(metrics):
             self._write_best(model, metrics, epoch + 1, name)
         if counts and file:
             self._write(model, file, {"step": self.step, "epoch": epoch + 1, name: metrics})
         return metrics
 
-    def _write_best(self, model: nn.Module, metrics: Metrics, epoch: int, name: str) -> None:
+    def _is_best(self, metrics: Metrics) -> bool:
+        """Return True for the best metrics so far. A trained model as good as the start is the better: it has learned
+        with its rounding."""
+        if not self.best:
+            return True
+        reached = metrics[self.task.key]
+        best = self.best[self.task.key]
+        return reached > best or (reached == best and not self.trained)
+
+    def _write_best(self, model: nn.Module, metrics: Metrics, epoch: int, name: str, *, trained: bool = True) -> None:
         self.best = metrics
+        self.trained = trained
         self._write(model, "best", {"step": self.step, "epoch": epoch, name: metrics})
 
     def _write(self, model: nn.Module, file: str, facts: dict[str, Any]) -> None:
@@ -324,6 +350,7 @@ class Trainer:
                 scaler=scaler.state_dict() if scaler is not None else {},
                 step=self.step,
                 best=self.best,
+                trained=self.trained,
                 last=self.last,
                 position=self.position,
                 header=self.header,
@@ -356,6 +383,7 @@ class Trainer:
             set_own_statistics(models, state.others.get(_statistics_of(rank()), {}))
         self.step = state.step
         self.best = state.best
+        self.trained = state.best != (self.start or {}) if state.trained is None else state.trained
         self.last = state.last
         self.where.console.print(f"Resumed {path} at step {self.step} of {self.total_steps}.", highlight=False)
 

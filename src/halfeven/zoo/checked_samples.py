@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from halfeven.errors import ConfigError, HalfevenError
-from halfeven.zoo.datasets import Datasets, Samples
+from halfeven.zoo.origins import Wrapped, parent
+from halfeven.zoo.parts import Datasets, Samples
 
 SKIPPED = "skipped.jsonl"
 """File in the work folder with a line for each sample that was left out."""
 MOST_IN_A_ROW = 100
 """Largest number of bad samples, one after the other, that are left out."""
-PARTS = ("train", "calibration", "validation")
+PARTS = ("train", "calibration", "validation", "holdout")
 
 
 class SampleError(ConfigError):
@@ -28,7 +29,7 @@ class SampleError(ConfigError):
         super().__init__(message.rpartition(f"{SampleError.__name__}: ")[2].strip())
 
 
-class CheckedSamples(Dataset[Any]):
+class CheckedSamples(Wrapped):
     """Samples that are checked where they are read.
 
     Args:
@@ -124,7 +125,9 @@ class CheckedSamples(Dataset[Any]):
 
 def checked(datasets: Datasets, on_bad: Literal["error", "skip"], folder: Path) -> Datasets:
     """Return data whose samples are checked where they are read."""
-    parts: dict[str, Any] = {name: CheckedSamples(getattr(datasets, name), name, on_bad, folder) for name in PARTS}
+    parts: dict[str, Any] = {
+        name: CheckedSamples(samples, name, on_bad, folder) for name, samples in datasets.parts().items()
+    }
     return dataclasses.replace(datasets, **parts)
 
 
@@ -139,19 +142,12 @@ def check_targets(datasets: Datasets, wrong_target: Callable[[Any], str], *, one
     Raises:
         SampleError: a target, or the first sample of a part, cannot be used.
     """
-    for part in (getattr(datasets, name) for name in PARTS):
+    for part in datasets.parts().values():
+        assert isinstance(part, CheckedSamples)
         part.wrong_target = wrong_target
         part.check_targets()
         first = part[0][0]
         part.like = first if one_size and isinstance(first, Tensor) else None
-
-
-def parent(samples: Any, index: int) -> tuple[Any, int]:
-    """Return the data set that a sample is from, and its index there."""
-    while isinstance(samples, Subset | CheckedSamples):
-        index = samples.indices[index] if isinstance(samples, Subset) else index
-        samples = samples.dataset if isinstance(samples, Subset) else samples.samples
-    return samples, index
 
 
 def origin(samples: Any, index: int) -> tuple[str, Any]:

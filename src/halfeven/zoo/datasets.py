@@ -4,25 +4,28 @@ Each source gives samples for training, for calibration and for validation. Cali
 training samples, preprocessed as in evaluation.
 """
 
+import dataclasses
 import gzip
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import Dataset, TensorDataset
 
 from halfeven.errors import ConfigError
 from halfeven.imports import call_function, extra, users_code
 from halfeven.renamed import renamed_attributes
 from halfeven.zoo import detection_segmentation
+from halfeven.zoo.holdout import hold_out
 from halfeven.zoo.images import read_image
 from halfeven.zoo.options import DataOptions
+from halfeven.zoo.parts import Datasets as Datasets
+from halfeven.zoo.parts import calibration_subset
 from halfeven.zoo.text import texts
 
 FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"
@@ -33,39 +36,6 @@ DIGITS_MEAN = 0.3053
 DIGITS_STD = 0.3236
 DIGITS_VALIDATION = 360
 """Number of the 1,797 digits that are kept for validation."""
-
-
-Example = Tensor | dict[str, Tensor]
-
-
-class Samples(Protocol):
-    """A dataset of known length whose items are (input, target): (image, label) for example."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Datasets:
-    """The three parts of the data, and the number of classes of their labels."""
-
-    train: Samples
-    calibration: Samples
-    validation: Samples
-    num_classes: int
-
-    def example(self) -> Example:
-        """Return two validation inputs as a batch, to capture a model with."""
-        inputs = [self.validation[index][0] for index in range(min(2, len(self.validation)))]
-        try:
-            found: Example = default_collate(inputs)
-        except (RuntimeError, TypeError) as error:
-            raise ConfigError(
-                f"The first two validation inputs make no batch ({next(iter(str(error).splitlines()), '')}), so the "
-                "model cannot be captured. Give tensors of one size, or dicts of them."
-            ) from error
-        return found
 
 
 def load_datasets(options: DataOptions) -> Datasets:
@@ -85,20 +55,15 @@ def load_datasets(options: DataOptions) -> Datasets:
     }
     with users_code(f'The data of data.source="{options.source}"'):
         datasets = loaders[options.source](options)
-    for part in ("train", "calibration", "validation"):
-        if len(getattr(datasets, part)) == 0:
+    for part, samples in datasets.parts().items():
+        if len(samples) == 0:
             raise ConfigError(
                 f'The {part} part of the data is empty (data.source="{options.source}"), so there is nothing to use '
                 "for it. Add samples to that part."
             )
-    return datasets
-
-
-def calibration_subset(samples: Samples, options: DataOptions) -> Samples:
-    """Draw the calibration samples: the same ones for the same seed."""
-    count = min(options.calibration_samples, len(samples))
-    order = np.random.default_rng(options.calibration_seed).permutation(len(samples))[:count]
-    return Subset(samples, sorted(order.tolist()))  # type: ignore[arg-type]
+    return (
+        hold_out(datasets, options) if options.selection == "holdout" else dataclasses.replace(datasets, holdout=None)
+    )
 
 
 def digits(options: DataOptions) -> Datasets:
@@ -117,6 +82,7 @@ def digits(options: DataOptions) -> Datasets:
     train_images: Dataset[tuple[Tensor, ...]] = TensorDataset(images[train], labels[train])
     return Datasets(
         train=train_images,  # type: ignore[arg-type]
+        train_as_evaluated=train_images,  # type: ignore[arg-type]
         calibration=calibration_subset(train_images, options),  # type: ignore[arg-type]
         validation=TensorDataset(images[validation], labels[validation]),
         num_classes=10,
@@ -139,8 +105,14 @@ def fashion_mnist(options: DataOptions) -> Datasets:
         images = F.pad(torch.from_numpy(pixels).unsqueeze(1).float() / 255, (2, 2, 2, 2))
         images = (images - FASHION_MNIST_MEAN) / FASHION_MNIST_STD
         parts[part] = TensorDataset(images, torch.from_numpy(labels).long())
-    calibration = calibration_subset(parts["train"], options)
-    return Datasets(train=parts["train"], calibration=calibration, validation=parts["validation"], num_classes=10)
+    train = parts["train"]
+    return Datasets(
+        train=train,
+        train_as_evaluated=train,
+        calibration=calibration_subset(train, options),
+        validation=parts["validation"],
+        num_classes=10,
+    )
 
 
 def read_idx(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -205,29 +177,47 @@ def image_folder(options: DataOptions) -> Datasets:
             f"The class folders of {root / 'train'} and {root / 'val'} differ ({', '.join(odd[:6])}), so their labels "
             "would not mean the same. Put the same class folders in both."
         )
-    calibration = calibration_subset(seen_as_in_evaluation, options)
-    return Datasets(train=train, calibration=calibration, validation=validation, num_classes=len(train.classes))
+    return Datasets(
+        train=train,
+        train_as_evaluated=seen_as_in_evaluation,
+        calibration=calibration_subset(seen_as_in_evaluation, options),
+        validation=validation,
+        num_classes=len(train.classes),
+    )
 
 
 def _voc(options: DataOptions) -> Datasets:
     train, plain, validation = detection_segmentation.voc_segmentation(options)
-    calibration = calibration_subset(plain, options)
     return Datasets(
-        train=train, calibration=calibration, validation=validation, num_classes=detection_segmentation.VOC_CLASSES
+        train=train,
+        train_as_evaluated=plain,
+        calibration=calibration_subset(plain, options),
+        validation=validation,
+        num_classes=detection_segmentation.VOC_CLASSES,
     )
 
 
 def _coco(options: DataOptions) -> Datasets:
     train, plain, validation = detection_segmentation.coco_detection(options)
     highest = max(train.items.coco.getCatIds())
-    calibration = calibration_subset(plain, options)
-    return Datasets(train=train, calibration=calibration, validation=validation, num_classes=highest + 1)
+    return Datasets(
+        train=train,
+        train_as_evaluated=plain,
+        calibration=calibration_subset(plain, options),
+        validation=validation,
+        num_classes=highest + 1,
+    )
 
 
 def _texts(options: DataOptions) -> Datasets:
     train, validation, classes = texts(options)
-    calibration = calibration_subset(train, options)
-    return Datasets(train=train, calibration=calibration, validation=validation, num_classes=len(classes))
+    return Datasets(
+        train=train,
+        train_as_evaluated=train,
+        calibration=calibration_subset(train, options),
+        validation=validation,
+        num_classes=len(classes),
+    )
 
 
 def _from_callable(options: DataOptions) -> Datasets:
@@ -240,4 +230,4 @@ def _from_callable(options: DataOptions) -> Datasets:
     return datasets
 
 
-__getattr__ = renamed_attributes(__name__, Images="zoo.datasets.Samples")
+__getattr__ = renamed_attributes(__name__, Images="zoo.parts.Samples")

@@ -1,14 +1,8 @@
 """Keep calibration and validation apart: an accuracy measured on calibration samples would be too good to be true."""
 
-import os
-from collections.abc import Hashable, Iterator
-from typing import Any
-
-from torch.utils.data import TensorDataset
-
 from halfeven.errors import ConfigError
-from halfeven.zoo.checked_samples import parent
-from halfeven.zoo.datasets import Datasets
+from halfeven.zoo.origins import origins
+from halfeven.zoo.parts import Datasets
 
 
 def check_apart(datasets: Datasets) -> None:
@@ -30,21 +24,3 @@ def check_apart(datasets: Datasets) -> None:
             "Calibrate on training samples: give data.root a train folder with files of its own, or let your "
             "data.function return other samples as `calibration`."
         )
-
-
-def origins(samples: Any) -> Iterator[Hashable]:
-    """Return the origin of each sample of a data set; samples that are one and the same have equal origins."""
-    for index in range(len(samples)):
-        yield _origin(samples, index)
-
-
-def _origin(samples: Any, index: int) -> Hashable:
-    samples, index = parent(samples, index)
-    if isinstance(samples, TensorDataset):
-        first = samples.tensors[0]
-        return "memory", first.data_ptr() + index * first.stride(0) * first.element_size()
-    files = getattr(samples, "samples", None)  # torchvision's folders: pairs of path and label
-    if isinstance(files, list) and len(files) == len(samples) and isinstance(files[index][0], str):
-        found = os.stat(files[index][0])  # follows links; a hard link has the number of its file
-        return "file", found.st_dev, found.st_ino
-    return "item", id(samples), index

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from halfeven.errors import ConfigError
-from halfeven.options import NonNegativeInt, Options, PositiveFloat, PositiveInt, formerly, renamed_from
+from halfeven.options import NonNegativeInt, Options, PositiveFloat, PositiveInt, above, below, formerly, renamed_from
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -59,6 +59,13 @@ class DataOptions(Options):
     """Training samples, drawn once with the seed, that set the ranges."""
     calibration_seed: NonNegativeInt = 0
     """Seed of that draw."""
+    selection: Literal["validation", "holdout"] = "validation"
+    """Samples that choose the best checkpoint: those of validation, on which it then looks better than it is, or a part
+    of the training samples that is held out, and never trained or calibrated on."""
+    holdout_share: Annotated[float, above(0), below(1)] = 0.1
+    """Share of the training samples that is held out."""
+    holdout_seed: NonNegativeInt = 0
+    """Seed of the draw of these samples."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """A sample that cannot be read, or whose label cannot be, ends the run ("error") or is replaced by the next good
     one ("skip"), which is counted."""
@@ -72,4 +79,9 @@ class DataOptions(Options):
             raise ConfigError(
                 f"data.image_size={self.image_size} cannot be cropped out of images whose short side is "
                 f"data.resize={self.resize}. Set data.resize to at least data.image_size."
+            )
+        if self.selection == "validation" and (self.holdout_share, self.holdout_seed) != (0.1, 0):
+            raise ConfigError(
+                f"data.holdout_share={self.holdout_share} and data.holdout_seed={self.holdout_seed} have no effect "
+                'with data.selection="validation": nothing is held out. Set data.selection="holdout".'
             )
