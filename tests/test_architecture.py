@@ -32,7 +32,7 @@ FLOORS = [
     {"tasks"},
     {"graph"},
     {"quantization"},
-    {"checked_arguments", "progress_bar", "temporary"},
+    {"checked_arguments", "progress_bar", "tables", "temporary"},
     {"options", "imports", "distributed", "files", "integrity", "decision", "moved"},
     {"nearest"},
     {"errors", "renamed"},

@@ -135,6 +135,15 @@ def _with_batchnorm(options: QuantizationOptions, handling: BatchNormHandling) -
     return dataclasses.replace(options, batchnorm=handling) if options.batchnorm == "auto" else options
 
 
+def without_training(options: QuantizationOptions) -> QuantizationOptions:
+    """Return the options of post-training quantization: BatchNorm folded, and no range that only training would learn.
+
+    A choice of the user stays.
+    """
+    ranges = "observed" if options.ranges == "auto" else options.ranges
+    return _with_batchnorm(dataclasses.replace(options, ranges=ranges), "fold")
+
+
 def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
     """Make the quantized model that a plan describes, so that a checkpoint can be loaded into it."""
     # A checkpoint of another model is refused when it is loaded, with a list of all that differs.
@@ -220,7 +229,7 @@ def quantize(
         args, kwargs = inputs_in(model, data[0])
         example = kwargs or args
     assert example is not None
-    qmodel = prepare(model, example, _with_batchnorm(options, "fold"))
+    qmodel = prepare(model, example, without_training(options))
     return quantize_prepared(qmodel, data, ptq, log=log, resume_dir=resume_dir)
 
 

@@ -219,7 +219,7 @@ def test_nothing_is_left_for_autograd():
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a3"])
 def test_the_range_of_class_scores_is_that_of_the_least_cross_entropy(scheme):
     """The model's own logits, through the quantizer: no other range of a grid of candidates serves them better."""
-    qmodel = prepared(quantize_outputs=True, scheme=scheme)
+    qmodel = prepared(quantize_outputs=True, scheme=scheme, ranges="observed")
     he.calibrate(qmodel, batches())
     qmodel.eval()
     last = list(quantizers(qmodel).values())[-1]

@@ -11,36 +11,121 @@ from halfeven.placement.plan import Plan, QuantizationOptions, Rule
 from placement.parts import Attention, Residual, conv, plan
 
 
-def test_print():
+def small():
     model = nn.Sequential(conv(3), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4), nn.AdaptiveAvgPool2d(1))
+    return plan(model, scheme="w4a8", batchnorm="keep")
+
+
+def test_print():
     assert (
-        str(plan(model, scheme="w4a8", batchnorm="keep"))
+        str(small())
         == """\
-Plan for openvino, w4a8, observed ranges, BatchNorm keep: 2 layers with quantized weights, 3 quantized activations.
+Plan for openvino, w4a8, learned ranges, BatchNorm keep
+2 quantized layers, 3 quantized activations, 0 operators in float
 
-activation  scheme                    range  read by
-----------  ------------------------  -----  ---------------------
-input       u8 asymmetric per tensor  mse    0
-2.relu      u8 symmetric per tensor   mse    3
-3           u8 asymmetric per tensor  mse    4.adaptive_avg_pool2d
+layers  number  weight bits  input bits  weight ranges
+Conv2d       2            4           8  mse, then learned
 
-weight of  scheme                                    range
----------  ----------------------------------------  -----
-0          s4 symmetric narrow per channel (axis 0)  mse
-3          s4 symmetric narrow per channel (axis 0)  mse
+block  layers  weight bits  act. bits  in float
+0           1            4                    0
+3           1            4          8         0
 
-output in float        operator             because
----------------------  -------------------  ----------------------
+in float         because
+1 layer results  an output of the model: 4.adaptive_avg_pool2d
+print(plan.table()) lists every tensor, and all that is in float."""
+    )
+
+
+def test_print_of_all_tensors():
+    assert (
+        str(small().table())
+        == """\
+Plan for openvino, w4a8, learned ranges, BatchNorm keep
+2 quantized layers, 3 quantized activations, 0 operators in float
+
+activation  scheme         range                 read by
+input       u8 asymmetric  mse, then calibrated  0
+2.relu      u8 symmetric   mse, then learned     3
+3           u8 asymmetric  mse, then learned     4.adaptive_avg_pool2d
+
+weight of  kind    scheme                     range
+0          Conv2d  s4 symmetric, per channel  mse, then learned
+3          Conv2d  s4 symmetric, per channel  mse, then learned
+
+Computes in integers, result in float:
+name                   operator             because
 4.adaptive_avg_pool2d  adaptive_avg_pool2d  an output of the model"""
     )
 
 
+class Deep(nn.Module):
+    """Many blocks with long names, of several kinds and bits, and operators in float."""
+
+    def __init__(self, blocks=20):
+        super().__init__()
+        self.stem = conv(3)
+        self.backbone = nn.ModuleDict(
+            {
+                f"a_stage_of_the_backbone_{i}": nn.Sequential(conv(groups=8 if i % 2 else 1), nn.SiLU(), conv(kernel=1))
+                for i in range(blocks)
+            }
+        )
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.backbone.values():
+            x = x + block(x).sigmoid() * x.erf()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("notes", [0, 2, 40])
+def test_a_large_model_has_a_summary_that_fits_a_screen(notes):
+    planned = plan(Deep(), rules=tuple(Rule(pattern=f"*backbone_{i}.2", weight_bits=2 + i % 6) for i in range(20)))
+    planned = dataclasses.replace(planned, notes=tuple(f"Note {i}: {'a long reason ' * 9}" for i in range(notes)))
+    lines = str(planned).splitlines()
+    assert 10 < len(lines) <= 25
+    assert max(map(len, lines)) <= 80
+    assert any("depthwise" in line or "other kinds" in line for line in lines)
+    assert any(line.split()[1:2] == ["operators"] and ":" in line for line in lines), "it says why it is in float"
+    whole = str(planned.table())
+    assert max(map(len, whole.splitlines())) <= 80
+    assert whole.count("Note ") == notes
+
+
+def test_blocks_count_every_layer():
+    lines = str(plan(Deep(4))).splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("block "))
+    rows = [line.split() for line in lines[first + 1 : lines.index("", first)]]
+    assert [row[0] for row in rows if row[0] != "elsewhere"] == [
+        "stem",
+        *(f"backbone.a_stage_of_the_backbone_{i}" for i in range(4)),
+        "head",
+    ]
+    assert sum(int(row[1]) for row in rows) == 10
+
+
+def test_layers_in_integers_are_not_said_to_be_in_float():
+    planned = plan(Residual())
+    text = str(planned.table())
+    assert "conv2" in {left.name for left in planned.left}
+    assert "Computes in integers, result in float:" in text
+    assert "Computes in float:" not in text
+
+
+def test_in_a_notebook_all_tensors_are_a_click_away():
+    html = small()._repr_html_()
+    assert html.count("<pre") == 2
+    assert html.index("4.adaptive_avg_pool2d") < html.index("<details>") < html.rindex("4.adaptive_avg_pool2d")
+
+
 def test_print_says_what_is_learned_fixed_and_noted():
     planned = plan(Attention(), (2, 5, 16), ranges="learned")
-    text = str(dataclasses.replace(planned, notes=("Stays Python, in float: head: a reason",)))
-    assert "learned ranges" in text
-    assert "fixed [0.0, 1.0]" in text
-    assert text.endswith("Stays Python, in float: head: a reason")
+    planned = dataclasses.replace(planned, notes=("Stays Python, in float: head: a reason",))
+    assert "learned ranges" in str(planned)
+    assert "fixed [0.0, 1.0]" in str(planned.table())
+    for text in (str(planned), str(planned.table())):
+        assert "Stays Python, in float: head: a reason" in text
 
 
 @pytest.mark.parametrize(
@@ -67,6 +152,7 @@ def test_json_and_back(options):
     again = Plan.from_dict(json.loads(json.dumps(planned.to_dict())))
     assert again == planned
     assert hash(again.options) == hash(planned.options)
+    assert str(again.table()).splitlines()[2:5] == str(planned.table()).splitlines()[2:5]
     assert str(again) == str(planned)
 
 

@@ -10,7 +10,7 @@ from halfeven.qat.options import QATOptions
 from halfeven.qat.recipe import decide
 from placement.parts import IMAGE, Residual
 
-AT_LOW_BITS = ("average", "re_estimate")
+AT_LOW_BITS = ("average", "re_estimate", "ranges")
 
 
 def recipe(scheme, re_estimate="auto", batchnorm="keep", freeze="auto", per_channel=True, **options):
@@ -54,6 +54,22 @@ def test_every_step_can_be_switched(option, name):
     assert name not in taken(recipe("w4a4", **{option: "off"}))
 
 
+@pytest.mark.parametrize(
+    ("options", "enabled", "reason"),
+    [
+        (dict(scheme="w4a8"), True, "at 4 bits the loss finds better scales"),
+        (dict(scheme="w8a8"), False, "at 8 bits ranges that follow the data train as well"),
+        (dict(scheme="w4a8", ranges="observed"), False, "as the options say"),
+        (dict(scheme="w8a8", ranges="lsq"), True, "as the options say"),
+    ],
+)
+def test_it_says_why_ranges_are_learned(options, enabled, reason):
+    qmodel = he.prepare(Residual(), torch.randn(IMAGE), **options)
+    found = decide(qmodel, QATOptions(), ScheduleOptions())
+    assert found.ranges.enabled is enabled
+    assert reason in str(found)
+
+
 def test_the_start_can_be_chosen():
     assert not recipe("w4a4", start="ranges").reconstruct.enabled
     assert recipe("w8a8", start="layers").reconstruct.enabled
@@ -89,5 +105,5 @@ def test_batchnorm_is_re_estimated_as_asked_and_never_where_it_is_folded():
 def test_it_prints_every_step_with_its_reason():
     lines = str(recipe("w4a4")).splitlines()
     assert lines[0] == "Steps of quantization-aware training:"
-    assert len(lines) == 9
+    assert len(lines) == 10
     assert all(len(line.split("  ")) > 2 for line in lines[1:])

@@ -53,6 +53,18 @@ def test_min_max_is_the_extremes():
     assert torch.equal(high, everything.amax(1))
 
 
+@pytest.mark.parametrize(
+    "scheme", [WEIGHT, PER_TENSOR, Scheme(bits=4), Scheme(bits=4, signed=False, symmetric=True)], ids=str
+)
+def test_lsq_starts_from_the_mean_absolute_value(scheme):
+    data = [batch.abs() if scheme.symmetric and not scheme.signed else batch for batch in batches()]
+    scale, zero_point = scale_and_zero_point(*observe("lsq", data, scheme), scheme)
+    expected = 2 * torch.cat(data, 1).abs().mean() / scheme.quant_max**0.5
+    assert float(scale) == pytest.approx(float(expected), rel=1e-4)
+    _, from_extremes = scale_and_zero_point(*observe("minmax", data, scheme), scheme)
+    assert torch.equal(zero_point, from_extremes)
+
+
 def test_moving_average_starts_with_the_first_batch():
     data = [torch.tensor([[-1.0, 2.0]]), torch.tensor([[-3.0, 1.0]]), torch.tensor([[0.0, 10.0]])]
     ranges = [observe("moving_average", data[:n]) for n in (1, 2, 3)]
@@ -323,7 +335,7 @@ def test_nothing_seen_is_an_error(name):
 
 
 def test_an_unknown_name_lists_the_known():
-    with pytest.raises(ConfigError, match="minmax, moving_average, percentile, mse, lp, entropy, cross_entropy"):
+    with pytest.raises(ConfigError, match="minmax, moving_average, percentile, mse, lp, entropy, lsq, cross_entropy"):
         make_observer("histogram", PER_TENSOR)
 
 

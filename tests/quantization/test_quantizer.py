@@ -77,7 +77,7 @@ def test_a_quantizer_without_a_range_is_an_error(ranges, training):
         quantizer(torch.randn(4))
 
 
-@pytest.mark.parametrize("name", sorted(OBSERVERS))
+@pytest.mark.parametrize("name", sorted(set(OBSERVERS) - {"lsq"}))  # whose range is no range of the data
 def test_calibration_passes_the_tensor_through_and_sets_the_range(name):
     quantizer = activation(observer=name)
     x = torch.linspace(-1, 2, 1000)

@@ -32,7 +32,7 @@ def test_onnx_runtime_wants_the_results_of_convolutions_whoever_reads_them():
     readers = {tensor.places[0]: tensor.consumers for tensor in planned.tensors}
     assert readers["0"] == readers["4"] == (ITSELF,)
     assert readers["1.silu"] == ("2",)
-    assert ITSELF in str(planned)
+    assert ITSELF in str(planned.table())
 
 
 def test_onnx_runtime_adds_integers_on_both_sides():

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ from halfeven.runtimes import deploy
 from halfeven.runtimes.exact_model import ExactModel
 from halfeven.runtimes.openvino.session import OpenVINOFile, compile_model, read, request_with
 from halfeven.runtimes.runtime import load_deployed
-from halfeven.verification.report import Report
+from halfeven.verification.report import Report, TensorParity
 from runtimes.parity import SCHEME, quantized
 
 IMAGE = (4, 3, 8, 8)
@@ -78,6 +79,33 @@ def test_a_good_file(deployed):
     text = str(report)
     for words in ("100.0000 %", "3 of 3", "integer weights equal", "yes", "latency deployed / float", "0 LSB"):
         assert words in text
+    lines = text.splitlines()
+    assert len(lines) <= 25
+    assert max(map(len, lines)) <= 80
+    assert f"latency deployed, batch 4, {report.threads} thread" in text
+    assert report.file_bytes == sum(Path(report.path).with_suffix(ending).stat().st_size for ending in (".xml", ".bin"))
+    assert f"file size                                 {report.file_bytes / 1e6:.2f} MB" in text
+    assert "EXECUTION_MODE_HINT=ACCURACY" in text
+    assert all(tensor.name in str(report.table()) for tensor in report.tensors)
+    assert report._repr_html_().count("<pre") == 2
+
+
+def test_a_report_of_many_layers_in_float_is_short_and_its_table_whole():
+    names = [f"a.long.name.of.a.block.and.its.layer_{i} (f32 brgconv_avx512_1x1)" for i in range(60)]
+    values = dict.fromkeys(("samples", "integer_layers", "weight_layers", "max_lsb_difference", "latency_batch"), 1)
+    shares = ("integer_match", "alone_match", "last_integer_match", "float_simulation_match", "integer_macs")
+    values |= dict.fromkeys((*shares, "top1_agreement", "float_simulation_top1_agreement", "latency_ratio"), 0.5)
+    report = Report(
+        path="m.onnx", runtime="a runtime", weights_match=True, quantizable_layers=61, float_layers=names, accuracy={},
+        float_macs={name: 0.01 for name in names}, output_difference=0.0, latency_ms={}, unseen=names,
+        first_difference="", tensors=[TensorParity("x", count=3)], findings=["The file is another model's."], **values,
+    )  # fmt: skip
+    lines = str(report).splitlines()
+    assert len(lines) <= 25 + 2
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].strip() == "The file is another model's."
+    joined = "".join(str(report.table()).split())
+    assert all("".join(name.split()) in joined for name in names)
 
 
 def edit_bin(path, change):

@@ -9,6 +9,7 @@ from torch import nn
 from halfeven.checkpoint import read_facts
 from halfeven.cli.report_pages import write_pages
 from halfeven.cli.run import BEST, LAST, RESULTS, RunContext, show, write_json
+from halfeven.files import write_atomically
 from halfeven.pipelines import load
 from halfeven.placement.insertion import plan_of
 from halfeven.runtimes.export import export
@@ -18,6 +19,8 @@ from halfeven.verification.report import Report
 from halfeven.verification.verify import verify
 from halfeven.zoo.options import DataOptions
 
+PLAN = "plan.txt"
+"""File of the whole plan."""
 LAST_ROW = "simulated, last"
 """Name of the last checkpoint's accuracy in the table and in the results."""
 
@@ -63,6 +66,13 @@ def _selected_by(context: RunContext) -> str:
     if context.datasets.holdout is not None:
         return f"{said}, and not on these."
     return f'{said}, so its accuracy here is a little too good; "{LAST_ROW}" was not chosen.'
+
+
+def write_plan(context: RunContext, qmodel: nn.Module) -> None:
+    """Write the whole plan into the work folder; what is printed is its summary."""
+    if context.accelerator.is_main_process:
+        text = f"{plan_of(qmodel).table()}\n"
+        write_atomically(context.folder / PLAN, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def target_of(context: RunContext, qmodel: nn.Module) -> str:

@@ -1,6 +1,5 @@
 """Find what is wrong with an experiment before anything is written: a refused run leaves no folder behind."""
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -14,7 +13,7 @@ from halfeven.cli.run import RunContext
 from halfeven.errors import ConfigError, HalfevenError
 from halfeven.evaluation import evaluate, evaluating, evaluation_loader
 from halfeven.graph.capture import as_arguments
-from halfeven.pipelines import prepare
+from halfeven.pipelines import prepare, without_training
 from halfeven.ptq.recipe import decide as decide_ptq
 from halfeven.qat.distillation import Distillation
 from halfeven.qat.recipe import decide as decide_qat
@@ -52,8 +51,8 @@ def check_quantization(context: RunContext, model: nn.Module) -> nn.Module:
 
 def prepare_folded(context: RunContext, model: nn.Module) -> nn.Module:
     """Prepare the experiment's model with BatchNorm folded, as post-training quantization needs it."""
-    folded = dataclasses.replace(context.experiment.quantization, batchnorm="fold")
-    return prepare(model, context.datasets.example(), folded)
+    options = without_training(context.experiment.quantization)
+    return prepare(model, context.datasets.example(), options)
 
 
 def _check_data(context: RunContext, model: nn.Module, trainings: list[TrainingOptions]) -> None:

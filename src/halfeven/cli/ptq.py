@@ -9,7 +9,7 @@ from torch import nn
 
 from halfeven.checkpoint import read_facts, save
 from halfeven.cli.arguments import Config, Fields
-from halfeven.cli.deliver import deliver
+from halfeven.cli.deliver import deliver, write_plan
 from halfeven.cli.float_model import check_has_weights, train_float
 from halfeven.cli.preflight import check_quantization, prepare_folded
 from halfeven.cli.run import (
@@ -97,6 +97,7 @@ def _quantize(context: RunContext, model: nn.Module, prepared: nn.Module) -> dic
     )
     seconds = time.perf_counter() - start
     context.log(f"Quantized in {seconds:.0f} s.\n")
+    write_plan(context, qmodel)
     facts = {"float": context.accuracy(model), "quantization_seconds": round(seconds, 1)}
     save(qmodel, context.folder / BEST, facts)
     shutil.rmtree(resume_dir, ignore_errors=True)  # the checkpoint has it all now

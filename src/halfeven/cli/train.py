@@ -11,7 +11,7 @@ from torch import nn
 
 from halfeven.checkpoint import save
 from halfeven.cli.arguments import Config, Fields
-from halfeven.cli.deliver import deliver
+from halfeven.cli.deliver import deliver, write_plan
 from halfeven.cli.float_model import check_has_weights, train_float
 from halfeven.cli.preflight import check_training
 from halfeven.cli.run import (
@@ -153,6 +153,7 @@ def _start(
     """Prepare the quantized model for its training. Its plan is printed before any long work."""
     experiment = context.experiment
     context.log(f"{plan_of(qmodel)}\n")
+    write_plan(context, qmodel)
     if context.experiment.pretraining.epochs:
         train_float(context, model, resume=resume)
         qmodel = prepare(model, context.datasets.example(), experiment.quantization)

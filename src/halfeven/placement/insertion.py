@@ -140,6 +140,7 @@ def weight_quantizer(planned: PlannedWeight, options: QuantizationOptions) -> Qu
         observer=planned.observer,
         ranges=planned.ranges,
         domain=options.scale_domain,
+        scales_gradient=options.gradient_scale == "lsq",
         weight=True,
     )
     quantizer.name = f"the weight of {planned.name}"
@@ -153,6 +154,7 @@ def tensor_quantizer(planned: PlannedTensor, options: QuantizationOptions) -> Qu
         observer=planned.observer,
         ranges=planned.ranges,
         domain=options.scale_domain,
+        scales_gradient=options.gradient_scale == "lsq",
         learns_zero_point=options.learn_zero_points,
     )
     quantizer.name = " = ".join(planned.places)

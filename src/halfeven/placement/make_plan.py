@@ -17,6 +17,7 @@ from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, kind_of, module_of, tensor_names
 from halfeven.placement.options import QuantizationOptions, Rule
 from halfeven.placement.plan import NOTHING_FOUND, FoundInCapture, LeftInFloat, Plan, PlannedTensor, PlannedWeight
+from halfeven.placement.ranges import ranges_in_training
 from halfeven.placement.requests import ITSELF, OUTPUT, Region, collect, collect_outputs, multiplies_in_float
 from halfeven.placement.rules import RuleBook
 from halfeven.placement.sources import fused_group, head, sources
@@ -191,7 +192,7 @@ def _ranges(places: list[fx.Node], options: QuantizationOptions, bits: int) -> R
     The range of an input of 8 bits or more stays as calibrated where other ranges are learned: images do not change,
     and a gradient for its scale needs the first layer's backward pass for its input.
     """
-    ranges = options.ranges_in_training
+    ranges = ranges_in_training(options, bits)
     learned = ranges in ("learned", "clipped")
     return "calibrated" if learned and bits >= 8 and all(Op(node).is_input for node in places) else ranges
 
@@ -251,8 +252,9 @@ def _planned_weights(
             name=region.names[node],
             scheme=Scheme(bits=asked, signed=True, symmetric=True, narrow=True, axis=axis),
             channels=None if axis is None else shape[axis],
-            ranges="learned" if options.ranges == "clipped" else options.ranges_in_training,
+            ranges="learned" if options.ranges == "clipped" else ranges_in_training(options, asked),
             observer=rules.observer({region.names[node]: kind}, _weight_observer(options, asked)),
+            operator=f"{Op(node).name}, depthwise" if _groups(node) == shape[0] > 1 else Op(node).name,
         )
 
 
@@ -274,7 +276,7 @@ def weight_shape(node: fx.Node) -> tuple[int, ...]:
 
 def _groups(node: fx.Node) -> int:
     if Op(node).is_module:
-        return int(module_of(node).groups)  # type: ignore[arg-type]
+        return int(getattr(module_of(node), "groups", 1))
     return int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
 
 
@@ -309,8 +311,8 @@ def _reason(region: Region, node: fx.Node, rules: RuleBook) -> str | None:
         return None
     if not rules.quantizes(region.names[node], kind):
         return "a rule says so"
-    if node in region.branches:
-        fused = "fused with the addition that reads it, which would drop the rounding of a quantizer here"
+    if node in region.branches:  # the fusion would drop the rounding of a quantizer here
+        fused = "fused with the addition that reads it"
         return fused if kind is K.CONVOLUTION else None
     if Op(node).is_kept:
         return "its own code stays Python, for training"

@@ -1,8 +1,9 @@
 """Define the options of `halfeven.prepare`, and the user's rules."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypedDict, cast
+from typing import Annotated, Literal, TypedDict
 
+from halfeven.errors import ConfigError
 from halfeven.graph.dynamic_shapes import DynamicShapes
 from halfeven.options import Auto, Options, also_spelled, formerly
 from halfeven.quantization.fake_quantize import Domain
@@ -50,12 +51,16 @@ class QuantizationOptions(Options):
     """Runtime whose rules place the quantizers."""
     scheme: str = "w8a8"
     """Bits of weights and activations, for every layer that no rule excepts."""
-    ranges: Annotated[Ranges | RangesByPaper, also_spelled(lsq="learned", pact="clipped")] = "observed"
+    ranges: Annotated[Ranges | RangesByPaper | Auto, also_spelled(lsq="learned", pact="clipped")] = "auto"
     """In training: "observed": ranges follow the data; "learned" or "lsq": scales are parameters, trained with the
     weights (LSQ); "clipped" or "pact": the same, except that activations learn from clipped values alone (PACT);
-    "calibrated": ranges stay as calibrated."""
+    "calibrated": ranges stay as calibrated. "auto": "learned" where a tensor, or the scheme, has 4 bits or fewer, else
+    "observed"; in post-training quantization "observed"."""
     scale_domain: Domain = "linear"
     """Learned scales are stored and trained directly ("linear") or as their logarithms ("log")."""
+    gradient_scale: Literal["lsq", "off"] = "lsq"
+    """Multiply the gradient of a learned scale by 1 / sqrt(N * quant_max), for the N values that share it, as LSQ does
+    (section 2.2), or leave it as it is."""
     learn_zero_points: bool = False
     """Zero points of asymmetric activations are learned with their scales (LSQ+); they stay integers."""
     weight_observer: ObserverName | Auto = "auto"
@@ -84,11 +89,11 @@ class QuantizationOptions(Options):
 
     def __post_init__(self) -> None:
         parse_bits(self.scheme)
-
-    @property
-    def ranges_in_training(self) -> Ranges:
-        """Return `ranges`, whose further spellings no object holds."""
-        return cast(Ranges, self.ranges)
+        if self.gradient_scale == "off" and self.ranges in ("observed", "calibrated"):
+            raise ConfigError(
+                f'gradient_scale="off" is for learned scales, and with ranges="{self.ranges}" none has a gradient, so '
+                'it would have no effect. Leave it out, or set ranges="learned".'
+            )
 
 
 class QuantizationFields(TypedDict, total=False):
@@ -96,8 +101,9 @@ class QuantizationFields(TypedDict, total=False):
 
     target: str
     scheme: str
-    ranges: Ranges | RangesByPaper
+    ranges: Ranges | RangesByPaper | Auto
     scale_domain: Domain
+    gradient_scale: Literal["lsq", "off"]
     learn_zero_points: bool
     weight_observer: ObserverName | Auto
     activation_observer: ObserverName

@@ -4,9 +4,11 @@ It is decided, and can be printed, before any quantizer is inserted.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from rich.console import RenderableType
 
 from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import PlacementError
@@ -14,67 +16,13 @@ from halfeven.graph.dynamic_shapes import as_dynamic_shapes
 from halfeven.graph.kept_in_python import KeptInPython
 from halfeven.placement.options import QuantizationOptions as QuantizationOptions
 from halfeven.placement.options import Rule as Rule
-from halfeven.quantization.quantizer import Ranges
+from halfeven.placement.plan_tables import summary, whole_table
+from halfeven.placement.planned import GraphChanges as GraphChanges
+from halfeven.placement.planned import LeftInFloat as LeftInFloat
+from halfeven.placement.planned import PlannedTensor as PlannedTensor
+from halfeven.placement.planned import PlannedWeight as PlannedWeight
 from halfeven.quantization.scheme import Scheme
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedTensor:
-    """A quantized activation: a single quantizer, called after each of `places`."""
-
-    name: str
-    places: tuple[str, ...]
-    """Names of the tensors, "region:tensor" where the model has several regions."""
-    scheme: Scheme
-    ranges: Ranges
-    observer: str
-    fixed_range: tuple[float, float] | None = None
-    consumers: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedWeight:
-    """A quantized weight."""
-
-    name: str
-    """Name of the layer, as in `PlannedTensor.places`."""
-    scheme: Scheme
-    channels: int | None
-    ranges: Ranges
-    observer: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class LeftInFloat:
-    """A tensor or operator that is not quantized."""
-
-    name: str
-    operator: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class GraphChanges:
-    """The changes of algorithms to the graph after the plan was made; loading a checkpoint repeats them."""
-
-    unclipped: tuple[str, ...] = ()
-    """ReLU6 and clamp operators whose upper bound was removed, so that they are ReLUs now."""
-    given_biases: tuple[str, ...] = ()
-    """Layers that had no bias and were given a bias."""
-    rescaled: tuple[str, ...] = ()
-    """LayerNorms that additions read through a factor and an offset of each channel, in float."""
-    untied: tuple[str, ...] = ()
-    """Parameters, such as "head.weight", that were copied for their layer before an algorithm changed them there,
-    because other operators read them too."""
-
-    def __str__(self) -> str:
-        said = {
-            "No longer clipped above (ReLU now)": self.unclipped,
-            "Layers that were given a bias": self.given_biases,
-            "Read by additions through a factor and an offset of each channel": self.rescaled,
-            "No longer tied to what else reads them": self.untied,
-        }
-        return "\n".join(f"{what}: {', '.join(names)}" for what, names in said.items() if names)
+from halfeven.tables import Shown, as_html, as_text
 
 
 @dataclass(frozen=True)
@@ -162,28 +110,30 @@ class Plan:
             changes=GraphChanges(**{name: tuple(names) for name, names in values.get("changes", {}).items()}),
         )
 
+    @property
+    def ranges(self) -> str:
+        """Return how ranges move in training, for example "learned"; with "auto", several ways may occur."""
+        if self.options.ranges != "auto":
+            return self.options.ranges
+        movable = [tensor.ranges for tensor in self.tensors if tensor.fixed_range is None]
+        ways = {*movable, *(weight.ranges for weight in self.weights)}
+        return " and ".join(sorted(ways - {"calibrated"}, reverse=True))
+
     def __str__(self) -> str:
-        """Return three tables: quantized activations, quantized weights, and outputs in float with their reasons."""
-        options = self.options
-        parts = [
-            f"Plan for {options.target}, {options.scheme}, {options.ranges} ranges, BatchNorm {options.batchnorm}: "
-            f"{len(self.weights)} layers with quantized weights, {len(self.tensors)} quantized activations.",
-            _table(
-                ("activation", "scheme", "range", "read by"),
-                [(" = ".join(t.places), str(t.scheme), _range(t), ", ".join(t.consumers)) for t in self.tensors],
-            ),
-            _table(
-                ("weight of", "scheme", "range"),
-                [(w.name, str(w.scheme), _range(w)) for w in self.weights],
-            ),
-            _table(
-                ("output in float", "operator", "because"),
-                [(left.name, left.operator, left.reason) for left in self.left],
-            ),
-            *self.notes,
-            str(self.changes),
-        ]
-        return "\n\n".join(part for part in parts if part)
+        """Return a summary of at most 25 lines: layers by kind, by bits and by block, and what is in float, and why."""
+        return as_text(summary(self))
+
+    def __rich__(self) -> RenderableType:
+        return summary(self)
+
+    def _repr_html_(self) -> str:
+        """Return the summary for a notebook, and all tables behind a click."""
+        whole = f"<details><summary>all tensors</summary>{as_html(whole_table(self))}</details>"
+        return as_html(summary(self)) + whole
+
+    def table(self) -> Shown:
+        """Return all tables to print: quantized activations, quantized weights, and what is in float, with reasons."""
+        return Shown(whole_table(self))
 
 
 def _replaces(new: Rule, old: Rule) -> bool:
@@ -193,22 +143,8 @@ def _replaces(new: Rule, old: Rule) -> bool:
     return same and all(getattr(new, name) is not None for name in settings if getattr(old, name) is not None)
 
 
-def _range(tensor: PlannedTensor | PlannedWeight) -> str:
-    if isinstance(tensor, PlannedTensor) and tensor.fixed_range:
-        return f"fixed {list(tensor.fixed_range)}"
-    return tensor.observer if tensor.ranges == "observed" else f"{tensor.observer}, then {tensor.ranges}"
-
-
 def _with_scheme(values: dict[str, Any]) -> dict[str, Any]:
     values = {**values, "scheme": Scheme(**values["scheme"])}
     if "learned" in values:  # a plan of halfeven 0.1.0
         values["ranges"] = "learned" if values.pop("learned") else "observed"
     return values
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -34,6 +34,8 @@ class QATRecipe:
     freeze: Decision
     average: Decision
     re_estimate: Decision
+    ranges: Decision
+    """Learned ranges, from the plan: they were decided before the recipe."""
 
     def __str__(self) -> str:
         rows = {
@@ -45,6 +47,7 @@ class QATRecipe:
             "frozen oscillations": self.freeze,
             "average of the weights": self.average,
             "BatchNorm re-estimated": self.re_estimate,
+            "learned ranges": self.ranges,
         }
         return table("Steps of quantization-aware training:", rows)
 
@@ -74,7 +77,17 @@ def decide(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) ->
         freeze=_decide_freeze(options, weight_bits),
         average=_decide_average(options, bits),
         re_estimate=_decide_re_estimate(qmodel, schedule, bits),
+        ranges=_ranges(qmodel, bits),
     )
+
+
+def _ranges(qmodel: nn.Module, bits: int) -> Decision:
+    learned = any(quantizer.learned for quantizer in quantizers(qmodel).values())
+    if plan_of(qmodel).options.ranges != "auto":
+        return Decision(learned, "as the options say")
+    if learned:
+        return Decision(True, f"at {bits} bits the loss finds better scales than the values of the tensors")
+    return Decision(False, f"at {bits} bits ranges that follow the data train as well, and cost less")
 
 
 def _off_unless_asked(value: str, reason: str) -> Decision:

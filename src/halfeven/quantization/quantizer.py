@@ -52,6 +52,7 @@ class Quantizer(nn.Module):
         ranges: how the range moves in training.
         domain: how a learned scale is stored: as itself, or as its binary logarithm.
         learns_zero_point: True to learn the zero point of an asymmetric grid too.
+        scales_gradient: multiply the gradient of a learned scale by LSQ's 1 / sqrt(N * quant_max).
         weight: True for a weight, which is at hand in each step and needs no moving average.
     """
 
@@ -73,6 +74,7 @@ class Quantizer(nn.Module):
         ranges: Ranges = "observed",
         domain: Domain = "linear",
         learns_zero_point: bool = False,
+        scales_gradient: bool = True,
         weight: bool = False,
     ) -> None:
         super().__init__()
@@ -82,6 +84,7 @@ class Quantizer(nn.Module):
         self.observer_name = observer
         self.learned = learned
         self.weight = weight
+        self.scales_gradient = scales_gradient
         self.domain: Domain = domain
         self.ranges: Ranges = ranges
         self.name = ""
@@ -141,7 +144,7 @@ class Quantizer(nn.Module):
                 f"The quantizer {self.name or '(unnamed)'} has no range yet, so its integers mean nothing. "
                 "Run halfeven.calibrate(qmodel, loader) first, or load a checkpoint."
             )
-        factor = self._gradient_factor(x) if self.learned else 1.0
+        factor = self._gradient_factor(x) if self.learned and self.scales_gradient else 1.0
         domain = self.domain if self.learned else None
         rounding = self.ranges != "clipped"
         # A quantizer that several tensors share moves its range at each of them; the backward pass of the tensors

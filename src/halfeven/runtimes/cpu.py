@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,13 @@ def pair_fits(largest: int, factor: int) -> bool:
     Weights of 7 bits do with activations of 8: 2 * 255 * 63 < 2 ** 15.
     """
     return 2 * largest * factor < 2**15
+
+
+def physical_cores() -> int:
+    """Return the number of cores that this process may use; two threads of a core count once where Linux tells them."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    lists = (Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list") for number in usable)
+    return len({path.read_text() if path.is_file() else path for path in lists})
 
 
 def _told_to_be() -> str:

@@ -96,8 +96,7 @@ def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Op
 
 def _optimizer(name: str, groups: list[dict[str, Any]], options: TrainingOptions) -> torch.optim.Optimizer:
     if name == "sgd":
-        momentum = {"momentum": options.momentum, "nesterov": options.nesterov}
-        return torch.optim.SGD(groups, lr=options.learning_rate, **momentum)
+        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum, nesterov=options.nesterov)
     if name == "rmsprop":
         return torch.optim.RMSprop(groups, lr=options.learning_rate, momentum=options.momentum)
     kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
@@ -128,13 +127,16 @@ def learning_rate(step: int, total_steps: int, steps_per_epoch: int, options: Tr
         done = epoch / max(math.ceil(total_steps / steps_per_epoch), 1)
     else:
         done = (step - options.warmup_steps) / max(total_steps - options.warmup_steps, 1)
-    shapes = {
-        "cosine": lambda: 0.5 * (1 + math.cos(math.pi * done)),
-        "linear": lambda: 1 - done,
-        "polynomial": lambda: (1 - done) ** options.polynomial_power,
-    }
-    left: float = shapes[options.schedule]()
+    left = _left(done, options)
     return options.learning_rate * (options.end_rate + (1 - options.end_rate) * left)
+
+
+def _left(done: float, options: TrainingOptions) -> float:
+    """Return the share of the way down that is left, after the share `done` of the run."""
+    if options.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    power = options.polynomial_power if options.schedule == "polynomial" else 1.0
+    return float((1 - done) ** power)
 
 
 def _onecycle(step: int, total_steps: int, rise: float) -> float:

@@ -4,15 +4,13 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rich.console import RenderableType
 from torch import Tensor
 
+from halfeven.tables import Shown, as_html, as_text
 from halfeven.verification.default_session import DefaultSession
 from halfeven.verification.outputs import OutputParity
-
-OVERFLOW = 'this processor has no VNNI, so sums of 8-bit products overflow; with scheme="w7a8" layers do not overflow'
-
-FLOAT_ROWS = 6
-"""Rows of the table about operators in float."""
+from halfeven.verification.report_tables import summary, whole_table
 
 
 @dataclass
@@ -47,7 +45,7 @@ class TensorParity:
 
 @dataclass
 class Report:
-    """The findings of `verify`; `str(report)` is a table, `to_dict()` plain values.
+    """The findings of `verify`; `print(report)` is a summary, `table()` has all, `to_dict()` plain values.
 
     Shares are between 0 and 1, and NaN where there are no integers to compare (a scheme of weights alone). A difference
     is in units of the tensor's scale (LSB).
@@ -115,6 +113,12 @@ class Report:
     """The first batch in the runtime's default session; None where the runtime needs no settings."""
     findings: list[str] = field(default_factory=list)
     """A sentence for each difference from a simulation that is too large to be the rounding of float arithmetic."""
+    file_bytes: int = 0
+    """Size of the file, with its tensors."""
+    threads: int = 0
+    """Number of threads that the runtime computes with; 0 where it does not say."""
+    settings: list[str] = field(default_factory=list)
+    """Settings of the session that the file was run with, as `name=value`."""
     notes: list[str] = field(default_factory=list)
     """Limits of the accuracies, or the reason why there are none."""
 
@@ -124,76 +128,20 @@ class Report:
         return values
 
     def __str__(self) -> str:
-        rows = [
-            *(self._integer_rows() if self.tensors else []),
-            ("largest difference of the output", _difference(self.output_difference)),
-            *(self._output_rows() if len(self.outputs) > 1 else []),
-            *(self._default_rows(self.default_session) if self.default_session else []),
-            ("integer weights equal", "yes" if self.weights_match else "NO"),
-            *(self._executed_rows() if self.tensors else [("layers that read integer weights", self._readers())]),
-            *(("  in float", name) for name in self.float_layers),
-            ("same top-1 as the exact simulation", _percent(self.top1_agreement)),
-            ("same top-1 as the float simulation", _percent(self.float_simulation_top1_agreement)),
-            *((f"top-1 {name}", f"{value:.2f} %") for name, value in self.accuracy.items()),
-            *(("  note", note) for note in self.notes),
-        ]
-        if self.latency_ms:
-            rows += [
-                (f"latency {name}, batch {self.latency_batch}", f"{v:.2f} ms") for name, v in self.latency_ms.items()
-            ]
-            rows += [("latency deployed / float", f"{self.latency_ratio:.2f}")]
-        width = max(len(name) for name, _ in rows)
-        title = f"{self.path} in {self.runtime}, {self.samples} samples"
-        lines = [title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)]
-        if self.findings:
-            lines += ["FOUND:", *(f"  {finding}" for finding in self.findings)]
-        return "\n".join(lines)
+        """Return a summary; findings, if there are any, come last."""
+        return as_text(summary(self))
 
-    def _integer_rows(self) -> list[tuple[str, str]]:
-        return [
-            ("integers equal to the exact simulation", _percent(self.integer_match)),
-            ("  each layer alone", _percent(self.alone_match)),
-            ("  of the last feature map", _percent(self.last_integer_match)),
-            ("  largest difference", f"{self.max_lsb_difference} LSB"),
-            ("  first difference", self.first_difference or "none"),
-            *([("  likely reason", OVERFLOW)] if self.overflows else []),
-            *(("  not compared, merged by the converter", name) for name in self.unseen),
-            ("integers equal to the float simulation", _percent(self.float_simulation_match)),
-        ]
+    def __rich__(self) -> RenderableType:
+        return summary(self)
 
-    def _executed_rows(self) -> list[tuple[str, str]]:
-        return [
-            ("layers executed in integers", f"{self.integer_layers} of {self.quantizable_layers}"),
-            ("  share of multiply-accumulates", f"{100 * self.integer_macs:.2f} %"),
-            *((f"  in float, {name}", f"{100 * share:.2f} %") for name, share in self._largest_in_float()),
-        ]
+    def _repr_html_(self) -> str:
+        """Return the summary for a notebook, and all figures behind a click."""
+        whole = f"<details><summary>all figures</summary>{as_html(whole_table(self))}</details>"
+        return as_html(summary(self)) + whole
 
-    def _output_rows(self) -> list[tuple[str, str]]:
-        return [
-            (f"  {output.name}", f"{_difference(output.difference)}, {_percent(output.equal)} equal")
-            for output in self.outputs
-        ]
-
-    def _default_rows(self, default: DefaultSession) -> list[tuple[str, str]]:
-        return [
-            ("difference of the default session", _difference(default.difference)),
-            *(("  due to the lack of", setting) for setting in default.settings),
-        ]
-
-    def _largest_in_float(self) -> list[tuple[str, float]]:
-        """Return the largest shares of work in float by name; small shares are summed up in a last row."""
-        rows = list(self.float_macs.items())
-        if len(rows) <= FLOAT_ROWS:
-            return rows
-        rest = rows[FLOAT_ROWS - 1 :]
-        return [*rows[: FLOAT_ROWS - 1], (f"{len(rest)} others", sum(share for _, share in rest))]
-
-    def _readers(self) -> str:
-        return f"{self.weight_layers} of {self.quantizable_layers}, in floating point"
-
-
-def _difference(relative: float) -> str:
-    return f"{relative:.1e} of the largest" if relative else "none"
+    def table(self) -> Shown:
+        """Return all figures to print, with the parity of each activation."""
+        return Shown(whole_table(self))
 
 
 def _plain(value: Any) -> Any:
@@ -203,7 +151,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.4f} %"

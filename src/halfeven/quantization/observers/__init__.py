@@ -17,6 +17,7 @@ from halfeven.quantization.observers.histogram import (
     mse_range,
     percentile_range,
 )
+from halfeven.quantization.observers.lsq import LSQObserver
 from halfeven.quantization.observers.minmax import (
     MinMaxObserver,
     MovingAverageObserver,
@@ -51,12 +52,13 @@ OBSERVERS: dict[str, Callable[[Scheme], Observer]] = {
     "mse": lambda scheme: HistogramObserver(scheme, mse_range),
     "lp": lambda scheme: HistogramObserver(scheme, partial(mse_range, power=2.4)),
     "entropy": lambda scheme: HistogramObserver(scheme, entropy_range),
+    "lsq": LSQObserver,
     "cross_entropy": CrossEntropyObserver,
 }
 """Constructors of observers by their names in options. "lp" is "mse" with the power 2.4 of BRECQ (arXiv 2102.05426) and
 QDrop (arXiv 2203.05740), which clips less."""
 
-ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "lp", "entropy"]
+ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "lp", "entropy", "lsq"]
 """The estimators that suit any tensor, which options may name."""
 
 LOGITS = "cross_entropy"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from halfeven.deployment.quantize_op import WEIGHT_SUFFIX
 from halfeven.errors import VerificationError, last_line
+from halfeven.runtimes.cpu import physical_cores
 
 WEIGHT_BIAS = "disabled_optimizers=WeightBiasQuantization"
 """This optimizer quantizes layers that the plan leaves in float."""
@@ -144,6 +145,11 @@ class ONNXFile:
         # More outputs than its own keep operators from being fused: this is what users run.
         self.session = self.watched if self.literal or not self.tensors else session(self.model, folder=path.parent)
         self.input_names = [found.name for found in self.session.get_inputs()]
+
+    @property
+    def threads(self) -> int:
+        """The number of threads of an operator."""
+        return int(self.session.get_session_options().intra_op_num_threads) or physical_cores()
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         outputs = self._computed(self.session, self.own_outputs, inputs)

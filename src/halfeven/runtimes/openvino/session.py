@@ -297,6 +297,11 @@ class OpenVINOFile:
         return [port.get_any_name() for port in self.compiled.inputs]
 
     @property
+    def threads(self) -> int:
+        """The number of threads of a request."""
+        return int(self.compiled.get_property("INFERENCE_NUM_THREADS"))
+
+    @property
     def tensors(self) -> list[str]:
         return list(self.output_index)
 

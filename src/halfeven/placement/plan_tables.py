@@ -1,0 +1,237 @@
+"""The tables of a plan: a summary for people, and the whole of it."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from halfeven.placement.options import QuantizationOptions
+from halfeven.placement.planned import GraphChanges, LeftInFloat, PlannedTensor, PlannedWeight
+from halfeven.quantization.scheme import Scheme
+from halfeven.tables import as_text, table
+
+T = TypeVar("T")
+
+SUMMARY_LINES = 25
+"""Largest number of lines of a summary."""
+FEW_LAYERS = 2
+"""Blocks of no more layers are not divided further."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The largest number of rows of each part of a summary."""
+
+    kinds: int
+    blocks: int
+    reasons: int
+    notes: int
+
+
+MOST_ROWS = (
+    *(Rows(5, blocks, 4, 3) for blocks in range(12, 5, -1)),
+    *(Rows(3, blocks, 3, 2) for blocks in range(12, 3, -1)),
+    *(Rows(2, blocks, 2, 1) for blocks in range(6, 0, -1)),
+    Rows(2, 1, 1, 0),
+)
+"""Sizes of a summary, from the fullest on; the first that is short enough is printed."""
+
+
+class PlanLike(Protocol):
+    """What the tables need of a plan."""
+
+    @property
+    def options(self) -> QuantizationOptions: ...
+    @property
+    def tensors(self) -> tuple[PlannedTensor, ...]: ...
+    @property
+    def weights(self) -> tuple[PlannedWeight, ...]: ...
+    @property
+    def left(self) -> tuple[LeftInFloat, ...]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    @property
+    def changes(self) -> GraphChanges: ...
+    @property
+    def ranges(self) -> str: ...
+
+
+def summary(plan: PlanLike) -> RenderableType:
+    """Return a summary of at most `SUMMARY_LINES` lines, with all notes if they fit, else with the starts of some."""
+    sizes = (_summary(plan, rows, whole_notes) for whole_notes in (True, False) for rows in MOST_ROWS)
+    return next((each for each in sizes if len(as_text(each).splitlines()) <= SUMMARY_LINES), _title(plan))
+
+
+def _summary(plan: PlanLike, rows: Rows, whole_notes: bool) -> Group:
+    notes = [Text(note, overflow="ellipsis", no_wrap=not whole_notes) for note in _notes(plan)]
+    shown = notes if whole_notes else notes[: rows.notes]
+    lists = "print(plan.table()) lists every tensor, and all that is in float."
+    if len(shown) < len(notes):
+        lists = f"print(plan.table()) lists every tensor, and {len(notes) - len(shown)} more notes."
+    parts: list[RenderableType] = [_title(plan)]
+    for part in (_by_kind(plan, rows.kinds), _by_block(plan, rows.blocks), _in_float(plan, rows.reasons)):
+        parts += [Text(), part] if part.row_count else []
+    parts += [*([Text()] if shown else []), *shown, Text(lists, "dim")]
+    return Group(*parts)
+
+
+def whole_table(plan: PlanLike) -> RenderableType:
+    """Return the tables of all activations, of all weights, and of all that is in float, with its reason."""
+    activations = table("activation", "scheme", "range", "read by")
+    for t in plan.tensors:
+        activations.add_row(" = ".join(t.places), _scheme(t.scheme), _range(t), ", ".join(t.consumers))
+    weights = table("weight of", "kind", "scheme", "range")
+    for w in plan.weights:
+        weights.add_row(w.name, w.operator, _scheme(w.scheme), _range(w))
+    parts: list[RenderableType] = [_title(plan)]
+    parts += [part for each in (activations, weights) if each.row_count for part in (Text(), each)]
+    computing, results = _split(plan)
+    for title, entries in (("Computes in float:", computing), ("Computes in integers, result in float:", results)):
+        found = table("name", "operator", "because")
+        for entry in entries:
+            found.add_row(entry.name, entry.operator, entry.reason)
+        parts += [Text(), Text(title, "bold"), found] if entries else []
+    for note in _notes(plan):
+        parts += [Text(), Text(note)]
+    return Group(*parts)
+
+
+def _title(plan: PlanLike) -> Group:
+    options = plan.options
+    computing, _ = _split(plan)
+    first = f"Plan for {options.target}, {options.scheme}, {plan.ranges} ranges, BatchNorm {options.batchnorm}"
+    counts = f"{len(plan.weights)} quantized layers, {len(plan.tensors)} quantized activations"
+    return Group(Text(first, "bold"), Text(f"{counts}, {len(computing)} operators in float"))
+
+
+def _notes(plan: PlanLike) -> list[str]:
+    return [*plan.notes, *str(plan.changes).splitlines()]
+
+
+def _by_kind(plan: PlanLike, rows: int) -> Table:
+    """Return a table of layers by kind and bits; rare kinds share the last row."""
+    inputs = _input_bits(plan)
+    ranges: dict[tuple[str, int, str], set[str]] = {}
+    count: Counter[tuple[str, int, str]] = Counter()
+    for weight in plan.weights:
+        key = (weight.operator or "layer", weight.scheme.bits, inputs.get(weight.name, "float"))
+        count[key] += 1
+        ranges.setdefault(key, set()).add(_range(weight))
+    found = table("layers", "number#", "weight bits#", "input bits#", "weight ranges")
+    shown, rest = _cut(count.most_common(), rows)
+    for key, number in shown:
+        kind, bits, read = key
+        found.add_row(kind, str(number), str(bits), read, ", ".join(sorted(ranges[key])))
+    if rest:
+        all_bits = _several(each for (_, each, _), _ in rest)
+        all_read = _several(each for (_, _, each), _ in rest)
+        found.add_row(f"{len(rest)} other kinds", str(sum(number for _, number in rest)), all_bits, all_read, "")
+    return found
+
+
+def _input_bits(plan: PlanLike) -> dict[str, str]:
+    """Return the bits of the tensors that each operator reads, by its name."""
+    read: dict[str, set[int]] = {}
+    for tensor in plan.tensors:
+        for consumer in tensor.consumers:
+            read.setdefault(consumer, set()).add(tensor.scheme.bits)
+    return {name: _several(bits) for name, bits in read.items()}
+
+
+def _by_block(plan: PlanLike, rows: int) -> Table:
+    """Return a table of the model's blocks, in their order; those at the end share the last row."""
+    computing, _ = _split(plan)
+    places = {tensor.places[0]: tensor.scheme.bits for tensor in plan.tensors}
+    in_float = [left.name for left in computing]
+    names = dict.fromkeys([*(weight.name for weight in plan.weights), *places, *in_float])
+    blocks = _blocks([weight.name for weight in plan.weights], rows)
+    members: dict[str, list[str]] = {block: [] for block in blocks}
+    for name in names:
+        block = next((block for block in blocks if _is_in(name, block)), "elsewhere")
+        members.setdefault(block, []).append(name)
+    if not set(members.get("elsewhere", ())) & set(in_float):
+        members.pop("elsewhere", None)  # inputs of the model, and what is fused into a block's layers
+    weights = {weight.name: weight.scheme.bits for weight in plan.weights}
+    found = table("block", "layers#", "weight bits#", "act. bits#", "in float#")
+    shown, rest = _cut(list(members.items()), rows)
+    if rest:
+        shown = [*shown, (f"{len(rest)} other blocks", [name for _, each in rest for name in each])]
+    for block, each in shown:
+        held = [name for name in each if name in weights]
+        found.add_row(
+            block,
+            str(len(held)),
+            _several(weights[name] for name in held),
+            _several(places[name] for name in each if name in places),
+            str(sum(name in set(in_float) for name in each)),
+        )
+    return found
+
+
+def _is_in(name: str, block: str) -> bool:
+    return name == block or name.startswith((f"{block}.", f"{block}:"))
+
+
+def _blocks(names: Sequence[str], most: int) -> list[str]:
+    """Return prefixes that split names, in their order, into at most `most` groups, as evenly as that allows."""
+    blocks = list(dict.fromkeys(_prefix(name, 1) for name in names))
+    while True:
+        sizes = {block: sum(_is_in(name, block) for name in names) for block in blocks}
+        largest = max(blocks, key=lambda block: sizes[block])
+        depth = largest.count(".") + 2
+        parts = list(dict.fromkeys(_prefix(name, depth) for name in names if _is_in(name, largest)))
+        if len(blocks) - 1 + len(parts) > most or parts == [largest] or sizes[largest] <= FEW_LAYERS:
+            return blocks
+        place = blocks.index(largest)
+        blocks[place : place + 1] = parts
+
+
+def _prefix(name: str, depth: int) -> str:
+    return ".".join(name.split(".")[:depth])
+
+
+def _in_float(plan: PlanLike, rows: int) -> Table:
+    """Return what is in float by reason, the most frequent first, with a name for an example."""
+    computing, results = _split(plan)
+    found = table("in float", "because")
+    for what, entries in (("operators", computing), ("layer results", results)):
+        shown, rest = _cut(Counter(entry.reason for entry in entries).most_common(), rows)
+        for reason, number in shown:
+            example = next(entry.name for entry in entries if entry.reason == reason)
+            found.add_row(f"{number} {what}", f"{reason}: {example}")
+        if rest:
+            found.add_row(f"{sum(number for _, number in rest)} {what}", f"for {len(rest)} other reasons")
+    return found
+
+
+def _split(plan: PlanLike) -> tuple[list[LeftInFloat], list[LeftInFloat]]:
+    """Return what computes in float, and what computes in integers and gives a result in float."""
+    integer = {weight.name for weight in plan.weights} if plan.tensors else set()
+    integer |= {name for tensor in plan.tensors for name in tensor.consumers}
+    computing = [left for left in plan.left if left.name not in integer]
+    return computing, [left for left in plan.left if left.name in integer]
+
+
+def _cut(items: list[T], rows: int) -> tuple[list[T], list[T]]:
+    """Return the items that have a row of their own, and those that share the last row."""
+    return (items, []) if len(items) <= rows else (items[: max(1, rows - 1)], items[max(1, rows - 1) :])
+
+
+def _several(values: Iterable[object]) -> str:
+    return ", ".join(sorted({str(value) for value in values}, key=lambda text: (len(text), text)))
+
+
+def _scheme(scheme: Scheme) -> str:
+    """Return a scheme in few letters; that all weights leave out their grid's lowest integer goes without saying."""
+    symmetric = "symmetric" if scheme.symmetric else "asymmetric"
+    return f"{'s' if scheme.signed else 'u'}{scheme.bits} {symmetric}{'' if scheme.axis is None else ', per channel'}"
+
+
+def _range(tensor: PlannedTensor | PlannedWeight) -> str:
+    if isinstance(tensor, PlannedTensor) and tensor.fixed_range:
+        return f"fixed {list(tensor.fixed_range)}"
+    return tensor.observer if tensor.ranges == "observed" else f"{tensor.observer}, then {tensor.ranges}"

@@ -1,0 +1,51 @@
+"""Print tables as text of a fixed width, in a terminal's colours, or as HTML in a notebook."""
+
+import io
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+WIDTH = 80
+"""Columns of a printed text: the narrowest usual terminal."""
+
+HTML = '<pre style="white-space:pre;overflow-x:auto;line-height:normal">{code}</pre>'
+
+
+def table(*columns: str) -> Table:
+    """Return an empty table without lines. A column whose name ends with "#" holds numbers, aligned to the right."""
+    found = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        name = column.removesuffix("#")
+        found.add_column(name, justify="right" if name != column else "left", overflow="fold")
+    return found
+
+
+def as_text(content: RenderableType, width: int = WIDTH) -> str:
+    """Return what would be printed, without colours and spaces at the ends of lines."""
+    console = Console(width=width, file=io.StringIO(), color_system=None, markup=False, emoji=False, highlight=False)
+    with console.capture() as capture:
+        console.print(content)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n"))
+
+
+def as_html(content: RenderableType, width: int = WIDTH) -> str:
+    """Return what would be printed as HTML, for a notebook."""
+    console = Console(width=width, file=io.StringIO(), record=True, markup=False, emoji=False, highlight=False)
+    console.print(content)
+    return console.export_html(inline_styles=True, code_format=HTML)
+
+
+class Shown:
+    """A table to print: as text of `WIDTH` columns, on a rich console, or in a notebook."""
+
+    def __init__(self, content: RenderableType) -> None:
+        self.content = content
+
+    def __str__(self) -> str:
+        return as_text(self.content)
+
+    def __rich__(self) -> RenderableType:
+        return self.content
+
+    def _repr_html_(self) -> str:
+        return as_html(self.content)

@@ -1,0 +1,16 @@
+"""What a report says of the file and of the machine: its size on disk, and the threads that ran it."""
+
+from pathlib import Path
+
+from halfeven.runtimes.runtime import DeployedFile
+
+
+def file_bytes(path: Path) -> int:
+    """Return the size of a deployed file in bytes, with that of the file beside it which holds its tensors."""
+    beside = [path.with_suffix(".bin")] if path.suffix == ".xml" else [path.with_name(f"{path.name}.data")]
+    return sum(each.stat().st_size for each in (path, *beside) if each.is_file())
+
+
+def threads_of(file: DeployedFile) -> int:
+    """Return the number of threads that a runtime computes a sample with; 0 where it does not say."""
+    return int(getattr(file, "threads", 0))

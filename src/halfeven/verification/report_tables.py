@@ -1,0 +1,156 @@
+"""The tables of a report: a summary for people, and the whole of it.
+
+`Report` prints itself with these functions, so this file cannot import its class.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from halfeven.tables import as_text, table
+
+OVERFLOW = 'this processor has no VNNI, so sums of 8-bit products overflow; with scheme="w7a8" layers do not overflow'
+
+SUMMARY_LINES = 25
+"""Largest number of lines of a summary; findings come on top of them."""
+
+Row = tuple[str, str]
+
+
+def summary(report: Any) -> RenderableType:
+    """Return a summary: lists are cut so that all but findings has at most `SUMMARY_LINES` lines."""
+    for most in (6, 4, 3, 2, 1):
+        found = _rows(report, most)
+        if len(as_text(found).splitlines()) <= SUMMARY_LINES:
+            break
+    return Group(found, *_findings(report))
+
+
+def whole_table(report: Any) -> RenderableType:
+    """Return all figures, and the parity of each tensor."""
+    parts: list[RenderableType] = [_rows(report, 10**9)]
+    if report.tensors:
+        parities = table("activation", "integers#", "differ#", "alone#", "by LSB#", "from float sim.#")
+        for tensor in report.tensors:
+            parities.add_row(*_parity(tensor))
+        parts += [Text(), parities]
+    return Group(*parts, *_findings(report))
+
+
+def _parity(tensor: Any) -> Sequence[str]:
+    counts = (tensor.count, tensor.different, tensor.different_alone, tensor.largest, tensor.different_float)
+    return tensor.name, *(str(count) for count in counts)
+
+
+def _findings(report: Any) -> list[Text]:
+    return (
+        [Text("FOUND:", "bold red"), *(Text(f"  {finding}") for finding in report.findings)] if report.findings else []
+    )
+
+
+def _rows(report: Any, most: int) -> RenderableType:
+    rows = [
+        *(_integer_rows(report, most) if report.tensors else []),
+        ("largest difference of the output", difference(report.output_difference)),
+        *(_output_rows(report, most) if len(report.outputs) > 1 else []),
+        *_default_rows(report),
+        ("integer weights equal", "yes" if report.weights_match else "NO"),
+        *_executed_rows(report, most),
+        ("same top-1 as the exact simulation", percent(report.top1_agreement)),
+        ("same top-1 as the float simulation", percent(report.float_simulation_top1_agreement)),
+        *((f"top-1 {name}", f"{value:.2f} %") for name, value in report.accuracy.items()),
+        *(("  note", note) for note in report.notes),
+        *_file_rows(report),
+        *_latency_rows(report),
+    ]
+    found = table("", "")
+    found.show_header = False
+    found.columns[0].no_wrap = True
+    for name, value in rows:
+        found.add_row(f"  {name}", value)
+    return Group(Text(f"{report.path} in {report.runtime}, {report.samples} samples", "bold"), found)
+
+
+def _integer_rows(report: Any, most: int) -> list[Row]:
+    return [
+        ("integers equal to the exact simulation", percent(report.integer_match)),
+        ("  each layer alone", percent(report.alone_match)),
+        ("  of the last feature map", percent(report.last_integer_match)),
+        ("  largest difference", f"{report.max_lsb_difference} LSB"),
+        ("  first difference", report.first_difference or "none"),
+        *([("  likely reason", OVERFLOW)] if report.overflows else []),
+        *_cut([("  not compared, merged by the converter", name) for name in report.unseen], most),
+        ("integers equal to the float simulation", percent(report.float_simulation_match)),
+    ]
+
+
+def _output_rows(report: Any, most: int) -> list[Row]:
+    rows = [
+        (f"  {output.name}", f"{difference(output.difference)}, {percent(output.equal)} equal")
+        for output in report.outputs
+    ]
+    return _cut(rows, most)
+
+
+def _default_rows(report: Any) -> list[Row]:
+    default = report.default_session
+    if default is None:
+        return []
+    lacking = [("  due to the lack of", setting) for setting in default.settings] if default.difference else []
+    return [("difference of the default session", difference(default.difference)), *lacking]
+
+
+def _executed_rows(report: Any, most: int) -> list[Row]:
+    in_float = _cut([("  in float", name) for name in report.float_layers], most)
+    if not report.tensors:
+        readers = f"{report.weight_layers} of {report.quantizable_layers}, in floating point"
+        return [("layers that read integer weights", readers), *in_float]
+    shares = list(report.float_macs.items())
+    shown = shares if len(shares) <= most else shares[: most - 1]
+    if rest := shares[len(shown) :]:
+        shown = [*shown, (f"{len(rest)} others", sum(share for _, share in rest))]
+    return [
+        ("layers executed in integers", f"{report.integer_layers} of {report.quantizable_layers}"),
+        ("  share of multiply-accumulates", f"{100 * report.integer_macs:.2f} %"),
+        *((f"  in float, {name}", f"{100 * share:.2f} %") for name, share in shown),
+        *in_float,
+    ]
+
+
+def _file_rows(report: Any) -> list[Row]:
+    size = [("file size", f"{report.file_bytes / 1e6:.2f} MB")] if report.file_bytes else []
+    settings = [("settings of the session", ", ".join(report.settings))] if report.settings else []
+    return size + settings
+
+
+def _latency_rows(report: Any) -> list[Row]:
+    if not report.latency_ms:
+        return []
+    threads = f", {report.threads} {'thread' if report.threads == 1 else 'threads'}" if report.threads else ""
+    return [
+        *(
+            (f"latency {name}, batch {report.latency_batch}{threads}", f"{v:.2f} ms")
+            for name, v in report.latency_ms.items()
+        ),
+        ("latency deployed / float", f"{report.latency_ratio:.2f}"),
+    ]
+
+
+def _cut(rows: list[Row], most: int) -> list[Row]:
+    """Return the first rows, and a row that says how many more there are."""
+    if len(rows) <= most:
+        return rows
+    return [*rows[: most - 1], (f"  and {len(rows) - most + 1} more", "print(report.table())")]
+
+
+def difference(relative: float) -> str:
+    """Return a relative difference as text."""
+    return f"{relative:.1e} of the largest" if relative else "none"
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage; "none compared" where there is none."""
+    return f"{100 * share:.4f} %" if math.isfinite(share) else "none compared"
