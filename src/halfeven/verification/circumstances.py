@@ -1,8 +1,14 @@
 """What a report says of the file and of the machine: its size on disk, and the threads that ran it."""
 
 from pathlib import Path
+from typing import Any
 
 from halfeven.runtimes.runtime import DeployedFile
+
+
+def circumstances(file: DeployedFile, path: Path) -> dict[str, Any]:
+    """Return the report's fields about the file and the session that it ran in."""
+    return {"file_bytes": file_bytes(path), "threads": threads_of(file), "settings": list(file.settings)}
 
 
 def file_bytes(path: Path) -> int:

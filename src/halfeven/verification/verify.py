@@ -20,7 +20,7 @@ from halfeven.quantization.quantizer import weights_quantized_once
 from halfeven.runtimes.deploy import deploy, runtime_of
 from halfeven.runtimes.layer_execution import LayerExecution
 from halfeven.verification.answers import Answers, ClassAxis
-from halfeven.verification.circumstances import file_bytes, threads_of
+from halfeven.verification.circumstances import circumstances
 from halfeven.verification.comparison import Comparison
 from halfeven.verification.findings import findings
 from halfeven.verification.float_simulation import outputs_of
@@ -86,12 +86,10 @@ def verify(
         notes=answers.notes(),
         latency_ms=milliseconds,
         latency_batch=_size(inputs[0]),
-        file_bytes=file_bytes(Path(path)),
-        threads=threads_of(comparison.file),
-        settings=list(comparison.file.settings),
         latency_ratio=milliseconds["deployed"] / milliseconds["float"] if timed else float("nan"),
         findings=findings(parity["outputs"], parity["tensors"]),
         **parity,
+        **circumstances(comparison.file, Path(path)),
         **_execution(comparison),
     )
 
