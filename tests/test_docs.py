@@ -239,7 +239,7 @@ def test_the_recipe_shown_is_the_one_that_is_chosen():
     """The page shows what training chooses for MobileNetV2 at 4 bits."""
     (shown,) = blocks(ROOT / "docs/qat.md", "text")
     model = timm.create_model("mobilenetv2_100", in_chans=1, num_classes=10).eval()
-    qmodel = halfeven.prepare(model, torch.randn(2, 1, 32, 32), scheme="w4a4", ranges="learned")
+    qmodel = halfeven.prepare(model, torch.randn(2, 1, 32, 32), scheme="w4a4")
     assert shown.strip() == str(decide_training(qmodel, QATOptions(), ScheduleOptions()))
 
 

@@ -19,6 +19,7 @@ from halfeven.progress_bar import advancing, progress
 from halfeven.quantization.quantizer import weights_quantized_once
 from halfeven.runtimes.deploy import deploy, runtime_of
 from halfeven.runtimes.layer_execution import LayerExecution
+from halfeven.runtimes.runtime import Runtime
 from halfeven.verification.answers import Answers, ClassAxis
 from halfeven.verification.circumstances import circumstances
 from halfeven.verification.comparison import Comparison
@@ -75,23 +76,27 @@ def verify(
         comparison = Comparison(qmodel, deploy(qmodel, runtime), Path(path), runtime)
         _compare(comparison, advancing(zip(inputs, labels, strict=True), advance), float_model, answers)
         parity = comparison.parity()
-        milliseconds = latency(qmodel, Path(path), inputs[0], runtime) if timed else {}
-    return Report(
-        path=str(path),
-        runtime=comparison.file.runtime,
-        samples=sum(_size(batch) for batch in inputs),
-        top1_agreement=answers.same_exact / answers.total,
-        float_simulation_top1_agreement=answers.same_float / answers.total,
-        accuracy=answers.accuracy(),
-        notes=answers.notes(),
-        latency_ms=milliseconds,
-        latency_batch=_size(inputs[0]),
-        latency_ratio=milliseconds["deployed"] / milliseconds["float"] if timed else float("nan"),
-        findings=findings(parity["outputs"], parity["tensors"]),
-        **parity,
-        **circumstances(comparison.file, Path(path)),
-        **_execution(comparison),
-    )
+        return Report(
+            path=str(path),
+            runtime=comparison.file.runtime,
+            samples=sum(_size(batch) for batch in inputs),
+            top1_agreement=answers.same_exact / answers.total,
+            float_simulation_top1_agreement=answers.same_float / answers.total,
+            accuracy=answers.accuracy(),
+            notes=answers.notes(),
+            findings=findings(parity["outputs"], parity["tensors"]),
+            **parity,
+            **circumstances(comparison.file, Path(path)),
+            **_execution(comparison),
+            **_latencies(qmodel, Path(path), inputs[0], runtime, timed),
+        )
+
+
+def _latencies(qmodel: nn.Module, path: Path, inputs: Inputs, runtime: Runtime, timed: bool) -> dict[str, Any]:
+    """Return the report's fields about latencies."""
+    found = latency(qmodel, path, inputs, runtime) if timed else {}
+    ratio = found["deployed"] / found["float"] if timed else float("nan")
+    return {"latency_ms": found, "latency_batch": _size(inputs), "latency_ratio": ratio}
 
 
 def _inputs_and_labels(qmodel: nn.Module, batches: list[Any]) -> tuple[list[Inputs], list[Any]]:
