@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from halfeven.errors import ConfigError
-from halfeven.imports import call_function, extra
+from halfeven.imports import call_function, extra, import_function
 from halfeven.nearest import did_you_mean
 from halfeven.options import Options, PositiveInt
 from halfeven.zoo.detectors import TensorPart
@@ -151,6 +151,13 @@ def _from_callable(options: ModelOptions, pretrained: bool) -> nn.Module:
             'model.weights="pretrained" names the weights of a library, and the model is made by your own function '
             '(model.source="callable"). Let the function load its weights, or give the path of a file.'
         )
+    function = import_function(options.name, "model.name")
+    try:
+        inspect.signature(function).bind(**options.arguments)
+    except TypeError as error:
+        raise _no_model(options, pretrained, error) from error
+    except ValueError:  # written in C, without a signature: the call itself says it
+        pass
     model = call_function(options.name, "model.name", **options.arguments)
     if not isinstance(model, nn.Module):
         raise ConfigError(
