@@ -2,12 +2,11 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from halfeven.diagnosis.diagnosis import Finding, TriedRemedy
+from halfeven.diagnosis.diagnosis import Finding
 from halfeven.diagnosis.divergence import divergence
 from halfeven.diagnosis.restarted import float_tensors
 from halfeven.diagnosis.sensitivity import Reference
@@ -36,7 +35,7 @@ COMPARED_SAMPLES = 8
 
 
 @torch.no_grad()
-def unsettled_batchnorm(model: nn.Module, batches: Sequence[Any], inputs: Sequence[Inputs]) -> Finding | None:
+def unsettled_batchnorm(model: nn.Module, inputs: Sequence[Inputs]) -> Finding | None:
     """Return the finding that running statistics do not describe the batches; None if they do.
 
     Answers cannot show it: with such statistics the float model's own answers are wrong. So the statistics are
@@ -44,15 +43,16 @@ def unsettled_batchnorm(model: nn.Module, batches: Sequence[Any], inputs: Sequen
 
     Args:
         model: the float model.
-        batches: calibration batches.
-        inputs: the same, as arguments of the model.
+        inputs: calibration batches, as arguments of the model.
     """
     norms = trained_batchnorms(model)
     given = [(args, kwargs) for args, kwargs in inputs if _samples((args, kwargs)) >= FEWEST_SAMPLES]
     if not norms or not given:
         return None
     settled = copy_model(model)
-    re_estimate(settled, batches)
+    re_estimate(
+        settled, [kwargs or (args,) for args, kwargs in inputs]
+    )  # without labels, of which a batch may hold some
     distances = _distances(model, settled)
     name, worst = max(distances.items(), key=lambda row: row[1])
     if worst < UNSETTLED:
@@ -69,7 +69,6 @@ def unsettled_batchnorm(model: nn.Module, batches: Sequence[Any], inputs: Sequen
         remedy="re-estimated statistics, before the model is quantized",
         paste="halfeven.layerwise.re_estimate.re_estimate(model, batches)",
         recovered=1 - after / before,
-        tried=(TriedRemedy(remedy="re-estimated statistics", recovered=1 - after / before, paste=""),),
     )
 
 

@@ -41,11 +41,16 @@ class Patient:
         return self.sensitivities.divergence
 
 
-def find_culprit(patient: Patient) -> tuple[Finding, nn.Module] | None:
-    """Return the finding about the most harmful part of a model, and the model with its remedy; None if none helps."""
+def find_culprit(patient: Patient, *, first: bool) -> tuple[Finding, nn.Module] | None:
+    """Return the finding about the most harmful part of a model, and the model with its remedy; None if none helps.
+
+    Args:
+        patient: the model.
+        first: nothing has been mended yet; remedies of the whole model are tried then alone.
+    """
     if not patient.sensitivities.tensors or patient.divergence <= 0:
         return None
-    if (again := _calibrated_again(patient)) is not None:
+    if first and (again := _calibrated_again(patient)) is not None:
         return again
     single = patient.sensitivities.tensors[0]
     if single.kl_in_context >= STANDS_OUT * patient.divergence:
@@ -53,7 +58,7 @@ def find_culprit(patient: Patient) -> tuple[Finding, nn.Module] | None:
         if found[0].recovered is not None and found[0].recovered >= STANDS_OUT:
             return found
     group = _best_group(patient)
-    return _of_group(patient, group) if group is not None else _of_many(patient)
+    return _of_group(patient, group) if group is not None else _of_many(patient, first=first)
 
 
 def _calibrated_again(patient: Patient) -> tuple[Finding, nn.Module] | None:
@@ -148,12 +153,14 @@ def _of_group(patient: Patient, group: OperatorGroup) -> tuple[Finding, nn.Modul
     return _finding(patient, cause, where, chosen, trials), repaired
 
 
-def _of_many(patient: Patient) -> tuple[Finding, nn.Module]:
+def _of_many(patient: Patient, *, first: bool) -> tuple[Finding, nn.Module] | None:
     """Return the finding where the damage is spread: the remedies of the whole model, and its worst tensors raised."""
-    given: list[Remedy] = [EQUALIZE]
-    if any(q.weight and q.scheme.bits < 8 for q, _ in planned_quantizers(patient.qmodel)):
+    given: list[Remedy] = [EQUALIZE] if first else []
+    if first and any(q.weight and q.scheme.bits < 8 for q, _ in planned_quantizers(patient.qmodel)):
         given.append(LEARN_ROUNDING)
     given += [remedy for count in (2, 4, 8, 16) if (remedy := _raise_worst(patient, count)) is not None]
+    if not given:
+        return None
     chosen, trials, repaired = _cheapest(patient, given)
     worst = patient.sensitivities.tensors[0]
     share = worst.kl_in_context / patient.divergence

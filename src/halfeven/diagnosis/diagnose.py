@@ -38,6 +38,8 @@ from halfeven.layerwise.sqnr import sqnr, top1_agreement
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.make_plan import named_nodes
 
+WORTH_NAMING = 0.1
+"""Share of the damage that a remedy must take away for its cause to be a finding."""
 ROUNDS = 3
 """Largest number of causes that are sought one after the other."""
 HEALTHY = 0.01
@@ -142,8 +144,8 @@ def _changed(without: float, whole: float) -> Finding:
     )
 
 
-def _examined(qmodel: nn.Module, batches: list[Any], reference: Reference) -> Patient:
-    found = sensitivities(qmodel, batches, reference=reference)
+def _examined(qmodel: nn.Module, batches: list[Any], reference: Reference, *, alone: bool = True) -> Patient:
+    found = sensitivities(qmodel, batches, reference=reference, alone=alone)
     return Patient(qmodel, batches, reference, found, statistics(qmodel, reference.inputs))
 
 
@@ -168,21 +170,24 @@ def _parts(qmodel: nn.Module, reference: Reference) -> Parts:
 def _findings(patient: Patient, float_model: nn.Module, log: Callable[[str], None]) -> tuple[list[Finding], nn.Module]:
     """Return the findings, and the model that their remedies have made."""
     found: list[Finding] = []
-    settled = unsettled_batchnorm(float_model, patient.batches, patient.reference.inputs)
+    whole = patient.divergence
+    settled = unsettled_batchnorm(float_model, patient.reference.inputs)
     if settled is not None:
         found.append(settled)
-    first = patient.divergence
-    for _ in range(ROUNDS):
-        if _agreement(patient.qmodel, patient.reference).error_share <= HEALTHY or patient.divergence < first / 10:
+    repaired = patient.qmodel
+    for turn in range(ROUNDS):
+        if _agreement(patient.qmodel, patient.reference).error_share <= HEALTHY:
             break
-        result = find_culprit(patient)
-        if result is None or result[0].recovered is None or result[0].recovered <= 0.1:
+        result = find_culprit(patient, first=turn == 0)
+        if result is None or (result[0].recovered or 0.0) <= WORTH_NAMING:
             break
-        finding, model = result
+        finding, repaired = result
         found.append(finding)
         log(f"{finding.cause}: {finding.where}; {finding.remedy} takes away {finding.recovered:.0%}.")
-        patient = _examined(model, list(patient.batches), patient.reference)
-    return found, patient.qmodel
+        if divergence_of(repaired, patient.reference) < whole / 10 or turn == ROUNDS - 1:
+            break
+        patient = _examined(repaired, list(patient.batches), patient.reference, alone=False)
+    return found, repaired
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Measure how much of the damage of quantization each tensor does, without labels.
 
 In context: all quantizers are on, and one tensor at a time gets more bits, or float; its share of the damage is what
-the answers gain by that. Alone: all are off except one. The second is what most tools do. It overlooks that errors of
-several tensors meet: in a MobileNetV2 with 4 bits, 8 tensors raised by the first order are worth more than 17 by the
-second (`benchmarks/sensitivity.py`).
+the answers gain by that. Alone: all are off except one. The damage is the divergence of the answers, not their squared
+error, which most tools take: in a MobileNetV2 with 4 bits, 8 tensors raised by divergence, in context or alone, are
+worth more than 17 by the error (`benchmarks/sensitivity.py`).
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence

@@ -167,7 +167,7 @@ function network() {
 function bars() {
   const present = (values) => Object.keys(values).length > 0;
   const made = [];
-  if (present(contents.accuracy)) made.push(chart(() => namedBars(contents.accuracy, "%"), "Accuracy"));
+  if (present(contents.accuracy)) made.push(chart(() => namedBars(contents.accuracy, "accuracy"), "Accuracy"));
   if (present(contents.latency)) made.push(chart(() => namedBars(contents.latency, "ms"), "Latency"));
   if (present(contents.sizes)) {
     const megabytes = Object.fromEntries(Object.entries(contents.sizes).map(([name, size]) => [name, size / 1e6]));
