@@ -17,6 +17,9 @@ OVERFLOW = 'this processor has no VNNI, so sums of 8-bit products overflow; with
 SUMMARY_LINES = 25
 """Largest number of lines of a summary; findings come on top of them."""
 
+NAME_WIDTH = 44
+"""Columns of the names of figures; longer names go on in the next line."""
+
 Row = tuple[str, str]
 
 
@@ -68,7 +71,7 @@ def _rows(report: Any, most: int) -> RenderableType:
     ]
     found = table("", "")
     found.show_header = False
-    found.columns[0].no_wrap = True
+    found.columns[0].max_width = NAME_WIDTH
     for name, value in rows:
         found.add_row(f"  {name}", value)
     return Group(Text(f"{report.path} in {report.runtime}, {report.samples} samples", "bold"), found)

@@ -1,0 +1,37 @@
+"""Quantization-aware training in Lightning's Trainer."""
+
+from typing import Any
+
+from torch import nn
+
+from halfeven.imports import extra
+from halfeven.integrations.session_steps import SessionSteps
+from halfeven.qat.session import QATSession
+
+with extra("lightning", "The callback for Lightning"):
+    from lightning.pytorch.callbacks import Callback
+
+
+class QATCallback(SessionSteps, Callback):  # type: ignore[misc]
+    """Calls a session's hooks in `lightning.Trainer.fit`.
+
+    Args:
+        session: from `halfeven.pipelines.setup_qat`.
+        qmodel: the quantized model, which your LightningModule trains.
+    """
+
+    def __init__(self, session: QATSession, qmodel: nn.Module) -> None:
+        SessionSteps.__init__(self, session, qmodel)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.start(int(trainer.estimated_stepping_batches), trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.before_step()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.after_step(trainer.global_step)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.before_validation()

@@ -1,0 +1,105 @@
+"""What the callbacks of all trainers share: the hooks of a session, at the steps of another trainer."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from halfeven.errors import ConfigError
+from halfeven.qat.session import QATSession
+
+
+class SessionSteps:
+    """Calls a session's hooks at the optimizer steps of a trainer: ranges, BatchNorm, oscillations, weight average.
+
+    Args:
+        session: from `halfeven.pipelines.setup_qat`.
+        qmodel: the quantized model, as it was given to `setup_qat`.
+    """
+
+    def __init__(self, session: QATSession, qmodel: nn.Module) -> None:
+        self.session = session
+        self.qmodel = qmodel
+        self.step = 0
+        self.total = 0
+        self._changes_loss = session.recipe.distill.enabled or session.recipe.dampen.enabled
+        self._loss_seen = False
+
+    def start(self, total: int, step: int = 0) -> None:
+        """Begin the training.
+
+        Args:
+            total: number of optimizer steps of the run.
+            step: number of steps taken before, in a run that goes on.
+        """
+        self.total = max(total, 1)
+        self.step = step
+
+    def before_step(self) -> None:
+        """Call the hook before the forward pass of an optimizer step, after `model.train()`."""
+        self.session.before_step(self.qmodel, self.step / self.total)
+
+    def loss(self, outputs: Any, inputs: Any, targets: Any, task_loss: Tensor) -> Tensor:
+        """Return the loss of a batch, []: with the teacher's part and the dampening, where the recipe has them.
+
+        Call it where the trainer computes its loss. Without it, a recipe with one of the two is refused.
+        """
+        self._loss_seen = True
+        loss = self.session.loss(outputs, inputs, targets, task_loss)
+        penalty = self.session.penalty(self.step / self.total)
+        return loss if penalty is None else loss + penalty
+
+    def after_step(self, step: int) -> None:
+        """Call the hook after an optimizer step.
+
+        Args:
+            step: number of steps that are taken now; nothing happens where the step is counted already, as with
+                gradient accumulation.
+
+        Raises:
+            ConfigError: the recipe changes the loss, and `loss` was not called.
+        """
+        if step == self.step:
+            return
+        if self._changes_loss and not self._loss_seen:
+            raise ConfigError(
+                "The recipe distils or dampens oscillations, which changes the loss, and the trainer took a step "
+                "without callback.loss(outputs, inputs, targets, loss). Call it where the loss is computed, or set "
+                'qat.distill="off" and qat.dampen_oscillations="off".'
+            )
+        self.session.after_step(step - 1, step / self.total)
+        self.step = step
+
+    def before_validation(self) -> None:
+        """Prepare the weights, and their average, for a validation."""
+        for model in self.models().values():
+            self.session.before_validation(model)
+
+    def models(self) -> dict[str, nn.Module]:
+        """Return the model in training and the average of its weights, if there is one, by name."""
+        return {"weights": self.qmodel, **self.session.other_models}
+
+    def best(self, evaluate: Callable[[nn.Module], float]) -> nn.Module:
+        """Return the better of the weights and their average, in eval mode.
+
+        Args:
+            evaluate: returns a score of a model, of which more is better.
+        """
+        self.before_validation()
+        found = self.models()
+        scores = {name: evaluate(model.eval()) for name, model in found.items()} if len(found) > 1 else {"weights": 0.0}
+        return found[max(scores, key=lambda name: scores[name])].eval()
+
+    def report(self) -> str:
+        """Return the recipe and how many weights oscillate, as text."""
+        figures = ", ".join(f"{name} {value:.2f} %" for name, value in self.session.figures().items())
+        return f"{self.session.recipe}\n{f'Oscillations: {figures}' if figures else 'Oscillations were not followed.'}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the session, for a run that may be interrupted."""
+        return {name: each.state_dict() for name, each in self.session.stateful.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the state of the session."""
+        for name, each in self.session.stateful.items():
+            each.load_state_dict(state[name])

@@ -1,0 +1,116 @@
+"""Each trainer's callback calls the session's hooks at the right steps, and refuses what it would leave out."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import halfeven as he
+from halfeven.errors import ConfigError
+from halfeven.integrations.session_steps import SessionSteps
+from halfeven.pipelines import setup_qat
+from halfeven.qat.options import QATOptions
+from placement.parts import IMAGE, Residual
+
+X = torch.randn(IMAGE)
+
+
+def steps(kind=SessionSteps, **options):
+    torch.manual_seed(0)
+    model = Residual().eval()
+    qmodel = he.calibrate(he.prepare(model, X, scheme="w4a8"), [X])
+    return kind(setup_qat(qmodel, model, [X], QATOptions(**options)), qmodel)
+
+
+class Recorded(SessionSteps):
+    """Writes down what was called."""
+
+    def __init__(self, session, qmodel):
+        super().__init__(session, qmodel)
+        self.calls = []
+        session.before_step = lambda model, done: self.calls.append(("before", done))
+        session.after_step = lambda step, done: self.calls.append(("after", step, done))
+        session.before_validation = lambda model: self.calls.append(("validation", model is qmodel))
+
+
+EXPECTED = [
+    ("before", 0.0), ("after", 0, 0.5), ("before", 0.5), ("after", 1, 1.0), ("validation", True), ("validation", False),
+]  # fmt: skip
+
+
+def test_in_a_loop():
+    one = steps(Recorded)
+    one.start(2)
+    for step in range(2):
+        one.before_step()
+        one.after_step(step + 1)
+    one.after_step(2)  # a batch of an accumulation that ends no step
+    one.before_validation()
+    assert one.calls == EXPECTED
+
+
+def test_in_transformers():
+    pytest.importorskip("transformers", reason='needs the extra "text"')
+    from halfeven.integrations.transformers import QATCallback
+
+    one = steps(type("Both", (Recorded, QATCallback), {"__init__": Recorded.__init__}))
+    state, control = SimpleNamespace(max_steps=2, global_step=0), SimpleNamespace(should_evaluate=False)
+    one.on_train_begin(None, state, control)
+    for step in range(2):
+        one.on_step_begin(None, state, control)
+        state.global_step = step + 1
+        one.on_step_end(None, state, control)
+    control.should_evaluate = True
+    one.on_epoch_end(None, state, control)
+    assert one.calls == EXPECTED
+
+
+def test_in_lightning():
+    pytest.importorskip("lightning", reason='needs the extra "lightning"')
+    from halfeven.integrations.lightning import QATCallback
+
+    one = steps(type("Both", (Recorded, QATCallback), {"__init__": Recorded.__init__}))
+    trainer = SimpleNamespace(estimated_stepping_batches=2, global_step=0, sanity_checking=True)
+    one.on_validation_start(trainer, None)
+    trainer.sanity_checking = False
+    one.on_train_start(trainer, None)
+    for step in range(2):
+        one.on_train_batch_start(trainer, None, None, step)
+        trainer.global_step = step + 1
+        one.on_train_batch_end(trainer, None, None, None, step)
+    one.on_validation_start(trainer, None)
+    assert one.calls == EXPECTED
+
+
+def test_a_recipe_that_changes_the_loss_needs_the_call():
+    one = steps(distill="on")
+    one.start(2)
+    one.before_step()
+    with pytest.raises(ConfigError, match="without callback"):
+        one.after_step(1)
+    outputs = one.qmodel(X)
+    task_loss = outputs.square().mean()
+    assert not torch.equal(one.loss(outputs, X, None, task_loss), task_loss)
+    one.after_step(1)
+
+
+def test_its_state_goes_on_in_another_process():
+    one, other = steps(), steps()
+    one.start(4)
+    with torch.no_grad():
+        next(one.qmodel.parameters()).add_(1)
+    one.after_step(1)
+    other.start(4, step=1)
+    other.load_state_dict(one.state_dict())
+    average, again = (each.session.other_models["average"].state_dict() for each in (one, other))
+    assert all(torch.equal(average[name], again[name]) for name in average)
+
+
+def test_the_better_of_weights_and_average_is_chosen():
+    one = steps()
+    one.start(2)
+    one.after_step(1)
+    average = one.session.other_models["average"]
+    assert one.best(lambda model: float(model is average)) is average
+    assert one.best(lambda model: float(model is one.qmodel)) is one.qmodel
+    assert "average of the weights" in one.report()
