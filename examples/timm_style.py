@@ -35,9 +35,8 @@ def fit(model, groups, lr, epochs, steps=None):
     batches = loader(train, shuffle=True)
     optimizer = create_optimizer_v2(groups, opt="sgd", lr=lr, momentum=0.9)
     scheduler = CosineLRScheduler(optimizer, t_initial=epochs * len(batches), t_in_epochs=False)
-    updates = 0
+    loss, updates = LabelSmoothingCrossEntropy(0.1), 0
     for epoch in range(epochs):
-        loss = LabelSmoothingCrossEntropy(0.1)
         updates = train_one_epoch(model, batches, optimizer, loss, scheduler, updates, steps)
         print(f"epoch {epoch + 1}: {accuracy(model):.2f} %")
 

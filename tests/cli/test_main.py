@@ -420,3 +420,18 @@ def test_free_axes_stay_as_the_config_has_them(config):
     parsed = cli.parse("train", [config, "--training.epochs", "2"])
     assert parsed.experiment.quantization.dynamic_shapes == free
     assert parsed.experiment.training.epochs == 2
+
+
+def test_every_command_writes_json():
+    for command in cli.COMMANDS:
+        names = {field.name for field in dataclasses.fields(cli.found(command.arguments))}
+        assert "json" in names, command.name
+
+
+def test_init_tells_in_json_what_it_wrote(tmp_path):
+    cli.main(["init", str(tmp_path), "--json", str(tmp_path / "a.json")])
+    first = json.loads((tmp_path / "a.json").read_text())
+    assert not first["kept"]
+    assert all(Path(path).is_file() for path in first["written"])
+    cli.main(["init", str(tmp_path), "--json", str(tmp_path / "b.json")])
+    assert json.loads((tmp_path / "b.json").read_text()) == {"written": [], "kept": first["written"]}

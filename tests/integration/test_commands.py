@@ -44,6 +44,7 @@ def test_the_last_checkpoint_is_reported_beside_the_best(trained):
 
 def test_the_best_can_be_chosen_on_held_out_training_samples(config, tmp_path):
     short = ["--pretraining.epochs", "1", "--training.epochs", "2", "--data.selection", "holdout"]
+    short += ["--json", tmp_path / "r.json"]
     done = halfeven("train", config, "--work-dir", tmp_path / "w", *short)
     assert done.returncode == 0, done.stdout + done.stderr
     said = " ".join(done.stdout.split())
@@ -59,6 +60,8 @@ def test_the_best_can_be_chosen_on_held_out_training_samples(config, tmp_path):
     assert facts[f"{SCHEME}, holdout"]["top1"] == max([start, *chosen])
     results = json.loads((tmp_path / "w" / "results.json").read_text())
     assert {"float", "simulated", "simulated, last", "deployed"} <= results.keys()
+    assert json.loads((tmp_path / "r.json").read_text()) == results
+    assert "conv1" in (tmp_path / "w" / "plan.txt").read_text()
 
 
 def test_the_log_tells_of_both_models(trained):

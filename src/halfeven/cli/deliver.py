@@ -25,7 +25,14 @@ LAST_ROW = "simulated, last"
 """Name of the last checkpoint's accuracy in the table and in the results."""
 
 
-def deliver(context: RunContext, model: nn.Module, float_metrics: Metrics, facts: dict[str, Any] | None = None) -> None:
+def deliver(
+    context: RunContext,
+    model: nn.Module,
+    float_metrics: Metrics,
+    facts: dict[str, Any] | None = None,
+    *,
+    json: str = "",
+) -> None:
     """Export the best checkpoint, verify the files, and show the accuracy of all three models.
 
     Args:
@@ -33,6 +40,7 @@ def deliver(context: RunContext, model: nn.Module, float_metrics: Metrics, facts
         model: the float model.
         float_metrics: the float model's accuracy.
         facts: further entries of `results.json`.
+        json: a further file to write the results to; "" for none.
     """
     best = context.folder / BEST
     qmodel = load(best, model.cpu(), context.datasets.example())
@@ -50,7 +58,9 @@ def deliver(context: RunContext, model: nn.Module, float_metrics: Metrics, facts
     show(context, rows, files, _selected_by(context) if last.is_file() else "")
     write_pages(context, qmodel, reports, rows, files)
     verification = {path.name: report.to_dict() for path, report in reports.items()}
-    write_json(context.folder / RESULTS, {**rows, **(facts or {}), "verification": verification})
+    results = {**rows, **(facts or {}), "verification": verification}
+    for path in (context.folder / RESULTS, *([Path(json)] if json else [])):
+        write_json(path, results)
 
 
 def _accuracy_of_last(context: RunContext, model: nn.Module, best: Metrics) -> Metrics:

@@ -22,6 +22,8 @@ class ExportArguments:
     experiment: Fields
     work_dir: str = ""
     """Folder for the files; "" for the checkpoint's."""
+    json: str = ""
+    """File to write the content of verification.json to as well; "" for none."""
 
 
 def run_export(arguments: ExportArguments) -> None:
@@ -33,4 +35,6 @@ def run_export(arguments: ExportArguments) -> None:
     model, has_weights = float_model_of(arguments.experiment, checkpoint)
     qmodel = load(checkpoint, model, context.datasets.example())
     reports = export_verified(context, qmodel, folder, model if has_weights else None)
-    write_json(folder / "verification.json", {path.name: report.to_dict() for path, report in reports.items()})
+    found = {path.name: report.to_dict() for path, report in reports.items()}
+    for path in (folder / "verification.json", *([Path(arguments.json)] if arguments.json else [])):
+        write_json(path, found)

@@ -1,5 +1,6 @@
 """`halfeven init`: the configs that come with halfeven, written where the user can change them."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -20,6 +21,8 @@ class InitArguments:
     """Folder that gets a folder `configs`; without it the current one."""
     overwrite: bool = False
     """Replace configs that are there and differ."""
+    json: str = ""
+    """File to write the paths of the configs to as JSON, with the keys written and kept; "" for none."""
 
 
 def run_init(arguments: InitArguments) -> None:
@@ -45,6 +48,10 @@ def run_init(arguments: InitArguments) -> None:
         if len(missing) < len(configs)
         else f"Wrote {len(configs)} configs to {target}."
     )
+    if arguments.json:
+        names = {"written": [str(path) for path in missing], "kept": [str(p) for p in configs if p not in missing]}
+        text = json.dumps(names, indent=2) + "\n"
+        write_atomically(Path(arguments.json), lambda path: path.write_text(text, encoding="utf-8"))
     print(f"The quickstart is `halfeven train {target / QUICKSTART}`.")
 
 

@@ -43,6 +43,8 @@ class PtqArguments:
     """Continue the run in the work folder if there is one, and start it otherwise: for jobs that are restarted."""
     overwrite: bool = False
     """Start anew in a work folder that holds a run already."""
+    json: str = ""
+    """File to write the content of results.json to as well; "" for none."""
 
 
 def run_ptq(arguments: PtqArguments) -> None:
@@ -66,7 +68,8 @@ def run_ptq(arguments: PtqArguments) -> None:
         if prepared is not None:
             facts = _quantize(context, model, prepared)
         assert facts is not None
-        deliver(context, model, facts["float"], {"quantization_seconds": facts["quantization_seconds"]})
+        further = {"quantization_seconds": facts["quantization_seconds"]}
+        deliver(context, model, facts["float"], further, json=arguments.json)
 
 
 def _check_alone() -> None:

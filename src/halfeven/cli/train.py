@@ -56,6 +56,8 @@ class TrainArguments:
     """Continue the run in the work folder if there is one, and start it otherwise: for jobs that are restarted."""
     overwrite: bool = False
     """Start anew in a work folder that holds a run already."""
+    json: str = ""
+    """File to write the content of results.json to as well; "" for none."""
     amp: bool = False
     """Train in the mixed precision that the device has, bfloat16 or float16."""
     auto_scale_lr: bool = False
@@ -90,7 +92,7 @@ def run_train(arguments: TrainArguments) -> None:
         main = context.accelerator.is_main_process
         context.accelerator.end_training()  # what follows is the first process's alone
         if main:
-            deliver(context, model, header["float"])
+            deliver(context, model, header["float"], json=arguments.json)
 
 
 def _with_scaled_rates(context: RunContext) -> RunContext:
