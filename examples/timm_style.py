@@ -13,6 +13,8 @@ from halfeven.pipelines import setup_qat
 from halfeven.training.optimization import parameter_groups
 from halfeven.training.options import TrainingOptions
 
+LOSS = LabelSmoothingCrossEntropy(0.1)
+
 
 def train_one_epoch(model, batches, optimizer, loss_function, scheduler, first_update, steps=None):
     model.train()
@@ -35,15 +37,16 @@ def fit(model, groups, lr, epochs, steps=None):
     batches = loader(train, shuffle=True)
     optimizer = create_optimizer_v2(groups, opt="sgd", lr=lr, momentum=0.9)
     scheduler = CosineLRScheduler(optimizer, t_initial=epochs * len(batches), t_in_epochs=False)
-    loss, updates = LabelSmoothingCrossEntropy(0.1), 0
+    updates = 0
     for epoch in range(epochs):
-        updates = train_one_epoch(model, batches, optimizer, loss, scheduler, updates, steps)
+        updates = train_one_epoch(model, batches, optimizer, LOSS, scheduler, updates, steps)
         print(f"epoch {epoch + 1}: {accuracy(model):.2f} %")
 
 
 def main(folder="."):
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=10, in_chans=1)
+    model = torch.nn.Sequential(torch.nn.Upsample(scale_factor=4), model)  # digits have 8x8 pixels
     fit(model, model.parameters(), lr=0.05, epochs=4)
     qmodel = he.calibrate(he.prepare(model.eval(), next(iter(loader(train)))[0]), loader(train), batches=8)
     steps = SessionSteps(setup_qat(qmodel, model, list(loader(train))[:8]), qmodel)

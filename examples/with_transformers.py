@@ -32,7 +32,7 @@ def fit(model, epochs, *callbacks):
             remove_unused_columns=False, label_names=["labels"],  # what the Trainer would read from its own classes
         )  # fmt: skip
         trainer = Trainer(
-            model, arguments, train_dataset=texts(512, 0), eval_dataset=texts(128, 1), callbacks=list(callbacks)
+            model, arguments, train_dataset=texts(256, 0), eval_dataset=texts(64, 1), callbacks=list(callbacks)
         )
         trainer.train()
 
@@ -40,7 +40,7 @@ def fit(model, epochs, *callbacks):
 def main(folder="."):
     torch.manual_seed(0)
     model = BertForSequenceClassification(CONFIG)
-    fit(model, 6)
+    fit(model, 5)
     batch = torch.utils.data.default_collate(texts(64, 2))
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     # With labels in the example, it returns the loss as the float model does. 7 bits: for processors without VNNI too.

@@ -117,6 +117,8 @@ def resolves(name):
         return hasattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError:
         return False
+    except halfeven.HalfevenError as error:
+        return "pip install 'halfeven[" in str(error)  # it is there, and needs an extra
 
 
 def test_the_api_page_names_what_exists():

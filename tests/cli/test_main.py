@@ -304,6 +304,7 @@ def test_the_help_of_a_command_without_a_config(capsys):
     assert [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "] == [
         "FOLDER",
         "--overwrite",
+        "--json",
         "-h,",
     ]
 

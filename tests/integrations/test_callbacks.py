@@ -12,6 +12,7 @@ from halfeven.pipelines import setup_qat
 from halfeven.qat.options import QATOptions
 from placement.parts import IMAGE, Residual
 
+pytestmark = pytest.mark.usefixtures("unfused")
 X = torch.randn(IMAGE)
 
 
