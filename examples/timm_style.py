@@ -1,11 +1,11 @@
-"""Quantization-aware training in a script in timm's style: its model, optimizer and scheduler."""
+"""Quantization-aware training in a script in timm's style: its model, loss, optimizer and scheduler."""
 
 import timm
-import torch
-from digits import accuracy, loader, train, validation
+from digits import accuracy, loader, train, trained, validation
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
+from torch import nn
 
 import halfeven as he
 from halfeven.integrations.session_steps import SessionSteps
@@ -13,45 +13,43 @@ from halfeven.pipelines import setup_qat
 from halfeven.training.optimization import parameter_groups
 from halfeven.training.options import TrainingOptions
 
-LOSS = LabelSmoothingCrossEntropy(0.1)
+EPOCHS = 2
 
 
-def train_one_epoch(model, batches, optimizer, loss_function, scheduler, first_update, steps=None):
+def network():
+    """Return a small model of timm for digits, whose 8x8 pixels are enlarged."""
+    return nn.Sequential(nn.Upsample(scale_factor=4), timm.create_model("test_resnet", num_classes=10, in_chans=1))
+
+
+def train_one_epoch(model, batches, optimizer, loss_function, scheduler, updates, steps):
     model.train()
-    for update, (x, y) in enumerate(batches, first_update):
-        if steps is not None:
-            steps.before_step()
+    for x, y in batches:
+        steps.before_step()
         outputs = model(x)
-        loss = loss_function(outputs, y)
-        loss = loss if steps is None else steps.loss(outputs, x, y, loss)
+        loss = steps.loss(outputs, x, y, loss_function(outputs, y))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        scheduler.step_update(num_updates=update + 1)
-        if steps is not None:
-            steps.after_step(update + 1)
-    return update + 1
-
-
-def fit(model, groups, lr, epochs, steps=None):
-    batches = loader(train, shuffle=True)
-    optimizer = create_optimizer_v2(groups, opt="sgd", lr=lr, momentum=0.9)
-    scheduler = CosineLRScheduler(optimizer, t_initial=epochs * len(batches), t_in_epochs=False)
-    updates = 0
-    for epoch in range(epochs):
-        updates = train_one_epoch(model, batches, optimizer, LOSS, scheduler, updates, steps)
-        print(f"epoch {epoch + 1}: {accuracy(model):.2f} %")
+        updates += 1
+        scheduler.step_update(num_updates=updates)
+        steps.after_step(updates)
+    return updates
 
 
 def main(folder="."):
-    torch.manual_seed(0)
-    model = timm.create_model("test_resnet", num_classes=10, in_chans=1)
-    model = torch.nn.Sequential(torch.nn.Upsample(scale_factor=4), model)  # digits have 8x8 pixels
-    fit(model, model.parameters(), lr=0.05, epochs=4)
-    qmodel = he.calibrate(he.prepare(model.eval(), next(iter(loader(train)))[0]), loader(train), batches=8)
+    model = trained(network, epochs=4)
+    qmodel = he.calibrate(he.prepare(model, next(iter(loader(train)))[0]), loader(train), batches=8)
     steps = SessionSteps(setup_qat(qmodel, model, list(loader(train))[:8]), qmodel)
-    steps.start(len(loader(train, shuffle=True)))
-    fit(qmodel, parameter_groups(qmodel, TrainingOptions()), lr=1e-3, epochs=1, steps=steps)
+    batches = loader(train, shuffle=True)
+    optimizer = create_optimizer_v2(parameter_groups(qmodel, TrainingOptions()), opt="sgd", lr=1e-3, momentum=0.9)
+    scheduler = CosineLRScheduler(optimizer, t_initial=EPOCHS * len(batches), t_in_epochs=False)
+    steps.start(EPOCHS * len(batches))
+    updates = 0
+    for epoch in range(EPOCHS):
+        updates = train_one_epoch(
+            qmodel, batches, optimizer, LabelSmoothingCrossEntropy(0.1), scheduler, updates, steps
+        )
+        print(f"epoch {epoch + 1}: {accuracy(qmodel):.2f} %")
     best = steps.best(accuracy)
     report = he.verify(best, he.export(best, f"{folder}/timm.xml"), loader(validation), float_model=model, timed=False)
     print(report)
