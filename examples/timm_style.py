@@ -44,11 +44,10 @@ def main(folder="."):
     optimizer = create_optimizer_v2(parameter_groups(qmodel, TrainingOptions()), opt="sgd", lr=1e-3, momentum=0.9)
     scheduler = CosineLRScheduler(optimizer, t_initial=EPOCHS * len(batches), t_in_epochs=False)
     steps.start(EPOCHS * len(batches))
+    loss = LabelSmoothingCrossEntropy(0.1)
     updates = 0
     for epoch in range(EPOCHS):
-        updates = train_one_epoch(
-            qmodel, batches, optimizer, LabelSmoothingCrossEntropy(0.1), scheduler, updates, steps
-        )
+        updates = train_one_epoch(qmodel, batches, optimizer, loss, scheduler, updates, steps)
         print(f"epoch {epoch + 1}: {accuracy(qmodel):.2f} %")
     best = steps.best(accuracy)
     report = he.verify(best, he.export(best, f"{folder}/timm.xml"), loader(validation), float_model=model, timed=False)
