@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from halfeven.tables import as_text, table
+from halfeven.tables import WIDTH, as_text, table
 
 OVERFLOW = 'this processor has no VNNI, so sums of 8-bit products overflow; with scheme="w7a8" layers do not overflow'
 
@@ -74,7 +74,10 @@ def _rows(report: Any, most: int) -> RenderableType:
     found.columns[0].max_width = NAME_WIDTH
     for name, value in rows:
         found.add_row(f"  {name}", value)
-    return Group(Text(f"{report.path} in {report.runtime}, {report.samples} samples", "bold"), found)
+    where = f" in {report.runtime}, {report.samples} samples"
+    room = WIDTH - len(where)
+    path = report.path if len(report.path) <= room else f"…{report.path[1 - room :]}"
+    return Group(Text(path + where, "bold"), found)
 
 
 def _integer_rows(report: Any, most: int) -> list[Row]:
