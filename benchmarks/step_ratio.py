@@ -1,6 +1,6 @@
 """What a QAT step costs: its time over that of the float model's step, and the memory that training adds over float's.
 
-    python benchmarks/step_ratio.py [resnet18 mobilenetv2_100] [--sizes 224x8 32x64] [--ranges learned] [--pairs 15]
+    python benchmarks/step_ratio.py [resnet18 mobilenetv2_100] [--sizes 224x8 32x64] [--ranges observed learned] [--pairs 15]
     python benchmarks/step_ratio.py resnet18 --compiled --sizes 224x8
     python benchmarks/step_ratio.py resnet18 --memory --sizes 224x8
     python benchmarks/step_ratio.py resnet18 --peers nncf=NNCF_ENV/bin/python torchao=TORCHAO_ENV/bin/python
@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["resnet18", "mobilenetv2_100"])
     parser.add_argument("--sizes", nargs="+", default=["224x8", "32x64"], metavar="PIXELSxBATCH")
-    parser.add_argument("--ranges", nargs="+", default=["learned"])
+    parser.add_argument("--ranges", nargs="+", default=["observed", "learned"])
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--memory", action="store_true")

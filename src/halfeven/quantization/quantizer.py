@@ -13,7 +13,7 @@ from halfeven.errors import CalibrationError, PlacementError
 from halfeven.quantization.arithmetic import scale_and_zero_point
 from halfeven.quantization.compile import fused
 from halfeven.quantization.fake_quantize import UNCLIPPED, Clip, Domain, effective_scale, fake_quantize, stored_scale
-from halfeven.quantization.observers import Observer, extremes, finite_extremes, make_observer, rows
+from halfeven.quantization.observers import Observer, check_finite, common_extremes, extremes, make_observer, rows
 from halfeven.quantization.range_state import RangeState, state_of
 from halfeven.quantization.scheme import Scheme
 
@@ -123,7 +123,7 @@ class Quantizer(nn.Module):
         Raises:
             CalibrationError: there is no range.
         """
-        if clip != UNCLIPPED and (self.mode is not Mode.QUANTIZE or (self.state.observing and self.training)):
+        if clip != UNCLIPPED and self.mode is not Mode.QUANTIZE:
             # An observer must see the tensor that is quantized, which is the clipped one.
             x = torch.clamp(x, *clip)
             clip = UNCLIPPED
@@ -138,7 +138,7 @@ class Quantizer(nn.Module):
             )
         follows = self.state.observing and self.training and not self._recomputes()
         if follows:
-            self._follow(x)
+            self._follow(x, clip)
         if not self.state.has_range:
             raise CalibrationError(
                 f"The quantizer {self.name or '(unnamed)'} has no range yet, so its integers mean nothing. "
@@ -285,15 +285,20 @@ class Quantizer(nn.Module):
         return self.weight
 
     @torch.no_grad()
-    def _follow(self, x: Tensor) -> None:
-        with self._named():
-            low, high = finite_extremes(self._channels_first(x))
+    def _follow(self, x: Tensor, clip: Clip) -> None:
+        """Move the range by the extremes of a batch that is going to be clipped."""
+        low, high = common_extremes(self._channels_first(x), clip)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it waits; NaN shows in the loss
+            with self._named():
+                check_finite(low, high)
         low = low.reshape(self.low.shape)
         high = high.reshape(self.high.shape)
         # The first batch sets the range: before it, low and high are NaN.
-        self.low.copy_(torch.lerp(self.low, low, RANGE_MOMENTUM) if self.state.has_range else low)
-        self.high.copy_(torch.lerp(self.high, high, RANGE_MOMENTUM) if self.state.has_range else high)
-        self._store(*scale_and_zero_point(self.low, self.high, self.scheme))
+        kept = (self.low, self.high) if self.state.has_range else (low, high)
+        low, high, scale, zero_point = fused(_moved_range)(*kept, low, high, self.scheme)
+        self.low.copy_(low)
+        self.high.copy_(high)
+        self._store(scale, zero_point)
 
     def _present_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero_point = fused(_range_of)(rows(self._channels_first(x)), self.scheme)
@@ -331,6 +336,15 @@ class Quantizer(nn.Module):
 def _range_of(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Return scale and zero point, [channels] each, of the extremes of each row of [channels, elements]."""
     return scale_and_zero_point(*extremes(values), scheme)
+
+
+def _moved_range(
+    low: Tensor, high: Tensor, batch_low: Tensor, batch_high: Tensor, scheme: Scheme
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a range that was moved towards that of a batch, with its scale and zero point."""
+    low = torch.lerp(low, batch_low, RANGE_MOMENTUM)
+    high = torch.lerp(high, batch_high, RANGE_MOMENTUM)
+    return low, high, *scale_and_zero_point(low, high, scheme)
 
 
 def _read_state(quantizer: nn.Module, incompatible_keys: Any) -> None:

@@ -1,5 +1,6 @@
 """The protocol of observers, what they share, and the observers that keep the extremes of batches."""
 
+import math
 from typing import Protocol
 
 import torch
@@ -43,16 +44,31 @@ def finite_extremes(values: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         CalibrationError: a value is NaN or infinite.
     """
-    low, high = fused(extremes)(rows(values))
+    low, high = common_extremes(values)
+    if not torch.compiler.is_compiling():  # reading values would break the compiled graph; NaN shows in the loss
+        check_finite(low, high)
+    return low, high
+
+
+def common_extremes(values: Tensor, bounds: tuple[float, float] = (-math.inf, math.inf)) -> tuple[Tensor, Tensor]:
+    """Return the extremes of the clipped values of each channel over all processes; infinite where one is NaN.
+
+    Args:
+        values: [channels or 1, ...].
+        bounds: to which all values are clipped. A clip keeps the order, so the extremes are clipped instead.
+    """
+    ends = torch.stack(fused(extremes)(rows(values))).clamp(*bounds)
     # Every process must get the same range, so it is that of the values of all processes. A reduction may drop NaN but
     # never infinity: all processes must raise together, or one waits for the others for ever.
-    low = -all_reduce(torch.where(torch.isfinite(low), -low, torch.inf), dist.ReduceOp.MAX)
-    high = all_reduce(torch.where(torch.isfinite(high), high, torch.inf), dist.ReduceOp.MAX)
-    if torch.compiler.is_compiling():  # reading values would break the compiled graph; NaN shows in the loss
-        return low, high
+    ends = torch.where(torch.isfinite(ends), torch.stack((-ends[0], ends[1])), torch.inf)
+    low, high = all_reduce(ends, dist.ReduceOp.MAX).unbind()
+    return -low, high
+
+
+def check_finite(low: Tensor, high: Tensor) -> None:
+    """Raise CalibrationError where an extreme of a batch is not finite; wait for the device that computes it."""
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
         raise CalibrationError("a batch holds NaN or infinite values")
-    return low, high
 
 
 def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
