@@ -10,16 +10,22 @@ from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.exported_program import example_of, program_of
 from halfeven.errors import VerificationError
 from halfeven.graph.batches import Inputs, tensors_of
+from halfeven.graph.batchnorm import fold
 from halfeven.graph.copying import copy_model
 from halfeven.graph.labels import remove_loss
+from halfeven.placement.folded_batchnorm import settle_live
 from halfeven.placement.insertion import recorded_inputs
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.quantizer import Mode, set_mode
+from halfeven.runtimes.layer_execution import slowest
 from halfeven.runtimes.runtime import Runtime
 from halfeven.temporary import temporary_folder
 
 TIMED_PAIRS = 12
 """Runs of each file whose times count."""
+
+NAMED_KERNELS = 3
+"""Kernels that a report names."""
 
 WARM_UP_PAIRS = 2
 """Runs of each file before, which allocate."""
@@ -47,6 +53,18 @@ def latency(qmodel: nn.Module, path: Path, inputs: Inputs, runtime: Runtime) -> 
     return {name: 1000 * statistics.median(values) for name, values in times.items()}
 
 
+def slowest_kernels(path: Path, inputs: Inputs, runtime: Runtime) -> list[str]:
+    """Return the kernels that take the longest, with precision and share of the time, by the runtime's own profile."""
+    tensors = [x.cpu() for x in tensors_of(inputs)]
+    times = runtime.open_file(path, ()).kernel_times(tensors)
+    total = sum(time.milliseconds for time in times)
+    return [
+        f"{time.name or time.kind} ({time.kind}, {time.precision}): {time.milliseconds / total:.0%}"
+        for time in slowest(times, NAMED_KERNELS)
+        if total
+    ]
+
+
 def _write_float(qmodel: nn.Module, runtime: Runtime, folder: Path) -> Path:
     """Write the float counterpart of a quantized model; return its path.
 
@@ -67,10 +85,14 @@ def _write_float(qmodel: nn.Module, runtime: Runtime, folder: Path) -> Path:
 
 
 def deployed_in_float(qmodel: nn.Module) -> nn.Module:
-    """Return the float counterpart of a quantized model: the same layers without quantizers, BatchNorm left to the
-    runtime."""
+    """Return the float counterpart of a quantized model: the same layers without quantizers, BatchNorm folded.
+
+    ONNX Runtime folds no BatchNorm that the exporter wrote for a free batch, and users do not deploy those.
+    """
     model = copy_model(qmodel).cpu().float().eval()
     for region in regions(model).values():
         remove_loss(region)
+        settle_live(region)
+        fold(region)
     set_mode(model, Mode.FLOAT)
     return model

@@ -111,6 +111,9 @@ class Report:
     """Each output of the model, in their order."""
     default_session: DefaultSession | None = None
     """The first batch in the runtime's default session; None where the runtime needs no settings."""
+    slowest_kernels: list[str] = field(default_factory=list)
+    """The kernels of the file that take the longest in the runtime's own profile, each with its precision and share of
+    the time; empty where the file was not timed, or not run."""
     findings: list[str] = field(default_factory=list)
     """A sentence for each difference from a simulation that is too large to be the rounding of float arithmetic."""
     file_bytes: int = 0

@@ -142,6 +142,7 @@ def _latency_rows(report: Any) -> list[Row]:
             for name, v in report.latency_ms.items()
         ),
         ("latency deployed / float", f"{report.latency_ratio:.2f}"),
+        *(("  slowest kernel", kernel) for kernel in report.slowest_kernels),
     ]
 
 

@@ -26,7 +26,7 @@ from halfeven.verification.comparison import Comparison
 from halfeven.verification.findings import findings
 from halfeven.verification.float_simulation import outputs_of
 from halfeven.verification.integer_macs import work_of
-from halfeven.verification.latency import latency
+from halfeven.verification.latency import latency, slowest_kernels
 from halfeven.verification.python_work import python_work
 from halfeven.verification.report import Report
 
@@ -96,7 +96,13 @@ def _latencies(qmodel: nn.Module, path: Path, inputs: Inputs, runtime: Runtime, 
     """Return the report's fields about latencies."""
     found = latency(qmodel, path, inputs, runtime) if timed else {}
     ratio = found["deployed"] / found["float"] if timed else float("nan")
-    return {"latency_ms": found, "latency_batch": _size(inputs), "latency_ratio": ratio}
+    kernels = slowest_kernels(path, inputs, runtime) if timed else []
+    return {
+        "latency_ms": found,
+        "latency_batch": _size(inputs),
+        "latency_ratio": ratio,
+        "slowest_kernels": kernels,
+    }
 
 
 def _inputs_and_labels(qmodel: nn.Module, batches: list[Any]) -> tuple[list[Inputs], list[Any]]:
