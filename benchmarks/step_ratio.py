@@ -1,6 +1,7 @@
 """What a QAT step costs: its time over that of the float model's step, and the memory that training adds over float's.
 
-    python benchmarks/step_ratio.py [resnet18 mobilenetv2_100] [--sizes 224x8 32x64] [--ranges observed learned] [--pairs 15]
+    python benchmarks/step_ratio.py [resnet18 mobilenetv2_100] [--sizes 224x8 32x64] [--ranges observed learned]
+        [--pairs 15]
     python benchmarks/step_ratio.py resnet18 --compiled --sizes 224x8
     python benchmarks/step_ratio.py resnet18 --memory --sizes 224x8
     python benchmarks/step_ratio.py resnet18 --peers nncf=NNCF_ENV/bin/python torchao=TORCHAO_ENV/bin/python

@@ -139,7 +139,7 @@ NETS = {
         [("0", "2"), ("2", "4")],
     ),
     "transposed": (
-        chain(nn.ConvTranspose2d(3, 8, 2, 2), nn.ReLU, nn.ConvTranspose2d(8, 6, 3, groups=2), nn.ReLU,
+        chain(nn.ConvTranspose2d(3, 8, 2, 2), nn.ReLU, nn.ConvTranspose2d(8, 6, 3), nn.ReLU,
               nn.Conv2d(6, 4, 1)),
         IMAGE,
         [("0", "2"), ("2", "4")],

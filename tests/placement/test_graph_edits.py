@@ -92,7 +92,7 @@ def test_a_bias_is_given_once_and_changes_nothing():
     assert he.plan_of(qmodel).changes == GraphChanges(given_biases=("two",))
 
 
-@pytest.mark.parametrize("layer", [nn.Conv1d(3, 5, 2, bias=False), nn.ConvTranspose2d(3, 6, 2, groups=3, bias=False)])
+@pytest.mark.parametrize("layer", [nn.Conv1d(3, 5, 2, bias=False), nn.ConvTranspose2d(3, 6, 2, bias=False)])
 def test_biases_of_other_layers(layer):
     model = nn.Sequential(layer)
     qmodel = he.prepare(model.eval(), torch.randn((2, 3, 6, 6)[: layer.weight.ndim]))

@@ -88,7 +88,8 @@ LAYERS = {
 def test_a_quantized_layer_is_the_layer_with_its_weight_on_the_grid(name):
     build, shape = LAYERS[name]
     layer = build().eval()
-    qmodel = prepared(nn.Sequential(layer), shape)
+    # OpenVINO has no integer kernel for a transposed one in groups.
+    qmodel = prepared(nn.Sequential(layer), shape, target="tensorrt")
     he.calibrate(qmodel, [torch.randn(shape)])
     qmodel.eval()
     x = torch.randn(shape)

@@ -84,7 +84,7 @@ def test_non_negative_survives_pools_and_products_and_sums():
 
 def test_weights_are_narrow_and_symmetric_per_output_channel():
     model = nn.Sequential(conv(3), nn.ConvTranspose2d(8, 6, 2), nn.ConvTranspose2d(6, 4, 2, groups=2), conv(4, 5))
-    planned = plan(model)
+    planned = plan(model, target="tensorrt")
     found = [(w.name, str(w.scheme), w.channels) for w in planned.weights]
     assert found == [
         ("0", "s8 symmetric narrow per channel (axis 0)", 8),
@@ -92,7 +92,7 @@ def test_weights_are_narrow_and_symmetric_per_output_channel():
         ("2", "s8 symmetric narrow per tensor", None),  # grouped: its output channels are no axis of the weight
         ("3", "s8 symmetric narrow per channel (axis 0)", 5),
     ]
-    planned = plan(model, per_channel=False)
+    planned = plan(model, target="tensorrt", per_channel=False)
     assert {w.channels for w in planned.weights} == {None}
     assert {w.scheme.axis for w in planned.weights} == {None}
 

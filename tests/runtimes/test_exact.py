@@ -295,9 +295,9 @@ MODELS = {
     ),
     "conv3d": (
         lambda: nn.Sequential(
-            nn.Conv3d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, 8, 3), nn.ReLU(), nn.Conv3d(8, 4, 1)
+            nn.Conv3d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv3d(32, 32, 3), nn.ReLU(), nn.Conv3d(32, 4, 1)
         ),
-        (2, 2, 6, 6, 6),
+        (2, 32, 4, 4, 4),
     ),
     "transposed": (lambda: body(nn.ConvTranspose2d(8, 8, 2, 2), nn.ReLU()), IMAGE),
     "transposed, signed input": (

@@ -58,6 +58,18 @@ def _(a: Tensor, b: Tensor) -> Tensor:
     return torch.matmul(a, b)
 
 
+@torch.library.custom_op("halfeven::branch_of_sum", mutates_args=())
+def branch_of_sum(x: Tensor, limit: float) -> Tensor:
+    """Return a layer's result, which the layer's kernel adds to a skip connection; beyond `limit` its size does not
+    matter, because the quantizer behind the sum clips."""
+    return x.clone()
+
+
+@branch_of_sum.register_fake
+def _(x: Tensor, limit: float) -> Tensor:
+    return torch.empty_like(x)
+
+
 class ExportedQuantizer(nn.Module):
     """A frozen quantizer as a call of `halfeven::fake_quantize`.
 

@@ -9,6 +9,7 @@ from torch import fx, nn
 from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import PlacementError
 from halfeven.graph.batches import Inputs
+from halfeven.graph.layer_shapes import weight_shape
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import in_backward_pass
@@ -19,7 +20,7 @@ from halfeven.placement.channel_affine import ChannelAffine
 from halfeven.placement.execution_graph import fused_graph
 from halfeven.placement.folded_batchnorm import fold_live
 from halfeven.placement.frozen import freeze_scales
-from halfeven.placement.make_plan import make_plan, named_nodes, regions, skeleton, weight_shape
+from halfeven.placement.make_plan import make_plan, named_nodes, regions, skeleton
 from halfeven.placement.options import QuantizationOptions
 from halfeven.placement.plan import FoundInCapture, Plan, PlannedTensor, PlannedWeight
 from halfeven.placement.quantized_layers import QUANTIZED_LAYERS, QuantizedLayer

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from torch import Tensor, fx, nn
 
 from halfeven.errors import PlacementError
+from halfeven.graph.layer_shapes import groups_of, weight_shape
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.graph.view import Op, kind_of, module_of, tensor_names
+from halfeven.graph.view import Op, kind_of, tensor_names
 from halfeven.placement.options import QuantizationOptions, Rule
 from halfeven.placement.plan import NOTHING_FOUND, FoundInCapture, LeftInFloat, Plan, PlannedTensor, PlannedWeight
 from halfeven.placement.ranges import ranges_in_training
@@ -77,14 +78,14 @@ def make_plan(
         if options.quantize_outputs:
             collect_outputs(region, rules)
         tensors += _planned_tensors(region, options, rules, target, activation_bits)
-        weights += _planned_weights(region, options, rules, kinds, weight_bits)
+        weights += _planned_weights(region, options, rules, target, kinds, weight_bits)
         left += _left(region, rules, target, kinds)
     rules.check_all_used(known)
     if not weights:
         raise PlacementError(
             "No layer of this model would be quantized, so all of its products would run in float: no "
-            "convolution or linear layer was captured, or the rules leave all of them in float. Check the rules and "
-            "leave_out."
+            "convolution or linear layer was captured, or the rules leave all of them in float, or "
+            f"{target.name} has no integer kernel for their shapes, or a slower one. Check the rules and leave_out."
         )
     return Plan(
         options=options,
@@ -233,7 +234,12 @@ def _activation_scheme(region: Region, places: list[fx.Node], target: Target, bi
 
 
 def _planned_weights(
-    region: Region, options: QuantizationOptions, rules: RuleBook, kinds: frozenset[OperatorKind], bits: int
+    region: Region,
+    options: QuantizationOptions,
+    rules: RuleBook,
+    target: Target,
+    kinds: frozenset[OperatorKind],
+    bits: int,
 ) -> Iterator[PlannedWeight]:
     seen: set[object] = set()
     for node in region.graph.nodes:
@@ -241,12 +247,12 @@ def _planned_weights(
         if kind not in WEIGHTED or kind not in kinds or (Op(node).is_module and node.target in seen):
             continue
         seen.add(node.target if Op(node).is_module else node)
-        if not rules.quantizes(region.names[node], kind):
+        if not rules.quantizes(region.names[node], kind) or target.stays_in_float(node) is not None:
             continue
         asked = rules.weight_bits(region.names[node], kind, bits)
         axis = (1 if kind is K.TRANSPOSED_CONVOLUTION else 0) if options.per_channel else None
         shape = weight_shape(node)
-        if axis == 1 and _groups(node) > 1:
+        if axis == 1 and groups_of(node) > 1:
             axis = None  # the channels of a grouped transposed convolution are not an axis of its weight
         yield PlannedWeight(
             name=region.names[node],
@@ -254,7 +260,7 @@ def _planned_weights(
             channels=None if axis is None else shape[axis],
             ranges="learned" if options.ranges == "clipped" else ranges_in_training(options, asked),
             observer=rules.observer({region.names[node]: kind}, _weight_observer(options, asked)),
-            operator=f"{Op(node).name}, depthwise" if _groups(node) == shape[0] > 1 else Op(node).name,
+            operator=f"{Op(node).name}, depthwise" if groups_of(node) == shape[0] > 1 else Op(node).name,
         )
 
 
@@ -262,22 +268,6 @@ def _weight_observer(options: QuantizationOptions, bits: int) -> str:
     if options.weight_observer != "auto":
         return options.weight_observer
     return "minmax" if bits >= 8 else "mse"
-
-
-def weight_shape(node: fx.Node) -> tuple[int, ...]:
-    """Return the shape of a layer's weight, for a module or a function."""
-    if Op(node).is_module:
-        weight = module_of(node).weight
-        return tuple(int(size) for size in weight.shape)  # type: ignore[union-attr]
-    weight_node = node.args[1]
-    assert isinstance(weight_node, fx.Node)
-    return tuple(int(size) for size in Op(weight_node).shape)
-
-
-def _groups(node: fx.Node) -> int:
-    if Op(node).is_module:
-        return int(getattr(module_of(node), "groups", 1))
-    return int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
 
 
 # What stays in float, and why
@@ -289,6 +279,9 @@ def _left(region: Region, rules: RuleBook, target: Target, kinds: frozenset[Oper
         if kind in WEIGHTED and kind not in kinds:
             lacks = "has no integer kernel for it" if kinds == set(target.inputs) else "reads no integer weights here"
             yield LeftInFloat(name=region.names[node], operator=Op(node).name, reason=f"{target.name} {lacks}")
+            continue
+        if kind in WEIGHTED and (reason := target.stays_in_float(node)) is not None:
+            yield LeftInFloat(name=region.names[node], operator=Op(node).name, reason=f"{target.name} {reason}")
             continue
         if kinds != set(target.inputs) and kind not in WEIGHTED:
             continue  # all are in float, as the scheme says

@@ -2,6 +2,7 @@
 
 from torch import fx
 
+from halfeven.graph.layer_shapes import ConvolutionShape
 from halfeven.graph.operators import TRANSPARENT, OperatorKind
 from halfeven.graph.view import Op, kind_of
 from halfeven.targets.target import Grid, Target, any_grid, no_zero_point
@@ -46,6 +47,27 @@ def _is_of_tensors(combination: fx.Node) -> bool:
     return len([operand for operand in operands if kind_of(operand) is not K.CONSTANT]) == 2
 
 
+LARGEST_STRIDE = 3
+"""Stride along the last axis up to which a transposed convolution has an integer kernel (version 2026.4)."""
+
+
+def _stays_in_float(node: fx.Node) -> str | None:
+    """Return a reason for transposed convolutions of shapes whose kernel reads integers and computes in float.
+
+    Kernel 2, stride 2; 3, 2 (output padding 1); 4, 2 run in integers. Groups, also depthwise, and 8, 4; 16, 8 do not.
+    """
+    if kind_of(node) is not K.TRANSPOSED_CONVOLUTION:
+        return None
+    shape = ConvolutionShape.of(node)
+    if shape.groups > 1:
+        return "has no integer kernel for a transposed convolution in groups"
+    if shape.stride[-1] > LARGEST_STRIDE:
+        return f"has no integer kernel for a transposed convolution of stride {shape.stride[-1]}"
+    if any(size < stride for size, stride in zip(shape.kernel, shape.stride, strict=True)):
+        return "has no integer kernel for a transposed convolution whose stride is larger than its kernel"
+    return None
+
+
 OPENVINO = Target(
     name="openvino",
     weight_bits=range(2, 9),
@@ -57,6 +79,7 @@ OPENVINO = Target(
         K.MATMUL: no_zero_point,  # with one, the whole attention runs in float
         K.AVERAGE: _average,
     },
+    stays_in_float=_stays_in_float,
     elementwise=frozenset({K.ADD}),
     outputs=frozenset(),
     residual_branch_in_float=True,  # the plugin drops the rounding of a quantizer between a convolution and a fused sum

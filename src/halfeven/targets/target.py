@@ -37,6 +37,9 @@ class Target:
     """Bits of the activations that it multiplies as integers."""
     inputs: Mapping[OperatorKind, Callable[[fx.Node], Grid]]
     """Kinds that read integers, each with the grid that an operator of it asks for."""
+    stays_in_float: Callable[[fx.Node], str | None]
+    """Reason why a layer of one of these kinds computes in float all the same, to be read behind the runtime's name:
+    there is no integer kernel for its shape, or a slower one. None for all others."""
     elementwise: frozenset[OperatorKind]
     """Kinds that combine two tensors in integers."""
     outputs: frozenset[OperatorKind]
@@ -70,7 +73,11 @@ def never(node: fx.Node) -> bool:
     return False
 
 
+def nowhere(node: fx.Node) -> None:
+    """Give no reason: layers of all shapes have integer kernels."""
+
+
 def wanted_grid(target: Target, node: fx.Node) -> Grid | None:
     """Return the grid on which the operator takes its inputs; None where it computes in float."""
     rule = target.inputs.get(kind_of(node))
-    return None if rule is None else rule(node)
+    return None if rule is None or target.stays_in_float(node) is not None else rule(node)

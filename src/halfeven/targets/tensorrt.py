@@ -1,7 +1,7 @@
 """TensorRT: what it executes in integers, and where it wants quantizers."""
 
 from halfeven.graph.operators import OperatorKind
-from halfeven.targets.target import Target, any_grid, never
+from halfeven.targets.target import Target, any_grid, never, nowhere
 
 K = OperatorKind
 
@@ -16,6 +16,7 @@ TENSORRT = Target(
         K.MATMUL: any_grid,
         K.AVERAGE: any_grid,
     },
+    stays_in_float=nowhere,
     elementwise=frozenset({K.ADD}),
     outputs=frozenset(),
     residual_branch_in_float=True,  # a quantizer there would keep convolution, addition and ReLU from being one kernel

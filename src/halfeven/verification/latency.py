@@ -16,6 +16,7 @@ from halfeven.graph.labels import remove_loss
 from halfeven.placement.folded_batchnorm import settle_live
 from halfeven.placement.insertion import recorded_inputs
 from halfeven.placement.make_plan import regions
+from halfeven.placement.tied_weights import tied_parameters, untie
 from halfeven.quantization.quantizer import Mode, set_mode
 from halfeven.runtimes.layer_execution import slowest
 from halfeven.runtimes.runtime import Runtime
@@ -71,7 +72,7 @@ def _write_float(qmodel: nn.Module, runtime: Runtime, folder: Path) -> Path:
     Raises:
         VerificationError: the runtime's format has no form for it.
     """
-    floating = Deployed(deployed_in_float(qmodel), [], runtime.target)
+    floating = Deployed(_folded(deployed_in_float(qmodel)), [], runtime.target)
     ending, write = next(iter(runtime.writers.items()))
     path = folder / f"float{ending}"
     try:
@@ -85,14 +86,21 @@ def _write_float(qmodel: nn.Module, runtime: Runtime, folder: Path) -> Path:
 
 
 def deployed_in_float(qmodel: nn.Module) -> nn.Module:
-    """Return the float counterpart of a quantized model: the same layers without quantizers, BatchNorm folded.
-
-    ONNX Runtime folds no BatchNorm that the exporter wrote for a free batch, and users do not deploy those.
-    """
+    """Return the float counterpart of a quantized model: the same layers without quantizers."""
     model = copy_model(qmodel).cpu().float().eval()
     for region in regions(model).values():
         remove_loss(region)
+    set_mode(model, Mode.FLOAT)
+    return model
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """Fold the BatchNorms of a float model into its layers, in place; return it.
+
+    ONNX Runtime folds none that the exporter wrote for a free batch, and users do not deploy those.
+    """
+    untie(model, tied_parameters(model))  # another reader of a layer's weight keeps it as it is
+    for region in regions(model).values():
         settle_live(region)
         fold(region)
-    set_mode(model, Mode.FLOAT)
     return model

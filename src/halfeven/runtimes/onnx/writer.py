@@ -1,6 +1,7 @@
 """ONNX: QuantizeLinear and DequantizeLinear at opset 19, weights as int8 initializers."""
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,37 @@ WHOLE_RANGES = ((0, 255), (-128, 127), (-127, 127), (-7, 7))
 them."""
 
 
+Translations = Mapping[Callable[..., Any], Callable[..., Any]]
+"""Operator -> the function that writes it as operators of ONNX."""
+
+
+def _translate_gelu(x: Any, approximate: str = "none") -> Any:
+    """Translate a GELU to the order of operators that ONNX Runtime makes a single kernel of."""
+    from onnxscript import opset19 as op
+
+    half = op.Mul(x, 0.5)
+    if approximate == "tanh":
+        # x + 0.044715 x^3 (Hendrycks and Gimpel, arXiv:1606.08415, section 2).
+        cubic = op.Add(x, op.Mul(op.Pow(x, 3.0), 0.044715))
+        return op.Mul(half, op.Add(op.Tanh(op.Mul(cubic, math.sqrt(2 / math.pi))), 1.0))
+    return op.Mul(half, op.Add(op.Erf(op.Div(x, math.sqrt(2))), 1.0))
+
+
+GELU: Translations = {torch.ops.aten.gelu.default: _translate_gelu}
+
+
 def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path) -> None:
     """Write the program of a deployed model as an ONNX file with a free batch size; beyond 2 GB its tensors lie in a
     file beside it."""
     write_model(named(program, deployed), path)
 
 
-def named(program: torch.export.ExportedProgram, deployed: Deployed) -> Any:
-    """Return the program of a deployed model as an `onnx_ir.Model`, with its names and its integers."""
-    model = translated(program, deployed.quantizers)
+def named(program: torch.export.ExportedProgram, deployed: Deployed, translations: Translations = GELU) -> Any:
+    """Return the program of a deployed model as an `onnx_ir.Model`, with its names and its integers.
+
+    `translations` are those of a runtime's own operators.
+    """
+    model = translated(program, deployed.quantizers, translations)
     name_and_fold(model.graph, deployed)
     model.metadata_props.clear()  # the tracer's notes
     if deployed.interface is not None:
@@ -89,8 +112,16 @@ def _describe_alone(graph: Any, names: set[str]) -> None:
     graph.value_info.extend(kept)
 
 
-def translated(program: torch.export.ExportedProgram, quantizers: list[ExportedQuantizer]) -> Any:
-    """Return a program as an `onnx_ir.Model`, operator by operator; `quantizers` are those whose operators it has."""
+def translated(
+    program: torch.export.ExportedProgram, quantizers: list[ExportedQuantizer], translations: Translations
+) -> Any:
+    """Return a program as an `onnx_ir.Model`, operator by operator.
+
+    Args:
+        program: the program.
+        quantizers: those whose operators it has.
+        translations: of operators that a runtime has a form of its own for.
+    """
     weights_alone = bool(quantizers) and all(quantizer.weight for quantizer in quantizers)
     exported = torch.onnx.export(
         program,
@@ -99,7 +130,8 @@ def translated(program: torch.export.ExportedProgram, quantizers: list[ExportedQ
         custom_translation_table={
             torch.ops.halfeven.fake_quantize.default: _translation([q.signed for q in quantizers]),
             torch.ops.halfeven.global_average_pool.default: _translate_pool,
-            torch.ops.aten.gelu.default: _translate_gelu,
+            torch.ops.halfeven.branch_of_sum.default: _translate_branch,
+            **translations,
             **({torch.ops.aten.linear.default: _translate_linear} if weights_alone else {}),
         },
         optimize=False,
@@ -140,16 +172,10 @@ def _translate_pool(x: Any) -> Any:
     return op.GlobalAveragePool(x)
 
 
-def _translate_gelu(x: Any, approximate: str = "none") -> Any:
-    """Translate a GELU to the order of operators that ONNX Runtime makes a single kernel of."""
+def _translate_branch(x: Any, limit: float) -> Any:
     from onnxscript import opset19 as op
 
-    half = op.Mul(x, 0.5)
-    if approximate == "tanh":
-        # x + 0.044715 x^3 (Hendrycks and Gimpel, arXiv:1606.08415, section 2).
-        cubic = op.Add(x, op.Mul(op.Pow(x, 3.0), 0.044715))
-        return op.Mul(half, op.Add(op.Tanh(op.Mul(cubic, math.sqrt(2 / math.pi))), 1.0))
-    return op.Mul(half, op.Add(op.Erf(op.Div(x, math.sqrt(2))), 1.0))
+    return op.Identity(x)
 
 
 def _translate_linear(x: Any, weight: Any, bias: Any = None) -> Any:

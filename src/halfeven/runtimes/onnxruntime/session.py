@@ -13,6 +13,7 @@ from halfeven.runtimes.layer_execution import KernelTime, LayerExecution
 from halfeven.runtimes.onnx.file import ONNXFile, session
 from halfeven.runtimes.onnx.writer import OPSET, translated
 from halfeven.runtimes.onnxruntime import profile
+from halfeven.runtimes.onnxruntime.activations import TRANSLATIONS
 from halfeven.runtimes.onnxruntime.writer import unpacked_blocks
 from halfeven.temporary import temporary_folder
 
@@ -29,7 +30,7 @@ def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Ten
     import onnx
     import onnx_ir
 
-    model = onnx_ir.to_proto(translated(program, []))
+    model = onnx_ir.to_proto(translated(program, [], TRANSLATIONS))
     graph = model.graph
     own = [found.name for found in graph.input]
     constants = [tensor.name for tensor in graph.initializer]

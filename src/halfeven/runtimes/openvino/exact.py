@@ -25,6 +25,7 @@ from halfeven.runtimes.openvino.kernels_between import KernelsBetween
 from halfeven.runtimes.openvino.layers import OpenVINOLayer
 from halfeven.runtimes.openvino.residual_add import fused_sum, is_unrounded, sum_in_kernel, sum_of_integers
 from halfeven.runtimes.openvino.session import function_of
+from halfeven.runtimes.openvino.sums_in_kernels import Branch
 from halfeven.runtimes.simulation import Simulation, is_simulated, real_values
 from halfeven.targets.openvino import OPENVINO
 
@@ -129,6 +130,9 @@ class OpenVINOInterpreter(fx.Interpreter):
         """Return a sum that the plugin takes in units of an operand's scale."""
         if len(args) < 2 or node.target is not torch.ops.aten.add.Tensor or kwargs:
             return None
+        for branch, skip in (args, args[::-1]):
+            if isinstance(branch, Branch) and isinstance(skip, Codes):
+                return self._in_kernel(branch, skip)
         if not all(isinstance(x, Codes) for x in args):
             return fused_sum(node, args)
         if (in_kernel := sum_in_kernel(args)) is not None:
@@ -136,6 +140,15 @@ class OpenVINOInterpreter(fx.Interpreter):
             if not self.simulation.watched:
                 return in_kernel
         return sum_of_integers(node, args)
+
+    def _in_kernel(self, branch: Branch, skip: Codes) -> ScaledSum:
+        self.simulation.watching_matters = True
+        return branch.plus(skip, watched=self.simulation.watched)
+
+    def _branch(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """Return the operand of a sum that is marked; an ONNX file has no marks."""
+        file = self.simulation.file
+        return Branch(*args) if file is None or file.suffix == ".xml" else args[0]
 
     def _average(self, node: fx.Node, args: Any, kwargs: Any) -> Average | None:
         if not isinstance(args[0], Codes) or _adaptive_in_float(node):
@@ -216,6 +229,7 @@ RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
     **dict.fromkeys(SCALINGS, OpenVINOInterpreter._scaled),
     OperatorKind.AVERAGE: OpenVINOInterpreter._average,
     OperatorKind.ACTIVATION: OpenVINOInterpreter._activated,
+    torch.ops.halfeven.branch_of_sum.default: OpenVINOInterpreter._branch,
 }
 """Operator or kind -> the rule that computes it on integers; a rule returns None where the plugin computes in float."""
 

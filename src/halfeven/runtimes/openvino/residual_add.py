@@ -43,6 +43,8 @@ def fused_sum(node: fx.Node, args: Any) -> ScaledSum | None:
     for branch, skip, source in ((args[0], args[1], node.args[0]), (args[1], args[0], node.args[1])):
         if not (isinstance(branch, Tensor | Accumulator) and isinstance(skip, Codes) and isinstance(source, fx.Node)):
             continue
+        if source.target is torch.ops.halfeven.branch_of_sum.default:  # in a format that has no form for it
+            (source,) = source.all_input_nodes
         values = branch if isinstance(branch, Tensor) else branch.values
         if kind_of(source) in ADDED_IN_UNITS and values.shape == skip.values.shape:
             unit = skip.limits.scale
@@ -71,8 +73,7 @@ def is_unrounded(quantizer: fx.Node, limits: tuple[float, float]) -> bool:
 
     So it does between a convolution, or a ReLU of a convolution, and a sum that the convolution's kernel computes.
 
-    The kernel writes the sum where the other operand lies, so all others that read that one must come before the
-    convolution. Behind other activation functions it rounds.
+    Behind other activation functions it rounds.
 
     Args:
         quantizer: what may stand between them.
@@ -86,6 +87,14 @@ def is_unrounded(quantizer: fx.Node, limits: tuple[float, float]) -> bool:
     if total.target is not torch.ops.aten.add.Tensor or len(total.all_input_nodes) != 2:
         return False
     (skip,) = (operand for operand in total.all_input_nodes if operand is not quantizer)
+    return read_before(skip, convolution, total)
+
+
+def read_before(skip: fx.Node, convolution: fx.Node, total: fx.Node) -> bool:
+    """Return True if a skip connection is read by a sum and else only before the convolution runs that is added to it.
+
+    The convolution's kernel writes the sum where the skip connection lies.
+    """
     return all(reader is total or _leads_to(reader, convolution) for reader in skip.users)
 
 

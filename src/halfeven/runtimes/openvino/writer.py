@@ -15,7 +15,10 @@ from halfeven.deployment.layer_calls import call_name
 from halfeven.deployment.quantize_op import PER_TENSOR, WEIGHT_SUFFIX
 from halfeven.files import replacing
 from halfeven.graph.model_inputs import constant_size
+from halfeven.runtimes.openvino import recurrences
 from halfeven.runtimes.openvino.interface import write_interface
+from halfeven.runtimes.openvino.recurrences import keep_recurrences_whole
+from halfeven.runtimes.openvino.sums_in_kernels import MARK_LEVELS
 from halfeven.runtimes.openvino.telemetry import silently
 
 
@@ -30,8 +33,14 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     from openvino.frontend.pytorch import ConversionExtension
 
     keep_products_whole(program)
+    keep_recurrences_whole(program)
     traced = traced_names(program, names)
-    translations = {"fake_quantize": lambda context: _fake_quantize(context, names), "matmul": _matmul}
+    translations = {
+        "fake_quantize": lambda context: _fake_quantize(context, names),
+        "matmul": _matmul,
+        "branch_of_sum": _branch_of_sum,
+        "recurrence": recurrences.translation(),
+    }
     extensions = [ConversionExtension(f"halfeven.{name}.default", made) for name, made in translations.items()]
     model = openvino.convert_model(program, extension=extensions)
     _drop_constant_inputs(model, program)
@@ -227,6 +236,15 @@ def _fake_quantize(context: Any, names: Sequence[str]) -> list[Any]:
     node = opset.fake_quantize(x, *ends, *ends, levels=quant_max - quant_min + 1)
     node.set_friendly_name(names[number])
     return list(node.outputs())
+
+
+def _branch_of_sum(context: Any) -> list[Any]:
+    """Return a FakeQuantize that the plugin does not run: it tells it which sums are a part of a layer's kernel."""
+    from openvino import opset13 as opset
+
+    limit = np.float32(_constant(context.get_input(1)))
+    ends = [opset.constant(end) for end in (-limit, limit)]
+    return list(opset.fake_quantize(context.get_input(0), *ends, *ends, levels=MARK_LEVELS).outputs())
 
 
 def _constant(output: Any) -> np.ndarray[Any, Any]:

@@ -1,0 +1,49 @@
+"""A recurrent layer is one sequence operator in a file for OpenVINO, with the numbers that PyTorch computes."""
+
+from collections import Counter
+
+import openvino
+import pytest
+import torch
+from torch import nn
+
+import halfeven as he
+from runtimes.parity import SCHEME
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer between linear ones, whose outputs and last states are read."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.r = kind(8, 12, **options)
+        self.b = nn.Linear(24 if options.get("bidirectional") else 12, 4)
+
+    def forward(self, x):
+        y, states = self.r(self.a(x))
+        return self.b(y), *(states if isinstance(states, tuple) else (states,))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "operators"),
+    [
+        (nn.GRU, {"bidirectional": True, "batch_first": True}, {"GRUSequence": 1}),
+        (nn.GRU, {"num_layers": 2, "bias": False}, {"GRUSequence": 2}),
+        (nn.LSTM, {"num_layers": 2, "bidirectional": True}, {"LSTMSequence": 2}),
+        (nn.RNN, {"nonlinearity": "relu", "batch_first": True}, {"RNNSequence": 1}),
+    ],
+)
+def test_each_layer_is_one_operator(kind, options, operators, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 8)
+    qmodel = he.calibrate(he.prepare(Recurrent(kind, **options).eval(), x, scheme=SCHEME), [x])
+    path = he.export(qmodel, tmp_path / "model.xml")
+    kinds = Counter(node.get_type_name() for node in openvino.Core().read_model(path).get_ordered_ops())
+    assert {name: count for name, count in kinds.items() if name.endswith("Sequence")} == operators
+    outputs = he.load_deployed(path)(x)
+    for found, expected in zip(outputs, qmodel(x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
+    report = he.verify(qmodel, path, [x], timed=False)
+    assert report.integer_match == 1
+    assert not report.findings

@@ -1,0 +1,65 @@
+"""Residual sums run in the kernel of the convolution before them in OpenVINO, also where all sizes are fixed."""
+
+import openvino
+import pytest
+import torch
+from torch import nn
+
+import halfeven as he
+from runtimes.parity import SCHEME
+
+
+class Block(nn.Module):
+    """A residual sum, in either order of its operands, and what follows it."""
+
+    def __init__(self, channels, activation, skip_first, bias):
+        super().__init__()
+        self.a = nn.Conv2d(channels, channels, 3, padding=1)
+        self.b = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+        self.activation, self.skip_first = activation, skip_first
+
+    def forward(self, x):
+        y = self.b(torch.relu(self.a(x)))
+        return self.activation(x + y if self.skip_first else y + x)
+
+
+def kernels_of_their_own(model):
+    """The sums that a model computes outside of a layer's kernel."""
+    compiled = openvino.Core().compile_model(model, "CPU", {"EXECUTION_MODE_HINT": "ACCURACY"})
+    infos = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+    kinds = {info["originalLayersNames"].astype(str): info["layerType"].astype(str) for info in infos}
+    sums = [kind for names, kind in kinds.items() if "aten.add" in names and kind not in ("Convolution", "Reorder")]
+    return compiled, sums
+
+
+@pytest.mark.parametrize(
+    ("activation", "skip_first", "bias"),
+    [(nn.ReLU(), False, True), (nn.Identity(), True, True), (nn.ReLU6(), False, False), (nn.Identity(), False, False)],
+)
+def test_no_sum_has_a_kernel_of_its_own(activation, skip_first, bias, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    blocks = [Block(16, activation, skip_first, bias) for _ in range(2)]
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.PReLU(), *blocks, nn.Conv2d(16, 4, 1)).eval()
+    qmodel = he.calibrate(he.prepare(net, x, scheme=SCHEME), [x])
+    path = he.export(qmodel, tmp_path / "model.xml")
+    model = openvino.Core().read_model(path)
+    compiled, sums = kernels_of_their_own(model)
+    assert not sums
+    free = compiled([x.numpy()])[0]
+    model.reshape(list(x.shape))
+    compiled, sums = kernels_of_their_own(model)
+    assert not sums
+    assert (compiled([x.numpy()])[0] == free).all()
+    report = he.verify(qmodel, path, [x, torch.randn(2, 3, 16, 16)], timed=False)
+    assert report.integer_match == 1
+    assert report.output_difference == 0
+
+
+def test_onnx_files_for_openvino_have_no_mark(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), Block(16, nn.ReLU(), False, True), nn.Conv2d(16, 4, 1)).eval()
+    qmodel = he.calibrate(he.prepare(net, x, scheme=SCHEME), [x])
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.onnx"), [x], timed=False)
+    assert report.integer_match == 1
