@@ -18,6 +18,7 @@ QUIET = 30.0
 """The loudest sample over a quiet one, from where 8 bits leave the quiet one few levels."""
 FEW_CHANNELS = 0.1
 """Largest share of channels that are outliers among the rest."""
+FRONT_END = "a front end inside of the model"
 LOGARITHMS = ("log", "log2", "log10", "log1p")
 """Operators that make errors of small values as large as those of large ones."""
 
@@ -142,7 +143,7 @@ def _front_end(suspect: Suspect) -> Cause | None:
     why += (" and " if why and behind else "") + (f"{', '.join(behind)} follows" if behind else "")
     spread = suspect.found.sample_spread()
     loud = f" The loudest sample is {spread:.0f} times a quiet one." if spread >= QUIET else ""
-    return Cause("a front end inside of the model", f"At {readers[0]}, {why}.{loud}")
+    return Cause(FRONT_END, f"At {readers[0]}, {why}.{loud}")
 
 
 def _dynamic_range(suspect: Suspect) -> Cause | None:
@@ -171,7 +172,7 @@ def _precision(suspect: Suspect) -> Cause:
 
 
 LOOKS: tuple[Callable[[Suspect], Cause | None], ...] = (
-    *(_shared_range, _mask, _channels_of_weight, _outlier_channel, _front_end, _estimator, _dynamic_range),
+    *(_shared_range, _mask, _channels_of_weight, _front_end, _outlier_channel, _estimator, _dynamic_range),
     *(_few_bits, _precision),
 )
 """What is looked for, in this order."""

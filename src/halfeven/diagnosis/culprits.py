@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from halfeven.diagnosis.causes import Cause, Suspect, cause_of
+from halfeven.diagnosis.causes import FRONT_END, Cause, Suspect, cause_of
 from halfeven.diagnosis.diagnosis import Finding, TriedRemedy
 from halfeven.diagnosis.exchanged_ranges import planned_quantizers, raised
-from halfeven.diagnosis.operator_groups import OperatorGroup, operator_groups
+from halfeven.diagnosis.operator_groups import OperatorGroup, float_rules, integer_operators, operator_groups
 from halfeven.diagnosis.remedies import in_float, remedies
 from halfeven.diagnosis.sensitivity import Reference, Sensitivities, Sensitivity, divergences
 from halfeven.diagnosis.statistics import TensorStatistics
@@ -83,7 +83,22 @@ def _of_tensor(patient: Patient, tensor: Sensitivity) -> tuple[Finding, nn.Modul
     chosen, trials, repaired = _cheapest(patient, remedies(patient.qmodel, planned, spread[1] if spread else 1.0))
     helps = chosen.remedy.rules[0].observer if chosen.remedy.rules and chosen.remedy.rules[0].observer else ""
     suspect = Suspect(patient.qmodel, planned, statistics, helps or "")
-    return _finding(patient, cause_of(suspect), suspect.tensor, chosen, trials), repaired
+    cause = cause_of(suspect)
+    if cause.name == FRONT_END:
+        leading = _leading_in_float(patient, planned)
+        whole, model = try_remedy(patient.qmodel, leading, patient.batches, patient.reference)
+        trials.append(whole)
+        if whole.divergence < chosen.divergence / 2:  # its other layers lose, too
+            chosen, repaired = whole, model
+    return _finding(patient, cause, suspect.tensor, chosen, trials), repaired
+
+
+def _leading_in_float(patient: Patient, planned: PlannedTensor | PlannedWeight) -> Remedy:
+    """Return the remedy that leaves all operators in float up to the last that reads a tensor."""
+    operators = integer_operators(patient.qmodel)
+    readers = {planned.name} if isinstance(planned, PlannedWeight) else set(planned.consumers)
+    last = max(number for number, name in enumerate(operators) if name in readers)
+    return by_rules("the front end in float", float_rules(operators[: last + 1], operators))
 
 
 def _planned(patient: Patient, tensor: Sensitivity) -> PlannedTensor | PlannedWeight:
@@ -144,7 +159,7 @@ def _best_group(patient: Patient) -> OperatorGroup | None:
 
 def _of_group(patient: Patient, group: OperatorGroup) -> tuple[Finding, nn.Module]:
     cause = Cause(
-        "a front end inside of the model" if group.leading else "layers that lose together",
+        FRONT_END if group.leading else "layers that lose together",
         f"No single tensor takes away {STANDS_OUT:.0%} of the damage, these {len(group.operators)} operators together "
         "do.",
     )
