@@ -16,8 +16,8 @@ from halfeven import errors
 
 PUBLIC = {
     *("quantize", "plan", "prepare", "plan_of", "set_rules", "calibrate", "exact", "export", "verify", "save", "load"),
-    *("load_deployed", "diagnose"),
-    *("HalfevenError", "Plan", "QuantizationOptions", "Rule"),
+    *("load_deployed", "diagnose", "search"),
+    *("HalfevenError", "Observer", "Plan", "QuantizationOptions", "Quantizer", "Rule", "SearchResult"),
 }
 
 

@@ -10,10 +10,14 @@ if TYPE_CHECKING:
     from halfeven.diagnosis.diagnose import diagnose
     from halfeven.errors import HalfevenError
     from halfeven.layerwise.calibrate import calibrate
+    from halfeven.mixed_precision.result import SearchResult
+    from halfeven.mixed_precision.search import search
     from halfeven.pipelines import load, plan, prepare, quantize, set_rules
     from halfeven.placement.insertion import plan_of
     from halfeven.placement.options import QuantizationOptions, Rule
     from halfeven.placement.plan import Plan
+    from halfeven.quantization.observers import Observer
+    from halfeven.quantization.quantizer import Quantizer
     from halfeven.runtimes.exact_model import exact
     from halfeven.runtimes.export import export
     from halfeven.runtimes.runtime import load_deployed
@@ -22,7 +26,9 @@ else:
     # torch takes seconds to import, and `halfeven --help` does without it: a public name is imported at its first use.
     _MODULES = {
         "HalfevenError": "errors",
+        "Observer": "quantization.observers",
         "Plan": "placement.plan",
+        "Quantizer": "quantization.quantizer",
         "QuantizationOptions": "placement.options",
         "Rule": "placement.options",
         "calibrate": "layerwise.calibrate",
@@ -35,7 +41,9 @@ else:
         "plan_of": "placement.insertion",
         "prepare": "pipelines",
         "quantize": "pipelines",
+        "SearchResult": "mixed_precision.result",
         "save": "checkpoint",
+        "search": "mixed_precision.search",
         "set_rules": "pipelines",
         "verify": "verification.verify",
     }
@@ -57,9 +65,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "HalfevenError",
+    "Observer",
     "Plan",
     "QuantizationOptions",
+    "Quantizer",
     "Rule",
+    "SearchResult",
     "calibrate",
     "diagnose",
     "exact",
@@ -71,6 +82,7 @@ __all__ = [
     "prepare",
     "quantize",
     "save",
+    "search",
     "set_rules",
     "verify",
 ]

@@ -19,6 +19,7 @@ from halfeven.integrity import check_facts, check_tensors, listed, sealed, wrong
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import Plan
 from halfeven.placement.plan_in_file import read_plan
+from halfeven.quantization.quantizer import quantizers
 from halfeven.quantization.stored_ranges import wrong_ranges
 from halfeven.zoo.weights import differences
 
@@ -60,10 +61,23 @@ def restore(path: str | Path, rebuild: Callable[[Plan], nn.Module]) -> nn.Module
             "model.weights."
         )
     qmodel = _rebuilt(read_plan(facts["plan"], Path(path)), rebuild, path)
-    load_strictly(qmodel, state, path)
+    load_strictly(qmodel, without_own_tensors(state, qmodel), path)
     if problems := wrong_ranges(qmodel):
         raise _unusable(path, problems)
     return qmodel
+
+
+def without_own_tensors(state: dict[str, Tensor], qmodel: nn.Module) -> dict[str, Tensor]:
+    """Return a state dict without the tensors that quantizers of the user's own classes have beyond `Quantizer`'s.
+
+    A file contains no code, so such a quantizer is a plain one after loading: its range is all that its integers need.
+    """
+    found = {f"{name}.": module.state_dict() for name, module in quantizers(qmodel).items() if module.own_class}
+
+    def is_own(key: str) -> bool:
+        return any(key.startswith(path) and key[len(path) :] not in kept for path, kept in found.items())
+
+    return {key: tensor for key, tensor in state.items() if not is_own(key)}
 
 
 def _rebuilt(plan: Plan, rebuild: Callable[[Plan], nn.Module], path: str | Path) -> nn.Module:

@@ -3,7 +3,6 @@
 All option classes can be imported from here, and a config needs no other import of halfeven.
 """
 
-import dataclasses
 import runpy
 import sys
 import traceback
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from halfeven.errors import ConfigError, HalfevenError, Interruption
+from halfeven.mixed_precision.options import SearchOptions
 from halfeven.nearest import similar
 from halfeven.options import Auto, NonNegativeInt, Options, PositiveInt, formerly, renamed_from
 from halfeven.placement.options import QuantizationOptions, Rule
@@ -24,6 +24,7 @@ from halfeven.qat.ema import AveragingOptions
 from halfeven.qat.options import QATOptions
 from halfeven.qat.oscillation import OscillationOptions
 from halfeven.qat.recipe import check_equalize
+from halfeven.quantization.own_class import plain_values
 from halfeven.runtimes.runtime import runtime_named
 from halfeven.tasks.options import TaskOptions
 from halfeven.training.accelerator import DeviceOptions
@@ -46,6 +47,7 @@ __all__ = [
     "QuantizationOptions",
     "Rule",
     "ScheduleOptions",
+    "SearchOptions",
     "TaskOptions",
     "TextOptions",
     "TrainingOptions",
@@ -85,6 +87,8 @@ class Experiment(Options):
     """Tensors to quantize, and their bits and ranges."""
     ptq: PTQOptions = field(default_factory=PTQOptions)
     """The steps of post-training quantization (`halfeven ptq`)."""
+    search: SearchOptions = field(default_factory=SearchOptions)
+    """Budgets of a search for the cheapest plan (`halfeven search`)."""
     training: TrainingOptions = field(default_factory=TrainingOptions)
     """Training of the quantized model."""
     qat: QATOptions = field(default_factory=QATOptions)
@@ -216,4 +220,4 @@ def _line_of(error: BaseException, path: Path) -> str:
 
 def as_dict(experiment: Experiment) -> dict[str, Any]:
     """Return the experiment as plain values, for JSON."""
-    return dataclasses.asdict(experiment)
+    return plain_values(experiment)

@@ -84,6 +84,24 @@ def also_spelled(**choices: str) -> AlsoSpelled:
 
 
 @dataclass(frozen=True)
+class Converted:
+    """A function that makes a field's value of what the user gives."""
+
+    function: Callable[[Any], Any]
+    into: type
+
+
+def converted(function: Callable[[Any], Any], into: type) -> Converted:
+    """Accept another form of a field's value, which a function turns into the value that objects hold.
+
+    Args:
+        function: returns the value; what it cannot convert it returns as it is.
+        into: the type that objects hold, which users do not write.
+    """
+    return Converted(function, into)
+
+
+@dataclass(frozen=True)
 class RenamedFrom:
     """The name of a field in an earlier version."""
 
@@ -196,8 +214,12 @@ def up_to_date(kind: type, values: Mapping[str, Any], *, warn: bool = True) -> d
 
 
 def _as_choice(kind: Any, value: Any) -> Any:
-    """Return the choice that a further spelling stands for; any other value as it is."""
-    pairs = [pair for note in _notes(kind) if isinstance(note, AlsoSpelled) for pair in note.pairs]
+    """Return the choice that a further spelling or another form stands for; any other value as it is."""
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
+    notes = [note for one in (kind, *members) for note in _notes(one)]
+    for note in notes:
+        value = note.function(value) if isinstance(note, Converted) else value
+    pairs = [pair for note in notes if isinstance(note, AlsoSpelled) for pair in note.pairs]
     return next((choice for spelling, choice in pairs if value == spelling), value)
 
 
@@ -244,6 +266,8 @@ def fits(kind: Any, value: Any) -> bool:
         return any(fits(member, value) for member in arguments)
     if origin is tuple:
         return isinstance(value, tuple) and _fit_each(arguments, value)
+    if origin is type:
+        return isinstance(value, type)
     if origin is dict:
         key, item = arguments
         return isinstance(value, dict) and all(fits(key, k) and fits(item, v) for k, v in value.items())
@@ -263,6 +287,9 @@ def _alternatives(kind: Any) -> list[str]:
     origin = get_origin(kind)
     arguments = get_args(kind)
     if origin is Annotated:
+        held = [describe(note.into) for note in kind.__metadata__ if isinstance(note, Converted)]
+        if held:
+            return [words for words in _alternatives(arguments[0]) if words not in held]
         bounds = [f"{note.words} {note.limit:g}" for note in kind.__metadata__ if isinstance(note, Bound)]
         return [f"{describe(arguments[0])} ({' and '.join(bounds)})"] if bounds else _alternatives(arguments[0])
     if origin is Literal:
@@ -275,6 +302,8 @@ def _alternatives(kind: Any) -> list[str]:
         return [f"a tuple of {len(arguments)} values, each {_either(dict.fromkeys(map(describe, arguments)))}"]
     if origin is dict:
         return [f"a dict of {describe(arguments[0])} to {describe(arguments[1])}"]
+    if origin is type:
+        return [f"a class like {arguments[0].__name__}"]
     words = {bool: ["True", "False"], int: ["an integer"], float: ["a finite number"], str: ["a text (str)"]}
     return words.get(kind) or ["None" if kind is types.NoneType else f"{kind.__name__}(...)"]
 

@@ -216,10 +216,10 @@ def quantize(
             does not exist, a value that it cannot have, or a `batchnorm` other than "fold".
         CaptureError, PlacementError, AlgorithmError: as the steps raise them.
     """
-    options, ptq = _split(options or QuantizationOptions(), ptq or PTQOptions(), changes)
+    options, ptq = split_fields(options or QuantizationOptions(), ptq or PTQOptions(), changes)
     check_folds(options)
     log = log or (lambda text: None)
-    data = None if loader is None else _at_hand(loader, batches)
+    data = None if loader is None else at_hand(loader, batches)
     if data is None and example is None:
         raise ConfigError(
             "Neither data nor an example input was given, so the model cannot be run even once. Give a loader of "
@@ -307,7 +307,7 @@ def setup_qat(
     log(f"{recipe}\n")
     ptq = ptq or PTQOptions()
     if recipe.equalize.enabled:
-        batches = _inputs(qmodel, _at_hand(loader, None))
+        batches = _inputs(qmodel, at_hand(loader, None))
         ptq = dataclasses.replace(ptq, equalize="on")
         ptq_recipe = decide(qmodel, ptq, data=True)
         context = StepContext(qmodel=qmodel, batches=batches, recipe=ptq_recipe, options=ptq, log=log)
@@ -334,7 +334,7 @@ def resume_qat(
     return QATSession(unwrapped(qmodel), float_model, recipe, options, schedule, loader, inputs, logits)
 
 
-def _at_hand(loader: Iterable[Any], batches: int | None) -> list[Any]:
+def at_hand(loader: Iterable[Any], batches: int | None) -> list[Any]:
     """Return all batches; kept in memory, since the steps read them many times."""
     found = list(given_batches(loader, batches))
     if not found:
@@ -350,7 +350,7 @@ def _inputs(qmodel: nn.Module, batches: Iterable[Any]) -> list[Any]:
     return [kwargs or args for args, kwargs in read_inputs(qmodel, batches)]
 
 
-def _split(
+def split_fields(
     options: QuantizationOptions, ptq: PTQOptions, changes: Mapping[str, Any]
 ) -> tuple[QuantizationOptions, PTQOptions]:
     """Return both option objects, each with its part of the changes."""

@@ -473,7 +473,7 @@ def test_a_rule_that_held_for_nothing_names_the_nearest():
     (Rule(pattern="7", activation_bits=6), r'matches "7", which has no quantizer at its output'),
     (Rule(pattern="3.relu", weight_bits=6), r'matches "3.relu", which has no quantized weight'),
     (Rule(pattern="0", weight_bits=6), r'matches "0", which has no quantized weight'),
-    (Rule(pattern="7"), "sets neither bits nor observer nor quantize"),
+    (Rule(pattern="7"), "sets none of weight_bits, "),
     (Rule(pattern="7", weight_bits=12), "cannot run weights of 12 bits"),
 ])  # fmt: skip
 def test_a_rule_whose_part_nothing_has_is_refused_with_the_reason(rule, lacks):
@@ -552,8 +552,10 @@ def test_widths_that_the_target_cannot_run(scheme):
 
 
 def test_a_rules_widths_are_checked_too():
-    with pytest.raises(PlacementError, match="cannot run activations of 16 bits"):
-        plan(net(), rules=(Rule(pattern="0", activation_bits=16),))
+    with pytest.raises(PlacementError, match="cannot run weights of 9 bits"):
+        plan(net(), rules=(Rule(pattern="0", weight_bits=9),))
+    with pytest.raises(PlacementError, match="cannot run activations of 4 bits"):
+        plan(net(), target="tensorrt", rules=(Rule(pattern="0", activation_bits=4),))
 
 
 def test_unreadable_schemes():

@@ -1,6 +1,7 @@
 """verify must see what is wrong: each test here breaks something."""
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -76,7 +77,7 @@ def test_a_good_file(deployed):
     assert values["accuracy"] == {}
     assert [t["name"] for t in values["tensors"]] == ["input", "2_relu", "4_relu", "5_adaptive_avg_pool2d"]
     assert [t["count"] for t in values["tensors"]] == [12 * n for n in (3 * 64, 8 * 64, 8 * 64, 8)]
-    text = str(report)
+    text = str(dataclasses.replace(report, slower=[]))  # which is noise in so small a model
     for words in ("100.0000 %", "3 of 3", "integer weights equal", "yes", "latency deployed / float", "0 LSB"):
         assert words in text
     lines = text.splitlines()

@@ -44,6 +44,12 @@ FIRST = {
         *("ptq.equalize", "ptq.smooth", "ptq.reconstruct", "ptq.correct_biases"),
         *("export.formats", "device.kind", "seed"),
     ),
+    "search": (
+        *MODEL_AND_DATA,
+        *QUANTIZATION,
+        *("search.max_drop", "search.latency", "search.bits", "search.tensors", "search.cost"),
+        *("export.formats", "device.kind", "seed"),
+    ),
     "test": ("model.weights", "data.root", "data.workers", "data.evaluation_batch_size", "export.target"),
     "export": ("model.weights", "data.root", *FILES),
     "verify": ("model.weights", "data.root", "export.target", "export.verify_samples", "export.timed"),

@@ -45,6 +45,13 @@ COMMANDS = (
         run="halfeven.cli.ptq:run_ptq",
     ),
     Command(
+        name="search",
+        takes="CONFIG",
+        summary="find the cheapest plan within a budget, export and verify it",
+        arguments="halfeven.cli.search:SearchArguments",
+        run="halfeven.cli.search:run_search",
+    ),
+    Command(
         name="test",
         takes="CONFIG CKPT",
         summary="show float, simulated and deployed accuracy in one table",

@@ -10,13 +10,17 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from halfeven.cli.run import RunContext
+from halfeven.config import Experiment
 from halfeven.errors import ConfigError, HalfevenError
 from halfeven.evaluation import evaluate, evaluating, evaluation_loader
 from halfeven.graph.capture import as_arguments
 from halfeven.pipelines import prepare, without_training
+from halfeven.placement.grids import check_deployable
+from halfeven.placement.insertion import plan_of
 from halfeven.ptq.recipe import decide as decide_ptq
 from halfeven.qat.distillation import Distillation
 from halfeven.qat.recipe import decide as decide_qat
+from halfeven.runtimes.runtime import runtime_named
 from halfeven.training.options import TrainingOptions
 from halfeven.training.sampling import TrainingBatches, seeded
 
@@ -29,6 +33,7 @@ def check_training(context: RunContext, model: nn.Module) -> nn.Module:
     """
     experiment = context.experiment
     qmodel = prepare(model, context.datasets.example(), experiment.quantization)
+    _check_deployable(qmodel, experiment)
     recipe = decide_qat(qmodel, experiment.qat, experiment.schedule)
     if recipe.distill.enabled:  # its options may name layers that do not exist
         Distillation(model, qmodel, experiment.qat.distillation, context.task.logits).close()
@@ -44,6 +49,7 @@ def check_quantization(context: RunContext, model: nn.Module) -> nn.Module:
     """
     experiment = context.experiment
     qmodel = prepare_folded(context, model)
+    _check_deployable(qmodel, experiment)
     decide_ptq(qmodel, experiment.ptq, data=True)
     _check_data(context, model, [experiment.pretraining])
     return qmodel
@@ -53,6 +59,12 @@ def prepare_folded(context: RunContext, model: nn.Module) -> nn.Module:
     """Prepare the experiment's model with BatchNorm folded, as post-training quantization needs it."""
     options = without_training(context.experiment.quantization)
     return prepare(model, context.datasets.example(), options)
+
+
+def _check_deployable(qmodel: nn.Module, experiment: Experiment) -> None:
+    """Refuse what no file of the target can hold: a run ends with files."""
+    name = experiment.quantization.target if experiment.export.target == "auto" else experiment.export.target
+    check_deployable(plan_of(qmodel).tensors, runtime_named(name).target)
 
 
 def _check_data(context: RunContext, model: nn.Module, trainings: list[TrainingOptions]) -> None:

@@ -53,7 +53,7 @@ def run_ptq(arguments: PtqArguments) -> None:
     check_has_weights(experiment)
     check_folds(experiment.quantization)
     context = open_run(experiment, default_folder(arguments.config, arguments.work_dir))
-    _check_alone()
+    check_alone("ptq")
     resume = continues(
         context, resume=arguments.resume, auto_resume=arguments.auto_resume, overwrite=arguments.overwrite
     )
@@ -72,11 +72,16 @@ def run_ptq(arguments: PtqArguments) -> None:
         deliver(context, model, facts["float"], further, json=arguments.json)
 
 
-def _check_alone() -> None:
+def check_alone(command: str) -> None:
+    """Refuse to run a command in several processes.
+
+    Raises:
+        ConfigError: there are several.
+    """
     if world_size() > 1:
         raise ConfigError(
-            f"`halfeven ptq` was started with {world_size()} processes, and all but one would do the same work again: "
-            "post-training quantization runs in one. Start it without torchrun or accelerate launch."
+            f"`halfeven {command}` was started with {world_size()} processes, and all but one would do the same work "
+            "again: post-training quantization runs in one. Start it without torchrun or accelerate launch."
         )
 
 

@@ -24,6 +24,7 @@ from halfeven.errors import CheckpointError, ConfigError, StorageError
 from halfeven.evaluation import evaluate, evaluation_loader
 from halfeven.files import remove, storing, write_atomically
 from halfeven.options import Options, up_to_date
+from halfeven.quantization.own_class import OwnClass, plain_values
 from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
 from halfeven.training.accelerator import make_accelerator
@@ -42,8 +43,20 @@ BEST = "best.safetensors"
 LAST = "last.safetensors"
 PTQ_STATE = "ptq_state"
 """Folder of the layers and blocks that post-training quantization has reconstructed, until it has finished."""
+SEARCH_STATE = "search_state"
+"""Folder of the measurements of a search, until it has finished."""
+SEARCH_FOUND = "search.json"
+"""The result of a search, without its model."""
 RESULTS = "results.json"
-RESUMED_FROM = (STATE_FILE, BEST, f"{FLOAT_FOLDER}/{STATE_FILE}", f"{FLOAT_FOLDER}/{BEST}", PTQ_STATE)
+RESUMED_FROM = (
+    STATE_FILE,
+    BEST,
+    f"{FLOAT_FOLDER}/{STATE_FILE}",
+    f"{FLOAT_FOLDER}/{BEST}",
+    PTQ_STATE,
+    SEARCH_STATE,
+    SEARCH_FOUND,
+)
 """Files that a resumed run continues from; a new run in the same folder removes them first."""
 SEEN_WITHIN_SECONDS = 30.0
 """Seconds in which a file of one machine appears on another that shares the disk; NFS remembers for a while that a file
@@ -337,7 +350,12 @@ def _up_to_date_record(kind: Any, recorded: Any) -> Any:
     for field in dataclasses.fields(cast(Any, kind)):
         if field.default is not dataclasses.MISSING:
             current.setdefault(field.name, field.default)
-    return {name: _up_to_date_record(hints.get(name), value) for name, value in current.items()}
+    return {name: _up_to_date_record(hints.get(name), _without_code(value)) for name, value in current.items()}
+
+
+def _without_code(value: Any) -> Any:
+    """Return what a record has of a user's class; any other value as it is."""
+    return plain_values(value) if isinstance(value, OwnClass) else value
 
 
 def _as_plain(values: Any) -> Any:

@@ -84,15 +84,37 @@ def run_train(arguments: TrainArguments) -> None:
     resume_training = resume and (folder / STATE_FILE).is_file()
     prepared = None if resume_training else check_training(context, model)
     with claimed_folder(context, "train", resume=resume):
-        if prepared is None:
-            qmodel, session, header = _continue(context, model)
-        else:
-            qmodel, session, header = _start(context, model, prepared, resume=resume)
-        _train_quantized(context, qmodel, session, header, resume=resume_training)
-        main = context.accelerator.is_main_process
-        context.accelerator.end_training()  # what follows is the first process's alone
-        if main:
-            deliver(context, model, header["float"], json=arguments.json)
+        train_and_deliver(context, model, prepared, resume=resume, json_file=arguments.json)
+
+
+def train_and_deliver(
+    context: RunContext,
+    model: nn.Module,
+    prepared: nn.Module | None,
+    *,
+    resume: bool,
+    facts: dict[str, Any] | None = None,
+    json_file: str = "",
+) -> None:
+    """Train a quantized model, export and verify it, and print one table of accuracies.
+
+    Args:
+        context: the run, whose folder is claimed.
+        model: the float model.
+        prepared: the quantized model to start with; None: the interrupted training in the folder goes on.
+        resume: the run is one that was interrupted.
+        facts: further entries of `results.json`.
+        json_file: a further file to write the results to; "" for none.
+    """
+    if prepared is None:
+        qmodel, session, header = _continue(context, model)
+    else:
+        qmodel, session, header = _start(context, model, prepared, resume=resume)
+    _train_quantized(context, qmodel, session, header, resume=prepared is None)
+    main = context.accelerator.is_main_process
+    context.accelerator.end_training()  # what follows is the first process's alone
+    if main:
+        deliver(context, model, header["float"], facts, json=json_file)
 
 
 def _with_scaled_rates(context: RunContext) -> RunContext:

@@ -7,9 +7,10 @@ objects stay keywords, until `checked` makes them and all mistakes are told at o
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from tyro.constructors import (
     ConstructorRegistry,
@@ -44,6 +45,8 @@ def unchecked() -> ConstructorRegistry:
     def primitive(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         if inside:
             return None
+        if takes_class(info.type):
+            return _NAME
         with usual():
             spec = ConstructorRegistry.get_primitive_spec(info)
         if not isinstance(spec, PrimitiveConstructorSpec):
@@ -64,6 +67,26 @@ def unchecked() -> ConstructorRegistry:
     registry.primitive_rule(primitive)
     registry.struct_rule(struct)
     return registry
+
+
+def takes_class(kind: Any) -> bool:
+    """Return True for a field that takes a name or a class of the user's; the command line can give the name."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return takes_class(get_args(kind)[0])
+    if origin in (Union, types.UnionType):
+        return any(takes_class(member) for member in get_args(kind))
+    return origin is type
+
+
+_NAME: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="NAME",
+    instance_from_str=lambda words: None if words[0] == "None" else words[0],
+    is_instance=lambda value: True,
+    str_from_instance=lambda value: [str(value)],
+)
+"""Reads a name; the option class knows which names there are."""
 
 
 def is_nested_dict(kind: Any) -> bool:

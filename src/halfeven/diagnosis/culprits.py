@@ -82,7 +82,7 @@ def _of_tensor(patient: Patient, tensor: Sensitivity) -> tuple[Finding, nn.Modul
     spread = statistics.channel_spread()
     chosen, trials, repaired = _cheapest(patient, remedies(patient.qmodel, planned, spread[1] if spread else 1.0))
     helps = chosen.remedy.rules[0].observer if chosen.remedy.rules and chosen.remedy.rules[0].observer else ""
-    suspect = Suspect(patient.qmodel, planned, statistics, helps or "")
+    suspect = Suspect(patient.qmodel, planned, statistics, str(helps))
     cause = cause_of(suspect)
     if cause.name == FRONT_END:
         leading = _leading_in_float(patient, planned)

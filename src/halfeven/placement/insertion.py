@@ -133,9 +133,15 @@ def check_scales(model: nn.Module, plan: Plan) -> None:
             )
 
 
+def quantizer_class(planned: PlannedWeight | PlannedTensor) -> type[Quantizer]:
+    """Return the class that quantizes a planned weight or activation: the user's, where its code is at hand."""
+    own = planned.quantizer
+    return Quantizer if own is None or own.implementation is None else own.implementation
+
+
 def weight_quantizer(planned: PlannedWeight, options: QuantizationOptions) -> Quantizer:
     """Return the quantizer of a planned weight, without a range."""
-    quantizer = Quantizer(
+    quantizer = quantizer_class(planned)(
         planned.scheme,
         channels=planned.channels,
         observer=planned.observer,
@@ -145,12 +151,13 @@ def weight_quantizer(planned: PlannedWeight, options: QuantizationOptions) -> Qu
         weight=True,
     )
     quantizer.name = f"the weight of {planned.name}"
+    quantizer.own_class = planned.quantizer
     return quantizer
 
 
 def tensor_quantizer(planned: PlannedTensor, options: QuantizationOptions) -> Quantizer:
     """Return the quantizer of a planned activation, without a range unless the plan knows it."""
-    quantizer = Quantizer(
+    quantizer = quantizer_class(planned)(
         planned.scheme,
         observer=planned.observer,
         ranges=planned.ranges,
@@ -159,6 +166,7 @@ def tensor_quantizer(planned: PlannedTensor, options: QuantizationOptions) -> Qu
         learns_zero_point=options.learn_zero_points,
     )
     quantizer.name = " = ".join(planned.places)
+    quantizer.own_class = planned.quantizer
     quantizer.is_recomputation = in_backward_pass
     quantizer.fix_range(planned.fixed_range)
     return quantizer

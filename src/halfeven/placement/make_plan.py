@@ -16,6 +16,7 @@ from halfeven.graph.layer_shapes import groups_of, weight_shape
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, kind_of, tensor_names
+from halfeven.placement.grids import activation_scheme, check_power_of_two, kinds_behind, simulated_alone
 from halfeven.placement.options import QuantizationOptions, Rule
 from halfeven.placement.plan import NOTHING_FOUND, FoundInCapture, LeftInFloat, Plan, PlannedTensor, PlannedWeight
 from halfeven.placement.ranges import ranges_in_training
@@ -23,9 +24,10 @@ from halfeven.placement.requests import ITSELF, OUTPUT, Region, collect, collect
 from halfeven.placement.rules import RuleBook
 from halfeven.placement.sources import fused_group, head, sources
 from halfeven.quantization.observers import LOGITS
+from halfeven.quantization.own_class import OwnClass
 from halfeven.quantization.quantizer import Ranges
-from halfeven.quantization.scheme import FLOAT_BITS, Scheme, parse_bits
-from halfeven.targets.target import Grid, Target
+from halfeven.quantization.scheme import FLOAT_BITS, MAX_BITS, Scheme, parse_bits
+from halfeven.targets.target import Target
 
 K = OperatorKind
 
@@ -94,6 +96,7 @@ def make_plan(
         left=tuple(left),
         notes=found.notes,
         kept=found.kept,
+        simulated=simulated_alone(tensors, target),
         decide=lambda other: make_plan(model, other, target, found),
     )
 
@@ -107,9 +110,12 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 
 def _check_bits(target: Target, options: QuantizationOptions, weight_bits: int, activation_bits: int) -> None:
+    # A rule may give an activation more bits than the target runs: it is simulated alone, and the plan says so.
+    simulated = range(max(target.activation_bits) + 1, MAX_BITS + 1)
+    in_rules = {rule.activation_bits for rule in options.rules} - {*simulated}
     for what, allowed, asked in (
         ("weights", target.weight_bits, {weight_bits, *(rule.weight_bits for rule in options.rules)}),
-        ("activations", target.activation_bits, {activation_bits, *(rule.activation_bits for rule in options.rules)}),
+        ("activations", target.activation_bits, {activation_bits, *in_rules}),
     ):
         if refused := asked - {None, *allowed}:
             raise PlacementError(
@@ -173,15 +179,16 @@ def _planned_tensors(
         done |= group
         places = [n for n in region.graph.nodes if n in group]
         fused = {region.names[member]: kind_of(member) for place in places for member in fused_group(place)}
-        asked = rules.activation_bits(fused, bits)
+        scheme = activation_scheme(region, places, rules, fused, target, bits)
         consumers = dict.fromkeys(c for n in places for c in region.requests[n].consumers)
         fixed = (0.0, 1.0) if all(kind_of(n) is K.SOFTMAX for n in places) else None
         yield PlannedTensor(
             name=region.names[node].replace(".", "_").replace(":", "_"),
             places=tuple(region.names[n] for n in places),
-            scheme=_activation_scheme(region, places, target, asked),
-            ranges=_ranges(places, options, asked) if fixed is None else "calibrated",
-            observer=rules.observer(fused, LOGITS if _logits(region, places, options) else options.activation_observer),
+            scheme=scheme,
+            ranges="calibrated" if fixed else rules.chosen("ranges", fused, _ranges(places, options, scheme.bits)),
+            observer=rules.chosen("observer", fused, _activation_observer(region, places, options)),
+            quantizer=rules.chosen("quantizer", fused, None),
             fixed_range=fixed,
             consumers=tuple(consumers) or (ITSELF,),
         )
@@ -196,6 +203,10 @@ def _ranges(places: list[fx.Node], options: QuantizationOptions, bits: int) -> R
     ranges = ranges_in_training(options, bits)
     learned = ranges in ("learned", "clipped")
     return "calibrated" if learned and bits >= 8 and all(Op(node).is_input for node in places) else ranges
+
+
+def _activation_observer(region: Region, places: list[fx.Node], options: QuantizationOptions) -> str | OwnClass:
+    return LOGITS if _logits(region, places, options) else options.activation_observer
 
 
 def _logits(region: Region, places: list[fx.Node], options: QuantizationOptions) -> bool:
@@ -223,16 +234,6 @@ def _tied(region: Region, node: fx.Node) -> set[fx.Node]:
     return group
 
 
-def _activation_scheme(region: Region, places: list[fx.Node], target: Target, bits: int) -> Scheme:
-    if target.signed_only:
-        return Scheme(bits=bits, signed=True, symmetric=True)
-    if all(Op(node).is_non_negative for node in places):
-        return Scheme(bits=bits, signed=False, symmetric=True)
-    if any(region.requests[node].grid is Grid.NO_ZERO_POINT for node in places):
-        return Scheme(bits=bits, signed=True, symmetric=True)
-    return Scheme(bits=bits, signed=False, symmetric=False)
-
-
 def _planned_weights(
     region: Region,
     options: QuantizationOptions,
@@ -249,22 +250,29 @@ def _planned_weights(
         seen.add(node.target if Op(node).is_module else node)
         if not rules.quantizes(region.names[node], kind) or target.stays_in_float(node) is not None:
             continue
-        asked = rules.weight_bits(region.names[node], kind, bits)
-        axis = (1 if kind is K.TRANSPOSED_CONVOLUTION else 0) if options.per_channel else None
+        own = {region.names[node]: kind}
+        asked = rules.chosen("weight_bits", own, bits)
+        per_channel = rules.chosen("per_channel", own, options.per_channel)
+        axis = (1 if kind is K.TRANSPOSED_CONVOLUTION else 0) if per_channel else None
         shape = weight_shape(node)
         if axis == 1 and groups_of(node) > 1:
             axis = None  # the channels of a grouped transposed convolution are not an axis of its weight
+        power_of_two = rules.chosen("power_of_two", own, False)
+        if power_of_two:
+            check_power_of_two(region.names[node], kinds_behind(node), options)
+        ranges = rules.chosen("ranges", own, ranges_in_training(options, asked))
         yield PlannedWeight(
             name=region.names[node],
-            scheme=Scheme(bits=asked, signed=True, symmetric=True, narrow=True, axis=axis),
+            scheme=Scheme(bits=asked, signed=True, symmetric=True, narrow=True, axis=axis, power_of_two=power_of_two),
             channels=None if axis is None else shape[axis],
-            ranges="learned" if options.ranges == "clipped" else ranges_in_training(options, asked),
-            observer=rules.observer({region.names[node]: kind}, _weight_observer(options, asked)),
+            ranges="learned" if ranges == "clipped" else ranges,
+            observer=rules.chosen("observer", own, _weight_observer(options, asked)),
+            quantizer=rules.chosen("quantizer", own, None),
             operator=f"{Op(node).name}, depthwise" if groups_of(node) == shape[0] > 1 else Op(node).name,
         )
 
 
-def _weight_observer(options: QuantizationOptions, bits: int) -> str:
+def _weight_observer(options: QuantizationOptions, bits: int) -> str | OwnClass:
     if options.weight_observer != "auto":
         return options.weight_observer
     return "minmax" if bits >= 8 else "mse"

@@ -1,27 +1,49 @@
 """Define the options of `halfeven.prepare`, and the user's rules."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from halfeven.errors import ConfigError
 from halfeven.graph.dynamic_shapes import DynamicShapes
-from halfeven.options import Auto, Options, also_spelled, formerly
+from halfeven.options import Auto, Options, also_spelled, converted, formerly
 from halfeven.quantization.fake_quantize import Domain
-from halfeven.quantization.observers import ObserverName
-from halfeven.quantization.quantizer import Ranges
+from halfeven.quantization.observers import ObserverChoice, ObserverName
+from halfeven.quantization.own_class import OwnClass, own_class
+from halfeven.quantization.quantizer import Quantizer, Ranges
 from halfeven.quantization.scheme import Bits, parse_bits
 
 BatchNormHandling = Literal["keep", "fold", "fold live"]
 RangesByPaper = Literal["lsq", "pact"]
 """Further spellings of "learned" and "clipped"."""
+RangesChoice = Annotated[Ranges | RangesByPaper, also_spelled(lsq="learned", pact="clipped")]
+"""Movement of ranges in training, as options take it."""
+
+
+def own_quantizer(value: Any) -> Any:
+    """Return the description of a user's quantizer class; any other value as it is.
+
+    Raises:
+        ConfigError: the class is no subclass of `Quantizer`, whose ranges files and runtimes read.
+    """
+    if isinstance(value, type) and not issubclass(value, Quantizer):
+        raise ConfigError(
+            f"The quantizer {value.__name__} is no subclass of halfeven.Quantizer, so no file could hold its range. "
+            "Derive it from halfeven.Quantizer and override forward."
+        )
+    return own_class(value, ("forward",))
+
+
+QuantizerChoice = Annotated[type[Quantizer] | OwnClass, converted(own_quantizer, OwnClass)]
+"""A user's quantizer, as options take it: a subclass of `Quantizer`, made with the same arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(Options):
-    """A user's exception for some operators: other bits, or float.
+    """A user's exception for some operators: another grid, another range, or float.
 
     A rule holds for the operators whose name matches `pattern` and whose kind is `kind`, if it sets a kind. Where
-    several rules hold, the last rule wins, field by field.
+    several rules hold, the last rule wins, field by field. A field that is None leaves the choice to the options and to
+    earlier rules.
     """
 
     pattern: str = "*"
@@ -32,9 +54,22 @@ class Rule(Options):
     """Bits of the operator's weight."""
     activation_bits: Bits | None = None
     """Bits of the operator's output, after the BatchNorm and the activation that are fused with it; a rule may name
-    any of the three. Tensors that are concatenated share a quantizer, so a rule for any of them holds for all."""
-    observer: ObserverName | None = None
-    """Estimator of the ranges of the operator's weight and of its output."""
+    any of the three. Tensors that are concatenated share a quantizer, so a rule for any of them holds for all. Widths
+    above those that the target runs, up to 16, are simulated alone: `export` refuses such a model."""
+    observer: ObserverChoice | None = None
+    """Estimator of the ranges of the operator's weight and of its output: a name, or a class of your own."""
+    per_channel: bool | None = None
+    """The operator's weight has a scale per output channel, or a single scale."""
+    symmetric: bool | None = None
+    """The operator's output has a zero point of 0, or any zero point."""
+    signed: bool | None = None
+    """The operator's output is on a signed grid, or on an unsigned grid."""
+    ranges: RangesChoice | None = None
+    """Movement of the ranges of the operator's weight and of its output in training: observed, learned, ..."""
+    power_of_two: bool | None = None
+    """Scales of the operator's weight and of its output are powers of two."""
+    quantizer: QuantizerChoice | None = None
+    """Class of your own that quantizes the operator's weight and its output: a subclass of `halfeven.Quantizer`."""
     quantize: bool | None = None
     """False: the operator computes in float; True: it computes in integers, against an earlier rule."""
 

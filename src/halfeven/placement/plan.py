@@ -16,11 +16,14 @@ from halfeven.graph.dynamic_shapes import as_dynamic_shapes
 from halfeven.graph.kept_in_python import KeptInPython
 from halfeven.placement.options import QuantizationOptions as QuantizationOptions
 from halfeven.placement.options import Rule as Rule
+from halfeven.placement.options import own_quantizer
 from halfeven.placement.plan_tables import summary, whole_table
 from halfeven.placement.planned import GraphChanges as GraphChanges
 from halfeven.placement.planned import LeftInFloat as LeftInFloat
 from halfeven.placement.planned import PlannedTensor as PlannedTensor
 from halfeven.placement.planned import PlannedWeight as PlannedWeight
+from halfeven.quantization.observers import own_observer
+from halfeven.quantization.own_class import plain_values
 from halfeven.quantization.scheme import Scheme
 from halfeven.tables import Shown, as_html, as_text
 
@@ -50,6 +53,8 @@ class Plan:
     kept: tuple[KeptInPython, ...] = ()
     """Modules whose own code stays Python for what it does in training; loading a checkpoint keeps them too."""
     changes: GraphChanges = field(default=GraphChanges())
+    simulated: tuple[str, ...] = ()
+    """Quantized activations, by name, that rules gave more bits than the target runs: they are simulated alone."""
     decide: "Callable[[QuantizationOptions], Plan] | None" = field(default=None, repr=False, compare=False)
     """Makes the plan of the same graph for other options. Files and pickles do not contain it: a plan that is read has
     None until a model is prepared with the plan."""
@@ -83,7 +88,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values, for JSON."""
-        values = dataclasses.asdict(dataclasses.replace(self, decide=None))
+        values = plain_values(dataclasses.replace(self, decide=None))
         del values["decide"]
         return values
 
@@ -108,6 +113,7 @@ class Plan:
             notes=tuple(values["notes"]),
             kept=tuple(KeptInPython(**kept) for kept in values.get("kept", ())),
             changes=GraphChanges(**{name: tuple(names) for name, names in values.get("changes", {}).items()}),
+            simulated=tuple(values.get("simulated", ())),
         )
 
     @property
@@ -138,13 +144,15 @@ class Plan:
 
 def _replaces(new: Rule, old: Rule) -> bool:
     """Return True if a new rule overrides all fields of an old rule for the same operators."""
-    settings = ("weight_bits", "activation_bits", "observer", "quantize")
+    settings = [setting.name for setting in dataclasses.fields(Rule) if setting.name not in ("pattern", "kind")]
     same = (new.pattern, new.kind) == (old.pattern, old.kind)
     return same and all(getattr(new, name) is not None for name in settings if getattr(old, name) is not None)
 
 
 def _with_scheme(values: dict[str, Any]) -> dict[str, Any]:
     values = {**values, "scheme": Scheme(**values["scheme"])}
+    values["observer"] = own_observer(values["observer"])
+    values["quantizer"] = own_quantizer(values.get("quantizer"))
     if "learned" in values:  # a plan of halfeven 0.1.0
         values["ranges"] = "learned" if values.pop("learned") else "observed"
     return values

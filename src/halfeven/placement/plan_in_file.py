@@ -69,7 +69,7 @@ def _bits(plan: Plan, field: str, place: int) -> set[int]:
 
 
 def _problems_of(entry: PlannedTensor | PlannedWeight) -> Iterator[str]:
-    if entry.observer not in OBSERVERS:
+    if isinstance(entry.observer, str) and entry.observer not in OBSERVERS:
         yield f'{entry.name} has the observer "{entry.observer}", and there is none of that name'
     if isinstance(entry, PlannedWeight):
         if (entry.channels is None) != (entry.scheme.axis is None) or (

@@ -58,6 +58,8 @@ class PlanLike(Protocol):
     def changes(self) -> GraphChanges: ...
     @property
     def ranges(self) -> str: ...
+    @property
+    def simulated(self) -> tuple[str, ...]: ...
 
 
 def summary(plan: PlanLike) -> RenderableType:
@@ -109,7 +111,11 @@ def _title(plan: PlanLike) -> Group:
 
 
 def _notes(plan: PlanLike) -> list[str]:
-    return [*plan.notes, *str(plan.changes).splitlines()]
+    simulated = (
+        f"Simulated alone, because {plan.options.target} has no integers of so many bits (export refuses this model): "
+        f"{', '.join(plan.simulated)}"
+    )
+    return [*([simulated] if plan.simulated else []), *plan.notes, *str(plan.changes).splitlines()]
 
 
 def _by_kind(plan: PlanLike, rows: int) -> Table:
@@ -228,10 +234,13 @@ def _several(values: Iterable[object]) -> str:
 def _scheme(scheme: Scheme) -> str:
     """Return a scheme in few letters; that all weights leave out their grid's lowest integer goes without saying."""
     symmetric = "symmetric" if scheme.symmetric else "asymmetric"
-    return f"{'s' if scheme.signed else 'u'}{scheme.bits} {symmetric}{'' if scheme.axis is None else ', per channel'}"
+    channels = "" if scheme.axis is None else ", per channel"
+    power_of_two = ", power-of-two scale" if scheme.power_of_two else ""
+    return f"{'s' if scheme.signed else 'u'}{scheme.bits} {symmetric}{channels}{power_of_two}"
 
 
 def _range(tensor: PlannedTensor | PlannedWeight) -> str:
     if isinstance(tensor, PlannedTensor) and tensor.fixed_range:
         return f"fixed {list(tensor.fixed_range)}"
-    return tensor.observer if tensor.ranges == "observed" else f"{tensor.observer}, then {tensor.ranges}"
+    by = f" by {tensor.quantizer}" if tensor.quantizer is not None else ""
+    return f"{tensor.observer}{by}" if tensor.ranges == "observed" else f"{tensor.observer}, then {tensor.ranges}{by}"

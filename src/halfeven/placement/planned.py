@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from halfeven.quantization.own_class import OwnClass
 from halfeven.quantization.quantizer import Ranges
 from halfeven.quantization.scheme import Scheme
 
@@ -15,9 +16,11 @@ class PlannedTensor:
     """Names of the tensors, "region:tensor" where the model has several regions."""
     scheme: Scheme
     ranges: Ranges
-    observer: str
+    observer: str | OwnClass
     fixed_range: tuple[float, float] | None = None
     consumers: tuple[str, ...] = ()
+    quantizer: OwnClass | None = None
+    """Class of the user's that quantizes it; None: `Quantizer`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,9 @@ class PlannedWeight:
     scheme: Scheme
     channels: int | None
     ranges: Ranges
-    observer: str
+    observer: str | OwnClass
+    quantizer: OwnClass | None = None
+    """Class of the user's that quantizes it; None: `Quantizer`."""
     operator: str = field(default="", compare=False)
     """Kind of the layer, for example "Conv2d"; "" in plans of earlier versions."""
 

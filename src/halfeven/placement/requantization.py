@@ -109,7 +109,11 @@ def _change_weights(change: _Change, before: Plan, after: Plan) -> list[Quantize
     new = {weight.name: weight for weight in after.weights}
     for name in old.keys() - new.keys():
         change.remove_weight(old[name])
-    changed = [change.exchange_weight(weight) for name, weight in new.items() if name in old and weight != old[name]]
+    changed = [
+        change.exchange_weight(weight)
+        for name, weight in new.items()
+        if name in old and _quantizer_of(weight) != _quantizer_of(old[name])
+    ]
     added = [weight for name, weight in new.items() if name not in old]
     return changed + [insert_weight(*change.found[weight.name], weight, change.options) for weight in added]
 
@@ -130,9 +134,15 @@ def _change_tensors(change: _Change, before: Plan, after: Plan) -> list[Quantize
     ]
 
 
-def _quantizer_of(tensor: PlannedTensor) -> tuple[object, ...]:
-    """Return the fields of a planned tensor that define its quantizer: all except the readers."""
-    return tensor.name, tensor.scheme, tensor.ranges, tensor.observer, tensor.fixed_range
+def _quantizer_of(planned: PlannedTensor | PlannedWeight) -> tuple[object, ...]:
+    """Return the fields that define a quantizer: all except the readers of a tensor.
+
+    A class of the user's counts with its code: a quantizer that was read from a file lacks it, and needs it to
+    calibrate.
+    """
+    fixed = planned.fixed_range if isinstance(planned, PlannedTensor) else planned.channels
+    own = [getattr(value, "implementation", None) for value in (planned.observer, planned.quantizer)]
+    return planned.name, planned.scheme, planned.ranges, planned.observer, planned.quantizer, fixed, *own
 
 
 def _remove_calls(region: CapturedModule, path: str) -> None:

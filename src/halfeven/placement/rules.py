@@ -2,12 +2,27 @@
 
 import fnmatch
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from halfeven.errors import PlacementError
 from halfeven.graph.operators import OperatorKind
 from halfeven.nearest import similar
 from halfeven.placement.options import Rule
+
+Choice = TypeVar("Choice")
+
+LACKING = {
+    "weight_bits": "no quantized weight",
+    "per_channel": "no quantized weight",
+    "activation_bits": "no quantizer at its output",
+    "symmetric": "no quantizer at its output",
+    "signed": "no quantizer at its output",
+    "observer": "no quantizer",
+    "ranges": "no quantizer",
+    "power_of_two": "no quantizer",
+    "quantizer": "no quantizer",
+}
+"""Fields of a rule that need a quantizer -> what the operator lacks where such a field has no effect."""
 
 
 class RuleBook:
@@ -31,29 +46,18 @@ class RuleBook:
 
     def quantizes(self, name: str, kind: OperatorKind) -> bool:
         """Return True if an operator computes in integers where it can."""
-        return bool([True, *self._said("quantize", {name: kind})][-1])
+        return self.chosen("quantize", {name: kind}, True)
 
-    def weight_bits(self, name: str, kind: OperatorKind, default: int) -> int:
-        """Return the bits of a layer's quantized weight."""
-        return int([default, *self._said("weight_bits", {name: kind})][-1])
-
-    def activation_bits(self, operators: Mapping[str, OperatorKind], default: int) -> int:
-        """Return the bits of a quantizer.
+    def chosen(self, field: str, operators: Mapping[str, OperatorKind], default: Choice) -> Choice:
+        """Return what the rules set for a weight or an activation.
 
         Args:
-            operators: the kinds, by name, of the operators by any of which a rule may name the quantizer.
-            default: the bits if no rule sets them.
+            field: the field of `Rule`.
+            operators: the kinds, by name, of the operators by any of which a rule may name it.
+            default: the value if no rule sets the field.
         """
-        return int([default, *self._said("activation_bits", operators)][-1])
-
-    def observer(self, operators: Mapping[str, OperatorKind], default: str) -> str:
-        """Return the range estimator of a weight or an activation.
-
-        Args:
-            operators: the kinds, by name, of the operators by any of which a rule may name the quantizer.
-            default: the estimator if no rule sets it.
-        """
-        return str([default, *self._said("observer", operators)][-1])
+        found: Choice = [default, *self._said(field, operators)][-1]
+        return found
 
     def _said(self, part: str, operators: Mapping[str, OperatorKind]) -> Iterator[Any]:
         for index, rule in enumerate(self.rules):
@@ -71,15 +75,10 @@ class RuleBook:
                 raise PlacementError(f"The rule {rule} {self._why(index, rule, names)}")
 
     def _why(self, index: int, rule: Rule, names: list[str]) -> str:
-        lacking = {
-            "weight_bits": "no quantized weight",
-            "activation_bits": "no quantizer at its output",
-            "observer": "no quantizer",
-        }
-        lacks = [what for part, what in lacking.items() if getattr(rule, part) is not None]
+        lacks = dict.fromkeys(what for part, what in LACKING.items() if getattr(rule, part) is not None)
         if not lacks and rule.quantize is None:
             return (
-                "sets neither bits nor observer nor quantize, so it would do nothing. Set at least one of these "
+                f"sets none of {', '.join(LACKING)} and quantize, so it would do nothing. Set at least one of these "
                 "fields, or leave the rule out."
             )
         if index in self.matched:

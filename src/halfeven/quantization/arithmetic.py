@@ -29,6 +29,22 @@ def snap(scale: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
+def power_of_two_above(scale: Tensor) -> Tensor:
+    """Return the smallest powers of two that are not below float32 scales of any shape (TQT, arXiv 1903.08066, 3.2).
+
+    Rounding up keeps the whole range on the grid.
+    """
+    # The 23 stored significand bits are 0 in a power of two; adding them all carries into the exponent otherwise.
+    stored = (1 << 23) - 1
+    bits = scale.detach().float().view(torch.int32)
+    return ((bits + stored) & ~stored).view(torch.float32)
+
+
+def representable(scale: Tensor, power_of_two: bool = False) -> Tensor:
+    """Return the scales that files carry for float32 scales: snapped, or rounded up to powers of two."""
+    return power_of_two_above(scale) if power_of_two else snap(scale)
+
+
 def scale_and_zero_point(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Return scale and zero point of a float range (white paper, section 2.2). Zero lies exactly on the grid.
 
@@ -58,13 +74,24 @@ def scale_and_zero_point(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Ten
     fallback = torch.where(alive, scale, 0.0).amax()
     fallback = torch.where(fallback > 0, fallback, 1.0 / scheme.quant_max)
     # Snapped before the zero point is computed, so that both belong to the same grid.
-    scale = snap(torch.where(alive, scale, fallback))
+    scale = representable(torch.where(alive, scale, fallback), scheme.power_of_two)
     if scheme.symmetric:
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     # White paper, section 2.2: z = quant_min - round(low / s). Rounding moves the range by up to half a step, so that 0
     # is an integer of the grid; the clamp keeps it on the grid.
     zero_point = scheme.quant_min - torch.round(low / scale)
-    return scale, zero_point.clamp(scheme.quant_min, scheme.quant_max).to(torch.int32)
+    return scale, on_grid(zero_point, scheme.quant_min, scheme.quant_max, scheme.power_of_two).to(torch.int32)
+
+
+def on_grid(zero_point: Tensor, quant_min: int, quant_max: int, even: bool) -> Tensor:
+    """Return the nearest integers of a grid to zero points; with `even`, the nearest even ones.
+
+    Sums and products on grids with power-of-two scales often lie in the middle between two integers. Runtimes round
+    such ties after they have added the zero point, and to even means the same before and after only if it is even.
+    """
+    if not even:
+        return torch.clamp(torch.round(zero_point), quant_min, quant_max)
+    return torch.clamp(2 * torch.round(zero_point / 2), quant_min, quant_max - quant_max % 2)
 
 
 def per_channel(values: Tensor, axis: int | None, ndim: int) -> Tensor:

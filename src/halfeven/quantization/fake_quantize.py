@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from halfeven.quantization.arithmetic import SMALLEST_EXPONENT, per_channel, snap
+from halfeven.quantization.arithmetic import SMALLEST_EXPONENT, on_grid, per_channel, representable
 from halfeven.quantization.compile import fused
 from halfeven.quantization.scheme import Scheme
 
@@ -26,18 +26,19 @@ Clip = tuple[float, float]
 UNCLIPPED: Clip = (-math.inf, math.inf)
 
 
-def effective_scale(stored: Tensor, domain: Domain = "linear") -> Tensor:
+def effective_scale(stored: Tensor, domain: Domain = "linear", power_of_two: bool = False) -> Tensor:
     """Return the scale in use for a stored one: positive, at least `arithmetic.SMALLEST_SCALE`, snapped to 16 bits.
 
     In the linear domain the absolute value keeps a learned scale positive without a dead zone: a scale that crosses
-    zero is reflected, and so is its gradient. Snapping passes the gradient through.
+    zero is reflected, and so is its gradient. Snapping passes the gradient through, and so does rounding up to a power
+    of two, which takes its place with `power_of_two` (TQT, arXiv 1903.08066, section 3.2).
     """
     positive = torch.exp2(stored) if domain == "log" else torch.where(stored < 0, -stored, stored)
     # The compiler builds a power of two integers into the kernel; a floating-point constant of a module would be an
     # argument of the kernel, and each call would make a tensor of it.
     least = 2.0**SMALLEST_EXPONENT
     # The first term is exactly 0 and carries the gradient (straight-through).
-    return (positive - positive.detach()) + snap(positive.detach().clamp(min=least))
+    return (positive - positive.detach()) + representable(positive.detach().clamp(min=least), power_of_two)
 
 
 def stored_scale(scale: Tensor, domain: Domain) -> Tensor:
@@ -79,7 +80,8 @@ def fake_quantize(
     """
     # A kernel sees [elements] or [channels, elements], except in a model that is compiled as a whole.
     axis = scheme.axis if scheme.axis is None or torch.compiler.is_compiling() else 0
-    settings = _Kernel(scheme.quant_min, scheme.quant_max, axis, domain, clip, rounding_gradient)
+    pair = scheme.quant_min, scheme.quant_max
+    settings = _Kernel(*pair, axis, domain, clip, rounding_gradient, scheme.power_of_two)
     # An unsigned symmetric grid starts at 0: it is the lower bound of a ReLU already.
     ends_at_zero = scheme.symmetric and not scheme.signed and clip[0] == 0
     forward = settings._replace(clip=(-math.inf, clip[1])) if ends_at_zero else settings
@@ -98,15 +100,16 @@ class _Kernel(NamedTuple):
     domain: Domain | None
     clip: Clip
     rounding: bool
+    power_of_two: bool = False
 
 
 def _used(scale: Tensor, zero_point: Tensor, ndim: int, settings: _Kernel) -> tuple[Tensor, Tensor]:
     """Return scale and zero point in use, float32, in shapes that broadcast over a tensor with `ndim` axes."""
     if settings.domain is not None:
-        scale = effective_scale(scale, settings.domain)
+        scale = effective_scale(scale, settings.domain, settings.power_of_two)
     if zero_point.is_floating_point():
         # LSQ+ learns a real offset. Integer runtimes need an integer of the grid, so it is rounded, straight-through.
-        zero_point = torch.clamp(torch.round(zero_point), settings.low, settings.high)
+        zero_point = on_grid(zero_point, settings.low, settings.high, settings.power_of_two)
     return per_channel(scale, settings.axis, ndim), per_channel(zero_point.float(), settings.axis, ndim)
 
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import CalibrationError, PlacementError
-from halfeven.quantization.arithmetic import scale_and_zero_point
+from halfeven.quantization.arithmetic import on_grid, scale_and_zero_point
 from halfeven.quantization.compile import fused
 from halfeven.quantization.fake_quantize import UNCLIPPED, Clip, Domain, effective_scale, fake_quantize, stored_scale
 from halfeven.quantization.observers import Observer, check_finite, common_extremes, extremes, make_observer, rows
+from halfeven.quantization.own_class import OwnClass
 from halfeven.quantization.range_state import RangeState, state_of
 from halfeven.quantization.scheme import Scheme
 
@@ -48,7 +49,8 @@ class Quantizer(nn.Module):
     Args:
         scheme: the integer grid and its granularity.
         channels: size of the scheme's axis; None for one scale per tensor.
-        observer: range estimator of the calibration, a key of `halfeven.quantization.observers.OBSERVERS`.
+        observer: range estimator of the calibration, a key of `halfeven.quantization.observers.OBSERVERS` or a class
+            of the user's.
         ranges: how the range moves in training.
         domain: how a learned scale is stored: as itself, or as its binary logarithm.
         learns_zero_point: True to learn the zero point of an asymmetric grid too.
@@ -70,7 +72,7 @@ class Quantizer(nn.Module):
         scheme: Scheme,
         *,
         channels: int | None = None,
-        observer: str = "minmax",
+        observer: str | OwnClass = "minmax",
         ranges: Ranges = "observed",
         domain: Domain = "linear",
         learns_zero_point: bool = False,
@@ -88,6 +90,7 @@ class Quantizer(nn.Module):
         self.domain: Domain = domain
         self.ranges: Ranges = ranges
         self.name = ""
+        self.own_class: OwnClass | None = None
         self.mode = Mode.QUANTIZE
         self.observer: Observer | None = None
         self.is_recomputation: Callable[[], bool] | None = None
@@ -180,6 +183,11 @@ class Quantizer(nn.Module):
         Raises:
             CalibrationError: an end is NaN or infinite.
         """
+        if low.numel() != self.scale.numel():
+            raise CalibrationError(
+                f"{self.name or 'A quantizer'} was given {low.numel()} range for {self.scale.numel()} channels, so its "
+                "channels would have no scale. An observer sees [channels, ...] and returns [channels] for each end."
+            )
         low = low.reshape(self.scale.shape)
         high = high.reshape(self.scale.shape)
         if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
@@ -215,7 +223,7 @@ class Quantizer(nn.Module):
 
     def fix(self) -> None:
         """Keep the range in use for good, and a learned scale as a buffer: nothing moves it any more."""
-        scale = effective_scale(self.scale.detach(), self.domain) if self.learned else self.scale
+        scale = self._effective_scale().detach() if self.learned else self.scale
         if self.learned:
             del self.scale
             self.register_buffer("scale", scale.clone())
@@ -244,14 +252,18 @@ class Quantizer(nn.Module):
         with torch.no_grad():
             if self.state.observing and self.weight:
                 return self._present_range(x)[0]
-            return effective_scale(self.scale, self.domain) if self.learned else self.scale
+            return self._effective_scale() if self.learned else self.scale
+
+    def _effective_scale(self) -> Tensor:
+        return effective_scale(self.scale, self.domain, self.scheme.power_of_two)
 
     def used_zero_point(self) -> Tensor:
         """Return the zero point that `forward` uses, [] or [channels], int32."""
         if not self.zero_point.is_floating_point():
             return self.zero_point
-        nearest = torch.round(self.zero_point.detach())
-        return torch.clamp(nearest, self.scheme.quant_min, self.scheme.quant_max).to(torch.int32)
+        scheme = self.scheme
+        learned = self.zero_point.detach()
+        return on_grid(learned, scheme.quant_min, scheme.quant_max, scheme.power_of_two).to(torch.int32)
 
     def start_calibration(self) -> None:
         """Pass the tensor through unchanged and collect its statistics until `finish_calibration`."""

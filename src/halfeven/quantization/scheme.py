@@ -30,6 +30,8 @@ class Scheme(Options):
     """Signed only: leave out the most negative integer, so that the grid is symmetric about 0."""
     axis: int | None = None
     """Axis with a scale for each of its channels; None: one scale for the tensor."""
+    power_of_two: bool = False
+    """Scales are powers of two, so that a runtime without multipliers can shift instead."""
 
     def __post_init__(self) -> None:
         if self.narrow and not self.signed:
@@ -58,6 +60,7 @@ class Scheme(Options):
         words = [kind, "symmetric" if self.symmetric else "asymmetric"]
         words += ["narrow"] if self.narrow else []
         words += [f"per channel (axis {self.axis})"] if self.axis is not None else ["per tensor"]
+        words += ["power-of-two scale"] if self.power_of_two else []
         return " ".join(words)
 
 

@@ -48,9 +48,9 @@ def _problems(quantizer: Quantizer) -> Iterator[str]:
 def _scale(quantizer: Quantizer) -> Tensor:
     """Return the scale in use: a learned one may be stored as a logarithm, or below zero."""
     scale = quantizer.scale.detach()
-    if not quantizer.learned:
+    if not quantizer.learned or not bool(scale.isfinite().all()):
         return scale
-    return effective_scale(scale, quantizer.domain) if bool(scale.isfinite().all()) else scale
+    return effective_scale(scale, quantizer.domain, quantizer.scheme.power_of_two)
 
 
 def _disagreement(quantizer: Quantizer, low: Tensor, high: Tensor) -> Iterator[str]:

@@ -83,8 +83,11 @@ class DeployedFile(Protocol):
         """Return the integer weights of the named layers in the file, in the order of the model's weights."""
         ...
 
-    def timed(self, inputs: Sequence[Tensor]) -> Callable[[], object]:
-        """Return a function that computes the model on these inputs, and does nothing else."""
+    def timed(self, inputs: Sequence[Tensor], settings: Collection[str] | None = None) -> Callable[[], object]:
+        """Return a function that computes the model on these inputs, and does nothing else.
+
+        With `settings`, in a session with these of `settings` alone; with none, in the default session.
+        """
         ...
 
     def kernel_times(self, inputs: Sequence[Tensor], runs: int = 10) -> list[KernelTime]:

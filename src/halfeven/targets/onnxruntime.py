@@ -5,7 +5,7 @@ from torch import fx
 from halfeven.graph.layer_shapes import ConvolutionShape
 from halfeven.graph.operators import OperatorKind
 from halfeven.graph.view import kind_of
-from halfeven.targets.target import Target, any_grid, never
+from halfeven.targets.target import ALL_GRIDS, Target, any_grid, never
 
 K = OperatorKind
 
@@ -43,6 +43,7 @@ ONNXRUNTIME = Target(
     rounds_average=never,
     fuses_any_activation=False,
     stored_weights={K.LINEAR: (4, 8)},
+    grids=ALL_GRIDS,
     signed_only=False,
     int32_bias=True,
 )

@@ -5,7 +5,7 @@ from torch import fx
 from halfeven.graph.layer_shapes import ConvolutionShape
 from halfeven.graph.operators import TRANSPARENT, OperatorKind
 from halfeven.graph.view import Op, kind_of
-from halfeven.targets.target import Grid, Target, any_grid, no_zero_point
+from halfeven.targets.target import ALL_GRIDS, Grid, Target, any_grid, no_zero_point
 
 K = OperatorKind
 
@@ -86,6 +86,7 @@ OPENVINO = Target(
     rounds_average=_rounds_average,
     fuses_any_activation=True,
     stored_weights={K.LINEAR: (4, 8)},
+    grids=ALL_GRIDS,
     signed_only=False,
     int32_bias=False,  # biases are added in float32
 )

@@ -52,10 +52,16 @@ class Target:
     """Any activation is computed in the kernel before it; else only one that clips, which the rounding takes in."""
     stored_weights: Mapping[OperatorKind, tuple[int, ...]]
     """Kinds whose weights alone may be integers, and of how many bits: the kernel makes floats of them as it reads."""
+    grids: frozenset[tuple[bool, bool]]
+    """Activations' grids that it computes with, as (signed, symmetric)."""
     signed_only: bool
     """Activations are signed without a zero point, also after a ReLU."""
     int32_bias: bool
     """Biases are 32-bit integers on the grid of the layer's products."""
+
+
+ALL_GRIDS = frozenset({(True, True), (True, False), (False, True), (False, False)})
+"""Signed and unsigned integers, with and without a zero point."""
 
 
 def any_grid(node: fx.Node) -> Grid:

@@ -23,6 +23,7 @@ TENSORRT = Target(
     rounds_average=never,
     fuses_any_activation=True,
     stored_weights={},
+    grids=frozenset({(True, True)}),
     signed_only=True,
     int32_bias=False,
 )

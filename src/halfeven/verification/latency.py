@@ -1,7 +1,8 @@
-"""The latency of a deployed file, beside that of the same model in float."""
+"""The latency of a deployed file and of its layers, beside those of the same model in float."""
 
 import statistics
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -21,6 +22,7 @@ from halfeven.quantization.quantizer import Mode, set_mode
 from halfeven.runtimes.layer_execution import slowest
 from halfeven.runtimes.runtime import Runtime
 from halfeven.temporary import temporary_folder
+from halfeven.verification.layer_times import LayerTimes, time_layers
 
 TIMED_PAIRS = 12
 """Runs of each file whose times count."""
@@ -32,25 +34,41 @@ WARM_UP_PAIRS = 2
 """Runs of each file before, which allocate."""
 
 
-def latency(qmodel: nn.Module, path: Path, inputs: Inputs, runtime: Runtime) -> dict[str, float]:
-    """Return the median milliseconds of the float model and of the file on one batch.
+def latency(qmodel: nn.Module, path: Path, inputs: Inputs, runtime: Runtime, layers: Sequence[str] = ()) -> LayerTimes:
+    """Return the median milliseconds of the file on one batch, and of the float model in two precisions.
 
-    They are timed in turn, so that drift hits both alike.
+    They are timed in turn, so that drift hits all alike. The float model is timed in float32, and in the precision that
+    the runtime's default session chooses, which is what the file replaces.
+
+    Args:
+        qmodel: the model that the file was written from.
+        path: the file.
+        inputs: the batch.
+        runtime: what runs them.
+        layers: layers to time by the runtime's own profile, in both files.
     """
     with temporary_folder() as folder:
-        float_path = _write_float(qmodel, runtime, folder)
+        floating = runtime.open_file(write_float(qmodel, runtime, folder), ())
+        deployed = runtime.open_file(path, ())
         tensors = [x.cpu() for x in tensors_of(inputs)]
         runs = {
-            "float": runtime.open_file(float_path, ()).timed(tensors),
-            "deployed": runtime.open_file(path, ()).timed(tensors),
+            "float32": floating.timed(tensors),
+            "float_default": floating.timed(tensors, ()) if floating.settings else floating.timed(tensors),
+            "deployed": deployed.timed(tensors),
         }
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(WARM_UP_PAIRS + TIMED_PAIRS):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                if turn >= WARM_UP_PAIRS:
-                    times[name].append(time.perf_counter() - start)
+        times = median_times(runs)
+        return LayerTimes(**times, layers=time_layers(deployed, floating, tensors, layers))
+
+
+def median_times(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the median milliseconds of functions that are called in turn."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(WARM_UP_PAIRS + TIMED_PAIRS):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn >= WARM_UP_PAIRS:
+                times[name].append(time.perf_counter() - start)
     return {name: 1000 * statistics.median(values) for name, values in times.items()}
 
 
@@ -66,7 +84,7 @@ def slowest_kernels(path: Path, inputs: Inputs, runtime: Runtime) -> list[str]:
     ]
 
 
-def _write_float(qmodel: nn.Module, runtime: Runtime, folder: Path) -> Path:
+def write_float(qmodel: nn.Module, runtime: Runtime, folder: Path) -> Path:
     """Write the float counterpart of a quantized model; return its path.
 
     Raises:

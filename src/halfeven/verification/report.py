@@ -93,16 +93,22 @@ class Report:
     accuracy: dict[str, float]
     """Top-1 in percent of float (where given), simulated and deployed model, where the batches came with labels."""
     latency_ms: dict[str, float]
-    """Median milliseconds of a batch of `latency_batch` samples: float and deployed, timed in turn, both without
-    bfloat16; empty where they were not timed."""
+    """Median milliseconds of a batch of `latency_batch` samples: float, in float32, and deployed, timed in turn; empty
+    where they were not timed."""
     latency_batch: int
     latency_ratio: float
-    """Deployed over float; NaN where neither was timed."""
+    """Deployed over float, in float32; NaN where neither was timed."""
     unseen: list[str]
     """Quantized tensors that the file does not have any more, and that were not compared: the converter merged them
     with others."""
     first_difference: str
     """The first activation, in the order of the graph, whose integers differ from the exact simulation; "" if none."""
+    float_default_ms: float = math.nan
+    """Median milliseconds of the float file in the runtime's default precision: bfloat16 where the processor has it."""
+    latency_ratio_default: float = math.nan
+    """Deployed over float, in the runtime's default precision."""
+    slower: list[str] = field(default_factory=list)
+    """Where integers are slower than float in the runtime: the whole file, and its layers with their milliseconds."""
     overflows: bool = False
     """Integers or outputs differ and sums can overflow: the processor has no VNNI, and weights need more than 7 bits,
     or activations of as many are multiplied together. Never of a file that was evaluated, not run (TensorRT's)."""

@@ -49,9 +49,12 @@ def _parity(tensor: Any) -> Sequence[str]:
 
 
 def _findings(report: Any) -> list[Text]:
-    return (
-        [Text("FOUND:", "bold red"), *(Text(f"  {finding}") for finding in report.findings)] if report.findings else []
-    )
+    titled = (("SLOWER THAN FLOAT:", report.slower), ("FOUND:", report.findings))
+    return [
+        text
+        for title, sentences in titled
+        for text in ([Text(title, "bold red"), *(Text(f"  {sentence}") for sentence in sentences)] if sentences else [])
+    ]
 
 
 def _rows(report: Any, most: int) -> RenderableType:
@@ -141,9 +144,14 @@ def _latency_rows(report: Any) -> list[Row]:
             (f"latency {name}, batch {report.latency_batch}{threads}", f"{v:.2f} ms")
             for name, v in report.latency_ms.items()
         ),
-        ("latency deployed / float", f"{report.latency_ratio:.2f}"),
+        ("latency deployed / float", f"{report.latency_ratio:.2f}{_default_precision(report)}"),
         *(("  slowest kernel", kernel) for kernel in report.slowest_kernels),
     ]
+
+
+def _default_precision(report: Any) -> str:
+    """Return the ratio to the float file in the runtime's default precision, as a part of a row."""
+    return f" (default precision {report.latency_ratio_default:.2f})"
 
 
 def _cut(rows: list[Row], most: int) -> list[Row]:

@@ -1,5 +1,6 @@
 """Verification of a deployed file: its integers against the trained ones, its kernels, its accuracy and latency."""
 
+import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,8 +28,10 @@ from halfeven.verification.findings import findings
 from halfeven.verification.float_simulation import outputs_of
 from halfeven.verification.integer_macs import work_of
 from halfeven.verification.latency import latency, slowest_kernels
+from halfeven.verification.layer_times import LayerTimes
 from halfeven.verification.python_work import python_work
 from halfeven.verification.report import Report
+from halfeven.verification.speed import slower_than_float
 
 
 @checked_arguments(VerificationError)
@@ -88,27 +91,33 @@ def verify(
             **parity,
             **circumstances(comparison.file, Path(path)),
             **_execution(comparison),
-            **_latencies(qmodel, Path(path), inputs[0], runtime, timed),
+            latency_batch=_size(inputs[0]),
+            slowest_kernels=slowest_kernels(Path(path), inputs[0], runtime) if timed else [],
+            **_speed(_times(comparison, Path(path), inputs[0], runtime) if timed else None, runtime),
         )
 
 
-def _latencies(qmodel: nn.Module, path: Path, inputs: Inputs, runtime: Runtime, timed: bool) -> dict[str, Any]:
-    """Return the report's fields about latencies."""
-    found = latency(qmodel, path, inputs, runtime) if timed else {}
-    ratio = found["deployed"] / found["float"] if timed else float("nan")
-    kernels = slowest_kernels(path, inputs, runtime) if timed else []
-    return {
-        "latency_ms": found,
-        "latency_batch": _size(inputs),
-        "latency_ratio": ratio,
-        "slowest_kernels": kernels,
-    }
+def _times(comparison: Comparison, path: Path, inputs: Inputs, runtime: Runtime) -> LayerTimes:
+    return latency(comparison.qmodel, path, inputs, runtime, list(named_calls(comparison.parts).values()))
 
 
 def _inputs_and_labels(qmodel: nn.Module, batches: list[Any]) -> tuple[list[Inputs], list[Any]]:
     form = form_of(qmodel, batches[0])
     inputs = [inputs_of(batch, form, number) for number, batch in enumerate(batches)]
     return inputs, [label_of(batch, form) for batch in batches]
+
+
+def _speed(times: LayerTimes | None, runtime: Runtime) -> dict[str, Any]:
+    """Return the report's fields about time."""
+    if times is None:
+        return {"latency_ms": {}, "latency_ratio": math.nan}
+    return {
+        "latency_ms": {"float": times.float32, "deployed": times.deployed},
+        "latency_ratio": times.deployed / times.float32,
+        "float_default_ms": times.float_default,
+        "latency_ratio_default": times.deployed / times.float_default,
+        "slower": slower_than_float(times) if runtime.exact is not None else [],  # else the file was not run
+    }
 
 
 def _execution(comparison: Comparison) -> dict[str, Any]:

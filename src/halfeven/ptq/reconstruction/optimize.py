@@ -20,7 +20,7 @@ from halfeven.layerwise.blocks import Block
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.reconstruction.adaround import Rounding, regularizer_sharpness
 from halfeven.ptq.reconstruction.conv_as_matmul import conv_as_matmul, has_few_positions
-from halfeven.quantization.arithmetic import dequantize, snap
+from halfeven.quantization.arithmetic import dequantize, representable
 from halfeven.quantization.fake_quantize import effective_scale, fake_quantize
 from halfeven.quantization.quantizer import Mode, Quantizer
 
@@ -180,11 +180,12 @@ class _Parameters:
         for layer, rounding in self.roundings.items():
             quantizer = self.quantizers[layer]
             # Snapped first: the weights must lie on the grid of the scale that is stored.
-            scale = snap(rounding.scale.detach().abs()).reshape(quantizer.scale.shape)
+            power_of_two = quantizer.scheme.power_of_two
+            scale = representable(rounding.scale.detach().abs(), power_of_two).reshape(quantizer.scale.shape)
             layer.weight.copy_(dequantize(rounding.integers, scale, torch.zeros_like(scale), quantizer.scheme))
             quantizer.fix_scale(scale)
         for quantizer, scale in self.scales.items():
-            quantizer.fix_scale(effective_scale(scale.detach()))
+            quantizer.fix_scale(effective_scale(scale.detach(), power_of_two=quantizer.scheme.power_of_two))
         for group in self.groups:
             for tensor in group["params"]:
                 tensor.requires_grad_(False)
@@ -297,7 +298,8 @@ class _QDrop:
         if scale is None:
             quantized = module(x)
         else:
-            quantized = fake_quantize(x, effective_scale(scale), module.zero_point, module.scheme)
+            used = effective_scale(scale, power_of_two=module.scheme.power_of_two)
+            quantized = fake_quantize(x, used, module.zero_point, module.scheme)
         return self._drop(x, quantized) if not (module.weight or module.state.fixed) else quantized
 
     def _drop(self, in_float: Any, quantized: Any) -> Any:

@@ -6,9 +6,10 @@ over all batches and processes; the range is chosen once, at the end.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from halfeven.errors import ConfigError
+from halfeven.options import converted
 from halfeven.quantization.observers.cross_entropy import CrossEntropyObserver
 from halfeven.quantization.observers.histogram import (
     BINS,
@@ -28,6 +29,7 @@ from halfeven.quantization.observers.minmax import (
     finite_extremes,
     rows,
 )
+from halfeven.quantization.own_class import OwnClass, own_class
 from halfeven.quantization.scheme import Scheme
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "CrossEntropyObserver",
     "HistogramObserver",
     "Observer",
+    "ObserverChoice",
     "ObserverName",
     "check_finite",
     "common_extremes",
@@ -69,16 +72,39 @@ LOGITS = "cross_entropy"
 """Name of the observer for logits of classes, which suits no other tensor."""
 
 
-def make_observer(name: str, scheme: Scheme) -> Observer:
+def own_observer(value: Any) -> Any:
+    """Return the description of a user's observer class; any other value as it is.
+
+    Raises:
+        ConfigError: the class lacks `update` or `range`.
+    """
+    return own_class(value, ("update", "range"))
+
+
+ObserverChoice = Annotated[ObserverName | type[Observer] | OwnClass, converted(own_observer, OwnClass)]
+"""An estimator as options take it: its name, or a class of the user's with the methods of `Observer`, which is made
+with the scheme of the tensor."""
+
+
+def make_observer(name: str | OwnClass, scheme: Scheme) -> Observer:
     """Return a new observer.
 
     Args:
-        name: a key of `OBSERVERS`.
+        name: a key of `OBSERVERS`, or a user's class.
         scheme: the grid that the range is for.
 
     Raises:
-        ConfigError: there is no observer of that name.
+        ConfigError: there is no observer of that name, or the class is not at hand.
     """
+    if isinstance(name, OwnClass):
+        if name.implementation is None:
+            raise ConfigError(
+                f"The range is one of the observer {name}, a class of your own, and files contain no code, so it "
+                "cannot be estimated again without the class. Pass the class in: halfeven.set_rules(qmodel, "
+                f"halfeven.Rule(observer={name.name.rpartition('.')[2]})). Without calibration the stored range holds."
+            )
+        own: Observer = name.implementation(scheme)
+        return own
     if name not in OBSERVERS:
         raise ConfigError(f'There is no observer "{name}". Choose one of {", ".join(OBSERVERS)}.')
     return OBSERVERS[name](scheme)

@@ -280,6 +280,11 @@ def _layer(name: str) -> str:
     return name.split("/")[0]
 
 
+def _config(settings: Collection[str]) -> dict[str, str]:
+    """Return settings, each `name=value`, as a compiled model takes them."""
+    return dict(setting.split("=", 1) for setting in settings)
+
+
 class OpenVINOFile:
     """A file opened in OpenVINO; see `halfeven.runtimes.runtime.DeployedFile`."""
 
@@ -313,8 +318,7 @@ class OpenVINOFile:
         return outputs, {name: watched[index] for name, index in self.output_index.items()}
 
     def run_with(self, settings: Collection[str], inputs: Sequence[Tensor]) -> list[Tensor]:
-        config = dict(setting.split("=", 1) for setting in settings)
-        return run_compiled(compile_model(read(self.path), config), inputs)
+        return run_compiled(compile_model(read(self.path), _config(settings)), inputs)
 
     def executed_layers(self, layers: Sequence[str]) -> list[LayerExecution]:
         return executed_layers(self.plain, layers)
@@ -333,6 +337,7 @@ class OpenVINOFile:
     def stored_integers(self, layers: Sequence[str]) -> dict[str, Tensor]:
         return stored_integers(read(self.path), layers)
 
-    def timed(self, inputs: Sequence[Tensor]) -> Callable[[], object]:
-        request = request_with(self.compiled, inputs)
+    def timed(self, inputs: Sequence[Tensor], settings: Collection[str] | None = None) -> Callable[[], object]:
+        compiled = self.compiled if settings is None else compile_model(read(self.path), _config(settings))
+        request = request_with(compiled, inputs)
         return lambda: request.infer(share_inputs=True, share_outputs=True)  # no copy of either is timed

@@ -1,0 +1,164 @@
+"""`halfeven search`: the cheapest plan within a budget, from the float model to verified files."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfeven.checkpoint import read_facts, save
+from halfeven.cli.arguments import Config, Fields
+from halfeven.cli.deliver import deliver
+from halfeven.cli.float_model import check_has_weights, train_float
+from halfeven.cli.preflight import check_quantization
+from halfeven.cli.ptq import check_alone
+from halfeven.cli.run import (
+    BEST,
+    SEARCH_FOUND,
+    SEARCH_STATE,
+    RunContext,
+    check_folder,
+    claimed_folder,
+    continues,
+    default_folder,
+    open_run,
+    write_json,
+)
+from halfeven.cli.train import train_and_deliver
+from halfeven.errors import CheckpointError
+from halfeven.evaluation import evaluating
+from halfeven.graph.capture import as_arguments
+from halfeven.mixed_precision.search import check_search, search
+from halfeven.pipelines import check_folds, prepare
+from halfeven.placement.options import Rule
+from halfeven.training.state import STATE_FILE
+from halfeven.zoo.models import create_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchArguments:
+    """Search the cheapest plan within a budget, export and verify it; train from it where no plan keeps the budget."""
+
+    config: Config
+    """Python file that ends with `experiment = Experiment(...)`."""
+    experiment: Fields
+    work_dir: str = ""
+    """Folder for the checkpoint and the exported files; "" for work_dirs/<name of the config>."""
+    resume: bool = False
+    """Continue the interrupted run in the work folder; what it has measured is not measured again."""
+    auto_resume: bool = False
+    """Continue the run in the work folder if there is one, and start it otherwise: for jobs that are restarted."""
+    overwrite: bool = False
+    """Start anew in a work folder that holds a run already."""
+    no_train: bool = False
+    """Do not go on with training (QAT) from the best plan where no plan keeps search.max_drop."""
+
+
+def run_search(arguments: SearchArguments) -> None:
+    """Search, export and verify, and print one table of accuracies."""
+    experiment = arguments.experiment
+    check_has_weights(experiment)
+    check_folds(experiment.quantization)
+    check_search(experiment.search, experiment.quantization, None)
+    context = open_run(experiment, default_folder(arguments.config, arguments.work_dir))
+    check_alone("search")
+    resume = continues(
+        context, resume=arguments.resume, auto_resume=arguments.auto_resume, overwrite=arguments.overwrite
+    )
+    check_folder(context, "search", resume=resume, overwrite=arguments.overwrite)
+    model = create_model(experiment.model)
+    training = resume and (context.folder / STATE_FILE).is_file()
+    facts = _finished(context) if resume else None
+    if facts is None:
+        check_quantization(context, model)
+    with claimed_folder(context, "search", resume=resume):
+        if experiment.pretraining.epochs:
+            train_float(context, model, resume=resume)
+        if facts is None:
+            facts = _search(context, model)
+        if not arguments.no_train and not facts["search"]["reached"] and experiment.search.max_drop is not None:
+            _train(context, model, facts["search"], resume=training)
+        else:
+            deliver(context, model, facts["float"], {"search": facts["search"]})
+
+
+def _finished(context: RunContext) -> dict[str, Any] | None:
+    """Return the facts of a search that is finished; None if the run was not that far.
+
+    Raises:
+        CheckpointError: the file of the result is damaged.
+    """
+    found = context.folder / SEARCH_FOUND
+    best = context.folder / BEST
+    if not (found.is_file() and best.is_file()):
+        return None
+    try:
+        return {"float": read_facts(best)["extra"]["float"], "search": json.loads(found.read_text(encoding="utf-8"))}
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{found} or {best} is damaged ({type(error).__name__}), so the run cannot go on from them. Give "
+            "--overwrite to start anew."
+        ) from error
+
+
+def _search(context: RunContext, model: nn.Module) -> dict[str, Any]:
+    """Search, and write the checkpoint. Returns the facts in it: the float accuracy, and the result."""
+    resume_dir = context.folder / SEARCH_STATE
+    found = search(
+        model.to(context.accelerator.device),
+        context.loader(context.datasets.calibration),
+        _metric(context),
+        context.experiment.quantization,
+        context.experiment.ptq,
+        context.experiment.search,
+        example=context.datasets.example(),
+        log=context.log,
+        resume_dir=resume_dir,
+    )
+    context.log(f"\n{found}\n")
+    facts = {"float": context.accuracy(model), "search": found.to_dict()}
+    save(found.qmodel, context.folder / BEST, facts)
+    write_json(context.folder / SEARCH_FOUND, facts["search"])
+    shutil.rmtree(resume_dir, ignore_errors=True)
+    return facts
+
+
+def _metric(context: RunContext) -> Callable[[nn.Module], Any]:
+    """Return the task's metric on the validation data: for classification a value for each sample, in percent."""
+    if context.experiment.task.kind != "classification":
+        return lambda model: context.accuracy(model)[context.task.key]
+    return lambda model: _right_answers(context, model)
+
+
+def _right_answers(context: RunContext, model: nn.Module) -> Tensor:
+    """Return 100 for each validation sample that a model classifies right, and 0 for the others."""
+    device = context.accelerator.device
+    model.to(device)
+    found = []
+    with torch.no_grad(), evaluating(model):
+        for inputs, targets in context.loader(context.datasets.validation):
+            args, kwargs = as_arguments(_moved(inputs, device))
+            logits, labels = context.task.judged(model(*args, **kwargs), targets.to(device))
+            found.append(100.0 * (logits.argmax(1) == labels).double().cpu())
+    return torch.cat(found)
+
+
+def _moved(inputs: Any, device: torch.device) -> Any:
+    if isinstance(inputs, dict):
+        return {name: value.to(device) for name, value in inputs.items()}
+    return inputs.to(device)
+
+
+def _train(context: RunContext, model: nn.Module, found: dict[str, Any], *, resume: bool) -> None:
+    """Train from the best plan, with its rules, and deliver the result."""
+    experiment = context.experiment
+    rules = tuple(Rule(**rule) for rule in found["rules"])
+    context.log("No plan keeps the budget after calibration alone; training from the best plan (QAT).\n")
+    quantization = dataclasses.replace(experiment.quantization, rules=(*experiment.quantization.rules, *rules))
+    context = dataclasses.replace(context, experiment=dataclasses.replace(experiment, quantization=quantization))
+    prepared = None if resume else prepare(model, context.datasets.example(), quantization)
+    train_and_deliver(context, model, prepared, resume=resume, facts={"search": found})

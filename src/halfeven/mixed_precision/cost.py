@@ -1,0 +1,117 @@
+"""The cost of a plan: bits over the multiply-accumulates, bits of the weights, and time in the target."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from halfeven.graph.cost import multiply_accumulates
+from halfeven.graph.layer_shapes import weight_shape
+from halfeven.graph.operators import WEIGHTED, OperatorKind
+from halfeven.graph.view import kind_of
+from halfeven.placement.insertion import plan_of
+from halfeven.placement.make_plan import named_nodes
+from halfeven.quantization.quantizer import Mode, Quantizer, quantizers
+from halfeven.verification.layer_times import LayerTimes
+
+FLOAT_BITS = 32
+"""Bits of a float operand."""
+
+Widths = Mapping[str, int | None]
+"""Bits by the quantizer's name; None: float."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of a layer or of a product of activations."""
+
+    name: str
+    multiply_accumulates: int
+    elements: int
+    """Number of weights; 0 for a product of activations."""
+    weight: str | None
+    """Name of the weight's quantizer."""
+    inputs: tuple[str, ...]
+    """Names of the quantizers of the activations that it reads."""
+
+    def bits(self, widths: Widths) -> tuple[int, int]:
+        """Return the bits of both operands. A layer with an operand in float computes in float."""
+        read = [widths.get(name) for name in self.inputs]
+        if self.weight is None:
+            first, second = (*read, None, None)[:2]
+        else:
+            first, second = widths.get(self.weight), next(iter(read), None)
+        return (FLOAT_BITS, FLOAT_BITS) if first is None or second is None else (first, second)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a plan."""
+
+    bits: float
+    """Mean bits of both operands over the multiply-accumulates."""
+    bops: float
+    """Sum of bits times bits over the multiply-accumulates."""
+    size: float
+    """Bytes of the layers' weights."""
+    tensors: int
+    """Activations that have left the bits of the scheme."""
+    latency: float | None = None
+    """Estimated time, over the float file's in the runtime's default precision; None where it was not measured."""
+
+
+def works_of(qmodel: nn.Module) -> list[Work]:
+    """Return the work of each layer with a quantized weight and of each product of quantized activations."""
+    plan = plan_of(qmodel)
+    read: dict[str, list[str]] = {}
+    for tensor in plan.tensors:
+        for name in tensor.consumers:
+            read.setdefault(name, []).append(" = ".join(tensor.places))
+    weighted = {weight.name for weight in plan.weights}
+    found = []
+    for name, (_, node) in named_nodes(qmodel).items():
+        layer = kind_of(node) in WEIGHTED and name in weighted
+        if layer or (kind_of(node) is OperatorKind.MATMUL and name in read):
+            elements = _product(weight_shape(node)) if layer else 0
+            weight = f"the weight of {name}" if layer else None
+            found.append(Work(name, multiply_accumulates(node), elements, weight, tuple(read.get(name, ()))))
+    return found
+
+
+def _product(sizes: Sequence[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def widths_of(qmodel: nn.Module) -> dict[str, int | None]:
+    """Return the bits of each quantizer by its name; None for those that are switched off."""
+    return {q.name: _width(q) for q in quantizers(qmodel).values()}
+
+
+def _width(quantizer: Quantizer) -> int | None:
+    return None if quantizer.mode is Mode.FLOAT else quantizer.scheme.bits
+
+
+def cost_of(works: Sequence[Work], widths: Widths, scheme: Widths, times: LayerTimes | None) -> Cost:
+    """Return the cost of a plan.
+
+    Args:
+        works: of the model.
+        widths: the plan's bits.
+        scheme: the bits of the plan without any step.
+        times: times of the layers in integers and in float, where they were measured.
+    """
+    total = sum(work.multiply_accumulates for work in works) or 1
+    pairs = [(work, *work.bits(widths)) for work in works]
+    weights = [(work.elements, widths.get(work.weight) or FLOAT_BITS) for work in works if work.weight is not None]
+    activations = {name for name in scheme if not name.startswith("the weight of ")}
+    floats = [work.name for work, first, _ in pairs if first == FLOAT_BITS]
+    return Cost(
+        bits=sum(work.multiply_accumulates * (first + second) / 2 for work, first, second in pairs) / total,
+        bops=float(sum(work.multiply_accumulates * first * second for work, first, second in pairs)),
+        size=sum(elements * bits / 8 for elements, bits in weights),
+        tensors=sum(widths.get(name) != scheme[name] for name in activations),
+        latency=None if times is None else times.ratio_with(floats),
+    )

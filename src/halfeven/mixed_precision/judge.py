@@ -1,0 +1,116 @@
+"""Judge a model against the float model: by a metric with its confidence interval, or by its answers."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfeven.diagnosis.divergence import divergence
+from halfeven.diagnosis.restarted import float_tensors
+from halfeven.diagnosis.sensitivity import Reference
+from halfeven.errors import ConfigError
+from halfeven.evaluation import evaluating
+from halfeven.quantization.quantizer import weights_quantized_once
+
+Evaluate = Callable[[nn.Module], Any]
+"""Returns a model's metric, more is better: a number, or a number for each sample."""
+
+CONFIDENCE = 1.96
+"""Standard deviations on each side of an interval that holds in 95 % of cases."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The drop of a model from the float model."""
+
+    drop: float
+    """In the metric's unit; without a metric, the percentage of answers that differ."""
+    interval: float | None
+    """Half of the drop's 95 % confidence interval; None where the metric came as one number."""
+
+    def __str__(self) -> str:
+        """Return the drop with its interval."""
+        return f"{self.drop:.3g}" + ("" if self.interval is None else f" ± {self.interval:.2g}")
+
+
+class Judge:
+    """Measures drops from the float model.
+
+    Args:
+        float_model: the float model.
+        evaluate: the metric; None: answers are compared.
+        reference: held-out batches with the float answers, for a judgement without a metric.
+    """
+
+    def __init__(self, float_model: nn.Module, evaluate: Evaluate | None, reference: Reference) -> None:
+        self.evaluate = evaluate
+        self.reference = reference
+        self.expected = None if evaluate is None else self._scores(float_model)
+
+    @property
+    def unit(self) -> str:
+        """The words for a drop."""
+        return "drop of the metric" if self.evaluate is not None else "% of answers changed"
+
+    def __call__(self, model: nn.Module) -> Judgement:
+        """Return the drop of a model.
+
+        Raises:
+            ConfigError: the metric is no finite number, or has another number of samples than for the float model.
+        """
+        if self.expected is None:
+            return self._answers(model)
+        scores = self._scores(model)
+        if scores.shape != self.expected.shape:
+            raise ConfigError(
+                f"evaluate returned {scores.numel()} values for a quantized model and {self.expected.numel()} for the "
+                "float model, so they cannot be compared. Return the same samples for both."
+            )
+        return _paired(self.expected - scores)
+
+    def _scores(self, model: nn.Module) -> Tensor:
+        assert self.evaluate is not None
+        with torch.no_grad(), evaluating(model), weights_quantized_once(model):
+            found = self.evaluate(model)
+        try:
+            scores = torch.as_tensor(found, dtype=torch.float64).flatten().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise _unusable(found) from error
+        if not scores.numel() or not bool(scores.isfinite().all()):
+            raise _unusable(found)
+        return scores
+
+    @torch.no_grad()
+    def _answers(self, model: nn.Module) -> Judgement:
+        """Return the percentage of answers that differ; of outputs without classes, the relative error."""
+        changed: list[Tensor] = []
+        with evaluating(model), weights_quantized_once(model):
+            for (args, kwargs), expected in zip(self.reference.inputs, self.reference.outputs, strict=True):
+                found = float_tensors(model(*args, **kwargs))
+                changed.append(_changed(found, expected))
+        return _paired(100 * torch.cat(changed))
+
+
+def _changed(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
+    if expected and expected[0].ndim == 2 and expected[0].shape[1] > 1:
+        return (found[0].argmax(1) != expected[0].argmax(1)).double().cpu()
+    return torch.tensor([divergence(found, expected)], dtype=torch.float64)
+
+
+def _paired(differences: Tensor) -> Judgement:
+    """Return the mean of the differences of all samples, with its interval."""
+    count = differences.numel()
+    drop = float(differences.mean())
+    if count < 2:
+        return Judgement(drop, None)
+    return Judgement(drop, CONFIDENCE * float(differences.std()) / math.sqrt(count))
+
+
+def _unusable(found: object) -> ConfigError:
+    return ConfigError(
+        f"evaluate returned {str(found)[:60]}, which is no metric, so plans could not be compared. Return a finite "
+        "number, more being better, or a sequence with a number for each sample."
+    )

@@ -1,0 +1,202 @@
+"""Search a plan: measure the steps, walk, make the final model, and judge it."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from halfeven.diagnosis.sensitivity import Reference, reference_of
+from halfeven.errors import PlacementError
+from halfeven.graph.batches import Inputs
+from halfeven.layerwise.outputs import first_samples
+from halfeven.mixed_precision.cost import works_of
+from halfeven.mixed_precision.judge import Evaluate, Judge, Judgement
+from halfeven.mixed_precision.moves import Move, moves_of
+from halfeven.mixed_precision.options import SearchOptions
+from halfeven.mixed_precision.result import SearchResult
+from halfeven.mixed_precision.store import MeasurementStore
+from halfeven.mixed_precision.units import units_of
+from halfeven.mixed_precision.walk import Walk, walk
+from halfeven.placement.insertion import plan_of
+from halfeven.placement.options import Rule
+from halfeven.placement.plan import Plan
+from halfeven.quantization.own_class import plain_values
+from halfeven.runtimes.export import export
+from halfeven.runtimes.runtime import Runtime, runtime_named
+from halfeven.verification.latency import latency
+from halfeven.verification.layer_times import LayerTimes
+
+Quantized = Callable[[tuple[Rule, ...], bool], nn.Module]
+"""Returns the model quantized with further rules; with True by all steps that the user chose, else by ranges alone."""
+
+LATENCY_TRIES = 3
+"""Largest number of plans that are timed whole where the estimate was too low."""
+
+
+def search_plan(
+    float_model: nn.Module,
+    batches: Sequence[Any],
+    evaluate: Evaluate | None,
+    options: SearchOptions,
+    candidates: Sequence[Rule],
+    *,
+    quantized: Quantized,
+    log: Callable[[str], None],
+    resume_dir: Path | None,
+) -> SearchResult:
+    """Return the cheapest plan that keeps the budgets, with its model.
+
+    Args:
+        float_model: the float model.
+        batches: calibration batches; those behind the first `options.samples` samples judge the answers.
+        evaluate: the metric; None: answers are compared.
+        options: budgets and measures.
+        candidates: what to try, from `usual_candidates` or the user.
+        quantized: makes the quantized model of rules.
+        log: called with each step.
+        resume_dir: folder that keeps measurements.
+    """
+    qmodel = quantized((), False)
+    runtime = runtime_named(plan_of(qmodel).options.target)
+    ranking = first_samples(batches, options.samples)
+    reference = reference_of(qmodel, ranking, samples=options.samples)
+    held_out = batches[len(ranking) :]
+    judge = Judge(float_model, evaluate, _held_out_reference(qmodel, held_out, reference, options))
+    timed = options.latency is not None or options.cost == "latency"
+    first = reference.inputs[0]
+    times = _times(qmodel, runtime, first) if timed else None
+    facts = {
+        "plan": plan_of(qmodel).to_dict()["options"],
+        "candidates": [plain_values(candidate) for candidate in candidates],
+        "options": plain_values(options),
+        "answers": float(sum(output.double().sum() for outputs in reference.outputs for output in outputs)),
+    }
+    moves = moves_of(qmodel, units_of(qmodel), candidates, batches, runtime.target)
+    log(f"Searching {len(moves)} steps in {len(units_of(qmodel))} groups of tensors.")
+    store = MeasurementStore(resume_dir, facts)
+    state = Walk(qmodel, moves, works_of(qmodel), times, reference, judge, options, store, log)
+    chosen = walk(state)
+    finish = _Finish(state, runtime, quantized, first)
+    result = finish.at(chosen)
+    for _ in range(LATENCY_TRIES):
+        if result.reached or chosen == 0 or not _too_slow(result, options):
+            break
+        chosen -= 1
+        log(f"  the file is slower than estimated ({result.latency:.3f}); one step less ...")
+        result = finish.at(chosen)
+    notes = _notes(result, state, held_out=bool(held_out), evaluated=evaluate is not None)
+    return dataclasses.replace(result, notes=notes)
+
+
+def _held_out_reference(
+    qmodel: nn.Module, held_out: Sequence[Any], ranking: Reference, options: SearchOptions
+) -> Reference:
+    return reference_of(qmodel, held_out, samples=4 * options.samples) if held_out else ranking
+
+
+def _times(qmodel: nn.Module, runtime: Runtime, inputs: Inputs) -> LayerTimes:
+    """Return the time of a model's file and of its layers, beside those of the float file."""
+    names = {work.name.replace(":", "."): work.name for work in works_of(qmodel)}  # as files call them
+    with tempfile.TemporaryDirectory() as folder:
+        path = export(qmodel, Path(folder) / f"model{next(iter(runtime.writers))}")
+        found = latency(qmodel, path, inputs, runtime, list(names))
+    layers = tuple(dataclasses.replace(layer, name=names[layer.name]) for layer in found.layers)
+    return dataclasses.replace(found, layers=layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Finish:
+    """Makes the result of a walk."""
+
+    state: Walk
+    runtime: Runtime
+    quantized: Quantized
+    inputs: Inputs
+
+    def at(self, chosen: int) -> SearchResult:
+        """Return the result of the plan after some steps: its model is made anew, judged and timed."""
+        state = self.state
+        taken = dict.fromkeys(rule for move in _in_effect(state.taken[:chosen]) for rule in move.rules)
+        rules = _effective(plan_of(state.qmodel), list(taken))
+        qmodel = self.quantized(rules, True)
+        judgement = state.judge(qmodel) if state.options.max_drop is not None else None
+        measured = None
+        if state.times is not None:
+            times = _times(qmodel, self.runtime, self.inputs)
+            measured = times.deployed / times.float_default
+        return SearchResult(
+            qmodel=qmodel,
+            rules=rules,
+            reached=_reached(state, chosen, judgement, measured),
+            chosen=chosen,
+            steps=tuple(state.steps),
+            unit=state.judge.unit,
+            judgement=judgement,
+            latency=measured,
+        )
+
+
+def _in_effect(taken: Sequence[Move]) -> list[Move]:
+    """Return the moves that no later move on the same quantizers replaces: rules without effect are refused."""
+    return [
+        move
+        for number, move in enumerate(taken)
+        if not any(move.settings.keys() <= later.settings.keys() for later in taken[number + 1 :])
+    ]
+
+
+def _effective(plan: Plan, rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """Return the rules that still change something where others leave operators in float."""
+    in_float = [rule for rule in rules if rule.quantize is False]
+
+    def changes(rule: Rule) -> bool:
+        try:
+            plan.with_rules(*in_float, rule)
+        except PlacementError:
+            return False
+        return True
+
+    return tuple(rule for rule in rules if not in_float or rule in in_float or changes(rule))
+
+
+def _reached(state: Walk, chosen: int, judgement: Judgement | None, measured: float | None) -> bool:
+    options = state.options
+    if options.max_drop is not None and (judgement is None or judgement.drop > options.max_drop):
+        return False
+    cost = dataclasses.replace(state.steps[chosen].cost, latency=measured)
+    return state.within(cost)
+
+
+def _too_slow(result: SearchResult, options: SearchOptions) -> bool:
+    return options.latency is not None and result.latency is not None and result.latency > options.latency
+
+
+def _notes(result: SearchResult, state: Walk, *, held_out: bool, evaluated: bool) -> tuple[str, ...]:
+    options = state.options
+    cost = state.steps[result.chosen].cost
+    found = []
+    if options.max_drop is not None and result.judgement is not None:
+        if result.judgement.drop > options.max_drop:
+            found.append(
+                f"No plan within the budgets has a {result.unit} of at most {options.max_drop:g}: the best has "
+                f"{result.judgement}. Train from it (halfeven search goes on with QAT), or allow more."
+            )
+        interval = result.judgement.interval
+        if interval is None:
+            found.append("The drop has no confidence interval: return a number for each sample from evaluate.")
+        elif interval > max(options.max_drop, abs(result.judgement.drop)):
+            found.append(
+                f"The samples are too few to tell a drop of {options.max_drop:g}: its interval is ± {interval:.2g}."
+            )
+        if not evaluated and not held_out:
+            found.append("Answers were judged on the samples that ranked the steps: give more batches than samples.")
+    for name, value in (("bits", cost.bits), ("tensors", cost.tensors), ("latency", result.latency)):
+        budget = getattr(options, name)
+        if budget is not None and value is not None and value > budget:
+            found.append(
+                f"{name} is {value:.3g}, above the budget of {budget:g}, and no plan that was found is cheaper."
+            )
+    return tuple(found)

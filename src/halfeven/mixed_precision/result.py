@@ -1,0 +1,107 @@
+"""What a search has found: the model, the rules, and the plans on the way."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from halfeven.mixed_precision.judge import Judgement
+from halfeven.mixed_precision.walk import Step
+from halfeven.placement.options import Rule
+from halfeven.quantization.own_class import plain_values
+
+
+@dataclass(frozen=True, eq=False)
+class SearchResult:
+    """The cheapest plan that a search has found; `str(result)` is a table of the plans on the way."""
+
+    qmodel: nn.Module
+    """The quantized model, in eval mode."""
+    rules: tuple[Rule, ...]
+    """The rules that make it, to paste into a config."""
+    reached: bool
+    """True if it keeps all budgets."""
+    chosen: int
+    """The number of steps of its plan."""
+    steps: tuple[Step, ...]
+    """All plans on the way, from the scheme's."""
+    unit: str
+    """The words for a drop."""
+    judgement: Judgement | None
+    """The drop of `qmodel` itself; None without a budget for it."""
+    latency: float | None
+    """Measured time of its file over the float file's in the runtime's default precision; None where it was not
+    measured."""
+    notes: tuple[str, ...] = ()
+    """Budgets that were not reached, and limits of what was measured."""
+
+    @property
+    def pareto(self) -> tuple[Step, ...]:
+        """The plans that no cheaper plan is at least as good as, the cheapest first."""
+        found: list[Step] = []
+        for step in sorted(self.steps, key=lambda step: (step.cost.bops, step.divergence)):
+            if not found or step.divergence < found[-1].divergence:
+                found.append(step)
+        return tuple(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain values for JSON, without the model."""
+        return {
+            "reached": self.reached,
+            "chosen": self.chosen,
+            "rules": [plain_values(rule) for rule in self.rules],
+            "unit": self.unit,
+            "drop": None if self.judgement is None else dataclasses.asdict(self.judgement),
+            "latency": self.latency,
+            "steps": [_plain(dataclasses.asdict(step)) for step in self.steps],
+            "pareto": [step.number for step in self.pareto],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        """Return the plans on the way as a table, the rules to paste, and what was reached."""
+        pareto = {step.number for step in self.pareto}
+        header = ("", "step", "change", "divergence", self.unit, "bits", "size, kB", "latency", "because")
+        rows = [_row(step, chosen=step.number == self.chosen, best=step.number in pareto) for step in self.steps]
+        drop = f"{self.unit} {self.judgement}" if self.judgement is not None else "drop not measured"
+        latency = f", latency {self.latency:.3f} of the float file's" if self.latency is not None else ""
+        verdict = "All budgets are kept" if self.reached else "NOT REACHED"
+        lines = [*_table(header, rows), "(> chosen, * no cheaper plan is as good)", ""]
+        lines += [f"{verdict} after {self.chosen} steps: {drop}{latency}.", *self.notes]
+        lines += ["", "rules=(", *(f"    {_written(rule)}," for rule in self.rules), ")"]
+        return "\n".join(lines)
+
+
+def _row(step: Step, *, chosen: bool, best: bool) -> tuple[str, ...]:
+    cost = step.cost
+    return (
+        (">" if chosen else "") + ("*" if best else ""),
+        str(step.number),
+        f"{step.unit}: {step.change}" if step.unit else "the scheme",
+        f"{step.divergence:.4g}",
+        "" if step.judgement is None else str(step.judgement),
+        f"{cost.bits:.2f}",
+        f"{cost.size / 1000:.1f}",
+        "" if cost.latency is None else f"{cost.latency:.3f}",
+        step.reason,
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+
+
+def _written(rule: Rule) -> str:
+    """Return a rule as it is written in a config."""
+    given = ((field.name, getattr(rule, field.name)) for field in dataclasses.fields(rule))
+    return f"Rule({', '.join(f'{name}={value!r}' for name, value in given if value is not None)})"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

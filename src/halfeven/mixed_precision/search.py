@@ -1,0 +1,120 @@
+"""Find the cheapest plan within a budget."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+from torch import nn
+
+from halfeven.checked_arguments import checked_arguments
+from halfeven.errors import AlgorithmError, ConfigError
+from halfeven.graph.capture import Example
+from halfeven.mixed_precision.judge import Evaluate
+from halfeven.mixed_precision.moves import check_candidates, usual_candidates
+from halfeven.mixed_precision.options import SearchFields, SearchOptions
+from halfeven.mixed_precision.plan_search import search_plan
+from halfeven.mixed_precision.result import SearchResult
+from halfeven.pipelines import QuantizeFields, at_hand, check_folds, quantize, split_fields
+from halfeven.placement.options import QuantizationOptions, Rule
+from halfeven.ptq.options import PTQOptions
+from halfeven.runtimes.runtime import runtime_named
+
+
+class SearchedFields(QuantizeFields, SearchFields, total=False):
+    """The fields that `search` takes by name in addition to its option objects."""
+
+
+@checked_arguments(AlgorithmError)
+def search(
+    model: nn.Module,
+    batches: Iterable[Any],
+    evaluate: Evaluate | None = None,
+    options: QuantizationOptions | None = None,
+    ptq: PTQOptions | None = None,
+    budgets: SearchOptions | None = None,
+    *,
+    example: Example | None = None,
+    candidates: Sequence[Rule] | None = None,
+    log: Callable[[str], None] | None = print,
+    resume_dir: Path | None = None,
+    **changes: Unpack[SearchedFields],
+) -> SearchResult:
+    """Find the cheapest plan that keeps its budgets, from the scheme upwards.
+
+    Each step gives another candidate to a group of tensors that the target ties: the step that brings the answers
+    nearest to the float model's for the cost that it adds, measured in the context of the whole quantized model.
+
+    Args:
+        model: any module; it is not changed.
+        batches: calibration batches, as for `quantize`. The first `samples` samples rank the steps, and without
+            `evaluate` the others judge the answers.
+        evaluate: called with a model, returns its metric on held-out data, more being better: a number for each sample,
+            which gives the drop a confidence interval, or one number.
+        options: how to quantize.
+        ptq: the steps of the final model. Learned rounding and bias correction are left out unless they are switched on
+            here, and plans are compared without them.
+        budgets: the budgets.
+        example: an input, as for `prepare`.
+        candidates: rules without a pattern to try on each group; None: 8 bits where the scheme has fewer, another
+            observer, and float.
+        log: called with each step and its reason; None: nothing is printed.
+        resume_dir: folder that keeps measurements; an interrupted search goes on from them.
+        changes: fields of `QuantizationOptions`, `PTQOptions` and `SearchOptions`, for example `max_drop=0.5`.
+
+    Raises:
+        ConfigError: no budget, or an option or a candidate that cannot be used; nothing was started.
+        CalibrationError, CaptureError, PlacementError: as `quantize` raises them.
+    """
+    named = {field.name for field in dataclasses.fields(SearchOptions)}
+    given: dict[str, Any] = {name: value for name, value in changes.items() if name in named}
+    budgets = dataclasses.replace(budgets or SearchOptions(), **given)
+    rest = {name: value for name, value in changes.items() if name not in named}
+    options, ptq = split_fields(options or QuantizationOptions(), ptq or PTQOptions(), rest)
+    check_folds(options)
+    tried = check_search(budgets, options, candidates)
+    data = at_hand(batches, None)
+    ranges_alone, final = _steps(ptq)
+
+    def quantized(rules: tuple[Rule, ...], last: bool) -> nn.Module:
+        placed = dataclasses.replace(options, rules=(*options.rules, *rules))
+        return quantize(model, data, placed, final if last else ranges_alone, example=example)
+
+    log = log or (lambda text: None)
+    return search_plan(model, data, evaluate, budgets, tried, quantized=quantized, log=log, resume_dir=resume_dir)
+
+
+def _steps(ptq: PTQOptions) -> tuple[PTQOptions, PTQOptions]:
+    """Return the steps of the plans that are compared, ranges alone, and those of the final model."""
+    ranges_alone = dataclasses.replace(ptq, reconstruct="off", correct_biases="off")
+    final = dataclasses.replace(
+        ptq,
+        reconstruct="off" if ptq.reconstruct == "auto" else ptq.reconstruct,
+        correct_biases="off" if ptq.correct_biases == "auto" else ptq.correct_biases,
+    )
+    return ranges_alone, final
+
+
+def check_search(
+    options: SearchOptions, quantization: QuantizationOptions, candidates: Sequence[Rule] | None
+) -> tuple[Rule, ...]:
+    """Return the candidates of a search, or refuse it before any work.
+
+    Raises:
+        ConfigError: there is no budget, a candidate cannot be tried, or the runtime's time cannot be measured here.
+    """
+    budgets = ("max_drop", "latency", "bits", "tensors")
+    if all(getattr(options, name) is None for name in budgets):
+        raise ConfigError(
+            f"A search needs a budget, or every plan would do. Give at least one of {', '.join(budgets)}, for example "
+            "max_drop=0.5."
+        )
+    runtime = runtime_named(quantization.target)
+    if (options.latency is not None or options.cost == "latency") and runtime.exact is None:
+        raise ConfigError(
+            f"latency is a budget or the cost, and {runtime.name} is not run here, so nothing could be timed. Give a "
+            'budget of max_drop or bits, with cost="bops" or "size".'
+        )
+    found = usual_candidates(quantization) if candidates is None else tuple(candidates)
+    check_candidates(found)
+    return found

@@ -1,0 +1,68 @@
+"""Keep what a search has measured in a folder, so that an interrupted search goes on where it was."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from halfeven.errors import CheckpointError, ConfigError
+from halfeven.files import storing, write_atomically
+
+FILE = "search.json"
+
+
+class MeasurementStore:
+    """Measurements by name, written to a file as they come.
+
+    Args:
+        folder: where the file lies; None: nothing is written.
+        facts: what the measurements depend on.
+
+    Raises:
+        ConfigError: the folder holds the measurements of another search.
+        CheckpointError: its file is damaged.
+    """
+
+    def __init__(self, folder: Path | None, facts: dict[str, Any]) -> None:
+        self.path = None if folder is None else folder / FILE
+        self.facts = json.loads(json.dumps(facts))
+        self.found: dict[str, Any] = {}
+        if self.path is not None and self.path.is_file():
+            self._read(self.path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            recorded = values["facts"]
+            self.found = dict(values["found"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({type(error).__name__}), so the search cannot go on from it. Delete it, and the "
+                "search starts anew."
+            ) from error
+        if recorded != self.facts:
+            differing = [name for name in {**recorded, **self.facts} if recorded.get(name) != self.facts.get(name)]
+            raise ConfigError(
+                f"{path} holds the measurements of another search ({', '.join(differing)} differ), and they would not "
+                "fit this one. Give another resume_dir, or delete that file to start anew."
+            )
+
+    def measured(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Return a measurement: the one in the file, or else a new one, which is written.
+
+        Args:
+            name: what is measured.
+            measure: measures it; returns plain values.
+        """
+        if name not in self.found:
+            self.found[name] = measure()
+            self._write()
+        return self.found[name]
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        text = json.dumps({"facts": self.facts, "found": self.found})
+        with storing(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, lambda partial: partial.write_text(text, encoding="utf-8"))

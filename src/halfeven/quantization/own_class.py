@@ -1,0 +1,64 @@
+"""Describe a user's own observer or quantizer: the class, and the name and version that files keep of it.
+
+Files contain no code. A quantizer that is read from a file has its range, which is all that its integers need; the
+class is needed again only to calibrate or to train.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from halfeven.errors import ConfigError
+
+UNVERSIONED = "unversioned"
+"""Version of a class without the attribute `version`."""
+
+
+@dataclass(frozen=True)
+class OwnClass:
+    """A user's class by its name and version, and the class itself where it was passed in."""
+
+    name: str
+    """Module and qualified name, such as "mine.ranges.Trimmed"."""
+    version: str = UNVERSIONED
+    """The class's attribute `version`: increase it when the class proposes other ranges."""
+    implementation: type | None = field(default=None, compare=False, repr=False)
+    """The class; None where the name was read from a file."""
+
+    def __str__(self) -> str:
+        """Return name and version, as plans print them."""
+        return f"{self.name} ({self.version})"
+
+
+def own_class(value: Any, methods: tuple[str, ...]) -> Any:
+    """Return the description of a class, or of what a file has of it; any other value as it is.
+
+    Args:
+        value: a class, the dict that `plain_values` makes of an `OwnClass`, or the value of an option.
+        methods: the methods that the class must have.
+
+    Raises:
+        ConfigError: the class lacks a method.
+    """
+    if isinstance(value, Mapping) and value.keys() == {"name", "version"}:
+        return OwnClass(str(value["name"]), str(value["version"]))
+    if not isinstance(value, type):
+        return value
+    # The module of a class in a config has no name that could be imported: "<run_path>".
+    name = value.__qualname__ if value.__module__.startswith("<") else f"{value.__module__}.{value.__qualname__}"
+    if missing := [method for method in methods if not callable(getattr(value, method, None))]:
+        raise ConfigError(
+            f"The class {name} has no method {' and no method '.join(missing)}, so it cannot set a range. It needs "
+            f"{', '.join(methods)}: see halfeven.Observer and halfeven.Quantizer."
+        )
+    return OwnClass(name, str(getattr(value, "version", UNVERSIONED)), value)
+
+
+def plain_values(instance: Any) -> dict[str, Any]:
+    """Return a dataclass and all dataclasses in it as plain values, for JSON: own classes by name and version."""
+
+    def without_code(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in items if name != "implementation"}
+
+    return dataclasses.asdict(instance, dict_factory=without_code)

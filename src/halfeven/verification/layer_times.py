@@ -1,0 +1,103 @@
+"""Time layers in integers and in float, by the runtime's own profiles of the file and of the float file."""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from halfeven.runtimes.layer_execution import KernelTime
+from halfeven.runtimes.runtime import DeployedFile
+
+SLOWER_BY = 1.2
+"""Factor from which a layer counts as slower in integers: a profile's own fluctuation is smaller."""
+
+SMALLEST_SHARE = 0.01
+"""Smallest loss of a layer, over the float model's time, that counts."""
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Milliseconds of a layer's kernel in both files, for one batch."""
+
+    name: str
+    deployed: float
+    floating: float
+    integer: bool
+    """True if the deployed file computes it in integers."""
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Milliseconds of a file and of its layers, beside those of the float file."""
+
+    deployed: float
+    """Of the whole file."""
+    float32: float
+    """Of the float file in float32."""
+    float_default: float
+    """Of the float file in the runtime's default precision: bfloat16 where the processor has it."""
+    layers: tuple[LayerTime, ...] = ()
+    """In the order in which they run; empty where the runtime gives no profile."""
+
+    def ratio_with(self, in_float: Collection[str]) -> float:
+        """Return the estimated time over the float file's in default precision if these layers computed in float."""
+        gained = sum(
+            layer.deployed - layer.floating for layer in self.layers if layer.integer and layer.name in in_float
+        )
+        return (self.deployed - gained) / self.float_default
+
+    def slower(self) -> list[LayerTime]:
+        """Return the layers whose integer kernel takes longer than the float kernel, the largest loss first."""
+        least = SMALLEST_SHARE * self.float_default
+        found = [
+            layer
+            for layer in self.layers
+            if layer.integer and layer.deployed > SLOWER_BY * layer.floating and layer.deployed - layer.floating > least
+        ]
+        return sorted(found, key=lambda layer: layer.floating - layer.deployed)
+
+
+def time_layers(
+    deployed: DeployedFile, floating: DeployedFile, inputs: Sequence[Tensor], names: Sequence[str]
+) -> tuple[LayerTime, ...]:
+    """Return the times of the named layers that both profiles have.
+
+    Layers of a float file have no names. Both files are of one graph, so their convolutions run in one order, and so do
+    their products; where a runtime has merged some in one file alone, the numbers differ, and none of that kind is
+    returned.
+
+    Args:
+        deployed: the quantized file.
+        floating: the float file of the same model.
+        inputs: a batch.
+        names: the layers, as the quantized file calls them.
+    """
+    mine = deployed.kernel_times(inputs)
+    others = floating.kernel_times(inputs)
+    return tuple(layer for kind in LAYER_KERNELS for layer in _paired(_of(mine, kind), _of(others, kind), names))
+
+
+LAYER_KERNELS = (r"conv(?!ert)", r"matmul|gemm|fullyconnected")
+"""Patterns of the runtimes' words for kernels: convolutions, and products."""
+
+
+def _of(kernels: Iterable[KernelTime], pattern: str) -> list[KernelTime]:
+    return [kernel for kernel in kernels if re.search(pattern, kernel.kind, re.IGNORECASE)]
+
+
+def _paired(mine: Sequence[KernelTime], others: Sequence[KernelTime], names: Sequence[str]) -> Iterator[LayerTime]:
+    if len(mine) != len(others):
+        return
+    for kernel, other in zip(mine, others, strict=True):
+        name = next((name for one in (*kernel.layers, kernel.name) if (name := _owner(one, names))), None)
+        if name is not None:
+            yield LayerTime(name, kernel.milliseconds, other.milliseconds, kernel.integer)
+
+
+def _owner(operator: str, names: Sequence[str]) -> str | None:
+    """Return the layer that an operator of a file belongs to: runtimes add to a name what they make of its operator."""
+    if operator in names:
+        return operator
+    begun = [name for name in names if operator.startswith((f"{name}/", f"{name}_"))]
+    return max(begun, key=len, default=None)

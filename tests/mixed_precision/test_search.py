@@ -1,0 +1,191 @@
+"""The search for the cheapest plan within a budget."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import halfeven as he
+from halfeven.errors import ConfigError
+from halfeven.mixed_precision.cost import cost_of, widths_of, works_of
+from halfeven.mixed_precision.store import FILE
+from halfeven.mixed_precision.units import units_of
+
+pytestmark = pytest.mark.usefixtures("unfused")
+
+
+class Net(nn.Module):
+    """A residual block, a concatenation and a classifier; one depthwise layer has channels of very different ranges."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.uneven, self.other = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(16, 5)
+        with torch.no_grad():
+            self.uneven.weight.mul_(torch.logspace(-2, 2, 8).reshape(8, 1, 1, 1))
+            self.head.weight.mul_(40)
+            self.uneven.bias.mul_(torch.logspace(-2, 2, 8))
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(self.branch(x) + x)
+        x = F.relu(torch.cat([self.other(x), self.uneven(x)], 1))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def subject():
+    torch.manual_seed(0)
+    model = Net().eval()
+    batches = list(torch.randn(8, 16, 3, 8, 8))
+    with torch.no_grad():
+        model.head.bias.sub_(model(torch.cat(batches)).mean(0))  # so that each class is the answer of some samples
+        labels = model(torch.cat(batches)).argmax(1)
+
+    def correct(candidate):
+        return (candidate(torch.cat(batches)).argmax(1) == labels).double() * 100
+
+    return model, batches, correct
+
+
+def searched(subject, *arguments, **options):
+    model, batches, _ = subject
+    given = {"scheme": "w4a4", "samples": 32, "log": None} | options
+    return he.search(model, batches, *arguments, **given)
+
+
+def test_what_a_target_ties_is_one_unit(subject):
+    model, batches, _ = subject
+    qmodel = he.prepare(model, batches[0], target="onnxruntime")
+    (summed,) = [unit for unit in units_of(qmodel) if "add" in unit.readers]
+    assert set(summed.tensors) >= {"branch", "relu"}
+    attention = he.prepare(Attention(), torch.randn(2, 4, 8))
+    (unit,) = [unit for unit in units_of(attention) if len(unit.tensors) > 1]
+    assert len(unit.tensors) == 4, "queries, keys, values and the softmax"
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        return self.out((self.q(x) @ self.k(x).transpose(1, 2) / 3).softmax(-1) @ self.v(x))
+
+
+def test_costs_are_counted_over_the_multiply_accumulates(subject):
+    model, batches, _ = subject
+    qmodel = he.quantize(model, batches, scheme="w4a8", reconstruct="off")
+    works = {work.name: work for work in works_of(qmodel)}
+    assert works["stem"].multiply_accumulates == 16 * 64 * 8 * 27, "of the samples that the graph was traced with"
+    widths = widths_of(qmodel)
+    cost = cost_of(list(works.values()), widths, widths, None)
+    assert cost.bits == 6
+    assert cost.size == sum(module.weight.numel() for module in model.children()) / 2
+    widened = widths | {works["stem"].weight: None}
+    assert cost_of(list(works.values()), widened, widths, None).bits > 6
+
+
+def test_the_first_step_mends_what_hurts_the_most(subject):
+    raised = (he.Rule(activation_bits=8),)
+    found = searched(subject, tensors=1, candidates=raised)
+    assert found.reached
+    assert found.chosen == 1
+    plain = found.steps[0].divergence
+    gains = []
+    for place in he.plan_of(found.qmodel).tensors:
+        rule = he.Rule(pattern=place.places[0], activation_bits=8)
+        one = searched(subject, tensors=0, candidates=raised, rules=(rule,))
+        gains.append(plain - one.steps[0].divergence)
+    assert plain - found.steps[1].divergence == pytest.approx(max(gains), rel=0.3)
+
+
+def test_the_drop_is_kept_by_as_few_steps_as_are_needed(subject):
+    found = searched(subject, subject[2], max_drop=1.0)
+    assert found.reached
+    assert found.judgement.drop <= 1.0
+    assert 0 < found.chosen < len(found.steps) + 1
+    before = [step for step in found.steps[: found.chosen] if step.judgement is not None]
+    assert all(step.judgement.drop > 1.0 for step in before)
+    model, batches, correct = subject
+    assert float(correct(found.qmodel).mean()) >= 99.0
+    rebuilt = he.quantize(model, batches, scheme="w4a4", rules=found.rules, reconstruct="off", correct_biases="off")
+    torch.testing.assert_close(rebuilt(batches[0]), found.qmodel(batches[0]))
+
+
+def test_answers_are_compared_without_a_metric(subject):
+    found = searched(subject, max_drop=3.0)
+    assert found.reached
+    assert found.unit == "% of answers changed"
+    assert found.judgement.interval is not None
+    text = str(found)
+    assert "All budgets are kept" in text
+    assert "Rule(pattern=" in text
+    assert json.loads(json.dumps(found.to_dict()))["chosen"] == found.chosen
+    divergences = [step.divergence for step in found.pareto]
+    assert divergences == sorted(divergences, reverse=True)
+
+
+def test_a_budget_of_bits_is_kept_and_one_that_cannot_be_is_said_so(subject):
+    found = searched(subject, bits=5.0)
+    assert found.reached
+    assert found.chosen > 0
+    assert found.steps[found.chosen].cost.bits <= 5.0
+    short = searched(subject, lambda model: -float("1"), max_drop=0.0, tensors=0)
+    assert short.reached, "a constant metric drops by nothing"
+    worse = searched(subject, subject[2], max_drop=0.0, tensors=0, candidates=(he.Rule(activation_bits=8),))
+    assert not worse.reached
+    assert "No plan within the budgets" in str(worse)
+
+
+def test_an_interrupted_search_goes_on_from_its_measurements(subject, tmp_path):
+    first = searched(subject, tensors=2, resume_dir=tmp_path)
+    lines = []
+    again = searched(subject, tensors=2, resume_dir=tmp_path, log=lines.append)
+    assert [step.divergence for step in again.steps] == [step.divergence for step in first.steps]
+    assert again.rules == first.rules
+    kept = json.loads((tmp_path / FILE).read_text())
+    assert "ranking after 0" in kept["found"]
+    with pytest.raises(ConfigError, match=r"another search \(options"):
+        searched(subject, tensors=3, resume_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "needs a budget"),
+        ({"bits": -1.0}, "bits=-1.0 must be"),
+        ({"max_drop": 1.0, "candidates": ()}, "candidates is empty"),
+        ({"max_drop": 1.0, "candidates": (he.Rule(pattern="stem", activation_bits=8),)}, "cannot be tried"),
+        ({"max_drop": 1.0, "candidates": (he.Rule(ranges="learned"),)}, "cannot be tried"),
+        ({"latency": 0.5, "target": "tensorrt", "scheme": "w8a8"}, "not run here"),
+        ({"max_drop": 1.0, "iteration": 3}, "has no option"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_before_any_work(options, said):
+    def batches():
+        raise AssertionError("the batches were read")
+        yield
+
+    with pytest.raises(ConfigError, match=said):
+        he.search(nn.Identity(), batches(), **options)
+
+
+def test_a_metric_that_is_none_is_refused(subject):
+    with pytest.raises(ConfigError, match="is no metric"):
+        searched(subject, lambda model: float("nan"), max_drop=1.0)
+
+
+def test_layers_that_are_slower_in_integers_go_to_float(subject, monkeypatch):
+    from halfeven.mixed_precision import plan_search
+    from halfeven.verification.layer_times import LayerTime, LayerTimes
+
+    layers = (LayerTime("uneven", 1.0, 0.2, True), LayerTime("stem", 0.1, 0.3, True))
+    monkeypatch.setattr(plan_search, "_times", lambda *arguments: LayerTimes(2.0, 2.0, 2.0, layers))
+    found = searched(subject, latency=0.7, scheme="w8a8", candidates=(he.Rule(quantize=False),))
+    assert found.steps[1].unit.startswith("relu") or "uneven" in {rule.pattern for rule in found.rules}
+    assert "is cheaper" in found.steps[1].reason
+    assert found.steps[1].cost.latency == pytest.approx(0.6)
