@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from halfeven.errors import ConfigError
+from halfeven.errors import CalibrationError, ConfigError
 
 UNVERSIONED = "unversioned"
 """Version of a class without the attribute `version`."""
@@ -53,6 +53,24 @@ def own_class(value: Any, methods: tuple[str, ...]) -> Any:
             f"{', '.join(methods)}: see halfeven.Observer and halfeven.Quantizer."
         )
     return OwnClass(name, str(getattr(value, "version", UNVERSIONED)), value)
+
+
+def check_count(name: str, ranges: int, channels: int) -> None:
+    """Refuse ranges of an observer that are not one for each channel.
+
+    Args:
+        name: the quantizer's name.
+        ranges: the number of ranges.
+        channels: the number of channels that have a scale.
+
+    Raises:
+        CalibrationError: the numbers differ.
+    """
+    if ranges != channels:
+        raise CalibrationError(
+            f"{name or 'A quantizer'} was given {ranges} range for {channels} channels, so its channels would have no "
+            "scale. An observer sees [channels, ...] and returns [channels] for each end."
+        )
 
 
 def plain_values(instance: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from halfeven.quantization.arithmetic import on_grid, scale_and_zero_point
 from halfeven.quantization.compile import fused
 from halfeven.quantization.fake_quantize import UNCLIPPED, Clip, Domain, effective_scale, fake_quantize, stored_scale
 from halfeven.quantization.observers import Observer, check_finite, common_extremes, extremes, make_observer, rows
-from halfeven.quantization.own_class import OwnClass
+from halfeven.quantization.own_class import OwnClass, check_count
 from halfeven.quantization.range_state import RangeState, state_of
 from halfeven.quantization.scheme import Scheme
 
@@ -183,11 +183,7 @@ class Quantizer(nn.Module):
         Raises:
             CalibrationError: an end is NaN or infinite.
         """
-        if low.numel() != self.scale.numel():
-            raise CalibrationError(
-                f"{self.name or 'A quantizer'} was given {low.numel()} range for {self.scale.numel()} channels, so its "
-                "channels would have no scale. An observer sees [channels, ...] and returns [channels] for each end."
-            )
+        check_count(self.name, low.numel(), self.scale.numel())
         low = low.reshape(self.scale.shape)
         high = high.reshape(self.scale.shape)
         if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
@@ -261,9 +257,8 @@ class Quantizer(nn.Module):
         """Return the zero point that `forward` uses, [] or [channels], int32."""
         if not self.zero_point.is_floating_point():
             return self.zero_point
-        scheme = self.scheme
-        learned = self.zero_point.detach()
-        return on_grid(learned, scheme.quant_min, scheme.quant_max, scheme.power_of_two).to(torch.int32)
+        ends = self.scheme.quant_min, self.scheme.quant_max
+        return on_grid(self.zero_point.detach(), *ends, self.scheme.power_of_two).to(torch.int32)
 
     def start_calibration(self) -> None:
         """Pass the tensor through unchanged and collect its statistics until `finish_calibration`."""
