@@ -71,5 +71,5 @@ def test_every_layer_is_timed_in_both_files(target, name, tmp_path, monkeypatch)
     assert report.latency_ratio_default == times.deployed / times.float_default > 0
     assert report.slower == ["slow"]
     said = str(report)
-    assert f"(default precision {report.latency_ratio_default:.2f})" in said
+    assert f"(default type {report.latency_ratio_default:.2f})" in said
     assert said.index("SLOWER THAN FLOAT:") > said.index("latency deployed / float")

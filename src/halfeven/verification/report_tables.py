@@ -151,7 +151,7 @@ def _latency_rows(report: Any) -> list[Row]:
 
 def _default_precision(report: Any) -> str:
     """Return the ratio to the float file in the runtime's default precision, as a part of a row."""
-    return f" (default precision {report.latency_ratio_default:.2f})"
+    return f" (default type {report.latency_ratio_default:.2f})"
 
 
 def _cut(rows: list[Row], most: int) -> list[Row]:
