@@ -70,11 +70,13 @@ def _rows(report: Any, most: int) -> RenderableType:
         *((f"top-1 {name}", f"{value:.2f} %") for name, value in report.accuracy.items()),
         *(("  note", note) for note in report.notes),
         *_file_rows(report),
-        *_latency_rows(report),
+        *_latency_rows(report, most),
     ]
     found = table("", "")
     found.show_header = False
     found.columns[0].max_width = NAME_WIDTH
+    # Names keep their line: what gives way is the text of a kernel.
+    found.columns[0].min_width = min(NAME_WIDTH, max(len(name) for name, _ in rows) + 2)
     for name, value in rows:
         found.add_row(f"  {name}", value)
     where = f" in {report.runtime}, {report.samples} samples"
@@ -135,7 +137,7 @@ def _file_rows(report: Any) -> list[Row]:
     return size + settings
 
 
-def _latency_rows(report: Any) -> list[Row]:
+def _latency_rows(report: Any, most: int) -> list[Row]:
     if not report.latency_ms:
         return []
     threads = f", {report.threads} {'thread' if report.threads == 1 else 'threads'}" if report.threads else ""
@@ -145,7 +147,7 @@ def _latency_rows(report: Any) -> list[Row]:
             for name, v in report.latency_ms.items()
         ),
         ("latency deployed / float", f"{report.latency_ratio:.2f}{_default_precision(report)}"),
-        *(("  slowest kernel", kernel) for kernel in report.slowest_kernels),
+        *_cut([("  slowest kernel", kernel) for kernel in report.slowest_kernels], most),
     ]
 
 
