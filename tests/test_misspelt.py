@@ -59,7 +59,7 @@ CASES = [
     ("qat.progression.share", 0.0, "above 0"),
     ("schedule.freeze_batchnorm_after", 66.0, "1"),
     ("schedule.re_estimate", "of", "auto"),
-    ("pretraining.optimizer", "adam", '"adamw"'),
+    ("pretraining.optimizer", "adamv", '"adamw"'),
     ("export.formats", "xlm", '"xml"'),
     ("export.verify_samples", 0, "1"),
     ("device.kind", "gpu", '"cuda"'),
