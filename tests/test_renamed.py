@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+import torch
 
 import halfeven as he
 from halfeven.errors import ConfigError
@@ -66,7 +67,7 @@ def test_public_functions_take_say_and_state(function):
 
 def test_quantize_says_what_is_wrong_with_its_own_message():
     with pytest.warns(DeprecationWarning, match="say="), pytest.raises(ConfigError, match="example"):
-        he.quantize(None, say=print)
+        he.quantize(torch.nn.Linear(1, 1), say=print)
 
 
 @pytest.mark.parametrize("old", OLD_ATTRIBUTES)
