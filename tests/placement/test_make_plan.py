@@ -120,7 +120,7 @@ def test_residual_quantizes_the_skip_and_not_the_branch(skip_first):
     planned = plan(Residual(skip_first))
     assert places(planned) == [("x",), ("relu",), ("relu_1",), ("relu_2",)]
     assert "add" in planned.tensors[1].consumers
-    assert "drop the rounding" in reason_of(planned, "conv2")
+    assert "fused with the addition" in reason_of(planned, "conv2")
 
 
 @pytest.mark.parametrize("skip_first", [False, True])
@@ -129,7 +129,7 @@ def test_residual_with_a_convolution_on_the_skip_quantizes_one_side(skip_first):
     flat = [place for group in places(planned) for place in group]
     assert ("norm" in flat) != ("down.1" in flat)
     assert "relu_2" in flat
-    assert sum("drop the rounding" in left.reason for left in planned.left) == 1
+    assert sum("fused with the addition" in left.reason for left in planned.left) == 1
 
 
 def test_addition_of_linear_layers_in_a_transformer_stays_in_float():
