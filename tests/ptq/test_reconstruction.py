@@ -85,7 +85,8 @@ def test_a_loaded_checkpoint_keeps_its_rounding_too(tmp_path):
     loaded = he.load(tmp_path / "q.safetensors", Net(), images(2))
     he.calibrate(loaded, images(seed=3).split(16))
     for name, parameter in qmodel.named_parameters():
-        assert torch.equal(loaded.get_parameter(name), parameter)
+        activation = name.startswith("quantizers.")  # whose ranges are those of the other images now
+        assert activation or torch.equal(loaded.get_parameter(name), parameter)
     x = images(8, seed=4)
     weights = [m for m in loaded.modules() if hasattr(m, "weight_quantizer")]
     assert all(torch.equal(m.weight_quantizer(m.weight), m.weight) for m in weights)
