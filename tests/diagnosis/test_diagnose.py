@@ -10,6 +10,7 @@ from halfeven.diagnosis.diagnosis import LINES, WIDTH
 from halfeven.diagnosis.sensitivity import divergence_of, reference_of
 from halfeven.layerwise.re_estimate import re_estimate
 from halfeven.ptq.options import PTQOptions
+from sweeps import sweep
 
 from .faulty_nets import FAULTS, Faulty, Mixer, faulty
 
@@ -25,6 +26,8 @@ CAUSES = {
     "narrow_range": "clips",
 }
 """Fault -> words of the cause."""
+SLOW = {"front_end", "narrow_range", "unlike_inputs"}
+"""They run with --exhaustive."""
 
 
 def quantized(fault, **changes):
@@ -43,7 +46,7 @@ def diagnosed(qmodel, fault, **options):
 
 
 @pytest.mark.filterwarnings("ignore::halfeven.errors.HalfevenWarning")
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", sweep(FAULTS, *(name for name in FAULTS if name not in SLOW)))
 def test_the_first_finding_names_the_cause_and_its_line_repairs_the_model(name):
     fault = faulty(name)
     qmodel = quantized(fault)

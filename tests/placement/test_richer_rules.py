@@ -15,6 +15,7 @@ from halfeven.options import fits
 from halfeven.placement.plan import Plan
 from halfeven.quantization.own_class import OwnClass
 from halfeven.quantization.quantizer import quantizers
+from sweeps import sweep
 
 from .parts import conv
 
@@ -90,7 +91,7 @@ EVERY = he.Rule(
 )
 
 
-@pytest.mark.parametrize("target", ["openvino", "onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("target", sweep(("openvino", "onnxruntime", "tensorrt"), "openvino", "onnxruntime"))
 def test_the_runtime_computes_the_integers_of_every_grid(target, tmp_path):
     mixed = [
         he.Rule(power_of_two=True),
