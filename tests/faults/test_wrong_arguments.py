@@ -33,9 +33,10 @@ class Net(nn.Module):
 
 
 def documented():
-    """The functions of the API page, and those of the package."""
+    """The functions of the API page, and those of the package; callbacks of trainers need extras, and are classes."""
     page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
     names = [*re.findall(r"^::: (halfeven\.\S+)", page, re.MULTILINE), *(f"halfeven.{name}" for name in he.__all__)]
+    names = [name for name in names if not name.startswith("halfeven.integrations.")]
     found = {name.rpartition(".")[2]: pkgutil.resolve_name(name) for name in names}
     return {name: function for name, function in found.items() if inspect.isfunction(function)}
 
