@@ -60,6 +60,8 @@ CASES = [
     ("schedule.freeze_batchnorm_after", 66.0, "1"),
     ("schedule.re_estimate", "of", "auto"),
     ("pretraining.optimizer", "adamv", '"adamw"'),
+    ("search.max_drop", -0.5, "0"),
+    ("search.samples", 0, "1"),
     ("export.formats", "xlm", '"xml"'),
     ("export.verify_samples", 0, "1"),
     ("device.kind", "gpu", '"cuda"'),
