@@ -156,7 +156,7 @@ def test_what_is_no_config_is_refused_by_name(refused, command, config):
 
 def test_unknown_command(refused):
     assert 'no command "tran". Did you mean train?' in refused("tran")
-    assert "There are train, ptq, test, export, verify, diagnose, init." in refused("quux")
+    assert "There are train, ptq, search, test, export, verify, diagnose, init." in refused("quux")
 
 
 @pytest.mark.parametrize("command", WITH_CONFIG)
