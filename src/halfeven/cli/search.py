@@ -56,6 +56,8 @@ class SearchArguments:
     """Start anew in a work folder that holds a run already."""
     no_train: bool = False
     """Do not go on with training (QAT) from the best plan where no plan keeps search.max_drop."""
+    json: str = ""
+    """File to write the content of results.json to as well; "" for none."""
 
 
 def run_search(arguments: SearchArguments) -> None:
@@ -81,9 +83,9 @@ def run_search(arguments: SearchArguments) -> None:
         if facts is None:
             facts = _search(context, model)
         if not arguments.no_train and not facts["search"]["reached"] and experiment.search.max_drop is not None:
-            _train(context, model, facts["search"], resume=training)
+            _train(context, model, facts["search"], resume=training, json_file=arguments.json)
         else:
-            deliver(context, model, facts["float"], {"search": facts["search"]})
+            deliver(context, model, facts["float"], {"search": facts["search"]}, json=arguments.json)
 
 
 def _finished(context: RunContext) -> dict[str, Any] | None:
@@ -153,7 +155,7 @@ def _moved(inputs: Any, device: torch.device) -> Any:
     return inputs.to(device)
 
 
-def _train(context: RunContext, model: nn.Module, found: dict[str, Any], *, resume: bool) -> None:
+def _train(context: RunContext, model: nn.Module, found: dict[str, Any], *, resume: bool, json_file: str) -> None:
     """Train from the best plan, with its rules, and deliver the result."""
     experiment = context.experiment
     rules = tuple(Rule(**rule) for rule in found["rules"])
@@ -161,4 +163,4 @@ def _train(context: RunContext, model: nn.Module, found: dict[str, Any], *, resu
     quantization = dataclasses.replace(experiment.quantization, rules=(*experiment.quantization.rules, *rules))
     context = dataclasses.replace(context, experiment=dataclasses.replace(experiment, quantization=quantization))
     prepared = None if resume else prepare(model, context.datasets.example(), quantization)
-    train_and_deliver(context, model, prepared, resume=resume, facts={"search": found})
+    train_and_deliver(context, model, prepared, resume=resume, facts={"search": found}, json_file=json_file)
