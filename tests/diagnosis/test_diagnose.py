@@ -1,4 +1,4 @@
-"""Eight planted faults, and the first finding of each: it names the cause, and what it says to paste repairs it."""
+"""Nine planted faults, and the first finding of each: it names the cause, and what it says to paste repairs it."""
 
 import json
 

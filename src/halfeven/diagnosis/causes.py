@@ -175,7 +175,7 @@ LOOKS: tuple[Callable[[Suspect], Cause | None], ...] = (
     *(_shared_range, _mask, _channels_of_weight, _front_end, _outlier_channel, _estimator, _dynamic_range),
     *(_few_bits, _precision),
 )
-"""What is looked for, in this order."""
+"""The causes, in the order in which they are looked for."""
 
 
 def _readers(planned: PlannedTensor | PlannedWeight) -> list[str]:

@@ -1,4 +1,4 @@
-"""What can go wrong beside the ranges: statistics that do not fit, layers in float, modules in Python, the runtime."""
+"""Checks beside the ranges: statistics that do not fit, layers in float, modules in Python, the runtime."""
 
 import copy
 from collections.abc import Sequence

@@ -192,7 +192,7 @@ def _findings(patient: Patient, float_model: nn.Module, log: Callable[[str], Non
 
 @dataclass(frozen=True)
 class Agreement:
-    """How near the outputs are to the float model's."""
+    """The agreement of a model's outputs with the float model's."""
 
     sqnr: float
     error_share: float

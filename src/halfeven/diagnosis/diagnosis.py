@@ -19,7 +19,7 @@ WORTH_TELLING = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class TensorDiagnosis:
-    """What quantization does to one tensor, and what that does to the answers."""
+    """The errors that quantization makes in a tensor, and their effect on the answers."""
 
     name: str
     """Name of the activation in the plan, or of the layer."""
@@ -33,7 +33,7 @@ class TensorDiagnosis:
     raised_bits: int | None
     """Bits that it was given for `kl_in_context`; None: float."""
     kl_in_context: float
-    """What the answers gain where it alone is raised."""
+    """The fall of the divergence where this tensor alone is raised."""
     kl_alone: float
     """The divergence of the answers where it alone is quantized."""
     sqnr: float
@@ -101,7 +101,7 @@ class Diagnosis:
     """One sentence."""
     samples: int
     divergence: float
-    """Of the quantized model's answers from the float model's."""
+    """Divergence of the quantized model's answers from the float model's."""
     divergence_without_quantizers: float
     """The same with all quantizers off: 0 unless the model's weights have changed."""
     divergence_of_weights: float
@@ -119,9 +119,9 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     """The cause to mend first comes first; each further finding is of the model that the remedies before have made."""
     accuracy: dict[str, float] = field(default_factory=dict)
-    """What `evaluate` gave for the float, the quantized and the repaired model."""
+    """Results of `evaluate` for the float, the quantized and the repaired model."""
     notes: tuple[str, ...] = ()
-    """What else was seen: layers in float, modules in Python, differences from the runtime's arithmetic."""
+    """Further observations: layers in float, modules in Python, differences from the runtime's arithmetic."""
     order: tuple[tuple[str, bool], ...] = ()
     """(name, weight) of all tensors in the order of the graph."""
     plan: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""How far a model's answers are from the float model's, without labels."""
+"""The distance of a model's answers from the float model's, without labels."""
 
 from collections.abc import Sequence
 

@@ -79,7 +79,7 @@ class Sensitivity:
     raised_bits: int | None
     """Bits that it was given for the measurement; None: float."""
     kl_in_context: float
-    """What the answers gain where it alone is raised: the divergence of the model minus that with it raised."""
+    """The divergence of the model minus the divergence with this tensor alone raised."""
     kl_alone: float | None
     """The divergence where it alone is quantized; None where this was not measured."""
     sqnr_alone: float | None = None
@@ -88,10 +88,10 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """What `sensitivities` measured."""
+    """The measurements of `sensitivities`."""
 
     divergence: float
-    """Of the whole quantized model from the float model."""
+    """Divergence of the whole quantized model from the float model."""
     tensors: tuple[Sensitivity, ...]
     """The most harmful first, by `kl_in_context`."""
 

@@ -48,11 +48,11 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a remedy has brought."""
+    """The result of a remedy that was tried."""
 
     remedy: Remedy
     divergence: float
-    """Of the changed model from the float model."""
+    """Divergence of the changed model from the float model."""
     failed: str = ""
     """Why the remedy cannot be applied to this model."""
 

@@ -1,4 +1,4 @@
-"""What the callbacks of all trainers share: the hooks of a session, at the steps of another trainer."""
+"""The part that the callbacks of all trainers share: the hooks of a session, at the steps of another trainer."""
 
 from collections.abc import Callable
 from typing import Any

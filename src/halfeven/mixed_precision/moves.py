@@ -36,7 +36,7 @@ class Move:
     rules: tuple[Rule, ...]
     """The rules that make it, to paste into a config."""
     settings: Mapping[Quantizer, GridRange | None]
-    """What its quantizers get; None: float."""
+    """The new scheme and range of each quantizer; None: float."""
 
     @property
     def in_float(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a search has found: the model, the rules, and the plans on the way."""
+"""The result of a search: the model, the rules, and the plans on the way."""
 
 import dataclasses
 import math

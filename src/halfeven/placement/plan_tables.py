@@ -42,7 +42,7 @@ MOST_ROWS = (
 
 
 class PlanLike(Protocol):
-    """What the tables need of a plan."""
+    """The parts of a plan that the tables read."""
 
     @property
     def options(self) -> QuantizationOptions: ...

@@ -20,7 +20,7 @@ from halfeven.imports import extra
 
 @dataclass(frozen=True, kw_only=True)
 class PageContents:
-    """What a page shows; a section without contents is left out."""
+    """The contents of a page; a section without contents is left out."""
 
     title: str
     verdict: str
@@ -32,7 +32,7 @@ class PageContents:
     tensors: tuple[Mapping[str, Any], ...] = ()
     """One of each quantized tensor, in the order of the network."""
     accuracy: Mapping[str, float] = field(default_factory=dict)
-    """Of the float, the simulated and the deployed model."""
+    """Accuracy of the float, the simulated and the deployed model."""
     sizes: Mapping[str, float] = field(default_factory=dict)
     """Bytes, by what has them."""
     latency: Mapping[str, float] = field(default_factory=dict)

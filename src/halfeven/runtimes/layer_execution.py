@@ -32,7 +32,7 @@ class KernelTime:
     precision: str
     """The type that it computes in, as the runtime says it: "u8", "i8", "int8", "f32" or "float32"."""
     milliseconds: float
-    """Of one run: the median, or where the runtime keeps none the mean, of all runs that were profiled."""
+    """Time of a run: the median of the profiled runs, or their mean where the runtime keeps no median."""
     integer: bool
     """True if it computes with integers, or moves them."""
 

@@ -1,4 +1,4 @@
-"""What a report says of the file and of the machine: its size on disk, and the threads that ran it."""
+"""The circumstances of a report: the size of the file on disk, and the threads that ran it."""
 
 from pathlib import Path
 from typing import Any

@@ -32,11 +32,11 @@ class LayerTimes:
     """Milliseconds of a file and of its layers, beside those of the float file."""
 
     deployed: float
-    """Of the whole file."""
+    """Milliseconds of the whole file."""
     float32: float
-    """Of the float file in float32."""
+    """Milliseconds of the float file in float32."""
     float_default: float
-    """Of the float file in the runtime's default precision: bfloat16 where the processor has it."""
+    """Milliseconds of the float file in the runtime's default precision: bfloat16 where the processor has it."""
     layers: tuple[LayerTime, ...] = ()
     """In the order in which they run; empty where the runtime gives no profile."""
 
