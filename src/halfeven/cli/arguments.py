@@ -1,6 +1,7 @@
 """Arguments that several commands take, and how they are read: a config's experiment, with single fields changed."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,25 @@ DeployedFileArgument = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metav
 Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
 Fields = Annotated[Experiment, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 """The config's experiment; each of its fields is an option, `--training.epochs` for example."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArguments:
+    """Arguments of the commands that make a run in a work folder."""
+
+    config: Config
+    """Python file that ends with `experiment = Experiment(...)`."""
+    experiment: Fields
+    work_dir: str = ""
+    """Folder for checkpoints, logs and exported files; "" for work_dirs/<name of the config>."""
+    resume: bool = False
+    """Continue the interrupted run in the work folder: what it has done is not done again, and it ends the same."""
+    auto_resume: bool = False
+    """Continue the run in the work folder if there is one, and start it otherwise: for jobs that are restarted."""
+    overwrite: bool = False
+    """Start anew in a work folder that holds a run already."""
+    json: str = ""
+    """File to write the content of results.json to as well; "" for none."""
 
 
 def parsed(command: str, kind: type[Any], arguments: list[str]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from halfeven.checkpoint import read_facts, save
-from halfeven.cli.arguments import Config, Fields
+from halfeven.cli.arguments import RunArguments
 from halfeven.cli.deliver import deliver, write_plan
 from halfeven.cli.float_model import check_has_weights, train_float
 from halfeven.cli.preflight import check_quantization, prepare_folded
@@ -29,22 +29,8 @@ from halfeven.zoo.models import create_model
 
 
 @dataclass(frozen=True, kw_only=True)
-class PtqArguments:
+class PtqArguments(RunArguments):
     """Quantize a float model without training (PTQ), write its deployable files and verify them."""
-
-    config: Config
-    """Python file that ends with `experiment = Experiment(...)`."""
-    experiment: Fields
-    work_dir: str = ""
-    """Folder for the checkpoint and the exported files; "" for work_dirs/<name of the config>."""
-    resume: bool = False
-    """Continue the interrupted run in the work folder; what it has reconstructed is not done again."""
-    auto_resume: bool = False
-    """Continue the run in the work folder if there is one, and start it otherwise: for jobs that are restarted."""
-    overwrite: bool = False
-    """Start anew in a work folder that holds a run already."""
-    json: str = ""
-    """File to write the content of results.json to as well; "" for none."""
 
 
 def run_ptq(arguments: PtqArguments) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.checkpoint import read_facts, save
-from halfeven.cli.arguments import Config, Fields
+from halfeven.cli.arguments import RunArguments
 from halfeven.cli.deliver import deliver
 from halfeven.cli.float_model import check_has_weights, train_float
 from halfeven.cli.preflight import check_quantization
@@ -40,24 +40,11 @@ from halfeven.zoo.models import create_model
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchArguments:
+class SearchArguments(RunArguments):
     """Search the cheapest plan within a budget, export and verify it; train from it where no plan keeps the budget."""
 
-    config: Config
-    """Python file that ends with `experiment = Experiment(...)`."""
-    experiment: Fields
-    work_dir: str = ""
-    """Folder for the checkpoint and the exported files; "" for work_dirs/<name of the config>."""
-    resume: bool = False
-    """Continue the interrupted run in the work folder; what it has measured is not measured again."""
-    auto_resume: bool = False
-    """Continue the run in the work folder if there is one, and start it otherwise: for jobs that are restarted."""
-    overwrite: bool = False
-    """Start anew in a work folder that holds a run already."""
     no_train: bool = False
     """Do not go on with training (QAT) from the best plan where no plan keeps search.max_drop."""
-    json: str = ""
-    """File to write the content of results.json to as well; "" for none."""
 
 
 def run_search(arguments: SearchArguments) -> None:

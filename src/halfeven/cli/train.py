@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from halfeven.checkpoint import save
-from halfeven.cli.arguments import Config, Fields
+from halfeven.cli.arguments import RunArguments
 from halfeven.cli.deliver import deliver, write_plan
 from halfeven.cli.float_model import check_has_weights, train_float
 from halfeven.cli.preflight import check_training
@@ -42,22 +42,9 @@ from halfeven.zoo.weights import load_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainArguments:
+class TrainArguments(RunArguments):
     """Train the quantized form of a float model (QAT), write its deployable files and verify them."""
 
-    config: Config
-    """Python file that ends with `experiment = Experiment(...)`."""
-    experiment: Fields
-    work_dir: str = ""
-    """Folder for checkpoints, logs and exported files; "" for work_dirs/<name of the config>."""
-    resume: bool = False
-    """Continue the interrupted run in the work folder; it ends as if it had not been interrupted."""
-    auto_resume: bool = False
-    """Continue the run in the work folder if there is one, and start it otherwise: for jobs that are restarted."""
-    overwrite: bool = False
-    """Start anew in a work folder that holds a run already."""
-    json: str = ""
-    """File to write the content of results.json to as well; "" for none."""
     amp: bool = False
     """Train in the mixed precision that the device has, bfloat16 or float16."""
     auto_scale_lr: bool = False
