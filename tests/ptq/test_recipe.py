@@ -58,7 +58,10 @@ def steps(model=None, shape=(2, 3, 8, 8), data=True, ptq=None, **options):
         ({"per_channel": False, "scheme": "w4a8"}, {"equalize", "relu6", "absorb", "reconstruct"}),
         ({"scheme": "w4a8", "data": False}, {"correct_biases"}),
         ({"per_channel": False, "data": False}, {"equalize", "relu6", "absorb", "correct_biases"}),
-        ({"per_channel": False, "data": False, "model": net(gain=40)}, {"equalize", "absorb", "correct_biases"}),
+        (
+            {"per_channel": False, "data": False, "model": net(gain=40)},
+            {"equalize", "relu6", "absorb", "correct_biases"},
+        ),
         ({"per_channel": False, "model": net(nn.ReLU)}, {"equalize", "absorb", "correct_biases"}),
         ({"model": Tokens().eval(), "shape": (2, 5, 8)}, {"smooth"}),
         ({"model": Tokens().eval(), "shape": (2, 5, 8), "scheme": "w4a4"}, {"reconstruct"}),

@@ -11,6 +11,7 @@ from halfeven.graph.operators import WEIGHTED
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, keep_tensor_name, kind_of, module_of, replace_call
 from halfeven.placement.channel_affine import insert_rescaling
+from halfeven.placement.channel_clip import insert_channel_clip
 from halfeven.placement.insertion import plan_of, record_plan
 from halfeven.placement.make_plan import named_nodes
 from halfeven.placement.plan import GraphChanges
@@ -35,6 +36,8 @@ def apply_changes(model: nn.Module, changes: GraphChanges) -> nn.Module:
     untie(model, changes.untied)
     for name in changes.unclipped:
         _unclip(name, _found(found, name)[1])
+    for name in changes.clipped_by_channel:
+        insert_channel_clip(*_found(found, name), name)
     for name in changes.given_biases:
         _give_bias(name, _found(found, name)[1])
     for name in changes.rescaled:
@@ -48,6 +51,7 @@ def record_changes(
     qmodel: nn.Module,
     *,
     unclipped: tuple[str, ...] = (),
+    clipped_by_channel: tuple[str, ...] = (),
     given_biases: tuple[str, ...] = (),
     rescaled: tuple[str, ...] = (),
     untied: tuple[str, ...] = (),
@@ -58,14 +62,15 @@ def record_changes(
         All changes that the plan records, earlier ones included.
     """
     plan = plan_of(qmodel)
-    made = GraphChanges(unclipped=unclipped, given_biases=given_biases, rescaled=rescaled, untied=untied)
-    apply_changes(qmodel, made)
-    changes = GraphChanges(
-        unclipped=tuple(dict.fromkeys((*plan.changes.unclipped, *unclipped))),
-        given_biases=tuple(dict.fromkeys((*plan.changes.given_biases, *given_biases))),
-        rescaled=tuple(dict.fromkeys((*plan.changes.rescaled, *rescaled))),
-        untied=tuple(dict.fromkeys((*plan.changes.untied, *untied))),
+    made = GraphChanges(
+        unclipped=unclipped,
+        clipped_by_channel=clipped_by_channel,
+        given_biases=given_biases,
+        rescaled=rescaled,
+        untied=untied,
     )
+    apply_changes(qmodel, made)
+    changes = plan.changes.joined(made)
     record_plan(qmodel, dataclasses.replace(plan, changes=changes))
     return changes
 

@@ -1,6 +1,6 @@
 """Define the entries of a plan: quantized tensors and weights, what is in float, and later changes of the graph."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from halfeven.quantization.own_class import OwnClass
 from halfeven.quantization.quantizer import Ranges
@@ -54,6 +54,8 @@ class GraphChanges:
 
     unclipped: tuple[str, ...] = ()
     """ReLU6 and clamp operators whose upper bound was removed, so that they are ReLUs now."""
+    clipped_by_channel: tuple[str, ...] = ()
+    """ReLU6 and other clips that have bounds of their own for each channel now."""
     given_biases: tuple[str, ...] = ()
     """Layers that had no bias and were given a bias."""
     rescaled: tuple[str, ...] = ()
@@ -62,9 +64,15 @@ class GraphChanges:
     """Parameters, such as "head.weight", that were copied for their layer before an algorithm changed them there,
     because other operators read them too."""
 
+    def joined(self, later: "GraphChanges") -> "GraphChanges":
+        """Return these changes and later ones, each name once."""
+        both = {kind.name: (*getattr(self, kind.name), *getattr(later, kind.name)) for kind in fields(self)}
+        return GraphChanges(**{kind: tuple(dict.fromkeys(names)) for kind, names in both.items()})
+
     def __str__(self) -> str:
         said = {
             "No longer clipped above (ReLU now)": self.unclipped,
+            "Clipped at bounds of each channel": self.clipped_by_channel,
             "Layers that were given a bias": self.given_biases,
             "Read by additions through a factor and an offset of each channel": self.rescaled,
             "No longer tied to what else reads them": self.untied,

@@ -17,6 +17,8 @@ from halfeven.options import (
     formerly,
 )
 
+ReLU6Choice = Literal["auto", "keep", "replace", "per_channel"]
+
 ITERATIONS = 200
 """Steps of a reconstruction that are chosen where the user names none."""
 
@@ -34,8 +36,9 @@ class PTQOptions(Options):
 
     equalize: Switch = "auto"
     """Cross-layer equalization: the channels of consecutive layers get equal weight ranges."""
-    relu6: Literal["auto", "keep", "replace"] = "auto"
-    """Replace ReLU6 by ReLU, so that equalization reaches across it; "auto": if the quantized model gains."""
+    relu6: ReLU6Choice = "auto"
+    """How equalization passes ReLU6: not at all ("keep"), as ReLU ("replace"), or with a bound for each channel
+    ("per_channel"), which preserves the float model and adds an operator; "auto": as the quantized model gains most."""
     absorb: Switch = "auto"
     """Bias absorption: large biases move into the next layer."""
     smooth: Switch = "auto"
@@ -84,7 +87,7 @@ class PTQFields(TypedDict, total=False):
     """The fields of `PTQOptions` as keyword arguments, for type checkers."""
 
     equalize: Switch
-    relu6: Literal["auto", "keep", "replace"]
+    relu6: ReLU6Choice
     absorb: Switch
     smooth: Switch
     smoothing_strength: float

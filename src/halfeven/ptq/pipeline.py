@@ -5,7 +5,7 @@ An algorithm has a file of its own. It becomes part of the pipeline by a `Step` 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from halfeven.ptq.bias_correction import correct_biases
 from halfeven.ptq.data_free.calibrate import correct_biases_analytically, ranges_from_batchnorm
 from halfeven.ptq.equalization.bias_absorption import absorb_biases
 from halfeven.ptq.equalization.cross_layer import equalize, unclip_relu6
-from halfeven.ptq.options import PTQOptions
+from halfeven.ptq.options import PTQOptions, ReLU6Choice
 from halfeven.ptq.recipe import (
     ABSORB,
     CORRECT_BIASES,
@@ -29,13 +29,18 @@ from halfeven.ptq.recipe import (
     SMOOTH,
     UNCLIP,
     PTQRecipe,
+    clips_little,
 )
 from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
 from halfeven.ptq.transformers.reparametrization import reparametrize
 from halfeven.ptq.transformers.smoothing import smooth
 
-UNCLIPPING_TRIAL_SAMPLES = 64
-"""Samples on which the quantized model with ReLU6 is compared with the one with ReLU."""
+RELU6_TRIAL_SAMPLES = 64
+"""Samples on which the ways to pass ReLU6 are compared."""
+RELU6_WAYS: dict[ReLU6Choice, str] = {"keep": "kept", "replace": "replaced", "per_channel": "clipped by channel"}
+"""The ways, and what is said of a ReLU6 that is passed in each."""
+MIN_GAIN_BY_CHANNEL = 0.5
+"""dB that bounds by channel must gain over the best of the other ways, whose files are faster."""
 BIAS_CORRECTION_TRIAL_SAMPLES = 256
 """Samples on which the gain of the bias correction is measured."""
 
@@ -56,6 +61,8 @@ class StepContext:
     """Called with the result of each step."""
     resume_dir: Path | None = None
     """Folder for the finished blocks of a reconstruction."""
+    relu6: ReLU6Choice = "keep"
+    """How equalization passes ReLU6."""
     float_weights: nn.Module | None = None
     """Copy of the calibrated model from before its rounding was learned, for steps that need the float weights."""
 
@@ -93,48 +100,60 @@ def enabled_step(name: str, run: Callable[[StepContext], None]) -> Step:
 # Equalization
 
 
-def _unclip(context: StepContext) -> None:
-    if context.recipe.data and context.options.relu6 != "replace" and not _gains_by_unclipping(context):
-        return
-    unclip_relu6(context.qmodel)
+def _pass_relu6(context: StepContext) -> None:
+    context.relu6 = context.options.relu6
+    if context.relu6 == "auto":
+        context.relu6 = _best_way(context) if context.recipe.data else _way_without_data(context)
+    if context.relu6 == "replace":
+        unclip_relu6(context.qmodel)
 
 
-def _gains_by_unclipping(context: StepContext) -> bool:
-    """Quantize two copies of the model, with ReLU6 and with ReLU, and compare both with the float model."""
-    trial = first_samples(context.batches, UNCLIPPING_TRIAL_SAMPLES)
+def _way_without_data(context: StepContext) -> ReLU6Choice:
+    return "replace" if clips_little(context.qmodel) else "per_channel"
+
+
+def _best_way(context: StepContext) -> ReLU6Choice:
+    """Quantize a copy of the model in each way, and return the way that comes nearest to the float model.
+
+    Bounds by channel cost an operator each, so they have to gain more.
+    """
+    trial = first_samples(context.batches, RELU6_TRIAL_SAMPLES)
     expected = float_outputs(context.qmodel, trial)
-    kept = _trial_copy(context)
-    replaced = _trial_copy(context)
-    unclip_relu6(replaced.qmodel)
-    for copied in (kept, replaced):
-        run_steps(copied, AFTER_UNCLIPPING)
+    found: dict[ReLU6Choice, float] = {}
+    agreement = None
+    for way in RELU6_WAYS:
+        copied = _trial_copy(context, way)
+        run_steps(copied, EQUALIZATION)
         calibrate(copied.qmodel, trial)
-    sqnr_without = sqnr(quantized_outputs(kept.qmodel, trial), expected)
-    sqnr_with = sqnr(quantized_outputs(replaced.qmodel, trial), expected)
-    changed = float_outputs(replaced.qmodel, trial)
-    agreement = top1_agreement(changed, expected)
-    same = "" if agreement is None else f", with {100 * agreement:.1f} % of its top-1 answers the same"
+        found[way] = sqnr(quantized_outputs(copied.qmodel, trial), expected)
+        if way == "replace":
+            agreement = top1_agreement(float_outputs(copied.qmodel, trial), expected)
+    best: ReLU6Choice = "replace" if found["replace"] > found["keep"] else "keep"
+    if found["per_channel"] >= found[best] + MIN_GAIN_BY_CHANNEL:
+        best = "per_channel"
+    same = "" if agreement is None else f" ({100 * agreement:.1f} % of the float top-1 stay)"
     context.log(
-        f"ReLU6 to ReLU: the quantized outputs have an SQNR of {sqnr_with:.1f} dB with it, {sqnr_without:.1f} dB "
-        f"without, so it {'is done' if sqnr_with > sqnr_without else 'is left'}; it moves the float model's "
-        f"own outputs to {sqnr(changed, expected):.1f} dB{same}."
+        f"ReLU6: the quantized outputs have an SQNR of {found['keep']:.1f} dB where it stays and stops the "
+        f"equalization, {found['replace']:.1f} dB as ReLU{same}, {found['per_channel']:.1f} dB with bounds by channel, "
+        f"so it is {RELU6_WAYS[best]}."
     )
-    return sqnr_with > sqnr_without
+    return best
 
 
-def _trial_copy(context: StepContext) -> StepContext:
-    """Return a context with a copy of the model, whose steps are not logged."""
+def _trial_copy(context: StepContext, way: ReLU6Choice) -> StepContext:
+    """Return a context with a copy of the model, which passes ReLU6 in this way and whose steps are not logged."""
     return StepContext(
         qmodel=copy_model(context.qmodel),
         batches=context.batches,
         recipe=context.recipe,
-        options=context.options,
+        options=replace(context.options, relu6=way),
         log=lambda text: None,
     )
 
 
 def _equalize(context: StepContext) -> None:
-    context.log(str(equalize(context.qmodel)).split("\n")[0])
+    report = equalize(context.qmodel, across_clips=context.relu6 == "per_channel")
+    context.log(str(report).split("\n")[0])
 
 
 def _absorb(context: StepContext) -> None:
@@ -228,9 +247,7 @@ def _set_ranges_without_data(context: StepContext) -> None:
     )
 
 
-AFTER_UNCLIPPING = (enabled_step(EQUALIZE, _equalize), enabled_step(ABSORB, _absorb))
-
-EQUALIZATION = (enabled_step(UNCLIP, _unclip), *AFTER_UNCLIPPING)
+EQUALIZATION = (enabled_step(UNCLIP, _pass_relu6), enabled_step(EQUALIZE, _equalize), enabled_step(ABSORB, _absorb))
 """The steps that give channels equal ranges; ranges that were set before must be set again."""
 
 # The white paper's order (figure 8): equalization before any range is set; then ranges; then learned rounding, which

@@ -12,9 +12,8 @@ from torch import nn
 
 from halfeven.decision import Decision, switched, table
 from halfeven.layerwise.blocks import Granularity
-from halfeven.placement.graph_edits import clipped_relus
 from halfeven.placement.insertion import plan_of
-from halfeven.ptq.equalization.cross_layer import find_chains, unclipping_sqnr
+from halfeven.ptq.equalization.cross_layer import clips_between_layers, find_chains, unclipping_sqnr
 from halfeven.ptq.equalization.layer_pairs import rewritable_layers
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.transformers.layernorms import layernorm_groups
@@ -26,7 +25,7 @@ MIN_UNCLIPPING_SQNR = 20.0
 MobileNetV2 that gains by it, 5 in EfficientNet-Lite0, which it would ruin."""
 
 EQUALIZE = "cross-layer equalization"
-UNCLIP = "ReLU6 to ReLU"
+UNCLIP = "passing ReLU6"
 ABSORB = "bias absorption"
 SMOOTH = "activation smoothing"
 REPARAMETRIZE = "LayerNorm reparametrization"
@@ -104,29 +103,30 @@ def _decide_equalize(situation: Situation, earlier: Earlier) -> Decision:
         return chosen
     if situation.per_channel:
         return Decision(False, "each weight channel has a scale of its own")
-    if not find_chains(rewritable_layers(situation.qmodel)[0]) and not clipped_relus(situation.qmodel):
+    if not find_chains(rewritable_layers(situation.qmodel)[0], across_clips=True):
         return Decision(False, "no two layers follow each other without a branch between them")
     return Decision(True, "one scale serves all channels of a weight, so they need equal ranges")
 
 
 def _decide_unclip(situation: Situation, earlier: Earlier) -> Decision:
-    clipped = len(clipped_relus(situation.qmodel))
+    clipped = len(clips_between_layers(situation.qmodel))
     if not clipped:
-        return Decision(False, "the model has none")
+        return Decision(False, "there is none between two layers")
+    # A ReLU is a change of its own; bounds by channel are nothing without factors.
+    if not earlier[EQUALIZE].enabled and situation.options.relu6 != "replace":
+        return Decision(False, "only equalization gains by it, and there is none")
     if chosen := switched(situation.options.relu6):
         return chosen
-    if not earlier[EQUALIZE].enabled:
-        return Decision(False, "only equalization gains by it, and there is none")
-    if not situation.data:
-        return _unclip_by_batchnorm(situation.qmodel)
-    return Decision(True, f"{clipped} of them stop the equalization; kept if the quantized model gains, see below")
+    if situation.data:
+        return Decision(True, f"{clipped} of them stop the equalization; what the quantized model gains by, see below")
+    if clips_little(situation.qmodel):
+        return Decision(True, "as ReLU: by BatchNorm's statistics little is clipped")
+    return Decision(True, "with bounds by channel: by BatchNorm's statistics much is clipped")
 
 
-def _unclip_by_batchnorm(qmodel: nn.Module) -> Decision:
-    kept = min(unclipping_sqnr(qmodel).values(), default=float("-inf"))
-    if kept >= MIN_UNCLIPPING_SQNR:
-        return Decision(True, f"by BatchNorm's statistics little is clipped: {kept:.0f} dB of the values stay")
-    return Decision(False, "by BatchNorm's statistics the float model would lose too much")
+def clips_little(qmodel: nn.Module) -> bool:
+    """Return True if by BatchNorm's statistics each ReLU6 between layers may become a ReLU."""
+    return min(unclipping_sqnr(qmodel).values(), default=float("-inf")) >= MIN_UNCLIPPING_SQNR
 
 
 def _decide_absorb(situation: Situation, earlier: Earlier) -> Decision:

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from halfeven.deployment.channel_clips import write_channel_clips
 from halfeven.deployment.deployed import Deployed, deployed_form
 from halfeven.deployment.quantize_op import with_exported_quantizers
 from halfeven.placement.grids import check_deployable
@@ -21,6 +22,7 @@ def deploy(qmodel: nn.Module, runtime: Runtime) -> Deployed:
     model = deployed_form(qmodel)
     weights_alone = parse_bits(plan_of(qmodel).options.scheme)[1] == FLOAT_BITS
     quantizers = with_exported_quantizers(model, clips_integers=runtime.clips_integers, narrow_weights=weights_alone)
+    write_channel_clips(model, quantizers)
     deployed = Deployed(model, quantizers, runtime.target)
     runtime.prepare_graph(deployed)
     return deployed

@@ -15,6 +15,7 @@ from halfeven.graph.batchnorm import kept_statistics, statistics
 from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, operations
+from halfeven.placement.channel_clip import ChannelClip
 from halfeven.ptq.data_free.moments import (
     Distribution,
     added,
@@ -107,6 +108,8 @@ class _Propagation:
         kind = op.kind
         if kind is K.IDENTITY or isinstance(module, Quantizer):
             return x
+        if isinstance(module, ChannelClip):
+            return None if x is None else clipped(x, module.low.flatten(), module.high.flatten())
         # A BatchNorm that was folded into this layer: its beta and |gamma| are the moments of the layer's outputs.
         if (kept := kept_statistics(module)) is not None:
             return gaussian(*kept, self.alpha, channel_axis(op.node, op.node), True)

@@ -18,6 +18,9 @@ QUADRATURE_POINTS = 513
 QUADRATURE_DEVIATIONS = 8.0
 """Standard deviations on each side that the integral covers: the rest weighs less than 1e-14."""
 
+Bound = float | Tensor
+"""A bound of all channels, or of each, [channels]."""
+
 
 @dataclass(frozen=True)
 class Distribution:
@@ -43,7 +46,7 @@ def gaussian(mean: Tensor, std: Tensor, alpha: float, axis: int | None, measured
     return Distribution(mean, std, mean - alpha * std, mean + alpha * std, axis, measured)
 
 
-def clipped_moments(mean: Tensor, std: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def clipped_moments(mean: Tensor, std: Tensor, low: Bound, high: Bound) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of clip(x, low, high) for Gaussian x; ReLU has the bounds 0 and infinity.
 
     With a = (low - mean) / std, b = (high - mean) / std, and density p and distribution function P of N(0, 1):
@@ -52,12 +55,13 @@ def clipped_moments(mean: Tensor, std: Tensor, low: float, high: float) -> tuple
 
     Args:
         mean, std: moments of x, [channels].
-        low, high: bounds, which may be infinite.
+        low, high: bounds, which may be infinite: a number, or [channels].
 
     Returns:
         [channels] each, float64.
     """
     mean = mean.double()
+    low, high = _in_float64(low, high)
     # Where gamma is 0 the channel is constant: a tiny deviation avoids 0 / 0 for a mean that lies on a bound.
     std = std.double().clamp(min=1e-30)
     a = (low - mean) / std
@@ -68,8 +72,8 @@ def clipped_moments(mean: Tensor, std: Tensor, low: float, high: float) -> tuple
     p_a = _density(a)
     p_b = _density(b)
     # An infinite bound is never reached: its probability is 0, and so is its term.
-    low_times = low if math.isfinite(low) else 0.0
-    high_times = high if math.isfinite(high) else 0.0
+    low_times = torch.where(torch.isfinite(low), low, 0.0)
+    high_times = torch.where(torch.isfinite(high), high, 0.0)
     first = low_times * below + high_times * above + mean * inside + std * (p_a - p_b)
     # The second moment of the same integral. z^2 p(z) integrates to P(z) - z p(z), which gives the terms at both edges.
     edges = std * ((low_times + mean) * p_a - (high_times + mean) * p_b)
@@ -82,8 +86,13 @@ def _density(z: Tensor) -> Tensor:
     return torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
 
 
-def clipped(x: Distribution, low: float, high: float) -> Distribution:
-    """Return the distribution after clip(x, low, high)."""
+def _in_float64(*bounds: Bound) -> tuple[Tensor, ...]:
+    return tuple(torch.as_tensor(bound).detach().double().cpu() for bound in bounds)
+
+
+def clipped(x: Distribution, low: Bound, high: Bound) -> Distribution:
+    """Return the distribution after clip(x, low, high), with bounds that are numbers or [channels]."""
+    low, high = _in_float64(low, high)
     mean, std = clipped_moments(x.mean, x.std, low, high)
     return replace(x, mean=mean, std=std, low=x.low.clamp(low, high), high=x.high.clamp(low, high))
 

@@ -18,6 +18,7 @@ from halfeven.errors import AlgorithmError
 from halfeven.graph.batchnorm import keep_statistics, kept_statistics
 from halfeven.graph.view import Op, module_of
 from halfeven.layerwise.float_equivalence import preserving_the_float_function
+from halfeven.placement.channel_clip import ChannelClip, channel_clip_at
 from halfeven.placement.graph_edits import record_changes
 from halfeven.placement.make_plan import named_nodes, regions
 from halfeven.ptq.data_free.moment_propagation import propagated
@@ -172,22 +173,27 @@ class EqualizationReport:
 
 @checked_arguments(AlgorithmError)
 @torch.no_grad()
-def equalize(qmodel: nn.Module, *, max_sweeps: int = 20, tolerance: float = 1e-3) -> EqualizationReport:
+def equalize(
+    qmodel: nn.Module, *, max_sweeps: int = 20, tolerance: float = 1e-3, across_clips: bool = False
+) -> EqualizationReport:
     """Equalize the channel ranges of consecutive layers, in place; the float function is preserved.
 
-    Chains share layers, so that all are equalized again and again until the factors settle. ReLU6 ends a chain, see
-    `unclip_relu6`. Earlier ranges of weights and activations must be set again.
+    Chains share layers, so that all are equalized again and again until the factors settle. ReLU6 ends a chain unless
+    `across_clips` gives it bounds by channel, or `unclip_relu6` has made a ReLU of it. Earlier ranges of weights and
+    activations must be set again.
 
     Args:
         qmodel: a model from `prepare` with `batchnorm="fold"`.
         max_sweeps: largest number of passes over all chains.
         tolerance: distance of factors from 1 at which the passes end.
+        across_clips: pass ReLU6, hardtanh and clamp operators, whose bounds are divided by each channel's factor: one
+            more operator in the deployed model each. The plan records them.
 
     Raises:
         AlgorithmError: the float function was not preserved; the weights are restored.
     """
     layers, left = rewritable_layers(qmodel)
-    chains = find_chains(layers)
+    chains = find_chains(layers, across_clips=across_clips)
     members = {name: layer for chain in chains for name, layer in zip(chain.names, chain.layers, strict=True)}
     before = {name: _spread(layer) for name, layer in members.items()}
     scaled = _scaled(chains)
@@ -198,9 +204,12 @@ def equalize(qmodel: nn.Module, *, max_sweeps: int = 20, tolerance: float = 1e-3
     while not converged and sweeps < max_sweeps:
         converged = _sweep([[scaled[layer] for layer in chain.layers] for chain in chains]) <= tolerance
         sweeps += 1
+    clips = _give_bounds_by_channel(qmodel, layers) if across_clips else {}
     with preserving_the_float_function(qmodel, "Equalization"):
         for scaled_layer in scaled.values():
             scaled_layer.apply()
+        for clip, producer in clips.items():
+            clip.divide(scaled[producer].divisor)
     return EqualizationReport(
         chains=tuple(chain.names for chain in chains),
         sweeps=sweeps,
@@ -210,9 +219,31 @@ def equalize(qmodel: nn.Module, *, max_sweeps: int = 20, tolerance: float = 1e-3
     )
 
 
-def find_chains(layers: dict[str, fx.Node]) -> list[Chain]:
-    """Return all chains among the layers of `rewritable_layers`, in the order of the graph."""
-    linked: dict[fx.Node, LayerPair] = {pair.producer: pair for pair in find_layer_pairs(layers)}
+def clips_between_layers(qmodel: nn.Module) -> tuple[str, ...]:
+    """Return the names of the ReLU6 and other clips to constant bounds that stand between two layers."""
+    layers, _ = rewritable_layers(qmodel)
+    clips = {clip for pair in find_layer_pairs(layers, through_clips=True) for clip in pair.clips}
+    return tuple(name for name, (_, node) in named_nodes(qmodel).items() if node in clips)
+
+
+def _give_bounds_by_channel(qmodel: nn.Module, layers: dict[str, fx.Node]) -> dict[ChannelClip, nn.Module]:
+    """Give the clips between layers bounds by channel, and return each with the layer whose channels it clips."""
+    producers = {clip: pair.producer for pair in find_layer_pairs(layers, through_clips=True) for clip in pair.clips}
+    names = {node: name for name, (_, node) in named_nodes(qmodel).items()}
+    record_changes(qmodel, clipped_by_channel=tuple(names[node] for node in producers))
+    found = {channel_clip_at(node): module_of(producer) for node, producer in producers.items()}
+    return {clip: producer for clip, producer in found.items() if clip is not None}
+
+
+def find_chains(layers: dict[str, fx.Node], *, across_clips: bool = False) -> list[Chain]:
+    """Return all chains among the layers of `rewritable_layers`, in the order of the graph.
+
+    Args:
+        layers: layers by name.
+        across_clips: pass ReLU6 and other clips too.
+    """
+    pairs = find_layer_pairs(layers, through_clips=across_clips)
+    linked: dict[fx.Node, LayerPair] = {pair.producer: pair for pair in pairs}
     consumers = {pair.consumer for pair in linked.values()}
     names = {node: name for name, node in layers.items()}
     chains = []
@@ -280,7 +311,7 @@ def unclipping_sqnr(qmodel: nn.Module) -> dict[str, float]:
 
 def _clips(pair: LayerPair) -> dict[fx.Node, tuple[float, float]]:
     bounds = {node: Op(node).bounds for node in pair.between}
-    return {node: ends for node, ends in bounds.items() if ends is not None and ends[1] < float("inf")}
+    return {node: ends for node, ends in bounds.items() if ends is not None and ends[0] == 0 < ends[1] < float("inf")}
 
 
 def _kept(x: Distribution | None, bound: float) -> float:

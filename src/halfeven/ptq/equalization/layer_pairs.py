@@ -5,6 +5,7 @@ the two may be only operators that treat each channel by itself and commute with
 addition or a concatenation ends the search.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.view import Op, module_calls, operations, tensor_names
+from halfeven.placement.channel_clip import ChannelClip, channel_clip_at
 from halfeven.placement.make_plan import qualified, regions
 from halfeven.quantization.quantizer import Quantizer
 
@@ -126,13 +128,19 @@ class LayerPair:
     between: tuple[fx.Node, ...]
     """Operators from the first layer to the second, in order."""
 
+    @property
+    def clips(self) -> tuple[fx.Node, ...]:
+        """The operators between that do not commute with a factor unless their bounds are divided by it."""
+        return tuple(node for node in self.between if _is_clip(node))
+
 
 def find_layer_pairs(layers: Mapping[str, fx.Node], *, through_clips: bool = False) -> list[LayerPair]:
     """Return all pairs among layers of `rewritable_layers`, in the order of the graph.
 
     Args:
         layers: layers by name.
-        through_clips: pass ReLU6 and its like too, which do not commute with a factor.
+        through_clips: pass ReLU6 and other clips to constant bounds too, which commute with a factor only if their
+            bounds are divided by it.
     """
     nodes = set(layers.values())
     found = [_pair_from(node, nodes, through_clips) for node in layers.values()]
@@ -172,9 +180,15 @@ def _axis_after(reader: Op, node: fx.Node, axis: int, through_clips: bool) -> in
         return axis
     if reader.is_module:
         module = reader.module
+        if isinstance(module, ChannelClip):
+            return axis if through_clips else None
         return axis if isinstance(module, Quantizer) and module.scheme.axis is None else None
-    if (bounds := reader.bounds) is not None:
-        low, high = bounds
+    if reader.bounds is not None:
         # Only ReLU commutes with every positive factor. A ReLU6 would clip at 6 / s, at another value for each channel.
-        return axis if low == 0 and (high == float("inf") or through_clips) else None
+        return axis if through_clips or not _is_clip(reader.node) else None
     return reader.factor_axis(axis)
+
+
+def _is_clip(node: fx.Node) -> bool:
+    """Return True for a clip to constant bounds other than ReLU's, or to bounds by channel."""
+    return Op(node).bounds not in (None, (0.0, math.inf)) or channel_clip_at(node) is not None

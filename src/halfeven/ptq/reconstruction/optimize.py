@@ -20,6 +20,7 @@ from halfeven.layerwise.blocks import Block
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.reconstruction.adaround import Rounding, regularizer_sharpness
 from halfeven.ptq.reconstruction.conv_as_matmul import conv_as_matmul, has_few_positions
+from halfeven.ptq.reconstruction.minibatches import cut, samples_of_a_step
 from halfeven.quantization.arithmetic import dequantize, representable
 from halfeven.quantization.fake_quantize import effective_scale, fake_quantize
 from halfeven.quantization.quantizer import Mode, Quantizer
@@ -241,16 +242,18 @@ def _descend(
     # AdaRound's warm start: first the error alone moves the soft weights, then the regularizer decides them.
     warm = round(options.warm_start * steps)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if optimizer else None
+    samples = samples_of_a_step(block)
     weights = sum(rounding.v.numel() for rounding in parameters.roundings.values())
     with parameters.soft_weights(), torch.enable_grad():
         for step, batch in enumerate(_shuffled_batches(len(quantized.batches), steps, generator)):
-            values = quantized.inputs(block, batch)
+            in_float = floats.inputs(block, batch) if options.drop else {}
+            stored = (quantized.inputs(block, batch), in_float, floats.outputs(block, batch))
+            values, in_float, expected = cut(stored, samples, generator)
             if options.drop:
                 # QDrop: each element of the block's input comes from the quantized or the float model at random, so
                 # that the block learns no answer to one fixed noise.
-                values = qdrop.mix(values, floats.inputs(block, batch))
-            found = run(block, values, qdrop.call)
-            _loss(found, floats.outputs(block, batch), powers).backward()  # type: ignore[no-untyped-call]
+                values = qdrop.mix(values, in_float)
+            _loss(run(block, values, qdrop.call), expected, powers).backward()  # type: ignore[no-untyped-call]
             if optimizer and decay:
                 for rounding in parameters.roundings.values():
                     # Before `Rounding.step`, which takes the gradient of the soft weight away.
