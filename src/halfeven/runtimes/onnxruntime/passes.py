@@ -22,6 +22,7 @@ from halfeven.graph.tree import place
 from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.arithmetic import per_channel
+from halfeven.runtimes.onnxruntime.channel_bounds import write_bounds_as_sums
 
 aten = torch.ops.aten
 
@@ -38,6 +39,7 @@ def prepare_graph(deployed: Deployed) -> None:
         prefix = f"{name}." if name else ""
         _take_in_clips(region)
         _write_clips(region)
+        write_bounds_as_sums(region, deployed.quantizers, prefix)
         _write_slices(region)
         _write_global_pools(region)
         _repeat_quantizers(region, deployed.quantizers, prefix)
