@@ -225,12 +225,25 @@ def quantize(
             "Neither data nor an example input was given, so the model cannot be run even once. Give a loader of "
             "calibration batches or, for the data-free path, example=an input of the right shape."
         )
-    if example is None and data:
-        args, kwargs = inputs_in(model, data[0])
-        example = kwargs or args
-    assert example is not None
-    qmodel = prepare(model, example, without_training(options))
+    qmodel = prepare_folded(model, data or (), options, example)
     return quantize_prepared(qmodel, data, ptq, log=log, resume_dir=resume_dir)
+
+
+def prepare_folded(
+    model: nn.Module, batches: Sequence[Any], options: QuantizationOptions, example: Example | None
+) -> nn.Module:
+    """Prepare a model as post-training quantization needs it: BatchNorm folded, no range that only training learns.
+
+    Args:
+        model: the float model.
+        batches: calibration batches, the first of which is the example where none is given.
+        options: how to quantize.
+        example: an input.
+    """
+    if example is None:
+        args, kwargs = inputs_in(model, batches[0])
+        example = kwargs or args
+    return prepare(model, example, without_training(options))
 
 
 def quantize_prepared(

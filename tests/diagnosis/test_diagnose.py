@@ -98,11 +98,11 @@ def test_the_text_is_short_and_the_values_are_plain():
     lines = str(found).splitlines()
     assert len(lines) <= LINES
     assert max(map(len, lines)) <= WIDTH
-    assert "weights per channel" in str(found)
+    assert "a scale per channel of this weight" in str(found)
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["tensors"][0]["name"] == "2"
     assert values["tensors"][0]["weight"]
-    assert values["findings"][0]["options"] == {"per_channel": True}
+    assert found.findings[0].paste == 'rules=(Rule(pattern="2", per_channel=True),)'
     assert values["accuracy"]["repaired"] == 1.0
     assert found.divergence_of_weights > 3 * found.divergence_of_activations
     assert found.divergence_without_quantizers < 1e-6

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.errors import ConfigError
-from halfeven.mixed_precision.cost import cost_of, widths_of, works_of
+from halfeven.mixed_precision.cost import cost_of, widths_of, workload_of
 from halfeven.mixed_precision.store import FILE
 from halfeven.mixed_precision.units import units_of
+from halfeven.verification.layer_times import LayerTime, LayerTimes
 
 pytestmark = pytest.mark.usefixtures("unfused")
 
@@ -79,14 +80,58 @@ class Attention(nn.Module):
 def test_costs_are_counted_over_the_multiply_accumulates(subject):
     model, batches, _ = subject
     qmodel = he.quantize(model, batches, scheme="w4a8", reconstruct="off")
-    works = {work.name: work for work in works_of(qmodel)}
+    workload = workload_of(qmodel)
+    works = {work.name: work for work in workload.works}
     assert works["stem"].multiply_accumulates == 16 * 64 * 8 * 27, "of the samples that the graph was traced with"
     widths = widths_of(qmodel)
-    cost = cost_of(list(works.values()), widths, widths, None)
+    cost = cost_of(workload, widths, widths, None)
     assert cost.bits == 6
     assert cost.size == sum(module.weight.numel() for module in model.children()) / 2
     widened = widths | {works["stem"].weight: None}
-    assert cost_of(list(works.values()), widened, widths, None).bits > 6
+    assert cost_of(workload, widened, widths, None).bits > 6
+
+
+class Skip(nn.Module):
+    """A sum that alone reads the result of a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right, self.last = (nn.Conv2d(3 if i == 0 else 8, 8, 1) for i in range(4))
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        return self.last(F.relu(self.left(x) + self.right(x)))
+
+
+def test_a_tensor_that_no_layer_multiplies_has_a_price():
+    qmodel = he.prepare(Skip().eval(), torch.randn(2, 3, 8, 8), scheme="w4a4")
+    (unit,) = [unit for unit in units_of(qmodel) if not unit.layers]
+    workload, widths = workload_of(qmodel), widths_of(qmodel)
+    (traffic,) = [traffic for traffic in workload.traffic if traffic.name == unit.name]
+    assert traffic.elements == 2 * 2 * 8 * 64, "written and read"
+    times = LayerTimes(1.0, 2.0, 2.0)
+    plain, raised, floating = (cost_of(workload, widths | {unit.name: bits}, widths, times) for bits in (4, 8, None))
+    assert plain.bits == raised.bits == floating.bits
+    assert plain.work < raised.work < floating.work
+    assert plain.latency < raised.latency < floating.latency
+    assert cost_of(workload, {}, widths, times).latency == 1.0, "all in float takes what the float file takes"
+
+
+def test_the_smaller_change_is_taken_where_it_costs_no_more_and_is_nearly_as_good(subject):
+    candidates = (he.Rule(activation_bits=16), he.Rule(activation_bits=8))
+    found = searched(subject, tensors=1, candidates=candidates)
+    assert [step.change for step in found.steps[1:]] == ["activation bits 8"]
+
+
+def test_what_else_a_tensor_would_gain_is_measured_anew_after_its_step(subject):
+    candidates = (he.Rule(weight_bits=8), he.Rule(activation_bits=8), he.Rule(quantize=False))
+    found = searched(subject, bits=12.0, candidates=candidates, rescorings=0)
+    again = [
+        (before, step) for before, step in zip(found.steps, found.steps[1:], strict=False) if step.unit == before.unit
+    ]
+    assert again
+    for before, step in again:
+        assert step.gain == pytest.approx(before.divergence - step.divergence, abs=1e-6)
 
 
 def test_the_first_step_mends_what_hurts_the_most(subject):
@@ -181,11 +226,25 @@ def test_a_metric_that_is_none_is_refused(subject):
 
 def test_layers_that_are_slower_in_integers_go_to_float(subject, monkeypatch):
     from halfeven.mixed_precision import plan_search
-    from halfeven.verification.layer_times import LayerTime, LayerTimes
 
     layers = (LayerTime("uneven", 1.0, 0.2, True), LayerTime("stem", 0.1, 0.3, True))
-    monkeypatch.setattr(plan_search, "_times", lambda *arguments: LayerTimes(2.0, 2.0, 2.0, layers))
+    monkeypatch.setattr(plan_search, "_times", lambda *arguments: LayerTimes(2.0, 1.4, 2.0, layers))
     found = searched(subject, latency=0.7, scheme="w8a8", candidates=(he.Rule(quantize=False),))
     assert found.steps[1].unit.startswith("relu") or "uneven" in {rule.pattern for rule in found.rules}
     assert "is cheaper" in found.steps[1].reason
     assert found.steps[1].cost.latency == pytest.approx(0.6)
+
+
+def test_a_file_that_takes_longer_than_estimated_gives_way_to_a_faster_plan(subject, monkeypatch):
+    from halfeven.mixed_precision import plan_search
+
+    layers = (LayerTime("stem", 0.1, 0.5, True), LayerTime("branch", 0.1, 0.5, True))
+    ratios = iter([0.5, 1.2, 0.6])
+    monkeypatch.setattr(plan_search, "_times", lambda *given: LayerTimes(next(ratios), 2.0, 1.0, layers))
+    lines = []
+    found = searched(subject, latency=1.0, scheme="w8a4", candidates=(he.Rule(quantize=False),), log=lines.append)
+    assert found.reached
+    assert found.latency == 0.6
+    assert found.chosen < len(found.steps) - 1
+    assert any("more than estimated" in line for line in lines)
+    assert found.steps[found.chosen].cost.latency <= 1.0 * found.steps[-1].cost.latency / 1.2

@@ -127,6 +127,9 @@ def test_shares_are_logged():
     _, qmodel, session = made(freeze_oscillations="on")
     train(qmodel, session, 0, 4)
     assert set(session.figures()) == {"oscillating", "frozen"}
+    found = session.histograms()
+    assert len(found["log2 of the scales of weights"]) > 1
+    assert len(found["clipped share of activations, %"]) == len(found["log2 of the scales of activations"])
 
 
 def test_a_resumed_course_goes_on_the_same():

@@ -56,7 +56,7 @@ def deliver(
         rows[name] = context.accuracy(load_deployed(path, target_of(context, qmodel), qmodel), "cpu")
         files[name] = path
     show(context, rows, files, _selected_by(context) if last.is_file() else "")
-    write_pages(context, qmodel, reports, rows, files)
+    write_pages(context, qmodel, reports, rows, files, (facts or {}).get("search"))
     verification = {path.name: report.to_dict() for path, report in reports.items()}
     results = {**rows, **(facts or {}), "verification": verification}
     for path in (context.folder / RESULTS, *([Path(json)] if json else [])):

@@ -10,22 +10,9 @@ from torch import nn
 from halfeven.checkpoint import read_facts, save
 from halfeven.cli.arguments import RunArguments
 from halfeven.cli.deliver import deliver, write_plan
-from halfeven.cli.float_model import check_has_weights, train_float
-from halfeven.cli.preflight import check_quantization, prepare_folded
-from halfeven.cli.run import (
-    BEST,
-    PTQ_STATE,
-    RunContext,
-    check_folder,
-    claimed_folder,
-    continues,
-    default_folder,
-    open_run,
-)
-from halfeven.distributed import world_size
-from halfeven.errors import ConfigError
-from halfeven.pipelines import check_folds, quantize_prepared
-from halfeven.zoo.models import create_model
+from halfeven.cli.quantization_run import claimed, open_quantization
+from halfeven.cli.run import BEST, PTQ_STATE, RunContext
+from halfeven.pipelines import quantize_prepared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,40 +22,14 @@ class PtqArguments(RunArguments):
 
 def run_ptq(arguments: PtqArguments) -> None:
     """Quantize, export and verify, and print one table of accuracies."""
-    experiment = arguments.experiment
-    check_has_weights(experiment)
-    check_folds(experiment.quantization)
-    context = open_run(experiment, default_folder(arguments.config, arguments.work_dir))
-    check_alone("ptq")
-    resume = continues(
-        context, resume=arguments.resume, auto_resume=arguments.auto_resume, overwrite=arguments.overwrite
-    )
-    check_folder(context, "ptq", resume=resume, overwrite=arguments.overwrite)
-    model = create_model(experiment.model)
-    facts = _finished(context, resume=resume)
-    prepared = check_quantization(context, model) if facts is None else None
-    with claimed_folder(context, "ptq", resume=resume):
-        if experiment.pretraining.epochs:
-            train_float(context, model, resume=resume)
-            prepared = None if prepared is None else prepare_folded(context, model)  # now with the trained weights
+    run = open_quantization(arguments, "ptq")
+    facts = _finished(run.context, resume=run.resume)
+    with claimed(run, quantizes=facts is None) as prepared:
         if prepared is not None:
-            facts = _quantize(context, model, prepared)
+            facts = _quantize(run.context, run.model, prepared)
         assert facts is not None
         further = {"quantization_seconds": facts["quantization_seconds"]}
-        deliver(context, model, facts["float"], further, json=arguments.json)
-
-
-def check_alone(command: str) -> None:
-    """Refuse to run a command in several processes.
-
-    Raises:
-        ConfigError: there are several.
-    """
-    if world_size() > 1:
-        raise ConfigError(
-            f"`halfeven {command}` was started with {world_size()} processes, and all but one would do the same work "
-            "again: post-training quantization runs in one. Start it without torchrun or accelerate launch."
-        )
+        deliver(run.context, run.model, facts["float"], further, json=arguments.json)
 
 
 def _finished(context: RunContext, *, resume: bool) -> dict[str, Any] | None:

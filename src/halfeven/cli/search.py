@@ -12,31 +12,19 @@ from torch import Tensor, nn
 
 from halfeven.checkpoint import read_facts, save
 from halfeven.cli.arguments import RunArguments
-from halfeven.cli.deliver import deliver
-from halfeven.cli.float_model import check_has_weights, train_float
-from halfeven.cli.preflight import check_quantization
-from halfeven.cli.ptq import check_alone
-from halfeven.cli.run import (
-    BEST,
-    SEARCH_FOUND,
-    SEARCH_STATE,
-    RunContext,
-    check_folder,
-    claimed_folder,
-    continues,
-    default_folder,
-    open_run,
-    write_json,
-)
+from halfeven.cli.deliver import deliver, write_plan
+from halfeven.cli.quantization_run import claimed, open_quantization
+from halfeven.cli.run import BEST, SEARCH_FOUND, SEARCH_STATE, RunContext, write_json
 from halfeven.cli.train import train_and_deliver
 from halfeven.errors import CheckpointError
 from halfeven.evaluation import evaluating
 from halfeven.graph.capture import as_arguments
-from halfeven.mixed_precision.search import check_search, search
-from halfeven.pipelines import check_folds, prepare
+from halfeven.mixed_precision.moves import usual_candidates
+from halfeven.mixed_precision.search import check_search, search_prepared
+from halfeven.pipelines import prepare
 from halfeven.placement.options import Rule
+from halfeven.training.sampling import seeded
 from halfeven.training.state import STATE_FILE
-from halfeven.zoo.models import create_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,25 +38,15 @@ class SearchArguments(RunArguments):
 def run_search(arguments: SearchArguments) -> None:
     """Search, export and verify, and print one table of accuracies."""
     experiment = arguments.experiment
-    check_has_weights(experiment)
-    check_folds(experiment.quantization)
     check_search(experiment.search, experiment.quantization, None)
-    context = open_run(experiment, default_folder(arguments.config, arguments.work_dir))
-    check_alone("search")
-    resume = continues(
-        context, resume=arguments.resume, auto_resume=arguments.auto_resume, overwrite=arguments.overwrite
-    )
-    check_folder(context, "search", resume=resume, overwrite=arguments.overwrite)
-    model = create_model(experiment.model)
-    training = resume and (context.folder / STATE_FILE).is_file()
-    facts = _finished(context) if resume else None
-    if facts is None:
-        check_quantization(context, model)
-    with claimed_folder(context, "search", resume=resume):
-        if experiment.pretraining.epochs:
-            train_float(context, model, resume=resume)
-        if facts is None:
-            facts = _search(context, model)
+    run = open_quantization(arguments, "search")
+    context, model = run.context, run.model
+    training = run.resume and (context.folder / STATE_FILE).is_file()
+    facts = _finished(context) if run.resume else None
+    with claimed(run, quantizes=facts is None) as prepared:
+        if prepared is not None:
+            facts = _search(context, model, prepared)
+        assert facts is not None
         if not arguments.no_train and not facts["search"]["reached"] and experiment.search.max_drop is not None:
             _train(context, model, facts["search"], resume=training, json_file=arguments.json)
         else:
@@ -94,22 +72,25 @@ def _finished(context: RunContext) -> dict[str, Any] | None:
         ) from error
 
 
-def _search(context: RunContext, model: nn.Module) -> dict[str, Any]:
+def _search(context: RunContext, model: nn.Module, prepared: nn.Module) -> dict[str, Any]:
     """Search, and write the checkpoint. Returns the facts in it: the float accuracy, and the result."""
+    experiment = context.experiment
     resume_dir = context.folder / SEARCH_STATE
-    found = search(
+    context.log(f"Plans are judged on the {context.selection}.")
+    found = search_prepared(
+        prepared.to(context.accelerator.device),
         model.to(context.accelerator.device),
-        context.loader(context.datasets.calibration),
+        list(context.loader(context.datasets.calibration)),
         _metric(context),
-        context.experiment.quantization,
-        context.experiment.ptq,
-        context.experiment.search,
-        example=context.datasets.example(),
+        experiment.ptq,
+        experiment.search,
+        candidates=usual_candidates(experiment.quantization),
         log=context.log,
         resume_dir=resume_dir,
     )
     context.log(f"\n{found}\n")
-    facts = {"float": context.accuracy(model), "search": found.to_dict()}
+    write_plan(context, found.qmodel)
+    facts = {"float": context.accuracy(model), "search": {**found.to_dict(), "judged_on": context.selection}}
     save(found.qmodel, context.folder / BEST, facts)
     write_json(context.folder / SEARCH_FOUND, facts["search"])
     shutil.rmtree(resume_dir, ignore_errors=True)
@@ -117,19 +98,20 @@ def _search(context: RunContext, model: nn.Module) -> dict[str, Any]:
 
 
 def _metric(context: RunContext) -> Callable[[nn.Module], Any]:
-    """Return the task's metric on the validation data: for classification a value for each sample, in percent."""
+    """Return the task's metric on the samples that choose: for classification a value for each sample, in percent."""
     if context.experiment.task.kind != "classification":
-        return lambda model: context.accuracy(model)[context.task.key]
+        return lambda model: context.selection_accuracy(model)[context.task.key]
     return lambda model: _right_answers(context, model)
 
 
 def _right_answers(context: RunContext, model: nn.Module) -> Tensor:
-    """Return 100 for each validation sample that a model classifies right, and 0 for the others."""
+    """Return 100 for each sample that a model classifies right, and 0 for the others."""
     device = context.accelerator.device
     model.to(device)
     found = []
-    with torch.no_grad(), evaluating(model):
-        for inputs, targets in context.loader(context.datasets.validation):
+    # Samples that only come augmented are augmented alike each time, or chance would choose.
+    with torch.no_grad(), evaluating(model), seeded(context.experiment.seed):
+        for inputs, targets in context.loader(context.datasets.selection):
             args, kwargs = as_arguments(_moved(inputs, device))
             logits, labels = context.task.judged(model(*args, **kwargs), targets.to(device))
             found.append(100.0 * (logits.argmax(1) == labels).double().cpu())

@@ -1,5 +1,6 @@
 """Find what ruins a quantized model: the tensor, or group of operators, that brings the answers back when raised."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,16 @@ from halfeven.diagnosis.operator_groups import OperatorGroup, float_rules, integ
 from halfeven.diagnosis.remedies import in_float, remedies
 from halfeven.diagnosis.sensitivity import Reference, Sensitivities, Sensitivity, divergences
 from halfeven.diagnosis.statistics import TensorStatistics
-from halfeven.diagnosis.trials import EQUALIZE, LEARN_ROUNDING, RECALIBRATE, Remedy, Trial, by_rules, try_remedy
+from halfeven.diagnosis.trials import (
+    EQUALIZE,
+    LEARN_ROUNDING,
+    PER_CHANNEL,
+    RECALIBRATE,
+    Remedy,
+    Trial,
+    by_rules,
+    try_remedy,
+)
 from halfeven.placement.options import Rule
 from halfeven.placement.plan import PlannedTensor, PlannedWeight
 
@@ -171,6 +181,8 @@ def _of_group(patient: Patient, group: OperatorGroup) -> tuple[Finding, nn.Modul
 def _of_many(patient: Patient, *, first: bool) -> tuple[Finding, nn.Module] | None:
     """Return the finding where the damage is spread: the remedies of the whole model, and its worst tensors raised."""
     given: list[Remedy] = [EQUALIZE] if first else []
+    if first and any(q.weight and q.scheme.axis is None for q, _ in planned_quantizers(patient.qmodel)):
+        given.insert(0, PER_CHANNEL)
     if first and any(q.weight and q.scheme.bits < 8 for q, _ in planned_quantizers(patient.qmodel)):
         given.append(LEARN_ROUNDING)
     given += [remedy for count in (2, 4, 8, 16) if (remedy := _raise_worst(patient, count)) is not None]
@@ -180,7 +192,18 @@ def _of_many(patient: Patient, *, first: bool) -> tuple[Finding, nn.Module] | No
     worst = patient.sensitivities.tensors[0]
     share = worst.kl_in_context / patient.divergence
     cause = Cause("the damage is spread over many tensors", f"The worst takes away {share:.0%} where it is raised.")
-    return _finding(patient, cause, f"{worst.name} and {len(patient.statistics) - 1} others", chosen, trials), repaired
+    where = f"{worst.name} and {len(patient.statistics) - 1} others"
+    finding = _finding(patient, cause, where, chosen, trials)
+    return dataclasses.replace(finding, further=_search_call(chosen.remedy)), repaired
+
+
+def _search_call(remedy: Remedy) -> str:
+    """Return the call that chooses the tensors to raise with care, where a remedy raises several; else ""."""
+    raised = len({rule.pattern for rule in remedy.rules})
+    call = f"halfeven.search(model, batches, tensors={raised})"
+    return (
+        f"{call} chooses as many, one after the other in the context of those before: docs/search.md" if raised else ""
+    )
 
 
 def _raise_worst(patient: Patient, count: int) -> Remedy | None:

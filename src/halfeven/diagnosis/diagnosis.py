@@ -88,6 +88,8 @@ class Finding:
     recovered: float | None = None
     """Share of the damage that the remedy took away, measured; None where the answers cannot tell."""
     tried: tuple[TriedRemedy, ...] = ()
+    further: str = ""
+    """A call that does better than the remedy, and takes longer; "" if none is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +211,8 @@ def _shown(number: int, finding: Finding) -> list[str]:
     lines += _wrapped(f"   Remedy: {finding.remedy}{brought}.", indent=3)[:2]
     if finding.paste:
         lines += _wrapped(f"   {finding.paste}", indent=5)[:3]
+    if finding.further:
+        lines += _wrapped(f"   {finding.further}.", indent=3)[:2]
     other = [t for t in finding.tried if t.recovered is not None and t.paste != finding.paste]
     helped = [t for t in other if (t.recovered or 0.0) >= WORTH_TELLING]
     helped.sort(key=lambda t: -(t.recovered or 0.0))

@@ -7,7 +7,7 @@ from typing import get_args
 from torch import nn
 
 from halfeven.diagnosis.operator_groups import float_rules, integer_operators
-from halfeven.diagnosis.trials import EQUALIZE, PER_CHANNEL, REPARAMETRIZE, SMOOTH, Remedy, by_rules
+from halfeven.diagnosis.trials import EQUALIZE, REPARAMETRIZE, SMOOTH, Remedy, by_rules
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.make_plan import named_nodes
 from halfeven.placement.options import Rule
@@ -30,8 +30,9 @@ def remedies(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight, spread: 
     """
     found = [*_observers(planned)]
     if spread >= UNEQUAL:
-        per_tensor = isinstance(planned, PlannedWeight) and planned.scheme.axis is None
-        found += [PER_CHANNEL, EQUALIZE] if per_tensor else []
+        if isinstance(planned, PlannedWeight) and planned.scheme.axis is None:
+            rule = Rule(pattern=glob.escape(planned.name), per_channel=True)
+            found += [by_rules("a scale per channel of this weight", [rule]), EQUALIZE]
         found += [SMOOTH, REPARAMETRIZE, EQUALIZE] if isinstance(planned, PlannedTensor) else []
     found += _bits(qmodel, planned)
     return [*found, *in_float(qmodel, planned)]

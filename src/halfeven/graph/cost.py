@@ -36,6 +36,11 @@ def multiply_accumulates(node: fx.Node) -> int:
     return 0
 
 
+def elements(node: fx.Node) -> int:
+    """Return the number of values of a tensor, for the sizes that the graph was traced with."""
+    return _size(Op(node).shape)
+
+
 def _of_layer(op: Op) -> int:
     weight: Any = op.module.weight if op.is_module else op.inputs[1].value
     # A transposed convolution multiplies each input by a whole window; other layers compute each output from a window.

@@ -114,6 +114,8 @@ class ClippingWatch:
         self.qmodel = qmodel
         self.due = True
         self.named: set[str] = set()
+        self.shares: dict[str, float] = {}
+        """The clipped share of each activation in the last step that was counted."""
         self._context: Any = None
 
     def before_step(self) -> None:
@@ -129,7 +131,7 @@ class ClippingWatch:
         self._context.__exit__(None, None, None)
         self._context = None
         self.due = False
-        shares = self._counts.shares()
+        shares = self.shares = self._counts.shares()
         new = {name: share for name, share in self._counts.excessive().items() if name not in self.named}
         self.named.update(new)
         if new and rank() == 0:

@@ -1,11 +1,11 @@
-"""The cost of a plan: bits over the multiply-accumulates, bits of the weights, and time in the target."""
+"""The cost of a plan: bits over the multiply-accumulates, bits that are moved, bits of the weights, and time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from halfeven.graph.cost import multiply_accumulates
+from halfeven.graph.cost import elements, multiply_accumulates
 from halfeven.graph.layer_shapes import weight_shape
 from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.view import kind_of
@@ -16,6 +16,10 @@ from halfeven.verification.layer_times import LayerTimes
 
 FLOAT_BITS = 32
 """Bits of a float operand."""
+
+BOPS_PER_BIT = 128
+"""Bits times bits that are multiplied in the time in which a bit of an activation is written or read: processors
+multiply about 16 pairs of bytes while they move a byte through their second cache."""
 
 Widths = Mapping[str, int | None]
 """Bits by the quantizer's name; None: float."""
@@ -45,6 +49,28 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """An activation that is written once and read by each of its readers."""
+
+    name: str
+    """Name of its quantizer."""
+    elements: int
+    """Number of values that are written and read."""
+
+    def bits(self, widths: Widths) -> int:
+        """Return the bits that are moved."""
+        return self.elements * (widths.get(self.name) or FLOAT_BITS)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """All that a quantized model multiplies, and the activations that it moves."""
+
+    works: tuple[Work, ...]
+    traffic: tuple[Traffic, ...]
+
+
+@dataclass(frozen=True)
 class Cost:
     """The cost of a plan."""
 
@@ -52,12 +78,29 @@ class Cost:
     """Mean bits of both operands over the multiply-accumulates."""
     bops: float
     """Sum of bits times bits over the multiply-accumulates."""
+    moved: float
+    """Bits of activations that are written and read."""
     size: float
     """Bytes of the layers' weights."""
     tensors: int
     """Activations that have left the bits of the scheme."""
     latency: float | None = None
     """Estimated time, over the float file's in the runtime's default precision; None where it was not measured."""
+
+    @property
+    def work(self) -> float:
+        """BOPs, with the bits that are moved in the same unit: a tensor that no layer multiplies has a price, too."""
+        return self.bops + BOPS_PER_BIT * self.moved
+
+
+def workload_of(qmodel: nn.Module) -> Workload:
+    """Return what a quantized model multiplies and moves."""
+    known = named_nodes(qmodel)
+    traffic = []
+    for tensor in plan_of(qmodel).tensors:
+        values = sum(elements(known[place][1]) for place in tensor.places if place in known)
+        traffic.append(Traffic(" = ".join(tensor.places), values * (1 + len(tensor.consumers))))
+    return Workload(tuple(works_of(qmodel)), tuple(traffic))
 
 
 def works_of(qmodel: nn.Module) -> list[Work]:
@@ -72,9 +115,9 @@ def works_of(qmodel: nn.Module) -> list[Work]:
     for name, (_, node) in named_nodes(qmodel).items():
         layer = kind_of(node) in WEIGHTED and name in weighted
         if layer or (kind_of(node) is OperatorKind.MATMUL and name in read):
-            elements = _product(weight_shape(node)) if layer else 0
+            count = _product(weight_shape(node)) if layer else 0
             weight = f"the weight of {name}" if layer else None
-            found.append(Work(name, multiply_accumulates(node), elements, weight, tuple(read.get(name, ()))))
+            found.append(Work(name, multiply_accumulates(node), count, weight, tuple(read.get(name, ()))))
     return found
 
 
@@ -94,24 +137,31 @@ def _width(quantizer: Quantizer) -> int | None:
     return None if quantizer.mode is Mode.FLOAT else quantizer.scheme.bits
 
 
-def cost_of(works: Sequence[Work], widths: Widths, scheme: Widths, times: LayerTimes | None) -> Cost:
+def cost_of(workload: Workload, widths: Widths, scheme: Widths, times: LayerTimes | None) -> Cost:
     """Return the cost of a plan.
 
     Args:
-        works: of the model.
+        workload: of the model.
         widths: the plan's bits.
         scheme: the bits of the plan without any step.
         times: times of the layers in integers and in float, where they were measured.
     """
+    works = workload.works
     total = sum(work.multiply_accumulates for work in works) or 1
     pairs = [(work, *work.bits(widths)) for work in works]
     weights = [(work.elements, widths.get(work.weight) or FLOAT_BITS) for work in works if work.weight is not None]
     activations = {name for name in scheme if not name.startswith("the weight of ")}
     floats = [work.name for work, first, _ in pairs if first == FLOAT_BITS]
+    moved, least, most = (_moved(workload, given) for given in (widths, scheme, {}))
     return Cost(
         bits=sum(work.multiply_accumulates * (first + second) / 2 for work, first, second in pairs) / total,
         bops=float(sum(work.multiply_accumulates * first * second for work, first, second in pairs)),
-        size=sum(elements * bits / 8 for elements, bits in weights),
+        moved=moved,
+        size=sum(count * bits / 8 for count, bits in weights),
         tensors=sum(widths.get(name) != scheme[name] for name in activations),
-        latency=None if times is None else times.ratio_with(floats),
+        latency=None if times is None else times.ratio_with(floats, (moved - least) / max(most - least, 1.0)),
     )
+
+
+def _moved(workload: Workload, widths: Widths) -> float:
+    return float(sum(traffic.bits(widths) for traffic in workload.traffic))

@@ -12,14 +12,14 @@ from halfeven.diagnosis.sensitivity import Reference, reference_of
 from halfeven.errors import PlacementError
 from halfeven.graph.batches import Inputs
 from halfeven.layerwise.outputs import first_samples
-from halfeven.mixed_precision.cost import works_of
+from halfeven.mixed_precision.cost import workload_of, works_of
 from halfeven.mixed_precision.judge import Evaluate, Judge, Judgement
 from halfeven.mixed_precision.moves import Move, moves_of
 from halfeven.mixed_precision.options import SearchOptions
 from halfeven.mixed_precision.result import SearchResult
 from halfeven.mixed_precision.store import MeasurementStore
 from halfeven.mixed_precision.units import units_of
-from halfeven.mixed_precision.walk import Walk, walk
+from halfeven.mixed_precision.walk import Step, Walk, walk
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.options import Rule
 from halfeven.placement.plan import Plan
@@ -77,16 +77,16 @@ def search_plan(
     moves = moves_of(qmodel, units_of(qmodel), candidates, batches, runtime.target)
     log(f"Searching {len(moves)} steps in {len(units_of(qmodel))} groups of tensors.")
     store = MeasurementStore(resume_dir, facts)
-    state = Walk(qmodel, moves, works_of(qmodel), times, reference, judge, options, store, log)
+    state = Walk(qmodel, moves, workload_of(qmodel), times, reference, judge, options, store, log)
     chosen = walk(state)
     finish = _Finish(state, runtime, quantized, first)
     result = finish.at(chosen)
     for _ in range(LATENCY_TRIES):
-        if result.reached or chosen == 0 or not _too_slow(result, options):
+        faster = _faster(result, state.steps, options)
+        if faster is None:
             break
-        chosen -= 1
-        log(f"  the file is slower than estimated ({result.latency:.3f}); one step less ...")
-        result = finish.at(chosen)
+        log(f"  the file takes {result.latency:.3f} of the float file's time, more than estimated; step {faster} ...")
+        result = finish.at(faster)
     notes = _notes(result, state, held_out=bool(held_out), evaluated=evaluate is not None)
     return dataclasses.replace(result, notes=notes)
 
@@ -170,8 +170,22 @@ def _reached(state: Walk, chosen: int, judgement: Judgement | None, measured: fl
     return state.within(cost)
 
 
-def _too_slow(result: SearchResult, options: SearchOptions) -> bool:
-    return options.latency is not None and result.latency is not None and result.latency > options.latency
+def _faster(result: SearchResult, steps: Sequence[Step], options: SearchOptions) -> int | None:
+    """Return the number of steps of a plan whose file should be fast enough; None if the file is, or none would be.
+
+    The estimates are corrected by what the file took: the plan is the last before the present one that keeps the budget
+    then, or else the one that is estimated the fastest.
+    """
+    estimated = steps[result.chosen].cost.latency
+    if options.latency is None or result.latency is None or estimated is None or result.latency <= options.latency:
+        return None
+    least = estimated * options.latency / result.latency
+    faster = {step.number: step.cost.latency for step in steps[: result.chosen] if step.cost.latency is not None}
+    kept = [number for number, latency in faster.items() if latency <= least]
+    if kept:
+        return kept[-1]
+    best = min(faster, key=lambda number: faster[number], default=None)
+    return best if best is not None and faster[best] < estimated else None
 
 
 def _notes(result: SearchResult, state: Walk, *, held_out: bool, evaluated: bool) -> tuple[str, ...]:

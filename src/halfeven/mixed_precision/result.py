@@ -4,14 +4,18 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from halfeven.mixed_precision.judge import Judgement
+from halfeven.mixed_precision.result_page import search_contents
 from halfeven.mixed_precision.walk import Step
+from halfeven.placement.insertion import plan_of
 from halfeven.placement.options import Rule
 from halfeven.quantization.own_class import plain_values
+from halfeven.reporting.page import save_page
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +44,9 @@ class SearchResult:
 
     @property
     def pareto(self) -> tuple[Step, ...]:
-        """The plans that no cheaper plan is at least as good as, the cheapest first."""
+        """The plans that no cheaper plan is at least as good as, the cheapest first: by time where it was measured."""
         found: list[Step] = []
-        for step in sorted(self.steps, key=lambda step: (step.cost.bops, step.divergence)):
+        for step in sorted(self.steps, key=lambda step: (_cost(step), step.divergence)):
             if not found or step.divergence < found[-1].divergence:
                 found.append(step)
         return tuple(found)
@@ -56,10 +60,19 @@ class SearchResult:
             "unit": self.unit,
             "drop": None if self.judgement is None else dataclasses.asdict(self.judgement),
             "latency": self.latency,
-            "steps": [_plain(dataclasses.asdict(step)) for step in self.steps],
+            "steps": [_values(step) for step in self.steps],
             "pareto": [step.number for step in self.pareto],
             "notes": list(self.notes),
         }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result as one HTML page with charts, and return its path.
+
+        Raises:
+            ConfigError: the package that draws the charts is not installed.
+            StorageError: the page cannot be written.
+        """
+        return save_page(search_contents(self.to_dict(), plan_of(self.qmodel).to_dict()), path)
 
     def __str__(self) -> str:
         """Return the plans on the way as a table, the rules to paste, and what was reached."""
@@ -73,6 +86,16 @@ class SearchResult:
         lines += [f"{verdict} after {self.chosen} steps: {drop}{latency}.", *self.notes]
         lines += ["", "rules=(", *(f"    {_written(rule)}," for rule in self.rules), ")"]
         return "\n".join(lines)
+
+
+def _cost(step: Step) -> float:
+    return step.cost.work if step.cost.latency is None else step.cost.latency
+
+
+def _values(step: Step) -> dict[str, Any]:
+    values: dict[str, Any] = _plain(dataclasses.asdict(step))
+    values["cost"]["work"] = step.cost.work
+    return values
 
 
 def _row(step: Step, *, chosen: bool, best: bool) -> tuple[str, ...]:

@@ -10,12 +10,21 @@ from torch import nn
 from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import AlgorithmError, ConfigError
 from halfeven.graph.capture import Example
+from halfeven.graph.copying import copy_model
 from halfeven.mixed_precision.judge import Evaluate
 from halfeven.mixed_precision.moves import check_candidates, usual_candidates
 from halfeven.mixed_precision.options import SearchFields, SearchOptions
 from halfeven.mixed_precision.plan_search import search_plan
 from halfeven.mixed_precision.result import SearchResult
-from halfeven.pipelines import QuantizeFields, at_hand, check_folds, quantize, split_fields
+from halfeven.pipelines import (
+    QuantizeFields,
+    at_hand,
+    check_folds,
+    prepare_folded,
+    quantize_prepared,
+    set_rules,
+    split_fields,
+)
 from halfeven.placement.options import QuantizationOptions, Rule
 from halfeven.ptq.options import PTQOptions
 from halfeven.runtimes.runtime import runtime_named
@@ -74,14 +83,49 @@ def search(
     check_folds(options)
     tried = check_search(budgets, options, candidates)
     data = at_hand(batches, None)
+    prepared = prepare_folded(model, data, options, example)
+    log = log or (lambda text: None)
+    return search_prepared(
+        prepared, model, data, evaluate, ptq, budgets, candidates=tried, log=log, resume_dir=resume_dir
+    )
+
+
+def search_prepared(
+    prepared: nn.Module,
+    model: nn.Module,
+    batches: Sequence[Any],
+    evaluate: Evaluate | None,
+    ptq: PTQOptions,
+    budgets: SearchOptions,
+    *,
+    candidates: Sequence[Rule],
+    log: Callable[[str], None],
+    resume_dir: Path | None,
+) -> SearchResult:
+    """Search the plan of a model from `prepare` with BatchNorm folded, copies of which are quantized.
+
+    Args:
+        prepared: the prepared model, which stays as it is.
+        model: the float model that it was made from.
+        batches: calibration batches, which are read several times.
+        evaluate: the metric; None: answers are compared.
+        ptq: the steps of the final model.
+        budgets: the budgets.
+        candidates: what to try, from `check_search`.
+        log: called with each step.
+        resume_dir: folder that keeps measurements.
+    """
     ranges_alone, final = _steps(ptq)
 
     def quantized(rules: tuple[Rule, ...], last: bool) -> nn.Module:
-        placed = dataclasses.replace(options, rules=(*options.rules, *rules))
-        return quantize(model, data, placed, final if last else ranges_alone, example=example)
+        qmodel = copy_model(prepared)
+        if rules:
+            set_rules(qmodel, rules)
+        return quantize_prepared(qmodel, batches, final if last else ranges_alone, log=lambda text: None)
 
-    log = log or (lambda text: None)
-    return search_plan(model, data, evaluate, budgets, tried, quantized=quantized, log=log, resume_dir=resume_dir)
+    return search_plan(
+        model, batches, evaluate, budgets, candidates, quantized=quantized, log=log, resume_dir=resume_dir
+    )
 
 
 def _steps(ptq: PTQOptions) -> tuple[PTQOptions, PTQOptions]:

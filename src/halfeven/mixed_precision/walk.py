@@ -9,10 +9,11 @@ from torch import nn
 
 from halfeven.diagnosis.exchanged_ranges import GridRange, grid_range, raised, set_grid_range
 from halfeven.diagnosis.sensitivity import Reference, divergence_of, divergences
-from halfeven.mixed_precision.cost import Cost, Work, cost_of, widths_of
+from halfeven.mixed_precision.cost import Cost, Workload, cost_of, widths_of
 from halfeven.mixed_precision.judge import Judge, Judgement
 from halfeven.mixed_precision.moves import Move
 from halfeven.mixed_precision.options import SearchOptions
+from halfeven.mixed_precision.pricing import NEXT_TO_NOTHING, is_cheaper, is_worth_its_work, price, reason, worth
 from halfeven.mixed_precision.store import MeasurementStore
 from halfeven.quantization.quantizer import Mode, Quantizer, quantizers
 from halfeven.verification.layer_times import LayerTimes
@@ -20,8 +21,12 @@ from halfeven.verification.layer_times import LayerTimes
 FIRST_RESCORING = 4
 """Steps before the moves are ranked anew for the first time; then after twice as many, and so on."""
 
-LEFT = 0.01
-"""Share of the damage at the start below which nothing is left to gain."""
+AS_GOOD = 0.9
+"""Share of a step's gain that a smaller change of the same tensors needs to be taken instead, at no higher price."""
+
+
+ALONE = "gains nothing alone, and others may gain after it"
+"""The reason of a step that is taken where none gains."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Step:
     divergence: float
     """From the float model, on the samples that rank the steps."""
     cost: Cost
+    gain: float = 0.0
+    """What the step was expected to take away from the divergence, by the last ranking."""
     judgement: Judgement | None = None
     """The drop on the held-out part, where it was measured."""
 
@@ -45,7 +52,7 @@ class Walk:
 
     qmodel: nn.Module
     moves: Sequence[Move]
-    works: Sequence[Work]
+    workload: Workload
     times: LayerTimes | None
     reference: Reference
     judge: Judge
@@ -68,16 +75,27 @@ class Walk:
         widths = widths_of(self.qmodel)
         for quantizer, setting in (move.settings if move is not None else {}).items():
             widths[quantizer.name] = None if setting is None else setting.scheme.bits
-        return cost_of(self.works, widths, self.scheme, self.times)
+        return cost_of(self.workload, widths, self.scheme, self.times)
 
-    def within(self, cost: Cost) -> bool:
-        """Return True if a cost keeps the budgets."""
-        pairs = [
-            (cost.bits, self.options.bits),
-            (cost.tensors, self.options.tensors),
-            (cost.latency, self.options.latency),
-        ]
-        return all(value is None or budget is None or value <= budget for value, budget in pairs)
+    def within(self, cost: Cost, before: Cost | None = None) -> bool:
+        """Return True if a cost keeps the budgets.
+
+        Args:
+            cost: of a plan.
+            before: of the plan that a step starts from: the step may come nearer to a budget that neither keeps.
+        """
+        for name in ("bits", "tensors", "latency"):
+            value, budget = getattr(cost, name), getattr(self.options, name)
+            if value is None or budget is None or value <= budget:
+                continue
+            if before is None or value >= getattr(before, name):
+                return False
+        return True
+
+    def share(self, move: Move) -> float:
+        """Return the share of the damage at the start that a move is expected to take away."""
+        damage = self.steps[0].divergence
+        return self.gains.get(move, 0.0) / damage if damage else 0.0
 
     def go_to(self, count: int) -> None:
         """Put the model into the state after the first steps."""
@@ -119,9 +137,13 @@ def walk(state: Walk) -> int:
     rank(state)
     rescored = FIRST_RESCORING
     judged = failed = 0
-    while (step := _next(state)) is not None or _rank_again(state):
-        if step is None:
+    while True:
+        step = _next(state)
+        if step is None and _rank_again(state):
             continue
+        step = step or _next(state, gaining=False)
+        if step is None:
+            break
         state.steps.append(step)
         state.log(_line(step, state.judge.unit))
         count = len(state.taken)
@@ -160,14 +182,15 @@ def _rank_again(state: Walk) -> bool:
     if state.ranked_after == len(state.taken) or _is_mended(state):
         return False
     state.useless.clear()
-    if not any(_is_open(state, move) and state.within(state.cost(move)) for move in state.moves):
+    present = state.steps[-1].cost
+    if not any(_is_open(state, move) and state.within(state.cost(move), present) for move in state.moves):
         return False
     rank(state)
     return True
 
 
 def _is_mended(state: Walk) -> bool:
-    return state.steps[-1].divergence <= LEFT * state.steps[0].divergence
+    return state.steps[-1].divergence <= NEXT_TO_NOTHING * state.steps[0].divergence
 
 
 def rank(state: Walk) -> None:
@@ -177,10 +200,21 @@ def rank(state: Walk) -> None:
     open_moves = {number: move for number, move in enumerate(state.moves) if _is_open(state, move)}
     state.log(f"  ranking {len(open_moves)} steps on {sum(len(x[0]) for x in state.reference.outputs)} samples ...")
     present = state.steps[-1].divergence
-    for number, after in state.store.measured(
-        f"ranking after {len(state.taken)}", lambda: _measured(state, open_moves)
-    ).items():
+    name = f"ranking after {len(state.taken)}"
+    for number, after in state.store.measured(name, lambda: _measured(state, open_moves)).items():
         state.gains[state.moves[int(number)]] = present - after
+
+
+def _rank_relatives(state: Walk, taken: Move, after: float) -> None:
+    """Measure anew what other changes of the same tensors gain: a step has taken a part of it away."""
+    related = {
+        number: move
+        for number, move in enumerate(state.moves)
+        if (move.unit is taken.unit or move.settings.keys() & taken.settings.keys()) and _is_open(state, move)
+    }
+    name = f"ranking of its tensors after {len(state.taken)}: {taken.unit.name}, {taken}"
+    for number, divergence in state.store.measured(name, lambda: _measured(state, related)).items():
+        state.gains[state.moves[int(number)]] = after - divergence
 
 
 def _measured(state: Walk, moves: dict[int, Move]) -> dict[str, float]:
@@ -202,67 +236,67 @@ def _is_open(state: Walk, move: Move) -> bool:
     return move not in state.taken and move not in state.useless and move.raises()
 
 
-def _next(state: Walk) -> Step | None:
-    """Take the best move, and return its step; None if none is left that gains and keeps the budgets."""
+def _next(state: Walk, *, gaining: bool = True) -> Step | None:
+    """Take the best move, and return its step; None if none is left that keeps the budgets.
+
+    Args:
+        state: the search.
+        gaining: the move must gain. Where none does alone and the drop is too large yet, the least harmful is taken:
+            errors meet, and what remains may gain after it.
+    """
     before = state.steps[-1]
-    if _is_mended(state):
+    if _is_mended(state) or (not gaining and state.options.max_drop is None):
         return None
-    while True:
-        open_moves = [move for move in state.moves if _is_open(state, move) and state.gains.get(move, 0.0) > 0]
-        costs = {move: state.cost(move) for move in open_moves}
-        affordable = [move for move in open_moves if state.within(costs[move])]
-        if not affordable:
-            return None
-        best = max(affordable, key=lambda move: _worth(state, before, costs[move], state.gains[move]))
-        best.apply()
-        state.taken.append(best)
-        name = f"divergence after {len(state.taken)}: {best.unit.name}, {best}"
+    while (best := _best(state, before, gaining=gaining)) is not None:
+        move, cost = best
+        gain, share = state.gains[move], state.share(move)
+        move.apply()
+        state.taken.append(move)
+        name = f"divergence after {len(state.taken)}: {move.unit.name}, {move}"
         after = state.store.measured(name, lambda: divergence_of(state.qmodel, state.reference))
-        if after < before.divergence or _is_cheaper(state, before.cost, costs[best]):
-            return Step(
-                len(state.taken),
-                best.unit.name,
-                str(best),
-                _reason(state, before, costs[best], state.gains[best]),
-                after,
-                costs[best],
+        if after < before.divergence or is_cheaper(state.options, before.cost, cost) or not gaining:
+            _rank_relatives(state, move, after)
+            why = (
+                reason(state.options, before.cost, cost, share)
+                if gaining
+                else "gains nothing alone; others may after it"
             )
+            return Step(len(state.taken), move.unit.name, str(move), why, after, cost, gain)
         # It gained alone, and gains nothing in this context.
         state.taken.pop()
-        state.useless.add(best)
+        state.useless.add(move)
         state.go_to(len(state.taken))
+    return None
 
 
-def _price(state: Walk, cost: Cost) -> float:
-    """Return the cost that steps are weighed by."""
-    options = state.options
-    name = options.cost
-    if name == "latency" or (name == "auto" and options.latency is not None):
-        return cost.latency if cost.latency is not None else cost.bops
-    if name == "auto" and options.bits is not None:
-        return cost.bits
-    return cost.size if name == "size" else cost.bops
+def _best(state: Walk, before: Step, *, gaining: bool) -> tuple[Move, Cost] | None:
+    """Return the move that gains the most for its price, with the cost of the plan with it; None if none is left.
 
-
-def _is_cheaper(state: Walk, before: Cost, after: Cost) -> bool:
-    return _price(state, after) < _price(state, before)
-
-
-def _worth(state: Walk, before: Step, cost: Cost, gain: float) -> tuple[bool, float]:
-    """Return the rank of a move: those that cost nothing first, then by the gain over the cost that they add."""
-    if state.options.cost == "auto" and state.options.tensors is not None and state.options.latency is None:
-        return cost.tensors <= before.cost.tensors, gain
-    added = _price(state, cost) - _price(state, before.cost)
-    return added <= 0, gain if added <= 0 else gain / added
-
-
-def _reason(state: Walk, before: Step, cost: Cost, gain: float) -> str:
-    share = gain / state.steps[0].divergence if state.steps[0].divergence else 0.0
-    if _is_cheaper(state, before.cost, cost):
-        return f"gains {100 * share:.1f} % of the damage and is cheaper"
-    if _price(state, cost) == _price(state, before.cost):
-        return f"gains {100 * share:.1f} % of the damage at no cost"
-    return f"gains {100 * share:.1f} % of the damage"
+    A smaller change of the same tensors that gains nearly as much, at no higher price, is preferred.
+    """
+    costs = {}
+    for move in state.moves:
+        if not _is_open(state, move) or (gaining and state.gains.get(move, 0.0) <= 0):
+            continue
+        cost = state.cost(move)
+        worthy = is_worth_its_work(state.options, before.cost, cost, state.share(move))
+        if state.within(cost, before.cost) and (worthy if gaining else cost.work > before.cost.work):
+            costs[move] = cost
+    if not costs:
+        return None
+    if not gaining:
+        least = max(costs, key=lambda move: state.gains[move])
+        return least, costs[least]
+    best = max(costs, key=lambda move: worth(state.options, before.cost, costs[move], state.gains[move]))
+    highest = price(state.options, costs[best])
+    least_gain = AS_GOOD * state.gains[best]
+    as_good = [
+        move
+        for move, cost in costs.items()
+        if move.unit is best.unit and state.gains[move] >= least_gain and price(state.options, cost) <= highest
+    ]
+    chosen = min(as_good, key=lambda move: costs[move].work)
+    return chosen, costs[chosen]
 
 
 def _line(step: Step, unit: str) -> str:

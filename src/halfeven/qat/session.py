@@ -29,6 +29,7 @@ from halfeven.qat.batchnorm_schedule import ScheduleOptions, frozen_after, sched
 from halfeven.qat.bit_schedule import BitSchedule
 from halfeven.qat.distillation import Distillation
 from halfeven.qat.ema import WeightEMA
+from halfeven.qat.histograms import histograms
 from halfeven.qat.options import QATOptions
 from halfeven.qat.oscillation import Oscillations
 from halfeven.qat.recipe import QATRecipe
@@ -130,6 +131,10 @@ class QATSession(TrainerCallback):
     def figures(self) -> dict[str, float]:
         """Return the percentages of the weights that oscillate and that are frozen; {} where none is followed."""
         return {} if self.oscillations is None else self.oscillations.shares()
+
+    def histograms(self) -> dict[str, Tensor]:
+        """Return the scales of all quantizers, and what activations clip in training, by name."""
+        return histograms(self.clipping.qmodel, self.clipping.shares.values())
 
 
 def _distillation(

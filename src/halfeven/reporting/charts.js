@@ -109,6 +109,40 @@ function channelChart(tensor) {
   });
 }
 
+// The plans of a search by cost and divergence; those that no cheaper plan matches are joined.
+function plansChart(plans, cost) {
+  const c = colours();
+  const kinds = ["chosen", "no cheaper plan is as good", "other"];
+  const x = { field: "cost", type: "quantitative", title: cost, scale: { zero: false, nice: true } };
+  const y = { field: "divergence", type: "quantitative", title: "divergence", scale: { type: "sqrt" } };
+  return described(plans, 300, {
+    layer: [
+      {
+        transform: [{ filter: "datum.kind !== 'other'" }],
+        mark: { type: "line", interpolate: "step-after", color: c.line, strokeWidth: 2 },
+        encoding: { x, y },
+      },
+      {
+        mark: { type: "point", filled: true, size: 70, tooltip: true },
+        encoding: {
+          x,
+          y,
+          color: { field: "kind", type: "nominal", sort: kinds, scale: { domain: kinds, range: [c.harm, c.activation, c.grid] } },
+          opacity: { condition: { test: "datum.kind === 'other'", value: 0.45 }, value: 1 },
+          tooltip: [
+            { field: "number", title: "step" },
+            { field: "change", title: "change" },
+            { field: "divergence", format: ".3g" },
+            { field: "drop", title: "drop" },
+            { field: "bits", title: "mean bits", format: ".2f" },
+            { field: "cost", title: cost, format: ".3g" },
+          ],
+        },
+      },
+    ],
+  });
+}
+
 // Bars with a name each: accuracy, size, latency.
 function namedBars(values, title, rows) {
   const found = rows || Object.entries(values).map(([name, value]) => ({ name, value }));

@@ -22,7 +22,7 @@ function element(tag, attributes, ...children) {
 }
 
 function section(title, ...children) {
-  document.getElementById("page").append(element("section", {}, element("h2", {}, title), ...children));
+  document.getElementById("page").append(element("section", {}, element("h2", {}, title), ...children.filter((child) => child !== null)));
 }
 
 function shown(value, digits = 3) {
@@ -74,6 +74,7 @@ function findings() {
       element("p", {}, finding.evidence),
       element("p", {}, `Remedy: ${finding.remedy}${brought}.`),
       finding.paste ? element("pre", {}, finding.paste) : null,
+      finding.further ? element("p", {}, `${finding.further}.`) : null,
       tried.length > 1 ? element("p", { class: "quiet" }, `Tried: ${tried.join(", ")}.`) : null,
     );
   });
@@ -180,6 +181,16 @@ function bars() {
   if (made.length) section("Accuracy, size, latency", element("div", { class: "pair" }, ...made));
 }
 
+function plans() {
+  if (!contents.plans.length) return;
+  const caption = "Each point is a plan; the line joins those that no cheaper plan matches";
+  section(
+    "Cost and divergence of the plans",
+    chart(() => plansChart(contents.plans, contents.plans_cost), caption),
+    contents.paste ? element("pre", {}, contents.paste) : null,
+  );
+}
+
 function tables() {
   for (const [title, [header, ...rows]] of Object.entries(contents.tables)) {
     const lines = rows.map((row) => element("tr", {}, ...row.map((cell) => element("td", {}, cell))));
@@ -224,6 +235,7 @@ head();
 findings();
 bars();
 network();
+plans();
 tables();
 plan();
 notes();

@@ -41,6 +41,12 @@ class PageContents:
     """Time by layer, each with name, milliseconds and precision."""
     plan: Mapping[str, Any] = field(default_factory=dict)
     """A plan as plain values."""
+    plans: tuple[Mapping[str, Any], ...] = ()
+    """Plans of a search, each with number, change, cost, divergence, drop, bits and kind."""
+    plans_cost: str = ""
+    """What their cost is."""
+    paste: str = ""
+    """Lines to paste into a config."""
     tables: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     """Further tables by their headings; the first row is the header."""
     notes: tuple[str, ...] = ()

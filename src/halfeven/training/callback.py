@@ -60,3 +60,7 @@ class TrainerCallback:
     def figures(self) -> Metrics:
         """Return further figures for the log, by name."""
         return {}
+
+    def histograms(self) -> Mapping[str, Tensor]:
+        """Return values whose distribution is logged at each validation, by name."""
+        return {}

@@ -1,7 +1,9 @@
 """The log of a training run: a progress bar, a file of JSON lines, and TensorBoard's curves."""
 
 import json
+import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from torch import Tensor
 
 from halfeven.files import storing, write_atomically
 from halfeven.imports import extra
@@ -31,6 +34,10 @@ def plain_console(*, quiet: bool = False) -> Console:
 def described(metrics: dict[str, float]) -> str:
     """Return metrics as text, for example "top1 89.99, top5 99.88"."""
     return ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+
+
+def _curves(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"{name}/{metric}": value for metric, value in metrics.items()}
 
 
 class JSONLinesTracker(GeneralTracker):  # type: ignore[misc]
@@ -97,13 +104,25 @@ class RunLog:
         resumed: True for a run that goes on: the log of steps up to `step` is kept. Otherwise the log starts anew.
         console: where the bar and the validations are printed.
         main: True on the main process.
+        constants: metrics that stay, by the model's name, such as the float model's: curves beside each validation.
     """
 
     def __init__(
-        self, folder: Path, title: str, *, total: int, step: int, resumed: bool, console: Console, main: bool
+        self,
+        folder: Path,
+        title: str,
+        *,
+        total: int,
+        step: int,
+        resumed: bool,
+        console: Console,
+        main: bool,
+        constants: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         self.console = console
         self.main = main
+        self.constants = constants or {}
+        self._one_chart = False
         self.total = total
         self._first = step
         self._started = time.monotonic()
@@ -156,11 +175,27 @@ class RunLog:
 
     def validation(self, step: int, epoch: int, name: str, metrics: dict[str, float]) -> None:
         """Log and print the accuracy of a model, which is named, for example, `w8a8` or `float`."""
-        curves = {f"{name}/{metric}": value for metric, value in metrics.items()}
+        curves = _curves(name, metrics)
+        if step:
+            for other, constant in self.constants.items():
+                curves |= _curves(other, constant)
         self._record(step, {"epoch": epoch, name: metrics}, curves)
         if self.main:
+            self._draw_in_one_chart(metrics)
             place = f"epoch {epoch} · step {step} of {self.total} · " if step else ""
             self.console.print(f"{place}{name}: {described(metrics)}", highlight=False)
+
+    def histograms(self, step: int, found: Mapping[str, Tensor]) -> None:
+        """Log the distributions of values, by name."""
+        for name, values in found.items() if self.main else ():
+            self._curves.tracker.add_histogram(f"quantizers/{name}", values, step)
+
+    def _draw_in_one_chart(self, metrics: Mapping[str, float]) -> None:
+        """Let TensorBoard show the curves of all models, float and quantized, in one chart for each metric."""
+        if not self._one_chart:
+            charts = {metric: ["Multiline", [f".*/{re.escape(metric)}$"]] for metric in metrics}
+            self._curves.tracker.add_custom_scalars({"float and quantized": charts})
+            self._one_chart = True
 
     def close(self) -> None:
         """Stop the bar and close the files."""

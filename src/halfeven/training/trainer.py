@@ -171,6 +171,7 @@ class Trainer:
             resumed=resume,
             console=self.where.console,
             main=self.accelerator.is_main_process,
+            constants=self.measured,
         )
         try:
             if not resume:
@@ -286,6 +287,7 @@ class Trainer:
         """Validate where it is due, and save the state, at the end of an epoch or at a validation within it."""
         if self._validates():
             self.last = self._validate(self.model, epoch, self.where.name, "last")
+            self.log.histograms(self.step, self.callback.histograms())
             for name, model in self.callback.other_models.items():
                 self._validate(model, epoch, f"{self.where.name}, {name}")
         self._save_state()

@@ -40,12 +40,19 @@ class LayerTimes:
     layers: tuple[LayerTime, ...] = ()
     """In the order in which they run; empty where the runtime gives no profile."""
 
-    def ratio_with(self, in_float: Collection[str]) -> float:
-        """Return the estimated time over the float file's in default precision if these layers computed in float."""
-        gained = sum(
-            layer.deployed - layer.floating for layer in self.layers if layer.integer and layer.name in in_float
-        )
-        return (self.deployed - gained) / self.float_default
+    def ratio_with(self, in_float: Collection[str], moved_in_float: float = 0.0) -> float:
+        """Return the estimated time over the float file's in default precision if more computed in float.
+
+        Args:
+            in_float: the layers that do.
+            moved_in_float: share of the other activations that are moved in float, too. What the layers' kernels leave
+                of the time goes from the deployed file's to the float file's with it.
+        """
+        chosen = [layer for layer in self.layers if layer.integer and layer.name in in_float]
+        added = sum(layer.floating - layer.deployed for layer in chosen)
+        rest = max(self.deployed - sum(layer.deployed for layer in self.layers), 0.0)
+        floating_rest = max(self.float32 - sum(layer.floating for layer in self.layers), 0.0)
+        return (self.deployed + added + moved_in_float * (floating_rest - rest)) / self.float_default
 
     def slower(self) -> list[LayerTime]:
         """Return the layers whose integer kernel takes longer than the float kernel, the largest loss first."""

@@ -1,0 +1,113 @@
+"""What a page shows of a search: its plans as points of cost and divergence, and as a table."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from halfeven.reporting.page import PageContents
+
+Values = Mapping[str, Any]
+"""What `SearchResult.to_dict` returns, or what was read of its file."""
+
+
+def with_search(contents: PageContents, found: Values) -> PageContents:
+    """Return the contents of a page with the plans of a search.
+
+    Args:
+        contents: of the page.
+        found: the search's result as plain values.
+    """
+    title = f"Plans of the search, and their {found['unit']}"
+    return dataclasses.replace(
+        contents,
+        plans=tuple(_point(step, found) for step in found["steps"]),
+        plans_cost=_axis(found),
+        tables={title: _table(found), **contents.tables},
+        notes=(*contents.notes, *found["notes"]),
+        paste=_pasted(found["rules"]),
+    )
+
+
+def search_contents(found: Values, plan: Values) -> PageContents:
+    """Return the contents of a search's own page."""
+    steps = found["steps"]
+    drop = "" if found["drop"] is None else f", {found['unit']} {_judged(found['drop'])}"
+    latency = "" if found["latency"] is None else f", latency {found['latency']:.3f} of the float file's"
+    kept = "All budgets are kept" if found["reached"] else "The budgets are not kept"
+    chosen = steps[found["chosen"]]
+    contents = PageContents(
+        title="Search of a mixed-precision plan",
+        verdict=f"{kept} after {found['chosen']} of {len(steps) - 1} steps{drop}{latency}.",
+        facts={
+            "mean bits": f"{chosen['cost']['bits']:.2f}",
+            "weights": f"{chosen['cost']['size'] / 1000:.1f} kB",
+            "activations raised": str(chosen["cost"]["tensors"]),
+            "divergence": f"{steps[0]['divergence']:.3g} → {chosen['divergence']:.3g}",
+        },
+        plan=plan,
+    )
+    return with_search(contents, found)
+
+
+def _axis(found: Values) -> str:
+    timed = found["steps"][0]["cost"]["latency"] is not None
+    return "estimated time, of the float file's" if timed else "work, of the scheme's"
+
+
+def _point(step: Values, found: Values) -> dict[str, Any]:
+    cost = step["cost"]
+    first = found["steps"][0]["cost"]["work"] or 1.0
+    return {
+        "number": step["number"],
+        "change": _change(step),
+        "cost": cost["latency"] if cost["latency"] is not None else cost["work"] / first,
+        "divergence": step["divergence"],
+        "drop": None if step["judgement"] is None else _judged(step["judgement"]),
+        "bits": cost["bits"],
+        "kind": _kind(step["number"], found),
+    }
+
+
+def _kind(number: int, found: Values) -> str:
+    if number == found["chosen"]:
+        return "chosen"
+    return "no cheaper plan is as good" if number in found["pareto"] else "other"
+
+
+def _table(found: Values) -> tuple[tuple[str, ...], ...]:
+    timed = found["steps"][0]["cost"]["latency"] is not None
+    header = ("step", "", "divergence", "drop", "mean bits", "weights, kB", *(("latency",) if timed else ()), "because")
+    rows = []
+    for step in found["steps"]:
+        cost = step["cost"]
+        latency = (f"{cost['latency']:.3f}",) if timed else ()
+        rows.append(
+            (
+                f"{step['number']}. {_change(step)}",
+                {"other": "", "chosen": "chosen"}.get(_kind(step["number"], found), "Pareto"),
+                f"{step['divergence']:.4g}",
+                "" if step["judgement"] is None else _judged(step["judgement"]),
+                f"{cost['bits']:.2f}",
+                f"{cost['size'] / 1000:.1f}",
+                *latency,
+                step["reason"],
+            )
+        )
+    return (header, *rows)
+
+
+def _change(step: Values) -> str:
+    return f"{step['unit']}: {step['change']}" if step["unit"] else "the scheme"
+
+
+def _judged(values: Values) -> str:
+    interval = values["interval"]
+    return f"{values['drop']:.3g}" + ("" if interval is None else f" ± {interval:.2g}")
+
+
+def _pasted(rules: Any) -> str:
+    lines = []
+    for rule in rules:
+        said = ", ".join(f"{name}={value!r}" for name, value in rule.items() if value is not None)
+        lines.append(f"    Rule({said}),")
+    return "\n".join(["rules=(", *lines, ")"]).replace("'", '"') if lines else ""
