@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
+from halfeven.diagnosis import sensitivity
 from halfeven.diagnosis.divergence import divergence
 from halfeven.diagnosis.exchanged_ranges import planned_quantizers, quantized_alone, raised, ranges_at, switched_on
 from halfeven.diagnosis.restarted import RestartedForward, WholeForward, forward_of
@@ -100,6 +101,19 @@ def test_the_bad_tensor_comes_first_and_its_raise_is_worth_its_damage(quantized)
     he.set_rules(qmodel, he.Rule(pattern=worst.name, activation_bits=8))
     he.calibrate(qmodel, batches)
     assert sensitivities(qmodel, batches, alone=False).divergence < 0.2 * found.divergence
+
+
+def test_a_part_of_the_samples_ranks_and_the_worst_are_measured_on_all(quantized, monkeypatch):
+    monkeypatch.setattr(sensitivity, "MEASURED_AGAIN", 2)
+    qmodel, model, batches = quantized
+    whole = sensitivities(qmodel, batches, float_model=model, alone=False)
+    part = sensitivities(qmodel, batches, float_model=model, alone=False, ranked_by=len(batches[0]))
+    few = sensitivities(qmodel, batches[:1], float_model=model, alone=False)
+    assert part.divergence == whole.divergence
+    expected = {t.name + str(t.weight): t.kl_in_context for t in whole.tensors}
+    same = [t for t in part.tensors if t.kl_in_context == pytest.approx(expected[t.name + str(t.weight)], abs=1e-12)]
+    assert len(same) >= 2
+    assert {t.kl_in_context for t in part.tensors} & {t.kl_in_context for t in few.tensors[2:]}
 
 
 def test_groups_are_raised_together_and_8_bits_to_float(quantized):

@@ -10,8 +10,11 @@ from torch.nn import functional as F
 import halfeven as he
 from halfeven.errors import ConfigError
 from halfeven.mixed_precision.cost import cost_of, widths_of, workload_of
+from halfeven.mixed_precision.final_rules import final_rules
+from halfeven.mixed_precision.moves import moves_of
 from halfeven.mixed_precision.store import FILE
 from halfeven.mixed_precision.units import units_of
+from halfeven.runtimes.runtime import runtime_named
 from halfeven.verification.layer_times import LayerTime, LayerTimes
 
 pytestmark = pytest.mark.usefixtures("unfused")
@@ -159,6 +162,21 @@ def test_the_drop_is_kept_by_as_few_steps_as_are_needed(subject):
     assert float(correct(found.qmodel).mean()) >= 99.0
     rebuilt = he.quantize(model, batches, scheme="w4a4", rules=found.rules, reconstruct="off", correct_biases="off")
     torch.testing.assert_close(rebuilt(batches[0]), found.qmodel(batches[0]))
+
+
+def test_the_rules_describe_each_tensor_as_its_last_step_does(subject):
+    model, batches, _ = subject
+    qmodel = he.quantize(model, batches, scheme="w4a4", reconstruct="off", correct_biases="off")
+    target = runtime_named("openvino").target
+    candidates = (he.Rule(observer="lp"), he.Rule(activation_bits=8))
+    moves = moves_of(qmodel, units_of(qmodel), candidates, batches, target)
+    (first,) = [move for move in moves if move.unit.name == "x" and str(move) == "observer lp"]
+    (second,) = [move for move in moves if move.unit.name == "x" and str(move) == "activation bits 8"]
+    plan = he.plan_of(qmodel).with_rules(*final_rules(he.plan_of(qmodel), [first, second]))
+    (entry,) = [tensor for tensor in plan.tensors if tensor.name == "x"]
+    assert (entry.scheme.bits, entry.observer) == (8, "mse"), "the ranges that the step was measured with"
+    (weight,) = [weight for weight in plan.weights if weight.name == "stem"]
+    assert (weight.scheme.bits, weight.observer) == (4, "lp")
 
 
 def test_answers_are_compared_without_a_metric(subject):

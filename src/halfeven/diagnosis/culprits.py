@@ -12,7 +12,7 @@ from halfeven.diagnosis.diagnosis import Finding, TriedRemedy
 from halfeven.diagnosis.exchanged_ranges import planned_quantizers, raised
 from halfeven.diagnosis.operator_groups import OperatorGroup, float_rules, integer_operators, operator_groups
 from halfeven.diagnosis.remedies import in_float, remedies
-from halfeven.diagnosis.sensitivity import Reference, Sensitivities, Sensitivity, divergences
+from halfeven.diagnosis.sensitivity import RANKED_BY, Reference, Sensitivities, Sensitivity, divergence_of, divergences
 from halfeven.diagnosis.statistics import TensorStatistics
 from halfeven.diagnosis.trials import (
     EQUALIZE,
@@ -158,9 +158,13 @@ def _best_group(patient: Patient) -> OperatorGroup | None:
     """Return the smallest group of neighbours that takes most of the damage away; None if none does."""
     groups = operator_groups(patient.qmodel)
     members = {group.name: group.quantizers for group in groups if group.quantizers}
-    found = divergences(patient.qmodel, patient.reference, members, lambda group: raised(group, {}))
-    gains = {group: 1 - found[group.name] / patient.divergence for group in groups if group.name in found}
-    good = [group for group, gain in gains.items() if gain >= max(STANDS_OUT, SUFFICES * max(gains.values()))]
+    part = patient.reference.first(RANKED_BY)
+    whole = patient.divergence if part is patient.reference else divergence_of(patient.qmodel, part)
+    found = divergences(patient.qmodel, part, members, lambda group: raised(group, {}))
+    gains = {group: 1 - found[group.name] / whole for group in groups if group.name in found} if whole else {}
+    good = [
+        group for group, gain in gains.items() if gain >= max(STANDS_OUT, SUFFICES * max(gains.values(), default=0.0))
+    ]
     best = min(good, key=lambda group: len(group.operators), default=None)
     # A group that takes away no more than its share of the operators is no cause.
     total = len(patient.sensitivities.tensors)

@@ -20,6 +20,7 @@ from halfeven.diagnosis.divergence import error_share
 from halfeven.diagnosis.exchanged_ranges import planned_quantizers, raised
 from halfeven.diagnosis.restarted import float_tensors
 from halfeven.diagnosis.sensitivity import (
+    RANKED_BY,
     SAMPLES,
     Reference,
     Sensitivity,
@@ -145,7 +146,7 @@ def _changed(without: float, whole: float) -> Finding:
 
 
 def _examined(qmodel: nn.Module, batches: list[Any], reference: Reference, *, alone: bool = True) -> Patient:
-    found = sensitivities(qmodel, batches, reference=reference, alone=alone)
+    found = sensitivities(qmodel, batches, reference=reference, alone=alone, ranked_by=RANKED_BY)
     return Patient(qmodel, batches, reference, found, statistics(qmodel, reference.inputs))
 
 

@@ -38,6 +38,12 @@ from halfeven.quantization.quantizer import Quantizer, weights_quantized_once
 SAMPLES = 256
 """Samples that are enough to rank tensors."""
 
+RANKED_BY = 64
+"""Samples that are enough to tell the tensors that may be a cause: a diagnosis measures these on all."""
+
+MEASURED_AGAIN = 12
+"""Tensors that are measured on all samples where a part was taken to rank them."""
+
 Name = TypeVar("Name", bound=Hashable)
 Group = Sequence[Quantizer]
 Change = Callable[[Group], AbstractContextManager[None]]
@@ -61,6 +67,15 @@ class Reference:
         """Return the share of all samples that each batch has."""
         counts = [max((len(x) for x in outputs if x.ndim), default=1) for outputs in self.outputs]
         return [count / sum(counts) for count in counts]
+
+    def first(self, samples: int) -> "Reference":
+        """Return the first batches that have so many samples together; itself where these are all."""
+        seen = 0
+        for count, outputs in enumerate(self.outputs, 1):
+            seen += max((len(x) for x in outputs if x.ndim), default=1)
+            if seen >= samples and count < len(self.outputs):
+                return Reference(self.inputs[:count], self.outputs[:count])
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +156,7 @@ def sensitivities(
     alone: bool = True,
     samples: int = SAMPLES,
     reference: Reference | None = None,
+    ranked_by: int | None = None,
 ) -> Sensitivities:
     """Measure how much of the damage each quantized tensor does, in the context of all others and alone.
 
@@ -155,6 +171,7 @@ def sensitivities(
         alone: measure each tensor alone, too, which takes about as long again.
         samples: number of samples; whole batches are taken.
         reference: the samples and float answers of an earlier `reference_of`; None: they are computed.
+        ranked_by: samples to measure all tensors on; the most harmful are measured again on all samples. None: all.
 
     Raises:
         CalibrationError: there is no batch, or a range is not set.
@@ -164,25 +181,40 @@ def sensitivities(
     reference = reference or reference_of(qmodel, chosen, float_model=float_model, samples=samples)
     ranges: dict[Quantizer, GridRange] = {} if raised_bits is None else ranges_at(qmodel, chosen, raised_bits)
     members = _members(qmodel, groups)
-    whole = divergence_of(qmodel, reference)
-    in_context = divergences(qmodel, reference, members, lambda group: raised(group, ranges))
+    part = reference if ranked_by is None else reference.first(ranked_by)
+
+    def change(group: Group) -> AbstractContextManager[None]:
+        return raised(group, ranges)
+
+    harm = _harm(qmodel, part, members, change)
+    if part is not reference:
+        worst = sorted(harm, key=lambda name: -harm[name])[:MEASURED_AGAIN]
+        harm |= _harm(qmodel, reference, {name: members[name] for name in worst}, change)
     lone: dict[tuple[str, bool], list[float]] = {}
     if alone:
         with quantized_alone(qmodel):
-            lone = measured(qmodel, reference, members, switched_on, (divergence, relative_noise))
+            lone = measured(qmodel, part, members, switched_on, (divergence, relative_noise))
     found = [
         Sensitivity(
             name=name[0],
             weight=name[1],
             bits=min(quantizer.scheme.bits for quantizer in group),
             raised_bits=raised_bits if all(quantizer in ranges for quantizer in group) else None,
-            kl_in_context=whole - in_context[name],
+            kl_in_context=harm[name],
             kl_alone=lone[name][0] if alone else None,
             sqnr_alone=decibels(lone[name][1]) if alone else None,
         )
         for name, group in members.items()
     ]
-    return Sensitivities(whole, tuple(sorted(found, key=lambda tensor: -tensor.kl_in_context)))
+    return Sensitivities(
+        divergence_of(qmodel, reference), tuple(sorted(found, key=lambda tensor: -tensor.kl_in_context))
+    )
+
+
+def _harm(qmodel: nn.Module, reference: Reference, members: Mapping[Name, Group], change: Change) -> dict[Name, float]:
+    """Return what the divergence falls by where each group alone is changed."""
+    whole = divergence_of(qmodel, reference)
+    return {name: whole - after for name, after in divergences(qmodel, reference, members, change).items()}
 
 
 def divergences(

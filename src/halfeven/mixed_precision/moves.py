@@ -183,8 +183,8 @@ def _settings(
         after = plan.with_rules(*rules)
     except PlacementError:  # the candidate is none for this unit: a layer of another kind, say
         return {}
-    old = _by_name(plan)
-    new = _by_name(after)
+    old = entries(plan)
+    new = entries(after)
     found: dict[Quantizer, GridRange | None] = {}
     for name, entry in old.items():
         quantizer = known.get(name)
@@ -197,6 +197,7 @@ def _settings(
     return found
 
 
-def _by_name(plan: Plan) -> dict[str, PlannedTensor | PlannedWeight]:
+def entries(plan: Plan) -> dict[str, PlannedTensor | PlannedWeight]:
+    """Return the entries of a plan by the names of their quantizers."""
     weights: dict[str, PlannedTensor | PlannedWeight] = {f"the weight of {w.name}": w for w in plan.weights}
     return {" = ".join(tensor.places): tensor for tensor in plan.tensors} | weights

@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from halfeven.diagnosis.sensitivity import Reference, reference_of
-from halfeven.errors import PlacementError
 from halfeven.graph.batches import Inputs
 from halfeven.layerwise.outputs import first_samples
 from halfeven.mixed_precision.cost import workload_of, works_of
+from halfeven.mixed_precision.final_rules import final_rules
 from halfeven.mixed_precision.judge import Evaluate, Judge, Judgement
-from halfeven.mixed_precision.moves import Move, moves_of
+from halfeven.mixed_precision.moves import moves_of
 from halfeven.mixed_precision.options import SearchOptions
 from halfeven.mixed_precision.result import SearchResult
 from halfeven.mixed_precision.store import MeasurementStore
@@ -22,7 +22,6 @@ from halfeven.mixed_precision.units import units_of
 from halfeven.mixed_precision.walk import Step, Walk, walk
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.options import Rule
-from halfeven.placement.plan import Plan
 from halfeven.quantization.own_class import plain_values
 from halfeven.runtimes.export import export
 from halfeven.runtimes.runtime import Runtime, runtime_named
@@ -32,8 +31,8 @@ from halfeven.verification.layer_times import LayerTimes
 Quantized = Callable[[tuple[Rule, ...], bool], nn.Module]
 """Returns the model quantized with further rules; with True by all steps that the user chose, else by ranges alone."""
 
-LATENCY_TRIES = 3
-"""Largest number of plans that are timed whole where the estimate was too low."""
+FURTHER_TRIES = 3
+"""Largest number of further plans that are made whole, where the first was slower than estimated or lost more."""
 
 
 def search_plan(
@@ -81,12 +80,18 @@ def search_plan(
     chosen = walk(state)
     finish = _Finish(state, runtime, quantized, first)
     result = finish.at(chosen)
-    for _ in range(LATENCY_TRIES):
-        faster = _faster(result, state.steps, options)
-        if faster is None:
+    for _ in range(FURTHER_TRIES):
+        other = _faster(result, state.steps, options)
+        if other is not None:
+            log(
+                f"  the file takes {result.latency:.3f} of the float file's time, more than estimated; step {other} ..."
+            )
+        elif _loses_too_much(result, options) and chosen == result.chosen < len(state.taken):
+            other = chosen = chosen + 1
+            log(f"  the model made of the rules loses {result.judgement}; step {other} ...")
+        else:
             break
-        log(f"  the file takes {result.latency:.3f} of the float file's time, more than estimated; step {faster} ...")
-        result = finish.at(faster)
+        result = finish.at(other)
     notes = _notes(result, state, held_out=bool(held_out), evaluated=evaluate is not None)
     return dataclasses.replace(result, notes=notes)
 
@@ -119,8 +124,7 @@ class _Finish:
     def at(self, chosen: int) -> SearchResult:
         """Return the result of the plan after some steps: its model is made anew, judged and timed."""
         state = self.state
-        taken = dict.fromkeys(rule for move in _in_effect(state.taken[:chosen]) for rule in move.rules)
-        rules = _effective(plan_of(state.qmodel), list(taken))
+        rules = final_rules(plan_of(state.qmodel), state.taken[:chosen])
         qmodel = self.quantized(rules, True)
         judgement = state.judge(qmodel) if state.options.max_drop is not None else None
         measured = None
@@ -139,35 +143,16 @@ class _Finish:
         )
 
 
-def _in_effect(taken: Sequence[Move]) -> list[Move]:
-    """Return the moves that no later move on the same quantizers replaces: rules without effect are refused."""
-    return [
-        move
-        for number, move in enumerate(taken)
-        if not any(move.settings.keys() <= later.settings.keys() for later in taken[number + 1 :])
-    ]
-
-
-def _effective(plan: Plan, rules: Sequence[Rule]) -> tuple[Rule, ...]:
-    """Return the rules that still change something where others leave operators in float."""
-    in_float = [rule for rule in rules if rule.quantize is False]
-
-    def changes(rule: Rule) -> bool:
-        try:
-            plan.with_rules(*in_float, rule)
-        except PlacementError:
-            return False
-        return True
-
-    return tuple(rule for rule in rules if not in_float or rule in in_float or changes(rule))
-
-
 def _reached(state: Walk, chosen: int, judgement: Judgement | None, measured: float | None) -> bool:
     options = state.options
     if options.max_drop is not None and (judgement is None or judgement.drop > options.max_drop):
         return False
     cost = dataclasses.replace(state.steps[chosen].cost, latency=measured)
     return state.within(cost)
+
+
+def _loses_too_much(result: SearchResult, options: SearchOptions) -> bool:
+    return options.max_drop is not None and result.judgement is not None and result.judgement.drop > options.max_drop
 
 
 def _faster(result: SearchResult, steps: Sequence[Step], options: SearchOptions) -> int | None:

@@ -39,10 +39,20 @@ def is_cheaper(options: SearchOptions, before: Cost, after: Cost) -> bool:
     return price(options, after) < price(options, before)
 
 
-def worth(options: SearchOptions, before: Cost, cost: Cost, gain: float) -> tuple[bool, float]:
-    """Return the rank of a step: those that cost nothing first, then by the gain over the cost that they add."""
+def worth(options: SearchOptions, before: Cost, cost: Cost, gain: float, *, over: bool) -> tuple[float, float]:
+    """Return the rank of a step: those that cost nothing first, then by the gain over the cost that they add.
+
+    Args:
+        options: of the search.
+        before: the cost without the step.
+        cost: the cost with it.
+        gain: what it takes away from the divergence.
+        over: the plan is above a budget; then what saves the most is first.
+    """
     added = price(options, cost) - price(options, before)
-    return added <= 0, gain if added <= 0 else gain / added
+    if over:
+        return -added, gain
+    return (1.0, gain) if added <= 0 else (0.0, gain / added)
 
 
 def reason(options: SearchOptions, before: Cost, cost: Cost, gain: float) -> str:

@@ -1,13 +1,17 @@
 """What a page shows of a search: its plans as points of cost and divergence, and as a table."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from halfeven.reporting.page import PageContents
 
 Values = Mapping[str, Any]
 """What `SearchResult.to_dict` returns, or what was read of its file."""
+
+
+PLANS = "Plans of the search"
+"""Heading of their table."""
 
 
 def with_search(contents: PageContents, found: Values) -> PageContents:
@@ -17,12 +21,11 @@ def with_search(contents: PageContents, found: Values) -> PageContents:
         contents: of the page.
         found: the search's result as plain values.
     """
-    title = f"Plans of the search, and their {found['unit']}"
     return dataclasses.replace(
         contents,
         plans=tuple(_point(step, found) for step in found["steps"]),
         plans_cost=_axis(found),
-        tables={title: _table(found), **contents.tables},
+        tables={PLANS: _table(found), **contents.tables},
         notes=(*contents.notes, *found["notes"]),
         paste=_pasted(found["rules"]),
     )
@@ -71,29 +74,24 @@ def _point(step: Values, found: Values) -> dict[str, Any]:
 def _kind(number: int, found: Values) -> str:
     if number == found["chosen"]:
         return "chosen"
-    return "no cheaper plan is as good" if number in found["pareto"] else "other"
+    return "Pareto" if number in found["pareto"] else "other"
 
 
 def _table(found: Values) -> tuple[tuple[str, ...], ...]:
-    timed = found["steps"][0]["cost"]["latency"] is not None
-    header = ("step", "", "divergence", "drop", "mean bits", "weights, kB", *(("latency",) if timed else ()), "because")
-    rows = []
-    for step in found["steps"]:
-        cost = step["cost"]
-        latency = (f"{cost['latency']:.3f}",) if timed else ()
-        rows.append(
-            (
-                f"{step['number']}. {_change(step)}",
-                {"other": "", "chosen": "chosen"}.get(_kind(step["number"], found), "Pareto"),
-                f"{step['divergence']:.4g}",
-                "" if step["judgement"] is None else _judged(step["judgement"]),
-                f"{cost['bits']:.2f}",
-                f"{cost['size'] / 1000:.1f}",
-                *latency,
-                step["reason"],
-            )
-        )
-    return (header, *rows)
+    """Return the table of all plans, with a column for the drop and for the time where any was measured."""
+    columns: dict[str, Callable[[Values], str]] = {
+        "step": lambda step: f"{step['number']}. {_change(step)}",
+        "": lambda step: _kind(step["number"], found).replace("other", ""),
+        "divergence": lambda step: f"{step['divergence']:.4g}",
+        found["unit"]: lambda step: "" if step["judgement"] is None else _judged(step["judgement"]),
+        "mean bits": lambda step: f"{step['cost']['bits']:.2f}",
+        "weights, kB": lambda step: f"{step['cost']['size'] / 1000:.1f}",
+        "latency": lambda step: "" if step["cost"]["latency"] is None else f"{step['cost']['latency']:.3f}",
+        "because": lambda step: str(step["reason"]),
+    }
+    shown = {title: [text(step) for step in found["steps"]] for title, text in columns.items()}
+    shown = {title: texts for title, texts in shown.items() if any(texts)}
+    return (tuple(shown), *zip(*shown.values(), strict=True))
 
 
 def _change(step: Values) -> str:

@@ -25,6 +25,9 @@ AS_GOOD = 0.9
 """Share of a step's gain that a smaller change of the same tensors needs to be taken instead, at no higher price."""
 
 
+NEGLIGIBLE = 1e-4
+"""Divergence that no answer shows."""
+
 ALONE = "gains nothing alone, and others may gain after it"
 """The reason of a step that is taken where none gains."""
 
@@ -190,7 +193,14 @@ def _rank_again(state: Walk) -> bool:
 
 
 def _is_mended(state: Walk) -> bool:
-    return state.steps[-1].divergence <= NEXT_TO_NOTHING * state.steps[0].divergence
+    """Return True where nothing is left to gain, and the budgets are kept."""
+    last = state.steps[-1]
+    if not state.within(last.cost):
+        return False
+    if last.divergence <= NEGLIGIBLE:
+        return True
+    # Where the drop is too large yet, a hundredth of the damage may still show in it.
+    return state.options.max_drop is None and last.divergence <= NEXT_TO_NOTHING * state.steps[0].divergence
 
 
 def rank(state: Walk) -> None:
@@ -254,7 +264,8 @@ def _next(state: Walk, *, gaining: bool = True) -> Step | None:
         state.taken.append(move)
         name = f"divergence after {len(state.taken)}: {move.unit.name}, {move}"
         after = state.store.measured(name, lambda: divergence_of(state.qmodel, state.reference))
-        if after < before.divergence or is_cheaper(state.options, before.cost, cost) or not gaining:
+        needed = not state.within(before.cost) and is_cheaper(state.options, before.cost, cost)
+        if after < before.divergence or needed or not gaining:
             _rank_relatives(state, move, after)
             why = (
                 reason(state.options, before.cost, cost, share)
@@ -274,29 +285,42 @@ def _best(state: Walk, before: Step, *, gaining: bool) -> tuple[Move, Cost] | No
 
     A smaller change of the same tensors that gains nearly as much, at no higher price, is preferred.
     """
-    costs = {}
-    for move in state.moves:
-        if not _is_open(state, move) or (gaining and state.gains.get(move, 0.0) <= 0):
-            continue
-        cost = state.cost(move)
-        worthy = is_worth_its_work(state.options, before.cost, cost, state.share(move))
-        if state.within(cost, before.cost) and (worthy if gaining else cost.work > before.cost.work):
-            costs[move] = cost
+    costs = _affordable(state, before, gaining=gaining)
     if not costs:
         return None
+    gains = {move: state.gains.get(move, 0.0) for move in costs}
     if not gaining:
-        least = max(costs, key=lambda move: state.gains[move])
+        least = max(costs, key=lambda move: gains[move])
         return least, costs[least]
-    best = max(costs, key=lambda move: worth(state.options, before.cost, costs[move], state.gains[move]))
+    over = not state.within(before.cost)
+    best = max(costs, key=lambda move: worth(state.options, before.cost, costs[move], gains[move], over=over))
     highest = price(state.options, costs[best])
-    least_gain = AS_GOOD * state.gains[best]
+    enough = gains[best] - (1 - AS_GOOD) * abs(gains[best])
     as_good = [
         move
         for move, cost in costs.items()
-        if move.unit is best.unit and state.gains[move] >= least_gain and price(state.options, cost) <= highest
+        if move.unit is best.unit and gains[move] >= enough and price(state.options, cost) <= highest
     ]
     chosen = min(as_good, key=lambda move: costs[move].work)
     return chosen, costs[chosen]
+
+
+def _affordable(state: Walk, before: Step, *, gaining: bool) -> dict[Move, Cost]:
+    """Return the moves that may be taken, with the cost of the plan with each."""
+    found = {}
+    for move in state.moves:
+        if not _is_open(state, move):
+            continue
+        cost = state.cost(move)
+        needed = not state.within(before.cost) and is_cheaper(state.options, before.cost, cost)
+        if gaining:
+            gains = state.gains.get(move, 0.0) > 0
+            worthy = needed or (gains and is_worth_its_work(state.options, before.cost, cost, state.share(move)))
+        else:
+            worthy = cost.work > before.cost.work
+        if worthy and state.within(cost, before.cost):
+            found[move] = cost
+    return found
 
 
 def _line(step: Step, unit: str) -> str:

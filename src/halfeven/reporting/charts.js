@@ -109,12 +109,12 @@ function channelChart(tensor) {
   });
 }
 
-// The plans of a search by cost and divergence; those that no cheaper plan matches are joined.
+// The plans of a search by cost and divergence; those that no cheaper plan matches (Pareto) are joined.
 function plansChart(plans, cost) {
   const c = colours();
-  const kinds = ["chosen", "no cheaper plan is as good", "other"];
+  const kinds = ["chosen", "Pareto", "other"];
   const x = { field: "cost", type: "quantitative", title: cost, scale: { zero: false, nice: true } };
-  const y = { field: "divergence", type: "quantitative", title: "divergence", scale: { type: "sqrt" } };
+  const y = { field: "divergence", type: "quantitative", title: "divergence", scale: { type: "sqrt" }, axis: { format: ".2~g" } };
   return described(plans, 300, {
     layer: [
       {

@@ -183,7 +183,7 @@ function bars() {
 
 function plans() {
   if (!contents.plans.length) return;
-  const caption = "Each point is a plan; the line joins those that no cheaper plan matches";
+  const caption = "Each point is a plan; the line joins those that no cheaper plan matches (Pareto)";
   section(
     "Cost and divergence of the plans",
     chart(() => plansChart(contents.plans, contents.plans_cost), caption),

@@ -1,0 +1,67 @@
+"""The rules of the plan that a search ends with, from the moves that it took."""
+
+import glob
+from collections.abc import Sequence
+from typing import Any
+
+from halfeven.errors import PlacementError
+from halfeven.mixed_precision.moves import Move, entries
+from halfeven.placement.options import Rule
+from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight
+
+Entry = PlannedTensor | PlannedWeight
+
+
+def final_rules(plan: Plan, taken: Sequence[Move]) -> tuple[Rule, ...]:
+    """Return rules under which a plan describes each quantizer as the last move on it does.
+
+    Args:
+        plan: of the model without any move.
+        taken: the moves in their order.
+    """
+    moves = _in_effect(taken)
+    rules = _effective(plan, list(dict.fromkeys(rule for move in moves for rule in move.rules)))
+    if not rules:
+        return ()
+    wanted: dict[str, Entry] = {}
+    for move in moves:
+        described = entries(plan.with_rules(*move.rules))
+        wanted |= {q.name: described[q.name] for q in move.settings if q.name in described}
+    found = entries(plan.with_rules(*rules))
+    # Fields of several moves meet in a quantizer: the bits of one, and the observer of an earlier one.
+    differing = [entry for name, entry in wanted.items() if name in found and _grid(found[name]) != _grid(entry)]
+    return (*rules, *map(_rule_for, differing))
+
+
+def _grid(entry: Entry) -> tuple[object, ...]:
+    return entry.scheme, entry.observer
+
+
+def _rule_for(entry: Entry) -> Rule:
+    observer: Any = entry.observer
+    if isinstance(entry, PlannedWeight):
+        return Rule(pattern=glob.escape(entry.name), weight_bits=entry.scheme.bits, observer=observer)
+    return Rule(pattern=glob.escape(entry.places[0]), activation_bits=entry.scheme.bits, observer=observer)
+
+
+def _in_effect(taken: Sequence[Move]) -> list[Move]:
+    """Return the moves that no later move on the same quantizers replaces: rules without effect are refused."""
+    return [
+        move
+        for number, move in enumerate(taken)
+        if not any(move.settings.keys() <= later.settings.keys() for later in taken[number + 1 :])
+    ]
+
+
+def _effective(plan: Plan, rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """Return the rules that still change something where others leave operators in float."""
+    in_float = [rule for rule in rules if rule.quantize is False]
+
+    def changes(rule: Rule) -> bool:
+        try:
+            plan.with_rules(*in_float, rule)
+        except PlacementError:
+            return False
+        return True
+
+    return tuple(rule for rule in rules if not in_float or rule in in_float or changes(rule))
