@@ -182,14 +182,10 @@ def sensitivities(
     ranges: dict[Quantizer, GridRange] = {} if raised_bits is None else ranges_at(qmodel, chosen, raised_bits)
     members = _members(qmodel, groups)
     part = reference if ranked_by is None else reference.first(ranked_by)
-
-    def change(group: Group) -> AbstractContextManager[None]:
-        return raised(group, ranges)
-
-    harm = _harm(qmodel, part, members, change)
+    harm = _harm(qmodel, part, members, ranges)
     if part is not reference:
         worst = sorted(harm, key=lambda name: -harm[name])[:MEASURED_AGAIN]
-        harm |= _harm(qmodel, reference, {name: members[name] for name in worst}, change)
+        harm |= _harm(qmodel, reference, {name: members[name] for name in worst}, ranges)
     lone: dict[tuple[str, bool], list[float]] = {}
     if alone:
         with quantized_alone(qmodel):
@@ -206,15 +202,17 @@ def sensitivities(
         )
         for name, group in members.items()
     ]
-    return Sensitivities(
-        divergence_of(qmodel, reference), tuple(sorted(found, key=lambda tensor: -tensor.kl_in_context))
-    )
+    found.sort(key=lambda tensor: -tensor.kl_in_context)
+    return Sensitivities(divergence_of(qmodel, reference), tuple(found))
 
 
-def _harm(qmodel: nn.Module, reference: Reference, members: Mapping[Name, Group], change: Change) -> dict[Name, float]:
-    """Return what the divergence falls by where each group alone is changed."""
+def _harm(
+    qmodel: nn.Module, reference: Reference, members: Mapping[Name, Group], ranges: Mapping[Quantizer, GridRange]
+) -> dict[Name, float]:
+    """Return what the divergence falls by where each group alone is raised."""
     whole = divergence_of(qmodel, reference)
-    return {name: whole - after for name, after in divergences(qmodel, reference, members, change).items()}
+    after = divergences(qmodel, reference, members, lambda group: raised(group, ranges))
+    return {name: whole - left for name, left in after.items()}
 
 
 def divergences(
