@@ -1,13 +1,13 @@
 """The house: imports point strictly down, siblings do not know each other, files and functions stay small."""
 
 import ast
+import functools
 import itertools
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 SOURCE = Path(__file__).parent.parent / "src" / "halfeven"
@@ -49,6 +49,27 @@ PRIVATE_DOOR = "graph/torch_private.py"
 """The one file that uses private names of other packages."""
 
 
+@functools.cache
+def syntax_tree(path):
+    return ast.parse(path.read_text())
+
+
+def of_every_file(check):
+    """Make a check of a file a test of all of them, which fails with the names of those that do not pass."""
+
+    def test():
+        failures = {}
+        for path in FILES:
+            try:
+                check(path)
+            except AssertionError as error:
+                failures[relative(path)] = str(error)
+        assert not failures
+
+    test.__name__ = check.__name__
+    return test
+
+
 def relative(path):
     return path.relative_to(SOURCE).as_posix()
 
@@ -59,7 +80,7 @@ def room(path):
 
 def imports(path):
     """Modules that a file imports, anywhere in it, with the names taken from them."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(syntax_tree(path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -95,7 +116,7 @@ def test_the_picture_shows_the_rooms_on_their_floors():
     assert all(above <= below for above, below in zip(lowest, highest[1:], strict=False))
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
+@of_every_file
 def test_imports_point_strictly_down(path):
     if relative(path) == "__init__.py":
         return
@@ -144,7 +165,7 @@ def test_no_import_cycles_inside_a_room():
     assert cycles({"a": ["b"], "b": ["a"]}) == ["a", "b", "a"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
+@of_every_file
 def test_none_of_torch_ao(path):
     for module, name in imports(path):
         full = f"{module}.{name}" if name else module
@@ -166,7 +187,7 @@ def own_private_names(tree):
             yield node.attr
 
 
-OWN = {name for path in FILES for name in own_private_names(ast.parse(path.read_text())) if is_private(name)}
+OWN = {name for path in FILES for name in own_private_names(syntax_tree(path)) if is_private(name)}
 TORCH_MODULE_INTERNALS = {name for name in dir(torch.nn.Module()) if is_private(name)}
 
 
@@ -188,8 +209,10 @@ def foreign_private_names(source, own):
             yield node.value
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if relative(p) != PRIVATE_DOOR], ids=relative)
+@of_every_file
 def test_private_names_of_other_packages_stand_in_one_file(path):
+    if relative(path) == PRIVATE_DOOR:
+        return
     found = set(foreign_private_names(path.read_text(), OWN | {"_replace"}))  # the public method of a NamedTuple
     assert not found
 
@@ -208,20 +231,20 @@ def test_a_private_name_is_found_however_it_is_used():
     assert not list(foreign_private_names("self._range(aten._softmax.default)", {"_range"}))
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
+@of_every_file
 def test_files_are_short_and_so_are_functions(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 400
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(syntax_tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno + 1 <= 60, f"{node.name} is too long"
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
+@of_every_file
 def test_every_module_says_what_it_is_for(path):
     if path.name == "__init__.py" and not path.read_text().strip():
         return
-    assert ast.get_docstring(ast.parse(path.read_text()))
+    assert ast.get_docstring(syntax_tree(path))
 
 
 def test_no_drawers_for_odds_and_ends():
@@ -230,9 +253,9 @@ def test_no_drawers_for_odds_and_ends():
     assert not found & drawers
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
+@of_every_file
 def test_nothing_is_unpickled(path):
-    tree = ast.parse(path.read_text())
+    tree = syntax_tree(path)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
@@ -242,7 +265,7 @@ def test_nothing_is_unpickled(path):
     assert not taken & {"pickle.load", "pickle.loads", "pickle.Unpickler", "dill", "cloudpickle", "joblib"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
+@of_every_file
 def test_marked_as_typed_and_free_of_leftovers(path):
     text = path.read_text()
     assert not any(word in text for word in ("TODO", "FIXME", "XXX", "breakpoint(", 'print(f"debug'))
@@ -266,7 +289,7 @@ def code_strings(tree):
 
 
 def runtimes_named(path):
-    tree = ast.parse(path.read_text())
+    tree = syntax_tree(path)
     words = [str(node.value) for node in code_strings(tree) if isinstance(node.value, str) and " " not in node.value]
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -277,7 +300,7 @@ def runtimes_named(path):
     return {name for name in RUNTIME_NAMES for word in words if name in word.lower().replace("_", "")}
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
+@of_every_file
 def test_no_file_outside_a_runtimes_rooms_knows_it(path):
     if relative(path) not in NAMING_A_RUNTIME and not relative(path).startswith(ROOMS_OF_RUNTIMES):
         assert not runtimes_named(path)
@@ -285,7 +308,7 @@ def test_no_file_outside_a_runtimes_rooms_knows_it(path):
         assert runtimes_named(path), "it is no exception any more"
 
 
-@pytest.mark.parametrize("path", FILES, ids=relative)
+@of_every_file
 def test_only_the_table_imports_a_runtimes_folder(path):
     folders = {module.split(".")[2] for module, _ in imports(path) if module.startswith("halfeven.runtimes.")}
     if relative(path) != "runtimes/runtime.py":

@@ -53,7 +53,7 @@ def _quantize(context: RunContext, model: nn.Module, prepared: nn.Module) -> dic
     seconds = time.perf_counter() - start
     context.log(f"Quantized in {seconds:.0f} s.\n")
     write_plan(context, qmodel)
-    facts = {"float": context.accuracy(model), "quantization_seconds": round(seconds, 1)}
+    facts = {"float": context.accuracy(model), "quantization_seconds": round(seconds, 3)}
     save(qmodel, context.folder / BEST, facts)
     shutil.rmtree(resume_dir, ignore_errors=True)  # the checkpoint has it all now
     return facts
