@@ -43,7 +43,7 @@ def signalled_at(monkeypatch, name, step, number):
 @pytest.mark.parametrize(
     ("name", "step", "number"),
     [
-        ("float", 2, signal.SIGTERM),
+        pytest.param("float", 2, signal.SIGTERM, marks=pytest.mark.exhaustive),
         pytest.param("w7a8", 0, signal.SIGTERM, marks=pytest.mark.exhaustive),
         ("w7a8", 5, signal.SIGUSR1),
     ],

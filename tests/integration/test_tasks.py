@@ -103,8 +103,9 @@ def test_texts(glue, tmp_path):
     assert results["float"]["top1"] > 90
     assert results["deployed"]["top1"] > 85
     assert "60 validation samples" in said
+    weights = ("--model.weights", tmp_path / "ptq" / "float" / "best.safetensors")
     trained = ("--training.epochs", "1", "--training.learning-rate", "1e-3")
-    said, results = run("train", "qat/bert_base_sst2.py", tmp_path / "qat", *glue, *SHORT, *trained)
+    said, results = run("train", "qat/bert_base_sst2.py", tmp_path / "qat", *glue, *weights, *trained)
     assert_deployed_as_simulated(results, "top1")
     assert results["deployed"]["top1"] > 85
 

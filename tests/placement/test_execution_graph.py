@@ -336,7 +336,7 @@ def test_calibration_sees_what_is_quantized(name):
             ("attention", "learned"),
             ("concatenated", "learned"),
         ],
-        *(("relu, max pool", "clipped"), ("residual", "observed"), ("attention", "learned")),
+        *(("residual", "observed"), ("attention", "learned")),
     ),
 )
 def test_a_compiled_model_is_one_graph_and_has_the_same_numbers(name, ranges):

@@ -11,7 +11,7 @@ import halfeven as he
 from halfeven.errors import CalibrationError, ConfigError, PlacementError
 from halfeven.placement.plan import Plan
 from halfeven.quantization.quantizer import quantizers
-from sweeps import sweep
+from sweeps import crossed, sweep
 
 from .parts import conv
 
@@ -164,9 +164,9 @@ def test_a_plan_of_a_file_asks_for_its_model():
 # Rules for a model that is quantized already
 
 
-@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("ranges", ["observed", "learned"])
-def test_new_rules_make_the_model_that_prepare_makes_with_them(rules, ranges):
+@pytest.mark.parametrize(("name", "ranges"), crossed(RULES, ["observed", "learned"]))
+def test_new_rules_make_the_model_that_prepare_makes_with_them(name, ranges):
+    rules = RULES[name]
     qmodel = calibrated(Net, ranges=ranges)
     he.set_rules(qmodel, rules)
     assert_alike(qmodel, calibrated(Net, *rules, ranges=ranges))

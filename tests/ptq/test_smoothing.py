@@ -17,7 +17,7 @@ from halfeven.ptq.transformers.reparametrization import reparametrize, to_common
 from halfeven.ptq.transformers.smoothing import smooth, smoothing_factors
 from halfeven.quantization.quantizer import Mode, quantizers
 from runtimes.parity import SCHEME
-from sweeps import crossed
+from sweeps import crossed, sweep
 
 WIDTH = 16
 METHODS = {"smooth": smooth, "reparametrize": reparametrize}
@@ -147,9 +147,9 @@ def test_no_channel_lives():
 # On models
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize(
-    ("options", "calibrated"), [({}, False), ({}, True), ({"bias": False}, False), ({"offset": False}, False)]
+    ("method", "options", "calibrated"),
+    crossed(sorted(METHODS), [({}, False), ({}, True), ({"bias": False}, False), ({"offset": False}, False)]),
 )
 def test_the_float_function_stays(method, options, calibrated):
     qmodel = prepared(with_outliers(Net(**options)))
@@ -227,7 +227,7 @@ def test_a_checkpoint_loads(method, tmp_path):
     assert ("blocks.0.query" in given) == (method == "reparametrize")
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sweep(sorted(METHODS), "reparametrize"))
 def test_the_deployed_file_computes_it(method, tmp_path):
     qmodel = prepared()
     METHODS[method](qmodel, data())

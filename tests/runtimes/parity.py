@@ -1,5 +1,8 @@
 """Deploying a small model and comparing its integers in the runtime with the simulations."""
 
+import re
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -8,6 +11,17 @@ from halfeven.runtimes.cpu import adds_pairs_in_16_bits
 
 SCHEME = "w7a8" if adds_pairs_in_16_bits() else "w8a8"
 """What integer kernels compute exactly on this processor."""
+
+
+class SideBySide(nn.Module):
+    """Networks that read one input, each with results of its own: prepared, exported and verified at once."""
+
+    def __init__(self, networks: dict[str, nn.Module]):
+        super().__init__()
+        self.networks = nn.ModuleDict({re.sub(r"\W+", "_", name): network for name, network in networks.items()})
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        return {name: network(x) for name, network in self.networks.items()}
 
 
 def trained(model: nn.Module) -> nn.Module:

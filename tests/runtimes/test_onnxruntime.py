@@ -15,17 +15,18 @@ from halfeven.runtimes.onnxruntime.session import ONNXRuntimeFile
 from halfeven.runtimes.runtime import RUNTIMES, load_deployed
 from runtimes.parity import quantized, trained
 from runtimes.test_exact import (
-    AT_TIES,
+    ALONE,
     IMAGE,
+    IN_ONE_MODEL,
     MODELS,
     NOT_EXACT,
-    RELATIVES,
-    TOGETHER,
+    ON_MORE_DATA,
     Block,
     Concat,
     Residual,
     activated,
     conv,
+    side_by_side,
 )
 from sweeps import crossed, sweep
 
@@ -51,7 +52,15 @@ def assert_parity(report, *, exact=True):
     assert report.top1_agreement == 1.0
 
 
-@pytest.mark.parametrize("name", sweep(sorted(MODELS), *MODELS.keys() - AT_TIES - TOGETHER - RELATIVES))
+def test_rows_in_one_model(tmp_path):
+    for names, model, shape in side_by_side(IN_ONE_MODEL | ON_MORE_DATA):
+        report = report_of(model, shape, tmp_path / "model.onnx")
+        assert_parity(report)
+        assert report.integer_macs == 1.0
+        assert report.integer_layers >= 2 * len(names)
+
+
+@pytest.mark.parametrize("name", sweep(sorted(MODELS), *ALONE))
 def test_every_row(name, tmp_path):
     build, shape = MODELS[name]
     report = report_of(build(), shape, tmp_path / "model.onnx")

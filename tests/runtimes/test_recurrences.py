@@ -29,9 +29,11 @@ class Recurrent(nn.Module):
     ("kind", "options", "operators"),
     [
         (nn.GRU, {"bidirectional": True, "batch_first": True}, {"GRUSequence": 1}),
-        (nn.GRU, {"num_layers": 2, "bias": False}, {"GRUSequence": 2}),
+        pytest.param(nn.GRU, {"num_layers": 2, "bias": False}, {"GRUSequence": 2}, marks=pytest.mark.exhaustive),
         (nn.LSTM, {"num_layers": 2, "bidirectional": True}, {"LSTMSequence": 2}),
-        (nn.RNN, {"nonlinearity": "relu", "batch_first": True}, {"RNNSequence": 1}),
+        pytest.param(
+            *(nn.RNN, {"nonlinearity": "relu", "batch_first": True}, {"RNNSequence": 1}), marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_each_layer_is_one_operator(kind, options, operators, tmp_path):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import halfeven as he
 from halfeven.quantization.quantizer import quantizers
 from halfeven.runtimes.cpu import adds_pairs_in_16_bits
-from runtimes.parity import quantized
+from runtimes.parity import SideBySide, quantized
 from runtimes.test_exact import Concat, Excite, Function, Residual, Split, body, conv
 from sweeps import sweep
 
@@ -57,21 +57,45 @@ def made_of_halves(qmodel, generator):
                 module.bias.data = torch.randint(-64, 65, module.bias.shape, generator=generator) / 64
 
 
-@pytest.mark.parametrize("target", FILES)
-@pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("seed", sweep(range(8), 0))
-def test_every_row_at_ties(name, target, seed, tmp_path):
-    if name == "matrix product" and target == "openvino" and adds_pairs_in_16_bits():
-        pytest.skip("activations of 8 bits multiplied together overflow on this processor")
-    build, shape = ROWS[name]
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    height, width = (2 * int(torch.randint(4, 8, (), generator=generator)) for _ in range(2))
-    qmodel, batches = quantized(build(), shape or (3, 3, height, width), target=target)
+def assert_equal_at_ties(model, shape, target, generator, folder):
+    qmodel, batches = quantized(model, shape, target=target)
     made_of_halves(qmodel, generator)
-    path = he.export(qmodel, tmp_path / FILES[target])
+    path = he.export(qmodel, folder / FILES[target])
     report = he.verify(qmodel, path, batches, timed=False)
     assert report.integer_match == 1.0, (report.first_difference, report.max_lsb_difference)
     assert report.output_difference < 1e-5
     assert report.weights_match
     assert report.float_layers == []
+
+
+def overflows(name, target):
+    """True where activations of 8 bits multiplied together overflow on this processor."""
+    return name == "matrix product" and target == "openvino" and adds_pairs_in_16_bits()
+
+
+def drawn(generator):
+    """The shape of a batch of images, drawn at random."""
+    height, width = (2 * int(torch.randint(4, 8, (), generator=generator)) for _ in range(2))
+    return (3, 3, height, width)
+
+
+@pytest.mark.parametrize("target", FILES)
+def test_rows_in_one_model_at_ties(target, tmp_path):
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    for shape in (LINEAR, TOKENS, None):
+        rows = {name: build() for name, (build, of) in ROWS.items() if of == shape and not overflows(name, target)}
+        assert_equal_at_ties(SideBySide(rows), shape or drawn(generator), target, generator, tmp_path)
+
+
+@pytest.mark.parametrize("target", FILES)
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("seed", sweep(range(8)))
+def test_every_row_at_ties(name, target, seed, tmp_path):
+    if overflows(name, target):
+        pytest.skip("activations of 8 bits multiplied together overflow on this processor")
+    build, shape = ROWS[name]
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    images = drawn(generator)
+    assert_equal_at_ties(build(), shape or images, target, generator, tmp_path)

@@ -12,7 +12,7 @@ from halfeven.quantization.quantizer import quantizers
 from halfeven.runtimes.cpu import has_avx512_vnni
 from halfeven.runtimes.openvino.exact_values import FakeQuantizeRange
 from runtimes.parity import SCHEME, quantized
-from sweeps import crossed
+from sweeps import crossed, sweep
 
 
 def conv(inputs=8, outputs=8, kernel=3, **options):
@@ -37,7 +37,10 @@ class Pools(nn.Module):
         return [read(average) for read, average in zip(self.readers, averages, strict=True)]
 
 
-@pytest.mark.parametrize(("ratio", "zero_point"), crossed([1.0, 0.5, 0.75, 0.6113], [0, 101, 128]))
+@pytest.mark.parametrize(
+    ("ratio", "zero_point"),
+    sweep(itertools.product([1.0, 0.5, 0.75, 0.6113], [0, 101, 128]), (0.5, 0), (1.0, 101), (0.6113, 128)),
+)
 def test_averages_are_those_of_integers(ratio, zero_point, tmp_path):
     """With one scale before and after, every fourth average of 2x2 integers is a tie: half to even decides."""
     torch.manual_seed(zero_point)
@@ -110,7 +113,10 @@ class Sums(nn.Module):
 SUMS = [(1, False, F.relu), (3, False, F.relu), (1, True, lambda x: x), (3, True, lambda x: x), (1, True, F.relu6)]
 
 
-@pytest.mark.parametrize(("kernel", "signed", "act", "bias"), crossed(SUMS, [True, False]))
+@pytest.mark.parametrize(
+    ("kernel", "signed", "act", "bias"),
+    sweep(((*of, bias) for of in SUMS for bias in (True, False)), *((*SUMS[i], i % 2 == 0) for i in (0, 3, 4))),
+)
 def test_sums_without_and_with_a_bias(kernel, signed, act, bias, tmp_path):
     torch.manual_seed(kernel)
     qmodel, batches = quantized(Sums(bias, kernel, signed, act), (8, 3, 48, 48))

@@ -52,6 +52,7 @@ def test_segmentation(tmp_path):
         assert_survives(model, data, task, target, tmp_path / file, loss=1.0)
 
 
+@pytest.mark.exhaustive
 def test_detection(tmp_path):
     options = DataOptions(
         source="coco_detection", root=str(write_coco(tmp_path / "coco", train=48)), image_size=80, workers=0
