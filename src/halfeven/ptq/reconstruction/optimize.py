@@ -21,6 +21,7 @@ from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.reconstruction.adaround import Rounding, regularizer_sharpness
 from halfeven.ptq.reconstruction.conv_as_matmul import conv_as_matmul, has_few_positions
 from halfeven.ptq.reconstruction.minibatches import cut, samples_of_a_step
+from halfeven.ptq.reconstruction.mixing import mixed
 from halfeven.quantization.arithmetic import dequantize, representable
 from halfeven.quantization.fake_quantize import effective_scale, fake_quantize
 from halfeven.quantization.quantizer import Mode, Quantizer
@@ -308,7 +309,7 @@ class _QDrop:
     def _drop(self, in_float: Any, quantized: Any) -> Any:
         if not self.probability or not _is_floating_point(quantized):
             return quantized
-        return torch.where(self._mask(quantized), in_float, quantized)
+        return mixed(self._mask(quantized), in_float, quantized)
 
     def _mask(self, x: Tensor) -> Tensor:
         count = x.numel()
