@@ -17,9 +17,9 @@ from halfeven.layerwise.activations import Values
 from halfeven.layerwise.blocks import Block
 
 POSITIONS_OF_A_STEP = 2**14
-"""Positions after which further samples are left out of a step: 20 samples of 28 by 28, 5 of 56 by 56. On
-EfficientNet-Lite0 (224 pixels) the outputs come as near to the float model's as with all 32 samples, in a quarter of
-the time."""
+"""Positions after which further samples are left out of a step: 20 samples of 28 by 28, 5 of 56 by 56. The stem of
+EfficientNet-Lite0 (112 by 112) ends at 18.15 dB with 2 samples a step and at 18.13 dB with 32, in a thirtieth of the
+time; a block at 56 by 56 ends at 10.93 dB with 5 samples and with 10."""
 MIN_SAMPLES = 2
 
 

@@ -13,7 +13,7 @@ from halfeven.quantization.compile import fused
 
 def mixed(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
     """Return `chosen` where the mask is True, else `other`; all of one shape. Gradients reach what was taken."""
-    result: Tensor = _Mixed.apply(mask, chosen, other)  # type: ignore[no-untyped-call]
+    result: Tensor = _Mixed.apply(mask, chosen, other)
     return result
 
 
