@@ -1,6 +1,7 @@
 """Print tables as text of a fixed width, in a terminal's colours, or as HTML in a notebook."""
 
 import io
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -22,7 +23,7 @@ def table(*columns: str) -> Table:
 
 def as_text(content: RenderableType, width: int = WIDTH) -> str:
     """Return what would be printed, without colours and spaces at the ends of lines."""
-    console = Console(width=width, file=io.StringIO(), color_system=None, markup=False, emoji=False, highlight=False)
+    console = _console(width, color_system=None)
     with console.capture() as capture:
         console.print(content)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n"))
@@ -30,9 +31,16 @@ def as_text(content: RenderableType, width: int = WIDTH) -> str:
 
 def as_html(content: RenderableType, width: int = WIDTH) -> str:
     """Return what would be printed as HTML, for a notebook."""
-    console = Console(width=width, file=io.StringIO(), record=True, markup=False, emoji=False, highlight=False)
+    console = _console(width, record=True)
     console.print(content)
     return console.export_html(inline_styles=True, code_format=HTML)
+
+
+def _console(width: int, **options: Any) -> Console:
+    """Return a console that shows nothing: in a notebook, others show what they print, whatever file they have."""
+    return Console(
+        width=width, file=io.StringIO(), force_jupyter=False, markup=False, emoji=False, highlight=False, **options
+    )
 
 
 class Shown:

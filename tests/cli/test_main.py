@@ -346,7 +346,7 @@ def test_init_writes_the_configs_and_overwrites_none(refused, tmp_path, capsys):
     assert not (tmp_path / "configs" / "qat" / "bert_base_sst2.py").exists(), "nothing is written, rather than a part"
     cli.main(["init", str(tmp_path), "--overwrite"])
     assert f"Wrote 2 of {len(CONFIGS)} configs" in capsys.readouterr().out
-    assert load_experiment(quickstart).model.name == "resnet18"
+    assert load_experiment(quickstart).model.name == "test_resnet"
 
 
 def report(**changes):

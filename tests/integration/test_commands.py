@@ -31,7 +31,7 @@ def test_train_delivers_and_shows_everything(trained):
     assert abs(results["deployed"]["top1"] - results["float"]["top1"]) < 10
     verification = results["verification"]["model.xml"]
     assert verification["integer_layers"] == verification["quantizable_layers"] == 3
-    for row in ("float", "simulated", "deployed"):
+    for row in ("float", "calibrated", "simulated", "deployed"):
         assert f"{results[row]['top1']:.2f}" in said
 
 
@@ -60,6 +60,7 @@ def test_the_best_can_be_chosen_on_held_out_training_samples(config, tmp_path):
     assert facts[f"{SCHEME}, holdout"]["top1"] == max([start, *chosen])
     results = json.loads((tmp_path / "w" / "results.json").read_text())
     assert {"float", "simulated", "simulated, last", "deployed"} <= results.keys()
+    assert "calibrated" not in results, "it was measured on other samples than the rest of the table"
     assert json.loads((tmp_path / "r.json").read_text()) == results
     assert "conv1" in (tmp_path / "w" / "plan.txt").read_text()
 

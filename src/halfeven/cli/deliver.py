@@ -31,21 +31,24 @@ def deliver(
     float_metrics: Metrics,
     facts: dict[str, Any] | None = None,
     *,
+    calibrated: Metrics | None = None,
     json: str = "",
 ) -> None:
-    """Export the best checkpoint, verify the files, and show the accuracy of all three models.
+    """Export the best checkpoint, verify the files, and show the accuracy of all models.
 
     Args:
         context: the run.
         model: the float model.
         float_metrics: the float model's accuracy.
         facts: further entries of `results.json`.
+        calibrated: the accuracy that the training started from; None: not known, or there was no training.
         json: a further file to write the results to; "" for none.
     """
     best = context.folder / BEST
     qmodel = load(best, model.cpu(), context.datasets.example())
     reports = export_verified(context, qmodel, context.folder, model)
-    rows = {"float": float_metrics, "simulated": context.accuracy(qmodel)}
+    before = {"calibrated": calibrated} if calibrated is not None else {}
+    rows = {"float": float_metrics, **before, "simulated": context.accuracy(qmodel)}
     files = {"simulated": best}
     last = context.folder / LAST
     if last.is_file():  # the run was a training

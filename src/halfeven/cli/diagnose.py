@@ -64,7 +64,7 @@ def run_diagnose(arguments: DiagnoseArguments) -> None:
     )
     context.log(f"\n{found}")
     if arguments.report and context.accelerator.is_main_process:
-        context.log(f"Report with charts: {found.save(arguments.report)}")
+        context.log(f"Report with charts, to open in a browser: {found.save(arguments.report)}")
     if arguments.json and context.accelerator.is_main_process:
         write_json(Path(arguments.json), found.to_dict())
 

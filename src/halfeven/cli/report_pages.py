@@ -46,7 +46,7 @@ def write_pages(
         except ConfigError as error:  # the files are written and verified: a page more or less does not fail the run
             context.log(f"{page} was not written. {error}")
             return
-        context.log(f"Report with charts: {page}")
+        context.log(f"Report with charts, to open in a browser: {page}")
 
 
 def _size(path: Path) -> int:

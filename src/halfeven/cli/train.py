@@ -101,7 +101,9 @@ def train_and_deliver(
     main = context.accelerator.is_main_process
     context.accelerator.end_training()  # what follows is the first process's alone
     if main:
-        deliver(context, model, header["float"], facts, json=json_file)
+        # On held-out samples it would stand beside the accuracies of others.
+        calibrated = header["known"].get(f"{context.experiment.quantization.scheme}, calibrated")
+        deliver(context, model, header["float"], facts, calibrated=calibrated, json=json_file)
 
 
 def _with_scaled_rates(context: RunContext) -> RunContext:

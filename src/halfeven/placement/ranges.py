@@ -8,7 +8,7 @@ from halfeven.quantization.scheme import parse_bits
 
 LEARNED_BITS = 4
 """Largest number of bits at which learned ranges are the default. On mobilenetv2 at W4A4 they end 3 points above
-observed ones after 100 steps (`docs/measured.md`); at 8 bits both end alike, and observed ones cost less."""
+observed ones after 100 steps (`docs/measurements/qat.md`); at 8 bits both end alike, and observed ones cost less."""
 
 
 def ranges_in_training(options: QuantizationOptions, bits: int) -> Ranges:

@@ -1,6 +1,6 @@
 """The recipe of quantization-aware training: methods chosen by the bits, and printed with reasons before they act.
 
-White paper, figure 11, and later methods. `docs/measured.md` has the measurements.
+White paper, figure 11, and later methods. `docs/measurements/qat.md` has the measurements.
 """
 
 from dataclasses import dataclass

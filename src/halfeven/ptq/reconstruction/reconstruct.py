@@ -226,6 +226,9 @@ def _parameters_without_gradients(model: nn.Module) -> Iterator[None]:
 def _progress_bar(total: int) -> Iterator[Callable[[BlockReport], None]]:
     """Show a progress bar with the last block's SQNR; nothing is shown where the output is no terminal."""
     console = Console(stderr=True)
+    if not console.is_terminal:  # a disabled bar still writes an empty line, or an empty output of a notebook
+        yield lambda report: None
+        return
     columns = (
         TextColumn("reconstruction"),
         BarColumn(),
@@ -233,6 +236,6 @@ def _progress_bar(total: int) -> Iterator[Callable[[BlockReport], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda report: progress.update(task, advance=1, description=str(report))
