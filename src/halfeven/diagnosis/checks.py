@@ -117,7 +117,13 @@ def notes(qmodel: nn.Module, reference: Reference, *, runtime: bool) -> list[str
     found += [f"In Python for training: {kept}" for kept in plan.kept]
     quantized = {weight.name for weight in plan.weights}
     heavy = [left for left in plan.left if _is_product(qmodel, left.name) and left.name not in quantized]
-    found += [f"In float: {left.name} ({left.operator}), {left.reason}." for left in heavy]
+    alike: dict[tuple[str, str], list[str]] = {}
+    for left in heavy:
+        alike.setdefault((left.operator, left.reason), []).append(left.name)
+    found += [
+        f"In float: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({operator}), {reason}."
+        for (operator, reason), names in alike.items()
+    ]
     return found + (_against_the_runtime(qmodel, reference) if runtime else [])
 
 

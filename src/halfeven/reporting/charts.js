@@ -41,7 +41,7 @@ function depthChart(rows, field, title) {
     mark: { type: "bar", cursor: "pointer", tooltip: true },
     encoding: {
       x: { field: "place", type: "ordinal", axis: { labels: false, ticks: false, title: "input → output" } },
-      y: { field, type: "quantitative", title },
+      y: { field, type: "quantitative", title, axis: { minExtent: 52 } }, // bars of all charts below each other
       color: {
         field: "kind",
         type: "nominal",
@@ -103,7 +103,7 @@ function channelChart(tensor) {
   return described(rows, 220, {
     mark: { type: "bar", tooltip: true },
     encoding: {
-      x: { field: "channel", type: "ordinal", axis: { labelOverlap: true, labelAngle: 0 }, title: "channel" },
+      x: { field: "channel", type: "ordinal", axis: { labelOverlap: true, labelSeparation: 8, labelAngle: 0 }, title: "channel" },
       y: { field: "value", type: "quantitative", title: "largest magnitude" },
     },
   });
