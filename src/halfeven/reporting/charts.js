@@ -41,7 +41,7 @@ function depthChart(rows, field, title) {
     mark: { type: "bar", cursor: "pointer", tooltip: true },
     encoding: {
       x: { field: "place", type: "ordinal", axis: { labels: false, ticks: false, title: "input → output" } },
-      y: { field, type: "quantitative", title, axis: { minExtent: 52 } }, // bars of all charts below each other
+      y: { field, type: "quantitative", title, axis: { minExtent: 52, format: ".3~g" } }, // bars of all charts below each other
       color: {
         field: "kind",
         type: "nominal",
@@ -114,7 +114,7 @@ function plansChart(plans, cost) {
   const c = colours();
   const kinds = ["chosen", "Pareto", "other"];
   const x = { field: "cost", type: "quantitative", title: cost, scale: { zero: false, nice: true } };
-  const y = { field: "divergence", type: "quantitative", title: "divergence", scale: { type: "sqrt" }, axis: { format: ".2~g" } };
+  const y = { field: "divergence", type: "quantitative", title: "divergence", scale: { type: "sqrt" }, axis: { format: ".3~g" } };
   return described(plans, 300, {
     layer: [
       {
