@@ -171,7 +171,7 @@ def _mismatches(experiment: Experiment, datasets: Datasets) -> list[str]:
         found.append(f"model.num_classes={options.num_classes}, and the data has {datasets.num_classes}")
     if isinstance(example, dict) and options.source != "transformers":
         found.append(f'model.source="{options.source}" reads images, and the data gives texts')
-    if isinstance(example, Tensor) and options.source == "transformers":
+    if isinstance(example, Tensor) and options.source == "transformers" and experiment.task.kind != "detection":
         found.append('model.source="transformers" reads texts, and the data gives images')
     if isinstance(example, Tensor) and options.in_chans != example.shape[1]:
         found.append(f"model.in_chans={options.in_chans}, and the images have {example.shape[1]}")

@@ -1,14 +1,18 @@
 """Make the task that a config names, for its model and data."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
-from halfeven.config import Experiment
-from halfeven.errors import ConfigError
+from halfeven.config import Experiment, ModelOptions
+from halfeven.errors import ConfigError, named
 from halfeven.imports import call_function
 from halfeven.tasks import Classification, Segmentation, Task
-from halfeven.tasks.detection import Detection, TorchvisionDetection
+from halfeven.tasks.detection import Detection
+from halfeven.tasks.detectors import detection_of
 from halfeven.zoo.datasets import Datasets
-from halfeven.zoo.models import effdet_model, torchvision_model
+from halfeven.zoo.models import callable_model, effdet_model, torchvision_model, transformers_model
 
 
 def make_task(experiment: Experiment, datasets: Datasets) -> Task:
@@ -37,14 +41,16 @@ def make_task(experiment: Experiment, datasets: Datasets) -> Task:
 def _detection(experiment: Experiment, datasets: Datasets) -> Detection:
     model = experiment.model
     example = datasets.example()
-    if not isinstance(example, Tensor) or model.source not in ("torchvision", "effdet"):
+    makers: dict[str, Callable[[ModelOptions], Any]] = {
+        "torchvision": torchvision_model,
+        "effdet": effdet_model,
+        "transformers": transformers_model,
+        "callable": callable_model,
+    }
+    if not isinstance(example, Tensor) or model.source not in makers:
         raise ConfigError(
             f'The loss and the post-processing of a detector with model.source="{model.source}" are not known, so it '
-            'cannot be trained or measured. Take a detector of "torchvision" or "effdet", or give a task of your own '
+            f"cannot be trained or measured. Take a detector of {named(sorted(makers))}, or give a task of your own "
             '(task.kind="callable").'
         )
-    if model.source == "torchvision":
-        return TorchvisionDetection(torchvision_model(model), example)
-    from halfeven.tasks.efficientdet import EfficientDetDetection
-
-    return EfficientDetDetection(effdet_model(model), example)
+    return detection_of(makers[model.source](model), example)

@@ -16,6 +16,7 @@ from halfeven.graph.layer_shapes import groups_of, weight_shape
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, kind_of, tensor_names
+from halfeven.placement.decoding import reason_for_float
 from halfeven.placement.grids import activation_scheme, check_power_of_two, kinds_behind, simulated_alone
 from halfeven.placement.options import QuantizationOptions, Rule
 from halfeven.placement.plan import NOTHING_FOUND, FoundInCapture, LeftInFloat, Plan, PlannedTensor, PlannedWeight
@@ -248,7 +249,8 @@ def _planned_weights(
         if kind not in WEIGHTED or kind not in kinds or (Op(node).is_module and node.target in seen):
             continue
         seen.add(node.target if Op(node).is_module else node)
-        if not rules.quantizes(region.names[node], kind) or target.stays_in_float(node) is not None:
+        quantize = rules.quantizes(region.names[node], kind, reason_for_float(node) is None)
+        if not quantize or target.stays_in_float(node) is not None:
             continue
         own = {region.names[node]: kind}
         asked = rules.chosen("weight_bits", own, bits)
@@ -310,8 +312,9 @@ def _reason(region: Region, node: fx.Node, rules: RuleBook) -> str | None:
         )
     if node in region.requests:
         return None
-    if not rules.quantizes(region.names[node], kind):
-        return "a rule says so"
+    reason = reason_for_float(node)
+    if not rules.quantizes(region.names[node], kind, reason is None):
+        return reason or "a rule says so"
     if node in region.branches:  # the fusion would drop the rounding of a quantizer here
         fused = "fused with the addition that reads it"
         return fused if kind is K.CONVOLUTION else None

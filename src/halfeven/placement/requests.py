@@ -12,6 +12,7 @@ from torch import fx
 from halfeven.graph.cost import multiply_accumulates
 from halfeven.graph.operators import OperatorKind
 from halfeven.graph.view import Op, kind_of, operations
+from halfeven.placement.decoding import reason_for_float
 from halfeven.placement.feature_maps import computed_tensors, feature_maps
 from halfeven.placement.rules import RuleBook
 from halfeven.placement.sources import head, sources
@@ -63,8 +64,7 @@ def collect(region: Region, target: Target, rules: RuleBook) -> None:
     """Collect the requests of a region's operators, in place."""
     for node in region.graph.nodes:
         kind = kind_of(node)
-        quantize = not Op(node).is_output and rules.quantizes(region.names.get(node, ""), kind)
-        if not quantize:
+        if Op(node).is_output or not rules.quantizes(region.names.get(node, ""), kind, reason_for_float(node) is None):
             continue
         operands = _integer_operands(region, node, target)
         for operand in operands:

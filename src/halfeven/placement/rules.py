@@ -44,9 +44,15 @@ class RuleBook:
                     f"nothing. Choose one of: {', '.join(sorted(kinds))}."
                 )
 
-    def quantizes(self, name: str, kind: OperatorKind) -> bool:
-        """Return True if an operator computes in integers where it can."""
-        return self.chosen("quantize", {name: kind}, True)
+    def quantizes(self, name: str, kind: OperatorKind, default: bool = True) -> bool:
+        """Return True if an operator computes in integers where it can.
+
+        Args:
+            name: the operator's.
+            kind: the operator's.
+            default: the answer where no rule says it.
+        """
+        return self.chosen("quantize", {name: kind}, default)
 
     def chosen(self, field: str, operators: Mapping[str, OperatorKind], default: Choice) -> Choice:
         """Return what the rules set for a weight or an activation.

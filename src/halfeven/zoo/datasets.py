@@ -1,4 +1,4 @@
-"""Labelled data: scikit-learn's digits, Fashion-MNIST, folders of images, Pascal VOC, COCO, texts, or your function's.
+"""Labelled data: digits, Fashion-MNIST, folders of images, Pascal VOC, COCO, made-up scenes, texts, or your function's.
 
 Each source gives samples for training, for calibration and for validation. Calibration samples are a seeded draw of the
 training samples, preprocessed as in evaluation.
@@ -26,6 +26,7 @@ from halfeven.zoo.images import read_image
 from halfeven.zoo.options import DataOptions
 from halfeven.zoo.parts import Datasets as Datasets
 from halfeven.zoo.parts import calibration_subset
+from halfeven.zoo.shapes import SHAPES, TRAINING, VALIDATION, Shapes
 from halfeven.zoo.text import texts
 
 FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"
@@ -50,6 +51,7 @@ def load_datasets(options: DataOptions) -> Datasets:
         "image_folder": image_folder,
         "voc_segmentation": _voc,
         "coco_detection": _coco,
+        "shapes": _shapes,
         "texts": _texts,
         "callable": _from_callable,
     }
@@ -206,6 +208,17 @@ def _coco(options: DataOptions) -> Datasets:
         calibration=calibration_subset(plain, options),
         validation=validation,
         num_classes=highest + 1,
+    )
+
+
+def _shapes(options: DataOptions) -> Datasets:
+    train = Shapes(TRAINING, 0, options)
+    return Datasets(
+        train=train,
+        train_as_evaluated=train,
+        calibration=calibration_subset(train, options),
+        validation=Shapes(VALIDATION, 1, options),
+        num_classes=1 + len(SHAPES),
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from halfeven.tasks.detection import check_detector
+from halfeven.tasks.set_prediction import is_set_prediction
 
 
 class TensorPart(nn.Module):
@@ -30,3 +31,27 @@ class TensorPart(nn.Module):
         features = self.backbone(images)
         found: dict[str, Tensor] = self.head([features] if isinstance(features, Tensor) else list(features.values()))
         return found
+
+
+class _SetOutputs:
+    """Return the tensors of a detector of transformers that its loss and its boxes need, and nothing else."""
+
+    def forward(self: Any, images: Tensor) -> dict[str, Tensor]:
+        found = super().forward(images)  # type: ignore[misc]
+        return {name: found[name] for name in SET_OUTPUTS if found.get(name) is not None}
+
+
+SET_OUTPUTS = (
+    *("logits", "pred_boxes", "intermediate_logits", "intermediate_reference_points"),
+    *("enc_topk_logits", "enc_topk_bboxes"),
+)
+"""Outputs that losses and post-processing read."""
+
+
+def tensor_part(model: nn.Module) -> nn.Module:
+    """Return the part of a detector that is quantized; any other model as it is."""
+    if is_set_prediction(model):
+        # A subclass, not a wrapper: the state dict stays the detector's.
+        model.__class__ = type(type(model).__name__, (_SetOutputs, type(model)), {})
+        return model
+    return TensorPart(model) if hasattr(model, "backbone") and hasattr(model, "transform") else model

@@ -11,7 +11,7 @@ from halfeven.errors import ConfigError
 from halfeven.imports import call_function, extra, import_function
 from halfeven.nearest import did_you_mean
 from halfeven.options import Options, PositiveInt
-from halfeven.zoo.detectors import TensorPart
+from halfeven.zoo.detectors import tensor_part
 from halfeven.zoo.weights import load_weights
 
 PRETRAINED = "pretrained"
@@ -77,8 +77,7 @@ def _from_timm(options: ModelOptions, pretrained: bool) -> nn.Module:
 
 
 def _from_torchvision(options: ModelOptions, pretrained: bool) -> nn.Module:
-    model = torchvision_model(options, pretrained)
-    return TensorPart(model) if hasattr(model, "backbone") and hasattr(model, "transform") else model
+    return tensor_part(torchvision_model(options, pretrained))
 
 
 def torchvision_model(options: ModelOptions, pretrained: bool = False) -> nn.Module:
@@ -110,16 +109,27 @@ def torchvision_model(options: ModelOptions, pretrained: bool = False) -> nn.Mod
 
 
 def _from_transformers(options: ModelOptions, pretrained: bool) -> nn.Module:
-    """Make a classifier of texts. Its head is new where the weights are of a model without a head."""
+    return tensor_part(transformers_model(options, pretrained))
+
+
+def transformers_model(options: ModelOptions, pretrained: bool = False) -> nn.Module:
+    """Make a detector where the config is of a network that only detects, else a classifier of texts.
+
+    Its head is new where the weights are of a model without a head.
+
+    Raises:
+        ConfigError: there is no such model, its weights cannot be loaded, or transformers is not installed.
+    """
     with extra("text", 'model.source="transformers"'):
         import transformers
     arguments = {"num_labels": options.num_classes, **options.arguments}
     try:
-        if pretrained:
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(options.name, **arguments)
-        else:
-            config = transformers.AutoConfig.from_pretrained(options.name, **arguments)
-            model = transformers.AutoModelForSequenceClassification.from_config(config)
+        config = transformers.AutoConfig.from_pretrained(options.name, **arguments)
+        classifies = type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        kind: Any = (
+            transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForObjectDetection
+        )
+        model = kind.from_pretrained(options.name, **arguments) if pretrained else kind.from_config(config)
     except Exception as error:  # of whatever kind the library raises
         raise _no_model(options, pretrained, error) from error
     return cast(nn.Module, model)
@@ -146,6 +156,15 @@ def effdet_model(options: ModelOptions, pretrained: bool = False) -> nn.Module:
 
 
 def _from_callable(options: ModelOptions, pretrained: bool) -> nn.Module:
+    return tensor_part(callable_model(options, pretrained))
+
+
+def callable_model(options: ModelOptions, pretrained: bool = False) -> nn.Module:
+    """Make a model by the user's function; a detector has its loss and post-processing in it.
+
+    Raises:
+        ConfigError: the function does not take the arguments, or returns no module.
+    """
     if pretrained:
         raise ConfigError(
             'model.weights="pretrained" names the weights of a library, and the model is made by your own function '

@@ -36,7 +36,7 @@ class DataOptions(Options):
     """The data and the way in which it is read."""
 
     source: Literal[
-        "digits", "fashion_mnist", "image_folder", "voc_segmentation", "coco_detection", "texts", "callable"
+        "digits", "fashion_mnist", "image_folder", "voc_segmentation", "coco_detection", "shapes", "texts", "callable"
     ] = "image_folder"
     """Kind of data; "callable": your own function, which returns a `Datasets`."""
     root: Annotated[str, formerly("")] = "auto"

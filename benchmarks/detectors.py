@@ -1,0 +1,288 @@
+"""Eight small detectors on made-up scenes: float, after calibration, after training; in two runtimes, beside NNCF.
+
+    python benchmarks/detectors.py [retinanet yolo ...] [--scheme w8a8] [--file-scheme w7a8] [--json FILE]
+    python benchmarks/detectors.py --weights FOLDER --nncf NNCF_ENV/bin/python
+
+Each float detector is trained from scratch for some minutes, or its weights are read from FOLDER/NAME.pt, and written
+there after a training. Then, for OpenVINO and ONNX Runtime, `he.quantize` with defaults on 256 scenes, and a short
+training of the quantized model. Measured are mAP of the simulation, mAP of the file in its runtime, and the share of
+the float model's boxes with a score of at least 0.3 that the quantized model finds again, at an overlap of 0.5 with the
+same class. A processor without VNNI overflows in files of 8 x 8 bits: `--file-scheme` gives the bits of the files.
+
+NNCF quantizes the float file with its defaults, in OpenVINO and in ONNX, under the Python of an environment that has
+it, openvino and onnx; it need not have halfeven.
+"""
+
+import argparse
+import copy
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.ops import box_iou
+
+import halfeven as he
+from halfeven.evaluation import evaluate, evaluation_loader
+from halfeven.integrations.session_steps import SessionSteps
+from halfeven.pipelines import setup_qat
+from halfeven.runtimes.runtime import load_deployed
+from halfeven.tasks.detection import Detection
+from halfeven.tasks.detectors import detection_of
+from halfeven.training.optimization import make_optimizer
+from halfeven.training.options import TrainingOptions
+from halfeven.zoo import small_detectors
+from halfeven.zoo.datasets import Datasets, load_datasets
+from halfeven.zoo.detectors import tensor_part
+from halfeven.zoo.options import DataOptions
+
+TRAININGS = {
+    "yolo": (10, 4e-3),
+    "retinanet": (6, 3e-3),
+    "fcos": (6, 3e-3),
+    "ssdlite": (10, 4e-3),
+    "efficientdet": (8, 3e-3),
+    "rt_detr": (12, 1e-3),
+    "yolos": (20, 1e-3),
+    "detr": (20, 1e-3),
+}
+"""Name -> epochs and largest learning rate of the float model's training."""
+TARGETS = {"openvino": ".xml", "onnxruntime": ".onnx"}
+SIDE, BATCH = 64, 16
+SURE = 0.3
+"""Score from which a box of the float model is looked for again."""
+
+NNCF = """
+import sys
+import numpy, nncf
+source, target, data = sys.argv[1:]
+batches = list(numpy.load(data)["images"])
+if source.endswith(".xml"):
+    import openvino
+    model = openvino.Core().read_model(source)
+    found = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches))
+    openvino.save_model(found, target, compress_to_fp16=False)
+else:
+    import onnx
+    model = onnx.load(source)
+    name = model.graph.input[0].name
+    found = nncf.quantize(model, nncf.Dataset(batches, lambda x: {name: x}), subset_size=len(batches))
+    onnx.save(found, target)
+"""
+
+
+class Bench:
+    """The data, and what is measured of a model on it."""
+
+    def __init__(self, data: Datasets, task: Detection) -> None:
+        self.data = data
+        self.task = task
+        self.validation = list(evaluation_loader(data.validation, 40, collate=task.collate))
+        self.calibration = [b[0] for b in evaluation_loader(data.calibration, 32, collate=task.collate)]
+
+    def score(self, model: Callable[..., Any]) -> float:
+        """Return mAP, 0 to 1."""
+        return evaluate(model, self.validation, self.task)["mAP"] / 100
+
+    @torch.no_grad()
+    def boxes(self, model: Callable[..., Any]) -> list[dict[str, Tensor]]:
+        found: list[dict[str, Tensor]] = []
+        for images, targets in self.validation:
+            found += self.task.judged(model(images), targets)[0]
+        return found
+
+
+def agreement(floats: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) -> float:
+    """Return the share of sure boxes that the other model finds too, with the same class."""
+    found, all_of_them = 0, 0
+    for one, other in zip(floats, others, strict=True):
+        sure = one["scores"] >= SURE
+        near = box_iou(one["boxes"][sure], other["boxes"]) >= 0.5
+        same = one["labels"][sure][:, None] == other["labels"][None]
+        likely = other["scores"][None] >= SURE / 2
+        found += int((near & same & likely).any(1).sum())
+        all_of_them += int(sure.sum())
+    return found / max(all_of_them, 1)
+
+
+def train(model: nn.Module, bench: Bench, epochs: int, rate: float, session: SessionSteps | None = None) -> None:
+    """Train with AdamW and a learning rate that rises and falls; with the hooks of a session, quantized."""
+    torch.manual_seed(0)
+    loader = DataLoader(bench.data.train, BATCH, shuffle=True, drop_last=True, collate_fn=bench.task.collate)  # type: ignore[arg-type]
+    given = TrainingOptions(optimizer="adamw", learning_rate=rate, weight_decay=0.02)
+    optimizer = make_optimizer(model, given)
+    total = epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=total, pct_start=0.15)
+    if session is not None:
+        session.start(total)
+    step = 0
+    for _ in range(epochs):
+        for images, targets in loader:
+            model.train()
+            if session is not None:
+                session.before_step()
+            outputs = model(images)
+            loss = bench.task.loss(outputs, targets)
+            if session is not None:
+                loss = session.loss(outputs, images, targets, loss)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if session is not None:
+                session.after_step(step)
+    model.eval()
+
+
+def float_detector(name: str, weights: Path | None, data: Datasets) -> tuple[nn.Module, Bench]:
+    """Return a trained float detector."""
+    torch.manual_seed(0)
+    detector = getattr(small_detectors, name)(data.num_classes)
+    example = data.example()
+    assert isinstance(example, Tensor)
+    bench = Bench(data, detection_of(copy.deepcopy(detector), example))
+    model = tensor_part(detector)
+    file = None if weights is None else weights / f"{name}.pt"
+    if file is not None and file.is_file():
+        model.load_state_dict(torch.load(file, weights_only=True))
+        return model.eval(), bench
+    train(model, bench, *TRAININGS[name])
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), file)
+    return model, bench
+
+
+def measured(qmodel: nn.Module, bench: Bench, floats: Any, target: str, folder: Path, *, files: bool) -> dict[str, Any]:
+    """Return mAP of a simulation, and of the file where it can compute that."""
+    found = {"simulated": bench.score(qmodel), "agreement": agreement(floats, bench.boxes(qmodel))}
+    if files:
+        file = he.export(qmodel, folder / f"model{TARGETS[target]}")
+        run = load_deployed(file, target, qmodel)
+        found |= {"file": bench.score(run), "agreement of the file": agreement(floats, bench.boxes(run))}
+    return found
+
+
+def trained(model: nn.Module, bench: Bench, epochs: int, **options: Any) -> nn.Module:
+    """Return the model after quantization-aware training."""
+    qmodel = he.prepare(model, bench.calibration[0], batchnorm="fold", **options)
+    he.calibrate(qmodel, bench.calibration)
+    session = SessionSteps(setup_qat(qmodel, model, bench.calibration), qmodel)
+    train(qmodel, bench, epochs, 5e-5, session)
+    return session.best(bench.score)
+
+
+def by_nncf(model: nn.Module, bench: Bench, python: Path, target: str, folder: Path) -> dict[str, Any]:
+    """Return mAP of NNCF's file, from the float file."""
+    images = bench.calibration[0]
+    source, goal, data = (folder / f"{stem}{TARGETS[target]}" for stem in ("float", "nncf", "images"))
+    with torch.no_grad():
+        names = [key for key, value in _named(model(images)).items() if value is not None]
+    flat = _Flat(model)
+    if target == "openvino":
+        import openvino
+
+        converted = openvino.convert_model(flat, example_input=images)
+        converted.reshape(openvino.PartialShape([-1, *images.shape[1:]]))
+        openvino.save_model(converted, source, compress_to_fp16=False)
+    else:
+        free = ({0: torch.export.Dim("batch")},)
+        torch.onnx.export(flat, (images,), source, dynamo=True, dynamic_shapes=free, verbose=False, external_data=False)
+    np.savez(data.with_suffix(".npz"), images=torch.stack(bench.calibration).numpy())
+    subprocess.run(
+        [str(python), "-c", NNCF, str(source), str(goal), str(data.with_suffix(".npz"))],
+        check=True,
+        capture_output=True,
+    )
+    run = load_deployed(goal, target)
+
+    def outputs(x: Tensor) -> Any:
+        found = run(x)
+        tensors = [found] if isinstance(found, Tensor) else list(found)
+        return _restored(dict(zip(names, tensors, strict=True)))
+
+    return {"file": bench.score(outputs), "agreement of the file": agreement(bench.boxes(model), bench.boxes(outputs))}
+
+
+def _named(outputs: Any) -> dict[str, Tensor]:
+    """Return the tensors of a detector's outputs by name: a tensor, a dict, or effdet's two lists."""
+    if isinstance(outputs, Tensor):
+        return {"": outputs}
+    if isinstance(outputs, dict):
+        return outputs
+    return {f"{part}.{level}": each for part, levels in enumerate(outputs) for level, each in enumerate(levels)}
+
+
+def _restored(outputs: dict[str, Tensor]) -> Any:
+    if "" in outputs:
+        return outputs[""]
+    if "0.0" in outputs:
+        return [[each for name, each in outputs.items() if name.startswith(part)] for part in ("0.", "1.")]
+    return outputs
+
+
+class _Flat(nn.Module):
+    """Return the outputs as a tuple, which converters keep in order."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_named(self.model(x)).values())
+
+
+def row(name: str, data: Datasets, options: argparse.Namespace) -> dict[str, Any]:
+    """Return all that is measured of a detector."""
+    start = time.process_time()
+    model, bench = float_detector(name, options.weights, data)
+    floats = bench.boxes(model)
+    found: dict[str, Any] = {"float": bench.score(model), "seconds of float training": time.process_time() - start}
+    for target in TARGETS:
+        found[target] = {}
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            for scheme in dict.fromkeys((options.scheme, options.file_scheme)):
+                qmodel = he.quantize(model, bench.calibration, target=target, scheme=scheme)
+                files = scheme == options.file_scheme
+                found[target][f"PTQ {scheme}"] = measured(qmodel, bench, floats, target, folder, files=files)
+            if options.epochs:
+                qmodel = trained(model, bench, options.epochs, target=target, scheme=options.file_scheme)
+                qat = measured(qmodel, bench, floats, target, folder, files=True)
+                found[target][f"QAT {options.file_scheme}"] = qat
+            if options.nncf is not None:
+                found[target]["NNCF"] = by_nncf(model, bench, options.nncf, target, folder)
+        print(name, target, json.dumps(found[target]), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="detectors; all by default")
+    parser.add_argument("--scheme", default="w8a8")
+    parser.add_argument("--file-scheme", default="w8a8")
+    parser.add_argument("--epochs", type=int, default=2, help="of the training of the quantized model; 0: none")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--nncf", type=Path, help="Python of an environment with NNCF")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    data = load_datasets(DataOptions(source="shapes", image_size=SIDE, calibration_samples=256))
+    rows = {}
+    for name in options.names or TRAININGS:
+        rows[name] = row(name, data, options)
+        print(name, json.dumps(rows[name]), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()

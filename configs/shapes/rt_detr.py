@@ -1,0 +1,32 @@
+"""transformers' RT-DETR, small, on made-up scenes of 64 x 64 pixels, 8 bits, without a download.
+
+    pip install 'halfeven[train,detection,text]'
+    halfeven ptq configs/shapes/rt_detr.py
+    halfeven train configs/shapes/rt_detr.py
+
+Deformable attention; each decoder layer refines the boxes.
+
+Trains the float model for some minutes and quantizes it; "train" then trains it quantized.
+"""
+
+from halfeven.config import DataOptions, DeviceOptions, Experiment, ModelOptions, TaskOptions, TrainingOptions
+
+experiment = Experiment(
+    task=TaskOptions(kind="detection"),
+    model=ModelOptions(source="callable", name="halfeven.zoo.small_detectors:rt_detr", arguments={"num_classes": 5}),
+    data=DataOptions(source="shapes", image_size=64, calibration_samples=256, evaluation_batch_size=40, workers=0),
+    pretraining=TrainingOptions(
+        epochs=12,
+        batch_size=16,
+        optimizer="adamw",
+        learning_rate=0.001,
+        weight_decay=0.02,
+        clip_norm=10.0,
+        schedule="onecycle",
+    ),
+    training=TrainingOptions(
+        epochs=2, batch_size=16, optimizer="adamw", learning_rate=5e-5, weight_decay=0.02, clip_norm=10.0
+    ),
+    # One thread: the network is so small that more gain nothing, and on a busy machine they wait for each other.
+    device=DeviceOptions(kind="cpu", threads=1),
+)

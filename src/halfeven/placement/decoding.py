@@ -1,0 +1,98 @@
+"""Tell the arithmetic on coordinates from layers: it stays in float, on every runtime.
+
+A detector's last layers give offsets, distances or bins, and operators make boxes of these: products with strides and
+anchors, differences, expectations over bins. Coordinates need more than 8 bits: of 640 pixels a step of 8 bits is 2.5.
+The operators cost nothing beside the layers.
+"""
+
+from torch import fx
+
+from halfeven.graph.layer_shapes import weight_shape
+from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
+from halfeven.graph.view import Op, kind_of
+
+K = OperatorKind
+
+MOST_COORDINATES = 4
+"""Coordinates of a box; a point has 2."""
+
+
+def reason_for_float(node: fx.Node) -> str | None:
+    """Return the reason why an operator is arithmetic on coordinates, and stays in float unless a rule quantizes it.
+
+    None for all other operators.
+    """
+    kind = kind_of(node)
+    if kind in (K.ADD, K.MULTIPLY) and _decodes(node):
+        return "it decodes results of the model, behind its last layers"
+    if kind not in (K.CONVOLUTION, K.LINEAR):
+        return None
+    if _is_expectation(node):
+        return "it is an expectation over a softmax, whose result is a coordinate"
+    if _reads_coordinates(node):
+        return f"it reads {_inputs(node)} coordinates, which 8 bits would move"
+    return None
+
+
+def _decodes(node: fx.Node) -> bool:
+    """Return True for an elementwise operator that makes results of the model out of parts of what layers gave.
+
+    No layer follows it, and an operand is a part, or a new order, of another tensor: two of four distances, or the rows
+    of a feature map. Sums of whole feature maps, as a network for images ends with, are not meant.
+    """
+    parts = any(_is_rearranged(operand) for operand in node.all_input_nodes)
+    return parts and not _leads_to_layer(node)
+
+
+def _leads_to_layer(node: fx.Node) -> bool:
+    """Return True if a layer, a product or an average reads a tensor, directly or behind other operators."""
+    seen: set[fx.Node] = set()
+    waiting = list(node.users)
+    while waiting:
+        reader = waiting.pop()
+        if reader in seen:
+            continue
+        seen.add(reader)
+        if kind_of(reader) in (*WEIGHTED, K.MATMUL, K.AVERAGE) and reason_for_float(reader) is None:
+            return True
+        waiting += reader.users
+    return False
+
+
+def _is_expectation(node: fx.Node) -> bool:
+    """Return True for a layer with a single output over a softmax: fixed bins, weighted with their probabilities.
+
+    Generalized Focal Loss (section 3.2) and its descendants (YOLOv8's DFL, D-FINE's integral) compute it so.
+    """
+    shape = weight_shape(node)
+    outputs = shape[0] if len(shape) > 1 else 1
+    return outputs == 1 and kind_of(_origin(node.all_input_nodes[0])) is K.SOFTMAX
+
+
+def _reads_coordinates(node: fx.Node) -> bool:
+    """Return True for a linear layer on at most 4 features that are a sigmoid's: positions, as parts of an image."""
+    origin = Op(_origin(node.all_input_nodes[0]))
+    in_unit_interval = origin.kind is K.ACTIVATION and origin.row.results == (0.0, 1.0)
+    return kind_of(node) is K.LINEAR and _inputs(node) <= MOST_COORDINATES and in_unit_interval
+
+
+def _inputs(node: fx.Node) -> int:
+    return weight_shape(node)[-1]
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """Return the tensor that moves and copies have made this of."""
+    while kind_of(node) in TRANSPARENT and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_rearranged(node: fx.Node) -> bool:
+    """Return True for a tensor that is a part or a new order of another, whatever elementwise operators follow."""
+    while True:
+        kind = kind_of(node)
+        if kind is K.CONCAT or (kind is K.SAME_SCALE and not Op(node).row.takes_maximum and not Op(node).row.window):
+            return True
+        if kind not in (K.ACTIVATION, K.IDENTITY, K.ADD, K.MULTIPLY) or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
