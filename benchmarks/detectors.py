@@ -186,7 +186,7 @@ def by_nncf(model: nn.Module, bench: Bench, python: Path, target: str, folder: P
     images = bench.calibration[0]
     source, goal, data = (folder / f"{stem}{TARGETS[target]}" for stem in ("float", "nncf", "images"))
     with torch.no_grad():
-        names = [key for key, value in _named(model(images)).items() if value is not None]
+        names = list(_named(model(images)))
     flat = _Flat(model)
     if target == "openvino":
         import openvino
@@ -218,7 +218,7 @@ def _named(outputs: Any) -> dict[str, Tensor]:
     if isinstance(outputs, Tensor):
         return {"": outputs}
     if isinstance(outputs, dict):
-        return outputs
+        return {name: value for name, value in outputs.items() if value is not None}
     return {f"{part}.{level}": each for part, levels in enumerate(outputs) for level, each in enumerate(levels)}
 
 

@@ -110,5 +110,5 @@ def test_a_sum_of_whole_feature_maps_at_the_end_stays_in_integers():
             x = self.first(x).relu()
             return x + self.second(x)
 
-    assert places(plan(Ends())) == [("input",), ("relu",)]
+    assert places(plan(Ends())) == [("x",), ("relu",)]
     assert ("add",) in places(plan(Ends(), target="onnxruntime"))

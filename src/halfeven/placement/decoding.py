@@ -35,12 +35,13 @@ def reason_for_float(node: fx.Node) -> str | None:
 
 
 def _decodes(node: fx.Node) -> bool:
-    """Return True for an elementwise operator that makes results of the model out of parts of what layers gave.
+    """Return True for an elementwise operator that makes results of the model out of what layers gave.
 
-    No layer follows it, and an operand is a part, or a new order, of another tensor: two of four distances, or the rows
-    of a feature map. Sums of whole feature maps, as a network for images ends with, are not meant.
+    No layer follows it, and it is a product, of scores for example, or an operand is a part, or a new order, of another
+    tensor: two of four distances, or the rows of a feature map. Sums of whole feature maps, as a network for images
+    ends with, are not meant.
     """
-    parts = any(_is_rearranged(operand) for operand in node.all_input_nodes)
+    parts = kind_of(node) is K.MULTIPLY or any(_is_rearranged(operand) for operand in node.all_input_nodes)
     return parts and not _leads_to_layer(node)
 
 

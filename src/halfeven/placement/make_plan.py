@@ -310,10 +310,11 @@ def _reason(region: Region, node: fx.Node, rules: RuleBook) -> str | None:
         return (
             "halfeven has integers for layers and for products of two activations alone, and its products are neither"
         )
-    if node in region.requests:
-        return None
     reason = reason_for_float(node)
-    if not rules.quantizes(region.names[node], kind, reason is None):
+    in_float = not rules.quantizes(region.names[node], kind, reason is None)
+    if node in region.requests:
+        return reason if in_float and kind in WEIGHTED else None
+    if in_float:
         return reason or "a rule says so"
     if node in region.branches:  # the fusion would drop the rounding of a quantizer here
         fused = "fused with the addition that reads it"

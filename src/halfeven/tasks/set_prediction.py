@@ -42,7 +42,7 @@ class SetPrediction(Detection):
                 f"training.label_smoothing={label_smoothing} would have no effect: the losses of transformers' "
                 "detectors take labels as they are. Set it to 0."
             )
-        outputs = {name: output.float() for name, output in outputs.items()}
+        outputs = {name: output.float() for name, output in outputs.items() if isinstance(output, Tensor)}
         logits, boxes = outputs["logits"], outputs["pred_boxes"]
         size = self.size.to(boxes.device)
         labels = [{"class_labels": target["labels"], "boxes": _centred(target["boxes"] / size)} for target in targets]

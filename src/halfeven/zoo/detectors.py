@@ -36,9 +36,9 @@ class TensorPart(nn.Module):
 class _SetOutputs:
     """Return the tensors of a detector of transformers that its loss and its boxes need, and nothing else."""
 
-    def forward(self: Any, images: Tensor) -> dict[str, Tensor]:
+    def forward(self: Any, images: Tensor) -> Any:
         found = super().forward(images)  # type: ignore[misc]
-        return {name: found[name] for name in SET_OUTPUTS if found.get(name) is not None}
+        return type(found)(**{name: found[name] for name in SET_OUTPUTS if found.get(name) is not None})
 
 
 SET_OUTPUTS = (
@@ -49,9 +49,14 @@ SET_OUTPUTS = (
 
 
 def tensor_part(model: nn.Module) -> nn.Module:
-    """Return the part of a detector that is quantized; any other model as it is."""
+    """Return the part of a detector that is quantized; any other model as it is.
+
+    Raises:
+        ConfigError: a detector of torchvision whose part from tensor to tensor is not known.
+    """
     if is_set_prediction(model):
         # A subclass, not a wrapper: the state dict stays the detector's.
         model.__class__ = type(type(model).__name__, (_SetOutputs, type(model)), {})
         return model
-    return TensorPart(model) if hasattr(model, "backbone") and hasattr(model, "transform") else model
+    from_torchvision = any(kind.__module__.startswith("torchvision.models.detection") for kind in type(model).__mro__)
+    return TensorPart(model) if from_torchvision else model
