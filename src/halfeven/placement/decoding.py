@@ -54,7 +54,8 @@ def _leads_to_layer(node: fx.Node) -> bool:
         if reader in seen:
             continue
         seen.add(reader)
-        if kind_of(reader) in (*WEIGHTED, K.MATMUL, K.AVERAGE) and reason_for_float(reader) is None:
+        computes = kind_of(reader) in (*WEIGHTED, K.MATMUL, K.AVERAGE) and reason_for_float(reader) is None
+        if computes or Op(reader).is_kept:  # what is kept in Python may have layers
             return True
         waiting += reader.users
     return False
