@@ -6,7 +6,7 @@
 
 A weighted pyramid in both directions, separable convolutions.
 
-Trains the float model for some minutes and quantizes it; "train" then trains it quantized.
+Trains the float model and quantizes it; "train" then trains it quantized.
 """
 
 from halfeven.config import DataOptions, DeviceOptions, Experiment, ModelOptions, TaskOptions, TrainingOptions

@@ -6,7 +6,7 @@
 
 Deformable attention; each decoder layer refines the boxes.
 
-Trains the float model for some minutes and quantizes it; "train" then trains it quantized.
+Trains the float model and quantizes it; "train" then trains it quantized.
 """
 
 from halfeven.config import DataOptions, DeviceOptions, Experiment, ModelOptions, TaskOptions, TrainingOptions

@@ -6,7 +6,7 @@
 
 halfeven's own network, without non-maximum suppression: CSP stages with SiLU, boxes as expectations over bins.
 
-Trains the float model for some minutes and quantizes it; "train" then trains it quantized.
+Trains the float model and quantizes it; "train" then trains it quantized.
 """
 
 from halfeven.config import DataOptions, DeviceOptions, Experiment, ModelOptions, TaskOptions, TrainingOptions

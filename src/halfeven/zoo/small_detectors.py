@@ -1,4 +1,4 @@
-"""Small detectors of known kinds, to train in minutes on the made-up scenes of `halfeven.zoo.shapes`, 64 x 64 pixels.
+"""Small detectors of known kinds, to train on the made-up scenes of `halfeven.zoo.shapes`, 64 x 64 pixels.
 
 Each function makes one, with its own loss and post-processing, for `model.source="callable"`; `num_classes` counts the
 background.
