@@ -4,10 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import halfeven as he
-from halfeven.runtimes.runtime import load_deployed
-
-from .parity import deployed, quantized
+from .parity import deployed
 
 SIZE = (2, 3, 32, 32)
 PLACES, CLASSES, FOUND = 64, 3, 6
@@ -44,11 +41,3 @@ def test_boxes_and_scores_in_one_output(target, file, tmp_path):
     report = deployed(EndToEnd(), SIZE, tmp_path / file, target=target)
     assert report.integer_match == 1.0
     assert report.integer_layers == report.quantizable_layers == 4
-    model = EndToEnd().eval()
-    qmodel, batches = quantized(model, SIZE, target=target)
-    he.export(qmodel, tmp_path / file)
-    floats, file_outputs = model(batches[0]), load_deployed(tmp_path / file, target, qmodel)(batches[0])
-    # The best place is the same one, and its box has moved by less than a pixel or two of 640.
-    assert torch.equal(floats[:, 0, 5], file_outputs[:, 0, 5])
-    assert (floats[:, 0, :4] - file_outputs[:, 0, :4]).abs().max() < 6.4
-    assert (floats[:, 0, 4] - file_outputs[:, 0, 4]).abs().max() < 0.02
