@@ -37,7 +37,7 @@ def as_html(content: RenderableType, width: int = WIDTH) -> str:
 
 
 def _console(width: int, **options: Any) -> Console:
-    """Return a console that shows nothing: in a notebook, others show what they print, whatever file they have."""
+    """Return a console without output. By default rich prints into a notebook too, whatever file it was given."""
     return Console(
         width=width, file=io.StringIO(), force_jupyter=False, markup=False, emoji=False, highlight=False, **options
     )

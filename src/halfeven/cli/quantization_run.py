@@ -1,4 +1,4 @@
-"""The opening that `halfeven ptq` and `halfeven search` share: a run that quantizes a float model after training."""
+"""Open a run that quantizes a trained float model: the part that `halfeven ptq` and `halfeven search` share."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +23,9 @@ class QuantizationRun:
     command: str
     context: RunContext
     model: nn.Module
-    """The float model; where it is trained first, without its weights until `claimed`."""
+    """The float model; if the run trains it first, `claimed` gives it the trained weights."""
     resume: bool
-    """The run in the folder is continued."""
+    """True if the run in the folder is continued."""
 
 
 def open_quantization(arguments: RunArguments, command: str) -> QuantizationRun:
@@ -57,7 +57,7 @@ def claimed(run: QuantizationRun, *, quantizes: bool) -> Iterator[nn.Module | No
 
     Args:
         run: the run.
-        quantizes: the model is still to be quantized.
+        quantizes: True if the model is still to be quantized.
 
     Yields:
         The prepared model, with the float model's weights; None if there is nothing to quantize.

@@ -19,6 +19,7 @@ from halfeven.cli.train import train_and_deliver
 from halfeven.errors import CheckpointError
 from halfeven.evaluation import evaluating
 from halfeven.graph.capture import as_arguments
+from halfeven.layerwise.batches import on_device
 from halfeven.mixed_precision.moves import usual_candidates
 from halfeven.mixed_precision.search import check_search, search_prepared
 from halfeven.pipelines import prepare
@@ -112,16 +113,10 @@ def _right_answers(context: RunContext, model: nn.Module) -> Tensor:
     # Samples that only come augmented are augmented alike each time, or chance would choose.
     with torch.no_grad(), evaluating(model), seeded(context.experiment.seed):
         for inputs, targets in context.loader(context.datasets.selection):
-            args, kwargs = as_arguments(_moved(inputs, device))
+            args, kwargs = on_device(model, as_arguments(inputs))
             logits, labels = context.task.judged(model(*args, **kwargs), targets.to(device))
             found.append(100.0 * (logits.argmax(1) == labels).double().cpu())
     return torch.cat(found)
-
-
-def _moved(inputs: Any, device: torch.device) -> Any:
-    if isinstance(inputs, dict):
-        return {name: value.to(device) for name, value in inputs.items()}
-    return inputs.to(device)
 
 
 def _train(context: RunContext, model: nn.Module, found: dict[str, Any], *, resume: bool, json_file: str) -> None:

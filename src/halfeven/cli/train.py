@@ -101,7 +101,7 @@ def train_and_deliver(
     main = context.accelerator.is_main_process
     context.accelerator.end_training()  # what follows is the first process's alone
     if main:
-        # On held-out samples it would stand beside the accuracies of others.
+        # With a held-out part there is none of this name: the calibrated model was measured on other samples.
         calibrated = header["known"].get(f"{context.experiment.quantization.scheme}, calibrated")
         deliver(context, model, header["float"], facts, calibrated=calibrated, json=json_file)
 

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 
 def write_channel_clips(model: nn.Module, exported: list[ExportedQuantizer]) -> None:
-    """Write the clips by channel of a deployed model as a clip of the tensor, its quantizer and a clip of integers.
+    """Write the clips by channel of a deployed model as a clip of the tensor, its quantizer and a clip of its integers.
 
     Args:
         model: a deployed model, which is changed in place.
@@ -40,6 +40,7 @@ def write_channel_clips(model: nn.Module, exported: list[ExportedQuantizer]) -> 
 def _write(
     region: CapturedModule, node: fx.Node, clip: ChannelClip, prefix: str, exported: list[ExportedQuantizer]
 ) -> None:
+    """Write one clip by channel; without a quantizer behind it, as a clip of real numbers."""
     path = f"{node.target}_quantizer"
     (source,) = node.all_input_nodes
     quantizer = quantizer_at(next(iter(node.users))) if len(node.users) == 1 else None
@@ -58,24 +59,25 @@ def _write(
         clipped.meta = dict(node.meta)
         # On the grid itself, so that no number that a kernel computes lies between two integers.
         low, high = (quantizer(bound) for bound in (low, high))
-    for of_both, bound in ((aten.maximum.default, low), (aten.minimum.default, high)):
-        if bool((bound != bound.flatten()[0]).any()):
-            clipped = _with_constant(region, node, of_both, clipped, bound)
+    for extreme, bound in ((aten.maximum.default, low), (aten.minimum.default, high)):
+        if bool((bound != bound.flatten()[0]).any()):  # else the clip of the whole tensor has done it
+            clipped = _with_constant(region, node, extreme, clipped, bound)
     node.replace_all_uses_with(clipped)
     region.graph.erase_node(node)
 
 
 def _finite(bound: float) -> float | None:
+    """Return a bound as `clamp` takes it: None for none."""
     return bound if math.isfinite(bound) else None
 
 
-def _with_constant(region: CapturedModule, node: fx.Node, of_both: Any, x: fx.Node, bound: Tensor) -> fx.Node:
-    """Insert the larger or smaller of a tensor and a constant of each channel before a node."""
-    name = f"{node.name}_{of_both.overloadpacket.__name__}"
+def _with_constant(region: CapturedModule, node: fx.Node, extreme: Any, x: fx.Node, bound: Tensor) -> fx.Node:
+    """Insert the maximum or minimum of a tensor and a constant of each channel before a node."""
+    name = f"{node.name}_{extreme.overloadpacket.__name__}"
     region.register_buffer(name, bound)
     with region.graph.inserting_before(node):
         constant = region.graph.get_attr(name)
-        result = region.graph.call_function(of_both, (x, constant))
+        result = region.graph.call_function(extreme, (x, constant))
     record_value(constant, bound)
     result.meta = dict(node.meta)
     return result

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from halfeven.graph.batchnorm import folding, layer_calls, norm_behind, scales_by_channel
+from halfeven.graph.layer_shapes import channel_axis
 from halfeven.graph.operators import OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.tree import place
@@ -85,7 +86,7 @@ def _multiplication_behind(node: fx.Node, layer: fx.Node) -> fx.Node | None:
         return None
     ndim = Op(layer).ndim
     wide = (1,) * (ndim - values.ndim) + tuple(values.shape)
-    axis = _channel_axis(layer)
+    axis = channel_axis(layer, layer)
     fits = len(wide) == ndim and all(size == 1 for place, size in enumerate(wide) if place != axis)
     return reader.node if fits else None
 
@@ -110,11 +111,7 @@ def _factor_of(multiplication: fx.Node, layer: fx.Node) -> Tensor:
     (source,) = [operand for operand in multiplication.all_input_nodes if not Op(operand).is_constant]
     values = _factor(multiplication, source)
     assert values is not None
-    return values.flatten().expand(Op(layer).shape[_channel_axis(layer)])
-
-
-def _channel_axis(layer: fx.Node) -> int:
-    return Op(layer).ndim - 1 if kind_of(layer) is OperatorKind.LINEAR else 1
+    return values.flatten().expand(Op(layer).shape[channel_axis(layer, layer)])
 
 
 def _identity(node: fx.Node) -> object:

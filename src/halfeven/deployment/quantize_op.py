@@ -101,7 +101,7 @@ class ExportedQuantizer(nn.Module):
         self.grid_number = number
         """Number of the quantizer that this one shares scale and zero point with."""
         self.repeats = False
-        """True where it completes a pattern of the runtime: the quantized model has no such tensor."""
+        """True for a quantizer that only completes a pattern of the runtime: the quantized model has no such tensor."""
         scheme = quantizer.scheme
         self.axis = PER_TENSOR if scheme.axis is None else scheme.axis
         self.quant_min = scheme.quant_min

@@ -37,7 +37,7 @@ class Suspect:
     def tensor(self) -> str:
         """Return what the tensor is called in texts."""
         if isinstance(self.planned, PlannedWeight):
-            return f"the weight of {self.planned.name}"
+            return self.planned.quantizer_name
         return " and ".join(self.planned.places[:3]) + (" and more" if len(self.planned.places) > 3 else "")
 
 

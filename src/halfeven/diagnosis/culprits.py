@@ -204,10 +204,10 @@ def _of_many(patient: Patient, *, first: bool) -> tuple[Finding, nn.Module] | No
 def _search_call(remedy: Remedy) -> str:
     """Return the call that chooses the tensors to raise with care, where a remedy raises several; else ""."""
     raised = len({rule.pattern for rule in remedy.rules})
+    if not raised:
+        return ""
     call = f"halfeven.search(model, batches, tensors={raised})"
-    return (
-        f"{call} chooses as many, one after the other in the context of those before: docs/search.md" if raised else ""
-    )
+    return f"{call} chooses as many, each in the context of those chosen before it: docs/search.md"
 
 
 def _raise_worst(patient: Patient, count: int) -> Remedy | None:

@@ -31,9 +31,8 @@ def planned_quantizers(qmodel: nn.Module) -> list[tuple[Quantizer, PlannedTensor
     """Return each quantizer of a model with its entry in the plan, activations first, in the plan's order."""
     named = {quantizer.name: quantizer for quantizer in quantizers(qmodel).values()}
     plan = plan_of(qmodel)
-    found: list[tuple[str, PlannedTensor | PlannedWeight]] = [(" = ".join(t.places), t) for t in plan.tensors]
-    found += [(f"the weight of {weight.name}", weight) for weight in plan.weights]
-    return [(named[name], planned) for name, planned in found if name in named]
+    entries: list[PlannedTensor | PlannedWeight] = [*plan.tensors, *plan.weights]
+    return [(named[entry.quantizer_name], entry) for entry in entries if entry.quantizer_name in named]
 
 
 def grid_range(quantizer: Quantizer) -> GridRange:

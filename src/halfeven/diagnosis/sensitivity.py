@@ -39,7 +39,7 @@ SAMPLES = 256
 """Samples that are enough to rank tensors."""
 
 RANKED_BY = 64
-"""Samples that are enough to tell the tensors that may be a cause: a diagnosis measures these on all."""
+"""Samples that are enough to tell which tensors may be a cause: a diagnosis measures those on all samples."""
 
 MEASURED_AGAIN = 12
 """Tensors that are measured on all samples where a part was taken to rank them."""
@@ -171,7 +171,8 @@ def sensitivities(
         alone: measure each tensor alone, too, which takes about as long again.
         samples: number of samples; whole batches are taken.
         reference: the samples and float answers of an earlier `reference_of`; None: they are computed.
-        ranked_by: samples to measure all tensors on; the most harmful are measured again on all samples. None: all.
+        ranked_by: number of samples to measure all tensors on; the most harmful are measured again on all samples.
+            None: all tensors are measured on all samples.
 
     Raises:
         CalibrationError: there is no batch, or a range is not set.

@@ -15,7 +15,7 @@ from halfeven.evaluation import evaluating
 from halfeven.graph.copying import copy_model
 from halfeven.layerwise.calibrate import calibrate, run_batches
 from halfeven.placement.insertion import plan_of
-from halfeven.placement.options import Rule
+from halfeven.placement.options import Rule, rule_text
 from halfeven.placement.requantization import apply_plan, apply_rules
 from halfeven.ptq.equalization.cross_layer import equalize
 from halfeven.ptq.options import PTQOptions
@@ -71,13 +71,7 @@ def try_remedy(qmodel: nn.Module, remedy: Remedy, batches: Batches, reference: R
 
 def written(rules: Sequence[Rule]) -> str:
     """Return rules as an argument to paste."""
-    return f"rules=({', '.join(map(_written, rules))},)"
-
-
-def _written(rule: Rule) -> str:
-    given = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
-    said = {name: value for name, value in given.items() if value is not None}
-    return f"Rule({', '.join(f'{name}={value!r}' for name, value in said.items())})".replace("'", '"')
+    return f"rules=({', '.join(rule_text(vars(rule)) for rule in rules)},)"
 
 
 def by_rules(name: str, rules: Sequence[Rule]) -> Remedy:

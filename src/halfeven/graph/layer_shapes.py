@@ -44,6 +44,13 @@ def weight_shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(int(size) for size in Op(weight_node).shape)
 
 
+def channel_axis(layer: fx.Node, tensor: fx.Node) -> int:
+    """Return the axis of a layer's input or output, `tensor`, that its channels lie on."""
+    ndim = Op(tensor).ndim
+    # A linear layer's channels are the last axis. Behind a convolution's are as many axes as its kernel has.
+    return ndim - 1 if kind_of(layer) is OperatorKind.LINEAR else ndim - len(weight_shape(layer)) + 1
+
+
 def groups_of(node: fx.Node) -> int:
     """Return the groups of a convolution; 1 for other layers."""
     if Op(node).is_module:

@@ -115,7 +115,7 @@ class ClippingWatch:
         self.due = True
         self.named: set[str] = set()
         self.shares: dict[str, float] = {}
-        """The clipped share of each activation in the last step that was counted."""
+        """Clipped share of each activation in the step that was counted last, by name."""
         self._context: Any = None
 
     def before_step(self) -> None:

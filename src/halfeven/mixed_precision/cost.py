@@ -1,6 +1,7 @@
 """The cost of a plan: bits over the multiply-accumulates, bits that are moved, bits of the weights, and time."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -99,7 +100,7 @@ def workload_of(qmodel: nn.Module) -> Workload:
     traffic = []
     for tensor in plan_of(qmodel).tensors:
         values = sum(elements(known[place][1]) for place in tensor.places if place in known)
-        traffic.append(Traffic(" = ".join(tensor.places), values * (1 + len(tensor.consumers))))
+        traffic.append(Traffic(tensor.quantizer_name, values * (1 + len(tensor.consumers))))
     return Workload(tuple(works_of(qmodel)), tuple(traffic))
 
 
@@ -109,23 +110,16 @@ def works_of(qmodel: nn.Module) -> list[Work]:
     read: dict[str, list[str]] = {}
     for tensor in plan.tensors:
         for name in tensor.consumers:
-            read.setdefault(name, []).append(" = ".join(tensor.places))
-    weighted = {weight.name for weight in plan.weights}
+            read.setdefault(name, []).append(tensor.quantizer_name)
+    weights = {weight.name: weight.quantizer_name for weight in plan.weights}
     found = []
     for name, (_, node) in named_nodes(qmodel).items():
-        layer = kind_of(node) in WEIGHTED and name in weighted
+        layer = kind_of(node) in WEIGHTED and name in weights
         if layer or (kind_of(node) is OperatorKind.MATMUL and name in read):
-            count = _product(weight_shape(node)) if layer else 0
-            weight = f"the weight of {name}" if layer else None
+            count = math.prod(weight_shape(node)) if layer else 0
+            weight = weights[name] if layer else None
             found.append(Work(name, multiply_accumulates(node), count, weight, tuple(read.get(name, ()))))
     return found
-
-
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
 
 
 def widths_of(qmodel: nn.Module) -> dict[str, int | None]:

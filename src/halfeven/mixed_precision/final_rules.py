@@ -5,18 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from halfeven.errors import PlacementError
-from halfeven.mixed_precision.moves import Move, entries
+from halfeven.mixed_precision.moves import Entry, Move, entries
 from halfeven.placement.options import Rule
-from halfeven.placement.plan import Plan, PlannedTensor, PlannedWeight
-
-Entry = PlannedTensor | PlannedWeight
+from halfeven.placement.plan import Plan, PlannedWeight
 
 
 def final_rules(plan: Plan, taken: Sequence[Move]) -> tuple[Rule, ...]:
-    """Return rules under which a plan describes each quantizer as the last move on it does.
+    """Return the rules that give each quantizer what the last move on it gave it.
 
     Args:
-        plan: of the model without any move.
+        plan: the plan without any move.
         taken: the moves in their order.
     """
     moves = _in_effect(taken)
@@ -45,7 +43,7 @@ def _rule_for(entry: Entry) -> Rule:
 
 
 def _in_effect(taken: Sequence[Move]) -> list[Move]:
-    """Return the moves that no later move on the same quantizers replaces: rules without effect are refused."""
+    """Return the moves whose quantizers no later move sets again."""
     return [
         move
         for number, move in enumerate(taken)
@@ -54,7 +52,7 @@ def _in_effect(taken: Sequence[Move]) -> list[Move]:
 
 
 def _effective(plan: Plan, rules: Sequence[Rule]) -> tuple[Rule, ...]:
-    """Return the rules that still change something where others leave operators in float."""
+    """Return the rules without those that have no effect because others leave their operators in float."""
     in_float = [rule for rule in rules if rule.quantize is False]
 
     def changes(rule: Rule) -> bool:

@@ -22,6 +22,9 @@ from halfeven.quantization.quantizer import Mode, Quantizer
 from halfeven.quantization.scheme import parse_bits
 from halfeven.targets.target import Target
 
+Entry = PlannedTensor | PlannedWeight
+"""What a plan says of a quantizer."""
+
 OF_TENSORS = ("activation_bits", "symmetric", "signed", "observer", "power_of_two")
 OF_WEIGHTS = ("weight_bits", "observer", "power_of_two")
 """Fields of a rule that a candidate may set for the tensors of a unit, and for the weights that read them."""
@@ -197,7 +200,7 @@ def _settings(
     return found
 
 
-def entries(plan: Plan) -> dict[str, PlannedTensor | PlannedWeight]:
+def entries(plan: Plan) -> dict[str, Entry]:
     """Return the entries of a plan by the names of their quantizers."""
-    weights: dict[str, PlannedTensor | PlannedWeight] = {f"the weight of {w.name}": w for w in plan.weights}
-    return {" = ".join(tensor.places): tensor for tensor in plan.tensors} | weights
+    found: list[Entry] = [*plan.tensors, *plan.weights]
+    return {entry.quantizer_name: entry for entry in found}

@@ -67,15 +67,9 @@ def search_plan(
     timed = options.latency is not None or options.cost == "latency"
     first = reference.inputs[0]
     times = _times(qmodel, runtime, first) if timed else None
-    facts = {
-        "plan": plan_of(qmodel).to_dict()["options"],
-        "candidates": [plain_values(candidate) for candidate in candidates],
-        "options": plain_values(options),
-        "answers": float(sum(output.double().sum() for outputs in reference.outputs for output in outputs)),
-    }
     moves = moves_of(qmodel, units_of(qmodel), candidates, batches, runtime.target)
     log(f"Searching {len(moves)} steps in {len(units_of(qmodel))} groups of tensors.")
-    store = MeasurementStore(resume_dir, facts)
+    store = MeasurementStore(resume_dir, _facts(qmodel, candidates, options, reference))
     state = Walk(qmodel, moves, workload_of(qmodel), times, reference, judge, options, store, log)
     chosen = walk(state)
     finish = _Finish(state, runtime, quantized, first)
@@ -83,9 +77,8 @@ def search_plan(
     for _ in range(FURTHER_TRIES):
         other = _faster(result, state.steps, options)
         if other is not None:
-            log(
-                f"  the file takes {result.latency:.3f} of the float file's time, more than estimated; step {other} ..."
-            )
+            took = f"{result.latency:.3f} of the float file's time"
+            log(f"  the file takes {took}, more than estimated; step {other} ...")
         elif _loses_too_much(result, options) and chosen == result.chosen < len(state.taken):
             other = chosen = chosen + 1
             log(f"  the model made of the rules loses {result.judgement}; step {other} ...")
@@ -94,6 +87,18 @@ def search_plan(
         result = finish.at(other)
     notes = _notes(result, state, held_out=bool(held_out), evaluated=evaluate is not None)
     return dataclasses.replace(result, notes=notes)
+
+
+def _facts(
+    qmodel: nn.Module, candidates: Sequence[Rule], options: SearchOptions, reference: Reference
+) -> dict[str, Any]:
+    """Return what the measurements depend on, so that those of another search are refused."""
+    return {
+        "plan": plan_of(qmodel).to_dict()["options"],
+        "candidates": [plain_values(candidate) for candidate in candidates],
+        "options": plain_values(options),
+        "answers": float(sum(output.double().sum() for outputs in reference.outputs for output in outputs)),
+    }
 
 
 def _held_out_reference(
@@ -156,10 +161,10 @@ def _loses_too_much(result: SearchResult, options: SearchOptions) -> bool:
 
 
 def _faster(result: SearchResult, steps: Sequence[Step], options: SearchOptions) -> int | None:
-    """Return the number of steps of a plan whose file should be fast enough; None if the file is, or none would be.
+    """Return the number of steps of an earlier plan whose file should be fast enough; None if the file itself is.
 
-    The estimates are corrected by what the file took: the plan is the last before the present one that keeps the budget
-    then, or else the one that is estimated the fastest.
+    The estimates are corrected by the ratio of measured to estimated time. The plan is the last that keeps the budget
+    then, or else the plan that is estimated the fastest; None if no earlier plan is estimated faster than the present.
     """
     estimated = steps[result.chosen].cost.latency
     if options.latency is None or result.latency is None or estimated is None or result.latency <= options.latency:

@@ -1,4 +1,4 @@
-"""Weigh the gain of a step against the cost that it adds."""
+"""Price plans in the unit of the budget, and weigh the gain of a step against the cost that it adds."""
 
 from halfeven.mixed_precision.cost import Cost
 from halfeven.mixed_precision.options import SearchOptions
@@ -8,7 +8,7 @@ NEXT_TO_NOTHING = 0.01
 
 
 def is_worth_its_work(options: SearchOptions, before: Cost, cost: Cost, gain: float) -> bool:
-    """Return False for a step that is free only because its work is in no budget, and that gains next to nothing.
+    """Return False for a step that adds work which no budget counts, and gains next to nothing.
 
     Args:
         options: of the search.
@@ -40,14 +40,14 @@ def is_cheaper(options: SearchOptions, before: Cost, after: Cost) -> bool:
 
 
 def worth(options: SearchOptions, before: Cost, cost: Cost, gain: float, *, over: bool) -> tuple[float, float]:
-    """Return the rank of a step: those that cost nothing first, then by the gain over the cost that they add.
+    """Return the rank of a step, larger is better: steps that cost nothing, then by gain over added cost.
 
     Args:
         options: of the search.
         before: the cost without the step.
         cost: the cost with it.
         gain: what it takes away from the divergence.
-        over: the plan is above a budget; then what saves the most is first.
+        over: the plan is above a budget: the step that saves the most is first.
     """
     added = price(options, cost) - price(options, before)
     if over:

@@ -13,7 +13,7 @@ from halfeven.mixed_precision.judge import Judgement
 from halfeven.mixed_precision.result_page import search_contents
 from halfeven.mixed_precision.walk import Step
 from halfeven.placement.insertion import plan_of
-from halfeven.placement.options import Rule
+from halfeven.placement.options import Rule, rule_text
 from halfeven.quantization.own_class import plain_values
 from halfeven.reporting.page import save_page
 
@@ -84,7 +84,7 @@ class SearchResult:
         verdict = "All budgets are kept" if self.reached else "NOT REACHED"
         lines = [*_table(header, rows), "(> chosen, * no cheaper plan is as good)", ""]
         lines += [f"{verdict} after {self.chosen} steps: {drop}{latency}.", *self.notes]
-        lines += ["", "rules=(", *(f"    {_written(rule)}," for rule in self.rules), ")"]
+        lines += ["", "rules=(", *(f"    {rule_text(vars(rule))}," for rule in self.rules), ")"]
         return "\n".join(lines)
 
 
@@ -103,7 +103,7 @@ def _row(step: Step, *, chosen: bool, best: bool) -> tuple[str, ...]:
     return (
         (">" if chosen else "") + ("*" if best else ""),
         str(step.number),
-        f"{step.unit}: {step.change}" if step.unit else "the scheme",
+        step.title,
         f"{step.divergence:.4g}",
         "" if step.judgement is None else str(step.judgement),
         f"{cost.bits:.2f}",
@@ -118,13 +118,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
 
 
-def _written(rule: Rule) -> str:
-    """Return a rule as it is written in a config."""
-    given = ((field.name, getattr(rule, field.name)) for field in dataclasses.fields(rule))
-    return f"Rule({', '.join(f'{name}={value!r}' for name, value in given if value is not None)})"
-
-
 def _plain(value: Any) -> Any:
+    """Return plain values with None for the numbers that JSON lacks."""
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from halfeven.placement.options import rule_text
 from halfeven.reporting.page import PageContents
 
 Values = Mapping[str, Any]
 """What `SearchResult.to_dict` returns, or what was read of its file."""
-
 
 PLANS = "Plans of the search"
 """Heading of their table."""
@@ -104,8 +104,5 @@ def _judged(values: Values) -> str:
 
 
 def _pasted(rules: Any) -> str:
-    lines = []
-    for rule in rules:
-        said = ", ".join(f"{name}={value!r}" for name, value in rule.items() if value is not None)
-        lines.append(f"    Rule({said}),")
-    return "\n".join(["rules=(", *lines, ")"]).replace("'", '"') if lines else ""
+    lines = [f"    {rule_text(rule)}," for rule in rules]
+    return "\n".join(["rules=(", *lines, ")"]) if lines else ""

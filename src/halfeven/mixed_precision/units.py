@@ -47,7 +47,7 @@ def units_of(qmodel: nn.Module) -> tuple[Unit, ...]:
 
 
 def _name(members: Iterable[PlannedTensor]) -> str:
-    return " + ".join(" = ".join(tensor.places) for tensor in members)
+    return " + ".join(tensor.quantizer_name for tensor in members)
 
 
 def _tied(plan: Plan, nodes: dict[str, fx.Node]) -> list[list[PlannedTensor]]:
@@ -76,6 +76,6 @@ def _products_before(node: fx.Node, nodes: dict[str, fx.Node]) -> Iterator[str]:
         if kind_of(source) is K.MATMUL and source in names:
             yield names[source]
         elif kind_of(source) not in WEIGHTED:
-            further = [one for one in source.all_input_nodes if one not in seen]
+            further = [node for node in source.all_input_nodes if node not in seen]
             seen.update(further)
             waiting += further

@@ -24,11 +24,10 @@ FIRST_RESCORING = 4
 AS_GOOD = 0.9
 """Share of a step's gain that a smaller change of the same tensors needs to be taken instead, at no higher price."""
 
-
 NEGLIGIBLE = 1e-4
 """Divergence that no answer shows."""
 
-ALONE = "gains nothing alone, and others may gain after it"
+ALONE = "gains nothing alone; others may after it"
 """The reason of a step that is taken where none gains."""
 
 
@@ -47,6 +46,11 @@ class Step:
     """What the step was expected to take away from the divergence, by the last ranking."""
     judgement: Judgement | None = None
     """The drop on the held-out part, where it was measured."""
+
+    @property
+    def title(self) -> str:
+        """The change in words."""
+        return f"{self.unit}: {self.change}" if self.unit else "the scheme"
 
 
 @dataclass
@@ -251,8 +255,8 @@ def _next(state: Walk, *, gaining: bool = True) -> Step | None:
 
     Args:
         state: the search.
-        gaining: the move must gain. Where none does alone and the drop is too large yet, the least harmful is taken:
-            errors meet, and what remains may gain after it.
+        gaining: the move must gain. False where no move gains alone and the drop is still too large: the least harmful
+            move is taken, after which others may gain, because errors of several tensors meet.
     """
     before = state.steps[-1]
     if _is_mended(state) or (not gaining and state.options.max_drop is None):
@@ -267,11 +271,7 @@ def _next(state: Walk, *, gaining: bool = True) -> Step | None:
         needed = not state.within(before.cost) and is_cheaper(state.options, before.cost, cost)
         if after < before.divergence or needed or not gaining:
             _rank_relatives(state, move, after)
-            why = (
-                reason(state.options, before.cost, cost, share)
-                if gaining
-                else "gains nothing alone; others may after it"
-            )
+            why = reason(state.options, before.cost, cost, share) if gaining else ALONE
             return Step(len(state.taken), move.unit.name, str(move), why, after, cost, gain)
         # It gained alone, and gains nothing in this context.
         state.taken.pop()
@@ -326,8 +326,7 @@ def _affordable(state: Walk, before: Step, *, gaining: bool) -> dict[Move, Cost]
 def _line(step: Step, unit: str) -> str:
     cost = step.cost
     latency = "" if cost.latency is None else f", latency {cost.latency:.3f}"
-    what = f"{step.unit}: {step.change}" if step.unit else "the scheme"
     return (
-        f"  {step.number:3} {what}; {step.reason}; divergence {step.divergence:.4g}, {cost.bits:.2f} bits{latency}, "
-        f"{cost.tensors} tensors raised"
+        f"  {step.number:3} {step.title}; {step.reason}; divergence {step.divergence:.4g}, "
+        f"{cost.bits:.2f} bits{latency}, {cost.tensors} tensors raised"
     )

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from halfeven.errors import PlacementError
+from halfeven.graph.layer_shapes import channel_axis
 from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.tree import place
@@ -15,7 +16,7 @@ class ChannelClip(nn.Module):
     """Clip each channel to bounds of its own, which are not trained.
 
     Args:
-        bounds: (low, high) of all channels, for a start.
+        bounds: (low, high) that all channels start with.
         channels: number of channels.
         trailing: number of axes behind that of the channels.
     """
@@ -42,9 +43,14 @@ def channel_clip_at(node: fx.Node) -> ChannelClip | None:
 
 
 def insert_channel_clip(region: CapturedModule, node: fx.Node, name: str) -> None:
-    """Make a clip by channel of a ReLU6 or another clip to constant bounds; for now it computes the same.
+    """Replace a ReLU6 or another clip to constant bounds by a clip by channel with the same bounds, in place.
 
     A second call has no effect.
+
+    Args:
+        region: the part of the model that the clip is in.
+        node: the clip.
+        name: its name in the plan.
 
     Raises:
         PlacementError: the operator is no clip to constant bounds, or does not read a layer's channels.
@@ -52,7 +58,7 @@ def insert_channel_clip(region: CapturedModule, node: fx.Node, name: str) -> Non
     if channel_clip_at(node) is not None:
         return
     bounds = Op(node).bounds
-    axis = _channel_axis(node)
+    axis = _axis_of_channels(node)
     if bounds is None or axis is None:
         raise PlacementError(
             f"{name} is a {Op(node).name} that does not clip the channels of a layer to constant bounds, so it cannot "
@@ -67,25 +73,19 @@ def insert_channel_clip(region: CapturedModule, node: fx.Node, name: str) -> Non
     replace_call(node, path, node.all_input_nodes[:1])
 
 
-def _channel_axis(node: fx.Node) -> int | None:
-    """Return the axis of the channels of the layer that a tensor comes from; None where they do not pass."""
+def _axis_of_channels(node: fx.Node) -> int | None:
+    """Return the axis that the channels of the layer before a tensor lie on; None where an operator has mixed them."""
     op = Op(node)
     if op.kind in WEIGHTED:
-        return op.ndim - 1 if op.kind is OperatorKind.LINEAR else op.ndim - weight_dimensions(node) + 1
+        return channel_axis(node, node)
     if not op.inputs:
         return None
-    axis = _channel_axis(op.inputs[0].node)
-    if axis is None or op.bounds is not None or channel_clip_at(node) is not None or passes_whole(node):
+    axis = _axis_of_channels(op.inputs[0].node)
+    if axis is None or op.bounds is not None or channel_clip_at(node) is not None or _passes_whole(node):
         return axis
     return op.factor_axis(axis)
 
 
-def passes_whole(node: fx.Node) -> bool:
+def _passes_whole(node: fx.Node) -> bool:
     """Return True for an operator that passes a tensor with its shape: of training alone, or a quantizer."""
     return kind_of(node) is OperatorKind.IDENTITY or isinstance(Op(node).module, Quantizer)
-
-
-def weight_dimensions(layer: fx.Node) -> int:
-    """Return the number of axes of a layer's weight."""
-    op = Op(layer)
-    return int(op.module.weight.ndim if op.is_module else op.inputs[1].ndim)

@@ -150,7 +150,7 @@ def weight_quantizer(planned: PlannedWeight, options: QuantizationOptions) -> Qu
         scales_gradient=options.gradient_scale == "lsq",
         weight=True,
     )
-    quantizer.name = f"the weight of {planned.name}"
+    quantizer.name = planned.quantizer_name
     quantizer.own_class = planned.quantizer
     return quantizer
 
@@ -165,7 +165,7 @@ def tensor_quantizer(planned: PlannedTensor, options: QuantizationOptions) -> Qu
         scales_gradient=options.gradient_scale == "lsq",
         learns_zero_point=options.learn_zero_points,
     )
-    quantizer.name = " = ".join(planned.places)
+    quantizer.name = planned.quantizer_name
     quantizer.own_class = planned.quantizer
     quantizer.is_recomputation = in_backward_pass
     quantizer.fix_range(planned.fixed_range)

@@ -1,5 +1,6 @@
 """Define the options of `halfeven.prepare`, and the user's rules."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -17,6 +18,12 @@ RangesByPaper = Literal["lsq", "pact"]
 """Further spellings of "learned" and "clipped"."""
 RangesChoice = Annotated[Ranges | RangesByPaper, also_spelled(lsq="learned", pact="clipped")]
 """Movement of ranges in training, as options take it."""
+
+
+def rule_text(fields: Mapping[str, Any]) -> str:
+    """Return a rule as a config has it, from its fields: `vars(rule)`, or what `plain_values` made of it."""
+    given = ", ".join(f"{name}={value!r}" for name, value in fields.items() if value is not None)
+    return f"Rule({given})".replace("'", '"')
 
 
 def own_quantizer(value: Any) -> Any:

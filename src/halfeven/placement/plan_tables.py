@@ -85,7 +85,7 @@ def whole_table(plan: PlanLike) -> RenderableType:
     """Return the tables of all activations, of all weights, and of all that is in float, with its reason."""
     activations = table("activation", "scheme", "range", "read by")
     for t in plan.tensors:
-        activations.add_row(" = ".join(t.places), _scheme(t.scheme), _range(t), ", ".join(t.consumers))
+        activations.add_row(t.quantizer_name, _scheme(t.scheme), _range(t), ", ".join(t.consumers))
     weights = table("weight of", "kind", "scheme", "range")
     for w in plan.weights:
         weights.add_row(w.name, w.operator, _scheme(w.scheme), _range(w))

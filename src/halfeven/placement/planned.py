@@ -22,6 +22,11 @@ class PlannedTensor:
     quantizer: OwnClass | None = None
     """Class of the user's that quantizes it; None: `Quantizer`."""
 
+    @property
+    def quantizer_name(self) -> str:
+        """Name of its quantizer in messages and reports: all its places."""
+        return " = ".join(self.places)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedWeight:
@@ -37,6 +42,11 @@ class PlannedWeight:
     """Class of the user's that quantizes it; None: `Quantizer`."""
     operator: str = field(default="", compare=False)
     """Kind of the layer, for example "Conv2d"; "" in plans of earlier versions."""
+
+    @property
+    def quantizer_name(self) -> str:
+        """Name of its quantizer in messages and reports."""
+        return f"the weight of {self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a training's quantizers as histograms: their scales, and the shares that they clip."""
+"""Collect what TensorBoard shows of quantizers as histograms: their scales, and the shares that they clip."""
 
 from collections.abc import Iterable
 
@@ -9,8 +9,9 @@ from halfeven.quantization.quantizer import Quantizer, quantizers
 
 
 def histograms(qmodel: nn.Module, clipped: Iterable[float]) -> dict[str, Tensor]:
-    """Return log2 of the scales of weights and of activations, and clipped shares in percent; names without values
-    are left out.
+    """Return log2 of the scales of weights and of activations, and the clipped shares in percent, by name.
+
+    Names without values are left out.
 
     Args:
         qmodel: the model.

@@ -1,4 +1,4 @@
-"""Several optimizers as a single one, each with parameters of its own: SGD for weights and Adam for scales, say."""
+"""Join several optimizers into one, each with its own parameters: SGD for weights and Adam for scales, for example."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,12 +8,17 @@ from torch import Tensor
 
 
 class JoinedOptimizers(torch.optim.Optimizer):
-    """Steps several optimizers as one.
+    """Steps several optimizers together, as a single optimizer.
 
-    It has their parameter groups, in their order, and one state, so that its state dict is that of a single optimizer.
+    It holds the parameter groups of all parts, in the order of the parts, and their common state. Schedulers, gradient
+    scalers and checkpoints therefore see an ordinary optimizer: its `state_dict` has the form of a single optimizer's,
+    with the groups of all parts. A change of a group, such as a scheduler's new learning rate, reaches its part.
 
     Args:
-        parts: optimizers of different parameters, which have taken no step.
+        parts: optimizers of disjoint sets of parameters, none of which has taken a step yet.
+
+    Raises:
+        ValueError: a parameter belongs to several parts.
     """
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
@@ -22,7 +27,7 @@ class JoinedOptimizers(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let the parts work on the groups and on the state of this optimizer."""
+        """Give each part its groups and the state of this optimizer: the same objects, not copies."""
         start = 0
         for part in self.parts:
             end = start + len(part.param_groups)
@@ -31,14 +36,29 @@ class JoinedOptimizers(torch.optim.Optimizer):
             start = end
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of an optimizer that was joined of the same parts."""
+        """Load the state of an optimizer with the same parts in the same order.
+
+        Args:
+            state_dict: what `state_dict` of that optimizer returned.
+
+        Raises:
+            ValueError: the number of groups, or of parameters in a group, differs.
+        """
         super().load_state_dict(state_dict)
-        self._share()  # loading replaces groups and state
+        self._share()  # loading has made new groups and a new state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
-        """Take a step with each of the optimizers."""
-        loss = None if closure is None else closure()
+        """Take a step of each part, in their order.
+
+        Args:
+            closure: computes the loss and its gradients; called once, before the first part's step.
+
+        Returns:
+            The loss that the closure returned; None without a closure.
+        """
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for part in self.parts:
             part.step()
         return loss

@@ -41,12 +41,12 @@ class LayerTimes:
     """In the order in which they run; empty where the runtime gives no profile."""
 
     def ratio_with(self, in_float: Collection[str], moved_in_float: float = 0.0) -> float:
-        """Return the estimated time over the float file's in default precision if more computed in float.
+        """Return the estimated time of the file with some layers in float, over the float file's in default precision.
 
         Args:
-            in_float: the layers that do.
-            moved_in_float: share of the other activations that are moved in float, too. What the layers' kernels leave
-                of the time goes from the deployed file's to the float file's with it.
+            in_float: names of these layers.
+            moved_in_float: share of the traffic of activations that is in float, from 0 to 1. The time outside of
+                layers goes from the deployed file's to the float file's with this share.
         """
         chosen = [layer for layer in self.layers if layer.integer and layer.name in in_float]
         added = sum(layer.floating - layer.deployed for layer in chosen)

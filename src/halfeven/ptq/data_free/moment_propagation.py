@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from halfeven.graph.batchnorm import kept_statistics, statistics
+from halfeven.graph.layer_shapes import channel_axis
 from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, operations
@@ -28,11 +29,7 @@ from halfeven.ptq.data_free.moments import (
     scaled,
     through,
 )
-from halfeven.ptq.equalization.layer_pairs import (
-    apply_to_constant,
-    channel_axis,
-    weight_by_channel,
-)
+from halfeven.ptq.equalization.layer_pairs import apply_to_constant, weight_by_channel
 from halfeven.quantization.quantizer import Quantizer
 
 K = OperatorKind

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from halfeven.graph.layer_shapes import channel_axis
 from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.view import Op, module_calls, operations, tensor_names
 from halfeven.placement.channel_clip import ChannelClip, channel_clip_at
@@ -162,13 +163,6 @@ def _pair_from(producer: fx.Node, layers: set[fx.Node], through_clips: bool) -> 
         axis = after
         between.append(node)
     return None
-
-
-def channel_axis(layer: fx.Node, tensor: fx.Node) -> int:
-    """Return the axis of a layer's input or output, `tensor`, that its channels lie on."""
-    module: Any = Op(layer).module
-    ndim = Op(tensor).ndim
-    return ndim - 1 if isinstance(module, nn.Linear) else ndim - module.weight.ndim + 1
 
 
 def _axis_after(reader: Op, node: fx.Node, axis: int, through_clips: bool) -> int | None:

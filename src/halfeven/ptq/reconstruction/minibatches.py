@@ -1,4 +1,4 @@
-"""Cut batches for blocks with large feature maps, whose gradient needs few samples.
+"""Cut batches for blocks with large feature maps: few of their samples give a good gradient.
 
 Every position of a feature map is an equation for the weights: the stem of a network for images of 224 pixels sees
 12,544 of them in one sample, its last layer 49. Steps of equally many samples would spend nearly all time on the first
@@ -36,9 +36,9 @@ def _positions(layer: Op) -> int:
 
 
 def cut(parts: tuple[Values, ...], samples: int, generator: torch.Generator) -> tuple[Values, ...]:
-    """Return a run of samples, at a random place, of the values that belong to one batch.
+    """Return consecutive samples, from a random place, of the values of a batch.
 
-    Values of another first size than the others are not cut, nor are the rest then.
+    Nothing is cut where the values differ in their first size, which is then not the number of samples.
 
     Args:
         parts: a block's inputs and outputs.

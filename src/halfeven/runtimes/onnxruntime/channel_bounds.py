@@ -1,10 +1,11 @@
 """Bounds of each channel as sums of integers, which saturate.
 
-The runtime has no minimum of 8-bit integers, and computes one in float between two conversions. It has a kernel for
-sums of 8-bit integers on a common scale, whose results saturate at the ends of the type: with d = 255 - q,
+The runtime has no minimum of 8-bit integers: it computes a minimum in float, between two conversions. It has a kernel
+for sums of 8-bit integers on a common scale, whose results saturate at the ends of the type: with d = 255 - q,
 min(x, q) = min(x + d, 255) - d, exactly.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,33 +34,37 @@ def write_bounds_as_sums(region: CapturedModule, exported: list[ExportedQuantize
         x, constant = node.args
         grid = grid_of(x)
         if grid is not None and Op(constant).is_constant and _on_grid(Op(constant).constant, grid):
-            _Sums(region, node, grid, exported, prefix).write()
+            _Sums(region, exported, prefix, node, grid).write()
 
 
 def _on_grid(bound: Tensor, grid: ExportedQuantizer) -> bool:
     return torch.equal(grid(bound), bound)
 
 
+@dataclass(frozen=True)
 class _Sums:
-    """Writes one minimum or maximum of a tensor on a grid."""
+    """Writes a single minimum or maximum."""
 
-    def __init__(
-        self,
-        region: CapturedModule,
-        node: fx.Node,
-        grid: ExportedQuantizer,
-        exported: list[ExportedQuantizer],
-        prefix: str,
-    ) -> None:
-        self.region = region
-        self.node = node
-        self.grid = grid
-        self.exported = exported
-        self.prefix = prefix
-        self.low = -128 if grid.signed else 0
-        self.high = 127 if grid.signed else 255
+    region: CapturedModule
+    exported: list[ExportedQuantizer]
+    prefix: str
+    node: fx.Node
+    """The minimum or maximum of a quantized tensor and a constant."""
+    grid: ExportedQuantizer
+    """The tensor's quantizer."""
+
+    @property
+    def low(self) -> int:
+        """The smallest integer of the grid's type."""
+        return -128 if self.grid.signed else 0
+
+    @property
+    def high(self) -> int:
+        """The largest integer of the grid's type."""
+        return 127 if self.grid.signed else 255
 
     def write(self) -> None:
+        """Write both sums in place of the node."""
         x: Any = self.node.args[0]
         constant: Any = self.node.args[1]
         integers = torch.round(Op(constant).constant / self.grid.scale) + self.grid.zero_point
@@ -99,6 +104,7 @@ class _Sums:
         return total
 
     def _quantized(self, x: fx.Node, name: str, zero_point: Tensor) -> fx.Node:
+        """Insert a quantizer of the grid's scale that saturates at the ends of the type."""
         path = f"quantizers.{self.node.name}_{name}"
         twin = twin_of(self.grid, self.prefix + path, self.exported)
         twin.zero_point = zero_point
