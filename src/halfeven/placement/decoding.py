@@ -1,8 +1,8 @@
-"""Tell the arithmetic on coordinates from layers: it stays in float, on every runtime.
+"""Find the arithmetic on coordinates of a detector: it stays in float, on every runtime.
 
-A detector's last layers give offsets, distances or bins, and operators make boxes of these: products with strides and
-anchors, differences, expectations over bins. Coordinates need more than 8 bits: of 640 pixels a step of 8 bits is 2.5.
-The operators cost nothing beside the layers.
+A detector's last layers return offsets, distances or bins, from which operators compute boxes: products with strides
+and anchors, differences, expectations over bins. Coordinates need more than 8 bits: in an image of 640 pixels, a step
+of 8 bits is 2.5 pixels. In float, these operators cost next to nothing.
 """
 
 from torch import fx
@@ -18,10 +18,7 @@ MOST_COORDINATES = 4
 
 
 def reason_for_float(node: fx.Node) -> str | None:
-    """Return the reason why an operator is arithmetic on coordinates, and stays in float unless a rule quantizes it.
-
-    None for all other operators.
-    """
+    """Return why an operator on coordinates stays in float unless a rule quantizes it; None for other operators."""
     kind = kind_of(node)
     if kind in (K.ADD, K.MULTIPLY) and _decodes(node):
         return "it decodes results of the model, behind its last layers"
@@ -35,11 +32,11 @@ def reason_for_float(node: fx.Node) -> str | None:
 
 
 def _decodes(node: fx.Node) -> bool:
-    """Return True for an elementwise operator that makes results of the model out of what layers gave.
+    """Return True for an elementwise operator that computes outputs of the model behind its last layers.
 
-    No layer follows it, and it is a product, of scores for example, or an operand is a part, or a new order, of another
-    tensor: two of four distances, or the rows of a feature map. Sums of whole feature maps, as a network for images
-    ends with, are not meant.
+    No layer follows it. It is a product (of scores, for example), or an operand is a part or a new order of another
+    tensor: two of four distances, or the rows of a feature map. A sum of whole feature maps, with which a network that
+    returns an image may end, does not count.
     """
     parts = kind_of(node) is K.MULTIPLY or any(_is_rearranged(operand) for operand in node.all_input_nodes)
     return parts and not _leads_to_layer(node)
@@ -83,7 +80,7 @@ def _inputs(node: fx.Node) -> int:
 
 
 def _origin(node: fx.Node) -> fx.Node:
-    """Return the tensor that moves and copies have made this of."""
+    """Return the tensor that was only moved or copied to make this tensor."""
     while kind_of(node) in TRANSPARENT and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node

@@ -48,9 +48,9 @@ class RuleBook:
         """Return True if an operator computes in integers where it can.
 
         Args:
-            name: the operator's.
-            kind: the operator's.
-            default: the answer where no rule says it.
+            name: name of the operator.
+            kind: kind of the operator.
+            default: the answer if no rule holds for it.
         """
         return self.chosen("quantize", {name: kind}, default)
 

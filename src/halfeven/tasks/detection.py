@@ -24,6 +24,24 @@ if TYPE_CHECKING:
 
 Targets = Sequence[dict[str, Tensor]]
 
+MOST_FOUND = 100
+"""Largest number of boxes of an image that `best_boxes` returns."""
+
+
+def best_boxes(boxes: Tensor, scores: Tensor) -> dict[str, Tensor]:
+    """Return the boxes of an image with the largest scores, without suppression of overlaps.
+
+    Args:
+        boxes: [boxes, 4].
+        scores: [boxes, classes].
+
+    Returns:
+        "boxes", [found, 4], "scores" and "labels", [found], from 0; a box may be found with several labels.
+    """
+    classes = scores.shape[1]
+    best, index = scores.flatten().topk(min(MOST_FOUND, scores.numel()))
+    return {"boxes": boxes[index // classes], "scores": best, "labels": index % classes}
+
 
 class Detection(Task):
     """A detector's metrics: `mAP`, COCO's mean average precision over overlaps of 0.5 to 0.95, and `mAP50`, at 0.5."""

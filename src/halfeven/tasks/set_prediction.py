@@ -7,18 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.errors import ConfigError
-from halfeven.tasks.detection import Detection, Targets
-
-MOST_FOUND = 100
-"""Boxes of an image that are returned."""
+from halfeven.tasks.detection import Detection, Targets, best_boxes
 
 
 class SetPrediction(Detection):
     """The loss of transformers' detector, which matches objects and queries, and its boxes in pixels.
 
     Outputs have "logits", [samples, queries, classes], and "pred_boxes", [samples, queries, 4] as centre, width and
-    height in parts of the image. Where there is one more logit than labels, the last is "no object", and a softmax
-    gives the scores; else each logit has its own sigmoid.
+    height in parts of the image. If there is a logit more than labels, the last is "no object" and a softmax gives the
+    scores; else a sigmoid of each logit does.
 
     Args:
         detector: transformers' model; its weights are not used.
@@ -61,7 +58,7 @@ class SetPrediction(Detection):
         has_no_object = logits.shape[-1] == self.config.num_labels + 1
         scores = logits.softmax(-1)[..., :-1] if has_no_object else logits.sigmoid()
         corners = _corners(boxes) * self.size.to(boxes.device)
-        return [_found(*pair) for pair in zip(corners, scores, strict=True)], list(targets)
+        return [best_boxes(*pair) for pair in zip(corners, scores, strict=True)], list(targets)
 
 
 def is_set_prediction(model: nn.Module) -> bool:
@@ -70,15 +67,11 @@ def is_set_prediction(model: nn.Module) -> bool:
     return "PreTrainedModel" in names and type(model).__name__.endswith("ForObjectDetection")
 
 
-def _found(boxes: Tensor, scores: Tensor) -> dict[str, Tensor]:
-    classes = scores.shape[1]
-    best, index = scores.flatten().topk(min(MOST_FOUND, scores.numel()))
-    return {"boxes": boxes[index // classes], "scores": best, "labels": index % classes}
-
-
 def _centred(boxes: Tensor) -> Tensor:
+    """Return centre, width and height of boxes given by their corners."""
     return torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
 
 
 def _corners(boxes: Tensor) -> Tensor:
+    """Return the corners of boxes given by centre, width and height."""
     return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)

@@ -34,7 +34,7 @@ class TensorPart(nn.Module):
 
 
 class _SetOutputs:
-    """Return the tensors of a detector of transformers that its loss and its boxes need, and nothing else."""
+    """Makes a detector of transformers return only the tensors that its loss and its boxes need."""
 
     def forward(self: Any, images: Tensor) -> Any:
         found = super().forward(images)  # type: ignore[misc]
@@ -50,6 +50,8 @@ SET_OUTPUTS = (
 
 def tensor_part(model: nn.Module) -> nn.Module:
     """Return the part of a detector that is quantized; any other model as it is.
+
+    A detector of transformers gets a class with fewer outputs, in place, and is returned itself.
 
     Raises:
         ConfigError: a detector of torchvision whose part from tensor to tensor is not known.

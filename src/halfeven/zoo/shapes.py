@@ -1,4 +1,4 @@
-"""Made-up scenes for detectors: discs, squares, triangles and crosses on noise, with their boxes; no download."""
+"""Artificial scenes for detectors: discs, squares, triangles and crosses on noise, with their boxes; no download."""
 
 import functools
 from typing import Any
@@ -13,16 +13,16 @@ from halfeven.zoo.options import DataOptions
 SHAPES = ("disc", "square", "triangle", "cross")
 """Class 1 is a disc, and so on; class 0 is the background."""
 MOST_SHAPES = 4
-"""Shapes in a scene, at most; at least one."""
+"""Largest number of shapes in a scene; the smallest is 1."""
 SMALLEST = 0.15
 LARGEST = 0.4
 """Sides of a shape, as shares of the side of the scene."""
 LEAST_CONTRAST = 90.0
-"""Distance between the colours of a shape and of the background, of 255 levels each."""
+"""Smallest distance between the colours of a shape and of the background, in levels of 255."""
 NOISE = 12.0
 """Standard deviation of the noise, in levels of 255."""
 TRIES = 20
-"""Places that are tried for a shape, so that it does not touch an earlier one."""
+"""Places that are tried for a shape until it touches no earlier shape."""
 TRAINING, VALIDATION = 1600, 200
 """Number of scenes of each part."""
 

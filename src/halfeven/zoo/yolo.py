@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from halfeven.tasks.detection import best_boxes
+
 STRIDES = (8, 16)
 BINS = 8
 """Distances are expectations over 0 to 7 strides."""
-MOST_FOUND = 100
-"""Boxes of an image that are returned."""
 OVERLAP_WEIGHT = 0.8
 """Exponent of the overlap in the quality of a place for an object; the score has the rest (DeFCN, equation 3)."""
 
@@ -99,7 +99,8 @@ class Yolo(nn.Module):
 
     def detect(self, outputs: Tensor) -> list[dict[str, Tensor]]:
         """Return the boxes of each image with the largest scores; none are suppressed."""
-        return [_found(output[:4].T, output[4:].T) for output in outputs]
+        found = [best_boxes(output[:4].T, output[4:].T) for output in outputs]
+        return [{**image, "labels": image["labels"] + 1} for image in found]
 
 
 def places(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,9 +143,3 @@ def generalized_overlap(a: Tensor, b: Tensor) -> Tensor:
     areas = [(box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1) for box in (a, b)]
     union = (areas[0] + areas[1] - common).clamp(min=1e-6)
     return common / union - (hull - union) / hull
-
-
-def _found(boxes: Tensor, scores: Tensor) -> dict[str, Tensor]:
-    best, index = scores.flatten().topk(min(MOST_FOUND, scores.numel()))
-    classes = scores.shape[1]
-    return {"boxes": boxes[index // classes], "scores": best, "labels": index % classes + 1}
