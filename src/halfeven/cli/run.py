@@ -308,6 +308,7 @@ def _facts(context: RunContext, command: str) -> dict[str, Any]:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
+    """Return the options that a run was started with, from its file."""
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(recorded, dict):

@@ -39,6 +39,7 @@ def make_task(experiment: Experiment, datasets: Datasets) -> Task:
 
 
 def _detection(experiment: Experiment, datasets: Datasets) -> Detection:
+    """Return the task of the detector that the config names."""
     model = experiment.model
     example = datasets.example()
     makers: dict[str, Callable[[ModelOptions], Any]] = {

@@ -201,6 +201,7 @@ def _start(
 def _train_quantized(
     context: RunContext, qmodel: nn.Module, session: QATSession, header: dict[str, Any], *, resume: bool
 ) -> None:
+    """Train the quantized model; its checkpoints and training state go to the work folder."""
     experiment = context.experiment
     run = Run(
         folder=context.folder,

@@ -72,6 +72,7 @@ class Judge:
         return _paired(self.expected - scores)
 
     def _scores(self, model: nn.Module) -> Tensor:
+        """Return the metric of a model, [samples] or [1]; a ConfigError if it is no finite number."""
         assert self.evaluate is not None
         with torch.no_grad(), evaluating(model), weights_quantized_once(model):
             found = self.evaluate(model)

@@ -23,8 +23,9 @@ class SearchOptions(Options):
     tensors: NonNegativeInt | None = None
     """Largest number of activations that leave the bits of the scheme."""
     cost: CostName = "auto"
-    """Cost that a step is weighed by: the time in the target, bits times bits of the multiply-accumulates (BOPs), or
-    the size of the weights; "auto": the cost that has a budget, or else BOPs."""
+    """Cost that a step is weighed by: "latency", the time in the target; "bops", bits times bits of the
+    multiply-accumulates, with the traffic of activations; "size", the size of the weights; "auto": the cost that has a
+    budget, or else "bops"."""
     samples: PositiveInt = SAMPLES
     """Samples that rank the steps."""
     rescorings: NonNegativeInt = 1

@@ -179,6 +179,7 @@ def _faster(result: SearchResult, steps: Sequence[Step], options: SearchOptions)
 
 
 def _notes(result: SearchResult, state: Walk, *, held_out: bool, evaluated: bool) -> tuple[str, ...]:
+    """Return which budgets were missed, and what limits the judgement."""
     options = state.options
     cost = state.steps[result.chosen].cost
     found = []

@@ -99,6 +99,7 @@ def _values(step: Step) -> dict[str, Any]:
 
 
 def _row(step: Step, *, chosen: bool, best: bool) -> tuple[str, ...]:
+    """Return the row of a step in the printed table."""
     cost = step.cost
     return (
         (">" if chosen else "") + ("*" if best else ""),

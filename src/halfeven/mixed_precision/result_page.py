@@ -58,6 +58,7 @@ def _axis(found: Values) -> str:
 
 
 def _point(step: Values, found: Values) -> dict[str, Any]:
+    """Return a step as a point of the chart."""
     cost = step["cost"]
     first = found["steps"][0]["cost"]["work"] or 1.0
     return {

@@ -31,6 +31,7 @@ class MeasurementStore:
             self._read(self.path)
 
     def _read(self, path: Path) -> None:
+        """Read the measurements in a file, and check that they belong to this search."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             recorded = values["facts"]

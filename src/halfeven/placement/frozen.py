@@ -78,6 +78,7 @@ def _downstream(node: fx.Node) -> list[nn.Parameter]:
 
 
 def _nearest(start: list[fx.Node], step: Any) -> list[nn.Parameter]:
+    """Return the parameters that are read first on each way from the start, node by node along `step`."""
     found: list[nn.Parameter] = []
     waiting = list(start)
     seen = set(waiting)

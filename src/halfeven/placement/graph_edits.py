@@ -118,6 +118,7 @@ def _found(nodes: dict[str, tuple[CapturedModule, fx.Node]], name: str) -> tuple
 
 
 def _unclip(name: str, node: fx.Node) -> None:
+    """Replace a ReLU with an upper bound by a ReLU, in place."""
     bounds = Op(node).bounds
     if bounds is None or bounds[0] != 0:
         raise PlacementError(

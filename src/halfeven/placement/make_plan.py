@@ -111,6 +111,7 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 
 def _check_bits(target: Target, options: QuantizationOptions, weight_bits: int, activation_bits: int) -> None:
+    """Refuse bits that the target cannot run, with a PlacementError."""
     # A rule may give an activation more bits than the target runs: it is simulated alone, and the plan says so.
     simulated = range(max(target.activation_bits) + 1, MAX_BITS + 1)
     in_rules = {rule.activation_bits for rule in options.rules} - {*simulated}
@@ -126,6 +127,7 @@ def _check_bits(target: Target, options: QuantizationOptions, weight_bits: int, 
 
 
 def _check_weights_alone(target: Target, options: QuantizationOptions, weight_bits: int) -> None:
+    """Refuse options that a scheme of weights alone cannot follow, with a PlacementError."""
     asked = {weight_bits, *(r.weight_bits for r in options.rules if r.weight_bits is not None)}
     allowed = sorted({bits for kind in target.stored_weights.values() for bits in kind})
     if not asked <= set(allowed):
@@ -172,6 +174,7 @@ def _check_outputs(model: nn.Module, options: QuantizationOptions) -> None:
 def _planned_tensors(
     region: Region, options: QuantizationOptions, rules: RuleBook, target: Target, bits: int
 ) -> Iterator[PlannedTensor]:
+    """Yield an entry for each group of requested tensors that share a quantizer."""
     done: set[fx.Node] = set()
     for node in region.graph.nodes:
         if node not in region.requests or node in done:
@@ -243,6 +246,7 @@ def _planned_weights(
     kinds: frozenset[OperatorKind],
     bits: int,
 ) -> Iterator[PlannedWeight]:
+    """Yield an entry for the weight of each layer that computes in integers; a layer called twice has one entry."""
     seen: set[object] = set()
     for node in region.graph.nodes:
         kind = kind_of(node)
@@ -284,6 +288,7 @@ def _weight_observer(options: QuantizationOptions, bits: int) -> str | OwnClass:
 
 
 def _left(region: Region, rules: RuleBook, target: Target, kinds: frozenset[OperatorKind]) -> Iterator[LeftInFloat]:
+    """Yield the operators that could compute in integers, or have integer results, and do not, with their reasons."""
     for node in region.graph.nodes:
         kind = kind_of(node)
         if kind in WEIGHTED and kind not in kinds:

@@ -43,6 +43,7 @@ def _damaged(path: Path, reason: str) -> CheckpointError:
 
 
 def _problems(plan: Plan) -> Iterator[str]:
+    """Yield what no plan that halfeven wrote has."""
     for kind in ("tensors", "weights", "left", "kept"):
         for number, entry in enumerate(getattr(plan, kind)):
             yield from mistakes(type(entry), _values(entry), f"{kind}[{number}]")
@@ -69,6 +70,7 @@ def _bits(plan: Plan, field: str, place: int) -> set[int]:
 
 
 def _problems_of(entry: PlannedTensor | PlannedWeight) -> Iterator[str]:
+    """Yield what no entry of a plan that halfeven wrote has."""
     if isinstance(entry.observer, str) and entry.observer not in OBSERVERS:
         yield f'{entry.name} has the observer "{entry.observer}", and there is none of that name'
     if isinstance(entry, PlannedWeight):

@@ -74,6 +74,7 @@ class _Change:
     options: QuantizationOptions
 
     def exchange_weight(self, planned: PlannedWeight) -> Quantizer:
+        """Give a layer's weight a new quantizer, and return it."""
         region, node = self.found[planned.name]
         quantizer = weight_quantizer(planned, self.options)
         if not Op(node).is_module:
@@ -84,12 +85,14 @@ class _Change:
         return quantizer
 
     def exchange_tensor(self, planned: PlannedTensor) -> Quantizer:
+        """Give an activation a new quantizer at all its places, and return it."""
         region, _ = self.found[planned.places[0]]
         quantizer = tensor_quantizer(planned, self.options)
         place_quantizer(region, quantizer, planned.name)
         return quantizer
 
     def remove_weight(self, planned: PlannedWeight) -> None:
+        """Remove the quantizer of a layer's weight: the layer computes in float."""
         region, node = self.found[planned.name]
         if not Op(node).is_module:
             _remove_calls(region, quantizer_path(f"{planned.name}_weight"))
@@ -101,10 +104,12 @@ class _Change:
         layer.__class__ = FLOAT_LAYERS[type(layer)]
 
     def remove_tensor(self, planned: PlannedTensor) -> None:
+        """Remove the quantizer of an activation at all its places."""
         _remove_calls(self.found[planned.places[0]][0], quantizer_path(planned.name))
 
 
 def _change_weights(change: _Change, before: Plan, after: Plan) -> list[Quantizer]:
+    """Remove, exchange and insert quantizers of weights, and return those without a range."""
     old = {weight.name: weight for weight in before.weights}
     new = {weight.name: weight for weight in after.weights}
     for name in old.keys() - new.keys():
@@ -119,6 +124,7 @@ def _change_weights(change: _Change, before: Plan, after: Plan) -> list[Quantize
 
 
 def _change_tensors(change: _Change, before: Plan, after: Plan) -> list[Quantizer]:
+    """Remove, exchange and insert quantizers of activations, and return those without a range."""
     old = {tensor.places: tensor for tensor in before.tensors}
     new = {tensor.places: tensor for tensor in after.tensors}
     for places in old.keys() - new.keys():

@@ -81,6 +81,7 @@ class RuleBook:
                 raise PlacementError(f"The rule {rule} {self._why(index, rule, names)}")
 
     def _why(self, index: int, rule: Rule, names: list[str]) -> str:
+        """Return why a rule has no effect, and what to do."""
         lacks = dict.fromkeys(what for part, what in LACKING.items() if getattr(rule, part) is not None)
         if not lacks and rule.quantize is None:
             return (

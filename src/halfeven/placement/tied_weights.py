@@ -79,6 +79,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, CapturedModule, fx.Node]]:
 
 
 def _readers(model: nn.Module) -> dict[int, list[_Reader]]:
+    """Return what reads each parameter, by the identity of the parameter."""
     found: dict[int, list[_Reader]] = defaultdict(list)
     captured: set[nn.Module] = set()
     for region in regions(model).values():
@@ -107,6 +108,7 @@ def _shared(region: CapturedModule, path: str, readers: dict[int, list[_Reader]]
 
 
 def _give_copy(region: CapturedModule, path: str, name: str) -> None:
+    """Give a layer a copy of a parameter; other readers of the layer's attribute keep the original."""
     layer = region.get_submodule(path)
     original = own_parameters(layer)[name]
     assert original is not None

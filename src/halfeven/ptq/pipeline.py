@@ -212,6 +212,7 @@ def _correct_biases(context: StepContext) -> None:
 
 
 def _gains_by_correction(context: StepContext, corrected: nn.Module) -> bool:
+    """Return True if the corrected model is nearer to the float model, on part of the calibration data."""
     trial = first_samples(context.batches, BIAS_CORRECTION_TRIAL_SAMPLES)
     reference = context.qmodel if context.float_weights is None else context.float_weights
     expected = float_outputs(reference, trial)

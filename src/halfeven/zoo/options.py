@@ -17,7 +17,7 @@ class TextOptions(Options):
     tokenizer: str = ""
     """Tokenizer of transformers: a folder, or a name of its hub."""
     max_length: PositiveInt = 128
-    """Tokens of a text; longer ones are cut, shorter ones filled up, as deployed files have one length."""
+    """Tokens of a text: longer texts are cut, shorter texts filled up, because deployed files have a fixed length."""
     columns: tuple[str, ...] = ("sentence",)
     """Columns of the text, or of the two that are compared."""
     label_column: str = "label"
@@ -38,7 +38,7 @@ class DataOptions(Options):
     source: Literal[
         "digits", "fashion_mnist", "image_folder", "voc_segmentation", "coco_detection", "shapes", "texts", "callable"
     ] = "image_folder"
-    """Kind of data; "callable": your own function, which returns a `Datasets`."""
+    """Kind of data; "shapes": artificial scenes for detectors; "callable": your function that returns `Datasets`."""
     root: Annotated[str, formerly("")] = "auto"
     """Folder of the data; "auto" for the place where "fashion_mnist" is usually installed."""
     function: str = ""
@@ -50,7 +50,7 @@ class DataOptions(Options):
     keep_aspect: bool = True
     """Scale images of segmentation and detection to fit into the square; else they are stretched to it."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Mean of the colours, which is taken off images read from files."""
+    """Mean of the colours, which is subtracted from images read from files."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
     """Standard deviation of the colours, by which they are divided."""
     text: TextOptions = field(default_factory=TextOptions)
@@ -68,9 +68,9 @@ class DataOptions(Options):
     """Seed of the draw of these samples."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """A sample that cannot be read, or whose label cannot be, ends the run ("error") or is replaced by the next good
-    one ("skip"), which is counted."""
+    sample ("skip"), and counted."""
     workers: NonNegativeInt = 2
-    """Processes that load samples; 0 to load them in the main one."""
+    """Processes that load samples; 0 to load them in the main process."""
     evaluation_batch_size: PositiveInt = 128
     """Samples at a time in validation and calibration."""
 

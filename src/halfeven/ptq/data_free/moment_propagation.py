@@ -130,6 +130,7 @@ class _Propagation:
         return gaussian(mean, module.weight.abs(), self.alpha, axis, True)
 
     def _after_function(self, op: Op, x: Distribution) -> Distribution | None:
+        """Return the distribution behind a function of one tensor; None if it is unknown."""
         # A clip has moments in closed form; other activation functions are integrated numerically.
         if (bounds := op.bounds) is not None:
             return clipped(x, *bounds)
@@ -157,6 +158,7 @@ class _Propagation:
         return added(a, scaled(b, sign * float(op.arguments.get("alpha", 1))), self.alpha)
 
     def _operand(self, op: Op, operand: Any) -> Distribution | None:
+        """Return the distribution of an operand, aligned with the axes of the result; None if it is unknown."""
         if not isinstance(operand, fx.Node):
             return constant(operand) if isinstance(operand, int | float) else None
         read = Op(operand)

@@ -194,6 +194,7 @@ def _constants_by_batchnorm(pairs: list[LayerPair], deviations: float) -> dict[L
 def _constants_by_data(
     qmodel: nn.Module, pairs: list[LayerPair], loader: Iterable[Any], batches: int | None
 ) -> dict[LayerPair, Tensor]:
+    """Return the constant of each pair, measured on the outputs of its first layer in float."""
     seen = {pair: _ChannelStatistics() for pair in pairs}
     hooks = [
         module_of(pair.producer).register_forward_hook(

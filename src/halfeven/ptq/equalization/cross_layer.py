@@ -315,6 +315,7 @@ def _clips(pair: LayerPair) -> dict[fx.Node, tuple[float, float]]:
 
 
 def _kept(x: Distribution | None, bound: float) -> float:
+    """Return the SQNR in dB that values keep without their upper bound."""
     if x is None:
         return float("-inf")
     # White paper, section 3.2: ReLU6 does not commute with a factor. `lost` is what a ReLU lets through and ReLU6 does

@@ -105,6 +105,7 @@ def rewritable_layers(model: nn.Module) -> tuple[dict[str, fx.Node], tuple[str, 
 
 
 def _why_not_rewritable(op: Op, calls: Counter[str], owners: Counter[int], constants: set[int]) -> str | None:
+    """Return why the weight of a layer must stay as it is; None if it may be rewritten."""
     layer: Any = op.module
     if layer is None:
         return "called as a function"
@@ -149,6 +150,7 @@ def find_layer_pairs(layers: Mapping[str, fx.Node], *, through_clips: bool = Fal
 
 
 def _pair_from(producer: fx.Node, layers: set[fx.Node], through_clips: bool) -> LayerPair | None:
+    """Return the pair that starts with a layer; None if no layer alone reads its output channel by channel."""
     node = producer
     axis = channel_axis(producer, producer)
     between: list[fx.Node] = []

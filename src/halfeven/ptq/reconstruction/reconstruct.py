@@ -140,6 +140,7 @@ def _reconstruct(
     resume_dir: Path | None,
     log: Log | None,
 ) -> ReconstructionReport:
+    """Reconstruct all layers or blocks of a model, in the order of its graph, in place."""
     qmodel = unwrapped(qmodel)
     # The number that "auto" stands for is written out, so that a resumed run compares numbers.
     options = dataclasses.replace(options, iterations=options.steps)
