@@ -70,6 +70,8 @@ def apply_plan(qmodel: nn.Module, after: Plan, target: Target) -> tuple[str, ...
 
 @dataclass(frozen=True)
 class _Change:
+    """A change of the quantizers of a model, whose nodes are found by name."""
+
     found: Found
     options: QuantizationOptions
 
@@ -109,7 +111,7 @@ class _Change:
 
 
 def _change_weights(change: _Change, before: Plan, after: Plan) -> list[Quantizer]:
-    """Remove, exchange and insert quantizers of weights, and return those without a range."""
+    """Remove, exchange and insert quantizers of weights, and return the new quantizers."""
     old = {weight.name: weight for weight in before.weights}
     new = {weight.name: weight for weight in after.weights}
     for name in old.keys() - new.keys():
@@ -124,7 +126,7 @@ def _change_weights(change: _Change, before: Plan, after: Plan) -> list[Quantize
 
 
 def _change_tensors(change: _Change, before: Plan, after: Plan) -> list[Quantizer]:
-    """Remove, exchange and insert quantizers of activations, and return those without a range."""
+    """Remove, exchange and insert quantizers of activations, and return the new quantizers."""
     old = {tensor.places: tensor for tensor in before.tensors}
     new = {tensor.places: tensor for tensor in after.tensors}
     for places in old.keys() - new.keys():
