@@ -7,6 +7,7 @@ from torch import nn
 
 import halfeven as he
 from runtimes.parity import SCHEME
+from sweeps import sweep
 
 
 class Block(nn.Module):
@@ -63,3 +64,33 @@ def test_onnx_files_for_openvino_have_no_mark(tmp_path):
     qmodel = he.calibrate(he.prepare(net, x, scheme=SCHEME), [x])
     report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.onnx"), [x], timed=False)
     assert report.integer_match == 1
+
+
+class Moved(nn.Module):
+    """A skip connection that an operator has moved since it was quantized, as a ResNet's first one is pooled."""
+
+    def __init__(self, move, channels=24):
+        super().__init__()
+        self.stem, self.move = nn.Conv2d(3, channels, 3, padding=1), move
+        self.block, self.last = Block(channels, nn.ReLU(), False, True), nn.Conv2d(channels, 4, 1)
+
+    def forward(self, x):
+        return self.last(self.block(self.move(torch.relu(self.stem(x)))))
+
+
+MOVES = {
+    "pooled": nn.MaxPool2d(3, 2, 1),
+    "enlarged": nn.Upsample(scale_factor=2),
+    "shuffled": nn.ChannelShuffle(2),
+}
+
+
+@pytest.mark.parametrize("name", sweep(MOVES, "pooled"))
+def test_a_moved_skip_connection_is_added_as_in_the_file(name, tmp_path):
+    """No tensor between the quantizers is an output of the watched file; one integer in 20,000 shows it."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 8, 3, 48, 48)
+    qmodel = he.calibrate(he.prepare(Moved(MOVES[name]).eval(), x, scheme=SCHEME), [x])
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), [x, y], timed=False)
+    assert report.integer_match == 1
+    assert report.output_difference == 0

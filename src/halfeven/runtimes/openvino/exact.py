@@ -130,9 +130,9 @@ class OpenVINOInterpreter(fx.Interpreter):
         """Return a sum that the plugin takes in units of an operand's scale."""
         if len(args) < 2 or node.target is not torch.ops.aten.add.Tensor or kwargs:
             return None
-        for branch, skip in (args, args[::-1]):
+        for branch, skip, source in ((*args, node.args[1]), (*args[::-1], node.args[0])):
             if isinstance(branch, Branch) and isinstance(skip, Codes):
-                return self._in_kernel(branch, skip)
+                return self._in_kernel(branch, skip, source)
         if not all(isinstance(x, Codes) for x in args):
             return fused_sum(node, args)
         if (in_kernel := sum_in_kernel(args)) is not None:
@@ -141,7 +141,13 @@ class OpenVINOInterpreter(fx.Interpreter):
                 return in_kernel
         return sum_of_integers(node, args)
 
-    def _in_kernel(self, branch: Branch, skip: Codes) -> ScaledSum:
+    def _in_kernel(self, branch: Branch, skip: Codes, source: Any) -> ScaledSum:
+        """Return a sum in a convolution's kernel.
+
+        What is watched is the result of the quantizer itself: behind a max pool, say, the skip connection is none.
+        """
+        if quantizer_at(source) is None:
+            return dataclasses.replace(branch.plus(skip, watched=False), nothing_is_watched=True)
         self.simulation.watching_matters = True
         return branch.plus(skip, watched=self.simulation.watched)
 

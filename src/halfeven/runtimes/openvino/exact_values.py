@@ -227,12 +227,14 @@ class ScaledSum(Simulated):
     unit: Tensor
     from_layer: bool = False
     """True where a layer's kernel computes the sum, and then its quantizer, unless a tensor between is an output."""
+    nothing_is_watched: bool = False
+    """True where no tensor between is an output of the watched file either."""
 
     def real(self) -> Tensor:
         return self.values * self.unit
 
     def codes(self, limits: FakeQuantizeRange) -> Tensor:
-        return limits.moved(self.unit).codes(self.values)
+        return limits.moved(self.unit).codes(self.values, from_layer=self.nothing_is_watched)
 
 
 @dataclass(frozen=True)
