@@ -92,7 +92,7 @@ def test_calibration_on_the_validation_images_is_refused(refused, config, tmp_pa
 
 
 def test_ptq_runs_in_one_process(refused, config, tmp_path, monkeypatch):
-    monkeypatch.setattr("halfeven.cli.ptq.world_size", lambda: 2)
+    monkeypatch.setattr("halfeven.cli.quantization_run.world_size", lambda: 2)
     assert "started with 2 processes" in refused("ptq", config, "--work-dir", tmp_path / "w")
 
 

@@ -32,6 +32,16 @@ class Net(nn.Module):
         return self.head(self.pool(self.relu(self.norm(self.conv(x)))).flatten(1))
 
 
+class DetectorNet(Net):
+    """A network with its own loss and boxes, which task functions take."""
+
+    def loss(self, outputs, targets):
+        return outputs.sum()
+
+    def detect(self, outputs):
+        return []
+
+
 def documented():
     """The functions of the API page, and those of the package; callbacks of trainers need extras, and are classes."""
     page = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
@@ -64,6 +74,7 @@ def right(name, made, tmp_path):
         "qmodel": copy.deepcopy(qmodel),
         "model": Net() if float_model else copy.deepcopy(qmodel),
         "float_model": Net(),
+        "detector": DetectorNet(),
         "example": IMAGES,
         "loader": [(IMAGES, torch.zeros(2, dtype=torch.long))] if name == "evaluate" else LOADER,
         "batches": LOADER if "Iterable" in str(takes.get("batches")) else 1,

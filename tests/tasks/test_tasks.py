@@ -166,7 +166,7 @@ def test_mean_average_precision_of_a_detector_that_is_always_right():
 
 
 def test_detectors_without_a_tensor_part_are_refused():
-    with pytest.raises(ConfigError, match="A FasterRCNN cannot be deployed"):
+    with pytest.raises(ConfigError, match="of class FasterRCNN, cannot be deployed"):
         create_model(ModelOptions(source="torchvision", name="fasterrcnn_mobilenet_v3_large_fpn", num_classes=3))
 
 

@@ -5,6 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import ConfigError
 from halfeven.tasks.detection import Detection, Targets, TorchvisionDetection
 from halfeven.tasks.set_prediction import SetPrediction, is_set_prediction
@@ -56,6 +57,7 @@ class OwnDetection(Detection):
         return self.detector.detect(outputs), list(targets)
 
 
+@checked_arguments(ConfigError)
 def detection_of(detector: nn.Module, example: Tensor) -> Detection:
     """Return the task of a detector of torchvision, effdet or transformers, or of your own.
 
