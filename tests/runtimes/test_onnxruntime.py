@@ -224,8 +224,13 @@ def test_tensorrt_refuses_zero_points(tmp_path):
 
 def test_a_target_reads_its_own_files_only(tmp_path):
     qmodel, _ = quantized(activated(nn.ReLU()), IMAGE, target="onnxruntime")
-    with pytest.raises(ConfigError, match=r"onnxruntime cannot read. Name it with .onnx"):
-        he.export(qmodel, tmp_path / "model.xml")
+    for refused in (
+        lambda: he.export(qmodel, tmp_path / "model.xml"),
+        lambda: he.verify(qmodel, tmp_path / "model.xml", [torch.zeros(IMAGE)]),
+        lambda: load_deployed(tmp_path / "model.xml", "onnxruntime"),
+    ):
+        with pytest.raises(ConfigError, match=r"onnxruntime cannot read.*\.onnx, or the target .*: openvino"):
+            refused()
 
 
 # TensorRT, by the structure of its files

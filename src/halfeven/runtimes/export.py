@@ -9,7 +9,7 @@ from torch import nn
 from halfeven.checked_arguments import checked_arguments
 from halfeven.deployment.exported_program import example_of, program_of
 from halfeven.deployment.file_interface import facts_of, interface_of
-from halfeven.errors import ConfigError, ExportError, HalfevenError
+from halfeven.errors import ExportError, HalfevenError
 from halfeven.files import storage_error
 from halfeven.graph.wrappers import unwrapped
 from halfeven.placement.insertion import plan_of, recorded_inputs
@@ -55,11 +55,7 @@ def export(
     path = Path(path)
     qmodel = unwrapped(qmodel)
     runtime = runtime_of(qmodel, target)
-    if path.suffix not in runtime.writers:
-        raise ConfigError(
-            f'The file "{path}" ends with "{path.suffix}", which {runtime.name} cannot read. '
-            f"Name it with {' or '.join(runtime.writers)}."
-        )
+    runtime.check_ending(path)
     try:
         with progress(f"Writing {path.name}"):
             _write(qmodel, path, runtime, input_names, output_names, metadata or {})

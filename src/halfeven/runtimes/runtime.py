@@ -134,6 +134,21 @@ class Runtime:
         """The exact arithmetic; where it is not specified, ONNX's definitions of the operators."""
         return self.exact or LiteralInterpreter
 
+    def check_ending(self, path: Path) -> None:
+        """Refuse a file with an ending that the runtime does not read.
+
+        Raises:
+            ConfigError: it has one; the message names the runtimes that read it.
+        """
+        if path.suffix in self.writers:
+            return
+        readers = [name for name, row in RUNTIMES.items() if path.suffix in row.writers]
+        raise ConfigError(
+            f'The file "{path}" ends with "{path.suffix}", which {self.name} cannot read. '
+            f"Name a file with {' or '.join(self.writers)}"
+            + (f", or the target that reads this one: {' or '.join(readers)}." if readers else ".")
+        )
+
 
 RUNTIMES: dict[str, Runtime] = {
     row.name: row
@@ -203,10 +218,12 @@ def load_deployed(path: str | Path, target: str = "openvino", qmodel: nn.Module 
         one tensor, or a tuple where the model has several outputs.
 
     Raises:
-        ConfigError: there is no such runtime.
+        ConfigError: there is no such runtime, or it does not read files with this ending.
         VerificationError: there is no such file, or the runtime cannot read it; in a call: it does not take the inputs.
     """
-    opened = runtime_named(target).open_file(Path(path), ())
+    runtime = runtime_named(target)
+    runtime.check_ending(Path(path))
+    opened = runtime.open_file(Path(path), ())
     names, leaves, form = _form_of(qmodel) if qmodel is not None else ((), (), None)
     taken = opened.input_names if qmodel is None else [*opened.input_names[: -len(names) or None], *names]
 

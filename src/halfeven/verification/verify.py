@@ -64,7 +64,7 @@ def verify(
     Raises:
         VerificationError: no batch was given, the file cannot be read, or it was not written from this model.
         CalibrationError: a batch does not fit the example that the model was prepared with.
-        ConfigError: there is no such runtime.
+        ConfigError: there is no such runtime, or it does not read files with this ending.
     """
     qmodel = float32_model(qmodel)
     batches = list(given_batches(batches, name="batches"))
@@ -74,6 +74,7 @@ def verify(
         )
     inputs, labels = _inputs_and_labels(qmodel, batches)
     runtime = runtime_of(qmodel, target)
+    runtime.check_ending(Path(path))
     answers = Answers(class_axis)
     with progress(f"Verifying {Path(path).name}", len(batches)) as advance:
         comparison = Comparison(qmodel, deploy(qmodel, runtime), Path(path), runtime)
