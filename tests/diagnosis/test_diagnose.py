@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.diagnosis.diagnosis import LINES, WIDTH
+from halfeven.diagnosis.remedies import equalization
 from halfeven.diagnosis.sensitivity import divergence_of, reference_of
 from halfeven.layerwise.re_estimate import re_estimate
 from halfeven.ptq.options import PTQOptions
@@ -106,3 +109,21 @@ def test_the_text_is_short_and_the_values_are_plain():
     assert values["accuracy"]["repaired"] == 1.0
     assert found.divergence_of_weights > 3 * found.divergence_of_activations
     assert found.divergence_without_quantizers < 1e-6
+
+
+@pytest.mark.parametrize(("act", "line"), [(nn.ReLU(), 'equalize="on"'), (nn.ReLU6(), 'relu6="per_channel"')])
+def test_equalization_is_tried_across_relu6(act, line):
+    """It would change nothing in a network whose layers a ReLU6 keeps apart."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), act, nn.Conv2d(8, 8, 3, groups=8), act, nn.Conv2d(8, 4, 1)).eval()
+    with torch.no_grad():
+        model[2].weight[0] *= 50
+        model[2].bias.zero_()
+    images = torch.randn(8, 3, 12, 12)
+    expected = model(images)
+    qmodel = he.calibrate(he.prepare(model, images, batchnorm="fold", per_channel=False), [images]).eval()
+    remedy = equalization(qmodel)
+    assert remedy.paste.endswith(line)
+    before = F.mse_loss(qmodel(images), expected)
+    remedy.apply(qmodel, [images])
+    assert F.mse_loss(qmodel(images), expected) < 0.5 * before

@@ -11,11 +11,10 @@ from halfeven.diagnosis.causes import FRONT_END, Cause, Suspect, cause_of
 from halfeven.diagnosis.diagnosis import Finding, TriedRemedy
 from halfeven.diagnosis.exchanged_ranges import planned_quantizers, raised
 from halfeven.diagnosis.operator_groups import OperatorGroup, float_rules, integer_operators, operator_groups
-from halfeven.diagnosis.remedies import in_float, remedies
+from halfeven.diagnosis.remedies import equalization, in_float, remedies
 from halfeven.diagnosis.sensitivity import RANKED_BY, Reference, Sensitivities, Sensitivity, divergence_of, divergences
 from halfeven.diagnosis.statistics import TensorStatistics
 from halfeven.diagnosis.trials import (
-    EQUALIZE,
     LEARN_ROUNDING,
     PER_CHANNEL,
     RECALIBRATE,
@@ -184,7 +183,7 @@ def _of_group(patient: Patient, group: OperatorGroup) -> tuple[Finding, nn.Modul
 
 def _of_many(patient: Patient, *, first: bool) -> tuple[Finding, nn.Module] | None:
     """Return the finding where the damage is spread: the remedies of the whole model, and its worst tensors raised."""
-    given: list[Remedy] = [EQUALIZE] if first else []
+    given: list[Remedy] = [equalization(patient.qmodel)] if first else []
     if first and any(q.weight and q.scheme.axis is None for q, _ in planned_quantizers(patient.qmodel)):
         given.insert(0, PER_CHANNEL)
     if first and any(q.weight and q.scheme.bits < 8 for q, _ in planned_quantizers(patient.qmodel)):

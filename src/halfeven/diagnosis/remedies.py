@@ -7,11 +7,12 @@ from typing import get_args
 from torch import nn
 
 from halfeven.diagnosis.operator_groups import float_rules, integer_operators
-from halfeven.diagnosis.trials import EQUALIZE, REPARAMETRIZE, SMOOTH, Remedy, by_rules
+from halfeven.diagnosis.trials import EQUALIZE, EQUALIZE_ACROSS_CLIPS, REPARAMETRIZE, SMOOTH, Remedy, by_rules
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.make_plan import named_nodes
 from halfeven.placement.options import Rule
 from halfeven.placement.plan import PlannedTensor, PlannedWeight
+from halfeven.ptq.equalization.layer_pairs import is_clip
 from halfeven.quantization.observers import ObserverName
 from halfeven.runtimes.runtime import runtime_named
 
@@ -32,10 +33,16 @@ def remedies(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight, spread: 
     if spread >= UNEQUAL:
         if isinstance(planned, PlannedWeight) and planned.scheme.axis is None:
             rule = Rule(pattern=glob.escape(planned.name), per_channel=True)
-            found += [by_rules("a scale per channel of this weight", [rule]), EQUALIZE]
-        found += [SMOOTH, REPARAMETRIZE, EQUALIZE] if isinstance(planned, PlannedTensor) else []
+            found += [by_rules("a scale per channel of this weight", [rule]), equalization(qmodel)]
+        found += [SMOOTH, REPARAMETRIZE, equalization(qmodel)] if isinstance(planned, PlannedTensor) else []
     found += _bits(qmodel, planned)
     return [*found, *in_float(qmodel, planned)]
+
+
+def equalization(qmodel: nn.Module) -> Remedy:
+    """Return cross-layer equalization, with bounds by channel for ReLU6 and other clips where the model has any."""
+    clips = any(is_clip(node) for _, node in named_nodes(qmodel).values())
+    return EQUALIZE_ACROSS_CLIPS if clips else EQUALIZE
 
 
 def _observers(planned: PlannedTensor | PlannedWeight) -> list[Remedy]:

@@ -154,5 +154,11 @@ RECALIBRATE = Remedy(
 SMOOTH = by_step("smoothing", smooth, smooth="on")
 REPARAMETRIZE = by_step("reparametrization", reparametrize, reparametrize="on")
 EQUALIZE = by_step("equalization", lambda qmodel, batches: equalize(qmodel), equalize="on")
+EQUALIZE_ACROSS_CLIPS = by_step(
+    "equalization across ReLU6",
+    lambda qmodel, batches: equalize(qmodel, across_clips=True),
+    equalize="on",
+    relu6="per_channel",
+)
 LEARN_ROUNDING = by_step("learned rounding", _learn_rounding, reconstruct="layers")
 PER_CHANNEL = by_option("weights per channel", per_channel=True)
