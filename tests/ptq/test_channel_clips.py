@@ -62,7 +62,11 @@ def test_bounds_follow_their_channels(name):
 
 @pytest.mark.parametrize(
     ("act", "target", "ending"),
-    [(nn.ReLU6, "openvino", "xml"), (nn.ReLU6, "onnxruntime", "onnx"), (nn.Hardtanh, "onnxruntime", "onnx")],
+    [
+        (nn.ReLU6, "openvino", "xml"),
+        (nn.Hardtanh, "onnxruntime", "onnx"),
+        pytest.param(nn.ReLU6, "onnxruntime", "onnx", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_files_clip_by_channel(act, target, ending, tmp_path):
     model, x = separable(act), 3 * torch.randn(16, 3, 8, 8)
