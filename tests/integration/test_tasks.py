@@ -56,7 +56,7 @@ def glue(tmp_path_factory):
     folder = tmp_path_factory.mktemp("glue")
     bert = write_bert(folder / "bert")
     texts = ("--data.root", write_glue(folder / "data"), "--data.text.tokenizer", bert, "--data.text.max-length", "12")
-    return (*texts, "--model.name", bert, "--pretraining.epochs", "6", "--pretraining.batch-size", "16")
+    return (*texts, "--model.name", bert)
 
 
 @pytest.mark.parametrize("name", sweep(SEGMENTERS, SEGMENTERS[0]))
@@ -98,7 +98,8 @@ def test_torchvisions_detectors(name, coco, tmp_path):
 
 
 def test_texts(glue, tmp_path):
-    said, results = run("ptq", "ptq/bert_base_sst2.py", tmp_path / "ptq", *glue, *SHORT)
+    pretraining = ("--pretraining.epochs", "6", "--pretraining.batch-size", "16")
+    said, results = run("ptq", "ptq/bert_base_sst2.py", tmp_path / "ptq", *glue, *SHORT, *pretraining)
     assert_deployed_as_simulated(results, "top1")
     assert results["float"]["top1"] > 90
     assert results["deployed"]["top1"] > 85
