@@ -3,7 +3,8 @@
 import functools
 import multiprocessing
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -32,6 +33,15 @@ def in_a_process(function: Callable[..., Any], *arguments: Any, **environment: s
     """Return what a module's function returns in a process with these variables in its environment."""
     with ProcessPoolExecutor(1, forked(), _settle, (environment,)) as process:
         return process.submit(function, *arguments).result()
+
+
+def run(command: Sequence[Any], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command as `subprocess.run` does, with its output as text.
+
+    The server starts it: workers of pytest-xdist, with all their threads, were lost when they started one themselves.
+    """
+    options = {"env": dict(os.environ), "cwd": os.getcwd(), "capture_output": True, "text": True} | options
+    return in_a_process(functools.partial(subprocess.run, list(map(str, command)), **options))
 
 
 def _settle(environment: dict[str, str]) -> None:

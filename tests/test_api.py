@@ -3,7 +3,6 @@
 import ast
 import inspect
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import nn
 
 import halfeven as he
 from halfeven import errors
+from processes import run
 
 PUBLIC = {
     *("quantize", "plan", "prepare", "plan_of", "set_rules", "calibrate", "exact", "export", "verify", "save", "load"),
@@ -112,4 +112,4 @@ assert callable(halfeven.export) and "torch" in sys.modules
 from halfeven.errors import HalfevenError
 assert halfeven.HalfevenError is HalfevenError
 """
-    subprocess.run([sys.executable, "-W", "error::DeprecationWarning:halfeven", "-c", program], check=True)
+    run([sys.executable, "-W", "error::DeprecationWarning:halfeven", "-c", program], check=True)

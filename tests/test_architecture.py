@@ -4,11 +4,12 @@ import ast
 import functools
 import itertools
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+
+from processes import run
 
 SOURCE = Path(__file__).parent.parent / "src" / "halfeven"
 
@@ -130,7 +131,7 @@ def test_importing_it_takes_little_longer_than_importing_torch():
     """The large packages are imported where they are used: together they take several times as long as torch."""
     large = {"torchmetrics", "torchvision", "timm", "transformers", "openvino", "onnxruntime", "onnxscript", "sklearn"}
     program = f"import sys, halfeven.cli.train, halfeven.verification.verify; print({large} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = run([sys.executable, "-c", program], check=True)
     assert done.stdout.strip() == "set()"
 
 

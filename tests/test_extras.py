@@ -1,11 +1,12 @@
 """The core does its main job without the packages of the extras, and names the extra where something needs one."""
 
 import os
-import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
+
+from processes import run
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
@@ -89,12 +90,10 @@ def test_the_core_quantizes_exports_and_verifies_alone(tmp_path):
     """In one process without the extras' packages: the whole way, then the messages that name the extra."""
     missing = of_extras()
     assert {"timm", "torchvision", "torchmetrics", "tensorboard", "sklearn", "tyro", "accelerate"} <= missing
-    done = subprocess.run(
+    done = run(
         [sys.executable, "-c", WITHOUT_EXTRAS, ",".join(sorted(missing))],
         cwd=tmp_path,
         env={**os.environ, "HALFEVEN_COMPILE": "0"},
-        capture_output=True,
-        text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr

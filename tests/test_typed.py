@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -15,6 +14,7 @@ from halfeven.pipelines import QuantizeFields
 from halfeven.placement.options import QuantizationFields, QuantizationOptions
 from halfeven.ptq.options import PTQFields, PTQOptions
 from halfeven.quantization.observers import LOGITS, OBSERVERS, ObserverName
+from processes import run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -81,12 +81,10 @@ def test_python_in_the_pages_and_the_doors_keywords_pass_mypy_strict(tmp_path):
             name = page.relative_to(ROOT).with_suffix("").as_posix().replace("/", "_")
             (tmp_path / f"page_{name}.py").write_text(GIVEN + text)
     (tmp_path / "door.py").write_text(DOOR)
-    done = subprocess.run(
+    done = run(
         [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", *sorted(map(str, tmp_path.glob("*.py")))],
         cwd=ROOT,
         env={**os.environ, "MYPYPATH": f"{ROOT}/src:{ROOT}/configs/qat"},
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from halfeven.cli.verify import problems_of
 from halfeven.config import as_dict, load_experiment
 from halfeven.ptq.options import PTQOptions
 from halfeven.zoo.models import ModelOptions
+from processes import run
 
 DIGITS = """
 from halfeven.config import *
@@ -136,7 +136,7 @@ def test_a_config_with_an_old_name_is_read_and_the_warning_shown(tmp_path):
     path = tmp_path / "old.py"
     path.write_text(DIGITS.replace("workers=0", "workers=0, calibration_images=0"))
     command = [sys.executable, "-m", "halfeven.cli.main", "train", str(path), "--work-dir", str(tmp_path / "w")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run(command)
     assert done.returncode == 2
     assert f"{path}:8: DeprecationWarning: DataOptions.calibration_images is now calibration_samples" in done.stderr
     assert "DataOptions.calibration_samples=0 must be an integer (at least 1)" in done.stderr
@@ -328,7 +328,7 @@ main(["--version"])
 main(["--help"])
 assert not {"torch", "numpy", "tyro", "rich", "halfeven.config"} & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = run([sys.executable, "-c", program], check=True)
     assert done.stdout.startswith(f"halfeven {halfeven.__version__}\n")
 
 

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 
 from halfeven.cli.main import main
 from halfeven.quantization import compile as compilation
-from processes import forked
+from processes import forked, run
 
 COMMAND = (sys.executable, "-m", "halfeven.cli.main")
 WITHOUT_KERNELS = {"HALFEVEN_COMPILE": "0"}
@@ -39,7 +39,7 @@ def halfeven(*arguments: object) -> subprocess.CompletedProcess[str]:
 def in_a_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line as a shell does."""
     command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    return run(command, env=environment(), timeout=300)
 
 
 def start(*arguments: object) -> ForkServerProcess:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from halfeven.cli.main import main
 from halfeven.distributed import rank
 from halfeven.training.trainer import Trainer
-from processes import forked
+from processes import forked, run
 
 from .running import environment
 
@@ -53,7 +52,7 @@ def by_torchrun(folder, *arguments):
     (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [folder / "script.py", folder, *arguments]
-    done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=400)
+    done = run(command, env=environment(), timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
 

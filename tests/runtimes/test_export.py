@@ -1,6 +1,5 @@
 """What is in the files, and that a file is there whole or not at all."""
 
-import subprocess
 import sys
 
 import numpy as np
@@ -15,6 +14,7 @@ import halfeven as he
 from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.errors import CalibrationError, ConfigError, ExportError, StorageError
 from halfeven.runtimes.runtime import load_deployed
+from processes import run
 from runtimes.parity import SCHEME, quantized, trained
 from sweeps import crossed
 
@@ -68,7 +68,7 @@ del second
 signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
 os.kill(os.getpid(), signal.SIGUSR1)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run([sys.executable, "-c", code])
     assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 

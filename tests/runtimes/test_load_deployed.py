@@ -1,7 +1,6 @@
 """`load_deployed`: threads, names, wrong inputs, what a runtime says about its user, and files of more than 2 GB."""
 
 import os
-import subprocess
 import sys
 import threading
 
@@ -13,6 +12,7 @@ from torch import nn
 import halfeven as he
 from halfeven.errors import VerificationError
 from halfeven.runtimes.onnx import external_data
+from processes import run
 from runtimes.parity import quantized
 
 FILES = {"openvino": "model.xml", "onnxruntime": "model.onnx"}
@@ -114,7 +114,7 @@ he.load_deployed(path, "onnxruntime")(torch.randn(2, 3))
         folder.mkdir()
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("ORT_", "XDG_"))}
     ours |= {"HOME": str(home), "TMPDIR": str(temporary), "HALFEVEN_COMPILE": "0"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=work, env=ours, capture_output=True, text=True)
+    done = run([sys.executable, "-c", code], cwd=work, env=ours)
     assert done.returncode == 0, done.stderr
     assert [path for folder in (home, temporary) for path in folder.rglob("*") if path.is_file()] == []
 

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import nn
 import halfeven as he
 from halfeven.runtimes.onnx.file import ACCURACY_LEVEL, WEIGHT_BIAS
 from halfeven.verification.default_session import DefaultSession, default_session
+from processes import run
 from runtimes.parity import SCHEME
 
 DOCS = Path(__file__).parents[2] / "docs" / "targets"
@@ -117,7 +117,7 @@ def test_the_cpp_of_openvino_computes_what_load_deployed_does(tmp_path):
         "main",
     ]
     for step in (command, ["./main"]):
-        subprocess.run(step, cwd=tmp_path, check=True)
+        run(step, cwd=tmp_path, check=True)
     assert np.array_equal(np.fromfile(tmp_path / "logits.bin", np.float32).reshape(expected.shape), expected)
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from halfeven.runtimes.exact_model import ExactModel
 from halfeven.runtimes.openvino.session import OpenVINOFile, compile_model, read, request_with
 from halfeven.runtimes.runtime import load_deployed
 from halfeven.verification.report import Report, TensorParity
+from processes import run
 from runtimes.parity import SCHEME, quantized
 
 IMAGE = (4, 3, 8, 8)
@@ -399,7 +399,7 @@ print(len(sent), "messages")
 """
     ours = {name: value for name, value in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL")}
     ours |= {"HOME": str(tmp_path), "HALFEVEN_COMPILE": "0"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ours, capture_output=True, text=True)
+    done = run([sys.executable, "-c", code], cwd=tmp_path, env=ours)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("0 messages")
     assert not (tmp_path / "intel").exists()  # where it would keep who it is
