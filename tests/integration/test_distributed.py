@@ -98,8 +98,8 @@ def weights(tmp_path_factory):
 @pytest.mark.parametrize(
     ("config", "start"),
     [
-        ("qat_openvino_resnet18_10e_8xb32_in1k.py", by_torchrun),
-        pytest.param("lsq_openvino_resnet18_8xb32_10e_in1k.py", as_torchrun_does, marks=pytest.mark.exhaustive),
+        ("qat_openvino_resnet18_10e_8xb32_in1k.py", as_torchrun_does),
+        pytest.param("lsq_openvino_resnet18_8xb32_10e_in1k.py", by_torchrun, marks=pytest.mark.exhaustive),
     ],
     ids=["qat", "lsq"],
 )

@@ -80,6 +80,7 @@ def test_segmentation(name, voc, tmp_path):
 def test_efficientdet(name, coco, tmp_path, monkeypatch):
     known = effdet.config.model_config.efficientdet_model_param_dict
     fewer = {"fpn_channels": 16, "fpn_cell_repeats": 1, "box_class_repeats": 1, "backbone_name": "resnet10t"}
+    fewer |= {"max_level": 5, "num_levels": 3}
     monkeypatch.setitem(known, "small", {**known["tf_efficientdet_lite0"], "name": "small", **fewer})
     small = ("--model.name", name, "--model.weights", "", "--data.image-size", "128")
     sized = ("--model.arguments", "image_size", "128")
