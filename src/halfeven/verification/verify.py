@@ -67,16 +67,11 @@ def verify(
         ConfigError: there is no such runtime, or it does not read files with this ending.
     """
     qmodel = float32_model(qmodel)
-    batches = list(given_batches(batches, name="batches"))
-    if not batches:
-        raise VerificationError(
-            "verify got no batch, so there is nothing to compare the file with. Give at least one batch of inputs."
-        )
-    inputs, labels = _inputs_and_labels(qmodel, batches)
+    inputs, labels = _inputs_and_labels(qmodel, list(given_batches(batches, name="batches")))
     runtime = runtime_of(qmodel, target)
     runtime.check_ending(Path(path))
     answers = Answers(class_axis)
-    with progress(f"Verifying {Path(path).name}", len(batches)) as advance:
+    with progress(f"Verifying {Path(path).name}", len(inputs)) as advance:
         comparison = Comparison(qmodel, deploy(qmodel, runtime), Path(path), runtime)
         _compare(comparison, advancing(zip(inputs, labels, strict=True), advance), float_model, answers)
         parity = comparison.parity()
@@ -103,6 +98,10 @@ def _times(comparison: Comparison, path: Path, inputs: Inputs, runtime: Runtime)
 
 
 def _inputs_and_labels(qmodel: nn.Module, batches: list[Any]) -> tuple[list[Inputs], list[Any]]:
+    if not batches:
+        raise VerificationError(
+            "verify got no batch, so there is nothing to compare the file with. Give at least one batch of inputs."
+        )
     form = form_of(qmodel, batches[0])
     inputs = [inputs_of(batch, form, number) for number, batch in enumerate(batches)]
     return inputs, [label_of(batch, form) for batch in batches]
