@@ -137,7 +137,7 @@ class _Comparison:
         try:
             with torch.no_grad():
                 captured(*a, **k)
-        except Exception:
+        except Exception:  # whatever it is: where two samples are not the reason, the run on all raises it again
             a, k = args, kwargs
         return _Comparison(model, a, k, run_in_training(model, a, k, parameters), parameters)
 

@@ -23,7 +23,7 @@ from halfeven.quantization.scheme import parse_bits
 from halfeven.targets.target import Target
 
 Entry = PlannedTensor | PlannedWeight
-"""What a plan says of a quantizer."""
+"""The entry of a quantizer in a plan."""
 
 OF_TENSORS = ("activation_bits", "symmetric", "signed", "observer", "power_of_two")
 OF_WEIGHTS = ("weight_bits", "observer", "power_of_two")

@@ -1,4 +1,4 @@
-"""What a page shows of a search: its plans as points of cost and divergence, and as a table."""
+"""Show a search on a page: its plans as points of cost and divergence, and as a table."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from halfeven.placement.options import rule_text
 from halfeven.reporting.page import PageContents
 
 Values = Mapping[str, Any]
-"""What `SearchResult.to_dict` returns, or what was read of its file."""
+"""The values of `SearchResult.to_dict`, or of the file that they were written to."""
 
 PLANS = "Plans of the search"
 """Heading of their table."""

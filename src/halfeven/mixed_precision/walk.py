@@ -43,7 +43,7 @@ class Step:
     """From the float model, on the samples that rank the steps."""
     cost: Cost
     gain: float = 0.0
-    """What the step was expected to take away from the divergence, by the last ranking."""
+    """The fall of the divergence that the last ranking expected of the step."""
     judgement: Judgement | None = None
     """The drop on the held-out part, where it was measured."""
 

@@ -44,7 +44,7 @@ class PageContents:
     plans: tuple[Mapping[str, Any], ...] = ()
     """Plans of a search, each with number, change, cost, divergence, drop, bits and kind."""
     plans_cost: str = ""
-    """What their cost is."""
+    """Name and unit of their cost."""
     paste: str = ""
     """Lines to paste into a config."""
     tables: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)

@@ -191,7 +191,7 @@ class RunLog:
             self._curves.tracker.add_histogram(f"quantizers/{name}", values, step)
 
     def _draw_in_one_chart(self, metrics: Mapping[str, float]) -> None:
-        """Let TensorBoard show the curves of all models, float and quantized, in one chart for each metric."""
+        """Declare one chart of TensorBoard for each metric, with the curves of all models, float and quantized."""
         if not self._one_chart:
             charts = {metric: ["Multiline", [f".*/{re.escape(metric)}$"]] for metric in metrics}
             self._curves.tracker.add_custom_scalars({"float and quantized": charts})
