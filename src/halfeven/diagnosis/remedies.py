@@ -12,7 +12,7 @@ from halfeven.placement.insertion import plan_of
 from halfeven.placement.make_plan import named_nodes
 from halfeven.placement.options import Rule
 from halfeven.placement.plan import PlannedTensor, PlannedWeight
-from halfeven.ptq.equalization.layer_pairs import is_clip
+from halfeven.ptq.equalization.cross_layer import clips_between_layers
 from halfeven.quantization.observers import ObserverName
 from halfeven.runtimes.runtime import runtime_named
 
@@ -40,9 +40,8 @@ def remedies(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight, spread: 
 
 
 def equalization(qmodel: nn.Module) -> Remedy:
-    """Return cross-layer equalization, with bounds by channel for ReLU6 and other clips where the model has any."""
-    clips = any(is_clip(node) for _, node in named_nodes(qmodel).values())
-    return EQUALIZE_ACROSS_CLIPS if clips else EQUALIZE
+    """Return cross-layer equalization, with bounds by channel where ReLU6 or other clips stand between layers."""
+    return EQUALIZE_ACROSS_CLIPS if clips_between_layers(qmodel) else EQUALIZE
 
 
 def _observers(planned: PlannedTensor | PlannedWeight) -> list[Remedy]:
