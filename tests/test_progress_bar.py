@@ -50,8 +50,11 @@ def test_calibrate_export_and_verify_show_a_bar(terminal, tmp_path):
         work(tmp_path)
     for what in ("Calibrating", "Writing m.xml", "Verifying m.xml"):
         assert what in terminal.getvalue()
-    left = [type(thread).__name__ for thread in threading.enumerate()]
-    assert not {"Timer", "_RefreshThread"} & set(left)
+    # rich tells its thread to end and does not wait for it.
+    left = [thread for thread in threading.enumerate() if type(thread).__name__ in ("Timer", "_RefreshThread")]
+    for thread in left:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in left)
 
 
 @pytest.mark.parametrize("quiet", ["pipe", "switch", "dumb", "no stderr", "thread"])
