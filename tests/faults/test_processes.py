@@ -32,9 +32,9 @@ def _start(number, port, folder, work, signalled, *arguments):
     places = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ.update({name: str(value) for name, value in places.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), COLUMNS="160")
-    import halfeven.cli.run as run
+    import halfeven.cli.work_folder as work_folder
 
-    run.SEEN_WITHIN_SECONDS = 1.0
+    work_folder.SEEN_WITHIN_SECONDS = 1.0
     if signalled is not None:
         _signal_in(signalled)
     code = 0

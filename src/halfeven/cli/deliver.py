@@ -8,7 +8,9 @@ from torch import nn
 
 from halfeven.checkpoint import read_facts
 from halfeven.cli.report_pages import write_pages
-from halfeven.cli.run import BEST, LAST, RESULTS, RunContext, show, write_json
+from halfeven.cli.results import print_accuracies, write_json
+from halfeven.cli.run import RunContext
+from halfeven.cli.work_folder import BEST, LAST, RESULTS
 from halfeven.files import write_atomically
 from halfeven.pipelines import load
 from halfeven.placement.insertion import plan_of
@@ -58,7 +60,7 @@ def deliver(
         name = "deployed" if len(reports) == 1 else f"deployed {path.suffix}"
         rows[name] = context.accuracy(load_deployed(path, target_of(context, qmodel), qmodel), "cpu")
         files[name] = path
-    show(context, rows, files, _selected_by(context) if last.is_file() else "")
+    print_accuracies(context, rows, files, _selected_by(context) if last.is_file() else "")
     write_pages(context, qmodel, reports, rows, files, (facts or {}).get("search"))
     verification = {path.name: report.to_dict() for path, report in reports.items()}
     results = {**rows, **(facts or {}), "verification": verification}

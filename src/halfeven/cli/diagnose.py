@@ -9,7 +9,9 @@ from torch import nn
 from halfeven.checkpoint import read_facts
 from halfeven.cli.arguments import Config, Fields, OptionalCheckpoint
 from halfeven.cli.float_model import check_has_weights, float_model_of
-from halfeven.cli.run import RunContext, default_folder, open_run, write_json
+from halfeven.cli.results import write_json
+from halfeven.cli.run import RunContext, open_run
+from halfeven.cli.work_folder import default_folder
 from halfeven.diagnosis.diagnose import diagnose
 from halfeven.errors import ConfigError
 from halfeven.layerwise.calibrate import calibrate

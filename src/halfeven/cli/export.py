@@ -7,7 +7,8 @@ from halfeven.checkpoint import read_facts
 from halfeven.cli.arguments import Checkpoint, Config, Fields
 from halfeven.cli.deliver import export_verified
 from halfeven.cli.float_model import float_model_of
-from halfeven.cli.run import open_run, write_json
+from halfeven.cli.results import write_json
+from halfeven.cli.run import open_run
 from halfeven.pipelines import load
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from halfeven.checkpoint import save_weights
-from halfeven.cli.run import BEST, FLOAT_FOLDER, RunContext
+from halfeven.cli.run import RunContext
+from halfeven.cli.work_folder import BEST, FLOAT_FOLDER
 from halfeven.config import Experiment
 from halfeven.errors import ConfigError
 from halfeven.training.state import STATE_FILE

@@ -11,7 +11,8 @@ from halfeven.checkpoint import read_facts, save
 from halfeven.cli.arguments import RunArguments
 from halfeven.cli.deliver import deliver, write_plan
 from halfeven.cli.quantization_run import claimed, open_quantization
-from halfeven.cli.run import BEST, PTQ_STATE, RunContext
+from halfeven.cli.run import RunContext
+from halfeven.cli.work_folder import BEST, PTQ_STATE
 from halfeven.pipelines import quantize_prepared
 
 

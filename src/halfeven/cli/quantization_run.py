@@ -9,7 +9,8 @@ from torch import nn
 from halfeven.cli.arguments import RunArguments
 from halfeven.cli.float_model import check_has_weights, train_float
 from halfeven.cli.preflight import check_quantization, prepare_folded
-from halfeven.cli.run import RunContext, check_folder, claimed_folder, continues, default_folder, open_run
+from halfeven.cli.run import RunContext, open_run
+from halfeven.cli.work_folder import check_folder, claimed_folder, continues, default_folder
 from halfeven.distributed import world_size
 from halfeven.errors import ConfigError
 from halfeven.pipelines import check_folds

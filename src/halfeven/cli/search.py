@@ -14,8 +14,10 @@ from halfeven.checkpoint import read_facts, save
 from halfeven.cli.arguments import RunArguments
 from halfeven.cli.deliver import deliver, write_plan
 from halfeven.cli.quantization_run import claimed, open_quantization
-from halfeven.cli.run import BEST, SEARCH_FOUND, SEARCH_STATE, RunContext, write_json
+from halfeven.cli.results import write_json
+from halfeven.cli.run import RunContext
 from halfeven.cli.train import train_and_deliver
+from halfeven.cli.work_folder import BEST, SEARCH_FOUND, SEARCH_STATE
 from halfeven.errors import CheckpointError
 from halfeven.evaluation import evaluating
 from halfeven.graph.capture import as_arguments

@@ -7,7 +7,8 @@ from halfeven.checkpoint import read_facts
 from halfeven.cli.arguments import Checkpoint, Config, Fields
 from halfeven.cli.deliver import target_of
 from halfeven.cli.float_model import float_model_of
-from halfeven.cli.run import open_run, show, write_json
+from halfeven.cli.results import print_accuracies, write_json
+from halfeven.cli.run import open_run
 from halfeven.errors import ConfigError
 from halfeven.pipelines import load
 from halfeven.runtimes.export import export
@@ -57,6 +58,6 @@ def run_test(arguments: TestArguments) -> None:
         rows["deployed"] = context.accuracy(load_deployed(path, target, qmodel.cpu().eval()), "cpu")
     if context.accelerator.is_main_process:
         deployed = arguments.deployed or "exported for this test"
-        show(context, rows, {"simulated": arguments.checkpoint, "deployed": deployed})
+        print_accuracies(context, rows, {"simulated": arguments.checkpoint, "deployed": deployed})
         if arguments.json:
             write_json(Path(arguments.json), rows)

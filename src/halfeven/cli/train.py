@@ -14,16 +14,15 @@ from halfeven.cli.arguments import RunArguments
 from halfeven.cli.deliver import deliver, write_plan
 from halfeven.cli.float_model import check_has_weights, train_float
 from halfeven.cli.preflight import check_training
-from halfeven.cli.run import (
+from halfeven.cli.run import RunContext, open_run
+from halfeven.cli.work_folder import (
     BEST,
     FLOAT_FOLDER,
     PTQ_STATE,
-    RunContext,
     check_folder,
     claimed_folder,
     continues,
     default_folder,
-    open_run,
 )
 from halfeven.distributed import world_size
 from halfeven.errors import CheckpointError, HalfevenError
@@ -101,9 +100,7 @@ def train_and_deliver(
     main = context.accelerator.is_main_process
     context.accelerator.end_training()  # what follows is the first process's alone
     if main:
-        # With a held-out part there is none of this name: the calibrated model was measured on other samples.
-        calibrated = header["known"].get(f"{context.experiment.quantization.scheme}, calibrated")
-        deliver(context, model, header["float"], facts, calibrated=calibrated, json=json_file)
+        deliver(context, model, header["float"], facts, calibrated=header.get("calibrated"), json=json_file)
 
 
 def _with_scaled_rates(context: RunContext) -> RunContext:
@@ -175,6 +172,8 @@ def _start(
     scheme = context.selected_name(experiment.quantization.scheme)
     start = context.selection_accuracy(calibrate(qmodel.to(context.accelerator.device), loader))
     known = {"float": float_metrics, f"{scheme}, calibrated": start}
+    # The table of results is of the validation samples; an accuracy on held-out samples has no place in it.
+    calibrated = start if context.datasets.holdout is None else None
     if context.datasets.holdout is not None:
         known[context.selected_name("float")] = context.selection_accuracy(model)
     session = setup_qat(
@@ -193,9 +192,15 @@ def _start(
         start = known[f"{scheme}, equalized"] = context.selection_accuracy(qmodel)
     if session.recipe.reconstruct.enabled:
         start = known[f"{scheme}, rounding learned"] = context.selection_accuracy(qmodel)
-    facts = {"plan": plan_of(qmodel).to_dict(), "float": float_metrics, "known": known}
-    # With progressive bit-width the start has more bits than it shall have, and says nothing of the end.
-    return qmodel, session, facts | {"start": start if session.counts_from == 0 else None}
+    header = {
+        "plan": plan_of(qmodel).to_dict(),
+        "float": float_metrics,
+        "calibrated": calibrated,
+        "known": known,
+        # With progressive bit-width the first model has more bits than the trained one, so it cannot be the best.
+        "start": start if session.counts_from == 0 else None,
+    }
+    return qmodel, session, header
 
 
 def _train_quantized(

@@ -7,7 +7,8 @@ from halfeven.checkpoint import read_facts
 from halfeven.cli.arguments import Checkpoint, Config, DeployedFileArgument, Fields
 from halfeven.cli.deliver import verify_file
 from halfeven.cli.float_model import float_model_of
-from halfeven.cli.run import open_run, write_json
+from halfeven.cli.results import write_json
+from halfeven.cli.run import open_run
 from halfeven.errors import ConfigError
 from halfeven.pipelines import load
 from halfeven.verification.report import Report

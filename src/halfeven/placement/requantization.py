@@ -1,7 +1,8 @@
 """Apply new rules to a quantized model: quantizers that the new plan changes are replaced, all others stay."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import fx, nn
 
@@ -27,6 +28,7 @@ from halfeven.quantization.quantizer import Quantizer
 from halfeven.targets.target import Target
 
 Found = Mapping[str, tuple[CapturedModule, fx.Node]]
+Planned = TypeVar("Planned", PlannedWeight, PlannedTensor)
 
 
 def apply_rules(qmodel: nn.Module, rules: Sequence[Rule], target: Target) -> tuple[str, ...]:
@@ -61,7 +63,21 @@ def apply_plan(qmodel: nn.Module, after: Plan, target: Target) -> tuple[str, ...
     """
     before = plan_of(qmodel)
     change = _Change(named_nodes(qmodel), after.options)
-    new = [*_change_weights(change, before, after), *_change_tensors(change, before, after)]
+    weights = _replace_quantizers(
+        {weight.name: weight for weight in before.weights},
+        {weight.name: weight for weight in after.weights},
+        remove=change.remove_weight,
+        exchange=change.exchange_weight,
+        insert=change.insert_weight,
+    )
+    tensors = _replace_quantizers(
+        {tensor.places: tensor for tensor in before.tensors},
+        {tensor.places: tensor for tensor in after.tensors},
+        remove=change.remove_tensor,
+        exchange=change.exchange_tensor,
+        insert=change.insert_tensor,
+    )
+    new = weights + tensors
     settle_regions(qmodel, after, target)
     for region in regions(qmodel).values():
         freeze_scales(region, new)
@@ -74,6 +90,14 @@ class _Change:
 
     found: Found
     options: QuantizationOptions
+
+    def insert_weight(self, planned: PlannedWeight) -> Quantizer:
+        """Make a layer read its weight through a new quantizer, and return it."""
+        return insert_weight(*self.found[planned.name], planned, self.options)
+
+    def insert_tensor(self, planned: PlannedTensor) -> Quantizer:
+        """Make all readers of an activation read it through a new quantizer, and return it."""
+        return insert_tensor([self.found[name] for name in planned.places], planned, self.options)
 
     def exchange_weight(self, planned: PlannedWeight) -> Quantizer:
         """Give a layer's weight a new quantizer, and return it."""
@@ -110,36 +134,30 @@ class _Change:
         _remove_calls(self.found[planned.places[0]][0], quantizer_path(planned.name))
 
 
-def _change_weights(change: _Change, before: Plan, after: Plan) -> list[Quantizer]:
-    """Remove, exchange and insert quantizers of weights, and return the new quantizers."""
-    old = {weight.name: weight for weight in before.weights}
-    new = {weight.name: weight for weight in after.weights}
-    for name in old.keys() - new.keys():
-        change.remove_weight(old[name])
-    changed = [
-        change.exchange_weight(weight)
-        for name, weight in new.items()
-        if name in old and _quantizer_of(weight) != _quantizer_of(old[name])
-    ]
-    added = [weight for name, weight in new.items() if name not in old]
-    return changed + [insert_weight(*change.found[weight.name], weight, change.options) for weight in added]
+def _replace_quantizers(
+    old: Mapping[Any, Planned],
+    new: Mapping[Any, Planned],
+    *,
+    remove: Callable[[Planned], None],
+    exchange: Callable[[Planned], Quantizer],
+    insert: Callable[[Planned], Quantizer],
+) -> list[Quantizer]:
+    """Remove, exchange and insert quantizers, and return the new quantizers.
 
-
-def _change_tensors(change: _Change, before: Plan, after: Plan) -> list[Quantizer]:
-    """Remove, exchange and insert quantizers of activations, and return the new quantizers."""
-    old = {tensor.places: tensor for tensor in before.tensors}
-    new = {tensor.places: tensor for tensor in after.tensors}
-    for places in old.keys() - new.keys():
-        change.remove_tensor(old[places])
-    changed = [
-        change.exchange_tensor(tensor)
-        for places, tensor in new.items()
-        if places in old and _quantizer_of(tensor) != _quantizer_of(old[places])
+    Args:
+        old, new: the entries of the plans before and after, by what they quantize.
+        remove: takes a quantizer of `old` away.
+        exchange: gives a place that has a quantizer another.
+        insert: gives a place that has none a quantizer.
+    """
+    for place in old.keys() - new.keys():
+        remove(old[place])
+    exchanged = [
+        exchange(planned)
+        for place, planned in new.items()
+        if place in old and _quantizer_of(planned) != _quantizer_of(old[place])
     ]
-    added = [tensor for places, tensor in new.items() if places not in old]
-    return changed + [
-        insert_tensor([change.found[name] for name in tensor.places], tensor, change.options) for tensor in added
-    ]
+    return exchanged + [insert(planned) for place, planned in new.items() if place not in old]
 
 
 def _quantizer_of(planned: PlannedTensor | PlannedWeight) -> tuple[object, ...]:

@@ -1,0 +1,41 @@
+"""The results of a command: the table of accuracies, and JSON for other programs."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from halfeven.cli.run import RunContext
+from halfeven.files import write_atomically
+from halfeven.tasks.task import Metrics
+
+
+def print_accuracies(
+    context: RunContext, rows: dict[str, Metrics], files: Mapping[str, object], caption: str = ""
+) -> None:
+    """Print the accuracies as one table.
+
+    Args:
+        context: the run.
+        rows: metrics by the model's name.
+        files: the file of a model, by the same name.
+        caption: a line below the table.
+    """
+    title = f"{len(context.datasets.validation)} validation samples"
+    table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
+    table.add_column("model")
+    for metric in next(iter(rows.values())):
+        table.add_column(f"{metric}, %", justify="right")
+    table.add_column("file")
+    for name, metrics in rows.items():
+        table.add_row(name, *(f"{value:.2f}" for value in metrics.values()), str(files.get(name, "")))
+    context.console.print(table)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write results for other programs, and print where."""
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    print(f"Wrote {path}.")

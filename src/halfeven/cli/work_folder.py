@@ -1,0 +1,170 @@
+"""The work folder of a run: which files it holds, whether a run in it is continued, and the lock on it."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from halfeven.cli.lock import locked
+from halfeven.cli.run import RunContext
+from halfeven.cli.run_record import as_json, check_same_run, read_record, recorded_facts, write_record
+from halfeven.distributed import rank, smallest
+from halfeven.errors import ConfigError, StorageError
+from halfeven.files import remove, storing
+from halfeven.training.state import STATE_FILE
+from halfeven.zoo.checked_samples import SKIPPED, count_skipped
+from halfeven.zoo.leakage import check_apart
+
+RECORD = "experiment.json"
+"""The resolved experiment, written beside the results: a folder that has it holds a run."""
+FLOAT_FOLDER = "float"
+"""Folder of the training of the float model, if there is one."""
+BEST = "best.safetensors"
+LAST = "last.safetensors"
+PTQ_STATE = "ptq_state"
+"""Folder of the layers and blocks that post-training quantization has reconstructed, until it has finished."""
+SEARCH_STATE = "search_state"
+"""Folder of the measurements of a search, until it has finished."""
+SEARCH_FOUND = "search.json"
+"""The result of a search, without its model."""
+RESULTS = "results.json"
+RESUMED_FROM = (
+    STATE_FILE,
+    BEST,
+    f"{FLOAT_FOLDER}/{STATE_FILE}",
+    f"{FLOAT_FOLDER}/{BEST}",
+    PTQ_STATE,
+    SEARCH_STATE,
+    SEARCH_FOUND,
+)
+"""Files that a resumed run continues from; a new run in the same folder removes them first."""
+SEEN_WITHIN_SECONDS = 30.0
+"""Seconds in which a file of one machine appears on another that shares the disk; NFS remembers for a while that a file
+is not there."""
+
+
+def default_folder(config: Path, work_dir: str) -> Path:
+    """Return the work folder that the user named, or else the folder with the config's name."""
+    return Path(work_dir or Path("work_dirs") / config.stem)
+
+
+def holds_run(folder: Path) -> bool:
+    """Return True for a folder with a run that can be resumed, or lost."""
+    return (folder / RECORD).is_file() and any((folder / name).exists() for name in RESUMED_FROM)
+
+
+def continues(context: RunContext, *, resume: bool, auto_resume: bool, overwrite: bool) -> bool:
+    """Return True where the run in the work folder is to be continued. The arguments are the command line's.
+
+    Raises:
+        ConfigError: the arguments contradict each other, or the processes see different folders.
+    """
+    if resume + auto_resume + overwrite > 1:
+        given = {"--resume": resume, "--auto-resume": auto_resume, "--overwrite": overwrite}
+        raise ConfigError(
+            f"{' and '.join(name for name, on in given.items() if on)} were given, and only one of them can decide "
+            "what becomes of a run in the work folder. Give one: --auto-resume continues a run, and starts where there "
+            "is none."
+        )
+    found = holds_run(context.folder)
+    device = context.accelerator.device
+    if smallest(found, device) == smallest(not found, device):
+        raise _not_shared(context.folder)
+    return resume or (auto_resume and found)
+
+
+def _not_shared(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"The processes of this run see different things in the work folder ({folder} in process {rank()}), so they "
+        "could not go on from the same state. With several machines, --work-dir must name a folder on a disk that all "
+        "of them share."
+    )
+
+
+def check_folder(context: RunContext, command: str, *, resume: bool, overwrite: bool) -> None:
+    """Check that the work folder can be used, and write nothing.
+
+    Args:
+        context: the run.
+        command: "train" or "ptq": a run is resumed by the command that started it.
+        resume: continue the run in the folder.
+        overwrite: start anew where the folder holds a run.
+
+    Raises:
+        ConfigError: there is nothing to resume, the options differ from the run's, a run would be lost, or calibration
+            samples are validation samples too.
+        CheckpointError: the record of the run's options is damaged.
+    """
+    check_apart(context.datasets)
+    record = context.folder / RECORD
+    recorded = record.is_file()
+    held = holds_run(context.folder)
+    context.accelerator.wait_for_everyone()  # all processes look before the first one writes
+    if resume and not recorded:
+        raise ConfigError(
+            f"There is no run in {context.folder}, so nothing can be resumed. Leave --resume out, or give the "
+            "--work-dir of the run."
+        )
+    if held and not resume and not overwrite:
+        raise ConfigError(
+            f"{context.folder} holds a run already, whose checkpoints would be lost. Give --resume to continue it, "
+            "another --work-dir to keep it, or --overwrite to start anew."
+        )
+    if resume:
+        check_same_run(read_record(record), recorded_facts(context, command), context.folder)
+
+
+@contextmanager
+def claimed_folder(context: RunContext, command: str, *, resume: bool) -> Iterator[None]:
+    """Make the work folder, lock it within the context, and write down the experiment.
+
+    Call this when all that can be checked beforehand was right.
+
+    Args:
+        context: the run.
+        command: "train" or "ptq".
+        resume: keep the files that a run is resumed from.
+
+    Raises:
+        StorageError: the folder cannot be written, or another process works in it.
+    """
+    with contextlib.ExitStack() as held:
+        refusal = None
+        if context.accelerator.is_main_process:
+            try:
+                with storing(context.folder):
+                    context.folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(context.folder, context.log))
+                _begin_record(context, command, resume=resume)
+            except StorageError as error:
+                refusal = error
+        # No process waits for the one that was refused.
+        if smallest(0 if refusal else 1, context.accelerator.device) == 0:
+            raise refusal or StorageError(f"The first process of this run cannot use {context.folder}; it says why.")
+        _check_shared(context, command)
+        yield
+        if count := count_skipped(context.folder):
+            context.log(f"Bad samples were replaced by the next good ones ({count}): see {context.folder / SKIPPED}.")
+
+
+def _check_shared(context: RunContext, command: str) -> None:
+    """Raise ConfigError where a process does not see the record that the first one wrote: it works on another disk."""
+    wanted = as_json(recorded_facts(context, command))
+    deadline = time.monotonic() + SEEN_WITHIN_SECONDS
+    while not (seen := _holds_record(context.folder / RECORD, wanted)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if smallest(seen, context.accelerator.device) == 0:
+        raise _not_shared(context.folder)
+
+
+def _holds_record(path: Path, wanted: Any) -> bool:
+    return path.is_file() and as_json(read_record(path)) == wanted
+
+
+def _begin_record(context: RunContext, command: str, *, resume: bool) -> None:
+    """Write the record of a run, and remove the files of an earlier run that is not continued."""
+    for name in (*RESUMED_FROM, LAST, SKIPPED) if not resume else ():
+        remove(context.folder / name)
+    write_record(context.folder / RECORD, recorded_facts(context, command))
