@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from halfeven.zoo.detectors import TensorPart
+from halfeven.zoo.tensor_part import TensorPart
 
 FAMILIES = [
     "beit_base_patch16_224",

@@ -35,13 +35,13 @@ from halfeven.integrations.session_steps import SessionSteps
 from halfeven.pipelines import setup_qat
 from halfeven.runtimes.runtime import load_deployed
 from halfeven.tasks.detection import Detection
-from halfeven.tasks.detectors import detection_of
+from halfeven.tasks.detection_by_library import detection_of
 from halfeven.training.optimization import make_optimizer
 from halfeven.training.options import TrainingOptions
 from halfeven.zoo import small_detectors
 from halfeven.zoo.datasets import Datasets, load_datasets
-from halfeven.zoo.detectors import tensor_part
 from halfeven.zoo.options import DataOptions
+from halfeven.zoo.tensor_part import tensor_part
 
 TRAININGS = {
     "yolo": (10, 4e-3),

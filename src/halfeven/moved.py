@@ -86,8 +86,10 @@ MOVED = {
     "qat.progression": "qat.bit_schedule",
     "quantizer": "quantization.quantizer",
     "scheme": "quantization.scheme",
+    "tasks.detectors": "tasks.detection_by_library",
     "training.checkpoint": "checkpoint",
     "zoo.dense": "zoo.detection_segmentation",
+    "zoo.detectors": "zoo.tensor_part",
     "zoo.splits": "zoo.leakage",
 }
 """Old name -> new name, both below `halfeven`."""

@@ -9,13 +9,14 @@ from torch import nn
 import halfeven as he
 from halfeven.errors import ConfigError
 from halfeven.evaluation import evaluate, evaluation_loader
-from halfeven.tasks.detectors import OwnDetection, detection_of
+from halfeven.tasks.detection_by_library import detection_of
 from halfeven.tasks.efficientdet import EfficientDetDetection
+from halfeven.tasks.own_detection import OwnDetection
 from halfeven.tasks.set_prediction import SetPrediction
 from halfeven.zoo import small_detectors
 from halfeven.zoo.datasets import load_datasets
-from halfeven.zoo.detectors import tensor_part
 from halfeven.zoo.options import DataOptions
+from halfeven.zoo.tensor_part import tensor_part
 from halfeven.zoo.yolo import generalized_overlap
 from sweeps import sweep
 

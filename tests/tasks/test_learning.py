@@ -6,10 +6,10 @@ import halfeven as he
 from halfeven.evaluation import evaluate, evaluation_loader
 from halfeven.runtimes.runtime import load_deployed
 from halfeven.tasks import Segmentation
-from halfeven.tasks.detection import TorchvisionDetection
+from halfeven.tasks.torchvision_detection import TorchvisionDetection
 from halfeven.zoo.datasets import load_datasets
-from halfeven.zoo.detectors import TensorPart
 from halfeven.zoo.options import DataOptions
+from halfeven.zoo.tensor_part import TensorPart
 from runtimes.parity import SCHEME
 from scenes import write_coco, write_voc
 

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from halfeven.errors import ConfigError
 from halfeven.evaluation import evaluate, evaluation_loader
 from halfeven.tasks import Classification, Segmentation
-from halfeven.tasks.detection import TorchvisionDetection
 from halfeven.tasks.efficientdet import EfficientDetDetection
 from halfeven.tasks.options import TaskOptions
-from halfeven.zoo.detectors import TensorPart
+from halfeven.tasks.torchvision_detection import TorchvisionDetection
 from halfeven.zoo.models import ModelOptions, create_model, effdet_model, torchvision_model
+from halfeven.zoo.tensor_part import TensorPart
 
 
 def figures(task, outputs, targets):

@@ -10,7 +10,7 @@ from halfeven.errors import ConfigError, named
 from halfeven.imports import call_function
 from halfeven.tasks import Classification, Segmentation, Task
 from halfeven.tasks.detection import Detection
-from halfeven.tasks.detectors import detection_of
+from halfeven.tasks.detection_by_library import detection_of
 from halfeven.zoo.datasets import Datasets
 from halfeven.zoo.models import callable_model, effdet_model, torchvision_model, transformers_model
 

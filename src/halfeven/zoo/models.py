@@ -11,7 +11,7 @@ from halfeven.errors import ConfigError
 from halfeven.imports import call_function, extra, import_function
 from halfeven.nearest import did_you_mean
 from halfeven.options import Options, PositiveInt
-from halfeven.zoo.detectors import tensor_part
+from halfeven.zoo.tensor_part import tensor_part
 from halfeven.zoo.weights import load_weights
 
 PRETRAINED = "pretrained"

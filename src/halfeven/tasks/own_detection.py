@@ -1,14 +1,12 @@
-"""Find the task of a detector: its own loss and post-processing, by the library that it is from."""
+"""Detection with a network of your own that has its loss and its post-processing as methods."""
 
 import copy
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import ConfigError
-from halfeven.tasks.detection import Detection, Targets, TorchvisionDetection
-from halfeven.tasks.set_prediction import SetPrediction, is_set_prediction
+from halfeven.tasks.detection import Detection, Targets
 
 
 @runtime_checkable
@@ -55,25 +53,3 @@ class OwnDetection(Detection):
     def judged(self, outputs: Any, targets: Targets) -> tuple[Any, Any]:
         """Return the boxes of the detector, and the targets."""
         return self.detector.detect(outputs), list(targets)
-
-
-@checked_arguments(ConfigError)
-def detection_of(detector: nn.Module, example: Tensor) -> Detection:
-    """Return the task of a detector of torchvision, effdet or transformers, or of your own.
-
-    Args:
-        detector: the complete model; its weights are not used.
-        example: a batch of images, [samples, 3, height, width]: all images have this size.
-
-    Raises:
-        ConfigError: the detector's loss and post-processing are not known.
-    """
-    if is_set_prediction(detector):
-        return SetPrediction(detector, example)
-    if type(detector).__module__.startswith("effdet."):
-        from halfeven.tasks.efficientdet import EfficientDetDetection
-
-        return EfficientDetDetection(detector, example)
-    if isinstance(detector, Detector):
-        return OwnDetection(detector)
-    return TorchvisionDetection(detector, example)

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from halfeven.tasks.detection import check_detector
 from halfeven.tasks.set_prediction import is_set_prediction
+from halfeven.tasks.torchvision_detection import check_detector
 
 
 class TensorPart(nn.Module):
