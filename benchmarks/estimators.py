@@ -44,7 +44,7 @@ def passed_by(weigh: Weigh | None) -> Iterator[None]:
     with_input, with_scale = fake_quantization._backward_input, fake_quantization._backward_scale
 
     def weighed(passed: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Any) -> Tensor:
-        used, _ = fake_quantization._used(scale, zero_point, x.ndim, grid)
+        used, _ = fake_quantization._used_parameters(scale, zero_point, x.ndim, grid)
         return weigh(passed, x.float() / used)
 
     def backward_input(grad: Tensor, *rest: Any) -> tuple[Tensor]:

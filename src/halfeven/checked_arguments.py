@@ -63,21 +63,21 @@ def checked_arguments(error: type[HalfevenError]) -> Callable[[Callable[P, R]], 
                 given = dict(signature.bind(*args, **kwargs).arguments)
             except TypeError:  # Python says it with the function's name
                 return function(*args, **kwargs)
-            _check(function, signature, given)
+            _check_arguments(function, signature, given)
             try:
                 return function(*args, **kwargs)
             except (HalfevenError, Warning):
                 raise
             except Exception as raw:
-                raise _told(function.__qualname__, given, raw, error) from raw
+                raise _translated_error(function.__qualname__, given, raw, error) from raw
 
         return call
 
     return decorate
 
 
-def _check(function: Callable[..., Any], signature: inspect.Signature, given: Mapping[str, Any]) -> None:
-    hints = _hints(function)
+def _check_arguments(function: Callable[..., Any], signature: inspect.Signature, given: Mapping[str, Any]) -> None:
+    hints = _type_hints(function)
     variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     for name, value in given.items():
         several = signature.parameters[name].kind in variable
@@ -86,12 +86,12 @@ def _check(function: Callable[..., Any], signature: inspect.Signature, given: Ma
             if name in hints and not argument_fits(hints[name], one):
                 raise ConfigError(
                     f"{function.__qualname__}() cannot use {name}: it is {described(one)}, and must be "
-                    f"{_words(hints[name])}. Nothing was done.{_advice(hints[name], one)}"
+                    f"{_expected(hints[name])}. Nothing was done.{_advice_for(hints[name], one)}"
                 )
 
 
 @functools.cache
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
     return typing.get_type_hints(function, include_extras=True)
 
 
@@ -127,22 +127,22 @@ def argument_fits(kind: Any, value: Any) -> bool:
     return options.fits(kind, value)
 
 
-def _words(kind: Any) -> str:
+def _expected(kind: Any) -> str:
     """Return the words for what an argument must be."""
     members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    words = list(dict.fromkeys(_words_of_one(member) for member in members))
+    words = list(dict.fromkeys(_expected_of_one(member) for member in members))
     return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
 
 
-def _words_of_one(kind: Any) -> str:
+def _expected_of_one(kind: Any) -> str:
     origin = get_origin(kind)
     arguments = get_args(kind)
     if (known := WORDS.get(origin or kind)) is not None:
         return known
     if origin in (collections.abc.Mapping, dict):
-        return "a dict" if Any in arguments else f"a dict of {_words(arguments[0])} to {_words(arguments[1])}"
+        return "a dict" if Any in arguments else f"a dict of {_expected(arguments[0])} to {_expected(arguments[1])}"
     if origin is collections.abc.Sequence:
-        return f"a list or tuple, each of it {_words(arguments[0])}"
+        return f"a list or tuple, each of it {_expected(arguments[0])}"
     if origin is tuple and Any in arguments:
         return "a tuple"
     if isinstance(origin, type) and origin not in OF_OPTIONS:
@@ -158,25 +158,25 @@ def described(value: Any) -> str:
     if value is None:
         return "None"
     if isinstance(value, Tensor):
-        return f"a {'' if isinstance(value, nn.Parameter) else str(value.device) + ' '}tensor {_form(value)}"
+        return f"a {'' if isinstance(value, nn.Parameter) else str(value.device) + ' '}tensor {_dtype_and_shape(value)}"
     if type(value).__module__ == "numpy" and hasattr(value, "shape"):
-        return f"a numpy {name} {_form(value)}"
+        return f"a numpy {name} {_dtype_and_shape(value)}"
     if isinstance(value, str | int | float | os.PathLike) and len(shown(value)) <= LONGEST:
-        return f"{_article(name)} {shown(value)}"
+        return f"{_with_article(name)} {shown(value)}"
     if isinstance(value, list | tuple | dict | set):
-        return f"{_article(name)} of {len(value)}"
-    return _article(name)
+        return f"{_with_article(name)} of {len(value)}"
+    return _with_article(name)
 
 
-def _form(value: Any) -> str:
+def _dtype_and_shape(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
-def _article(name: str) -> str:
+def _with_article(name: str) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
-def _advice(kind: Any, value: Any) -> str:
+def _advice_for(kind: Any, value: Any) -> str:
     """Return a sentence for mistakes that are made often, with a space before it; "" for any other."""
     takes = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     if type(value).__module__ == "numpy" and Tensor in takes:
@@ -190,19 +190,19 @@ def _advice(kind: Any, value: Any) -> str:
     return ""
 
 
-def _told(name: str, given: Mapping[str, Any], raw: Exception, error: type[HalfevenError]) -> HalfevenError:
+def _translated_error(name: str, given: Mapping[str, Any], raw: Exception, error: type[HalfevenError]) -> HalfevenError:
     """Return halfeven's error for a raw one."""
     if isinstance(raw, OSError) and raw.errno is not None:
         return storage_error(raw)
     arguments = ", ".join(f"{key}={described(value)}" for key, value in given.items() if key != "self")
     return error(
-        f"{name}() ended with {type(raw).__name__}: {last_line(raw)}\nThat came from {_place(raw)}, and no result was "
-        f"made. The arguments were {arguments}. Check them; if they are right, this is a fault of halfeven: report it "
-        "with the whole traceback."
+        f"{name}() ended with {type(raw).__name__}: {last_line(raw)}\nThat came from {_raising_line(raw)}, and no "
+        f"result was made. The arguments were {arguments}. Check them; if they are right, this is a fault of halfeven: "
+        "report it with the whole traceback."
     )
 
 
-def _place(raw: Exception) -> str:
+def _raising_line(raw: Exception) -> str:
     """Return the line that raised an error, and the last line before it that is in no installed package."""
     frames = traceback.extract_tb(raw.__traceback__)
     own = [frame for frame in frames[:-1] if "site-packages" not in frame.filename]

@@ -60,10 +60,10 @@ def restore(path: str | Path, rebuild: Callable[[Plan], nn.Module]) -> nn.Module
             "halfeven.save or a training run wrote (best.safetensors, last.safetensors). For float weights, set "
             "model.weights."
         )
-    qmodel = _rebuilt(read_plan(facts["plan"], Path(path)), rebuild, path)
+    qmodel = _rebuild_checked(read_plan(facts["plan"], Path(path)), rebuild, path)
     load_strictly(qmodel, without_own_tensors(state, qmodel), path)
     if problems := wrong_ranges(qmodel):
-        raise _unusable(path, problems)
+        raise _unusable_values(path, problems)
     return qmodel
 
 
@@ -80,7 +80,7 @@ def without_own_tensors(state: dict[str, Tensor], qmodel: nn.Module) -> dict[str
     return {key: tensor for key, tensor in state.items() if not is_own(key)}
 
 
-def _rebuilt(plan: Plan, rebuild: Callable[[Plan], nn.Module], path: str | Path) -> nn.Module:
+def _rebuild_checked(plan: Plan, rebuild: Callable[[Plan], nn.Module], path: str | Path) -> nn.Module:
     try:
         return rebuild(plan)
     except HalfevenError:
@@ -92,7 +92,7 @@ def _rebuilt(plan: Plan, rebuild: Callable[[Plan], nn.Module], path: str | Path)
         ) from error
 
 
-def _unusable(path: str | Path, problems: list[str]) -> CheckpointError:
+def _unusable_values(path: str | Path, problems: list[str]) -> CheckpointError:
     return CheckpointError(
         f"{path} holds values that no quantized model has, so its results would mean nothing:\n{listed(problems)}\n"
         "The file was changed after it was written, or training had failed before. Use another checkpoint."
@@ -122,7 +122,7 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | Path) 
             "numbers. Give the float model in the precision of the file: model.float() or model.bfloat16()."
         )
     if problems := wrong_values(state, wanted):
-        raise _unusable(path, problems)
+        raise _unusable_values(path, problems)
     model.load_state_dict(state)
 
 
@@ -130,10 +130,10 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | Path) 
 def read_facts(path: str | Path) -> dict[str, Any]:
     """Return the facts saved with a checkpoint: `plan`, `extra`, and the versions of `halfeven` and `torch`."""
     facts: dict[str, Any] = dict(read_metadata(Path(path)))
-    return facts | {key: _json(facts[key], key, path) for key in ("plan", "extra") if key in facts}
+    return facts | {key: _parse_json(facts[key], key, path) for key in ("plan", "extra") if key in facts}
 
 
-def _json(text: str, key: str, path: str | Path) -> Any:
+def _parse_json(text: str, key: str, path: str | Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

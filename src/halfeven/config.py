@@ -96,7 +96,7 @@ class Experiment(Options):
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     """Shares of the run after which ranges and BatchNorm's statistics stop changing."""
     pretraining: TrainingOptions = field(default_factory=lambda: TrainingOptions(epochs=0))
-    """Training of the float model before it is quantized; 0 epochs: no training, its weights are given."""
+    """Training of the float model before it is quantized. With 0 epochs it has the weights of `model.weights`."""
     export: ExportOptions = field(default_factory=ExportOptions)
     """The deployable files."""
     device: DeviceOptions = field(default_factory=DeviceOptions)
@@ -159,15 +159,15 @@ def load_experiment(path: str | Path) -> Experiment:
     try:
         names = runpy.run_path(str(path))
     except ConfigError as error:
-        raise ConfigError(f"The config {path} cannot be used{_line_of(error, path)}. {error}") from error
+        raise ConfigError(f"The config {path} cannot be used{_line_in_config(error, path)}. {error}") from error
     except HalfevenError:
         raise
     except (Interruption, KeyboardInterrupt):
         raise
     except BaseException as error:  # sys.exit(0) too, whose exit code would pass for success
         raise ConfigError(
-            f"The config {path} cannot be run{_line_of(error, path)}: {type(error).__name__}: {error}. It is a Python "
-            "file, which must run to its end to define the experiment. Correct the file."
+            f"The config {path} cannot be run{_line_in_config(error, path)}: {type(error).__name__}: {error}. It is a "
+            "Python file, which must run to its end to define the experiment. Correct the file."
         ) from error
     experiment = names.get("experiment")
     if not isinstance(experiment, Experiment):
@@ -211,7 +211,7 @@ def _files_named_like(path: Path) -> list[Path]:
     return [by_name[name] for name in similar(path.stem, by_name, MOST_NAMED)]
 
 
-def _line_of(error: BaseException, path: Path) -> str:
+def _line_in_config(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError):
         return f" (line {error.lineno})"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]

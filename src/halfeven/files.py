@@ -70,10 +70,10 @@ def replacing(*paths: Path) -> Iterator[Path]:
         remove(folder)
         folder.mkdir(mode=0o700)
         try:
-            with _reasons_of(folder):
+            with _raising_disk_errors(folder):
                 yield folder
             for path in paths:
-                _settle(folder / path.name)
+                _flush_to_disk(folder / path.name)
             for path in paths:
                 os.replace(folder / path.name, path)
         finally:
@@ -81,7 +81,7 @@ def replacing(*paths: Path) -> Iterator[Path]:
         _sync_folder(first.parent)
 
 
-def _settle(path: Path) -> None:
+def _flush_to_disk(path: Path) -> None:
     """Bring a file to the disk, readable as the umask says: some writers make files for their owner alone."""
     mask = os.umask(0)
     os.umask(mask)
@@ -112,7 +112,7 @@ def remove(path: Path) -> None:
 def storing(path: Path) -> Iterator[None]:
     """Turn what a disk refuses, within the context, into a `StorageError` about `path`."""
     try:
-        with _reasons_of(path.parent):
+        with _raising_disk_errors(path.parent):
             yield
     except HalfevenError:
         raise
@@ -123,7 +123,7 @@ def storing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _reasons_of(folder: Path) -> Iterator[None]:
+def _raising_disk_errors(folder: Path) -> Iterator[None]:
     """Raise the error of the operating system where, within the context, a library raises one of its own instead.
 
     Libraries that write files lose the reason ("unexpected pos 8064 vs 7960"). A file that is written beside theirs,
@@ -134,7 +134,7 @@ def _reasons_of(folder: Path) -> Iterator[None]:
     except (HalfevenError, OSError):
         raise
     except Exception as error:
-        if refusal := _refusal(folder):
+        if refusal := _refused_small_file(folder):
             raise refusal from error
         raise
 
@@ -153,14 +153,14 @@ def storage_error(error: OSError, path: Path | None = None) -> StorageError:
     reason = REASONS.get(error.errno or 0, error.strerror or str(error) or type(error).__name__)
     code = "" if error.errno is None else f" (error {error.errno}, {error.strerror})"
     way = WAYS_OUT.get(error.errno or 0, "Name another folder, or mend that.")
-    free = _free(named or Path.cwd())
+    free = _free_space_sentence(named or Path.cwd())
     return StorageError(
         f"{where} cannot be used: {reason}{code}. {free}Files that were whole before "
         f"are whole still, and a run can be resumed from its last saved state. {way}"
     )
 
 
-def _free(path: Path) -> str:
+def _free_space_sentence(path: Path) -> str:
     """Return a sentence with the free space on the disk of a path; "" where that cannot be told."""
     folder = path.absolute()
     with contextlib.suppress(OSError):
@@ -171,7 +171,7 @@ def _free(path: Path) -> str:
     return ""
 
 
-def _refusal(folder: Path) -> OSError | None:
+def _refused_small_file(folder: Path) -> OSError | None:
     """Return the error with which the disk of a folder refuses a small file; None where it takes it."""
     probe = folder / f".probe-{os.getpid()}"
     try:

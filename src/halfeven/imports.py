@@ -68,17 +68,17 @@ def users_code(what: str, *, importing: bool = False) -> Iterator[None]:
         if importing and isinstance(error, ImportError | AttributeError | ValueError):
             raise
         raise ConfigError(
-            f"{what} cannot be used: {type(error).__name__}: {last_line(error)} ({_line(error)}). Nothing was done. "
-            "Correct that line, or what it was given."
+            f"{what} cannot be used: {type(error).__name__}: {last_line(error)} ({_raising_line(error)}). Nothing was "
+            "done. Correct that line, or what it was given."
         ) from error
     except BaseException as end:
         raise ConfigError(
-            f"{what} ends the program ({type(end).__name__}: {end}; {_line(end)}), so nothing would be done, and the "
-            "exit code would not tell. Remove that call."
+            f"{what} ends the program ({type(end).__name__}: {end}; {_raising_line(end)}), so nothing would be done, "
+            "and the exit code would not tell. Remove that call."
         ) from end
 
 
-def _line(error: BaseException) -> str:
+def _raising_line(error: BaseException) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"line {frame.lineno} of {frame.filename}"
 

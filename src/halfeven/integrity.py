@@ -31,9 +31,9 @@ def check_facts(metadata: Mapping[str, str], path: Path) -> None:
     """
     content = {key: text for key, text in metadata.items() if key != FACTS_DIGEST}
     if metadata.get(FACTS_DIGEST, _digest_of_facts(content)) != _digest_of_facts(content):
-        raise _changed(path, "metadata (its plan or its results)")
+        raise _changed_error(path, "metadata (its plan or its results)")
     if (FACTS_DIGEST in metadata) != (TENSORS_DIGEST in metadata):
-        raise _changed(path, "digests")
+        raise _changed_error(path, "digests")
 
 
 def check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
@@ -44,10 +44,10 @@ def check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
     """
     digest = metadata.get(TENSORS_DIGEST)
     if digest is not None and digest != digest_of_tensors(tensors):
-        raise _changed(path, "tensors")
+        raise _changed_error(path, "tensors")
 
 
-def _changed(path: Path, what: str) -> CheckpointError:
+def _changed_error(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is damaged: its {what} do not have the digest that was written with them, so the model would compute "
         "something else. Copy the file again from where it was written, or use another checkpoint."

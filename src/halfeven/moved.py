@@ -127,7 +127,7 @@ class _OldExport(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name not in EXPORT:
             raise AttributeError(f"module 'halfeven.export' has no attribute '{name}'")
-        _warn(f"halfeven.export.{name}", f"halfeven.{EXPORT[name]}.{name}")
+        _warn_of_move(f"halfeven.export.{name}", f"halfeven.{EXPORT[name]}.{name}")
         return getattr(importlib.import_module(f"halfeven.{EXPORT[name]}"), name)
 
 
@@ -146,7 +146,7 @@ class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         """Return the module in its new place."""
         new = f"halfeven.{MOVED[spec.name.partition('.')[2]]}"
-        _warn(spec.name, new)
+        _warn_of_move(spec.name, new)
         return importlib.import_module(new)
 
     def exec_module(self, module: ModuleType) -> None:
@@ -154,7 +154,7 @@ class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__spec__ = importlib.util.spec_from_loader(module.__name__, module.__loader__)
 
 
-def _warn(old: str, new: str) -> None:
+def _warn_of_move(old: str, new: str) -> None:
     warnings.warn(
         f"{old} is now {new}; the next version removes the old name. Import options from halfeven.config, and the "
         "public functions from halfeven.",

@@ -25,8 +25,8 @@ def shown(value: object) -> str:
 
 def nearest(value: object, choices: Sequence[Any]) -> Any:
     """Return the choice that a misspelt or mistyped value most likely means, or None."""
-    by_name = {_lower(choice): choice for choice in choices}
-    word = _lower(value)
+    by_name = {_lower_case(choice): choice for choice in choices}
+    word = _lower_case(value)
     words = [word, MEANT.get(word, word)]
     if found := [by_name[one] for one in words if one in by_name]:
         return found[0]
@@ -61,5 +61,5 @@ def similar(name: str, choices: Iterable[str], most: int, cutoff: float = 0.6) -
     return difflib.get_close_matches(name, list(choices), n=most, cutoff=cutoff)
 
 
-def _lower(value: object) -> str:
+def _lower_case(value: object) -> str:
     return str(value).lower()

@@ -134,7 +134,7 @@ class OptionsType(type):
             ConfigError: names that are no fields, or values that their fields cannot have; all of them at once.
         """
         values = up_to_date(cls, values)
-        report([*(_unnamed(cls, positional) if positional else ()), *mistakes(cls, values, cls.__name__)])
+        report([*(_unnamed_mistakes(cls, positional) if positional else ()), *mistakes(cls, values, cls.__name__)])
         return super().__call__(**values)
 
 
@@ -168,8 +168,8 @@ def mistakes(kind: type, values: Mapping[str, Any], path: str, *, partial: bool 
         path: how the user calls the object, such as "training", for the messages; "" for an experiment's own fields.
         partial: other keywords are given elsewhere, so that none is missing.
     """
-    fields = _fields(kind)
-    hints = _hints(kind)
+    fields = _fields_by_name(kind)
+    hints = _type_hints(kind)
     prefix = f"{path}." if path else ""
     found = []
     for name, value in values.items():
@@ -178,7 +178,7 @@ def mistakes(kind: type, values: Mapping[str, Any], path: str, *, partial: bool 
         elif name not in fields:
             found.append(f'{path or kind.__name__} has no option "{name}". {did_you_mean(name, fields)}')
         elif not fits(hints[name], value):
-            hint = _hint(hints[name], value, fields[name])
+            hint = _hint_for(hints[name], value, fields[name])
             found.append(f"{prefix}{name}={shown(value)} must be {describe(hints[name])}.{hint}")
     required = [name for name, field in fields.items() if _is_required(field)]
     missing = [] if partial else [name for name in required if name not in values]
@@ -198,14 +198,14 @@ def up_to_date(kind: type, values: Mapping[str, Any], *, warn: bool = True) -> d
         warn: give a DeprecationWarning for each old name and spelling.
     """
     given = _without_filled_in(kind, values)
-    hints = _hints(kind)
+    hints = _type_hints(kind)
     current = {}
     for key, value in given.items():
         new = new_names(kind).get(key, key)
         name = key if new in given else new
         if warn and name != key:
             warn_of_old(f"{kind.__name__}.{key} is now {name}", stacklevel=4)
-        old = [note.value for note in _notes(hints.get(name)) if isinstance(note, Formerly)]
+        old = [note.value for note in _annotations(hints.get(name)) if isinstance(note, Formerly)]
         is_old = any(type(value) is type(one) and value == one for one in old)
         if warn and is_old:
             warn_of_old(f'{kind.__name__}.{name}={shown(value)} is now written "auto"', stacklevel=4)
@@ -216,7 +216,7 @@ def up_to_date(kind: type, values: Mapping[str, Any], *, warn: bool = True) -> d
 def _as_choice(kind: Any, value: Any) -> Any:
     """Return the choice that a further spelling or another form stands for; any other value as it is."""
     members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
-    notes = [note for one in (kind, *members) for note in _notes(one)]
+    notes = [note for one in (kind, *members) for note in _annotations(one)]
     for note in notes:
         value = note.function(value) if isinstance(note, Converted) else value
     pairs = [pair for note in notes if isinstance(note, AlsoSpelled) for pair in note.pairs]
@@ -238,7 +238,7 @@ def _without_filled_in(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     kept = dict(values)
     for old, new in new_names(kind).items():
         first = names[: names.index(new)] if new in names else []
-        if old in first and names[len(first) :] == [name for name in _fields(kind) if name not in first]:
+        if old in first and names[len(first) :] == [name for name in _fields_by_name(kind) if name not in first]:
             del kept[new]
     return kept
 
@@ -280,7 +280,7 @@ def fits(kind: Any, value: Any) -> bool:
 
 def describe(kind: Any) -> str:
     """Return the words for what a field takes, such as 'an integer (at least 1) or "auto"'."""
-    return _either(_alternatives(kind))
+    return _joined_by_or(_alternatives(kind))
 
 
 def _alternatives(kind: Any) -> list[str]:
@@ -299,7 +299,7 @@ def _alternatives(kind: Any) -> list[str]:
     if origin is tuple and arguments[-1] is Ellipsis:
         return [f"a tuple, each value {describe(arguments[0])}"]
     if origin is tuple:
-        return [f"a tuple of {len(arguments)} values, each {_either(dict.fromkeys(map(describe, arguments)))}"]
+        return [f"a tuple of {len(arguments)} values, each {_joined_by_or(dict.fromkeys(map(describe, arguments)))}"]
     if origin is dict:
         return [f"a dict of {describe(arguments[0])} to {describe(arguments[1])}"]
     if origin is type:
@@ -308,7 +308,7 @@ def _alternatives(kind: Any) -> list[str]:
     return words.get(kind) or ["None" if kind is types.NoneType else f"{kind.__name__}(...)"]
 
 
-def _hint(kind: Any, value: Any, field: dataclasses.Field[Any]) -> str:
+def _hint_for(kind: Any, value: Any, field: dataclasses.Field[Any]) -> str:
     """Return the nearest right value, or else the default, as a sentence with a space before it."""
     near = meant(kind, value)
     if near is not None:
@@ -362,13 +362,13 @@ def _fit_each(kinds: tuple[Any, ...], values: tuple[Any, ...]) -> bool:
     return len(kinds) == len(values) and all(map(fits, kinds, values))
 
 
-def _either(words: Iterable[str]) -> str:
+def _joined_by_or(words: Iterable[str]) -> str:
     *first, last = words
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def _unnamed(kind: type, positional: tuple[Any, ...]) -> list[str]:
-    names = ", ".join(list(_fields(kind))[: len(positional)])
+def _unnamed_mistakes(kind: type, positional: tuple[Any, ...]) -> list[str]:
+    names = ", ".join(list(_fields_by_name(kind))[: len(positional)])
     return [f"{kind.__name__} takes every option by its name, and {len(positional)} came without. It has {names}, ..."]
 
 
@@ -376,22 +376,22 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _notes(kind: Any) -> tuple[Any, ...]:
+def _annotations(kind: Any) -> tuple[Any, ...]:
     return kind.__metadata__ if get_origin(kind) is Annotated else ()
 
 
 @cache
-def _fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
+def _fields_by_name(kind: Any) -> dict[str, dataclasses.Field[Any]]:
     return {field.name: field for field in dataclasses.fields(kind) if field.init}
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _type_hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
 @cache
 def new_names(kind: type) -> Mapping[str, str]:
     """Return the new name of each renamed field of an option class, by its old name."""
-    notes = [(name, note) for name, hint in _hints(kind).items() for note in _notes(hint)]
+    notes = [(name, note) for name, hint in _type_hints(kind).items() for note in _annotations(hint)]
     return {note.name: name for name, note in notes if isinstance(note, RenamedFrom)}

@@ -101,7 +101,7 @@ def prepare(
                 "A plan was given together with options, and a plan already contains options, so the given options "
                 "would have no effect. Give the options to halfeven.plan, or leave the plan out."
             )
-        return _from_plan(model, example, plan, check=check_scales)
+        return _quantize_by_plan(model, example, plan, check=check_scales)
     options = _with_batchnorm(dataclasses.replace(options or QuantizationOptions(), **changes), "keep")
     target = runtime_named(options.target).target
     captured, found = capture_for_quantization(float_copy(model), example, options)
@@ -147,12 +147,14 @@ def without_training(options: QuantizationOptions) -> QuantizationOptions:
 def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
     """Make the quantized model that a plan describes, so that a checkpoint can be loaded into it."""
     # A checkpoint of another model is refused when it is loaded, with a list of all that differs.
-    qmodel = _from_plan(model, example, plan, check=lambda captured, plan: None)
+    qmodel = _quantize_by_plan(model, example, plan, check=lambda captured, plan: None)
     forget_statistics(qmodel)  # they describe the weights given here, and the checkpoint will replace these
     return qmodel
 
 
-def _from_plan(model: nn.Module, example: Example, plan: Plan, check: Callable[[nn.Module, Plan], None]) -> nn.Module:
+def _quantize_by_plan(
+    model: nn.Module, example: Example, plan: Plan, check: Callable[[nn.Module, Plan], None]
+) -> nn.Module:
     captured, _ = capture_for_quantization(float_copy(model), example, plan.options, plan.kept)
     check(captured, plan)
     qmodel = insert(captured, plan, runtime_named(plan.options.target).target)
@@ -269,7 +271,7 @@ def quantize_prepared(
     qmodel.eval()
     recipe = decide(qmodel, ptq, data=batches is not None)
     log(f"{plan_of(qmodel)}\n\n{recipe}\n")
-    inputs = _inputs(qmodel, batches or ())
+    inputs = _input_arguments(qmodel, batches or ())
     context = StepContext(qmodel=qmodel, batches=inputs, recipe=recipe, options=ptq, log=log, resume_dir=resume_dir)
     return run_steps(context).eval()
 
@@ -320,7 +322,7 @@ def setup_qat(
     log(f"{recipe}\n")
     ptq = ptq or PTQOptions()
     if recipe.equalize.enabled:
-        batches = _inputs(qmodel, at_hand(loader, None))
+        batches = _input_arguments(qmodel, at_hand(loader, None))
         ptq = dataclasses.replace(ptq, equalize="on")
         ptq_recipe = decide(qmodel, ptq, data=True)
         context = StepContext(qmodel=qmodel, batches=batches, recipe=ptq_recipe, options=ptq, log=log)
@@ -358,7 +360,7 @@ def at_hand(loader: Iterable[Any], batches: int | None) -> list[Any]:
     return found
 
 
-def _inputs(qmodel: nn.Module, batches: Iterable[Any]) -> list[Any]:
+def _input_arguments(qmodel: nn.Module, batches: Iterable[Any]) -> list[Any]:
     """Return the model's arguments of batches, without labels: a tuple or a dict for each."""
     return [kwargs or args for args, kwargs in read_inputs(qmodel, batches)]
 

@@ -36,12 +36,12 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[], None]
     Yields:
         A function to call after each step.
     """
-    if not _watched() or not _one_bar.acquire(blocking=False):
+    if not _is_watched() or not _one_bar.acquire(blocking=False):
         yield lambda: None
         return
     counted = (BarColumn(bar_width=24), MofNCompleteColumn()) if total else ()
     text = TextColumn("{task.description}", style="bold", markup=False)
-    bar = Progress(SpinnerColumn(), text, *counted, TimeElapsedColumn(), console=_console(), transient=True)
+    bar = Progress(SpinnerColumn(), text, *counted, TimeElapsedColumn(), console=_error_console(), transient=True)
     task = bar.add_task(what, total=total)
     later = threading.Timer(SECONDS_BEFORE, bar.start)
     later.daemon = True
@@ -71,7 +71,7 @@ def count_of(loader: Iterable[Any], most: int | None = None) -> int | None:
     return count if most is None or count is None else min(count, most)
 
 
-def _watched() -> bool:
+def _is_watched() -> bool:
     stream = sys.stderr
     return (
         os.environ.get(SWITCH) != "0"
@@ -79,9 +79,9 @@ def _watched() -> bool:
         and stream.isatty()
         and threading.current_thread() is threading.main_thread()
         and rank() == 0
-        and _console().is_interactive
+        and _error_console().is_interactive
     )
 
 
-def _console() -> Console:
+def _error_console() -> Console:
     return Console(stderr=True, emoji=False)

@@ -27,7 +27,7 @@ def renamed_parameters(**new_names: str) -> Callable[[Callable[P, R]], Callable[
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             for old in [name for name in kwargs if name in new_names]:
-                _rename(function.__name__, kwargs, old, new_names[old])
+                _rename_keyword(function.__name__, kwargs, old, new_names[old])
             return function(*args, **kwargs)
 
         return call
@@ -35,10 +35,10 @@ def renamed_parameters(**new_names: str) -> Callable[[Callable[P, R]], Callable[
     return decorate
 
 
-def _rename(function: str, kwargs: dict[str, Any], old: str, new: str) -> None:
+def _rename_keyword(function: str, kwargs: dict[str, Any], old: str, new: str) -> None:
     if new in kwargs:
         raise TypeError(f"{function}() got {new}= twice, once by its old name {old}=. Leave {old}= out.")
-    _warn(f"The parameter {old}= of {function}()", f"{new}=", stacklevel=4)
+    _warn_of_new_name(f"The parameter {old}= of {function}()", f"{new}=", stacklevel=4)
     kwargs[new] = kwargs.pop(old)
 
 
@@ -54,12 +54,12 @@ def renamed_attributes(module: str, **new_names: str) -> Callable[[str], Any]:
         if name not in new_names:
             raise AttributeError(f"module '{module}' has no attribute '{name}'")
         place, _, new = new_names[name].rpartition(".")
-        _warn(f"{module}.{name}", f"halfeven.{new_names[name]}", stacklevel=3)
+        _warn_of_new_name(f"{module}.{name}", f"halfeven.{new_names[name]}", stacklevel=3)
         return getattr(importlib.import_module(f"halfeven.{place}"), new)
 
     return find
 
 
-def _warn(old: str, new: str, stacklevel: int) -> None:
+def _warn_of_new_name(old: str, new: str, stacklevel: int) -> None:
     text = f"{old} is {new} now; the old name goes with the next version."
     warnings.warn(text, DeprecationWarning, stacklevel=stacklevel)

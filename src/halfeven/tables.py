@@ -23,7 +23,7 @@ def table(*columns: str) -> Table:
 
 def as_text(content: RenderableType, width: int = WIDTH) -> str:
     """Return what would be printed, without colours and spaces at the ends of lines."""
-    console = _console(width, color_system=None)
+    console = _silent_console(width, color_system=None)
     with console.capture() as capture:
         console.print(content)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n"))
@@ -31,12 +31,12 @@ def as_text(content: RenderableType, width: int = WIDTH) -> str:
 
 def as_html(content: RenderableType, width: int = WIDTH) -> str:
     """Return what would be printed as HTML, for a notebook."""
-    console = _console(width, record=True)
+    console = _silent_console(width, record=True)
     console.print(content)
     return console.export_html(inline_styles=True, code_format=HTML)
 
 
-def _console(width: int, **options: Any) -> Console:
+def _silent_console(width: int, **options: Any) -> Console:
     """Return a console without output. By default rich prints into a notebook too, whatever file it was given."""
     return Console(
         width=width, file=io.StringIO(), force_jupyter=False, markup=False, emoji=False, highlight=False, **options

@@ -26,7 +26,7 @@ class TemporaryFolder:
         self._lock: int | None = None
         while self._lock is None:  # another process may have taken the new folder for an abandoned one
             self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-            self._lock = _locked(self.path / LOCK, os.O_CREAT)
+            self._lock = _try_lock(self.path / LOCK, os.O_CREAT)
 
     def delete(self) -> None:
         """Delete the folder with all that is in it."""
@@ -54,7 +54,7 @@ def _delete_abandoned(parent: Path) -> None:
     """Delete the folders of killed processes. What cannot be deleted, another user's for example, stays."""
     for lock in parent.glob(f"{PREFIX}*/{LOCK}"):
         with contextlib.suppress(OSError):
-            held = _locked(lock, 0)
+            held = _try_lock(lock, 0)
             if held is not None:
                 shutil.rmtree(lock.parent, ignore_errors=True)
                 os.close(held)
@@ -62,14 +62,14 @@ def _delete_abandoned(parent: Path) -> None:
 
 if sys.platform == "win32":
 
-    def _locked(path: Path, flags: int) -> int | None:
+    def _try_lock(path: Path, flags: int) -> int | None:
         # An open file cannot be deleted there, so that a folder holds no lock, and none counts as abandoned.
         return os.open(os.devnull, os.O_RDONLY) if flags else None
 
 else:
     import fcntl
 
-    def _locked(path: Path, flags: int) -> int | None:
+    def _try_lock(path: Path, flags: int) -> int | None:
         """Return a file descriptor that holds the lock; None where another holds it, or the file is gone meanwhile.
 
         The lock belongs to the descriptor (BSD), not to the process, so that this process sees its own locks too.

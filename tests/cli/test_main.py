@@ -263,6 +263,7 @@ def test_help_lists_what_can_be_set(command, columns, config, capsys, monkeypatc
     monkeypatch.setenv("COLUMNS", str(columns))
     lines = lines_of_help(capsys, command, config)
     assert all(len(line) <= columns for line in lines)
+    assert not [line for line in lines if line.count("{") != line.count("}") or "}|{" in line]
     listed = [line.split()[0] for line in lines if line.startswith("  --")]
     assert len(listed) == len(set(listed))
     kind = cli.found(next(one.arguments for one in cli.COMMANDS if one.name == command))

@@ -81,10 +81,10 @@ def test_a_library_that_keeps_the_reason_to_itself_is_asked_before_its_file_goes
     def refusal(folder):
         return OSError(errno.ENOSPC, "full") if (folder / "file").is_file() else None
 
-    monkeypatch.setattr("halfeven.files._refusal", refusal)
+    monkeypatch.setattr("halfeven.files._refused_small_file", refusal)
     with pytest.raises(StorageError, match="disk is full"):
         write_atomically(tmp_path / "file", write)
-    monkeypatch.setattr("halfeven.files._refusal", lambda folder: None)
+    monkeypatch.setattr("halfeven.files._refused_small_file", lambda folder: None)
     with pytest.raises(RuntimeError, match="unexpected pos"):
         write_atomically(tmp_path / "file", write)
 

@@ -88,7 +88,9 @@ def test_a_run_that_is_resumed_at_step_0_keeps_its_first_lines(config, whole, tm
 
 
 def test_outside_of_training_a_signal_stops_at_once(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("halfeven.cli.ptq._quantize", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(9)))
+    monkeypatch.setattr(
+        "halfeven.cli.ptq._quantize_and_save", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(9))
+    )
     done = halfeven("ptq", config, "--work-dir", tmp_path)
     assert done.returncode == EXIT_CODE
     assert "Stopped by SIGTERM. The same command with --resume" in done.stderr

@@ -246,7 +246,7 @@ def test_layers_that_are_slower_in_integers_go_to_float(subject, monkeypatch):
     from halfeven.mixed_precision import plan_search
 
     layers = (LayerTime("uneven", 1.0, 0.2, True), LayerTime("stem", 0.1, 0.3, True))
-    monkeypatch.setattr(plan_search, "_times", lambda *arguments: LayerTimes(2.0, 1.4, 2.0, layers))
+    monkeypatch.setattr(plan_search, "_time_layers", lambda *arguments: LayerTimes(2.0, 1.4, 2.0, layers))
     found = searched(subject, latency=0.7, scheme="w8a8", candidates=(he.Rule(quantize=False),))
     assert found.steps[1].unit.startswith("relu") or "uneven" in {rule.pattern for rule in found.rules}
     assert "is cheaper" in found.steps[1].reason
@@ -258,7 +258,7 @@ def test_a_file_that_takes_longer_than_estimated_gives_way_to_a_faster_plan(subj
 
     layers = (LayerTime("stem", 0.1, 0.5, True), LayerTime("branch", 0.1, 0.5, True))
     ratios = iter([0.5, 1.2, 0.6])
-    monkeypatch.setattr(plan_search, "_times", lambda *given: LayerTimes(next(ratios), 2.0, 1.0, layers))
+    monkeypatch.setattr(plan_search, "_time_layers", lambda *given: LayerTimes(next(ratios), 2.0, 1.0, layers))
     lines = []
     found = searched(subject, latency=1.0, scheme="w8a4", candidates=(he.Rule(quantize=False),), log=lines.append)
     assert found.reached

@@ -38,7 +38,7 @@ def test_more_kernels_than_the_compilers_limit_of_eight_are_no_error(monkeypatch
 
 def test_bit_widths_share_a_kernel_and_ranks_and_types_have_their_own():
     def kernels():
-        return compilation._compiled.cache_info().currsize
+        return compilation._compile_variant.cache_info().currsize
 
     def run(x, **scheme):
         fake_quantize(x, torch.tensor(0.1), int32(0), Scheme(**scheme))
@@ -113,7 +113,7 @@ def test_a_missing_compiler_is_said_once_and_changes_nothing(monkeypatch, caplog
     x, scale = torch.randn(50), torch.tensor(0.1)
     expected = fake_quantize(x, scale, int32(0), SIGNED4)
     monkeypatch.setattr(compilation, "_works", None)
-    monkeypatch.setattr(compilation, "_compiled", broken)
+    monkeypatch.setattr(compilation, "_compile_variant", broken)
     with caplog.at_level("WARNING", logger="halfeven.quantization.compile"):
         found = [fake_quantize(x, scale, int32(0), SIGNED4) for _ in range(3)]
     assert all(torch.equal(f, expected) for f in found)

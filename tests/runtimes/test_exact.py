@@ -568,7 +568,7 @@ def test_sums_on_more_data(seed, name, tmp_path):
     qmodel, batches = quantized(Summed(SUMS[name]), (12, 3, 48, 48))
     if name.startswith("signed"):
         grid = [q for q in he_quantizers(qmodel).values() if not q.weight][-1]
-        grid._store(grid.scale, torch.tensor(128 + grid.scheme.quant_min))
+        grid._store_range(grid.scale, torch.tensor(128 + grid.scheme.quant_min))
     path = he.export(qmodel, tmp_path / "model.xml")
     report = he.verify(qmodel, path, batches, timed=False)
     assert report.alone_match == 1.0, report.first_difference
@@ -643,7 +643,7 @@ def test_ties_fall_as_in_the_runtime(tmp_path):
     steps = {"0.weight": 1 / 128, "1.weight": 1 / 127, "input": 1 / 16, "0": 127 / 512}
     for name, quantizer in he_quantizers(qmodel).items():
         key = name.replace("_quantizer", "").replace("quantizers.", "")
-        quantizer._store(torch.full_like(quantizer.scale, steps[key]), torch.full_like(quantizer.zero_point, 0))
+        quantizer._store_range(torch.full_like(quantizer.scale, steps[key]), torch.full_like(quantizer.zero_point, 0))
         if not quantizer.weight:
             quantizer.zero_point.fill_(101)
     qmodel.eval()

@@ -150,7 +150,7 @@ def test_a_zero_point_that_is_no_integer_in_float32(tmp_path, monkeypatch):
         found = -low * torch.full_like(low, 255) / (high - low)
         if (found - found.round()).abs() > 1e-5:
             break
-    quantizer._store(scale, zero_point)
+    quantizer._store_range(scale, zero_point)
     path = he.export(qmodel, tmp_path / "model.xml")
 
     def different():
@@ -199,7 +199,7 @@ def verified_at_ties(path):
     x = torch.randn(8, 64)
     qmodel = he.calibrate(he.prepare(nn.Sequential(nn.Linear(64, 64)).eval(), x, scheme="w7a8"), [x]).eval()
     (quantizer,) = (q for q in quantizers(qmodel).values() if not q.weight)
-    quantizer._store(torch.tensor(2.0**-5), torch.tensor(128 + quantizer.scheme.quant_min))
+    quantizer._store_range(torch.tensor(2.0**-5), torch.tensor(128 + quantizer.scheme.quant_min))
     x = torch.randint(-256, 256, (64, 64)) * 2.0**-6 * (1 + torch.randint(-4, 5, (64, 64)) * 6e-8)
     return he.verify(qmodel, he.export(qmodel, path), [x], timed=False)
 

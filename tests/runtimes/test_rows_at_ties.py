@@ -45,7 +45,7 @@ def made_of_halves(qmodel, generator):
     for quantizer in quantizers(qmodel).values():
         if quantizer.weight or quantizer.state.fixed:
             continue
-        quantizer._store(2.0 ** torch.round(torch.log2(quantizer.scale)), quantizer.zero_point)
+        quantizer._store_range(2.0 ** torch.round(torch.log2(quantizer.scale)), quantizer.zero_point)
         if not quantizer.scheme.symmetric:
             zero_point = 2 * int(torch.randint(20, 108, (), generator=generator)) + 1
             quantizer.zero_point.fill_(zero_point)

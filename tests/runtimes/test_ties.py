@@ -48,7 +48,7 @@ def test_averages_are_those_of_integers(ratio, zero_point, tmp_path):
     found = {name: q for name, q in quantizers(qmodel).items() if not q.weight and name != "quantizers.x"}
     stem, *pools = found.values()
     for pool in pools:
-        pool._store(stem.scale * ratio, torch.full_like(pool.zero_point, zero_point + stem.scheme.quant_min))
+        pool._store_range(stem.scale * ratio, torch.full_like(pool.zero_point, zero_point + stem.scheme.quant_min))
     stem.zero_point.fill_(zero_point + stem.scheme.quant_min)
     he.export(qmodel, tmp_path / "model.xml")
     report = he.verify(qmodel, tmp_path / "model.xml", batches, timed=False)
@@ -162,7 +162,7 @@ def test_the_end_of_an_attention_rounds_as_it_does_for_users(zero_point, tmp_pat
 
     ratio = max((150 + 0.37 * step for step in range(200)), key=ties)
     assert ties(ratio) > 0
-    end._store(unit * ratio, torch.full_like(end.zero_point, zero_point + end.scheme.quant_min))
+    end._store_range(unit * ratio, torch.full_like(end.zero_point, zero_point + end.scheme.quant_min))
     he.export(qmodel, tmp_path / "model.xml")
     report = he.verify(qmodel, tmp_path / "model.xml", batches, timed=False)
     assert report.integer_match == 1.0, report.first_difference
@@ -199,7 +199,7 @@ def test_a_quantizer_is_left_out_where_integers_lie_on_nearly_its_grid(times, in
     layer, shape = SHAPES[integers]
     qmodel, batches = quantized(Scaled(layer), shape, scheme=scheme)
     found = {name.rpartition(".")[2]: quantizer for name, quantizer in quantizers(qmodel).items()}
-    found["mul"]._store(found["both"].scale * 0.177 * times, found["both"].zero_point)
+    found["mul"]._store_range(found["both"].scale * 0.177 * times, found["both"].zero_point)
     report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
     assert report.integer_match == 1.0, (report.first_difference, report.max_lsb_difference)
     assert report.output_difference < 1e-5

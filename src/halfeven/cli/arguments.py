@@ -33,7 +33,8 @@ class RunArguments:
     work_dir: str = ""
     """Folder for checkpoints, logs and exported files; "" for work_dirs/<name of the config>."""
     resume: bool = False
-    """Continue the interrupted run in the work folder: what it has done is not done again, and it ends the same."""
+    """Continue the interrupted run in the work folder. Finished work is not repeated, and the result is that of a run
+    without interruption."""
     auto_resume: bool = False
     """Continue the run in the work folder if there is one, and start it otherwise: for jobs that are restarted."""
     overwrite: bool = False
@@ -56,8 +57,8 @@ def parsed(command: str, kind: type[Any], arguments: list[str]) -> Any:
     }
     path = None
     if "experiment" in fields:
-        path = _config_among(arguments, required=not wants_help)
-        values["experiment"] = load_experiment(path) if path else _defaults()
+        path = _find_config(arguments, required=not wants_help)
+        values["experiment"] = load_experiment(path) if path else _default_experiment()
     default = kind(**values)
     if wants_help:
         print(help_text(command, default, from_config=path is not None))
@@ -78,7 +79,7 @@ def parsed(command: str, kind: type[Any], arguments: list[str]) -> Any:
     return dataclasses.replace(found, experiment=checked(found.experiment)) if "experiment" in fields else found
 
 
-def _config_among(arguments: list[str], *, required: bool) -> Path | None:
+def _find_config(arguments: list[str], *, required: bool) -> Path | None:
     """Return the first argument that is a Python file; None where there is none and none is required."""
     found = next((Path(argument) for argument in arguments if argument.endswith(".py")), None)
     if found is not None or not required:
@@ -91,5 +92,5 @@ def _config_among(arguments: list[str], *, required: bool) -> Path | None:
     )
 
 
-def _defaults() -> Experiment:
+def _default_experiment() -> Experiment:
     return Experiment(model=ModelOptions(), data=DataOptions())

@@ -60,7 +60,7 @@ def deliver(
         name = "deployed" if len(reports) == 1 else f"deployed {path.suffix}"
         rows[name] = context.accuracy(load_deployed(path, target_of(context, qmodel), qmodel), "cpu")
         files[name] = path
-    print_accuracies(context, rows, files, _selected_by(context) if last.is_file() else "")
+    print_accuracies(context, rows, files, _selection_caption(context) if last.is_file() else "")
     write_pages(context, qmodel, reports, rows, files, (facts or {}).get("search"))
     verification = {path.name: report.to_dict() for path, report in reports.items()}
     results = {**rows, **(facts or {}), "verification": verification}
@@ -76,7 +76,7 @@ def _accuracy_of_last(context: RunContext, model: nn.Module, best: Metrics) -> M
     return context.accuracy(load(context.folder / LAST, model.cpu(), context.datasets.example()))
 
 
-def _selected_by(context: RunContext) -> str:
+def _selection_caption(context: RunContext) -> str:
     said = f"{BEST} was chosen on the {context.selection}"
     if context.datasets.holdout is not None:
         return f"{said}, and not on these."

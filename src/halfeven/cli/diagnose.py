@@ -22,8 +22,8 @@ from halfeven.zoo.models import create_model
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseArguments:
-    """Find where the accuracy of a quantized model goes, and the cheapest remedies that bring it back. Labels are not
-    looked at. Without a checkpoint, the float model is prepared and calibrated as the config says."""
+    """Find where the accuracy of a quantized model goes, and the cheapest remedies that bring it back. No labels are
+    needed. Without a checkpoint, the float model is prepared and calibrated as the config says."""
 
     config: Config
     """Python file that ends with `experiment = Experiment(...)`."""
@@ -55,7 +55,9 @@ def run_diagnose(arguments: DiagnoseArguments) -> None:
         check_has_weights(experiment)
         folder = default_folder(arguments.config, "")
     context = open_run(experiment, folder)
-    qmodel, model = _of_checkpoint(context, arguments.checkpoint) if given else _prepared(context, folder)
+    qmodel, model = (
+        _models_of_checkpoint(context, arguments.checkpoint) if given else _models_of_config(context, folder)
+    )
     found = diagnose(
         qmodel,
         model,
@@ -71,7 +73,7 @@ def run_diagnose(arguments: DiagnoseArguments) -> None:
         write_json(Path(arguments.json), found.to_dict())
 
 
-def _of_checkpoint(context: RunContext, checkpoint: Path) -> tuple[nn.Module, nn.Module]:
+def _models_of_checkpoint(context: RunContext, checkpoint: Path) -> tuple[nn.Module, nn.Module]:
     """Return the quantized model of a checkpoint, and the float model."""
     model, has_weights = float_model_of(context.experiment, checkpoint)
     if not (has_weights or context.experiment.model.source == "callable"):
@@ -82,7 +84,7 @@ def _of_checkpoint(context: RunContext, checkpoint: Path) -> tuple[nn.Module, nn
     return load(checkpoint, model, context.datasets.example()).eval(), model.eval()
 
 
-def _prepared(context: RunContext, folder: Path) -> tuple[nn.Module, nn.Module]:
+def _models_of_config(context: RunContext, folder: Path) -> tuple[nn.Module, nn.Module]:
     """Return the float model of the config, prepared and calibrated, and the float model itself."""
     if context.experiment.pretraining.epochs:
         model, has_weights = float_model_of(context.experiment, folder / "best.safetensors")

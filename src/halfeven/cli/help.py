@@ -79,18 +79,18 @@ def help_text(command: str, arguments: Any, *, from_config: bool) -> str:
     """
     fields = vars(arguments)
     lines = [f"usage: halfeven {' '.join((command, *_positionals(type(arguments))))} [OPTIONS]", ""]
-    lines += _wrapped(_first_paragraph(type(arguments)))
-    lines += ["", *_described(_arguments(arguments))]
+    lines += _wrapped_lines(_first_paragraph(type(arguments)))
+    lines += ["", *_option_lines(_command_arguments(arguments))]
     if (experiment := fields.get("experiment")) is None:
         return "\n".join(lines)
-    parts = _parts("", experiment, _first_paragraph(type(experiment)))
+    parts = _options_by_part("", experiment, _first_paragraph(type(experiment)))
     options = {option.name: option for group in parts.values() for option in group}
     first = [options.pop(name) for name in FIRST[command]]
     values = "the config's values" if from_config else "the defaults"
-    lines += ["", *_wrapped(f"The options that matter first (in brackets: {values}):"), *_described(first)]
+    lines += ["", *_wrapped_lines(f"The options that matter first (in brackets: {values}):"), *_option_lines(first)]
     for title, group in parts.items():
         if rest := [option for option in group if option.name in options]:
-            lines += ["", *_wrapped(title), *_described(rest)]
+            lines += ["", *_wrapped_lines(title), *_option_lines(rest)]
     return "\n".join(lines)
 
 
@@ -102,44 +102,44 @@ def _positionals(kind: Any) -> Iterator[str]:
             yield label if defaults[name] is dataclasses.MISSING else f"[{label}]"
 
 
-def _arguments(arguments: Any) -> Iterator[Option]:
+def _command_arguments(arguments: Any) -> Iterator[Option]:
     """List the arguments of a command itself: those without dashes, then its switches and values."""
     kind: Any = type(arguments)
     hints = get_type_hints(kind)
-    meanings = _meanings(kind)
+    meanings = _field_meanings(kind)
     names = [field.name for field in dataclasses.fields(kind) if field.name != "experiment"]
     for name in sorted(names, key=lambda name: name not in POSITIONALS):
         switch = hints[name] is bool
-        form = POSITIONALS.get(name) or _dashed(name) + ("" if switch else f" {_metavar(hints[name])}")
-        value = "" if name in POSITIONALS or switch else f" [{_shown(getattr(arguments, name))}]"
+        form = POSITIONALS.get(name) or _option_name(name) + ("" if switch else f" {_metavar(hints[name])}")
+        value = "" if name in POSITIONALS or switch else f" [{_as_typed(getattr(arguments, name))}]"
         yield Option(name, form, meanings[name] + value)
     yield Option("help", "-h, --help", "Show this help.")
 
 
-def _parts(prefix: str, options: Any, meaning: str) -> dict[str, list[Option]]:
+def _options_by_part(prefix: str, options: Any, meaning: str) -> dict[str, list[Option]]:
     """Return the options of an option class, and of the option classes in it, by the title of their part."""
     kind: Any = type(options)
     hints = get_type_hints(kind, include_extras=True)
-    meanings = _meanings(kind)
+    meanings = _field_meanings(kind)
     own: list[Option] = []
     parts = {f"{prefix or 'experiment'}: {meaning}": own}
     for field in dataclasses.fields(kind):
         name = f"{prefix}.{field.name}".lstrip(".")
         value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
-            parts |= _parts(name, value, meanings[field.name])
+            parts |= _options_by_part(name, value, meanings[field.name])
         elif not _is_sequence_of_options(hints[field.name]) and not is_nested_dict(hints[field.name]):
-            own.append(_option(name, hints[field.name], meanings[field.name], value))
+            own.append(_make_option(name, hints[field.name], meanings[field.name], value))
     return parts
 
 
-def _option(name: str, kind: Any, meaning: str, value: Any) -> Option:
+def _make_option(name: str, kind: Any, meaning: str, value: Any) -> Option:
     """Return an option with its choices behind its name, or, where they are many, before its meaning."""
     form = _metavar(kind)
     if len(form) > LONGEST_FORM:
         meaning = f"One of {', '.join(form.strip('{}').split(','))}. {meaning}"
         form = "CHOICE"
-    return Option(name, f"{_dashed(name)} {form}", f"{meaning} [{_shown(value)}]")
+    return Option(name, f"{_option_name(name)} {form}", f"{meaning} [{_as_typed(value)}]")
 
 
 def _is_sequence_of_options(kind: Any) -> bool:
@@ -156,7 +156,7 @@ def _metavar(kind: Any) -> str:
     if origin is Literal:
         return f"{{{','.join(map(str, arguments))}}}"
     if origin in (Union, types.UnionType):
-        return "|".join(_metavar(one) for one in arguments)
+        return _metavar_of_union([_metavar(one) for one in arguments])
     if origin is tuple and arguments[-1] is Ellipsis:
         return f"{_metavar(arguments[0])} ..."
     if origin is tuple:
@@ -168,7 +168,14 @@ def _metavar(kind: Any) -> str:
     return "{True,False}" if kind is bool else str(kind.__name__).upper()
 
 
-def _shown(value: Any) -> str:
+def _metavar_of_union(forms: list[str]) -> str:
+    """Return the form of a value that has several, with all choices in one set: INT|{auto} or {a,b,auto}."""
+    choices = [form[1:-1] for form in forms if form.startswith("{") and form.endswith("}")]
+    others = [form for form in forms if form[1:-1] not in choices]
+    return "|".join([*others, *([f"{{{','.join(choices)}}}"] if choices else [])])
+
+
+def _as_typed(value: Any) -> str:
     """Return a value as it is written on the command line."""
     if isinstance(value, dict):
         value = [word for pair in value.items() for word in pair]
@@ -178,7 +185,7 @@ def _shown(value: Any) -> str:
 
 
 @cache
-def _meanings(kind: Any) -> dict[str, str]:
+def _field_meanings(kind: Any) -> dict[str, str]:
     """Return the docstring below each field of a dataclass and of its base classes, in one line."""
     found: dict[str, str] = {}
     for base in [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]:
@@ -193,15 +200,15 @@ def _first_paragraph(kind: type[Any]) -> str:
     return " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
 
 
-def _dashed(name: str) -> str:
+def _option_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _described(options: Iterable[Option]) -> Iterator[str]:
+def _option_lines(options: Iterable[Option]) -> Iterator[str]:
     """Return the lines of options, each with its form and its meaning beside it."""
     for option in options:
         form = f"  {option.form}"
-        meaning = _wrapped(option.meaning, indent=COLUMN)
+        meaning = _wrapped_lines(option.meaning, indent=COLUMN)
         if len(form) + 2 > COLUMN:
             yield from (form, *meaning)
         else:
@@ -209,7 +216,7 @@ def _described(options: Iterable[Option]) -> Iterator[str]:
             yield from meaning[1:]
 
 
-def _wrapped(text: str, indent: int = 0) -> list[str]:
+def _wrapped_lines(text: str, indent: int = 0) -> list[str]:
     width = min(shutil.get_terminal_size().columns, WIDEST)
     margin = " " * indent
     return textwrap.wrap(

@@ -18,7 +18,7 @@ class InitArguments:
     """Write the quickstart's config and the recipes for training and post-training quantization to FOLDER/configs."""
 
     folder: Folder = Path(".")
-    """Folder that gets a folder `configs`; without it the current one."""
+    """Folder in which the folder `configs` is made; without it, the current folder."""
     overwrite: bool = False
     """Replace configs that are there and differ."""
     json: str = ""
@@ -34,7 +34,7 @@ def run_init(arguments: InitArguments) -> None:
     source = configs_folder()
     target = arguments.folder / "configs"
     configs = {target / path.relative_to(source): path.read_bytes() for path in sorted(source.rglob("*.py"))}
-    differing = [path for path, content in configs.items() if path.exists() and _content(path) != content]
+    differing = [path for path, content in configs.items() if path.exists() and _content_if_there(path) != content]
     if differing and not arguments.overwrite:
         raise ConfigError(
             f"{', '.join(map(str, differing))} {'is' if len(differing) == 1 else 'are'} there already and would be "
@@ -61,5 +61,5 @@ def configs_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[3] / "configs"
 
 
-def _content(path: Path) -> bytes | None:
+def _content_if_there(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None

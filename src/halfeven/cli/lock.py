@@ -48,7 +48,7 @@ def _open_newest(path: Path, log: Callable[[str], None]) -> BinaryIO:
         # Not emptied by opening, since it says who holds the lock. No link is followed.
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666), "r+b")
         try:
-            _lock(file)
+            _lock_file(file)
         except OSError as error:
             if error.errno in WITHOUT_LOCKS:
                 log(f"The disk of {path.parent} has no locks: see to it that no second run uses this folder.")
@@ -61,12 +61,12 @@ def _open_newest(path: Path, log: Callable[[str], None]) -> BinaryIO:
                 f"{path.parent} is in use by {holder}: two runs in it would overwrite each other's state. Wait for its "
                 "end or stop it, or give another --work-dir."
             ) from error
-        if _is_at(file, path):
+        if _is_open_file_at(file, path):
             return file
         file.close()
 
 
-def _is_at(file: BinaryIO, path: Path) -> bool:
+def _is_open_file_at(file: BinaryIO, path: Path) -> bool:
     """Return True where a path names an open file. Opening it a second time would end this process's lock on it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
@@ -77,12 +77,12 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(file: BinaryIO) -> None:
+    def _lock_file(file: BinaryIO) -> None:
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 else:
     import fcntl
 
-    def _lock(file: BinaryIO) -> None:
+    def _lock_file(file: BinaryIO) -> None:
         # A lock of the process (POSIX), which the workers that read samples do not inherit: they may outlive it.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -74,13 +74,13 @@ def _check_data(context: RunContext, model: nn.Module, trainings: list[TrainingO
     with seeded(context.experiment.seed):  # what data sets draw here leaves the run's random numbers alone
         for options in trainings:
             if options.epochs:
-                with _told("training"):
-                    _check_batch(context, model, options, device)
-        with _told("calibration"), torch.no_grad(), evaluating(model):
+                with _naming_the_part("training"):
+                    _check_training_batch(context, model, options, device)
+        with _naming_the_part("calibration"), torch.no_grad(), evaluating(model):
             inputs, _ = next(iter(_in_this_process(context, context.datasets.calibration, shared=False)))
             args, kwargs = as_arguments(send_to_device(inputs, device))
             model(*args, **kwargs)
-        with _told("validation"):
+        with _naming_the_part("validation"):
             batches = islice(_in_this_process(context, context.datasets.validation, shared=True), 1)
             evaluate(model, batches, context.task, device=device)
 
@@ -91,7 +91,9 @@ def _in_this_process(context: RunContext, items: Any, *, shared: bool) -> Any:
     return evaluation_loader(items, size, 0, shared=shared, collate=context.task.collate)
 
 
-def _check_batch(context: RunContext, model: nn.Module, options: TrainingOptions, device: torch.device) -> None:
+def _check_training_batch(
+    context: RunContext, model: nn.Module, options: TrainingOptions, device: torch.device
+) -> None:
     seed = context.experiment.seed
     batches = TrainingBatches(context.datasets.train, options, seed=seed, workers=0, collate=context.task.collate)
     inputs, targets = send_to_device(next(batches.epoch(0)), device)
@@ -101,7 +103,7 @@ def _check_batch(context: RunContext, model: nn.Module, options: TrainingOptions
 
 
 @contextmanager
-def _told(part: str) -> Iterator[None]:
+def _naming_the_part(part: str) -> Iterator[None]:
     """Turn an error of the model or the data, within the context, into one that says which part of the data it met."""
     try:
         yield

@@ -24,23 +24,23 @@ class PtqArguments(RunArguments):
 def run_ptq(arguments: PtqArguments) -> None:
     """Quantize, export and verify, and print one table of accuracies."""
     run = open_quantization(arguments, "ptq")
-    facts = _finished(run.context, resume=run.resume)
+    facts = _facts_of_finished_run(run.context, resume=run.resume)
     with claimed(run, quantizes=facts is None) as prepared:
         if prepared is not None:
-            facts = _quantize(run.context, run.model, prepared)
+            facts = _quantize_and_save(run.context, run.model, prepared)
         assert facts is not None
         further = {"quantization_seconds": facts["quantization_seconds"]}
         deliver(run.context, run.model, facts["float"], further, json=arguments.json)
 
 
-def _finished(context: RunContext, *, resume: bool) -> dict[str, Any] | None:
+def _facts_of_finished_run(context: RunContext, *, resume: bool) -> dict[str, Any] | None:
     """Return the facts in the checkpoint of the run that is resumed; None if the run was not that far."""
     best = context.folder / BEST
     found: dict[str, Any] | None = read_facts(best)["extra"] if resume and best.is_file() else None
     return found
 
 
-def _quantize(context: RunContext, model: nn.Module, prepared: nn.Module) -> dict[str, Any]:
+def _quantize_and_save(context: RunContext, model: nn.Module, prepared: nn.Module) -> dict[str, Any]:
     """Quantize and write the checkpoint. Returns the facts in it: the float accuracy, and the seconds it took."""
     start = time.perf_counter()
     resume_dir = context.folder / PTQ_STATE

@@ -44,7 +44,7 @@ def open_quantization(arguments: RunArguments, command: str) -> QuantizationRun:
     check_has_weights(experiment)
     check_folds(experiment.quantization)
     context = open_run(experiment, default_folder(arguments.config, arguments.work_dir))
-    _check_alone(command)
+    _check_single_process(command)
     resume = continues(
         context, resume=arguments.resume, auto_resume=arguments.auto_resume, overwrite=arguments.overwrite
     )
@@ -72,7 +72,7 @@ def claimed(run: QuantizationRun, *, quantizes: bool) -> Iterator[nn.Module | No
         yield prepared
 
 
-def _check_alone(command: str) -> None:
+def _check_single_process(command: str) -> None:
     """Refuse to run a command in several processes.
 
     Raises:

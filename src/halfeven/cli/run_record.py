@@ -55,7 +55,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def check_same_run(recorded: dict[str, Any], present: dict[str, Any], folder: Path) -> None:
     """Raise ConfigError where a run is resumed with other options: its result would match neither run."""
-    past = as_json({"command": "train", **_up_to_date(Experiment, recorded)})
+    past = as_json({"command": "train", **_in_current_spelling(Experiment, recorded)})
     differing = [
         f"{name} was {json.dumps(was)} and is {json.dumps(now)}"
         for name, was, now in _differences("", past, as_json(present))
@@ -68,11 +68,11 @@ def check_same_run(recorded: dict[str, Any], present: dict[str, Any], folder: Pa
         )
 
 
-def _up_to_date(kind: Any, recorded: Any) -> Any:
+def _in_current_spelling(kind: Any, recorded: Any) -> Any:
     """Return recorded options as this version spells them; `kind` is the type of the field that they were."""
     if isinstance(recorded, list | tuple):
         member = next(iter(get_args(kind)), None)
-        return tuple(_up_to_date(member, item) for item in recorded)
+        return tuple(_in_current_spelling(member, item) for item in recorded)
     if not (isinstance(recorded, dict) and isinstance(kind, type) and issubclass(kind, Options)):
         return recorded
     hints = get_type_hints(kind)
@@ -83,7 +83,7 @@ def _up_to_date(kind: Any, recorded: Any) -> Any:
     for field in dataclasses.fields(cast(Any, kind)):
         if field.default is not dataclasses.MISSING:
             current.setdefault(field.name, field.default)
-    return {name: _up_to_date(hints.get(name), _without_code(value)) for name, value in current.items()}
+    return {name: _in_current_spelling(hints.get(name), _without_code(value)) for name, value in current.items()}
 
 
 def _without_code(value: Any) -> Any:

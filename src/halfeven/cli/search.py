@@ -32,10 +32,10 @@ from halfeven.training.state import STATE_FILE
 
 @dataclass(frozen=True, kw_only=True)
 class SearchArguments(RunArguments):
-    """Search the cheapest plan within a budget, export and verify it; train from it where no plan keeps the budget."""
+    """Search for the cheapest plan within a budget, export and verify it; train from the best plan if none keeps it."""
 
     no_train: bool = False
-    """Do not go on with training (QAT) from the best plan where no plan keeps search.max_drop."""
+    """Stop where no plan keeps search.max_drop, instead of training (QAT) from the best plan."""
 
 
 def run_search(arguments: SearchArguments) -> None:
@@ -45,18 +45,18 @@ def run_search(arguments: SearchArguments) -> None:
     run = open_quantization(arguments, "search")
     context, model = run.context, run.model
     training = run.resume and (context.folder / STATE_FILE).is_file()
-    facts = _finished(context) if run.resume else None
+    facts = _facts_of_finished_search(context) if run.resume else None
     with claimed(run, quantizes=facts is None) as prepared:
         if prepared is not None:
-            facts = _search(context, model, prepared)
+            facts = _search_and_save(context, model, prepared)
         assert facts is not None
         if not arguments.no_train and not facts["search"]["reached"] and experiment.search.max_drop is not None:
-            _train(context, model, facts["search"], resume=training, json_file=arguments.json)
+            _train_from_plan(context, model, facts["search"], resume=training, json_file=arguments.json)
         else:
             deliver(context, model, facts["float"], {"search": facts["search"]}, json=arguments.json)
 
 
-def _finished(context: RunContext) -> dict[str, Any] | None:
+def _facts_of_finished_search(context: RunContext) -> dict[str, Any] | None:
     """Return the facts of a search that is finished; None if the run was not that far.
 
     Raises:
@@ -75,7 +75,7 @@ def _finished(context: RunContext) -> dict[str, Any] | None:
         ) from error
 
 
-def _search(context: RunContext, model: nn.Module, prepared: nn.Module) -> dict[str, Any]:
+def _search_and_save(context: RunContext, model: nn.Module, prepared: nn.Module) -> dict[str, Any]:
     """Search, and write the checkpoint. Returns the facts in it: the float accuracy, and the result."""
     experiment = context.experiment
     resume_dir = context.folder / SEARCH_STATE
@@ -84,7 +84,7 @@ def _search(context: RunContext, model: nn.Module, prepared: nn.Module) -> dict[
         prepared.to(context.accelerator.device),
         model.to(context.accelerator.device),
         list(context.loader(context.datasets.calibration)),
-        _metric(context),
+        _selection_metric(context),
         experiment.ptq,
         experiment.search,
         candidates=usual_candidates(experiment.quantization),
@@ -100,7 +100,7 @@ def _search(context: RunContext, model: nn.Module, prepared: nn.Module) -> dict[
     return facts
 
 
-def _metric(context: RunContext) -> Callable[[nn.Module], Any]:
+def _selection_metric(context: RunContext) -> Callable[[nn.Module], Any]:
     """Return the task's metric on the samples that choose: for classification a value for each sample, in percent."""
     if context.experiment.task.kind != "classification":
         return lambda model: context.selection_accuracy(model)[context.task.key]
@@ -121,7 +121,9 @@ def _right_answers(context: RunContext, model: nn.Module) -> Tensor:
     return torch.cat(found)
 
 
-def _train(context: RunContext, model: nn.Module, found: dict[str, Any], *, resume: bool, json_file: str) -> None:
+def _train_from_plan(
+    context: RunContext, model: nn.Module, found: dict[str, Any], *, resume: bool, json_file: str
+) -> None:
     """Train from the best plan, with its rules, and deliver the result."""
     experiment = context.experiment
     rules = tuple(Rule(**rule) for rule in found["rules"])

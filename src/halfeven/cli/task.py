@@ -28,7 +28,7 @@ def make_task(experiment: Experiment, datasets: Datasets) -> Task:
     if options.kind == "segmentation":
         return Segmentation(classes, ignore_index=options.ignore_index, auxiliary_weight=options.auxiliary_weight)
     if options.kind == "detection":
-        return _detection(experiment, datasets)
+        return _detection_task(experiment, datasets)
     task = call_function(options.function, "task.function", classes)
     if not isinstance(task, Task):
         raise ConfigError(
@@ -38,7 +38,7 @@ def make_task(experiment: Experiment, datasets: Datasets) -> Task:
     return task
 
 
-def _detection(experiment: Experiment, datasets: Datasets) -> Detection:
+def _detection_task(experiment: Experiment, datasets: Datasets) -> Detection:
     """Return the task of the detector that the config names."""
     model = experiment.model
     example = datasets.example()

@@ -93,9 +93,9 @@ def train_and_deliver(
         json_file: a further file to write the results to; "" for none.
     """
     if prepared is None:
-        qmodel, session, header = _continue(context, model)
+        qmodel, session, header = _rebuild_interrupted(context, model)
     else:
-        qmodel, session, header = _start(context, model, prepared, resume=resume)
+        qmodel, session, header = _set_up_training(context, model, prepared, resume=resume)
     _train_quantized(context, qmodel, session, header, resume=prepared is None)
     main = context.accelerator.is_main_process
     context.accelerator.end_training()  # what follows is the first process's alone
@@ -121,16 +121,16 @@ def _with_scaled_rates(context: RunContext) -> RunContext:
     return dataclasses.replace(context, experiment=experiment)
 
 
-def _continue(context: RunContext, model: nn.Module) -> tuple[nn.Module, QATSession, dict[str, Any]]:
+def _rebuild_interrupted(context: RunContext, model: nn.Module) -> tuple[nn.Module, QATSession, dict[str, Any]]:
     """Rebuild the quantized model of an interrupted training, except for its state, which the trainer loads."""
     state_file = context.folder / STATE_FILE
-    header = _header(state_file)
+    header = _read_header(state_file)
     trained = context.folder / FLOAT_FOLDER / BEST
     if context.experiment.pretraining.epochs:
         load_weights(model, trained)
     plan = read_plan(json.dumps(header["plan"]), state_file)
     qmodel = rebuild(model, context.datasets.example(), plan).to(context.accelerator.device)
-    loader, inputs = _loaders(context)
+    loader, inputs = _calibration_loaders(context)
     qat = context.experiment.qat
     schedule = context.experiment.schedule
     recipe = decide(qmodel, qat, schedule)
@@ -139,7 +139,7 @@ def _continue(context: RunContext, model: nn.Module) -> tuple[nn.Module, QATSess
     return qmodel, session, header
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _read_header(path: Path) -> dict[str, Any]:
     """Return the facts about the model in the state of a quantized training."""
     try:
         header = json.loads(load_state(path).header)
@@ -151,13 +151,13 @@ def _header(path: Path) -> dict[str, Any]:
     raise CheckpointError(f"{path} does not say how its model is quantized. {NO_RESUME}")
 
 
-def _loaders(context: RunContext) -> tuple[Any, Callable[[], Any]]:
+def _calibration_loaders(context: RunContext) -> tuple[Any, Callable[[], Any]]:
     """Return the calibration batches, and a function that gives batches for BatchNorm's statistics."""
     loader = context.loader(context.datasets.calibration, shared=False)
     return loader, lambda: loader
 
 
-def _start(
+def _set_up_training(
     context: RunContext, model: nn.Module, qmodel: nn.Module, *, resume: bool
 ) -> tuple[nn.Module, QATSession, dict[str, Any]]:
     """Prepare the quantized model for its training. Its plan is printed before any long work."""
@@ -168,7 +168,7 @@ def _start(
         train_float(context, model, resume=resume)
         qmodel = prepare(model, context.datasets.example(), experiment.quantization)
     float_metrics = context.accuracy(model)
-    loader, inputs = _loaders(context)
+    loader, inputs = _calibration_loaders(context)
     scheme = context.selected_name(experiment.quantization.scheme)
     start = context.selection_accuracy(calibrate(qmodel.to(context.accelerator.device), loader))
     known = {"float": float_metrics, f"{scheme}, calibrated": start}

@@ -51,7 +51,7 @@ def unchecked() -> ConstructorRegistry:
             spec = ConstructorRegistry.get_primitive_spec(info)
         if not isinstance(spec, PrimitiveConstructorSpec):
             return None
-        return dataclasses.replace(spec, instance_from_str=_or_as_written(spec), choices=None)
+        return dataclasses.replace(spec, instance_from_str=_read_or_keep_text(spec), choices=None)
 
     def struct(info: StructTypeInfo) -> StructConstructorSpec | None:
         if not inside and is_nested_dict(info.type):  # it is set in the config alone
@@ -104,7 +104,7 @@ def by_new_names(arguments: list[str], options: Options) -> list[str]:
     Raises:
         ConfigError: an option is given by its old and by its new name.
     """
-    names = {_dashed(old): _dashed(new) for old, new in _new_paths("", options).items()}
+    names = {_option_name(old): _option_name(new) for old, new in _renamed_paths("", options).items()}
     split = [argument.partition("=") for argument in arguments]
     given = {_dashed_option(option) for option, _, _ in split}
     report([given_twice(old, new) for old, new in names.items() if old in given and new in given])
@@ -117,21 +117,23 @@ def by_new_names(arguments: list[str], options: Options) -> list[str]:
     return current
 
 
-def _new_paths(path: str, value: Any) -> dict[str, str]:
+def _renamed_paths(path: str, value: Any) -> dict[str, str]:
     """Return the new dotted name of each renamed field of an option object and of those inside it, by the old one."""
     prefix = f"{path}." if path else ""
     if isinstance(value, tuple):
         inside = {str(index): item for index, item in enumerate(value)}
-        return {old: new for name, item in inside.items() for old, new in _new_paths(f"{prefix}{name}", item).items()}
+        return {
+            old: new for name, item in inside.items() for old, new in _renamed_paths(f"{prefix}{name}", item).items()
+        }
     if not isinstance(value, Options):
         return {}
     own = {f"{prefix}{old}": f"{prefix}{new}" for old, new in new_names(type(value)).items()}
     for name, item in vars(value).items():
-        own |= _new_paths(f"{prefix}{name}", item)
+        own |= _renamed_paths(f"{prefix}{name}", item)
     return own
 
 
-def _dashed(path: str) -> str:
+def _option_name(path: str) -> str:
     return "--" + path.replace("_", "-")
 
 
@@ -147,7 +149,7 @@ def checked(given: Given) -> Any:
         ConfigError: values that their fields cannot have, all of them at once, or that do not go together.
     """
     report(_mistakes_in(given, ""))
-    return _made(given)
+    return _construct(given)
 
 
 def _mistakes_in(value: Any, path: str) -> list[str]:
@@ -161,11 +163,11 @@ def _mistakes_in(value: Any, path: str) -> list[str]:
     return mistakes(value.kind, up_to_date(value.kind, plain), path, partial=True) + inside
 
 
-def _made(value: Any) -> Any:
+def _construct(value: Any) -> Any:
     if isinstance(value, tuple):
-        return tuple(map(_made, value))
+        return tuple(map(_construct, value))
     if isinstance(value, Given):
-        return value.kind(**{name: _made(item) for name, item in value.values.items()})
+        return value.kind(**{name: _construct(item) for name, item in value.values.items()})
     return value
 
 
@@ -173,7 +175,7 @@ def _holds_options(value: Any) -> bool:
     return isinstance(value, Given) or (isinstance(value, tuple) and any(map(_holds_options, value)))
 
 
-def _or_as_written(spec: PrimitiveConstructorSpec[Any]) -> Callable[[list[str]], Any]:
+def _read_or_keep_text(spec: PrimitiveConstructorSpec[Any]) -> Callable[[list[str]], Any]:
     """Return the reader of a type; it returns a text that it cannot read as it is."""
 
     def read(words: list[str]) -> Any:

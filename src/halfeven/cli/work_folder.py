@@ -71,11 +71,11 @@ def continues(context: RunContext, *, resume: bool, auto_resume: bool, overwrite
     found = holds_run(context.folder)
     device = context.accelerator.device
     if smallest(found, device) == smallest(not found, device):
-        raise _not_shared(context.folder)
+        raise _not_shared_error(context.folder)
     return resume or (auto_resume and found)
 
 
-def _not_shared(folder: Path) -> ConfigError:
+def _not_shared_error(folder: Path) -> ConfigError:
     return ConfigError(
         f"The processes of this run see different things in the work folder ({folder} in process {rank()}), so they "
         "could not go on from the same state. With several machines, --work-dir must name a folder on a disk that all "
@@ -143,20 +143,20 @@ def claimed_folder(context: RunContext, command: str, *, resume: bool) -> Iterat
         # No process waits for the one that was refused.
         if smallest(0 if refusal else 1, context.accelerator.device) == 0:
             raise refusal or StorageError(f"The first process of this run cannot use {context.folder}; it says why.")
-        _check_shared(context, command)
+        _check_folder_is_shared(context, command)
         yield
         if count := count_skipped(context.folder):
             context.log(f"Bad samples were replaced by the next good ones ({count}): see {context.folder / SKIPPED}.")
 
 
-def _check_shared(context: RunContext, command: str) -> None:
+def _check_folder_is_shared(context: RunContext, command: str) -> None:
     """Raise ConfigError where a process does not see the record that the first one wrote: it works on another disk."""
     wanted = as_json(recorded_facts(context, command))
     deadline = time.monotonic() + SEEN_WITHIN_SECONDS
     while not (seen := _holds_record(context.folder / RECORD, wanted)) and time.monotonic() < deadline:
         time.sleep(0.5)
     if smallest(seen, context.accelerator.device) == 0:
-        raise _not_shared(context.folder)
+        raise _not_shared_error(context.folder)
 
 
 def _holds_record(path: Path, wanted: Any) -> bool:

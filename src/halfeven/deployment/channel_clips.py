@@ -33,11 +33,11 @@ def write_channel_clips(model: nn.Module, exported: list[ExportedQuantizer]) -> 
         prefix = f"{name}." if name else ""
         for node in list(region.graph.nodes):
             if (clip := channel_clip_at(node)) is not None:
-                _write(region, node, clip, prefix, exported)
+                _write_clip(region, node, clip, prefix, exported)
         region.recompile()
 
 
-def _write(
+def _write_clip(
     region: CapturedModule, node: fx.Node, clip: ChannelClip, prefix: str, exported: list[ExportedQuantizer]
 ) -> None:
     """Write one clip by channel; without a quantizer behind it, as a clip of real numbers."""
@@ -46,7 +46,7 @@ def _write(
     quantizer = quantizer_at(next(iter(node.users))) if len(node.users) == 1 else None
     ends = (float(clip.low.min()), float(clip.high.max()))
     with region.graph.inserting_before(node):
-        clipped = region.graph.call_function(aten.clamp.default, (source, *map(_finite, ends)))
+        clipped = region.graph.call_function(aten.clamp.default, (source, *map(_clamp_bound, ends)))
     clipped.meta = dict(node.meta)
     low, high = clip.low.detach(), clip.high.detach()
     if quantizer is not None:
@@ -61,17 +61,17 @@ def _write(
         low, high = (quantizer(bound) for bound in (low, high))
     for extreme, bound in ((aten.maximum.default, low), (aten.minimum.default, high)):
         if bool((bound != bound.flatten()[0]).any()):  # else the clip of the whole tensor has done it
-            clipped = _with_constant(region, node, extreme, clipped, bound)
+            clipped = _insert_bound(region, node, extreme, clipped, bound)
     node.replace_all_uses_with(clipped)
     region.graph.erase_node(node)
 
 
-def _finite(bound: float) -> float | None:
+def _clamp_bound(bound: float) -> float | None:
     """Return a bound as `clamp` takes it: None for none."""
     return bound if math.isfinite(bound) else None
 
 
-def _with_constant(region: CapturedModule, node: fx.Node, extreme: Any, x: fx.Node, bound: Tensor) -> fx.Node:
+def _insert_bound(region: CapturedModule, node: fx.Node, extreme: Any, x: fx.Node, bound: Tensor) -> fx.Node:
     """Insert the maximum or minimum of a tensor and a constant of each channel before a node."""
     name = f"{node.name}_{extreme.overloadpacket.__name__}"
     region.register_buffer(name, bound)

@@ -100,13 +100,13 @@ def deployed_form(qmodel: nn.Module) -> nn.Module:
         _remove_identities(region)
         # A weight's quantizer stays: the layer that reads it is quantized.
         fold_constants(region, lambda module: isinstance(module, Quantizer) and module.weight)
-        _make_modules(region)
+        _make_layer_modules(region)
         split_by_epilogue(region)
         for calls in layer_calls(region.graph).values():
             layer = module_of(calls[0])
             if hasattr(layer, "weight_quantizer") and layer not in settled:  # parts of a model may share a layer
                 settled.add(layer)
-                _settle(region, calls)
+                _deploy_weight(region, calls)
         region.recompile()
     for quantizer in quantizers(model).values():
         if not (quantizer.weight and quantizer.state.observing):
@@ -127,7 +127,7 @@ def _remove_identities(region: CapturedModule) -> None:
             region.graph.erase_node(node)
 
 
-def _settle(region: CapturedModule, calls: list[fx.Node]) -> None:
+def _deploy_weight(region: CapturedModule, calls: list[fx.Node]) -> None:
     """Put a layer's weight on its grid, and take in the BatchNorms and multiplications that follow each call of it."""
     node = calls[0]
     layer: Any = module_of(node)
@@ -137,11 +137,11 @@ def _settle(region: CapturedModule, calls: list[fx.Node]) -> None:
     scheme = quantizer.scheme
     if behind := epilogue(node):
         factor, bias = folded_epilogue(behind, node, layer.bias)
-        scale, integers = _scaled(scale, integers, factor, output_axis(node))
+        scale, integers = _scale_integers(scale, integers, factor, output_axis(node))
         scheme = dataclasses.replace(scheme, axis=output_axis(node))
         layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         for call in calls:
-            _remove_all(region, epilogue(call))
+            _remove_chain(region, epilogue(call))
     else:
         scale = snap(scale)
     frozen = Quantizer(scheme, channels=None if scheme.axis is None else scale.numel(), weight=True, observer="mse")
@@ -152,7 +152,7 @@ def _settle(region: CapturedModule, calls: list[fx.Node]) -> None:
     layer.int32_bias = False  # the runtime's passes round biases
 
 
-def _remove_all(region: CapturedModule, nodes: list[fx.Node]) -> None:
+def _remove_chain(region: CapturedModule, nodes: list[fx.Node]) -> None:
     """Remove operators, each the only reader of the one before: the readers of the last then read what the first
     read."""
     for node in reversed(nodes):
@@ -164,7 +164,7 @@ def _remove_all(region: CapturedModule, nodes: list[fx.Node]) -> None:
         region.graph.erase_node(node)
 
 
-def _make_modules(region: CapturedModule) -> None:
+def _make_layer_modules(region: CapturedModule) -> None:
     """Make modules of quantized layers that are functions, where their weight and bias are constants by now."""
     for node in list(region.graph.nodes):
         if not Op(node).is_function or kind_of(node) not in WEIGHTED or Op(node).row.module is None:
@@ -175,10 +175,10 @@ def _make_modules(region: CapturedModule) -> None:
             continue
         parts = {"weight": quantized.all_input_nodes[0]} | ({} if bias is None else {"bias": bias})
         if all(part.op == "get_attr" for part in parts.values()):
-            _make_module(region, node, quantizer, parts)
+            _make_layer_module(region, node, quantizer, parts)
 
 
-def _make_module(region: CapturedModule, node: fx.Node, quantizer: Quantizer, parts: dict[str, fx.Node]) -> None:
+def _make_layer_module(region: CapturedModule, node: fx.Node, quantizer: Quantizer, parts: dict[str, fx.Node]) -> None:
     quantized = node.all_input_nodes[1]
     path = str(quantized.target).removeprefix("quantizers.").removesuffix("_weight")
     holder = nn.Module()
@@ -213,7 +213,7 @@ def recoverable(scale: Tensor, steps: int = 254) -> Tensor:
     return snap(scale)
 
 
-def _scaled(scale: Tensor, integers: Tensor, factor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+def _scale_integers(scale: Tensor, integers: Tensor, factor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Return scale and integers of a weight whose output channels a BatchNorm multiplies by `factor`, which may be 0
     or negative."""
     shape = [1] * integers.ndim

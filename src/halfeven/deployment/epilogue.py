@@ -47,7 +47,7 @@ def split_by_epilogue(region: CapturedModule) -> None:
             continue
         groups: dict[tuple[object, ...], list[fx.Node]] = {}
         for call in calls:
-            groups.setdefault(tuple(_identity(node) for node in epilogue(call)), []).append(call)
+            groups.setdefault(tuple(_epilogue_identity(node) for node in epilogue(call)), []).append(call)
         # Calls without an epilogue keep the layer: a copy is named after the operator that makes it another.
         for group in sorted(groups.values(), key=lambda group: bool(epilogue(group[0])))[1:]:
             behind = epilogue(group[0])[0]
@@ -71,7 +71,7 @@ def folded_epilogue(nodes: list[fx.Node], layer: fx.Node, bias: Tensor | None) -
         if Op(node).is_module:
             factor, bias = folding(module_of(node), bias)
         else:
-            factor = _factor_of(node, layer)
+            factor = _channel_factor(node, layer)
             bias = None if bias is None else bias * factor
         total = total * factor.double()
     return total, bias
@@ -81,7 +81,7 @@ def _multiplication_behind(node: fx.Node, layer: fx.Node) -> fx.Node | None:
     reader = Op(node).only_reader
     if reader is None or reader.function not in (aten.mul.Tensor, aten.div.Tensor):
         return None
-    values = _factor(reader.node, node)
+    values = _constant_factor(reader.node, node)
     if values is None:
         return None
     ndim = Op(layer).ndim
@@ -91,7 +91,7 @@ def _multiplication_behind(node: fx.Node, layer: fx.Node) -> fx.Node | None:
     return reader.node if fits else None
 
 
-def _factor(multiplication: fx.Node, of: fx.Node) -> Tensor | None:
+def _constant_factor(multiplication: fx.Node, of: fx.Node) -> Tensor | None:
     """Return the numbers that a tensor is multiplied by; None where they are computed, or the tensor is the divisor."""
     (first, second) = multiplication.args
     divides = multiplication.target is aten.div.Tensor
@@ -107,19 +107,21 @@ def _factor(multiplication: fx.Node, of: fx.Node) -> Tensor | None:
     return 1 / values if divides else values
 
 
-def _factor_of(multiplication: fx.Node, layer: fx.Node) -> Tensor:
+def _channel_factor(multiplication: fx.Node, layer: fx.Node) -> Tensor:
     (source,) = [operand for operand in multiplication.all_input_nodes if not Op(operand).is_constant]
-    values = _factor(multiplication, source)
+    values = _constant_factor(multiplication, source)
     assert values is not None
     return values.flatten().expand(Op(layer).shape[channel_axis(layer, layer)])
 
 
-def _identity(node: fx.Node) -> object:
+def _epilogue_identity(node: fx.Node) -> object:
     """Return the same value for epilogues that multiply by the same factors."""
-    return node.target if Op(node).is_module else (node.target, *(_written(argument) for argument in node.args))
+    return (
+        node.target if Op(node).is_module else (node.target, *(_argument_identity(argument) for argument in node.args))
+    )
 
 
-def _written(argument: Any) -> object:
+def _argument_identity(argument: Any) -> object:
     if not isinstance(argument, fx.Node):
         return argument
     return argument.target if Op(argument).is_constant else None

@@ -49,7 +49,7 @@ def exported_program(
         else None
         for x, own in zip(leaves, axes, strict=True)
     ]
-    return _exported(model, (args, kwargs), pytree.tree_unflatten(shapes, form))
+    return _export_program(model, (args, kwargs), pytree.tree_unflatten(shapes, form))
 
 
 def program_of(model: nn.Module, example: Inputs, described: Inputs) -> torch.export.ExportedProgram:
@@ -70,7 +70,7 @@ def program_of(model: nn.Module, example: Inputs, described: Inputs) -> torch.ex
         for known in leaves
     ]
     try:
-        return _exported(model, example, pytree.tree_unflatten(shapes, form))
+        return _export_program(model, example, pytree.tree_unflatten(shapes, form))
     except Exception as error:
         if fixed := fixed_axes(error, described):
             raise ExportError(
@@ -80,7 +80,7 @@ def program_of(model: nn.Module, example: Inputs, described: Inputs) -> torch.ex
         raise
 
 
-def _exported(model: nn.Module, example: Inputs, shapes: Inputs) -> torch.export.ExportedProgram:
+def _export_program(model: nn.Module, example: Inputs, shapes: Inputs) -> torch.export.ExportedProgram:
     args, kwargs = example
     with quiet():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes[1] or shapes[0], strict=False)

@@ -57,9 +57,9 @@ def interface_of(
     order = _keyword_order(program)
     leaves = pytree.tree_leaves((args, {name: kwargs[name] for name in order}))
     known = [leaf for leaf in leaves if isinstance(leaf, ModelInput)]
-    inputs = _chosen("input", [one.name for one in known], input_names)
+    inputs = _chosen_names("input", [one.name for one in known], input_names)
     own = [f"{name}_{OUTPUT}" if name in inputs else name for name in _output_names(program)]
-    outputs = _chosen("output", own, output_names)
+    outputs = _chosen_names("output", own, output_names)
     axes = [one.free for one in known]
     if both := set(inputs) & set(outputs):
         raise ConfigError(
@@ -70,7 +70,7 @@ def interface_of(
         inputs=inputs,
         outputs=outputs,
         axes=tuple(axes),
-        symbols=_symbols(program, known),
+        symbols=_axis_symbols(program, known),
         metadata={**(metadata or {}), "axes": json.dumps(dict(zip(inputs, axes, strict=True)))},
     )
 
@@ -111,7 +111,7 @@ def _output_names(program: torch.export.ExportedProgram) -> list[str]:
     return [name for name, tensor in zip(path_names(tree, OUTPUT), kept, strict=True) if tensor]
 
 
-def _chosen(what: str, own: Sequence[str], given: Sequence[str] | None) -> tuple[str, ...]:
+def _chosen_names(what: str, own: Sequence[str], given: Sequence[str] | None) -> tuple[str, ...]:
     if given is None:
         return tuple(own)
     if len(given) != len(own) or len(set(given)) != len(given):
@@ -122,7 +122,7 @@ def _chosen(what: str, own: Sequence[str], given: Sequence[str] | None) -> tuple
     return tuple(given)
 
 
-def _symbols(program: torch.export.ExportedProgram, known: Sequence[ModelInput]) -> dict[str, str]:
+def _axis_symbols(program: torch.export.ExportedProgram, known: Sequence[ModelInput]) -> dict[str, str]:
     found: dict[str, str] = {}
     for one, value in zip(known, input_values(program), strict=True):
         for axis, name in one.free.items():

@@ -23,14 +23,14 @@ def named_calls(parts: dict[str, CapturedModule]) -> dict[fx.Node, str]:
     numbers: dict[str, int] = {}
     for prefix, region in parts.items():
         for op in operations(region.graph):
-            layer = _layer_of(op, f"{prefix}." if prefix else "")
+            layer = _quantized_layer_name(op, f"{prefix}." if prefix else "")
             if layer is not None:
                 numbers[layer] = numbers.get(layer, 0) + 1
                 found[op.node] = call_name(layer, numbers[layer])
     return found
 
 
-def _layer_of(op: Op, prefix: str) -> str | None:
+def _quantized_layer_name(op: Op, prefix: str) -> str | None:
     """Return the name of a layer with a quantized weight in a file: its path, or that of its weight's quantizer."""
     if op.kind not in WEIGHTED:
         return None

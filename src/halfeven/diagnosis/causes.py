@@ -51,10 +51,10 @@ class Cause:
 
 def cause_of(suspect: Suspect) -> Cause:
     """Return the first cause that the numbers show."""
-    return next(cause for look in LOOKS if (cause := look(suspect)) is not None)
+    return next(cause for find in KNOWN_CAUSES if (cause := find(suspect)) is not None)
 
 
-def _shared_range(suspect: Suspect) -> Cause | None:
+def _unlike_tensors_share_range(suspect: Suspect) -> Cause | None:
     places = suspect.found.places
     largest = [place.largest for place in places]
     if isinstance(suspect.planned, PlannedWeight) or len(places) < 2 or max(largest) < UNLIKE * min(largest):
@@ -69,7 +69,7 @@ def _shared_range(suspect: Suspect) -> Cause | None:
     )
 
 
-def _mask(suspect: Suspect) -> Cause | None:
+def _mask_widens_range(suspect: Suspect) -> Cause | None:
     share = suspect.found.far_share()
     if suspect.found.quantizer.weight or not share or not suspect.found.far_is_constant():
         return None
@@ -82,7 +82,7 @@ def _mask(suspect: Suspect) -> Cause | None:
     )
 
 
-def _channels_of_weight(suspect: Suspect) -> Cause | None:
+def _unlike_weight_channels(suspect: Suspect) -> Cause | None:
     spread = suspect.found.channel_spread()
     if not suspect.found.quantizer.weight or suspect.found.quantizer.scheme.axis is not None or spread is None:
         return None
@@ -105,7 +105,7 @@ def _outlier_channel(suspect: Suspect) -> Cause | None:
     largest = suspect.found.channel_largest[axis]
     if float((largest > 0.5 * largest.max()).double().mean()) > max(FEW_CHANNELS, 1.5 / len(largest)):
         return None
-    behind = _maker(suspect)
+    behind = _normalization_before(suspect)
     return Cause(
         f"an outlier channel{f' after {behind}' if behind else ''}",
         f"Channel {channel} of axis {axis} reaches ±{float(largest.max()):.3g}, {ratio:.0f} times the median channel; "
@@ -113,7 +113,7 @@ def _outlier_channel(suspect: Suspect) -> Cause | None:
     )
 
 
-def _estimator(suspect: Suspect) -> Cause | None:
+def _unfit_observer(suspect: Suspect) -> Cause | None:
     if not suspect.observer_helps:
         return None
     low, high = suspect.found.bounds
@@ -129,13 +129,13 @@ def _estimator(suspect: Suspect) -> Cause | None:
     )
 
 
-def _front_end(suspect: Suspect) -> Cause | None:
-    readers = _readers(suspect.planned)
+def _untrained_front_end(suspect: Suspect) -> Cause | None:
+    readers = _reader_names(suspect.planned)
     operators = integer_operators(suspect.qmodel)
     early = operators[: max(len(operators) // 3, 1)]
     if not any(reader in early for reader in readers):
         return None
-    untrained = [name for name in readers if name in operators and _is_fixed(suspect.qmodel, name)]
+    untrained = [name for name in readers if name in operators and _has_untrained_weight(suspect.qmodel, name)]
     behind = _nonlinear_behind(suspect.qmodel, readers)
     if not untrained and not behind:
         return None
@@ -146,7 +146,7 @@ def _front_end(suspect: Suspect) -> Cause | None:
     return Cause(FRONT_END, f"At {readers[0]}, {why}.{loud}")
 
 
-def _dynamic_range(suspect: Suspect) -> Cause | None:
+def _wide_dynamic_range(suspect: Suspect) -> Cause | None:
     spread = suspect.found.sample_spread()
     if spread < QUIET and suspect.found.vanished_share < 0.5:
         return None
@@ -164,25 +164,32 @@ def _few_bits(suspect: Suspect) -> Cause | None:
     return Cause(f"{bits} bits are too few", f"{suspect.found.sqnr:.1f} dB at the tensor.")
 
 
-def _precision(suspect: Suspect) -> Cause:
+def _more_than_8_bits_needed(suspect: Suspect) -> Cause:
     return Cause(
         "this tensor needs more than 8 bits",
         f"{suspect.found.sqnr:.1f} dB at the tensor, {suspect.found.vanished_share:.0%} of the values become 0.",
     )
 
 
-LOOKS: tuple[Callable[[Suspect], Cause | None], ...] = (
-    *(_shared_range, _mask, _channels_of_weight, _front_end, _outlier_channel, _estimator, _dynamic_range),
-    *(_few_bits, _precision),
+KNOWN_CAUSES: tuple[Callable[[Suspect], Cause | None], ...] = (
+    _unlike_tensors_share_range,
+    _mask_widens_range,
+    _unlike_weight_channels,
+    _untrained_front_end,
+    _outlier_channel,
+    _unfit_observer,
+    _wide_dynamic_range,
+    _few_bits,
+    _more_than_8_bits_needed,
 )
 """The causes, in the order in which they are looked for."""
 
 
-def _readers(planned: PlannedTensor | PlannedWeight) -> list[str]:
+def _reader_names(planned: PlannedTensor | PlannedWeight) -> list[str]:
     return [planned.name] if isinstance(planned, PlannedWeight) else list(planned.consumers)
 
 
-def _maker(suspect: Suspect) -> str:
+def _normalization_before(suspect: Suspect) -> str:
     """Return the class or the name of what makes the tensor, if it is a normalization."""
     assert isinstance(suspect.planned, PlannedTensor)
     _, node = named_nodes(suspect.qmodel)[suspect.planned.places[0]]
@@ -190,7 +197,7 @@ def _maker(suspect: Suspect) -> str:
     return op.name if op.kind is OperatorKind.NORMALIZATION else ""
 
 
-def _is_fixed(qmodel: nn.Module, name: str) -> bool:
+def _has_untrained_weight(qmodel: nn.Module, name: str) -> bool:
     """Return True for a layer whose weight is no trained parameter: a buffer, or frozen."""
     _, node = named_nodes(qmodel)[name]
     op = Op(node)

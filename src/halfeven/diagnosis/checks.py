@@ -46,14 +46,14 @@ def unsettled_batchnorm(model: nn.Module, inputs: Sequence[Inputs]) -> Finding |
         inputs: calibration batches, as arguments of the model.
     """
     norms = trained_batchnorms(model)
-    given = [(args, kwargs) for args, kwargs in inputs if _samples((args, kwargs)) >= FEWEST_SAMPLES]
+    given = [(args, kwargs) for args, kwargs in inputs if _batch_size((args, kwargs)) >= FEWEST_SAMPLES]
     if not norms or not given:
         return None
     settled = copy_model(model)
     re_estimate(
         settled, [kwargs or (args,) for args, kwargs in inputs]
     )  # without labels, of which a batch may hold some
-    distances = _distances(model, settled)
+    distances = _statistics_distances(model, settled)
     name, worst = max(distances.items(), key=lambda row: row[1])
     if worst < UNSETTLED:
         return None
@@ -72,11 +72,11 @@ def unsettled_batchnorm(model: nn.Module, inputs: Sequence[Inputs]) -> Finding |
     )
 
 
-def _samples(inputs: Inputs) -> int:
+def _batch_size(inputs: Inputs) -> int:
     return max((len(x) for x in float_tensors(inputs) if x.ndim), default=0)
 
 
-def _distances(model: nn.Module, settled: nn.Module) -> dict[str, float]:
+def _statistics_distances(model: nn.Module, settled: nn.Module) -> dict[str, float]:
     """Return how far each BatchNorm's statistics are from the batches'."""
     found = {}
     other = batchnorms(settled)
@@ -131,7 +131,7 @@ def notes(qmodel: nn.Module, reference: Reference, *, runtime: bool) -> list[str
 def _clipped_in_training(qmodel: nn.Module, reference: Reference) -> list[str]:
     """Return a note where training, which normalizes by the batch, clips too many values."""
     norms = trained_batchnorms(qmodel)
-    if not norms or _samples(reference.inputs[0]) < FEWEST_SAMPLES:
+    if not norms or _batch_size(reference.inputs[0]) < FEWEST_SAMPLES:
         return []
     args, kwargs = reference.inputs[0]
     with evaluating(qmodel), normalizing_by_batch(norms), counting_clipped(qmodel) as counts:
@@ -148,7 +148,7 @@ def _is_product(qmodel: nn.Module, name: str) -> bool:
 def _against_the_runtime(qmodel: nn.Module, reference: Reference) -> list[str]:
     """Return a note where the runtime's integer arithmetic and the simulation give other answers."""
     args, kwargs = reference.inputs[0]
-    if _samples((args, kwargs)) > 4 * COMPARED_SAMPLES:
+    if _batch_size((args, kwargs)) > 4 * COMPARED_SAMPLES:
         return []
     try:
         model = exact(copy.deepcopy(qmodel).cpu().eval())

@@ -63,11 +63,11 @@ def find_culprit(patient: Patient, *, first: bool) -> tuple[Finding, nn.Module] 
         return again
     single = patient.sensitivities.tensors[0]
     if single.kl_in_context >= STANDS_OUT * patient.divergence:
-        found = _of_tensor(patient, single)
+        found = _finding_of_tensor(patient, single)
         if found[0].recovered is not None and found[0].recovered >= STANDS_OUT:
             return found
     group = _best_group(patient)
-    return _of_group(patient, group) if group is not None else _of_many(patient, first=first)
+    return _finding_of_group(patient, group) if group is not None else _finding_of_many(patient, first=first)
 
 
 def _calibrated_again(patient: Patient) -> tuple[Finding, nn.Module] | None:
@@ -82,14 +82,14 @@ def _calibrated_again(patient: Patient) -> tuple[Finding, nn.Module] | None:
         f"{shares.get(where, 0.0):.1%} of the values of {where} are clipped: the model was calibrated with other data, "
         "or its weights have changed since.",
     )
-    return _finding(patient, cause, where, trial, [trial]), repaired
+    return _make_finding(patient, cause, where, trial, [trial]), repaired
 
 
-def _of_tensor(patient: Patient, tensor: Sensitivity) -> tuple[Finding, nn.Module]:
-    planned = _planned(patient, tensor)
+def _finding_of_tensor(patient: Patient, tensor: Sensitivity) -> tuple[Finding, nn.Module]:
+    planned = _planned_entry(patient, tensor)
     statistics = patient.statistics[tensor.name, tensor.weight]
     spread = statistics.channel_spread()
-    chosen, trials, repaired = _cheapest(patient, remedies(patient.qmodel, planned, spread[1] if spread else 1.0))
+    chosen, trials, repaired = _try_remedies(patient, remedies(patient.qmodel, planned, spread[1] if spread else 1.0))
     helps = chosen.remedy.rules[0].observer if chosen.remedy.rules and chosen.remedy.rules[0].observer else ""
     suspect = Suspect(patient.qmodel, planned, statistics, str(helps))
     cause = cause_of(suspect)
@@ -99,7 +99,7 @@ def _of_tensor(patient: Patient, tensor: Sensitivity) -> tuple[Finding, nn.Modul
         trials.append(whole)
         if whole.divergence < chosen.divergence / 2:  # its other layers lose, too
             chosen, repaired = whole, model
-    return _finding(patient, cause, suspect.tensor, chosen, trials), repaired
+    return _make_finding(patient, cause, suspect.tensor, chosen, trials), repaired
 
 
 def _leading_in_float(patient: Patient, planned: PlannedTensor | PlannedWeight) -> Remedy:
@@ -110,7 +110,7 @@ def _leading_in_float(patient: Patient, planned: PlannedTensor | PlannedWeight) 
     return by_rules("the front end in float", float_rules(operators[: last + 1], operators))
 
 
-def _planned(patient: Patient, tensor: Sensitivity) -> PlannedTensor | PlannedWeight:
+def _planned_entry(patient: Patient, tensor: Sensitivity) -> PlannedTensor | PlannedWeight:
     return next(
         planned
         for q, planned in planned_quantizers(patient.qmodel)
@@ -118,7 +118,7 @@ def _planned(patient: Patient, tensor: Sensitivity) -> PlannedTensor | PlannedWe
     )
 
 
-def _cheapest(patient: Patient, given: Sequence[Remedy]) -> tuple[Trial, list[Trial], nn.Module]:
+def _try_remedies(patient: Patient, given: Sequence[Remedy]) -> tuple[Trial, list[Trial], nn.Module]:
     """Try all remedies. Returns the first that is nearly as good as the best, all trials, and the repaired model."""
     tried = [try_remedy(patient.qmodel, remedy, patient.batches, patient.reference) for remedy in given]
     gains = [patient.divergence - trial.divergence for trial, _ in tried]
@@ -127,7 +127,7 @@ def _cheapest(patient: Patient, given: Sequence[Remedy]) -> tuple[Trial, list[Tr
     return tried[first][0], [trial for trial, _ in tried], tried[first][1]
 
 
-def _finding(patient: Patient, cause: Cause, where: str, chosen: Trial, trials: Sequence[Trial]) -> Finding:
+def _make_finding(patient: Patient, cause: Cause, where: str, chosen: Trial, trials: Sequence[Trial]) -> Finding:
     return Finding(
         cause=cause.name,
         where=where,
@@ -136,11 +136,11 @@ def _finding(patient: Patient, cause: Cause, where: str, chosen: Trial, trials: 
         paste=chosen.remedy.paste,
         rules=chosen.remedy.rules,
         options=dict(chosen.remedy.options),
-        recovered=_recovered(patient, chosen),
+        recovered=_recovered_share(patient, chosen),
         tried=tuple(
             TriedRemedy(
                 remedy=trial.remedy.name,
-                recovered=_recovered(patient, trial),
+                recovered=_recovered_share(patient, trial),
                 paste=trial.remedy.paste,
                 failed=trial.failed,
             )
@@ -149,7 +149,7 @@ def _finding(patient: Patient, cause: Cause, where: str, chosen: Trial, trials: 
     )
 
 
-def _recovered(patient: Patient, trial: Trial) -> float | None:
+def _recovered_share(patient: Patient, trial: Trial) -> float | None:
     return None if trial.failed else 1 - trial.divergence / patient.divergence
 
 
@@ -170,18 +170,18 @@ def _best_group(patient: Patient) -> OperatorGroup | None:
     return best if best is not None and gains[best] > 2 * len(best.quantizers) / total else None
 
 
-def _of_group(patient: Patient, group: OperatorGroup) -> tuple[Finding, nn.Module]:
+def _finding_of_group(patient: Patient, group: OperatorGroup) -> tuple[Finding, nn.Module]:
     cause = Cause(
         FRONT_END if group.leading else "layers that lose together",
         f"No single tensor takes away {STANDS_OUT:.0%} of the damage, these {len(group.operators)} operators together "
         "do.",
     )
-    chosen, trials, repaired = _cheapest(patient, [by_rules("in float", group.rules)])
+    chosen, trials, repaired = _try_remedies(patient, [by_rules("in float", group.rules)])
     where = ", ".join(group.operators[:4]) + (" and more" if len(group.operators) > 4 else "")
-    return _finding(patient, cause, where, chosen, trials), repaired
+    return _make_finding(patient, cause, where, chosen, trials), repaired
 
 
-def _of_many(patient: Patient, *, first: bool) -> tuple[Finding, nn.Module] | None:
+def _finding_of_many(patient: Patient, *, first: bool) -> tuple[Finding, nn.Module] | None:
     """Return the finding where the damage is spread: the remedies of the whole model, and its worst tensors raised."""
     given: list[Remedy] = [equalization(patient.qmodel)] if first else []
     if first and any(q.weight and q.scheme.axis is None for q, _ in planned_quantizers(patient.qmodel)):
@@ -191,12 +191,12 @@ def _of_many(patient: Patient, *, first: bool) -> tuple[Finding, nn.Module] | No
     given += [remedy for count in (2, 4, 8, 16) if (remedy := _raise_worst(patient, count)) is not None]
     if not given:
         return None
-    chosen, trials, repaired = _cheapest(patient, given)
+    chosen, trials, repaired = _try_remedies(patient, given)
     worst = patient.sensitivities.tensors[0]
     share = worst.kl_in_context / patient.divergence
     cause = Cause("the damage is spread over many tensors", f"The worst takes away {share:.0%} where it is raised.")
     where = f"{worst.name} and {len(patient.statistics) - 1} others"
-    finding = _finding(patient, cause, where, chosen, trials)
+    finding = _make_finding(patient, cause, where, chosen, trials)
     return dataclasses.replace(finding, further=_search_call(chosen.remedy)), repaired
 
 
@@ -216,7 +216,7 @@ def _raise_worst(patient: Patient, count: int) -> Remedy | None:
         return None
     rules: dict[Rule, None] = {}
     for tensor in worst[:count]:
-        planned = _planned(patient, tensor)
+        planned = _planned_entry(patient, tensor)
         raising = [r for r in remedies(patient.qmodel, planned, 1.0) if r.name == "8 bits"]
         for rule in (raising or in_float(patient.qmodel, planned))[0].rules:
             rules[rule] = None

@@ -90,23 +90,23 @@ def diagnose(
     plan_of(qmodel)
     chosen = first_samples(batches, samples)
     reference = reference_of(qmodel, chosen, float_model=float_model, samples=samples)
-    patient = _examined(qmodel, chosen, reference)
-    parts = _parts(qmodel, reference)
+    patient = _examine(qmodel, chosen, reference)
+    parts = _measure_parts(qmodel, reference)
     log(
         f"The answers differ from the float model's by {patient.divergence:.3g}; with all quantizers off by "
         f"{parts.without:.3g}, with weights alone quantized by {parts.weights:.3g}, with activations alone by "
         f"{parts.activations:.3g}."
     )
-    found, repaired = _findings(patient, float_model, log)
-    agreement = _agreement(qmodel, reference)
+    found, repaired = _find_and_repair(patient, float_model, log)
+    agreement = _measure_agreement(qmodel, reference)
     if parts.without >= CHANGED * patient.divergence and agreement.error_share > HEALTHY:
-        found.insert(0, _changed(parts.without, patient.divergence))
-    accuracy = {} if evaluate is None else _accuracies(evaluate, float_model, qmodel, repaired)
+        found.insert(0, _finding_without_quantizers(parts.without, patient.divergence))
+    accuracy = {} if evaluate is None else _measure_accuracies(evaluate, float_model, qmodel, repaired)
     further = tuple(notes(qmodel, reference, runtime=runtime))
-    return _diagnosis(patient, parts, agreement, tuple(found), accuracy, further)
+    return _make_diagnosis(patient, parts, agreement, tuple(found), accuracy, further)
 
 
-def _diagnosis(
+def _make_diagnosis(
     patient: Patient,
     parts: "Parts",
     agreement: "Agreement",
@@ -124,16 +124,16 @@ def _diagnosis(
         sqnr=agreement.sqnr,
         error_share=agreement.error_share,
         agreement=agreement.top1,
-        tensors=_tensors(patient),
+        tensors=_describe_tensors(patient),
         findings=findings,
         accuracy=accuracy,
         notes=further,
-        order=_order(patient.qmodel),
+        order=_graph_order(patient.qmodel),
         plan=plan_of(patient.qmodel).to_dict(),
     )
 
 
-def _changed(without: float, whole: float) -> Finding:
+def _finding_without_quantizers(without: float, whole: float) -> Finding:
     """Return the finding that the model does not compute what the float model does, quantization aside."""
     return Finding(
         cause="without its quantizers, the model does not compute what the float model does",
@@ -145,7 +145,7 @@ def _changed(without: float, whole: float) -> Finding:
     )
 
 
-def _examined(qmodel: nn.Module, batches: list[Any], reference: Reference, *, alone: bool = True) -> Patient:
+def _examine(qmodel: nn.Module, batches: list[Any], reference: Reference, *, alone: bool = True) -> Patient:
     found = sensitivities(qmodel, batches, reference=reference, alone=alone, ranked_by=RANKED_BY)
     return Patient(qmodel, batches, reference, found, statistics(qmodel, reference.inputs))
 
@@ -160,7 +160,7 @@ class Parts:
     activations: float
 
 
-def _parts(qmodel: nn.Module, reference: Reference) -> Parts:
+def _measure_parts(qmodel: nn.Module, reference: Reference) -> Parts:
     planned = planned_quantizers(qmodel)
     others = {weight: [q for q, _ in planned if q.weight is not weight] for weight in (True, False)}
     found = divergences(qmodel, reference, others, lambda group: raised(group, {}))
@@ -168,7 +168,9 @@ def _parts(qmodel: nn.Module, reference: Reference) -> Parts:
         return Parts(divergence_of(qmodel, reference), found[True], found[False])
 
 
-def _findings(patient: Patient, float_model: nn.Module, log: Callable[[str], None]) -> tuple[list[Finding], nn.Module]:
+def _find_and_repair(
+    patient: Patient, float_model: nn.Module, log: Callable[[str], None]
+) -> tuple[list[Finding], nn.Module]:
     """Return the findings, and the model that their remedies have made."""
     found: list[Finding] = []
     whole = patient.divergence
@@ -177,7 +179,7 @@ def _findings(patient: Patient, float_model: nn.Module, log: Callable[[str], Non
         found.append(settled)
     repaired = patient.qmodel
     for turn in range(ROUNDS):
-        if _agreement(patient.qmodel, patient.reference).error_share <= HEALTHY:
+        if _measure_agreement(patient.qmodel, patient.reference).error_share <= HEALTHY:
             break
         result = find_culprit(patient, first=turn == 0)
         if result is None or (result[0].recovered or 0.0) <= WORTH_NAMING:
@@ -187,7 +189,7 @@ def _findings(patient: Patient, float_model: nn.Module, log: Callable[[str], Non
         log(f"{finding.cause}: {finding.where}; {finding.remedy} takes away {finding.recovered:.0%}.")
         if divergence_of(repaired, patient.reference) < whole / 10 or turn == ROUNDS - 1:
             break
-        patient = _examined(repaired, list(patient.batches), patient.reference, alone=False)
+        patient = _examine(repaired, list(patient.batches), patient.reference, alone=False)
     return found, repaired
 
 
@@ -202,7 +204,7 @@ class Agreement:
 
 
 @torch.no_grad()
-def _agreement(qmodel: nn.Module, reference: Reference) -> Agreement:
+def _measure_agreement(qmodel: nn.Module, reference: Reference) -> Agreement:
     with evaluating(qmodel):
         found = [float_tensors(qmodel(*args, **kwargs)) for args, kwargs in reference.inputs]
     pairs = [(f, e) for fs, es in zip(found, reference.outputs, strict=True) for f, e in zip(fs, es, strict=True)]
@@ -216,7 +218,7 @@ def _agreement(qmodel: nn.Module, reference: Reference) -> Agreement:
     )
 
 
-def _accuracies(
+def _measure_accuracies(
     evaluate: Callable[[nn.Module], float], float_model: nn.Module, qmodel: nn.Module, repaired: nn.Module
 ) -> dict[str, float]:
     found = {"float": float(evaluate(float_model)), "quantized": float(evaluate(qmodel))}
@@ -236,7 +238,7 @@ def _verdict(findings: Sequence[Finding], agreement: Agreement) -> str:
     return f"{error[0].upper()}{error[1:]}; no remedy that was tried takes away a tenth of the damage."
 
 
-def _order(qmodel: nn.Module) -> tuple[tuple[str, bool], ...]:
+def _graph_order(qmodel: nn.Module) -> tuple[tuple[str, bool], ...]:
     """Return (name, weight) of all quantized tensors in the order of the graph; a weight before its layer's output."""
     position = {name: number for number, name in enumerate(named_nodes(qmodel))}
     rows = []
@@ -246,15 +248,15 @@ def _order(qmodel: nn.Module) -> tuple[tuple[str, bool], ...]:
     return tuple(name for _, _, name in sorted(rows))
 
 
-def _tensors(patient: Patient) -> tuple[TensorDiagnosis, ...]:
+def _describe_tensors(patient: Patient) -> tuple[TensorDiagnosis, ...]:
     planned = {(entry.name, q.weight): entry for q, entry in planned_quantizers(patient.qmodel)}
     return tuple(
-        _tensor(tensor, planned[tensor.name, tensor.weight], patient.statistics[tensor.name, tensor.weight])
+        _describe_tensor(tensor, planned[tensor.name, tensor.weight], patient.statistics[tensor.name, tensor.weight])
         for tensor in patient.sensitivities.tensors
     )
 
 
-def _tensor(tensor: Sensitivity, planned: Any, found: TensorStatistics) -> TensorDiagnosis:
+def _describe_tensor(tensor: Sensitivity, planned: Any, found: TensorStatistics) -> TensorDiagnosis:
     low, high = found.bounds
     values = found.sample
     smallest, largest = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)

@@ -131,7 +131,7 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the diagnosis as plain values for JSON; None stands for NaN and infinities."""
-        values: dict[str, Any] = _plain(asdict(self))
+        values: dict[str, Any] = _json_value(asdict(self))
         return values
 
     def save(self, path: str | Path) -> Path:
@@ -141,9 +141,9 @@ class Diagnosis:
             ConfigError: the package that draws the charts is not installed.
             StorageError: the file cannot be written.
         """
-        return save_page(self._contents(), path)
+        return save_page(self._page_contents(), path)
 
-    def _contents(self) -> PageContents:
+    def _page_contents(self) -> PageContents:
         values = self.to_dict()
         by_name = {(tensor["name"], tensor["weight"]): tensor for tensor in values["tensors"]}
         facts = {
@@ -168,19 +168,19 @@ class Diagnosis:
         )
 
     def __str__(self) -> str:
-        lines = [*_wrapped(self.verdict), "", *self._measured()]
+        lines = [*_wrapped_lines(self.verdict), "", *self._measurement_lines()]
         for number, finding in enumerate(self.findings[:SHOWN_FINDINGS], 1):
-            lines += ["", *_shown(number, finding)]
+            lines += ["", *_finding_lines(number, finding)]
         room = LINES - len(lines) - 2
         if self.tensors and room > 2:
-            lines += ["", *self._table(min(SHOWN_TENSORS, room - 1))]
+            lines += ["", *self._tensor_lines(min(SHOWN_TENSORS, room - 1))]
         for note in self.notes:
-            wrapped = _wrapped(note)
+            wrapped = _wrapped_lines(note)
             if len(lines) + len(wrapped) <= LINES:
                 lines += wrapped
         return "\n".join(line[:WIDTH] for line in lines[:LINES])
 
-    def _measured(self) -> list[str]:
+    def _measurement_lines(self) -> list[str]:
         agreement = "" if self.agreement is None else f", {self.agreement:.1%} of the top-1 answers the same"
         rows = [
             f"{self.samples} samples: {self.sqnr:.1f} dB at the outputs, error {self.error_share:.2%} of their "
@@ -190,9 +190,9 @@ class Diagnosis:
         ]
         if self.accuracy:
             rows.append(", ".join(f"{name} {value:.4g}" for name, value in self.accuracy.items()))
-        return [line for row in rows for line in _wrapped(row)]
+        return [line for row in rows for line in _wrapped_lines(row)]
 
-    def _table(self, count: int) -> list[str]:
+    def _tensor_lines(self, count: int) -> list[str]:
         rows = [f"{'most harmful tensors':34} {'bits':>4} {'in context':>10} {'alone':>9} {'SQNR':>6} {'clipped':>8}"]
         for tensor in self.tensors[:count]:
             name = f"{tensor.name} (weight)" if tensor.weight else tensor.name
@@ -204,32 +204,32 @@ class Diagnosis:
         return rows
 
 
-def _shown(number: int, finding: Finding) -> list[str]:
-    lines = _wrapped(f"{number}. {finding.cause[0].upper()}{finding.cause[1:]}: {finding.where}", indent=3)
-    lines += _wrapped(f"   {finding.evidence}", indent=3)[:3]
+def _finding_lines(number: int, finding: Finding) -> list[str]:
+    lines = _wrapped_lines(f"{number}. {finding.cause[0].upper()}{finding.cause[1:]}: {finding.where}", indent=3)
+    lines += _wrapped_lines(f"   {finding.evidence}", indent=3)[:3]
     brought = "" if finding.recovered is None else f" (takes away {finding.recovered:.0%} of the damage)"
-    lines += _wrapped(f"   Remedy: {finding.remedy}{brought}.", indent=3)[:2]
+    lines += _wrapped_lines(f"   Remedy: {finding.remedy}{brought}.", indent=3)[:2]
     if finding.paste:
-        lines += _wrapped(f"   {finding.paste}", indent=5)[:3]
+        lines += _wrapped_lines(f"   {finding.paste}", indent=5)[:3]
     if finding.further:
-        lines += _wrapped(f"   {finding.further}.", indent=3)[:2]
+        lines += _wrapped_lines(f"   {finding.further}.", indent=3)[:2]
     other = [t for t in finding.tried if t.recovered is not None and t.paste != finding.paste]
     helped = [t for t in other if (t.recovered or 0.0) >= WORTH_TELLING]
     helped.sort(key=lambda t: -(t.recovered or 0.0))
     if helped:
         told = ", ".join(f"{t.remedy} {t.recovered:.0%}" for t in helped[:4])
-        lines += _wrapped(f"   Also tried: {told}.", indent=3)[:2]
+        lines += _wrapped_lines(f"   Also tried: {told}.", indent=3)[:2]
     return lines
 
 
-def _wrapped(text: str, indent: int = 0) -> list[str]:
+def _wrapped_lines(text: str, indent: int = 0) -> list[str]:
     return textwrap.wrap(text, WIDTH, subsequent_indent=" " * indent, drop_whitespace=True, replace_whitespace=False)
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """Return a value of JSON."""
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: _json_value(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_json_value(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -21,7 +21,7 @@ def divergence(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         found: outputs of the model, with the shapes of `expected`.
         expected: outputs of the float model.
     """
-    return sum(_of_output(f.double(), e.double()) for f, e in zip(found, expected, strict=True))
+    return sum(_output_divergence(f.double(), e.double()) for f, e in zip(found, expected, strict=True))
 
 
 def error_share(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -30,7 +30,7 @@ def error_share(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return max((_relative_error(f, e) if torch.isfinite(f).all() else 1.0 for f, e in pairs), default=0.0)
 
 
-def _of_output(found: Tensor, expected: Tensor) -> float:
+def _output_divergence(found: Tensor, expected: Tensor) -> float:
     if not expected.numel():
         return 0.0
     if not torch.isfinite(found).all():
@@ -38,13 +38,13 @@ def _of_output(found: Tensor, expected: Tensor) -> float:
     axis = _probability_axis(expected)
     if axis is not None:
         smallest = torch.finfo(torch.float32).tiny
-        return _kl(found.clamp(min=smallest).log(), expected.clamp(min=smallest).log(), axis)
+        return _kullback_leibler(found.clamp(min=smallest).log(), expected.clamp(min=smallest).log(), axis)
     if expected.ndim == 2 and expected.shape[1] > 1:
-        return _kl(F.log_softmax(found, 1), F.log_softmax(expected, 1), 1)
+        return _kullback_leibler(F.log_softmax(found, 1), F.log_softmax(expected, 1), 1)
     return _relative_error(found, expected)
 
 
-def _kl(found: Tensor, expected: Tensor, axis: int) -> float:
+def _kullback_leibler(found: Tensor, expected: Tensor, axis: int) -> float:
     """Return the mean of KL(expected || found) over all distributions, from logarithms of probabilities."""
     return float((expected.exp() * (expected - found)).sum(axis).mean())
 
@@ -64,10 +64,10 @@ def _relative_error(found: Tensor, expected: Tensor) -> float:
     """Return the mean share of error of the features: of the channels on axis 1 or on the last, whichever has more."""
     if expected.ndim < 2:
         found, expected = found.reshape(-1, 1), expected.reshape(-1, 1)
-    return max(_of_features(found, expected, axis) for axis in {1, expected.ndim - 1})
+    return max(_feature_divergence(found, expected, axis) for axis in {1, expected.ndim - 1})
 
 
-def _of_features(found: Tensor, expected: Tensor, axis: int) -> float:
+def _feature_divergence(found: Tensor, expected: Tensor, axis: int) -> float:
     others = [other for other in range(expected.ndim) if other != axis]
     error = (found - expected).square().mean(others)
     centred = expected - expected.mean(0, keepdim=True) if len(expected) > 1 else expected

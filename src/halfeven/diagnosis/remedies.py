@@ -29,13 +29,13 @@ def remedies(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight, spread: 
         planned: the tensor's entry in the plan.
         spread: the largest channel's magnitude over the smallest's.
     """
-    found = [*_observers(planned)]
+    found = [*_observer_remedies(planned)]
     if spread >= UNEQUAL:
         if isinstance(planned, PlannedWeight) and planned.scheme.axis is None:
             rule = Rule(pattern=glob.escape(planned.name), per_channel=True)
             found += [by_rules("a scale per channel of this weight", [rule]), equalization(qmodel)]
         found += [SMOOTH, REPARAMETRIZE, equalization(qmodel)] if isinstance(planned, PlannedTensor) else []
-    found += _bits(qmodel, planned)
+    found += _bit_remedies(qmodel, planned)
     return [*found, *in_float(qmodel, planned)]
 
 
@@ -44,7 +44,7 @@ def equalization(qmodel: nn.Module) -> Remedy:
     return EQUALIZE_ACROSS_CLIPS if clips_between_layers(qmodel) else EQUALIZE
 
 
-def _observers(planned: PlannedTensor | PlannedWeight) -> list[Remedy]:
+def _observer_remedies(planned: PlannedTensor | PlannedWeight) -> list[Remedy]:
     """Return one remedy for each estimator of ranges that is not in use."""
     if isinstance(planned, PlannedTensor) and planned.fixed_range is not None:
         return []
@@ -53,7 +53,7 @@ def _observers(planned: PlannedTensor | PlannedWeight) -> list[Remedy]:
     return [by_rules(f'estimator "{name}"', [Rule(pattern=glob.escape(place), observer=name)]) for name in names]
 
 
-def _bits(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight) -> list[Remedy]:
+def _bit_remedies(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight) -> list[Remedy]:
     target = runtime_named(plan_of(qmodel).options.target).target
     if isinstance(planned, PlannedWeight):
         allowed = target.weight_bits
@@ -73,9 +73,13 @@ def in_float(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight) -> list[
     readers = [name for name in planned.consumers if name in known]
     makers = [name for name in planned.places if name in known]
     ways: Sequence[list[str]] = (readers, makers, [*readers, *makers])
-    return [by_rules(f"{_named(members)} in float", float_rules(members, operators)) for members in ways if members]
+    return [
+        by_rules(f"{_shortened_names(members)} in float", float_rules(members, operators))
+        for members in ways
+        if members
+    ]
 
 
-def _named(operators: Sequence[str]) -> str:
+def _shortened_names(operators: Sequence[str]) -> str:
     more = f" and {len(operators) - 2} more" if len(operators) > 2 else ""
     return ", ".join(operators[:2]) + more

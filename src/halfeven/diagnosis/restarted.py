@@ -68,7 +68,7 @@ class RestartedForward:
     def advance(self, stop: Stop, position: int) -> None:
         """Run a forward pass on to a later position."""
         for number in range(stop.position, position):
-            self._step(number, stop.values)
+            self._run_operation(number, stop.values)
         stop.position = max(stop.position, position)
 
     def outputs(self, stop: Stop) -> list[Tensor]:
@@ -76,22 +76,24 @@ class RestartedForward:
         rest = Stop(stop.position, dict(stop.values))
         last = len(self.operations) - 1
         self.advance(rest, last)
-        return float_tensors(fx.node.map_arg(self.operations[last].node.args, lambda node: self._value(node, rest)))
+        return float_tensors(
+            fx.node.map_arg(self.operations[last].node.args, lambda node: self._operand_value(node, rest))
+        )
 
-    def _step(self, number: int, values: dict[fx.Node, Any]) -> None:
+    def _run_operation(self, number: int, values: dict[fx.Node, Any]) -> None:
         op = self.operations[number]
         if op.is_input or op.is_constant:
             return
         stop = Stop(number, values)
-        args = fx.node.map_arg(op.node.args, lambda node: self._value(node, stop))
-        kwargs = fx.node.map_arg(op.node.kwargs, lambda node: self._value(node, stop))
+        args = fx.node.map_arg(op.node.args, lambda node: self._operand_value(node, stop))
+        kwargs = fx.node.map_arg(op.node.kwargs, lambda node: self._operand_value(node, stop))
         call = op.module if op.is_module else op.function
         values[op.node] = call(*args, **kwargs)
         for node in op.node.all_input_nodes:
             if self.last_read[node] == number:
                 values.pop(node, None)
 
-    def _value(self, node: fx.Node, stop: Stop) -> Any:
+    def _operand_value(self, node: fx.Node, stop: Stop) -> Any:
         op = Op(node)
         return op.constant if op.is_constant else stop.values[node]
 

@@ -181,12 +181,12 @@ def sensitivities(
     chosen = first_samples(batches, samples)
     reference = reference or reference_of(qmodel, chosen, float_model=float_model, samples=samples)
     ranges: dict[Quantizer, GridRange] = {} if raised_bits is None else ranges_at(qmodel, chosen, raised_bits)
-    members = _members(qmodel, groups)
+    members = _quantizer_groups(qmodel, groups)
     part = reference if ranked_by is None else reference.first(ranked_by)
-    harm = _harm(qmodel, part, members, ranges)
+    harm = _measure_harm(qmodel, part, members, ranges)
     if part is not reference:
         worst = sorted(harm, key=lambda name: -harm[name])[:MEASURED_AGAIN]
-        harm |= _harm(qmodel, reference, {name: members[name] for name in worst}, ranges)
+        harm |= _measure_harm(qmodel, reference, {name: members[name] for name in worst}, ranges)
     lone: dict[tuple[str, bool], list[float]] = {}
     if alone:
         with quantized_alone(qmodel):
@@ -207,7 +207,7 @@ def sensitivities(
     return Sensitivities(divergence_of(qmodel, reference), tuple(found))
 
 
-def _harm(
+def _measure_harm(
     qmodel: nn.Module, reference: Reference, members: Mapping[Name, Group], ranges: Mapping[Quantizer, GridRange]
 ) -> dict[Name, float]:
     """Return what the divergence falls by where each group alone is raised."""
@@ -269,7 +269,7 @@ def relative_noise(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
     return noise / signal if signal else float(noise > 0)
 
 
-def _members(qmodel: nn.Module, groups: Mapping[str, Group] | None) -> dict[tuple[str, bool], Group]:
+def _quantizer_groups(qmodel: nn.Module, groups: Mapping[str, Group] | None) -> dict[tuple[str, bool], Group]:
     """Return the groups to change, by name and by whether it is a layer's weight."""
     if groups is not None:
         found: dict[tuple[str, bool], Group] = {(name, False): group for name, group in groups.items()}

@@ -171,13 +171,13 @@ def statistics(qmodel: nn.Module, inputs: Sequence[Inputs]) -> dict[tuple[str, b
             places = 1 if isinstance(planned, PlannedWeight) else len(planned.places)
             kept = TensorStatistics(quantizer, [Place() for _ in range(places)])
             found[planned.name, quantizer.weight] = kept
-            hooks.callback(quantizer.register_forward_pre_hook(_watch(kept)).remove)
+            hooks.callback(quantizer.register_forward_pre_hook(_statistics_hook(kept)).remove)
         for args, kwargs in inputs:
             qmodel(*args, **kwargs)
     return found
 
 
-def _watch(found: TensorStatistics) -> Any:
+def _statistics_hook(found: TensorStatistics) -> Any:
     calls = 0
 
     def watch(quantizer: Quantizer, given: tuple[Any, ...]) -> None:
@@ -192,12 +192,12 @@ def _watch(found: TensorStatistics) -> Any:
             error = quantizer.forward(x) - x  # not through the module's call, which would come back here
         finally:
             quantizer.mode = Mode.FLOAT
-        _add(found, place, x, error)
+        _add_values(found, place, x, error)
 
     return watch
 
 
-def _add(found: TensorStatistics, place: Place, x: Tensor, error: Tensor) -> None:
+def _add_values(found: TensorStatistics, place: Place, x: Tensor, error: Tensor) -> None:
     """Count a tensor and the error of its quantization."""
     low, high = torch.aminmax(x)
     place.low = min(place.low, float(low))

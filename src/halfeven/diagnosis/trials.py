@@ -94,7 +94,7 @@ def by_option(name: str, **changes: Any) -> Remedy:
         apply_plan(qmodel, after, runtime_named(plan.options.target).target)
         calibrate_missing(qmodel, batches)
 
-    return Remedy(name, _options(changes), apply, options=tuple(changes.items()))
+    return Remedy(name, _options_text(changes), apply, options=tuple(changes.items()))
 
 
 def by_step(name: str, step: Callable[[nn.Module, Batches], Any], **changes: Any) -> Remedy:
@@ -110,7 +110,7 @@ def by_step(name: str, step: Callable[[nn.Module, Batches], Any], **changes: Any
         step(qmodel, batches)
         calibrate(qmodel, batches)
 
-    return Remedy(name, _options(changes), apply, options=tuple(changes.items()))
+    return Remedy(name, _options_text(changes), apply, options=tuple(changes.items()))
 
 
 def _recalibrate(qmodel: nn.Module, batches: Batches) -> None:
@@ -122,7 +122,7 @@ def _learn_rounding(qmodel: nn.Module, batches: Batches) -> None:
         adaround(qmodel, batches, options=PTQOptions(iterations=TRIAL_STEPS))
 
 
-def _options(changes: dict[str, Any]) -> str:
+def _options_text(changes: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in changes.items()).replace("'", '"')
 
 

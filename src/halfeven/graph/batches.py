@@ -119,15 +119,15 @@ def inputs_of(batch: Any, form: InputForm, number: int = 0) -> Inputs:
             example's; the message names the batch and the input.
     """
     if isinstance(batch, Mapping):
-        args, kwargs = _of_mapping(batch, form, number)
+        args, kwargs = _inputs_of_mapping(batch, form, number)
     elif is_sequence(batch) and batch and _is_nested(batch[0], form):
         return inputs_of(batch[0], form, number)
     else:
-        args, kwargs = _of_sequence(list(batch) if is_sequence(batch) else [batch], form, number)
+        args, kwargs = _inputs_of_sequence(list(batch) if is_sequence(batch) else [batch], form, number)
     for name, value, like in zip(form.names, args, form.args, strict=True):
-        _check(name, value, like, form.converted, number)
+        _check_input(name, value, like, form.converted, number)
     for name, value in kwargs.items():
-        _check(name, value, form.kwargs[name], form.converted, number)
+        _check_input(name, value, form.kwargs[name], form.converted, number)
     return args, kwargs
 
 
@@ -171,11 +171,11 @@ def _is_nested(first: Any, form: InputForm) -> bool:
     return is_sequence(first) and not (form.args and is_sequence(form.args[0]))
 
 
-def _of_mapping(batch: Mapping[str, Any], form: InputForm, number: int) -> Inputs:
+def _inputs_of_mapping(batch: Mapping[str, Any], form: InputForm, number: int) -> Inputs:
     examples = {**dict(zip(form.names, form.args, strict=True)), **form.kwargs}
     missing = [name for name, like in examples.items() if name not in batch and _holds_tensors(like)]
     if missing:
-        raise _mismatch(
+        raise _mismatch_error(
             number,
             f"has no {' and no '.join(missing)} (its keys: {', '.join(map(str, batch)) or 'none'})",
             f"Give a dict with {form.expected}, or prepare the model with an example like the batch.",
@@ -184,12 +184,12 @@ def _of_mapping(batch: Mapping[str, Any], form: InputForm, number: int) -> Input
     return tuple(values[name] for name in form.names), {name: values[name] for name in form.kwargs}
 
 
-def _of_sequence(entries: list[Any], form: InputForm, number: int) -> Inputs:
+def _inputs_of_sequence(entries: list[Any], form: InputForm, number: int) -> Inputs:
     if form.kwargs:
-        return _for_keyword(entries, form, number)
+        return _inputs_for_keyword(entries, form, number)
     count = len(form.args)
     if len(entries) < count and any(_holds_tensors(like) for like in form.args[len(entries) :]):
-        raise _mismatch(
+        raise _mismatch_error(
             number,
             f"holds {len(entries)} of the model's {form.expected}",
             "Let the loader give as many inputs as the example has, and the label after them; or prepare the model "
@@ -198,11 +198,11 @@ def _of_sequence(entries: list[Any], form: InputForm, number: int) -> Inputs:
     return (*entries[:count], *form.args[len(entries) :]), {}
 
 
-def _for_keyword(entries: list[Any], form: InputForm, number: int) -> Inputs:
+def _inputs_for_keyword(entries: list[Any], form: InputForm, number: int) -> Inputs:
     """Return the argument of a model that was prepared with a dict, for a batch that names nothing."""
     tensors = [name for name, like in form.kwargs.items() if _holds_tensors(like)]
     if len(tensors) != 1 or not entries:
-        raise _mismatch(
+        raise _mismatch_error(
             number,
             "names no inputs, and the model was prepared with a dict",
             f"So it is not known which entry is which. Give dicts with {form.expected}, or prepare the model with a "
@@ -215,32 +215,36 @@ def _holds_tensors(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
-def _check(name: str, value: Any, like: Any, converted: torch.dtype | None, number: int) -> None:
+def _check_input(name: str, value: Any, like: Any, converted: torch.dtype | None, number: int) -> None:
     """Raise CalibrationError for an input that is unlike the example's."""
     if not isinstance(like, Tensor):
         return
     what = f'has "{name}" as '
     if value is None:
-        raise _mismatch(number, f"{what}None", f"{_example(like)} Give a tensor, or leave the batch out.")
+        raise _mismatch_error(
+            number, f"{what}None", f"{_example_sentence(like)} Give a tensor, or leave the batch out."
+        )
     if not isinstance(value, Tensor):
         remedy = "Make it a tensor, for example with torch.as_tensor(...)."
         kind = "a numpy array" if type(value).__module__ == "numpy" else f"a {type(value).__name__}"
-        raise _mismatch(number, what + kind, f"{_example(like)} {remedy}")
+        raise _mismatch_error(number, what + kind, f"{_example_sentence(like)} {remedy}")
     if value.ndim != like.ndim:
         remedy = "Give the axes that the example has, the samples first."
-        raise _mismatch(number, f"{what}a tensor of shape {list(value.shape)}", f"{_example(like)} {remedy}")
+        raise _mismatch_error(
+            number, f"{what}a tensor of shape {list(value.shape)}", f"{_example_sentence(like)} {remedy}"
+        )
     if value.numel() == 0:
         remedy = "Leave out empty batches, for example with drop_last=True."
-        raise _mismatch(number, f"{what}an empty tensor of shape {list(value.shape)}", remedy)
+        raise _mismatch_error(number, f"{what}an empty tensor of shape {list(value.shape)}", remedy)
     expected = converted if converted and like.is_floating_point() else like.dtype
     if value.dtype != expected:
-        told = f"The model was converted to {converted}." if expected != like.dtype else _example(like)
-        raise _mismatch(number, f"{what}a tensor of {value.dtype}", f"{told} Convert it with .to({expected}).")
+        told = f"The model was converted to {converted}." if expected != like.dtype else _example_sentence(like)
+        raise _mismatch_error(number, f"{what}a tensor of {value.dtype}", f"{told} Convert it with .to({expected}).")
 
 
-def _example(like: Tensor) -> str:
+def _example_sentence(like: Tensor) -> str:
     return f"The example that the model was prepared with has shape {list(like.shape)} and {like.dtype} there."
 
 
-def _mismatch(number: int, what: str, remedy: str) -> CalibrationError:
+def _mismatch_error(number: int, what: str, remedy: str) -> CalibrationError:
     return CalibrationError(f"Batch {number} (counted from 0) {what}, so the model cannot be run on it. {remedy}")

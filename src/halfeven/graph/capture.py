@@ -113,7 +113,7 @@ def capture(
 
     def captured(inputs: Inputs) -> tuple[nn.Module, CaptureReport]:
         own_shapes = {name: axes for name, axes in shapes.items() if name not in labels}
-        return _capture(model, inputs, tuple(leave_out), kept, own_shapes)
+        return _capture_whole_or_parts(model, inputs, tuple(leave_out), kept, own_shapes)
 
     was_training = {module: module.training for module in model.modules()}
     left_in_eval(model)  # its own train() may forget what eval mode keeps of earlier calls
@@ -125,7 +125,7 @@ def capture(
         ):  # the graph must not depend on where it is captured
             found, report = _captured_batch(captured, given, doubled)
             if labels and isinstance(found, CapturedModule):
-                inputs = batched(*whole) if report.samples == _samples(doubled) else whole
+                inputs = batched(*whole) if report.samples == _batch_size(doubled) else whole
                 _capture_loss(found, model, inputs, labels, shapes)
     finally:
         for module, training in was_training.items():
@@ -141,10 +141,10 @@ def _captured_batch(
     try:
         found, report = captured(doubled)
     except CaptureError:
-        if _samples(given) == _samples(doubled):
+        if _batch_size(given) == _batch_size(doubled):
             raise
         return captured(given)  # a model of one sample alone
-    if report.fixed_batch and _samples(given) != _samples(doubled):
+    if report.fixed_batch and _batch_size(given) != _batch_size(doubled):
         why = report.fixed_batch  # of a batch of 1 torch.export knows no line
         found, report = captured(given)
         report.fixed_batch = why
@@ -158,12 +158,12 @@ def _capture_loss(
     plain, _ = without_labels(model, inputs)
     own_shapes = {name: axes for name, axes in shapes.items() if name not in labels}
     free = free_axes(model, *inputs, shapes)
-    without = _exported(model, plain, (), export_shapes(free_axes(model, *plain, own_shapes)))[1]
-    add_loss(captured, model, without, _exported(model, inputs, (), export_shapes(free))[1], labels)
+    without = _export_program(model, plain, (), export_shapes(free_axes(model, *plain, own_shapes)))[1]
+    add_loss(captured, model, without, _export_program(model, inputs, (), export_shapes(free))[1], labels)
     check_same(model, captured, inputs, _still_free(captured, free))
 
 
-def _capture(
+def _capture_whole_or_parts(
     model: nn.Module,
     inputs: Inputs,
     leave_out: tuple[str, ...],
@@ -182,14 +182,14 @@ def _capture(
         return inner[name] if name else free
 
     def with_kept(kept: dict[str, KeptInPython]) -> nn.Module:
-        reports.append(CaptureReport(kept=tuple(kept.values()), samples=_samples(inputs)))
+        reports.append(CaptureReport(kept=tuple(kept.values()), samples=_batch_size(inputs)))
         return _capture_largest(model, inputs, recorded, free_axes_of, leave_out, kept, reports[-1], exported)
 
     def check(captured: nn.Module) -> None:
         check_same(model, captured, inputs, _still_free(captured, free))
 
     def alone(module: nn.Module, args: Any, kwargs: Any) -> CapturedModule:
-        return _export(module, (args, kwargs), batch_axes((args, kwargs)))
+        return _export_module(module, (args, kwargs), batch_axes((args, kwargs)))
 
     if kept is not None:
         check(captured := with_kept({k.name: k for k in kept}))
@@ -197,25 +197,25 @@ def _capture(
     else:
         found = capture_as_trained(model, *inputs, Capture(with_kept, check, alone))
         captured, report = found.model, replace(reports[-1], notes=found.notes)
-    report.fixed_batch = next((part.fixed_batch for part in _parts(captured) if part.fixed_batch), "")
+    report.fixed_batch = next((part.fixed_batch for part in _captured_regions(captured) if part.fixed_batch), "")
     free = _still_free(captured, free)
-    for part in _parts(captured):
+    for part in _captured_regions(captured):
         part.halfeven_inputs = model_inputs(model, inputs, free)
         part.halfeven_example = two_samples(inputs, free)
     return captured, report
 
 
-def _parts(captured: nn.Module) -> list[CapturedModule]:
+def _captured_regions(captured: nn.Module) -> list[CapturedModule]:
     return [module for module in captured.modules() if isinstance(module, CapturedModule)]
 
 
 def _still_free(captured: nn.Module, free: FreeAxes) -> FreeAxes:
     """Return the free axes without the batch, where the batch is a constant in a part of the model."""
-    fixed = any(part.fixed_batch for part in _parts(captured))
+    fixed = any(part.fixed_batch for part in _captured_regions(captured))
     return [{axis: name for axis, name in axes.items() if not (fixed and name == BATCH)} for axes in free]
 
 
-def _samples(inputs: Inputs) -> int:
+def _batch_size(inputs: Inputs) -> int:
     return max((x.shape[0] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim), default=0)
 
 
@@ -277,7 +277,7 @@ def _capture_largest(
             whole = tuple(relative_to(name, kept))
             try:
                 if (name, whole) not in exported:  # what is kept elsewhere does not change this part
-                    exported[name, whole] = _export(module, recorded[name][0], free_axes_of(name), name, whole)
+                    exported[name, whole] = _export_module(module, recorded[name][0], free_axes_of(name), name, whole)
                 part = exported[name, whole]
             except FixedAxisError:
                 raise
@@ -340,11 +340,11 @@ def _recorded_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, list
     return seen
 
 
-def _export(
+def _export_module(
     module: nn.Module, inputs: Inputs, free: FreeAxes, name: str = "", kept: Sequence[str] = ()
 ) -> CapturedModule:
     described = model_inputs(module, inputs, free)
-    export = partial(_exported, module, inputs, kept)
+    export = partial(_export_program, module, inputs, kept)
     try:
         program, unlifted, calls = export(export_shapes(free))
     except Exception as error:
@@ -360,7 +360,7 @@ def _export(
     return result
 
 
-def _exported(
+def _export_program(
     module: nn.Module,
     inputs: Inputs,
     kept: Sequence[str],

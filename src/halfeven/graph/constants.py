@@ -36,7 +36,7 @@ def fold_constants(region: CapturedModule, stays: Callable[[nn.Module], bool]) -
         if not computed or all(user in values for user in node.users):
             continue
         name = f"constants.{node.name}_{count}"
-        _keep(region, name, values[node])
+        _register_constant(region, name, values[node])
         with region.graph.inserting_before(node):
             constant = region.graph.get_attr(name)
         constant.meta = dict(node.meta)
@@ -56,7 +56,7 @@ def _is_constant(node: fx.Node, values: dict[fx.Node, Any], stays: Callable[[nn.
     return all(operand in values for operand in node.all_input_nodes)
 
 
-def _keep(region: CapturedModule, path: str, value: Tensor) -> None:
+def _register_constant(region: CapturedModule, path: str, value: Tensor) -> None:
     owner, _, name = path.rpartition(".")
     if owner not in dict(region.named_modules()):
         place(region, owner, nn.Module())

@@ -24,13 +24,13 @@ def multiply_accumulates(node: fx.Node) -> int:
     """
     op = Op(node)
     if op.kind is K.MATMUL:
-        return _size(op.shape) * _number(op.inputs[0].shape[-1])
+        return _element_count(op.shape) * _concrete_size(op.inputs[0].shape[-1])
     if op.kind in WEIGHTED:
-        return _of_layer(op)
+        return _layer_macs(op)
     if op.row in RECURRENT:
-        return _of_recurrence(op)
+        return _recurrence_macs(op)
     if op.function is aten.scaled_dot_product_attention.default:
-        return _of_attention(op.arguments)
+        return _attention_macs(op.arguments)
     if op.kind is K.FLOAT and _may_multiply(op):
         return _counted_by_torch(op)
     return 0
@@ -38,26 +38,28 @@ def multiply_accumulates(node: fx.Node) -> int:
 
 def elements(node: fx.Node) -> int:
     """Return the number of values of a tensor, for the sizes that the graph was traced with."""
-    return _size(Op(node).shape)
+    return _element_count(Op(node).shape)
 
 
-def _of_layer(op: Op) -> int:
+def _layer_macs(op: Op) -> int:
     weight: Any = op.module.weight if op.is_module else op.inputs[1].value
     # A transposed convolution multiplies each input by a whole window; other layers compute each output from a window.
     walked = op.inputs[0] if op.kind is K.TRANSPOSED_CONVOLUTION else op
-    return _size(walked.shape) * _size(weight.shape[1:])
+    return _element_count(walked.shape) * _element_count(weight.shape[1:])
 
 
-def _of_recurrence(op: Op) -> int:
+def _recurrence_macs(op: Op) -> int:
     # The weights of two axes, those of all layers and directions, each multiply the values of every step.
-    steps = _size(op.inputs[0].shape[:-1])  # of all samples
+    steps = _element_count(op.inputs[0].shape[:-1])  # of all samples
     weights = [Op(parameter).value for parameter in op.argument("params")]
-    return steps * sum(_size(weight.shape) for weight in weights if weight.ndim == 2)
+    return steps * sum(_element_count(weight.shape) for weight in weights if weight.ndim == 2)
 
 
-def _of_attention(given: Arguments) -> int:
+def _attention_macs(given: Arguments) -> int:
     query, key, value = (Op(given[name]).shape for name in ("query", "key", "value"))
-    return _size(query[:-1]) * _number(key[-2]) * (_number(query[-1]) + _number(value[-1]))
+    return (
+        _element_count(query[:-1]) * _concrete_size(key[-2]) * (_concrete_size(query[-1]) + _concrete_size(value[-1]))
+    )
 
 
 DEPENDS_ON_VALUES = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
@@ -73,31 +75,33 @@ def _may_multiply(op: Op) -> bool:
 def _counted_by_torch(op: Op) -> int:
     """Return the count of PyTorch's own counter, which sees the products that an operator such as einsum is made of."""
     with fake_tensors(), FlopCounterMode(display=False) as counter:
-        args, kwargs = fx.map_arg((op.node.args, op.node.kwargs), lambda node: pytree.tree_map(_empty, Op(node).value))
-        args, kwargs = pytree.tree_map(_hinted, (args, kwargs))
+        args, kwargs = fx.map_arg(
+            (op.node.args, op.node.kwargs), lambda node: pytree.tree_map(_without_data, Op(node).value)
+        )
+        args, kwargs = pytree.tree_map(_traced_size, (args, kwargs))
         call: Callable[..., Any] = op.function
         call(*args, **kwargs)
     return int(counter.get_total_flops()) // 2
 
 
-def _empty(value: Any) -> Any:
+def _without_data(value: Any) -> Any:
     """Return a tensor of a recorded result's sizes, without data."""
     if not isinstance(value, Tensor):
         return value
-    return torch.empty([_number(size) for size in value.shape], dtype=value.dtype, device=value.device)
+    return torch.empty([_concrete_size(size) for size in value.shape], dtype=value.dtype, device=value.device)
 
 
-def _hinted(value: Any) -> Any:
-    return _number(value) if isinstance(value, torch.SymInt) else value
+def _traced_size(value: Any) -> Any:
+    return _concrete_size(value) if isinstance(value, torch.SymInt) else value
 
 
-def _size(shape: Any) -> int:
+def _element_count(shape: Any) -> int:
     result = 1
     for size in shape:
-        result *= _number(size)
+        result *= _concrete_size(size)
     return result
 
 
-def _number(size: Any) -> int:
+def _concrete_size(size: Any) -> int:
     """Return a size; for a free axis, the size that it was traced with."""
     return size if isinstance(size, int) else int(size.node.hint)

@@ -38,8 +38,8 @@ def free_axes(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: DynamicS
     leaves = pytree.tree_leaves((args, kwargs))
     names = leaf_names(model, args, kwargs)
     tensors = {name: leaf for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)}
-    named = {name: _counted(name, tensors, axes) for name, axes in dynamic_shapes.items()}
-    _check_equal(tensors, named)
+    named = {name: _axes_from_front(name, tensors, axes) for name, axes in dynamic_shapes.items()}
+    _check_equal_sizes(tensors, named)
     label = next((axes[0] for axes in named.values() if 0 in axes), BATCH)
     return [batch | named.get(name, {}) for name, batch in zip(names, batch_axes((args, kwargs), label), strict=True)]
 
@@ -51,7 +51,7 @@ def batch_axes(inputs: Any, label: str = BATCH) -> FreeAxes:
     return [{0: label} if size and size == max(sizes) else {} for size in sizes]
 
 
-def _counted(name: str, tensors: dict[str, Tensor], axes: dict[int, str]) -> dict[int, str]:
+def _axes_from_front(name: str, tensors: dict[str, Tensor], axes: dict[int, str]) -> dict[int, str]:
     """Return the named axes of an input with their numbers counted from the front."""
     if name not in tensors:
         raise ConfigError(
@@ -72,7 +72,7 @@ def _counted(name: str, tensors: dict[str, Tensor], axes: dict[int, str]) -> dic
     return {axis % ndim: label for axis, label in axes.items()}
 
 
-def _check_equal(tensors: dict[str, Tensor], named: DynamicShapes) -> None:
+def _check_equal_sizes(tensors: dict[str, Tensor], named: DynamicShapes) -> None:
     first: dict[str, tuple[str, int, int]] = {}
     for name, axes in named.items():
         for axis, label in axes.items():

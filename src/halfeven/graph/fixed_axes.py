@@ -68,9 +68,9 @@ def refuse_fixed_axes(error: Exception, described: Inputs, name: str, export: Ex
     part = f"the submodule {name}" if name else "the model"
     raise FixedAxisError(
         f"dynamic_shapes frees an axis whose size the code of {part} makes a constant: {'; '.join(fixed)}"
-        f"{_places(export, free)}. So the captured graph would be wrong at other sizes. Take sizes from x.shape there, "
-        "without int() or a loop over the axis; free the axis for all inputs that are combined; or leave the axis out "
-        "of dynamic_shapes."
+        f"{_code_places(export, free)}. So the captured graph would be wrong at other sizes. Take sizes from x.shape "
+        "there, without int() or a loop over the axis; free the axis for all inputs that are combined; or leave the "
+        "axis out of dynamic_shapes."
     ) from error
 
 
@@ -81,7 +81,7 @@ def reason_of_fixed_batch(export: Export, free: FreeAxes) -> str:
         export: exports the module once more.
         free: the axes that were to stay free.
     """
-    return f"the model's code makes it a constant{_places(export, free)}"
+    return f"the model's code makes it a constant{_code_places(export, free)}"
 
 
 def is_batch_fixed(described: Inputs, captured: Sequence[ModelInput | None]) -> bool:
@@ -100,17 +100,17 @@ def is_batch_fixed(described: Inputs, captured: Sequence[ModelInput | None]) -> 
     )
 
 
-def _places(export: Export, free: FreeAxes) -> str:
+def _code_places(export: Export, free: FreeAxes) -> str:
     """Return the lines of code at which torch.export makes sizes constants, as " (file:line: `code`)"; else ""."""
     dynamic = torch.export.Dim.DYNAMIC
     lines: list[str] = []
     with suppress(Exception):  # the error that is being explained
-        export([{axis: dynamic for axis in axes} or None for axes in free], _listening(lines))
+        export([{axis: dynamic for axis in axes} or None for axes in free], _recording_lines(lines))
     return f" ({'; '.join(dict.fromkeys(lines))})" if lines else ""
 
 
 @contextmanager
-def _listening(lines: list[str]) -> Iterator[None]:
+def _recording_lines(lines: list[str]) -> Iterator[None]:
     """Add the model's line to a list whenever torch.export makes a size a constant.
 
     Its message does not tell the line, but it logs each constant while the model's own code runs.

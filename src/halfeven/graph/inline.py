@@ -37,7 +37,7 @@ def plain_forward(model: nn.Module) -> Iterator[list[str]]:
         modes.append(ExitStack())
         if (dtype := autocast_dtype(block)) is not None:
             modes[-1].enter_context(_InFloat32(dtype))
-            line = f"{_caller()} ({str(dtype).removeprefix('torch.')})"
+            line = f"{_model_line()} ({str(dtype).removeprefix('torch.')})"
             if line not in found:
                 found[line] = None
                 lines.append(line)
@@ -66,7 +66,7 @@ def _symbolic_len(model: nn.Module) -> Iterator[None]:
     files = [sys.modules[name] for name in names if name in sys.modules]
     spaces = {id(vars(file)): vars(file) for file in files if "len" not in vars(file)}
     for space in spaces.values():
-        space["len"] = _length
+        space["len"] = _symbolic_length
     try:
         yield
     finally:
@@ -74,12 +74,12 @@ def _symbolic_len(model: nn.Module) -> Iterator[None]:
             del space["len"]
 
 
-def _length(value: Any, /) -> Any:
+def _symbolic_length(value: Any, /) -> Any:
     size: Any = value.shape[0] if isinstance(value, Tensor) and value.ndim else None
     return size if isinstance(size, torch.SymInt) else len(value)
 
 
-def _caller() -> str:
+def _model_line() -> str:
     """Return the line of the model's own code that is being run: "file:line"."""
     frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and "/graph/inline" not in f.filename]
     return f"{frames[-1].filename}:{frames[-1].lineno}"
@@ -115,9 +115,9 @@ def inline_grad_blocks(module: fx.GraphModule) -> None:
         inner = module.get_submodule(block.target)
         assert isinstance(inner, fx.GraphModule)
         inline_grad_blocks(inner)
-        results = _copied(graph, node, inner.graph, operands)
+        results = _copy_nodes(graph, node, inner.graph, operands)
         if not enabled:
-            results = [x if x in operands else _detached(graph, node, x) for x in results]
+            results = [x if x in operands else _detach_result(graph, node, x) for x in results]
         for reader in list(node.users):
             assert reader.target is operator.getitem
             reader.replace_all_uses_with(results[reader.args[1]])
@@ -127,7 +127,7 @@ def inline_grad_blocks(module: fx.GraphModule) -> None:
             graph.erase_node(block)
 
 
-def _copied(graph: fx.Graph, before: fx.Node, inner: fx.Graph, operands: list[Any]) -> list[Any]:
+def _copy_nodes(graph: fx.Graph, before: fx.Node, inner: fx.Graph, operands: list[Any]) -> list[Any]:
     """Copy a block's nodes in front of a node, and return the nodes of its results."""
     copies: dict[fx.Node, Any] = dict(zip([n for n in inner.nodes if n.op == "placeholder"], operands, strict=True))
     results: list[Any] = []
@@ -140,7 +140,7 @@ def _copied(graph: fx.Graph, before: fx.Node, inner: fx.Graph, operands: list[An
     return results
 
 
-def _detached(graph: fx.Graph, before: fx.Node, value: Any) -> Any:
+def _detach_result(graph: fx.Graph, before: fx.Node, value: Any) -> Any:
     floating = isinstance(value, fx.Node) and isinstance(v := value.meta.get("val"), Tensor) and v.is_floating_point()
     if not floating:
         return value

@@ -51,11 +51,11 @@ Calls = dict[str, _Call]
 
 
 @torch.library.custom_op("halfeven::kept", mutates_args=())
-def _kept(x: Tensor, inputs: Sequence[Tensor], call: str, index: int) -> Tensor:
+def _mark_kept(x: Tensor, inputs: Sequence[Tensor], call: str, index: int) -> Tensor:
     return x.clone()
 
 
-@_kept.register_fake
+@_mark_kept.register_fake
 def _(x: Tensor, inputs: Sequence[Tensor], call: str, index: int) -> Tensor:
     return torch.empty_like(x)
 
@@ -71,7 +71,7 @@ def kept_markers(model: nn.Module, names: Sequence[str]) -> Iterator[Calls]:
     calls: Calls = {}
     modules = [(name, model.get_submodule(name)) for name in names]
     for name, module in modules:
-        module.forward = _marking(name, module.forward, calls)
+        module.forward = _marking_forward(name, module.forward, calls)
     try:
         yield calls
     finally:
@@ -79,7 +79,7 @@ def kept_markers(model: nn.Module, names: Sequence[str]) -> Iterator[Calls]:
             del module.forward
 
 
-def _marking(name: str, forward: Any, calls: Calls) -> Any:
+def _marking_forward(name: str, forward: Any, calls: Calls) -> Any:
     def marked(*args: Any, **kwargs: Any) -> Any:
         given, nesting = pytree.tree_flatten((args, kwargs))
         results, outputs = pytree.tree_flatten(forward(*args, **kwargs))
@@ -122,14 +122,14 @@ def restore_kept(graph: fx.Graph, original: nn.Module, calls: Calls) -> dict[str
         if call.name in rows and rows[call.name].kind is not kind:
             kind = OperatorKind.FLOAT
         rows[call.name] = Operator(target=type(original.get_submodule(call.name)), kind=kind)
-        _replace(graph, call, nodes)
+        _replace_by_call(graph, call, nodes)
     for node in reversed(list(graph.nodes)):  # not eliminate_dead_code, which looks the called modules up
         if node.op in ("call_function", "get_attr") and not node.users and not node.is_impure():
             graph.erase_node(node)
     return rows
 
 
-def _replace(graph: fx.Graph, call: _Call, marks: list[fx.Node]) -> None:
+def _replace_by_call(graph: fx.Graph, call: _Call, marks: list[fx.Node]) -> None:
     first = marks[0]
     tensors = iter(first.args[1])  # type: ignore[arg-type]
     flat = [next(tensors) if tensor else x for x, tensor in zip(call.arguments, call.tensors, strict=True)]
@@ -137,7 +137,7 @@ def _replace(graph: fx.Graph, call: _Call, marks: list[fx.Node]) -> None:
     with graph.inserting_before(first):
         called = graph.create_node("call_module", call.name, tuple(args), dict(kwargs))
         called.meta = {"nn_module_stack": first.meta.get("nn_module_stack")}
-        paths = _paths(call.results)
+        paths = _result_paths(call.results)
         if paths == [()]:
             called.meta = dict(first.meta)
         for mark in marks:
@@ -151,7 +151,7 @@ def _replace(graph: fx.Graph, call: _Call, marks: list[fx.Node]) -> None:
         graph.erase_node(mark)
 
 
-def _paths(results: Any) -> list[tuple[Any, ...]]:
+def _result_paths(results: Any) -> list[tuple[Any, ...]]:
     """Return the keys that lead to each result, in order."""
     numbered = pytree.tree_unflatten(list(range(results.num_leaves)), results)
     found = []

@@ -89,7 +89,7 @@ def add_loss(
         CaptureError: the loss reads parameters, beyond the model's outputs.
     """
     copier = _Copier(original, plain, full)
-    copier.graph.output([copier.copy(value) for value in _results(full.graph)])
+    copier.graph.output([copier.copy(value) for value in _graph_results(full.graph)])
     copier.graph.lint()
     module = fx.GraphModule(copier.constants, copier.graph)
     names = tuple(inspect.signature(full.forward).parameters)
@@ -112,7 +112,7 @@ def with_labels(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
     plain = inspect.signature(forward)
     names = [name for name in plain.parameters if name != "self"]
     if loss is None:
-        return _checked(forward, names)
+        return _checking_keywords(forward, names)
     more = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in loss.labels]
     signature = plain.replace(parameters=[*plain.parameters.values(), *more])
 
@@ -132,7 +132,7 @@ def with_labels(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
     return labelled
 
 
-def _checked(forward: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+def _checking_keywords(forward: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
     @wraps(forward)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         unknown = [name for name in kwargs if name not in names]
@@ -147,7 +147,7 @@ def _checked(forward: Callable[..., Any], names: list[str]) -> Callable[..., Any
     return checked
 
 
-def _results(graph: fx.Graph) -> list[Any]:
+def _graph_results(graph: fx.Graph) -> list[Any]:
     (output,) = [node for node in graph.nodes if node.op == "output"]
     return list(output.args[0])
 
@@ -164,14 +164,14 @@ class _Copier:
         self.sources: dict[Source, fx.Node] = {}
         self.copies: dict[fx.Node, Any] = {}
         numbers: dict[Any, int] = {}
-        known = self._numbered(plain, numbers)
-        self.numbers = self._numbered(full, numbers)
-        results = _results(plain.graph)
+        known = self._number_nodes(plain, numbers)
+        self.numbers = self._number_nodes(full, numbers)
+        results = _graph_results(plain.graph)
         self.outputs = {known[node]: place for place, node in enumerate(results) if isinstance(node, fx.Node)}
         inputs = [node for node in full.graph.nodes if node.op == "placeholder"]
         self.places = {node: place for place, node in enumerate(inputs)}
 
-    def _numbered(self, module: fx.GraphModule, numbers: dict[Any, int]) -> dict[fx.Node, int]:
+    def _number_nodes(self, module: fx.GraphModule, numbers: dict[Any, int]) -> dict[fx.Node, int]:
         """Return a number for each node, equal for nodes that compute the same of the same, in both graphs."""
         found: dict[fx.Node, int] = {}
 
@@ -193,30 +193,30 @@ class _Copier:
     def _constant_key(self, module: fx.GraphModule, path: str) -> Any:
         if path in self.parameters or path in self.buffers:
             return path
-        value = _attribute(module, path)  # lifted out of the code, under a name that differs between the graphs
+        value = _attribute_at(module, path)  # lifted out of the code, under a name that differs between the graphs
         return repr((value.dtype, value.tolist())) if isinstance(value, Tensor) else path
 
     def copy(self, value: Any) -> Any:
         """Return the copy of a node, or of a structure of nodes."""
-        return fx.node.map_arg(value, self._node)
+        return fx.node.map_arg(value, self._copy_of)
 
-    def _node(self, node: fx.Node) -> fx.Node:
+    def _copy_of(self, node: fx.Node) -> fx.Node:
         if node not in self.copies:
-            self.copies[node] = self._made(node)
+            self.copies[node] = self._make_copy(node)
         result: fx.Node = self.copies[node]
         return result
 
-    def _made(self, node: fx.Node) -> fx.Node:
+    def _make_copy(self, node: fx.Node) -> fx.Node:
         place = self.outputs.get(self.numbers[node])
         if place is not None:
-            return self._input((OUTPUT, place))
+            return self._input_node((OUTPUT, place))
         if node.op == "placeholder":
-            return self._input((INPUT, self.places[node]))
+            return self._input_node((INPUT, self.places[node]))
         if node.op == "get_attr":
-            return self._constant(str(node.target))
+            return self._copy_constant(str(node.target))
         return self.graph.create_node(node.op, node.target, self.copy(node.args), self.copy(node.kwargs))
 
-    def _constant(self, path: str) -> fx.Node:
+    def _copy_constant(self, path: str) -> fx.Node:
         if path in self.parameters:
             raise CaptureError(
                 f"The loss inside of the model's forward reads the parameter {path}, beyond what the model returns "
@@ -224,12 +224,12 @@ class _Copier:
                 "example without labels, and compute the loss outside of the model."
             )
         if path in self.buffers:
-            return self._input((BUFFER, path))
+            return self._input_node((BUFFER, path))
         name = path.replace(".", "_")
-        self.constants.register_buffer(name, _attribute(self.full, path).detach().clone(), persistent=False)
+        self.constants.register_buffer(name, _attribute_at(self.full, path).detach().clone(), persistent=False)
         return self.graph.get_attr(name)
 
-    def _input(self, source: Source) -> fx.Node:
+    def _input_node(self, source: Source) -> fx.Node:
         if source not in self.sources:
             before = next(iter(self.graph.nodes), None) if not self.sources else list(self.sources.values())[-1].next
             with self.graph.inserting_before(before):
@@ -237,6 +237,6 @@ class _Copier:
         return self.sources[source]
 
 
-def _attribute(module: nn.Module, path: str) -> Any:
+def _attribute_at(module: nn.Module, path: str) -> Any:
     owner, _, name = path.rpartition(".")
     return getattr(module.get_submodule(owner), name)

@@ -92,18 +92,18 @@ def path_names(tree: Any, alone: str = "") -> list[str]:
     """
     names: list[str] = []
     for path, _ in pytree.tree_flatten_with_path(tree)[0]:
-        words = [str(_key(entry)) for entry in path]
+        words = [str(_tree_key(entry)) for entry in path]
         name = "_".join(([alone] if alone and not (words and not words[0].isdigit()) else []) + words)
-        names.append(_unique(name, names))
+        names.append(_unique_name(name, names))
     return names
 
 
-def _key(entry: Any) -> Any:
+def _tree_key(entry: Any) -> Any:
     """Return the key, index or field of one step into a tree."""
     return next(getattr(entry, name) for name in ("key", "idx", "name") if hasattr(entry, name))
 
 
-def _unique(name: str, taken: Sequence[str]) -> str:
+def _unique_name(name: str, taken: Sequence[str]) -> str:
     number = 1
     unique = name
     while unique in taken:
@@ -130,50 +130,50 @@ def check_sizes(inputs: Sequence[ModelInput | None], values: Sequence[Any], part
             continue
         if not isinstance(value, Tensor):
             if value is None or isinstance(value, str | bytes) or type(value).__module__ == "numpy":
-                raise InputError(_no_tensor(known, value, part))
+                raise InputError(_no_tensor_message(known, value, part))
             continue
         if value.ndim != len(known.sizes):
-            raise InputError(_other_axes(known, value, part))
+            raise InputError(_other_axes_message(known, value, part))
         for axis, (size, found) in enumerate(zip(known.sizes, value.shape, strict=True)):
             if type(found) is not int:  # a symbol of torch.export, which traces the model at all sizes
                 continue
             if isinstance(size, int):
                 if found != size:
-                    raise InputError(_other_size(known, axis, size, found, part))
+                    raise InputError(_other_size_message(known, axis, size, found, part))
             elif not part and found != 1 and seen.setdefault(size, (known.name, axis, found))[2] != found:
-                raise InputError(_unequal(size, seen[size], (known.name, axis, found)))
+                raise InputError(_unequal_sizes_message(size, seen[size], (known.name, axis, found)))
 
 
-def _no_tensor(known: ModelInput, value: Any, part: str) -> str:
+def _no_tensor_message(known: ModelInput, value: Any, part: str) -> str:
     kind = "None" if value is None else f"a {type(value).__module__}.{type(value).__name__}".replace("builtins.", "")
     return (
-        f"The input {known.name}{_of(part)} is {kind}, and the example had a tensor there, so the model cannot be run. "
-        "Give a tensor: torch.as_tensor(...) makes one of an array."
+        f"The input {known.name}{_of_part(part)} is {kind}, and the example had a tensor there, so the model cannot be "
+        "run. Give a tensor: torch.as_tensor(...) makes one of an array."
     )
 
 
-def _other_axes(known: ModelInput, value: Tensor, part: str) -> str:
+def _other_axes_message(known: ModelInput, value: Tensor, part: str) -> str:
     return (
-        f"The input {known.name}{_of(part)} has {value.ndim} axes, {list(value.shape)}, and the example had "
+        f"The input {known.name}{_of_part(part)} has {value.ndim} axes, {list(value.shape)}, and the example had "
         f"{len(known.sizes)}, so the captured graph cannot compute it. Give it the axes of the example."
     )
 
 
-def _other_size(known: ModelInput, axis: int, size: int, found: int, part: str) -> str:
+def _other_size_message(known: ModelInput, axis: int, size: int, found: int, part: str) -> str:
     named = f"{{{known.name!r}: {{{axis}: 'name'}}}}" if not part else "{input: {axis: 'name'}} for the model's input"
     batch = (
         f" If the axis is the batch, the model's code makes it a constant, as the plan says: give batches of {size} "
         "alone (drop_last=True in a DataLoader)."
     )
     return (
-        f"The input {known.name}{_of(part)} has {found} at axis {axis}, and the model was prepared with {size}. The "
-        "captured graph keeps the sizes of its example, so the result would be wrong. Free the axis with "
+        f"The input {known.name}{_of_part(part)} has {found} at axis {axis}, and the model was prepared with {size}. "
+        "The captured graph keeps the sizes of its example, so the result would be wrong. Free the axis with "
         f"dynamic_shapes={named} in prepare or quantize (config: quantization.dynamic_shapes), or give inputs of the "
         f"example's size.{batch if axis == 0 else ''}"
     )
 
 
-def _unequal(axis_name: str, first: tuple[str, int, int], second: tuple[str, int, int]) -> str:
+def _unequal_sizes_message(axis_name: str, first: tuple[str, int, int], second: tuple[str, int, int]) -> str:
     return (
         f'The axes "{axis_name}" of one call must be equal, and {first[0]} has {first[2]} at axis {first[1]}, '
         f"{second[0]} {second[2]} at axis {second[1]}, so the result would be wrong. Make them equal, or prepare the "
@@ -181,5 +181,5 @@ def _unequal(axis_name: str, first: tuple[str, int, int], second: tuple[str, int
     )
 
 
-def _of(part: str) -> str:
+def _of_part(part: str) -> str:
     return f" of {part}" if part else ""

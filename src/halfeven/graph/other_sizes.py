@@ -31,12 +31,14 @@ def other_sizes(inputs: Inputs, free: FreeAxes) -> Iterator[OtherSize]:
     """
     for label in dict.fromkeys(label for axes in free for label in axes.values()):
         for change in (_one_more,) if label == BATCH else (_half, _twice, _one_more):
-            other = _resized(inputs, free, label, change)
+            other = _resize_axis(inputs, free, label, change)
             if other is not None:
                 yield other
 
 
-def _resized(inputs: Inputs, free: FreeAxes, label: str, change: Callable[[Tensor, int], Tensor]) -> OtherSize | None:
+def _resize_axis(
+    inputs: Inputs, free: FreeAxes, label: str, change: Callable[[Tensor, int], Tensor]
+) -> OtherSize | None:
     leaves, form = pytree.tree_flatten(inputs)
     places = [(place, axis) for place, axes in enumerate(free) for axis, name in axes.items() if name == label]
     before = leaves[places[0][0]].shape[places[0][1]]
@@ -77,18 +79,18 @@ def inner_free_axes(
     found = {name: batch_axes(calls[0]) for name, calls in recorded.items()}
     for name, (first, *later) in recorded.items():
         for call in later:
-            _add_changed(found[name], first, call, BATCH)
+            _free_changed_axes(found[name], first, call, BATCH)
     for other in other_sizes(inputs, free):
         try:
             seen = record(*other.inputs)
         except CaptureError:  # the model does not take this size
             continue
         for name in found.keys() & seen.keys():
-            _add_changed(found[name], recorded[name][0], seen[name][0], other.axis_name)
+            _free_changed_axes(found[name], recorded[name][0], seen[name][0], other.axis_name)
     return found
 
 
-def _add_changed(free: FreeAxes, before: Inputs, after: Inputs, label: str) -> None:
+def _free_changed_axes(free: FreeAxes, before: Inputs, after: Inputs, label: str) -> None:
     pairs = zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=False)
     for axes, (x, y) in zip(free, pairs, strict=False):
         if isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim == y.ndim:

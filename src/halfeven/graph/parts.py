@@ -46,18 +46,19 @@ class Part(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise CaptureError(
-            f"{self._told()} was called on its own, and cannot be: its operators are a part of the captured model's "
-            "graph, with quantizers between them. Call the whole model; read a layer's output by a forward hook on "
-            "that layer; or name the submodule in leave_out=[...] to keep it as it is, in float."
+            f"{self._path_and_class()} was called on its own, and cannot be: its operators are a part of the captured "
+            "model's graph, with quantizers between them. Call the whole model; read a layer's output by a forward "
+            "hook on that layer; or name the submodule in leave_out=[...] to keep it as it is, in float."
         )
 
-    def _told(self) -> str:
+    def _path_and_class(self) -> str:
         return f"{self.halfeven_original.path} ({self.halfeven_original.kind.__name__})"
 
     def _report_hook(self) -> None:
         warnings.warn(
-            f"A hook was registered on {self._told()}, which the captured model never calls: the hook will not run. "
-            "Register it on a layer that the model calls, such as a convolution, a linear layer or a BatchNorm.",
+            f"A hook was registered on {self._path_and_class()}, which the captured model never calls: the hook will "
+            "not run. Register it on a layer that the model calls, such as a convolution, a linear layer or a "
+            "BatchNorm.",
             HalfevenWarning,
             stacklevel=3,
         )
@@ -130,7 +131,7 @@ def arrange(root: nn.Module, original: nn.Module) -> None:
     remember(root, original, "")
     give_methods(type(root), type(original))
     for path, module in original.named_modules(remove_duplicate=False):
-        owner = _owner(root, path)
+        owner = _owner_of(root, path)
         name = path.rpartition(".")[2]
         if owner is None or not name:
             continue
@@ -138,7 +139,7 @@ def arrange(root: nn.Module, original: nn.Module) -> None:
         child = children.pop(name, None)
         if child is None and not (owner is root or isinstance(owner, Part)):
             continue  # a part of a layer that is a single operator in the graph
-        children[name] = _as_part(child, module, path) if child is None or type(child) is nn.Module else child
+        children[name] = _make_part(child, module, path) if child is None or type(child) is nn.Module else child
 
 
 def complete(result: nn.Module, state: dict[str, Any]) -> None:
@@ -151,14 +152,14 @@ def complete(result: nn.Module, state: dict[str, Any]) -> None:
         give_methods(type(result), original.kind)
 
 
-def _owner(root: nn.Module, path: str) -> nn.Module | None:
+def _owner_of(root: nn.Module, path: str) -> nn.Module | None:
     try:
         return root.get_submodule(path.rpartition(".")[0])
     except AttributeError:
         return None
 
 
-def _as_part(holder: nn.Module | None, module: nn.Module, path: str) -> Part:
+def _make_part(holder: nn.Module | None, module: nn.Module, path: str) -> Part:
     """Return the part for a float module, with the tensors and submodules of what held its place."""
     part = part_of(module, path)
     if holder is not None:
@@ -176,14 +177,14 @@ def remember(result: nn.Module, module: nn.Module, path: str) -> None:
     kept = {
         name: value
         for name, value in vars(module).items()
-        if name not in INTERNAL and not hasattr(result, name) and _is_plain(value)
+        if name not in INTERNAL and not hasattr(result, name) and _is_plain_value(value)
     }
     vars(result).update(kept)
     original = Original(original_class(module), path, tuple(own_modules(module)), tuple(kept))
     vars(result)["halfeven_original"] = original
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain_value(value: Any) -> bool:
     """Return True unless a value holds a module of the float model, or what its forward pass left, such as a size."""
     leaves = [getattr(leaf, "__self__", leaf) for leaf in pytree.tree_leaves(value)]
     return not any(isinstance(leaf, nn.Module | SymInt | SymFloat | SymBool) or _is_computed(leaf) for leaf in leaves)
@@ -204,10 +205,10 @@ def give_methods(cls: type[nn.Module], kind: type[nn.Module]) -> None:
         for name, value in vars(base).items():
             is_special = name.startswith("__") and name not in INDEXING
             if not is_special and not hasattr(cls, name):
-                setattr(cls, name, _explained(value, kind) if isinstance(value, types.FunctionType) else value)
+                setattr(cls, name, _with_explanation(value, kind) if isinstance(value, types.FunctionType) else value)
 
 
-def _explained(function: Callable[..., Any], kind: type[nn.Module]) -> Callable[..., Any]:
+def _with_explanation(function: Callable[..., Any], kind: type[nn.Module]) -> Callable[..., Any]:
     """Return a method that says where it comes from when it fails on a captured model."""
 
     @wraps(function)
@@ -236,7 +237,7 @@ def _children(self: Any) -> dict[str, nn.Module]:
     return {name: getattr(self, name) for name in self.halfeven_original.children}
 
 
-def _item(self: Any, index: int | slice) -> nn.Module:
+def _get_by_index(self: Any, index: int | slice) -> nn.Module:
     children = list(_children(self).values())
     if not isinstance(index, slice):
         return children[index]
@@ -259,7 +260,7 @@ def _iterate(self: Any) -> Iterator[nn.Module]:
     return iter(_children(self).values())
 
 
-def _key_item(self: Any, key: str) -> nn.Module:
+def _get_by_key(self: Any, key: str) -> nn.Module:
     return _children(self)[key]
 
 
@@ -275,9 +276,9 @@ def _items(self: Any) -> Any:
     return _children(self).items()
 
 
-SEQUENCE_METHODS: dict[str, Any] = {"__getitem__": _item, "__len__": _length, "__iter__": _iterate}
+SEQUENCE_METHODS: dict[str, Any] = {"__getitem__": _get_by_index, "__len__": _length, "__iter__": _iterate}
 DICT_METHODS: dict[str, Any] = {
-    "__getitem__": _key_item,
+    "__getitem__": _get_by_key,
     "__len__": _length,
     "__iter__": lambda self: iter(_children(self)),
     "__contains__": lambda self, key: key in self.halfeven_original.children,

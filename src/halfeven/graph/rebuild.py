@@ -138,7 +138,7 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule, calls: Calls) -> Cap
             graph.erase_node(node)
         elif Op(node).is_function:
             make_functional(node)
-            _restore(node, original, modules)
+            _restore_module(node, original, modules)
             _check_mode_is_free(node)
     root = CapturedModule(nn.Module(), fx.Graph())
     # Parents before children: a placed parent would replace children that are there already.
@@ -169,31 +169,31 @@ def _check_mode_is_free(node: fx.Node) -> None:
         )
 
 
-def _restore(node: fx.Node, original: nn.Module, modules: dict[str, nn.Module]) -> None:
+def _restore_module(node: fx.Node, original: nn.Module, modules: dict[str, nn.Module]) -> None:
     if node.target is torch.ops.halfeven.leaf.default:
         name = str(node.args[1])
-        _call(node, name, original.get_submodule(name), modules)
+        _call_module(node, name, original.get_submodule(name), modules)
         return
     built = build_module(node, original)
     if built is None:
         return
     name, module = built
     present = modules.get(name)
-    if present is None and not _is_free(original, name):
+    if present is None and not _is_unused_name(original, name):
         return
     if present is None:
-        _call(node, name, module, modules)
+        _call_module(node, name, module, modules)
     # A module's repr has all its settings. Two calls of one weight with different strides are two functions.
     elif repr(present) == repr(module):  # a layer that is used more than once
-        _call(node, name, present, modules)
+        _call_module(node, name, present, modules)
 
 
-def _is_free(original: nn.Module, name: str) -> bool:
+def _is_unused_name(original: nn.Module, name: str) -> bool:
     """Return True if no parameter of the original has exactly this name."""
     return name not in dict(original.named_parameters(remove_duplicate=False))
 
 
-def _call(node: fx.Node, name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
+def _call_module(node: fx.Node, name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
     modules[name] = module
     replace_call(node, name, (node.args[0],))
 
@@ -201,29 +201,29 @@ def _call(node: fx.Node, name: str, module: nn.Module, modules: dict[str, nn.Mod
 Built = tuple[str, nn.Module] | None
 
 
-def _path(node: Any, attribute: str) -> str | None:
+def _parameter_owner(node: Any, attribute: str) -> str | None:
     """Return the module path of a parameter node called `<path>.<attribute>`, None for any other."""
     if not isinstance(node, fx.Node) or not Op(node).is_constant:
         return None
     return (Op(node).parent_path or None) if Op(node).last_name == attribute else None
 
 
-def _parameter(original: nn.Module, node: Any) -> Any:
+def _original_parameter(original: nn.Module, node: Any) -> Any:
     if node is None:
         return None
     return getattr(original.get_submodule(Op(node).parent_path), Op(node).last_name)
 
 
-def _layer(arguments: Arguments, original: nn.Module) -> tuple[str, Any, Any] | None:
+def _layer_parameters(arguments: Arguments, original: nn.Module) -> tuple[str, Any, Any] | None:
     """Return the path, weight and bias of a layer whose parameters are named weight and bias; None for any other."""
-    path = _path(arguments["weight"], "weight")
+    path = _parameter_owner(arguments["weight"], "weight")
     bias = arguments["bias"]
-    if path is None or (bias is not None and _path(bias, "bias") != path):
+    if path is None or (bias is not None and _parameter_owner(bias, "bias") != path):
         return None
-    weight = _parameter(original, arguments["weight"])
+    weight = _original_parameter(original, arguments["weight"])
     if not isinstance(weight, nn.Parameter):
         return None
-    return path, weight, _parameter(original, bias)
+    return path, weight, _original_parameter(original, bias)
 
 
 def _with_parameters(module: nn.Module, weight: Any, bias: Any) -> nn.Module:
@@ -232,8 +232,8 @@ def _with_parameters(module: nn.Module, weight: Any, bias: Any) -> nn.Module:
     return module
 
 
-def _convolution(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
-    if (layer := _layer(a, original)) is None:
+def _build_convolution(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
+    if (layer := _layer_parameters(a, original)) is None:
         return None
     path, weight, bias = layer
     build: Any = Op(node).row.module
@@ -241,51 +241,58 @@ def _convolution(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
     # A convolution's weight is [outputs, inputs / groups, *kernel].
     shape = (weight.shape[1] * a["groups"], weight.shape[0], tuple(weight.shape[2:]), tuple(a["stride"]), padding)
     # device="meta": the new module's own parameters get no memory, since the original's take their place.
-    module = build(*_spread(shape, weight.ndim - 2), tuple(_many(a["dilation"], weight.ndim - 2)), a["groups"],
-                   bias is not None, device="meta")  # fmt: skip
+    axes = weight.ndim - 2
+    dilation = _for_each_axis(a["dilation"], axes)
+    module = build(*_spread_over_axes(shape, axes), dilation, a["groups"], bias is not None, device="meta")
     return path, _with_parameters(module, weight, bias)
 
 
-def _transposed(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
-    if (layer := _layer(a, original)) is None:
+def _build_transposed(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
+    if (layer := _layer_parameters(a, original)) is None:
         return None
     path, weight, bias = layer
     axes = weight.ndim - 2
     build: Any = Op(node).row.module
     module = build(
-        weight.shape[0], weight.shape[1] * a["groups"], tuple(weight.shape[2:]), _many(a["stride"], axes),
-        _many(a["padding"], axes), _many(a["output_padding"], axes), a["groups"], bias is not None,
-        _many(a["dilation"], axes), device="meta",
+        weight.shape[0], weight.shape[1] * a["groups"], tuple(weight.shape[2:]), _for_each_axis(a["stride"], axes),
+        _for_each_axis(a["padding"], axes), _for_each_axis(a["output_padding"], axes), a["groups"], bias is not None,
+        _for_each_axis(a["dilation"], axes), device="meta",
     )  # fmt: skip
     return path, _with_parameters(module, weight, bias)
 
 
-def _many(value: Any, axes: int) -> tuple[int, ...]:
+def _for_each_axis(value: Any, axes: int) -> tuple[int, ...]:
     """Return a number for each axis, from a number or list that may stand for all axes."""
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     return values * axes if len(values) == 1 else values
 
 
-def _spread(shape: tuple[Any, ...], axes: int) -> tuple[Any, ...]:
+def _spread_over_axes(shape: tuple[Any, ...], axes: int) -> tuple[Any, ...]:
     inputs, outputs, kernel, stride, padding = shape
-    return inputs, outputs, kernel, _many(stride, axes), padding if isinstance(padding, str) else _many(padding, axes)
+    return (
+        inputs,
+        outputs,
+        kernel,
+        _for_each_axis(stride, axes),
+        padding if isinstance(padding, str) else _for_each_axis(padding, axes),
+    )
 
 
-def _linear(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
-    if (layer := _layer(a, original)) is None:
+def _build_linear(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
+    if (layer := _layer_parameters(a, original)) is None:
         return None
     path, weight, bias = layer
     module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     return path, _with_parameters(module, weight, bias)
 
 
-def _batch_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
-    path = _path(a["running_mean"], "running_mean")
-    if path is None or a["training"] or _path(a["running_var"], "running_var") != path:
+def _build_batch_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
+    path = _parameter_owner(a["running_mean"], "running_mean")
+    if path is None or a["training"] or _parameter_owner(a["running_var"], "running_var") != path:
         return None
     weight = a["weight"]
     bias = a["bias"]
-    if any(p is not None and _path(p, n) != path for p, n in ((weight, "weight"), (bias, "bias"))):
+    if any(p is not None and _parameter_owner(p, n) != path for p, n in ((weight, "weight"), (bias, "bias"))):
         return None
     was: Any = original.get_submodule(path)
     # It keeps its process group and its class; rebuilt as BatchNorm2d, it would no longer synchronize.
@@ -302,27 +309,27 @@ def _batch_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
     module.running_var = was.running_var
     module.num_batches_tracked = getattr(was, "num_batches_tracked", None)
     if weight is not None:
-        _with_parameters(module, _parameter(original, weight), _parameter(original, bias))
+        _with_parameters(module, _original_parameter(original, weight), _original_parameter(original, bias))
     return path, module
 
 
-def _layer_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
-    if a["weight"] is None or (layer := _layer(a, original)) is None:
+def _build_layer_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
+    if a["weight"] is None or (layer := _layer_parameters(a, original)) is None:
         return None
     path, weight, bias = layer
     module = nn.LayerNorm(tuple(a["normalized_shape"]), a["eps"], bias=bias is not None, device="meta")
     return path, _with_parameters(module, weight, bias)
 
 
-def _group_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
-    if a["weight"] is None or a["bias"] is None or (layer := _layer(a, original)) is None:
+def _build_group_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
+    if a["weight"] is None or a["bias"] is None or (layer := _layer_parameters(a, original)) is None:
         return None
     path, weight, bias = layer
     module = nn.GroupNorm(a["num_groups"], weight.numel(), a["eps"], device="meta")
     return path, _with_parameters(module, weight, bias)
 
 
-def _dropout(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
+def _build_dropout(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
     op = Op(node)
     # A dropout called as a function bears the path of the module around it, or of no module.
     try:
@@ -338,15 +345,15 @@ def _dropout(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
 Builder = Callable[[fx.Node, Arguments, nn.Module], Built]
 
 BUILDERS: dict[OperatorKind, Builder] = {
-    OperatorKind.CONVOLUTION: _convolution,
-    OperatorKind.TRANSPOSED_CONVOLUTION: _transposed,
-    OperatorKind.LINEAR: _linear,
-    OperatorKind.IDENTITY: _dropout,
+    OperatorKind.CONVOLUTION: _build_convolution,
+    OperatorKind.TRANSPOSED_CONVOLUTION: _build_transposed,
+    OperatorKind.LINEAR: _build_linear,
+    OperatorKind.IDENTITY: _build_dropout,
 }
 NORMALIZATION_BUILDERS: dict[type[nn.Module], Builder] = {
-    nn.BatchNorm2d: _batch_norm,
-    nn.LayerNorm: _layer_norm,
-    nn.GroupNorm: _group_norm,
+    nn.BatchNorm2d: _build_batch_norm,
+    nn.LayerNorm: _build_layer_norm,
+    nn.GroupNorm: _build_group_norm,
 }
 
 

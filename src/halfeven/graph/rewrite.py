@@ -24,12 +24,12 @@ def lower_attention(region: CapturedModule) -> int:
         The number of expanded operators.
     """
     nodes = [n for n in region.graph.nodes if n.target is aten.scaled_dot_product_attention.default]
-    lowered = [node for node in nodes if _lower(region, node)]
+    lowered = [node for node in nodes if _expand_attention(region, node)]
     region.recompile()
     return len(lowered)
 
 
-def _lower(region: CapturedModule, node: fx.Node) -> bool:
+def _expand_attention(region: CapturedModule, node: fx.Node) -> bool:
     values = Op(node).arguments
     if values["is_causal"] or values.get("enable_gqa"):
         return False  # a causal mask depends on sizes; such an operator stays whole, in float, and the plan says so
@@ -39,7 +39,7 @@ def _lower(region: CapturedModule, node: fx.Node) -> bool:
     # torch's default: 1 / sqrt(width of a head).
     scale = values["scale"] if values["scale"] is not None else float(width) ** -0.5
     graph = region.graph
-    call = _caller(node)
+    call = _calls_before(node)
     with graph.inserting_before(node):
         scores = call(aten.mul.Tensor, call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1)), scale)
         mask = values["attn_mask"]
@@ -75,7 +75,7 @@ def lower_stacked_sums(region: CapturedModule) -> int:
         ndim = Op(stack).ndim
         if [axis % ndim for axis in values["dim"]] != [given["dim"] % ndim]:
             continue
-        call = _caller(node)
+        call = _calls_before(node)
         with region.graph.inserting_before(node):
             total = reduce(lambda left, right: call(aten.add.Tensor, left, right), given["tensors"])
         node.replace_all_uses_with(total)
@@ -122,7 +122,7 @@ def _hashable(value: Any) -> Any:
     return type(value), value
 
 
-def _caller(node: fx.Node) -> Callable[..., fx.Node]:
+def _calls_before(node: fx.Node) -> Callable[..., fx.Node]:
     """Return a function that adds calls of operators in the place of a node, with their results recorded."""
 
     def call(target: Any, *args: Any) -> fx.Node:
@@ -131,13 +131,13 @@ def _caller(node: fx.Node) -> Callable[..., fx.Node]:
         new.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
         with torch.no_grad():
             fakes = [Op(a).value if isinstance(a, fx.Node) else a for a in args]
-            record_value(new, _evaluate(target, fakes))
+            record_value(new, _evaluate_fakes(target, fakes))
         return new
 
     return call
 
 
-def _evaluate(target: Any, fakes: list[Any]) -> Any:
+def _evaluate_fakes(target: Any, fakes: list[Any]) -> Any:
     # The recorded values are torch.export's fake tensors, which have shapes and no data; results must belong to the
     # same fake mode, or its symbols for free sizes would not match.
     mode = next(f.fake_mode for f in fakes if hasattr(f, "fake_mode"))

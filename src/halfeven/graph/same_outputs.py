@@ -30,15 +30,15 @@ def check_same(model: nn.Module, captured: nn.Module, inputs: Inputs, free: Free
     """Raise CaptureError unless both models agree in eval mode, on the example and at other sizes of its free axes."""
     captured.eval()
     with torch.no_grad(), attributes_restored(model):
-        _check_equal("the example", _leaves(model, inputs), _leaves(captured, inputs))
+        _check_equal("the example", _output_leaves(model, inputs), _output_leaves(captured, inputs))
         for other in other_sizes(inputs, free):
             try:
-                expected = _leaves(model, other.inputs)
+                expected = _output_leaves(model, other.inputs)
             except Exception:  # the example itself ran before: this model does not take this size
                 continue
             where = f"inputs whose {other.axis_name} is {other.size}"
             try:
-                found = _leaves(captured, other.inputs)
+                found = _output_leaves(captured, other.inputs)
             except Exception as error:
                 raise CaptureError(
                     f"The captured model does not run on {where}, and the original does: {reason_of(error)}\nSo "
@@ -48,7 +48,7 @@ def check_same(model: nn.Module, captured: nn.Module, inputs: Inputs, free: Free
             _check_equal(where, expected, found)
 
 
-def _leaves(model: nn.Module, inputs: Inputs) -> list[Any]:
+def _output_leaves(model: nn.Module, inputs: Inputs) -> list[Any]:
     return pytree.tree_leaves(model(*inputs[0], **inputs[1]))
 
 

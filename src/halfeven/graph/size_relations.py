@@ -46,29 +46,29 @@ def size_relations(
         axes = [leaf_and_axis(groups) for groups in re.findall(SIZE, guard)]
         if not axes or any(name not in places for name, _ in axes):
             continue
-        named = dict.fromkeys((places[name], axis, _label(inputs, places[name], axis)) for name, axis in axes)
+        named = dict.fromkeys((places[name], axis, _axis_label(inputs, places[name], axis)) for name, axis in axes)
         if "!=" in guard or all(label == BATCH for _, _, label in named):
             continue
-        expression = re.sub(SIZE, lambda size: _size(size.groups(), places), guard)
-        words = re.sub(SIZE, lambda size: _words(size.groups(), inputs, places), guard)
+        expression = re.sub(SIZE, lambda size: _size_expression(size.groups(), places), guard)
+        words = re.sub(SIZE, lambda size: _size_words(size.groups(), inputs, places), guard)
         found.append(SizeRelation(expression, words, tuple(named)))
     return tuple(found)
 
 
-def _label(inputs: Sequence[ModelInput | None], place: int, axis: int) -> str:
+def _axis_label(inputs: Sequence[ModelInput | None], place: int, axis: int) -> str:
     known = inputs[place]
     assert known is not None
     return known.free.get(axis, f"axis {axis} of {known.name}")
 
 
-def _size(groups: Sequence[str], places: dict[str, int]) -> str:
+def _size_expression(groups: Sequence[str], places: dict[str, int]) -> str:
     name, axis = leaf_and_axis(groups)
     return f"sizes[{places[name]}][{axis}]"
 
 
-def _words(groups: Sequence[str], inputs: Sequence[ModelInput | None], places: dict[str, int]) -> str:
+def _size_words(groups: Sequence[str], inputs: Sequence[ModelInput | None], places: dict[str, int]) -> str:
     name, axis = leaf_and_axis(groups)
-    return _label(inputs, places[name], axis)
+    return _axis_label(inputs, places[name], axis)
 
 
 def check_relations(relations: Sequence[SizeRelation], values: Sequence[Any]) -> None:
@@ -84,7 +84,7 @@ def check_relations(relations: Sequence[SizeRelation], values: Sequence[Any]) ->
         here = [sizes[place][axis] for place, axis, _ in relation.axes]
         if 1 in here or any(type(size) is not int for size in here):
             continue
-        if not eval(_compiled(relation.expression), {"sizes": sizes, "torch": torch}):
+        if not eval(_compiled_expression(relation.expression), {"sizes": sizes, "torch": torch}):
             told = ", ".join(f"{label} is {size}" for (_, _, label), size in zip(relation.axes, here, strict=True))
             raise InputError(
                 f"The captured graph is right only where {relation.words}, because the model's code decides by these "
@@ -94,7 +94,7 @@ def check_relations(relations: Sequence[SizeRelation], values: Sequence[Any]) ->
 
 
 @cache
-def _compiled(expression: str) -> CodeType:
+def _compiled_expression(expression: str) -> CodeType:
     return compile(expression, "<sizes>", "eval")
 
 

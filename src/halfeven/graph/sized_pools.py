@@ -23,13 +23,13 @@ class SizedPools(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (*AVERAGES, *MAXIMA) and (axes := _covered(*args, **kwargs)):
+        if func in (*AVERAGES, *MAXIMA) and (axes := _axes_of_whole_window(*args, **kwargs)):
             pooled = args[0] if args else kwargs["input"]
             return pooled.mean(axes, keepdim=True) if func in AVERAGES else pooled.amax(axes, keepdim=True)
         return func(*args, **kwargs)
 
 
-def _covered(
+def _axes_of_whole_window(
     input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, *more: Any, **others: Any
 ) -> list[int]:
     """Return the axes of a window that is the whole input, by the symbol of a free size; [] for any other window."""

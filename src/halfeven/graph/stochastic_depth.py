@@ -10,11 +10,11 @@ from halfeven.graph.operators import is_stochastic_depth
 
 
 @torch.library.custom_op("halfeven::leaf", mutates_args=())
-def _leaf(x: Tensor, name: str) -> Tensor:
+def _mark_leaf(x: Tensor, name: str) -> Tensor:
     return x.clone()
 
 
-@_leaf.register_fake
+@_mark_leaf.register_fake
 def _(x: Tensor, name: str) -> Tensor:
     return torch.empty_like(x)
 

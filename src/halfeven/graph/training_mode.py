@@ -71,13 +71,13 @@ def capture_as_trained(model: nn.Module, args: Any, kwargs: Any, how: Capture) -
         if not new:
             new = comparison.differing_regions(captured, kept)
         if not new:
-            return _cannot(comparison, captured, tuple(kept.values()), said)
-        captured, kept = _captured_with(model, kept | new, how)
+            return _refuse_unless_random(comparison, captured, tuple(kept.values()), said)
+        captured, kept = _capture_with_kept(model, kept | new, how)
         said = comparison.differences(captured)
     return TrainingCapture(captured, tuple(kept.values()))
 
 
-def _captured_with(model: nn.Module, kept: Kept, how: Capture) -> tuple[nn.Module, Kept]:
+def _capture_with_kept(model: nn.Module, kept: Kept, how: Capture) -> tuple[nn.Module, Kept]:
     """Capture a model with modules kept in Python, and with those whose attributes the kept code reads."""
     while True:
         captured = how.capture(kept)
@@ -102,7 +102,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def _cannot(
+def _refuse_unless_random(
     comparison: "_Comparison", captured: nn.Module, kept: tuple[KeptInPython, ...], said: list[str]
 ) -> TrainingCapture:
     if comparison.repeats_itself():
@@ -143,7 +143,7 @@ class _Comparison:
 
     def differences(self, captured: nn.Module) -> list[str]:
         """Return what a captured model does otherwise in training."""
-        return _differences(self.run, captured, self.args, self.kwargs, self.parameters)
+        return _training_differences(self.run, captured, self.args, self.kwargs, self.parameters)
 
     def suspects(self, export: Export) -> Iterator[Kept]:
         """Return the modules whose own code has a training mode of its own, the most likely ones first."""
@@ -170,7 +170,7 @@ class _Comparison:
             part = self.part(name)
             parameters = dict(part.named_parameters(remove_duplicate=False))
             expected = run_in_training(part, *inputs[name], parameters)
-            if said := _differences(expected, region, *inputs[name], parameters):
+            if said := _training_differences(expected, region, *inputs[name], parameters):
                 found[name] = KeptInPython(name, "; ".join(said))
         return found
 
@@ -179,7 +179,7 @@ class _Comparison:
         return not differences(self.run, run_in_training(self.model, self.args, self.kwargs, self.parameters))
 
 
-def _differences(
+def _training_differences(
     expected: TrainingRun, captured: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn.Parameter]
 ) -> list[str]:
     try:

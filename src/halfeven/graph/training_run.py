@@ -76,17 +76,23 @@ def run_as_is(
     """Run a model as `run_in_training` does, in the mode that its modules have, and restore nothing of the model."""
     switch_off_dropout(model)
     given = parameters or dict(model.named_parameters(remove_duplicate=False))
-    before = {name: tensor.detach().clone() for name, tensor in _state(model).items()}
+    before = {name: tensor.detach().clone() for name, tensor in _tensors_by_name(model).items()}
     attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
     run = TrainingRun()
     (args, kwargs), leaves = _with_gradients(args, kwargs)
-    with _random_state(), _hooked(model, run), _functions_without_dropout(), _WithoutDropout(), torch.enable_grad():
+    with (
+        _random_state(),
+        _recording_calls(model, run),
+        _functions_without_dropout(),
+        _WithoutDropout(),
+        torch.enable_grad(),
+    ):
         outputs = model(*args, **kwargs)
         run.random = _random_states()
         run.outputs, run.structure = pytree.tree_flatten(outputs)
-        run.losses = _losses(model, attributes)
-        run.changed = _changed(before, model)
-        run.gradients = _gradients(run, given, leaves)
+        run.losses = _modules_with_losses(model, attributes)
+        run.changed = _changed_tensors(before, model)
+        run.gradients = _output_gradients(run, given, leaves)
     run.outputs = [x.detach() if isinstance(x, Tensor) else x for x in run.outputs]
     return run
 
@@ -96,10 +102,10 @@ def differences(expected: TrainingRun, found: TrainingRun) -> list[str]:
     said: list[str] = []
     nested_alike = expected.structure == found.structure
     if not nested_alike:
-        said.append(f"it returns {_described(expected)} in training, {_described(found)} in eval mode")
+        said.append(f"it returns {_structure_words(expected)} in training, {_structure_words(found)} in eval mode")
     if expected.random != found.random:
         said.append("it draws random numbers in training")
-    moved = [name for name in expected.changed if not _alike(expected.changed[name], found.changed.get(name))]
+    moved = [name for name in expected.changed if not _are_alike(expected.changed[name], found.changed.get(name))]
     moved += [name for name in found.changed if name not in expected.changed]
     if moved:
         said.append(f"it changes {named(moved)} in training")
@@ -108,20 +114,20 @@ def differences(expected: TrainingRun, found: TrainingRun) -> list[str]:
     if lost := sorted((expected.recomputed & found.called) - found.recomputed):
         said.append(f"it computes {named(lost)} again in the backward pass, to save memory")
     # What follows may be a consequence of the former.
-    if not said and not all(_alike(e, f) for e, f in zip(expected.outputs, found.outputs, strict=True)):
+    if not said and not all(_are_alike(e, f) for e, f in zip(expected.outputs, found.outputs, strict=True)):
         said.append("its outputs have other values in training than in eval mode")
     if not said and (turned := _other_gradients(expected.gradients, found.gradients)):
         said.append(f"the gradients of {named(turned)} are not those of its operators")
     return said
 
 
-def _described(run: TrainingRun) -> str:
+def _structure_words(run: TrainingRun) -> str:
     count = len(run.outputs)
     kind = getattr(run.structure.type, "__name__", None) if run.structure.type is not None else None
     return f"a {kind} of {count}" if kind else "a tensor"
 
 
-def _alike(expected: Any, found: Any) -> bool:
+def _are_alike(expected: Any, found: Any) -> bool:
     if not (isinstance(expected, Tensor) and isinstance(found, Tensor)):
         return type(expected) is type(found)
     if expected.shape != found.shape or expected.dtype != found.dtype:
@@ -184,7 +190,9 @@ def _with_gradients(args: Any, kwargs: Any) -> tuple[tuple[Any, Any], list[Tenso
     return map_tensors(leaf, (args, kwargs)), leaves
 
 
-def _gradients(run: TrainingRun, parameters: Mapping[str, nn.Parameter], leaves: list[Tensor]) -> dict[str, Tensor]:
+def _output_gradients(
+    run: TrainingRun, parameters: Mapping[str, nn.Parameter], leaves: list[Tensor]
+) -> dict[str, Tensor]:
     kept = {name: parameter.grad for name, parameter in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = None
@@ -205,7 +213,7 @@ def _gradients(run: TrainingRun, parameters: Mapping[str, nn.Parameter], leaves:
             parameter.grad = kept[name]
 
 
-def _losses(model: nn.Module, before: Mapping[str, dict[str, Any]]) -> set[str]:
+def _modules_with_losses(model: nn.Module, before: Mapping[str, dict[str, Any]]) -> set[str]:
     found = set()
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
@@ -215,15 +223,15 @@ def _losses(model: nn.Module, before: Mapping[str, dict[str, Any]]) -> set[str]:
     return found
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def _tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
 
 
-def _changed(before: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    now = _state(model)
+def _changed_tensors(before: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    now = _tensors_by_name(model)
     return {
         name: now[name].detach().clone()
         for name, value in before.items()
@@ -232,7 +240,7 @@ def _changed(before: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor
 
 
 @contextmanager
-def _hooked(model: nn.Module, run: TrainingRun) -> Iterator[None]:
+def _recording_calls(model: nn.Module, run: TrainingRun) -> Iterator[None]:
     """Record the modules that are called and, after the outputs are there, called again."""
 
     def call(name: str) -> None:
@@ -256,7 +264,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     """Restore the parameters, buffers, attributes and modes of a model, and the values of its tensors, at the end."""
     modules = list(model.modules())
     buffers = [dict(own_buffers(module)) for module in modules]
-    values = [(tensor, tensor.detach().clone()) for tensor in _state(model).values()]
+    values = [(tensor, tensor.detach().clone()) for tensor in _tensors_by_name(model).values()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with attributes_restored(model):

@@ -43,7 +43,7 @@ class _Trace:
 
 def training_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, Inputs]:
     """Return the arguments of each module's first call in training mode, by the module's name."""
-    return _traced(model, args, kwargs).inputs
+    return _trace_run(model, args, kwargs).inputs
 
 
 def suspects(model: nn.Module, args: Any, kwargs: Any, export: Export) -> Iterator[dict[str, Suspicion]]:
@@ -59,12 +59,12 @@ def suspects(model: nn.Module, args: Any, kwargs: Any, export: Export) -> Iterat
         args, kwargs: its arguments, of at least two samples.
         export: captures a part of the model alone, on its arguments.
     """
-    trace = _traced(model, args, kwargs)
-    yield _by_mode(model, args, kwargs, trace, export)
+    trace = _trace_run(model, args, kwargs)
+    yield _suspects_by_mode(model, args, kwargs, trace, export)
     found = {}
     judged: dict[Any, bool] = {}
     for node, name in trace.functions.items():
-        function = _name_of(node)
+        function = _function_name(node)
         module = model.get_submodule(name)
         kind = (type(module), function)
         if name and kind not in judged:
@@ -87,15 +87,15 @@ def _smallest_that_differ(model: nn.Module, trace: _Trace, export: Export) -> di
     return found
 
 
-def _by_mode(model: nn.Module, args: Any, kwargs: Any, trace: _Trace, export: Export) -> dict[str, Suspicion]:
+def _suspects_by_mode(model: nn.Module, args: Any, kwargs: Any, trace: _Trace, export: Export) -> dict[str, Suspicion]:
     found: dict[str, Suspicion] = {}
     for node, name in trace.functions.items():
-        if _name_of(node) == CheckpointFunction.__name__:
+        if _function_name(node) == CheckpointFunction.__name__:
             found[name] = Suspicion("it computes its parts again in the backward pass, to save memory")
     for name in sorted(trace.recomputed):
         again = f"it computes {name} again in the backward pass, to save memory"
         found.setdefault(trace.caller.get(name, ""), Suspicion(again))
-    for name in _called_in_parts(trace) & set(_traced(model, args, kwargs, training=False).inputs):
+    for name in _called_in_parts(trace) & set(_trace_run(model, args, kwargs, training=False).inputs):
         found.setdefault(name, Suspicion("training calls its parts one by one"))
     norms: dict[type, bool] = {}
     for name, module in model.named_modules():
@@ -106,12 +106,14 @@ def _by_mode(model: nn.Module, args: Any, kwargs: Any, trace: _Trace, export: Ex
                 norms[type(module)] = bool(_differences_alone(module, trace.inputs[name], export))
             if norms[type(module)]:
                 found[name] = Suspicion("it normalizes in training in a way of its own")
-        elif not _follows_the_mode(module) and (suspicion := _by_flag(module, *trace.inputs[name])) is not None:
+        elif (
+            not _follows_the_mode(module) and (suspicion := _suspicion_by_flag(module, *trace.inputs[name])) is not None
+        ):
             found[name] = suspicion
     return found
 
 
-def _name_of(node: Any) -> str:
+def _function_name(node: Any) -> str:
     """Return the name of the `autograd.Function` that a node of the backward pass is a call of."""
     return type(node).__name__.removesuffix("Backward")
 
@@ -138,7 +140,7 @@ def _is_of_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.modules")
 
 
-def _by_flag(module: nn.Module, args: Any, kwargs: Any) -> Suspicion | None:
+def _suspicion_by_flag(module: nn.Module, args: Any, kwargs: Any) -> Suspicion | None:
     """Return what changes where a module's own `training` flag is off and those of its children are on; None: nothing
     does."""
     try:
@@ -164,9 +166,9 @@ def _differences_alone(module: nn.Module, arguments: Inputs, export: Export) -> 
         return ["it cannot be captured alone"]
 
 
-def _traced(model: nn.Module, args: Any, kwargs: Any, *, training: bool = True) -> _Trace:
+def _trace_run(model: nn.Module, args: Any, kwargs: Any, *, training: bool = True) -> _Trace:
     trace = _Trace()
-    with restored(model), _recorded(model, trace):
+    with restored(model), _recording_calls(model, trace):
         model.train(training)
         run_as_is(model, args, kwargs)
     return trace
@@ -193,13 +195,13 @@ def _own_functions(outputs: Any, before: set[Any], known: Mapping[Any, str]) -> 
 
 
 @contextmanager
-def _recorded(model: nn.Module, trace: _Trace) -> Iterator[None]:
+def _recording_calls(model: nn.Module, trace: _Trace) -> Iterator[None]:
     """Record the calls of all modules, in the forward pass and, for recomputation, in the backward pass."""
     stack: list[tuple[str, set[Any]]] = []
 
     def enter(name: str, args: Any, kwargs: Any) -> None:
         if name not in trace.inputs:
-            trace.inputs[name] = map_tensors(_copied, (args, kwargs))
+            trace.inputs[name] = map_tensors(_detached_copy, (args, kwargs))
             trace.caller[name] = stack[-1][0] if stack else ""
         elif not stack:  # the model is done: the backward pass calls it
             trace.recomputed.add(name)
@@ -226,5 +228,5 @@ def _recorded(model: nn.Module, trace: _Trace) -> Iterator[None]:
             handle.remove()
 
 
-def _copied(x: Tensor) -> Tensor:
+def _detached_copy(x: Tensor) -> Tensor:
     return x.detach().clone()

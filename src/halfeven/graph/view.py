@@ -77,7 +77,7 @@ class Op:
         """Return the operator's row in the table `halfeven.graph.operators.OPERATORS`."""
         if not self.is_module:
             return row_of(self.node.target)
-        return self._kept_rows.get(self.path) or row_of_module(self._called())
+        return self._kept_rows.get(self.path) or row_of_module(self._called_module())
 
     @property
     def is_kept(self) -> bool:
@@ -92,9 +92,9 @@ class Op:
     @property
     def module(self) -> Any:
         """Return the called module; None for any other node."""
-        return self._called() if self.is_module else None
+        return self._called_module() if self.is_module else None
 
-    def _called(self) -> nn.Module:
+    def _called_module(self) -> nn.Module:
         owner = self.node.graph.owning_module
         assert owner is not None
         return owner.get_submodule(str(self.node.target))
@@ -259,15 +259,15 @@ class Op:
             axis: the channels' axis before the call.
         """
         rule = self.row.factor_axis if self.is_function else None
-        return None if rule is None else rule(self._call(), axis)
+        return None if rule is None else rule(self._as_call(), axis)
 
     @property
     def passes_features(self) -> bool:
         """Return True if this call keeps the last axis and passes a factor and an offset per channel of it."""
         rule = self.row.passes_features
-        return rule is not None and rule(self._call())
+        return rule is not None and rule(self._as_call())
 
-    def _call(self) -> Call:
+    def _as_call(self) -> Call:
         source = self.inputs[0].value if self.inputs else None
         arguments = self.arguments if is_operator(self.node.target) else {}
         return Call(arguments, tuple(getattr(source, "shape", ())), tuple(getattr(self.value, "shape", ())))

@@ -100,24 +100,24 @@ def inputs_in(model: nn.Module, batch: Any) -> Inputs:
     """
     parameters = inspect.signature(model.forward).parameters.values()
     if isinstance(batch, Mapping):
-        return (), _accepted(batch, parameters)
+        return (), _accepted_arguments(batch, parameters)
     if not is_sequence(batch):
         return (batch,), {}
     if batch and isinstance(batch[0], Mapping):
         return inputs_in(model, batch[0])
     if batch and is_sequence(batch[0]):
         return tuple(batch[0]), {}
-    return _counted(model, batch, parameters), {}
+    return _leading_inputs(model, batch, parameters), {}
 
 
-def _accepted(batch: Mapping[str, Any], parameters: Iterable[inspect.Parameter]) -> dict[str, Any]:
+def _accepted_arguments(batch: Mapping[str, Any], parameters: Iterable[inspect.Parameter]) -> dict[str, Any]:
     known = {p.name: p for p in parameters if p.kind is not p.VAR_KEYWORD}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     labels = {name for name, p in known.items() if is_label(p)} | ({"label", "labels"} - known.keys())
     return {name: value for name, value in batch.items() if name not in labels and (takes_any or name in known)}
 
 
-def _counted(model: nn.Module, batch: Sequence[Any], parameters: Iterable[inspect.Parameter]) -> tuple[Any, ...]:
+def _leading_inputs(model: nn.Module, batch: Sequence[Any], parameters: Iterable[inspect.Parameter]) -> tuple[Any, ...]:
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = max(sum(p.default is p.empty for p in positional), 1)
     possible = required
@@ -126,7 +126,7 @@ def _counted(model: nn.Module, batch: Sequence[Any], parameters: Iterable[inspec
             break
         possible += 1
     counts = range(min(required, len(batch)), min(possible, len(batch)) + 1)
-    runs = [count for count in counts if len(counts) == 1 or _runs(model, batch[:count])]
+    runs = [count for count in counts if len(counts) == 1 or _runs_with(model, batch[:count])]
     if len(runs) > 1:
         names = [p.name for p in positional[: runs[-1]]]
         raise ConfigError(
@@ -138,7 +138,7 @@ def _counted(model: nn.Module, batch: Sequence[Any], parameters: Iterable[inspec
 
 
 @torch.no_grad()
-def _runs(model: nn.Module, entries: Sequence[Any]) -> bool:
+def _runs_with(model: nn.Module, entries: Sequence[Any]) -> bool:
     args, _ = on_device(model, (tuple(entries), {}))
     with evaluating(model):
         try:

@@ -26,18 +26,18 @@ def average_batchnorm(model: nn.Module) -> None:
 
 def own_statistics(models: Iterable[nn.Module]) -> dict[str, Tensor]:
     """Return copies of this process's BatchNorm statistics of several models, by the model's number and the name."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in _statistics(models).items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in _running_statistics(models).items()}
 
 
 @torch.no_grad()
 def set_own_statistics(models: Iterable[nn.Module], own: Mapping[str, Tensor]) -> None:
     """Set BatchNorm statistics to those that `own_statistics` has returned; {} changes nothing."""
-    found = _statistics(models)
+    found = _running_statistics(models)
     for name, tensor in own.items():
         found[name].copy_(tensor)
 
 
-def _statistics(models: Iterable[nn.Module]) -> dict[str, Tensor]:
+def _running_statistics(models: Iterable[nn.Module]) -> dict[str, Tensor]:
     return {
         f"{number}.{name}.{kind}": tensor
         for number, model in enumerate(models)

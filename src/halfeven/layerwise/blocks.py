@@ -53,7 +53,7 @@ def find_blocks(region: CapturedModule, granularity: Granularity) -> list[Block]
     # What comes before the first layer belongs to it, and what follows a layer (activation, quantizer, addition)
     # belongs to that layer.
     starts = [0, *layers[1:]] if granularity == "layers" else _block_starts(nodes, layers)
-    return [_block(nodes[a:b]) for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True)]
+    return [_make_block(nodes[a:b]) for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True)]
 
 
 def computed_nodes(region: CapturedModule) -> list[fx.Node]:
@@ -67,7 +67,7 @@ def is_quantized_layer(node: fx.Node) -> bool:
     return op.is_module and op.kind in WEIGHTED and hasattr(op.module, "weight_quantizer")
 
 
-def _block(nodes: Sequence[fx.Node]) -> Block:
+def _make_block(nodes: Sequence[fx.Node]) -> Block:
     inside = set(nodes)
     layers = [node for node in nodes if is_quantized_layer(node)]
     # A dict for its order, which a set does not have.
@@ -75,10 +75,10 @@ def _block(nodes: Sequence[fx.Node]) -> Block:
         read.node for node in nodes for read in Op(node).inputs if read.node not in inside and not read.is_constant
     )
     outputs = [node for node in nodes if any(reader.node not in inside for reader in Op(node).readers)]
-    return Block(_name(layers), tuple(nodes), tuple(layers), tuple(read), tuple(outputs))
+    return Block(_block_name(layers), tuple(nodes), tuple(layers), tuple(read), tuple(outputs))
 
 
-def _name(layers: Sequence[fx.Node]) -> str:
+def _block_name(layers: Sequence[fx.Node]) -> str:
     shared = _shared_path(layers)
     return shared or f"{Op(layers[0]).path} to {Op(layers[-1]).path}" if layers else "(no layer)"
 
@@ -93,7 +93,7 @@ def _shared_path(layers: Sequence[fx.Node]) -> str:
 
 
 def _block_starts(nodes: Sequence[fx.Node], layers: Sequence[int]) -> list[int]:
-    cuts = _cuts(nodes)
+    cuts = _possible_cuts(nodes)
     starts = [0]
     for before, layer in pairwise(layers):
         # The last cut: activation and quantizer of a layer stay with it, its successor's normalization does not.
@@ -107,7 +107,7 @@ def _block_starts(nodes: Sequence[fx.Node], layers: Sequence[int]) -> list[int]:
     return result
 
 
-def _cuts(nodes: Sequence[fx.Node]) -> list[int]:
+def _possible_cuts(nodes: Sequence[fx.Node]) -> list[int]:
     """Return the indices before which at most one tensor computed by layers is still to be read."""
     index_of = {node: index for index, node in enumerate(nodes)}
     computed = _behind_layers(nodes)
@@ -133,11 +133,11 @@ def _behind_layers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
         if is_quantized_layer(node) or any(read in found for read in inputs):
             found.add(node)
             if _joins_branches(node):
-                found.update(read for read in inputs if _shape(read) == _shape(node))
+                found.update(read for read in inputs if _recorded_shape(read) == _recorded_shape(node))
     return found
 
 
-def _shape(node: fx.Node) -> object:
+def _recorded_shape(node: fx.Node) -> object:
     return getattr(Op(node).value, "shape", None)
 
 
@@ -147,12 +147,12 @@ def _joined_chains(nodes: Sequence[fx.Node], starts: Sequence[int]) -> list[int]
     bounds = [*starts[1:], len(nodes)]
     result: list[int] = []
     for start, end in zip(starts, bounds, strict=True):
-        if not result or not _one_chain(nodes[result[-1] : end], all_layers):
+        if not result or not _is_one_chain(nodes[result[-1] : end], all_layers):
             result.append(start)
     return result
 
 
-def _one_chain(nodes: Sequence[fx.Node], all_layers: Sequence[fx.Node]) -> bool:
+def _is_one_chain(nodes: Sequence[fx.Node], all_layers: Sequence[fx.Node]) -> bool:
     if any(_joins_branches(node) for node in nodes):
         return False
     shared = _shared_path([node for node in nodes if is_quantized_layer(node)])

@@ -97,7 +97,7 @@ def store_inputs(
         # Scalars and tensors of another first size, such as a position table, are not cut.
         samples = max((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), default=1)
         for start in range(0, samples, size):
-            part = [_part(leaf, samples, slice(start, start + size)) for leaf in leaves]
+            part = [_samples_of(leaf, samples, slice(start, start + size)) for leaf in leaves]
             result.append(cache.store(pytree.tree_unflatten(part, spec)))
     if not result:
         raise CalibrationError(
@@ -107,6 +107,6 @@ def store_inputs(
     return result
 
 
-def _part(leaf: Any, samples: int, part: slice) -> Any:
+def _samples_of(leaf: Any, samples: int, part: slice) -> Any:
     is_batched = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == samples
     return leaf[part] if is_batched else leaf

@@ -76,15 +76,15 @@ def _set_ranges(qmodel: nn.Module, found: list[Quantizer], batches: Iterable[Inp
     """Set ranges from batches in eval mode, and from the same batches normalized by the batch in these BatchNorms."""
     for quantizer in found:
         quantizer.start_calibration()
-    # A weight's quantizer sets its range at its first call and quantizes from then on (`Quantizer._calibrate`), so the
+    # A weight's quantizer sets its range at its first call and quantizes from then on (`Quantizer._observe`), so the
     # activations that observers see are those of quantized weights.
     if norms:
         for inputs in batches:
-            _run(qmodel, [inputs])
+            _run_batches(qmodel, [inputs])
             with normalizing_by_batch(norms):
-                _run(qmodel, [inputs])
+                _run_batches(qmodel, [inputs])
     else:
-        _run(qmodel, batches)
+        _run_batches(qmodel, batches)
     for quantizer in found:
         quantizer.finish_calibration()
 
@@ -100,7 +100,7 @@ def _clipped_in_training(
         return {}
     _set_ranges(qmodel, found, first, [])
     with normalizing_by_batch(norms), counting_clipped(qmodel) as counts:
-        _run(qmodel, first)
+        _run_batches(qmodel, first)
     return counts.excessive()
 
 
@@ -110,10 +110,10 @@ def run_batches(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = 
     Raises:
         CalibrationError: the loader is empty, or a batch does not fit the example that the model was prepared with.
     """
-    _run(qmodel, read_inputs(qmodel, loader, batches))
+    _run_batches(qmodel, read_inputs(qmodel, loader, batches))
 
 
-def _run(qmodel: nn.Module, batches: Iterable[Inputs]) -> None:
+def _run_batches(qmodel: nn.Module, batches: Iterable[Inputs]) -> None:
     count = 0
     for inputs in batches:
         args, kwargs = on_device(qmodel, inputs)

@@ -43,7 +43,7 @@ def counting_clipped(qmodel: nn.Module) -> Iterator[ClippedValues]:
     """Count the clipped values of all activations with a range in the forward passes within the context."""
     counts = ClippedValues()
     found = {q.name or name: q for name, q in quantizers(qmodel).items() if not q.weight}
-    handles = [q.register_forward_pre_hook(_counter(name, counts)) for name, q in found.items()]
+    handles = [q.register_forward_pre_hook(_counting_hook(name, counts)) for name, q in found.items()]
     try:
         yield counts
     finally:
@@ -51,7 +51,7 @@ def counting_clipped(qmodel: nn.Module) -> Iterator[ClippedValues]:
             handle.remove()
 
 
-def _counter(name: str, counts: ClippedValues) -> Any:
+def _counting_hook(name: str, counts: ClippedValues) -> Any:
     @torch.no_grad()
     def count(quantizer: Quantizer, inputs: tuple[Any, ...]) -> None:
         if quantizer.mode is not Mode.QUANTIZE or not quantizer.state.has_range:

@@ -27,7 +27,7 @@ def first_samples(batches: Iterable[Any], count: int) -> list[Any]:
 def float_outputs(qmodel: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
     """Return all floating-point outputs of a quantized model with its quantizers off, batch after batch."""
     with float_function(qmodel):
-        return _outputs(qmodel, batches)
+        return _collect_outputs(qmodel, batches)
 
 
 def quantized_outputs(qmodel: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
@@ -37,11 +37,11 @@ def quantized_outputs(qmodel: nn.Module, batches: Iterable[Any]) -> list[Tensor]
         CalibrationError: a range is not set.
     """
     with evaluating(qmodel):
-        return _outputs(qmodel, batches)
+        return _collect_outputs(qmodel, batches)
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
+def _collect_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
     found: list[Tensor] = []
     for number, inputs in enumerate(read_inputs(model, batches)):
         args, kwargs = on_device(model, inputs)

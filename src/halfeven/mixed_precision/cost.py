@@ -124,10 +124,10 @@ def works_of(qmodel: nn.Module) -> list[Work]:
 
 def widths_of(qmodel: nn.Module) -> dict[str, int | None]:
     """Return the bits of each quantizer by its name; None for those that are switched off."""
-    return {q.name: _width(q) for q in quantizers(qmodel).values()}
+    return {q.name: _bits_in_use(q) for q in quantizers(qmodel).values()}
 
 
-def _width(quantizer: Quantizer) -> int | None:
+def _bits_in_use(quantizer: Quantizer) -> int | None:
     return None if quantizer.mode is Mode.FLOAT else quantizer.scheme.bits
 
 
@@ -146,7 +146,7 @@ def cost_of(workload: Workload, widths: Widths, scheme: Widths, times: LayerTime
     weights = [(work.elements, widths.get(work.weight) or FLOAT_BITS) for work in works if work.weight is not None]
     activations = {name for name in scheme if not name.startswith("the weight of ")}
     floats = [work.name for work, first, _ in pairs if first == FLOAT_BITS]
-    moved, least, most = (_moved(workload, given) for given in (widths, scheme, {}))
+    moved, least, most = (_moved_bits(workload, given) for given in (widths, scheme, {}))
     return Cost(
         bits=sum(work.multiply_accumulates * (first + second) / 2 for work, first, second in pairs) / total,
         bops=float(sum(work.multiply_accumulates * first * second for work, first, second in pairs)),
@@ -157,5 +157,5 @@ def cost_of(workload: Workload, widths: Widths, scheme: Widths, times: LayerTime
     )
 
 
-def _moved(workload: Workload, widths: Widths) -> float:
+def _moved_bits(workload: Workload, widths: Widths) -> float:
     return float(sum(traffic.bits(widths) for traffic in workload.traffic))

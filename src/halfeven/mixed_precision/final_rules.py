@@ -18,7 +18,7 @@ def final_rules(plan: Plan, taken: Sequence[Move]) -> tuple[Rule, ...]:
         taken: the moves in their order.
     """
     moves = _in_effect(taken)
-    rules = _effective(plan, list(dict.fromkeys(rule for move in moves for rule in move.rules)))
+    rules = _effective_rules(plan, list(dict.fromkeys(rule for move in moves for rule in move.rules)))
     if not rules:
         return ()
     wanted: dict[str, Entry] = {}
@@ -27,11 +27,11 @@ def final_rules(plan: Plan, taken: Sequence[Move]) -> tuple[Rule, ...]:
         wanted |= {q.name: described[q.name] for q in move.settings if q.name in described}
     found = entries(plan.with_rules(*rules))
     # Fields of several moves meet in a quantizer: the bits of one, and the observer of an earlier one.
-    differing = [entry for name, entry in wanted.items() if name in found and _grid(found[name]) != _grid(entry)]
+    differing = [entry for name, entry in wanted.items() if name in found and _grid_of(found[name]) != _grid_of(entry)]
     return (*rules, *map(_rule_for, differing))
 
 
-def _grid(entry: Entry) -> tuple[object, ...]:
+def _grid_of(entry: Entry) -> tuple[object, ...]:
     return entry.scheme, entry.observer
 
 
@@ -51,7 +51,7 @@ def _in_effect(taken: Sequence[Move]) -> list[Move]:
     ]
 
 
-def _effective(plan: Plan, rules: Sequence[Rule]) -> tuple[Rule, ...]:
+def _effective_rules(plan: Plan, rules: Sequence[Rule]) -> tuple[Rule, ...]:
     """Return the rules without those that have no effect because others leave their operators in float."""
     in_float = [rule for rule in rules if rule.quantize is False]
 

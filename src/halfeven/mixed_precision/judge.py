@@ -48,7 +48,7 @@ class Judge:
     def __init__(self, float_model: nn.Module, evaluate: Evaluate | None, reference: Reference) -> None:
         self.evaluate = evaluate
         self.reference = reference
-        self.expected = None if evaluate is None else self._scores(float_model)
+        self.expected = None if evaluate is None else self._metric_values(float_model)
 
     @property
     def unit(self) -> str:
@@ -62,16 +62,16 @@ class Judge:
             ConfigError: the metric is no finite number, or has another number of samples than for the float model.
         """
         if self.expected is None:
-            return self._answers(model)
-        scores = self._scores(model)
+            return self._judge_answers(model)
+        scores = self._metric_values(model)
         if scores.shape != self.expected.shape:
             raise ConfigError(
                 f"evaluate returned {scores.numel()} values for a quantized model and {self.expected.numel()} for the "
                 "float model, so they cannot be compared. Return the same samples for both."
             )
-        return _paired(self.expected - scores)
+        return _mean_difference(self.expected - scores)
 
-    def _scores(self, model: nn.Module) -> Tensor:
+    def _metric_values(self, model: nn.Module) -> Tensor:
         """Return the metric of a model, [samples] or [1]; a ConfigError if it is no finite number."""
         assert self.evaluate is not None
         with torch.no_grad(), evaluating(model), weights_quantized_once(model):
@@ -79,29 +79,29 @@ class Judge:
         try:
             scores = torch.as_tensor(found, dtype=torch.float64).flatten().cpu()
         except (TypeError, ValueError, RuntimeError) as error:
-            raise _unusable(found) from error
+            raise _unusable_error(found) from error
         if not scores.numel() or not bool(scores.isfinite().all()):
-            raise _unusable(found)
+            raise _unusable_error(found)
         return scores
 
     @torch.no_grad()
-    def _answers(self, model: nn.Module) -> Judgement:
+    def _judge_answers(self, model: nn.Module) -> Judgement:
         """Return the percentage of answers that differ; of outputs without classes, the relative error."""
         changed: list[Tensor] = []
         with evaluating(model), weights_quantized_once(model):
             for (args, kwargs), expected in zip(self.reference.inputs, self.reference.outputs, strict=True):
                 found = float_tensors(model(*args, **kwargs))
-                changed.append(_changed(found, expected))
-        return _paired(100 * torch.cat(changed))
+                changed.append(_changed_answers(found, expected))
+        return _mean_difference(100 * torch.cat(changed))
 
 
-def _changed(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
+def _changed_answers(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
     if expected and expected[0].ndim == 2 and expected[0].shape[1] > 1:
         return (found[0].argmax(1) != expected[0].argmax(1)).double().cpu()
     return torch.tensor([divergence(found, expected)], dtype=torch.float64)
 
 
-def _paired(differences: Tensor) -> Judgement:
+def _mean_difference(differences: Tensor) -> Judgement:
     """Return the mean of the differences of all samples, with its interval."""
     count = differences.numel()
     drop = float(differences.mean())
@@ -110,7 +110,7 @@ def _paired(differences: Tensor) -> Judgement:
     return Judgement(drop, CONFIDENCE * float(differences.std()) / math.sqrt(count))
 
 
-def _unusable(found: object) -> ConfigError:
+def _unusable_error(found: object) -> ConfigError:
     return ConfigError(
         f"evaluate returned {str(found)[:60]}, which is no metric, so plans could not be compared. Return a finite "
         "number, more being better, or a sequence with a number for each sample."

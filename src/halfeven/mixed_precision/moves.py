@@ -67,10 +67,11 @@ class Move:
         if any(bits is not None and setting is not None and setting.scheme.bits < bits for bits, setting in pairs):
             return False
         return any(setting is None and bits is not None for bits, setting in pairs) or any(
-            setting is not None and not self._has(quantizer, setting) for quantizer, setting in self.settings.items()
+            setting is not None and not self._has_setting(quantizer, setting)
+            for quantizer, setting in self.settings.items()
         )
 
-    def _has(self, quantizer: Quantizer, setting: GridRange) -> bool:
+    def _has_setting(self, quantizer: Quantizer, setting: GridRange) -> bool:
         state = quantizer.state_dict()
         return quantizer.scheme == setting.scheme and all(state[k].equal(v) for k, v in setting.state.items())
 
@@ -79,10 +80,10 @@ def describe(candidate: Rule) -> str:
     """Return a candidate in words, such as "activation_bits 8"."""
     if candidate.quantize is False:
         return "float"
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in _set(candidate).items())
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in _fields_set(candidate).items())
 
 
-def _set(candidate: Rule) -> dict[str, Any]:
+def _fields_set(candidate: Rule) -> dict[str, Any]:
     given = ((field.name, getattr(candidate, field.name)) for field in dataclasses.fields(candidate))
     return {name: value for name, value in given if value is not None and name not in ("pattern", "kind")}
 
@@ -116,7 +117,7 @@ def check_candidates(candidates: Sequence[Rule]) -> None:
                 f"The candidate {candidate!r} is no halfeven.Rule, so it says nothing to try. Give rules without a "
                 "pattern, such as halfeven.Rule(activation_bits=8)."
             )
-        given = _set(candidate)
+        given = _fields_set(candidate)
         wrong = [name for name in given if name not in (*OF_TENSORS, *OF_WEIGHTS, "quantize")]
         if candidate.pattern != "*" or wrong or not given or candidate.quantize is True:
             raise ConfigError(
@@ -147,8 +148,8 @@ def moves_of(
     for candidate in candidates:
         ranges = {} if candidate.quantize is False else _ranges_with(qmodel, candidate, batches, target)
         for unit in units:
-            rules = tuple(_rules(unit, candidate))
-            settings = _settings(plan, rules, known, ranges)
+            rules = tuple(_unit_rules(unit, candidate))
+            settings = _changed_settings(plan, rules, known, ranges)
             if settings:
                 found.append(Move(unit, candidate, rules, settings))
     return found
@@ -164,19 +165,19 @@ def _ranges_with(qmodel: nn.Module, candidate: Rule, batches: Sequence[Any], tar
     return {quantizer.name: grid_range(quantizer) for quantizer, _ in planned_quantizers(copied)}
 
 
-def _rules(unit: Unit, candidate: Rule) -> Iterator[Rule]:
+def _unit_rules(unit: Unit, candidate: Rule) -> Iterator[Rule]:
     """Yield the rules that make a candidate for a unit."""
     if candidate.quantize is False:
         for name in unit.readers:
             yield dataclasses.replace(candidate, pattern=glob.escape(name))
         return
     for names, fields in ((unit.tensors, OF_TENSORS), (unit.layers, OF_WEIGHTS)):
-        given: dict[str, Any] = {name: value for name, value in _set(candidate).items() if name in fields}
+        given: dict[str, Any] = {name: value for name, value in _fields_set(candidate).items() if name in fields}
         for name in names if given else ():
             yield Rule(pattern=glob.escape(name), kind=candidate.kind, **given)
 
 
-def _settings(
+def _changed_settings(
     plan: Plan, rules: Sequence[Rule], known: Mapping[str, Quantizer], ranges: Mapping[str, GridRange]
 ) -> dict[Quantizer, GridRange | None]:
     """Return what rules change: the settings of the quantizers that the plan with them describes otherwise."""

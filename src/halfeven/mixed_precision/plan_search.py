@@ -66,16 +66,16 @@ def search_plan(
     judge = Judge(float_model, evaluate, _held_out_reference(qmodel, held_out, reference, options))
     timed = options.latency is not None or options.cost == "latency"
     first = reference.inputs[0]
-    times = _times(qmodel, runtime, first) if timed else None
+    times = _time_layers(qmodel, runtime, first) if timed else None
     moves = moves_of(qmodel, units_of(qmodel), candidates, batches, runtime.target)
     log(f"Searching {len(moves)} steps in {len(units_of(qmodel))} groups of tensors.")
-    store = MeasurementStore(resume_dir, _facts(qmodel, candidates, options, reference))
+    store = MeasurementStore(resume_dir, _identifying_facts(qmodel, candidates, options, reference))
     state = Walk(qmodel, moves, workload_of(qmodel), times, reference, judge, options, store, log)
     chosen = walk(state)
     finish = _Finish(state, runtime, quantized, first)
     result = finish.at(chosen)
     for _ in range(FURTHER_TRIES):
-        other = _faster(result, state.steps, options)
+        other = _fast_enough_plan(result, state.steps, options)
         if other is not None:
             took = f"{result.latency:.3f} of the float file's time"
             log(f"  the file takes {took}, more than estimated; step {other} ...")
@@ -85,11 +85,11 @@ def search_plan(
         else:
             break
         result = finish.at(other)
-    notes = _notes(result, state, held_out=bool(held_out), evaluated=evaluate is not None)
+    notes = _search_notes(result, state, held_out=bool(held_out), evaluated=evaluate is not None)
     return dataclasses.replace(result, notes=notes)
 
 
-def _facts(
+def _identifying_facts(
     qmodel: nn.Module, candidates: Sequence[Rule], options: SearchOptions, reference: Reference
 ) -> dict[str, Any]:
     """Return what the measurements depend on, so that those of another search are refused."""
@@ -107,7 +107,7 @@ def _held_out_reference(
     return reference_of(qmodel, held_out, samples=4 * options.samples) if held_out else ranking
 
 
-def _times(qmodel: nn.Module, runtime: Runtime, inputs: Inputs) -> LayerTimes:
+def _time_layers(qmodel: nn.Module, runtime: Runtime, inputs: Inputs) -> LayerTimes:
     """Return the time of a model's file and of its layers, beside those of the float file."""
     names = {work.name.replace(":", "."): work.name for work in works_of(qmodel)}  # as files call them
     with tempfile.TemporaryDirectory() as folder:
@@ -134,12 +134,12 @@ class _Finish:
         judgement = state.judge(qmodel) if state.options.max_drop is not None else None
         measured = None
         if state.times is not None:
-            times = _times(qmodel, self.runtime, self.inputs)
+            times = _time_layers(qmodel, self.runtime, self.inputs)
             measured = times.deployed / times.float_default
         return SearchResult(
             qmodel=qmodel,
             rules=rules,
-            reached=_reached(state, chosen, judgement, measured),
+            reached=_keeps_budgets(state, chosen, judgement, measured),
             chosen=chosen,
             steps=tuple(state.steps),
             unit=state.judge.unit,
@@ -148,7 +148,7 @@ class _Finish:
         )
 
 
-def _reached(state: Walk, chosen: int, judgement: Judgement | None, measured: float | None) -> bool:
+def _keeps_budgets(state: Walk, chosen: int, judgement: Judgement | None, measured: float | None) -> bool:
     options = state.options
     if options.max_drop is not None and (judgement is None or judgement.drop > options.max_drop):
         return False
@@ -160,7 +160,7 @@ def _loses_too_much(result: SearchResult, options: SearchOptions) -> bool:
     return options.max_drop is not None and result.judgement is not None and result.judgement.drop > options.max_drop
 
 
-def _faster(result: SearchResult, steps: Sequence[Step], options: SearchOptions) -> int | None:
+def _fast_enough_plan(result: SearchResult, steps: Sequence[Step], options: SearchOptions) -> int | None:
     """Return the number of steps of an earlier plan whose file should be fast enough; None if the file itself is.
 
     The estimates are corrected by the ratio of measured to estimated time. The plan is the last that keeps the budget
@@ -178,7 +178,7 @@ def _faster(result: SearchResult, steps: Sequence[Step], options: SearchOptions)
     return best if best is not None and faster[best] < estimated else None
 
 
-def _notes(result: SearchResult, state: Walk, *, held_out: bool, evaluated: bool) -> tuple[str, ...]:
+def _search_notes(result: SearchResult, state: Walk, *, held_out: bool, evaluated: bool) -> tuple[str, ...]:
     """Return which budgets were missed, and what limits the judgement."""
     options = state.options
     cost = state.steps[result.chosen].cost

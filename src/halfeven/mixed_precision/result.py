@@ -46,7 +46,7 @@ class SearchResult:
     def pareto(self) -> tuple[Step, ...]:
         """The plans that no cheaper plan is at least as good as, the cheapest first: by time where it was measured."""
         found: list[Step] = []
-        for step in sorted(self.steps, key=lambda step: (_cost(step), step.divergence)):
+        for step in sorted(self.steps, key=lambda step: (_compared_cost(step), step.divergence)):
             if not found or step.divergence < found[-1].divergence:
                 found.append(step)
         return tuple(found)
@@ -60,7 +60,7 @@ class SearchResult:
             "unit": self.unit,
             "drop": None if self.judgement is None else dataclasses.asdict(self.judgement),
             "latency": self.latency,
-            "steps": [_values(step) for step in self.steps],
+            "steps": [_step_values(step) for step in self.steps],
             "pareto": [step.number for step in self.pareto],
             "notes": list(self.notes),
         }
@@ -78,27 +78,27 @@ class SearchResult:
         """Return the plans on the way as a table, the rules to paste, and what was reached."""
         pareto = {step.number for step in self.pareto}
         header = ("", "step", "change", "divergence", self.unit, "bits", "size, kB", "latency", "because")
-        rows = [_row(step, chosen=step.number == self.chosen, best=step.number in pareto) for step in self.steps]
+        rows = [_step_row(step, chosen=step.number == self.chosen, best=step.number in pareto) for step in self.steps]
         drop = f"{self.unit} {self.judgement}" if self.judgement is not None else "drop not measured"
         latency = f", latency {self.latency:.3f} of the float file's" if self.latency is not None else ""
         verdict = "All budgets are kept" if self.reached else "NOT REACHED"
-        lines = [*_table(header, rows), "(> chosen, * no cheaper plan is as good)", ""]
+        lines = [*_table_lines(header, rows), "(> chosen, * no cheaper plan is as good)", ""]
         lines += [f"{verdict} after {self.chosen} steps: {drop}{latency}.", *self.notes]
         lines += ["", "rules=(", *(f"    {rule_text(vars(rule))}," for rule in self.rules), ")"]
         return "\n".join(lines)
 
 
-def _cost(step: Step) -> float:
+def _compared_cost(step: Step) -> float:
     return step.cost.work if step.cost.latency is None else step.cost.latency
 
 
-def _values(step: Step) -> dict[str, Any]:
-    values: dict[str, Any] = _plain(dataclasses.asdict(step))
+def _step_values(step: Step) -> dict[str, Any]:
+    values: dict[str, Any] = _json_value(dataclasses.asdict(step))
     values["cost"]["work"] = step.cost.work
     return values
 
 
-def _row(step: Step, *, chosen: bool, best: bool) -> tuple[str, ...]:
+def _step_row(step: Step, *, chosen: bool, best: bool) -> tuple[str, ...]:
     """Return the row of a step in the printed table."""
     cost = step.cost
     return (
@@ -114,13 +114,13 @@ def _row(step: Step, *, chosen: bool, best: bool) -> tuple[str, ...]:
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """Return plain values with None for the numbers that JSON lacks."""
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: _json_value(part) for name, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -23,18 +23,18 @@ def with_search(contents: PageContents, found: Values) -> PageContents:
     """
     return dataclasses.replace(
         contents,
-        plans=tuple(_point(step, found) for step in found["steps"]),
-        plans_cost=_axis(found),
-        tables={PLANS: _table(found), **contents.tables},
+        plans=tuple(_chart_point(step, found) for step in found["steps"]),
+        plans_cost=_cost_title(found),
+        tables={PLANS: _step_table(found), **contents.tables},
         notes=(*contents.notes, *found["notes"]),
-        paste=_pasted(found["rules"]),
+        paste=_rules_text(found["rules"]),
     )
 
 
 def search_contents(found: Values, plan: Values) -> PageContents:
     """Return the contents of a search's own page."""
     steps = found["steps"]
-    drop = "" if found["drop"] is None else f", {found['unit']} {_judged(found['drop'])}"
+    drop = "" if found["drop"] is None else f", {found['unit']} {_drop_text(found['drop'])}"
     latency = "" if found["latency"] is None else f", latency {found['latency']:.3f} of the float file's"
     kept = "All budgets are kept" if found["reached"] else "The budgets are not kept"
     chosen = steps[found["chosen"]]
@@ -52,39 +52,39 @@ def search_contents(found: Values, plan: Values) -> PageContents:
     return with_search(contents, found)
 
 
-def _axis(found: Values) -> str:
+def _cost_title(found: Values) -> str:
     timed = found["steps"][0]["cost"]["latency"] is not None
     return "estimated time, of the float file's" if timed else "work, of the scheme's"
 
 
-def _point(step: Values, found: Values) -> dict[str, Any]:
+def _chart_point(step: Values, found: Values) -> dict[str, Any]:
     """Return a step as a point of the chart."""
     cost = step["cost"]
     first = found["steps"][0]["cost"]["work"] or 1.0
     return {
         "number": step["number"],
-        "change": _change(step),
+        "change": _step_change(step),
         "cost": cost["latency"] if cost["latency"] is not None else cost["work"] / first,
         "divergence": step["divergence"],
-        "drop": None if step["judgement"] is None else _judged(step["judgement"]),
+        "drop": None if step["judgement"] is None else _drop_text(step["judgement"]),
         "bits": cost["bits"],
-        "kind": _kind(step["number"], found),
+        "kind": _step_kind(step["number"], found),
     }
 
 
-def _kind(number: int, found: Values) -> str:
+def _step_kind(number: int, found: Values) -> str:
     if number == found["chosen"]:
         return "chosen"
     return "Pareto" if number in found["pareto"] else "other"
 
 
-def _table(found: Values) -> tuple[tuple[str, ...], ...]:
+def _step_table(found: Values) -> tuple[tuple[str, ...], ...]:
     """Return the table of all plans, with a column for the drop and for the time where any was measured."""
     columns: dict[str, Callable[[Values], str]] = {
-        "step": lambda step: f"{step['number']}. {_change(step)}",
-        "": lambda step: _kind(step["number"], found).replace("other", ""),
+        "step": lambda step: f"{step['number']}. {_step_change(step)}",
+        "": lambda step: _step_kind(step["number"], found).replace("other", ""),
         "divergence": lambda step: f"{step['divergence']:.4g}",
-        found["unit"]: lambda step: "" if step["judgement"] is None else _judged(step["judgement"]),
+        found["unit"]: lambda step: "" if step["judgement"] is None else _drop_text(step["judgement"]),
         "mean bits": lambda step: f"{step['cost']['bits']:.2f}",
         "weights, kB": lambda step: f"{step['cost']['size'] / 1000:.1f}",
         "latency": lambda step: "" if step["cost"]["latency"] is None else f"{step['cost']['latency']:.3f}",
@@ -95,15 +95,15 @@ def _table(found: Values) -> tuple[tuple[str, ...], ...]:
     return (tuple(shown), *zip(*shown.values(), strict=True))
 
 
-def _change(step: Values) -> str:
+def _step_change(step: Values) -> str:
     return f"{step['unit']}: {step['change']}" if step["unit"] else "the scheme"
 
 
-def _judged(values: Values) -> str:
+def _drop_text(values: Values) -> str:
     interval = values["interval"]
     return f"{values['drop']:.3g}" + ("" if interval is None else f" ± {interval:.2g}")
 
 
-def _pasted(rules: Any) -> str:
+def _rules_text(rules: Any) -> str:
     lines = [f"    {rule_text(rule)}," for rule in rules]
     return "\n".join(["rules=(", *lines, ")"]) if lines else ""

@@ -115,7 +115,7 @@ def search_prepared(
         log: called with each step.
         resume_dir: folder that keeps measurements.
     """
-    ranges_alone, final = _steps(ptq)
+    ranges_alone, final = _compared_and_final_steps(ptq)
 
     def quantized(rules: tuple[Rule, ...], last: bool) -> nn.Module:
         qmodel = copy_model(prepared)
@@ -128,7 +128,7 @@ def search_prepared(
     )
 
 
-def _steps(ptq: PTQOptions) -> tuple[PTQOptions, PTQOptions]:
+def _compared_and_final_steps(ptq: PTQOptions) -> tuple[PTQOptions, PTQOptions]:
     """Return the steps of the plans that are compared, ranges alone, and those of the final model."""
     ranges_alone = dataclasses.replace(ptq, reconstruct="off", correct_biases="off")
     final = dataclasses.replace(

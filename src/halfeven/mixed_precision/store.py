@@ -28,9 +28,9 @@ class MeasurementStore:
         self.facts = json.loads(json.dumps(facts))
         self.found: dict[str, Any] = {}
         if self.path is not None and self.path.is_file():
-            self._read(self.path)
+            self._read_measurements(self.path)
 
-    def _read(self, path: Path) -> None:
+    def _read_measurements(self, path: Path) -> None:
         """Read the measurements in a file, and check that they belong to this search."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -57,10 +57,10 @@ class MeasurementStore:
         """
         if name not in self.found:
             self.found[name] = measure()
-            self._write()
+            self._write_measurements()
         return self.found[name]
 
-    def _write(self) -> None:
+    def _write_measurements(self) -> None:
         if self.path is None:
             return
         text = json.dumps({"facts": self.facts, "found": self.found})

@@ -37,20 +37,20 @@ def units_of(qmodel: nn.Module) -> tuple[Unit, ...]:
     known = named_nodes(qmodel)
     weights = [weight.name for weight in plan.weights]
     found = []
-    for members in _tied(plan, {name: node for name, (_, node) in known.items()}):
+    for members in _tied_tensors(plan, {name: node for name, (_, node) in known.items()}):
         tensors = tuple(tensor.places[0] for tensor in members)
         readers = tuple(dict.fromkeys(name for tensor in members for name in tensor.consumers if name in known))
         layers = tuple(name for name in weights if name in readers)
-        found.append(Unit(_name(members), tensors, layers, readers))
+        found.append(Unit(_unit_name(members), tensors, layers, readers))
     covered = {name for unit in found for name in unit.layers}
     return (*found, *(Unit(name, (), (name,), (name,)) for name in weights if name not in covered))
 
 
-def _name(members: Iterable[PlannedTensor]) -> str:
+def _unit_name(members: Iterable[PlannedTensor]) -> str:
     return " + ".join(tensor.quantizer_name for tensor in members)
 
 
-def _tied(plan: Plan, nodes: dict[str, fx.Node]) -> list[list[PlannedTensor]]:
+def _tied_tensors(plan: Plan, nodes: dict[str, fx.Node]) -> list[list[PlannedTensor]]:
     """Return the tensors in groups that share a reader."""
     groups: list[tuple[set[str], list[PlannedTensor]]] = []
     for tensor in plan.tensors:

@@ -116,14 +116,14 @@ class Walk:
         """Return the drop after the first steps, measured once."""
         step = self.steps[count]
         if step.judgement is None:
-            values = self.store.measured(f"drop after {count}", lambda: self._judge(count))
+            values = self.store.measured(f"drop after {count}", lambda: self._judge_step(count))
             step = dataclasses.replace(step, judgement=Judgement(**values))
             self.steps[count] = step
             self.log(f"    after step {count}: {self.judge.unit} {step.judgement}")
         assert step.judgement is not None
         return step.judgement
 
-    def _judge(self, count: int) -> dict[str, Any]:
+    def _judge_step(self, count: int) -> dict[str, Any]:
         self.go_to(count)
         values = dataclasses.asdict(self.judge(self.qmodel))
         self.go_to(len(self.taken))
@@ -138,27 +138,27 @@ def walk(state: Walk) -> int:
     """Take steps until the drop is within its budget, or none is left; return the number of steps of the best plan."""
     damage = state.store.measured("divergence", lambda: divergence_of(state.qmodel, state.reference))
     state.steps.append(Step(0, "", "", "the scheme", damage, state.cost()))
-    state.log(_line(state.steps[0], state.judge.unit))
+    state.log(_step_line(state.steps[0], state.judge.unit))
     if state.good_enough(0):
         return 0
     rank(state)
     rescored = FIRST_RESCORING
     judged = failed = 0
     while True:
-        step = _next(state)
+        step = _take_best_move(state)
         if step is None and _rank_again(state):
             continue
-        step = step or _next(state, gaining=False)
+        step = step or _take_best_move(state, gaining=False)
         if step is None:
             break
         state.steps.append(step)
-        state.log(_line(step, state.judge.unit))
+        state.log(_step_line(step, state.judge.unit))
         count = len(state.taken)
         # Each judgement costs a pass over the held-out part: after 1, 2, 4, ... steps, and then between two of these.
         if state.options.max_drop is not None and count >= max(2 * judged, 1):
             judged = count
             if state.good_enough(count):
-                return _first_good(state, failed, count)
+                return _first_within_drop(state, failed, count)
             failed = count
         if count == rescored and rescored < FIRST_RESCORING * 2**state.options.rescorings:
             rescored *= 2
@@ -166,10 +166,10 @@ def walk(state: Walk) -> int:
     last = len(state.taken)
     if state.options.max_drop is None:
         return last
-    return _first_good(state, failed, last) if last > failed and state.good_enough(last) else last
+    return _first_within_drop(state, failed, last) if last > failed and state.good_enough(last) else last
 
 
-def _first_good(state: Walk, failed: int, good: int) -> int:
+def _first_within_drop(state: Walk, failed: int, good: int) -> int:
     """Return the first number of steps whose drop keeps the budget, between one that does not and one that does."""
     while good - failed > 1:
         middle = (failed + good) // 2
@@ -186,17 +186,17 @@ def _rank_again(state: Walk) -> bool:
 
     Gains that were measured before other steps may have been hidden by a larger damage.
     """
-    if state.ranked_after == len(state.taken) or _is_mended(state):
+    if state.ranked_after == len(state.taken) or _has_nothing_to_gain(state):
         return False
     state.useless.clear()
     present = state.steps[-1].cost
-    if not any(_is_open(state, move) and state.within(state.cost(move), present) for move in state.moves):
+    if not any(_can_be_taken(state, move) and state.within(state.cost(move), present) for move in state.moves):
         return False
     rank(state)
     return True
 
 
-def _is_mended(state: Walk) -> bool:
+def _has_nothing_to_gain(state: Walk) -> bool:
     """Return True where nothing is left to gain, and the budgets are kept."""
     last = state.steps[-1]
     if not state.within(last.cost):
@@ -211,11 +211,11 @@ def rank(state: Walk) -> None:
     """Measure what each move would gain in the context of the present plan."""
     state.ranked_after = len(state.taken)
     state.useless.clear()
-    open_moves = {number: move for number, move in enumerate(state.moves) if _is_open(state, move)}
+    open_moves = {number: move for number, move in enumerate(state.moves) if _can_be_taken(state, move)}
     state.log(f"  ranking {len(open_moves)} steps on {sum(len(x[0]) for x in state.reference.outputs)} samples ...")
     present = state.steps[-1].divergence
     name = f"ranking after {len(state.taken)}"
-    for number, after in state.store.measured(name, lambda: _measured(state, open_moves)).items():
+    for number, after in state.store.measured(name, lambda: _measure_moves(state, open_moves)).items():
         state.gains[state.moves[int(number)]] = present - after
 
 
@@ -224,33 +224,33 @@ def _rank_relatives(state: Walk, taken: Move, after: float) -> None:
     related = {
         number: move
         for number, move in enumerate(state.moves)
-        if (move.unit is taken.unit or move.settings.keys() & taken.settings.keys()) and _is_open(state, move)
+        if (move.unit is taken.unit or move.settings.keys() & taken.settings.keys()) and _can_be_taken(state, move)
     }
     name = f"ranking of its tensors after {len(state.taken)}: {taken.unit.name}, {taken}"
-    for number, divergence in state.store.measured(name, lambda: _measured(state, related)).items():
+    for number, divergence in state.store.measured(name, lambda: _measure_moves(state, related)).items():
         state.gains[state.moves[int(number)]] = after - divergence
 
 
-def _measured(state: Walk, moves: dict[int, Move]) -> dict[str, float]:
+def _measure_moves(state: Walk, moves: dict[int, Move]) -> dict[str, float]:
     found: dict[str, float] = {}
     for candidate in dict.fromkeys(move.candidate for move in moves.values()):
         same = {str(number): move for number, move in moves.items() if move.candidate == candidate}
         settings = {q: s for move in same.values() for q, s in move.settings.items() if s is not None}
         groups = {number: list(move.settings) for number, move in same.items()}
-        change = _changer(settings)
+        change = _raising(settings)
         found |= divergences(state.qmodel, state.reference, groups, change)
     return found
 
 
-def _changer(settings: dict[Quantizer, GridRange]) -> Any:
+def _raising(settings: dict[Quantizer, GridRange]) -> Any:
     return lambda group: raised(group, settings)
 
 
-def _is_open(state: Walk, move: Move) -> bool:
+def _can_be_taken(state: Walk, move: Move) -> bool:
     return move not in state.taken and move not in state.useless and move.raises()
 
 
-def _next(state: Walk, *, gaining: bool = True) -> Step | None:
+def _take_best_move(state: Walk, *, gaining: bool = True) -> Step | None:
     """Take the best move, and return its step; None if none is left that keeps the budgets.
 
     Args:
@@ -259,9 +259,9 @@ def _next(state: Walk, *, gaining: bool = True) -> Step | None:
             move is taken, after which others may gain, because errors of several tensors meet.
     """
     before = state.steps[-1]
-    if _is_mended(state) or (not gaining and state.options.max_drop is None):
+    if _has_nothing_to_gain(state) or (not gaining and state.options.max_drop is None):
         return None
-    while (best := _best(state, before, gaining=gaining)) is not None:
+    while (best := _best_move(state, before, gaining=gaining)) is not None:
         move, cost = best
         gain, share = state.gains[move], state.share(move)
         move.apply()
@@ -280,12 +280,12 @@ def _next(state: Walk, *, gaining: bool = True) -> Step | None:
     return None
 
 
-def _best(state: Walk, before: Step, *, gaining: bool) -> tuple[Move, Cost] | None:
+def _best_move(state: Walk, before: Step, *, gaining: bool) -> tuple[Move, Cost] | None:
     """Return the move that gains the most for its price, with the cost of the plan with it; None if none is left.
 
     A smaller change of the same tensors that gains nearly as much, at no higher price, is preferred.
     """
-    costs = _affordable(state, before, gaining=gaining)
+    costs = _affordable_moves(state, before, gaining=gaining)
     if not costs:
         return None
     gains = {move: state.gains.get(move, 0.0) for move in costs}
@@ -305,11 +305,11 @@ def _best(state: Walk, before: Step, *, gaining: bool) -> tuple[Move, Cost] | No
     return chosen, costs[chosen]
 
 
-def _affordable(state: Walk, before: Step, *, gaining: bool) -> dict[Move, Cost]:
+def _affordable_moves(state: Walk, before: Step, *, gaining: bool) -> dict[Move, Cost]:
     """Return the moves that may be taken, with the cost of the plan with each."""
     found = {}
     for move in state.moves:
-        if not _is_open(state, move):
+        if not _can_be_taken(state, move):
             continue
         cost = state.cost(move)
         needed = not state.within(before.cost) and is_cheaper(state.options, before.cost, cost)
@@ -323,7 +323,7 @@ def _affordable(state: Walk, before: Step, *, gaining: bool) -> dict[Move, Cost]
     return found
 
 
-def _line(step: Step, unit: str) -> str:
+def _step_line(step: Step, unit: str) -> str:
     cost = step.cost
     latency = "" if cost.latency is None else f", latency {cost.latency:.3f}"
     return (

@@ -20,18 +20,18 @@ MOST_COORDINATES = 4
 def reason_for_float(node: fx.Node) -> str | None:
     """Return why an operator on coordinates stays in float unless a rule quantizes it; None for other operators."""
     kind = kind_of(node)
-    if kind in (K.ADD, K.MULTIPLY) and _decodes(node):
+    if kind in (K.ADD, K.MULTIPLY) and _decodes_outputs(node):
         return "it decodes results of the model, behind its last layers"
     if kind not in (K.CONVOLUTION, K.LINEAR):
         return None
     if _is_expectation(node):
         return "it is an expectation over a softmax, whose result is a coordinate"
     if _reads_coordinates(node):
-        return f"it reads {_inputs(node)} coordinates, which 8 bits would move"
+        return f"it reads {_input_size(node)} coordinates, which 8 bits would move"
     return None
 
 
-def _decodes(node: fx.Node) -> bool:
+def _decodes_outputs(node: fx.Node) -> bool:
     """Return True for an elementwise operator that computes outputs of the model behind its last layers.
 
     No layer follows it. It is a product (of scores, for example), or an operand is a part or a new order of another
@@ -65,21 +65,21 @@ def _is_expectation(node: fx.Node) -> bool:
     """
     shape = weight_shape(node)
     outputs = shape[0] if len(shape) > 1 else 1
-    return outputs == 1 and kind_of(_origin(node.all_input_nodes[0])) is K.SOFTMAX
+    return outputs == 1 and kind_of(_unmoved_origin(node.all_input_nodes[0])) is K.SOFTMAX
 
 
 def _reads_coordinates(node: fx.Node) -> bool:
     """Return True for a linear layer on at most 4 features that are a sigmoid's: positions, as parts of an image."""
-    origin = Op(_origin(node.all_input_nodes[0]))
+    origin = Op(_unmoved_origin(node.all_input_nodes[0]))
     in_unit_interval = origin.kind is K.ACTIVATION and origin.row.results == (0.0, 1.0)
-    return kind_of(node) is K.LINEAR and _inputs(node) <= MOST_COORDINATES and in_unit_interval
+    return kind_of(node) is K.LINEAR and _input_size(node) <= MOST_COORDINATES and in_unit_interval
 
 
-def _inputs(node: fx.Node) -> int:
+def _input_size(node: fx.Node) -> int:
     return weight_shape(node)[-1]
 
 
-def _origin(node: fx.Node) -> fx.Node:
+def _unmoved_origin(node: fx.Node) -> fx.Node:
     """Return the tensor that was only moved or copied to make this tensor."""
     while kind_of(node) in TRANSPARENT and node.all_input_nodes:
         node = node.all_input_nodes[0]

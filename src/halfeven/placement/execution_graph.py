@@ -36,14 +36,14 @@ def fused_graph(region: CapturedModule) -> fx.Graph:
 def as_planned(model: nn.Module) -> Iterator[None]:
     """Run a model's graphs unchanged within the context, so that hooks on its quantizers see the plan's tensors."""
     fused = [region for region in regions(model).values() if region.execution_graph is not None]
-    _run_as(fused, None)
+    _set_execution_graph(fused, None)
     try:
         yield
     finally:
-        _run_as(fused, fused_graph)
+        _set_execution_graph(fused, fused_graph)
 
 
-def _run_as(fused: Iterable[CapturedModule], graph: Callable[[CapturedModule], fx.Graph] | None) -> None:
+def _set_execution_graph(fused: Iterable[CapturedModule], graph: Callable[[CapturedModule], fx.Graph] | None) -> None:
     for region in fused:
         region.execution_graph = graph
         region.recompile()

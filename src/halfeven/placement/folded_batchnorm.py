@@ -47,13 +47,13 @@ class _LiveFolded:
         (layer,) = self.layers
         factor = factor_of(self)
         if not self.training:
-            return z + per_channel(_shift(self, layer, factor), 1, z.ndim)
+            return z + per_channel(_eval_shift(self, layer, factor), 1, z.ndim)
         # z = factor * x, x without the layer's bias, and factor = gamma / running sigma. BatchNorm divides by the batch
         # sigma instead: y = (z - mean(z)) * running sigma / batch sigma + beta.
         axes = [axis for axis in range(z.ndim) if axis != 1]
         variance, mean = torch.var_mean(z, axes, correction=0)
         ratio, used = self._correction(variance, factor)
-        self._follow(mean, variance, factor, used, z.numel() // z.shape[1], layer.bias)
+        self._update_statistics(mean, variance, factor, used, z.numel() // z.shape[1], layer.bias)
         y = (z - per_channel(mean, 1, z.ndim)) * per_channel(ratio, 1, z.ndim)
         return y if self.bias is None else y + per_channel(self.bias, 1, z.ndim)
 
@@ -64,7 +64,7 @@ class _LiveFolded:
         return torch.where(used, torch.sqrt((self.running_var + self.eps) / (before + self.eps)), 1.0), used
 
     @torch.no_grad()
-    def _follow(
+    def _update_statistics(
         self: Any, mean: Tensor, variance: Tensor, factor: Tensor, used: Tensor, count: int, bias: Tensor | None
     ) -> None:
         """Update the running statistics, which describe the layer's outputs without the factor, with its bias."""
@@ -136,7 +136,7 @@ def settle_live(region: CapturedModule) -> None:
         if not isinstance(norm, _LiveFolded):
             continue
         if layer.live_norms:  # else the layer is called several times, and this is not its first call
-            shift = _shift(norm, layer, factor_of(norm)).detach()
+            shift = _eval_shift(norm, layer, factor_of(norm)).detach()
             layer.weight = nn.Parameter(folded_weight(layer).detach(), requires_grad=False)
             layer.bias = nn.Parameter(shift, requires_grad=False)
             layer.live_norms = ()
@@ -144,7 +144,7 @@ def settle_live(region: CapturedModule) -> None:
     region.recompile()
 
 
-def _shift(norm: Any, layer: Any, factor: Tensor) -> Tensor:
+def _eval_shift(norm: Any, layer: Any, factor: Tensor) -> Tensor:
     """Return the shift that a BatchNorm in eval mode adds to outputs made with folded weights, [channels]."""
     mean: Tensor = norm.running_mean if layer.bias is None else norm.running_mean - layer.bias
     return -factor * mean if norm.bias is None else norm.bias - factor * mean

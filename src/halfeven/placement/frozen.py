@@ -28,14 +28,16 @@ def freeze_scales(region: CapturedModule, new: Iterable[Quantizer]) -> None:
         if isinstance(module, Quantizer):
             calls[module].append(op.node)
         elif getattr(module, "weight_quantizer", None) in wanted:
-            _freeze(module.weight_quantizer, _weight_parameters(module))
-    before = _before(region.graph)
+            _freeze_with(module.weight_quantizer, _weight_parameters(module))
+    before = _depend_on_trained(region.graph)
     for quantizer, nodes in calls.items():
         if quantizer in wanted and not any(before[node] for node in nodes):
-            _freeze(quantizer, [p for node in nodes for p in (*_upstream(node), *_downstream(node))])
+            _freeze_with(
+                quantizer, [p for node in nodes for p in (*_parameters_upstream(node), *_parameters_downstream(node))]
+            )
 
 
-def _freeze(quantizer: Quantizer, parameters: Iterable[nn.Parameter]) -> None:
+def _freeze_with(quantizer: Quantizer, parameters: Iterable[nn.Parameter]) -> None:
     found = [parameter.requires_grad for parameter in parameters]
     if found and not any(found):
         quantizer.requires_grad_(False)
@@ -46,7 +48,7 @@ def _weight_parameters(layer: Any) -> list[nn.Parameter]:
     return [layer.weight, *(norm.weight for norm in norms if norm.weight is not None)]
 
 
-def _read_by(op: Op) -> list[nn.Parameter]:
+def _parameters_read_by(op: Op) -> list[nn.Parameter]:
     """Return the parameters that a node reads, without those of quantizers."""
     found = [op.constant] if op.is_constant else []
     found += [source.constant for source in op.inputs if source.is_constant]
@@ -55,36 +57,38 @@ def _read_by(op: Op) -> list[nn.Parameter]:
     return [value for value in found if isinstance(value, nn.Parameter)]
 
 
-def _before(graph: fx.Graph) -> dict[fx.Node, bool]:
+def _depend_on_trained(graph: fx.Graph) -> dict[fx.Node, bool]:
     """Return for each node if its result depends on a parameter that trains."""
     trains: dict[fx.Node, bool] = {}
     for op in operations(graph):
-        own = any(parameter.requires_grad for parameter in _read_by(op))
+        own = any(parameter.requires_grad for parameter in _parameters_read_by(op))
         trains[op.node] = own or any(trains[source.node] for source in op.inputs)
     return trains
 
 
-def _upstream(node: fx.Node) -> list[nn.Parameter]:
+def _parameters_upstream(node: fx.Node) -> list[nn.Parameter]:
     """Return the parameters of the nearest nodes before a tensor that have any."""
-    return _nearest([source.node for source in Op(node).inputs], lambda op: [source.node for source in op.inputs])
+    return _nearest_parameters(
+        [source.node for source in Op(node).inputs], lambda op: [source.node for source in op.inputs]
+    )
 
 
-def _downstream(node: fx.Node) -> list[nn.Parameter]:
+def _parameters_downstream(node: fx.Node) -> list[nn.Parameter]:
     """Return the parameters of the layers that read a tensor, past operators without parameters, up to a quantizer."""
-    return _nearest(
+    return _nearest_parameters(
         [reader.node for reader in Op(node).readers],
         lambda op: [] if isinstance(op.module, Quantizer) else [reader.node for reader in op.readers],
     )
 
 
-def _nearest(start: list[fx.Node], step: Any) -> list[nn.Parameter]:
+def _nearest_parameters(start: list[fx.Node], step: Any) -> list[nn.Parameter]:
     """Return the parameters that are read first on each way from the start, node by node along `step`."""
     found: list[nn.Parameter] = []
     waiting = list(start)
     seen = set(waiting)
     while waiting:
         op = Op(waiting.pop())
-        own = _read_by(op)
+        own = _parameters_read_by(op)
         found += own
         further = [] if own else [node for node in step(op) if node not in seen]
         seen.update(further)

@@ -35,13 +35,13 @@ def apply_changes(model: nn.Module, changes: GraphChanges) -> nn.Module:
     found = named_nodes(model)
     untie(model, changes.untied)
     for name in changes.unclipped:
-        _unclip(name, _found(found, name)[1])
+        _replace_by_relu(name, _node_named(found, name)[1])
     for name in changes.clipped_by_channel:
-        insert_channel_clip(*_found(found, name), name)
+        insert_channel_clip(*_node_named(found, name), name)
     for name in changes.given_biases:
-        _give_bias(name, _found(found, name)[1])
+        _give_bias(name, _node_named(found, name)[1])
     for name in changes.rescaled:
-        insert_rescaling(*_found(found, name), name)
+        insert_rescaling(*_node_named(found, name), name)
     for region in {region for region, _ in found.values()}:
         region.recompile()
     return model
@@ -101,14 +101,14 @@ def give_bias(qmodel: nn.Module, name: str) -> nn.Parameter:
     Raises:
         PlacementError: the model has no such layer.
     """
-    layer: Any = _layer(name, _found(named_nodes(qmodel), name)[1])
+    layer: Any = _layer_named(name, _node_named(named_nodes(qmodel), name)[1])
     if layer.bias is None:
         record_changes(qmodel, given_biases=(name,))
     bias: nn.Parameter = layer.bias
     return bias
 
 
-def _found(nodes: dict[str, tuple[CapturedModule, fx.Node]], name: str) -> tuple[CapturedModule, fx.Node]:
+def _node_named(nodes: dict[str, tuple[CapturedModule, fx.Node]], name: str) -> tuple[CapturedModule, fx.Node]:
     if name not in nodes:
         raise PlacementError(
             f"The model has no tensor named {name}, so nothing can be changed there. Choose a name that the plan "
@@ -117,7 +117,7 @@ def _found(nodes: dict[str, tuple[CapturedModule, fx.Node]], name: str) -> tuple
     return nodes[name]
 
 
-def _unclip(name: str, node: fx.Node) -> None:
+def _replace_by_relu(name: str, node: fx.Node) -> None:
     """Replace a ReLU with an upper bound by a ReLU, in place."""
     bounds = Op(node).bounds
     if bounds is None or bounds[0] != 0:
@@ -132,14 +132,14 @@ def _unclip(name: str, node: fx.Node) -> None:
 
 
 def _give_bias(name: str, node: fx.Node) -> None:
-    layer: Any = _layer(name, node)
+    layer: Any = _layer_named(name, node)
     if layer.bias is None:
         channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         zeros = torch.zeros(channels, dtype=layer.weight.dtype, device=layer.weight.device)
         layer.bias = nn.Parameter(zeros, requires_grad=layer.weight.requires_grad)
 
 
-def _layer(name: str, node: fx.Node) -> nn.Module:
+def _layer_named(name: str, node: fx.Node) -> nn.Module:
     if not Op(node).is_module or kind_of(node) not in WEIGHTED:
         raise PlacementError(
             f"{name} is a {Op(node).name}, not a convolution or linear module, so it has no bias to set. Name a "

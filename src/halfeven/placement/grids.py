@@ -51,7 +51,7 @@ def activation_scheme(
         power_of_two=rules.chosen("power_of_two", fused, False),
     )
     name = " = ".join(region.names[node] for node in places)
-    if reason := _refusal(scheme, target, non_negative=non_negative, no_zero_point=no_zero_point):
+    if reason := _reason_against(scheme, target, non_negative=non_negative, no_zero_point=no_zero_point):
         raise PlacementError(
             f"A rule puts {name} on the grid {scheme}, and {reason}. Change the rule's symmetric and signed, or leave "
             "them out: the plan then chooses a grid that can be run."
@@ -67,7 +67,7 @@ def _usual_grid(target: Target, *, non_negative: bool, no_zero_point: bool) -> S
     return Scheme(signed=no_zero_point, symmetric=no_zero_point)
 
 
-def _refusal(scheme: Scheme, target: Target, *, non_negative: bool, no_zero_point: bool) -> str | None:
+def _reason_against(scheme: Scheme, target: Target, *, non_negative: bool, no_zero_point: bool) -> str | None:
     """Return the reason against a grid, or None."""
     if scheme.symmetric and not scheme.signed and not non_negative:
         return "the tensor has negative values, all of which an unsigned grid without a zero point would clip to 0"

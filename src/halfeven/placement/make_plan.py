@@ -60,7 +60,7 @@ def make_plan(
     Raises:
         PlacementError: the target cannot do the scheme, or a rule held for nothing.
     """
-    rules = RuleBook(options.rules, _ends(model, options))
+    rules = RuleBook(options.rules, _end_layer_rules(model, options))
     weight_bits, activation_bits = parse_bits(options.scheme)
     if activation_bits == FLOAT_BITS:
         _check_weights_alone(target, options, weight_bits)
@@ -82,7 +82,7 @@ def make_plan(
             collect_outputs(region, rules)
         tensors += _planned_tensors(region, options, rules, target, activation_bits)
         weights += _planned_weights(region, options, rules, target, kinds, weight_bits)
-        left += _left(region, rules, target, kinds)
+        left += _left_in_float(region, rules, target, kinds)
     rules.check_all_used(known)
     if not weights:
         raise PlacementError(
@@ -145,7 +145,7 @@ def _check_weights_alone(target: Target, options: QuantizationOptions, weight_bi
         )
 
 
-def _ends(model: nn.Module, options: QuantizationOptions) -> tuple[Rule, ...]:
+def _end_layer_rules(model: nn.Module, options: QuantizationOptions) -> tuple[Rule, ...]:
     """Return the rules for the first and the last layer, which come before the user's rules."""
     bits = options.first_and_last_bits
     layers = [(name, node) for name, (_, node) in named_nodes(model).items() if kind_of(node) in WEIGHTED]
@@ -179,7 +179,7 @@ def _planned_tensors(
     for node in region.graph.nodes:
         if node not in region.requests or node in done:
             continue
-        group = _tied(region, node)
+        group = _sharing_scale_with(region, node)
         done |= group
         places = [n for n in region.graph.nodes if n in group]
         fused = {region.names[member]: kind_of(member) for place in places for member in fused_group(place)}
@@ -190,7 +190,9 @@ def _planned_tensors(
             name=region.names[node].replace(".", "_").replace(":", "_"),
             places=tuple(region.names[n] for n in places),
             scheme=scheme,
-            ranges="calibrated" if fixed else rules.chosen("ranges", fused, _ranges(places, options, scheme.bits)),
+            ranges="calibrated"
+            if fixed
+            else rules.chosen("ranges", fused, _range_movement(places, options, scheme.bits)),
             observer=rules.chosen("observer", fused, _activation_observer(region, places, options)),
             quantizer=rules.chosen("quantizer", fused, None),
             fixed_range=fixed,
@@ -198,7 +200,7 @@ def _planned_tensors(
         )
 
 
-def _ranges(places: list[fx.Node], options: QuantizationOptions, bits: int) -> Ranges:
+def _range_movement(places: list[fx.Node], options: QuantizationOptions, bits: int) -> Ranges:
     """Return how the range is set in training.
 
     The range of an input of 8 bits or more stays as calibrated where other ranges are learned: images do not change,
@@ -210,10 +212,10 @@ def _ranges(places: list[fx.Node], options: QuantizationOptions, bits: int) -> R
 
 
 def _activation_observer(region: Region, places: list[fx.Node], options: QuantizationOptions) -> str | OwnClass:
-    return LOGITS if _logits(region, places, options) else options.activation_observer
+    return LOGITS if _are_class_scores(region, places, options) else options.activation_observer
 
 
-def _logits(region: Region, places: list[fx.Node], options: QuantizationOptions) -> bool:
+def _are_class_scores(region: Region, places: list[fx.Node], options: QuantizationOptions) -> bool:
     """Return True for class scores, [samples, classes], that only the model's output reads.
 
     Their range is estimated by cross-entropy where the other activations' are estimated by an error norm ("mse" or
@@ -227,7 +229,7 @@ def _logits(region: Region, places: list[fx.Node], options: QuantizationOptions)
     return kind_of(node) in (K.LINEAR, K.AVERAGE) and classes > 1 and all(size == 1 for size in rest)
 
 
-def _tied(region: Region, node: fx.Node) -> set[fx.Node]:
+def _sharing_scale_with(region: Region, node: fx.Node) -> set[fx.Node]:
     """Return all tensors that share a scale with this tensor because they are concatenated somewhere."""
     group = {node}
     waiting = [node]
@@ -287,7 +289,9 @@ def _weight_observer(options: QuantizationOptions, bits: int) -> str | OwnClass:
 # What stays in float, and why
 
 
-def _left(region: Region, rules: RuleBook, target: Target, kinds: frozenset[OperatorKind]) -> Iterator[LeftInFloat]:
+def _left_in_float(
+    region: Region, rules: RuleBook, target: Target, kinds: frozenset[OperatorKind]
+) -> Iterator[LeftInFloat]:
     """Yield the operators that could compute in integers, or have integer results, and do not, with their reasons."""
     for node in region.graph.nodes:
         kind = kind_of(node)
@@ -304,11 +308,11 @@ def _left(region: Region, rules: RuleBook, target: Target, kinds: frozenset[Oper
             continue  # nothing is computed, or the same for every sample
         if Op(node).takes_result or not (Op(node).yields_floats or Op(node).is_kept):
             continue
-        if (reason := _reason(region, node, rules)) is not None:
+        if (reason := _reason_for_float(region, node, rules)) is not None:
             yield LeftInFloat(name=region.names[node], operator=Op(node).name, reason=reason)
 
 
-def _reason(region: Region, node: fx.Node, rules: RuleBook) -> str | None:
+def _reason_for_float(region: Region, node: fx.Node, rules: RuleBook) -> str | None:
     """Return the reason why an operator computes in float, or its result is not quantized; None where neither holds."""
     kind = kind_of(node)
     if multiplies_in_float(node, region.computed):
@@ -328,14 +332,14 @@ def _reason(region: Region, node: fx.Node, rules: RuleBook) -> str | None:
         return "its own code stays Python, for training"
     if kind is K.FLOAT:
         return "no row of the operator table says how it treats scales"
-    return None if _fused_into_reader(node) else _unread(node)
+    return None if _fused_into_reader(node) else _reason_unread(node)
 
 
 def _fused_into_reader(node: fx.Node) -> bool:
     return len(node.users) == 1 and kind_of(next(iter(node.users))) in (K.BATCH_NORM, K.ACTIVATION)
 
 
-def _unread(node: fx.Node) -> str:
+def _reason_unread(node: fx.Node) -> str:
     readers = list(dict.fromkeys(Op(reader).name for reader in sorted(node.users) if not Op(reader).is_output))
     if not readers:
         return "an output of the model"

@@ -27,15 +27,15 @@ def read_plan(text: str, path: Path) -> Plan:
         plan = Plan.from_dict(json.loads(text))
         problems = list(_problems(plan))
     except HalfevenError as error:
-        raise _damaged(path, str(error)) from error
+        raise _damaged_error(path, str(error)) from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise _damaged(path, f"{type(error).__name__} at {str(error)[:100]}") from error
+        raise _damaged_error(path, f"{type(error).__name__} at {str(error)[:100]}") from error
     if problems:
-        raise _damaged(path, "; ".join(problems[:3]))
+        raise _damaged_error(path, "; ".join(problems[:3]))
     return plan
 
 
-def _damaged(path: Path, reason: str) -> CheckpointError:
+def _damaged_error(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"The plan in {path} cannot be read, so it does not say how the weights are quantized: {reason}. Copy the file "
         "again from where it was written, or use another checkpoint."
@@ -46,23 +46,23 @@ def _problems(plan: Plan) -> Iterator[str]:
     """Yield what no plan that halfeven wrote has."""
     for kind in ("tensors", "weights", "left", "kept"):
         for number, entry in enumerate(getattr(plan, kind)):
-            yield from mistakes(type(entry), _values(entry), f"{kind}[{number}]")
-    yield from mistakes(type(plan.changes), _values(plan.changes), "changes")
+            yield from mistakes(type(entry), _field_values(entry), f"{kind}[{number}]")
+    yield from mistakes(type(plan.changes), _field_values(plan.changes), "changes")
     yield from (f"a note is {note!r}" for note in plan.notes if not isinstance(note, str))
     entries: list[PlannedTensor | PlannedWeight] = [*plan.tensors, *plan.weights]
     for entry in entries:
         yield from _problems_of(entry)
         what = "weight" if isinstance(entry, PlannedWeight) else "activation"
-        asked = _bits(plan, f"{what}_bits", 0 if what == "weight" else 1)
+        asked = _widths_named(plan, f"{what}_widths_named", 0 if what == "weight" else 1)
         if entry.scheme.bits not in asked:
             yield f"{what} {entry.name} has {entry.scheme.bits} bits, and the options of the plan name {sorted(asked)}"
 
 
-def _values(entry: Any) -> dict[str, Any]:
+def _field_values(entry: Any) -> dict[str, Any]:
     return {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}
 
 
-def _bits(plan: Plan, field: str, place: int) -> set[int]:
+def _widths_named(plan: Plan, field: str, place: int) -> set[int]:
     """Return the widths that the options name for weights or activations."""
     options = plan.options
     asked = {parse_bits(options.scheme)[place], options.first_and_last_bits}

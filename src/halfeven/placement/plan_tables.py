@@ -69,13 +69,13 @@ def summary(plan: PlanLike) -> RenderableType:
 
 
 def _summary(plan: PlanLike, rows: Rows, whole_notes: bool) -> Group:
-    notes = [Text(note, overflow="ellipsis", no_wrap=not whole_notes) for note in _notes(plan)]
+    notes = [Text(note, overflow="ellipsis", no_wrap=not whole_notes) for note in _note_lines(plan)]
     shown = notes if whole_notes else notes[: rows.notes]
     lists = "print(plan.table()) lists every tensor, and all that is in float."
     if len(shown) < len(notes):
         lists = f"print(plan.table()) lists every tensor, and {len(notes) - len(shown)} more notes."
     parts: list[RenderableType] = [_title(plan)]
-    for part in (_by_kind(plan, rows.kinds), _by_block(plan, rows.blocks), _in_float(plan, rows.reasons)):
+    for part in (_kind_table(plan, rows.kinds), _block_table(plan, rows.blocks), _float_table(plan, rows.reasons)):
         parts += [Text(), part] if part.row_count else []
     parts += [*([Text()] if shown else []), *shown, Text(lists, "dim")]
     return Group(*parts)
@@ -85,32 +85,32 @@ def whole_table(plan: PlanLike) -> RenderableType:
     """Return the tables of all activations, of all weights, and of all that is in float, with its reason."""
     activations = table("activation", "scheme", "range", "read by")
     for t in plan.tensors:
-        activations.add_row(t.quantizer_name, _scheme(t.scheme), _range(t), ", ".join(t.consumers))
+        activations.add_row(t.quantizer_name, _scheme_text(t.scheme), _range_text(t), ", ".join(t.consumers))
     weights = table("weight of", "kind", "scheme", "range")
     for w in plan.weights:
-        weights.add_row(w.name, w.operator, _scheme(w.scheme), _range(w))
+        weights.add_row(w.name, w.operator, _scheme_text(w.scheme), _range_text(w))
     parts: list[RenderableType] = [_title(plan)]
     parts += [part for each in (activations, weights) if each.row_count for part in (Text(), each)]
-    computing, results = _split(plan)
+    computing, results = _split_left_in_float(plan)
     for title, entries in (("Computes in float:", computing), ("Computes in integers, result in float:", results)):
         found = table("name", "operator", "because")
         for entry in entries:
             found.add_row(entry.name, entry.operator, entry.reason)
         parts += [Text(), Text(title, "bold"), found] if entries else []
-    for note in _notes(plan):
+    for note in _note_lines(plan):
         parts += [Text(), Text(note)]
     return Group(*parts)
 
 
 def _title(plan: PlanLike) -> Group:
     options = plan.options
-    computing, _ = _split(plan)
+    computing, _ = _split_left_in_float(plan)
     first = f"Plan for {options.target}, {options.scheme}, {plan.ranges} ranges, BatchNorm {options.batchnorm}"
     counts = f"{len(plan.weights)} quantized layers, {len(plan.tensors)} quantized activations"
     return Group(Text(first, "bold"), Text(f"{counts}, {len(computing)} operators in float"))
 
 
-def _notes(plan: PlanLike) -> list[str]:
+def _note_lines(plan: PlanLike) -> list[str]:
     simulated = (
         f"Simulated alone, because {plan.options.target} has no integers of so many bits (export refuses this model): "
         f"{', '.join(plan.simulated)}"
@@ -118,7 +118,7 @@ def _notes(plan: PlanLike) -> list[str]:
     return [*([simulated] if plan.simulated else []), *plan.notes, *str(plan.changes).splitlines()]
 
 
-def _by_kind(plan: PlanLike, rows: int) -> Table:
+def _kind_table(plan: PlanLike, rows: int) -> Table:
     """Return a table of layers by kind and bits; rare kinds share the last row."""
     inputs = _input_bits(plan)
     ranges: dict[tuple[str, int, str], set[str]] = {}
@@ -126,15 +126,15 @@ def _by_kind(plan: PlanLike, rows: int) -> Table:
     for weight in plan.weights:
         key = (weight.operator or "layer", weight.scheme.bits, inputs.get(weight.name, "float"))
         count[key] += 1
-        ranges.setdefault(key, set()).add(_range(weight))
+        ranges.setdefault(key, set()).add(_range_text(weight))
     found = table("layers", "number#", "weight bits#", "input bits#", "weight ranges")
-    shown, rest = _cut(count.most_common(), rows)
+    shown, rest = _cut_to_rows(count.most_common(), rows)
     for key, number in shown:
         kind, bits, read = key
         found.add_row(kind, str(number), str(bits), read, ", ".join(sorted(ranges[key])))
     if rest:
-        all_bits = _several(each for (_, each, _), _ in rest)
-        all_read = _several(each for (_, _, each), _ in rest)
+        all_bits = _joined_values(each for (_, each, _), _ in rest)
+        all_read = _joined_values(each for (_, _, each), _ in rest)
         found.add_row(f"{len(rest)} other kinds", str(sum(number for _, number in rest)), all_bits, all_read, "")
     return found
 
@@ -145,25 +145,25 @@ def _input_bits(plan: PlanLike) -> dict[str, str]:
     for tensor in plan.tensors:
         for consumer in tensor.consumers:
             read.setdefault(consumer, set()).add(tensor.scheme.bits)
-    return {name: _several(bits) for name, bits in read.items()}
+    return {name: _joined_values(bits) for name, bits in read.items()}
 
 
-def _by_block(plan: PlanLike, rows: int) -> Table:
+def _block_table(plan: PlanLike, rows: int) -> Table:
     """Return a table of the model's blocks, in their order; those at the end share the last row."""
-    computing, _ = _split(plan)
+    computing, _ = _split_left_in_float(plan)
     places = {tensor.places[0]: tensor.scheme.bits for tensor in plan.tensors}
     in_float = [left.name for left in computing]
     names = dict.fromkeys([*(weight.name for weight in plan.weights), *places, *in_float])
-    blocks = _blocks([weight.name for weight in plan.weights], rows)
+    blocks = _block_prefixes([weight.name for weight in plan.weights], rows)
     members: dict[str, list[str]] = {block: [] for block in blocks}
     for name in names:
-        block = next((block for block in blocks if _is_in(name, block)), "elsewhere")
+        block = next((block for block in blocks if _is_in_block(name, block)), "elsewhere")
         members.setdefault(block, []).append(name)
     if not set(members.get("elsewhere", ())) & set(in_float):
         members.pop("elsewhere", None)  # inputs of the model, and what is fused into a block's layers
     weights = {weight.name: weight.scheme.bits for weight in plan.weights}
     found = table("block", "layers#", "weight bits#", "act. bits#", "in float#")
-    shown, rest = _cut(list(members.items()), rows)
+    shown, rest = _cut_to_rows(list(members.items()), rows)
     if rest:
         shown = [*shown, (f"{len(rest)} other blocks", [name for _, each in rest for name in each])]
     for block, each in shown:
@@ -171,25 +171,25 @@ def _by_block(plan: PlanLike, rows: int) -> Table:
         found.add_row(
             block,
             str(len(held)),
-            _several(weights[name] for name in held),
-            _several(places[name] for name in each if name in places),
+            _joined_values(weights[name] for name in held),
+            _joined_values(places[name] for name in each if name in places),
             str(sum(name in set(in_float) for name in each)),
         )
     return found
 
 
-def _is_in(name: str, block: str) -> bool:
+def _is_in_block(name: str, block: str) -> bool:
     return name == block or name.startswith((f"{block}.", f"{block}:"))
 
 
-def _blocks(names: Sequence[str], most: int) -> list[str]:
+def _block_prefixes(names: Sequence[str], most: int) -> list[str]:
     """Return prefixes that split names, in their order, into at most `most` groups, as evenly as that allows."""
     blocks = list(dict.fromkeys(_prefix(name, 1) for name in names))
     while True:
-        sizes = {block: sum(_is_in(name, block) for name in names) for block in blocks}
+        sizes = {block: sum(_is_in_block(name, block) for name in names) for block in blocks}
         largest = max(blocks, key=lambda block: sizes[block])
         depth = largest.count(".") + 2
-        parts = list(dict.fromkeys(_prefix(name, depth) for name in names if _is_in(name, largest)))
+        parts = list(dict.fromkeys(_prefix(name, depth) for name in names if _is_in_block(name, largest)))
         if len(blocks) - 1 + len(parts) > most or parts == [largest] or sizes[largest] <= FEW_LAYERS:
             return blocks
         place = blocks.index(largest)
@@ -200,12 +200,12 @@ def _prefix(name: str, depth: int) -> str:
     return ".".join(name.split(".")[:depth])
 
 
-def _in_float(plan: PlanLike, rows: int) -> Table:
+def _float_table(plan: PlanLike, rows: int) -> Table:
     """Return what is in float by reason, the most frequent first, with a name for an example."""
-    computing, results = _split(plan)
+    computing, results = _split_left_in_float(plan)
     found = table("in float", "because")
     for what, entries in (("operators", computing), ("layer results", results)):
-        shown, rest = _cut(Counter(entry.reason for entry in entries).most_common(), rows)
+        shown, rest = _cut_to_rows(Counter(entry.reason for entry in entries).most_common(), rows)
         for reason, number in shown:
             example = next(entry.name for entry in entries if entry.reason == reason)
             found.add_row(f"{number} {what}", f"{reason}: {example}")
@@ -214,7 +214,7 @@ def _in_float(plan: PlanLike, rows: int) -> Table:
     return found
 
 
-def _split(plan: PlanLike) -> tuple[list[LeftInFloat], list[LeftInFloat]]:
+def _split_left_in_float(plan: PlanLike) -> tuple[list[LeftInFloat], list[LeftInFloat]]:
     """Return what computes in float, and what computes in integers and gives a result in float."""
     integer = {weight.name for weight in plan.weights} if plan.tensors else set()
     integer |= {name for tensor in plan.tensors for name in tensor.consumers}
@@ -222,16 +222,16 @@ def _split(plan: PlanLike) -> tuple[list[LeftInFloat], list[LeftInFloat]]:
     return computing, [left for left in plan.left if left.name in integer]
 
 
-def _cut(items: list[T], rows: int) -> tuple[list[T], list[T]]:
+def _cut_to_rows(items: list[T], rows: int) -> tuple[list[T], list[T]]:
     """Return the items that have a row of their own, and those that share the last row."""
     return (items, []) if len(items) <= rows else (items[: max(1, rows - 1)], items[max(1, rows - 1) :])
 
 
-def _several(values: Iterable[object]) -> str:
+def _joined_values(values: Iterable[object]) -> str:
     return ", ".join(sorted({str(value) for value in values}, key=lambda text: (len(text), text)))
 
 
-def _scheme(scheme: Scheme) -> str:
+def _scheme_text(scheme: Scheme) -> str:
     """Return a scheme in few letters; that all weights leave out their grid's lowest integer goes without saying."""
     symmetric = "symmetric" if scheme.symmetric else "asymmetric"
     channels = "" if scheme.axis is None else ", per channel"
@@ -239,7 +239,7 @@ def _scheme(scheme: Scheme) -> str:
     return f"{'s' if scheme.signed else 'u'}{scheme.bits} {symmetric}{channels}{power_of_two}"
 
 
-def _range(tensor: PlannedTensor | PlannedWeight) -> str:
+def _range_text(tensor: PlannedTensor | PlannedWeight) -> str:
     if isinstance(tensor, PlannedTensor) and tensor.fixed_range:
         return f"fixed {list(tensor.fixed_range)}"
     by = f" by {tensor.quantizer}" if tensor.quantizer is not None else ""

@@ -39,7 +39,9 @@ def run_quantized(layer: Any, x: Tensor) -> Tensor:
     compute = operation(layer)
     real_weight = folded_weight(layer)
     weight = layer.weight_quantizer(real_weight)
-    bias = None if layer.live_norms else _bias(layer, x, real_weight)  # the shift of a live BatchNorm contains it
+    bias = (
+        None if layer.live_norms else _bias_to_add(layer, x, real_weight)
+    )  # the shift of a live BatchNorm contains it
     if not (layer.input_quantizers and _low_precision(x)):
         return compute(x, weight, bias)
     (quantizer,) = layer.input_quantizers
@@ -61,7 +63,7 @@ def run_quantized(layer: Any, x: Tensor) -> Tensor:
     return result.to(_compute_dtype(x))
 
 
-def _bias(layer: Any, x: Tensor, weight: Tensor) -> Tensor | None:
+def _bias_to_add(layer: Any, x: Tensor, weight: Tensor) -> Tensor | None:
     """Return the layer's bias, rounded to the grid of the products (scale_x * scale_w) if the runtime adds integers.
 
     The gradient passes straight through the rounding.

@@ -68,7 +68,7 @@ def collect(region: Region, target: Target, rules: RuleBook) -> None:
             continue
         operands = _integer_operands(region, node, target)
         for operand in operands:
-            _request(region, operand, wanted_grid(target, node) or Grid.ANY, node)
+            _add_request(region, operand, wanted_grid(target, node) or Grid.ANY, node)
         if operands and kind in target.outputs:
             _request_result(region, node, target)
     _collect_averages(region, target, rules)
@@ -92,7 +92,7 @@ def collect_outputs(region: Region, rules: RuleBook) -> None:
     for result in output.all_input_nodes:
         made_by = [head(source) for source in sources(result)]
         if all(rules.quantizes(region.names.get(node, ""), kind_of(node)) for node in made_by):
-            _request(region, result, Grid.ANY, output)
+            _add_request(region, result, Grid.ANY, output)
 
 
 def _integer_operands(region: Region, node: fx.Node, target: Target) -> list[fx.Node]:
@@ -119,7 +119,7 @@ def multiplies_in_float(node: fx.Node, computed: set[fx.Node]) -> bool:
     return kind is K.FLOAT and multiply_accumulates(node) > 0
 
 
-def _request(region: Region, operand: fx.Node, grid: Grid, reader: fx.Node) -> None:
+def _add_request(region: Region, operand: fx.Node, grid: Grid, reader: fx.Node) -> None:
     makers = [node for node in sources(operand) if Op(node).is_float_tensor and kind_of(node) is not K.CONSTANT]
     for maker in makers:
         request = region.requests.setdefault(maker, QuantizationRequest())
@@ -132,14 +132,14 @@ def _request(region: Region, operand: fx.Node, grid: Grid, reader: fx.Node) -> N
 
 def _request_result(region: Region, node: fx.Node, target: Target) -> None:
     """Request the result of an operator, after the BatchNorm and activation that are computed in its kernel."""
-    while len(node.users) == 1 and _fused(reader := next(iter(node.users)), target):
+    while len(node.users) == 1 and _is_fused(reader := next(iter(node.users)), target):
         if kind_of(reader) is K.BATCH_NORM and kind_of(node) is K.ACTIVATION and not target.fuses_any_activation:
             break  # BatchNorm can be folded only into a layer directly before it
         node = reader
     region.requests.setdefault(node, QuantizationRequest())
 
 
-def _fused(node: fx.Node, target: Target) -> bool:
+def _is_fused(node: fx.Node, target: Target) -> bool:
     kind = kind_of(node)
     if kind in (K.BATCH_NORM, K.IDENTITY):
         return True

@@ -62,12 +62,12 @@ class RuleBook:
             operators: the kinds, by name, of the operators by any of which a rule may name it.
             default: the value if no rule sets the field.
         """
-        found: Choice = [default, *self._said(field, operators)][-1]
+        found: Choice = [default, *self._values_given(field, operators)][-1]
         return found
 
-    def _said(self, part: str, operators: Mapping[str, OperatorKind]) -> Iterator[Any]:
+    def _values_given(self, part: str, operators: Mapping[str, OperatorKind]) -> Iterator[Any]:
         for index, rule in enumerate(self.rules):
-            names = [name for name, kind in operators.items() if _holds(rule, name, kind)]
+            names = [name for name, kind in operators.items() if _rule_holds(rule, name, kind)]
             if names:
                 self.matched.setdefault(index, names[0])
             if names and (value := getattr(rule, part)) is not None:
@@ -78,9 +78,9 @@ class RuleBook:
         """Raise PlacementError for a rule without effect: it is a mistake that the user would not notice."""
         for index, rule in enumerate(self.rules):
             if index not in self.used:
-                raise PlacementError(f"The rule {rule} {self._why(index, rule, names)}")
+                raise PlacementError(f"The rule {rule} {self._why_without_effect(index, rule, names)}")
 
-    def _why(self, index: int, rule: Rule, names: list[str]) -> str:
+    def _why_without_effect(self, index: int, rule: Rule, names: list[str]) -> str:
         """Return why a rule has no effect, and what to do."""
         lacks = dict.fromkeys(what for part, what in LACKING.items() if getattr(rule, part) is not None)
         if not lacks and rule.quantize is None:
@@ -101,5 +101,5 @@ class RuleBook:
         )
 
 
-def _holds(rule: Rule, name: str, kind: OperatorKind) -> bool:
+def _rule_holds(rule: Rule, name: str, kind: OperatorKind) -> bool:
     return rule.kind in (None, kind.value) and fnmatch.fnmatchcase(name, rule.pattern)

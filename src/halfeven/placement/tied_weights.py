@@ -36,11 +36,11 @@ def tied_parameters(model: nn.Module) -> tuple[str, ...]:
 
     The module is named as a plan names it. Of two layers that share a weight both are named.
     """
-    readers = _readers(model)
+    readers = _parameter_readers(model)
     return tuple(
         f"{name}.{parameter}"
-        for name, region, node in _layers(model)
-        for parameter in _shared(region, Op(node).path, readers)
+        for name, region, node in _first_calls(model)
+        for parameter in _shared_names(region, Op(node).path, readers)
     )
 
 
@@ -58,8 +58,8 @@ def untie(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     changed = []
     if not wanted:
         return ()
-    for name, region, node in _layers(model):
-        for parameter in list(_shared(region, Op(node).path, _readers(model))):
+    for name, region, node in _first_calls(model):
+        for parameter in list(_shared_names(region, Op(node).path, _parameter_readers(model))):
             if f"{name}.{parameter}" in wanted:
                 _give_copy(region, Op(node).path, parameter)
                 changed.append(f"{name}.{parameter}")
@@ -68,7 +68,7 @@ def untie(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(changed)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, CapturedModule, fx.Node]]:
+def _first_calls(model: nn.Module) -> Iterator[tuple[str, CapturedModule, fx.Node]]:
     """Return the first call of each module with parameters of its own: its name in a plan, its region and its node."""
     seen: set[tuple[CapturedModule, str]] = set()
     for name, (region, node) in named_nodes(model).items():
@@ -78,7 +78,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, CapturedModule, fx.Node]]:
             yield name, region, node
 
 
-def _readers(model: nn.Module) -> dict[int, list[_Reader]]:
+def _parameter_readers(model: nn.Module) -> dict[int, list[_Reader]]:
     """Return what reads each parameter, by the identity of the parameter."""
     found: dict[int, list[_Reader]] = defaultdict(list)
     captured: set[nn.Module] = set()
@@ -99,7 +99,7 @@ def _readers(model: nn.Module) -> dict[int, list[_Reader]]:
     return found
 
 
-def _shared(region: CapturedModule, path: str, readers: dict[int, list[_Reader]]) -> Iterator[str]:
+def _shared_names(region: CapturedModule, path: str, readers: dict[int, list[_Reader]]) -> Iterator[str]:
     """Return the names of a called module's own parameters that something else reads too."""
     for name, parameter in own_parameters(region.get_submodule(path)).items():
         mine = _Reader(region, f"{path}.{name}", called=True)

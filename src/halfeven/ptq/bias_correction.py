@@ -102,7 +102,7 @@ def correct_biases(
             for index, (float_block, block) in enumerate(zip(float_blocks, blocks, strict=True)):
                 expected = _float_means(float_block, floats)
                 if expected is not None:
-                    shifts[qualified(prefix, block.name)] = _correct(qmodel, prefix, block, expected, quantized)
+                    shifts[qualified(prefix, block.name)] = _correct_layer(qmodel, prefix, block, expected, quantized)
                 quantized.advance(block)
                 floats.release(float_blocks[: index + 1])
                 quantized.release(blocks[: index + 1])
@@ -117,7 +117,7 @@ def _float_means(block: Block, floats: ActivationCache) -> "_OutputMeans | None"
     return means
 
 
-def _correct(
+def _correct_layer(
     qmodel: nn.Module, prefix: str, block: Block, expected: "_OutputMeans", quantized: ActivationCache
 ) -> float:
     """Correct the layer of a block, and return the shift relative to the outputs; the block is not advanced."""

@@ -64,16 +64,16 @@ class PTQOptions(Options):
     learn_weight_scales: bool = False
     """Learn the weights' scales with their rounding (Genie)."""
     drop: Annotated[float, at_least(0), below(1)] = 0.5
-    """Probability with which an activation stays in float while blocks are reconstructed (QDrop)."""
+    """Probability that an element of an activation stays in float while blocks are reconstructed (QDrop)."""
     regularization: NonNegativeFloat = 20.0
     """Weight of the term that drives the rounding to 0 or 1: the mean of 1 - |2h - 1|^beta over a block's weights, in
     units of the block's error with weights rounded to nearest."""
     warm_start: Annotated[float, at_least(0), below(1)] = 0.2
-    """Share of the steps before that term sets in."""
+    """Share of the steps before the term of `regularization` sets in."""
     memory: PositiveFloat = 4.0
     """GB of RAM for the stored activations of a reconstruction; what does not fit goes to a file on disk."""
     cache_folder: Annotated[str, formerly("")] = "auto"
-    """Folder of that file; "auto" for the system's temporary folder."""
+    """Folder for stored activations that do not fit into `memory`; "auto" for the system's temporary folder."""
     seed: NonNegativeInt = 0
     """Seed of the order of batches and of dropped activations."""
 

@@ -103,16 +103,16 @@ def enabled_step(name: str, run: Callable[[StepContext], None]) -> Step:
 def _pass_relu6(context: StepContext) -> None:
     context.relu6 = context.options.relu6
     if context.relu6 == "auto":
-        context.relu6 = _best_way(context) if context.recipe.data else _way_without_data(context)
+        context.relu6 = _best_relu6_choice(context) if context.recipe.data else _relu6_choice_without_data(context)
     if context.relu6 == "replace":
         unclip_relu6(context.qmodel)
 
 
-def _way_without_data(context: StepContext) -> ReLU6Choice:
+def _relu6_choice_without_data(context: StepContext) -> ReLU6Choice:
     return "replace" if clips_little(context.qmodel) else "per_channel"
 
 
-def _best_way(context: StepContext) -> ReLU6Choice:
+def _best_relu6_choice(context: StepContext) -> ReLU6Choice:
     """Quantize a copy of the model in each way, and return the way that comes nearest to the float model.
 
     Bounds by channel cost an operator each, so they have to gain more.
@@ -151,19 +151,19 @@ def _trial_copy(context: StepContext, way: ReLU6Choice) -> StepContext:
     )
 
 
-def _equalize(context: StepContext) -> None:
+def _equalize_layers(context: StepContext) -> None:
     report = equalize(context.qmodel, across_clips=context.relu6 == "per_channel")
     context.log(str(report).split("\n")[0])
 
 
-def _absorb(context: StepContext) -> None:
+def _absorb_biases(context: StepContext) -> None:
     context.log(str(absorb_biases(context.qmodel, context.batches or None)).split("\n")[0])
 
 
 # Transformers
 
 
-def _smooth(context: StepContext) -> None:
+def _smooth_layernorms(context: StepContext) -> None:
     context.log(str(smooth(context.qmodel, context.batches, strength=context.options.smoothing_strength)))
 
 
@@ -178,11 +178,11 @@ def _has_data(context: StepContext) -> bool:
     return context.recipe.data
 
 
-def _calibrate(context: StepContext) -> None:
+def _calibrate_ranges(context: StepContext) -> None:
     calibrate(context.qmodel, context.batches)
 
 
-def _reconstruct(context: StepContext) -> None:
+def _learn_rounding(context: StepContext) -> None:
     if context.recipe.enabled(CORRECT_BIASES):
         # After the reconstruction only rounded weights are left, and the bias correction compares with float outputs.
         context.float_weights = copy_model(context.qmodel)
@@ -248,17 +248,21 @@ def _set_ranges_without_data(context: StepContext) -> None:
     )
 
 
-EQUALIZATION = (enabled_step(UNCLIP, _pass_relu6), enabled_step(EQUALIZE, _equalize), enabled_step(ABSORB, _absorb))
+EQUALIZATION = (
+    enabled_step(UNCLIP, _pass_relu6),
+    enabled_step(EQUALIZE, _equalize_layers),
+    enabled_step(ABSORB, _absorb_biases),
+)
 """The steps that give channels equal ranges; ranges that were set before must be set again."""
 
 # The white paper's order (figure 8): equalization before any range is set; then ranges; then learned rounding, which
 # needs the ranges of the weights, or bias correction. Both move activations, whose ranges are set again.
 STEPS: tuple[Step, ...] = (
     *EQUALIZATION,
-    enabled_step(SMOOTH, _smooth),
+    enabled_step(SMOOTH, _smooth_layernorms),
     enabled_step(REPARAMETRIZE, _reparametrize),
-    Step("calibration", _has_data, _calibrate),
-    enabled_step(RECONSTRUCT, _reconstruct),
+    Step("calibration", _has_data, _calibrate_ranges),
+    enabled_step(RECONSTRUCT, _learn_rounding),
     Step(CORRECT_BIASES, _corrects_with_data, _correct_biases),
     Step("analytic bias correction", _corrects_without_data, _correct_biases_analytically),
     Step("ranges from BatchNorm", _has_no_data, _set_ranges_without_data),

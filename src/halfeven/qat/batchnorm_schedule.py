@@ -30,7 +30,7 @@ class ScheduleOptions(Options):
     """Re-estimate BatchNorm before each validation; "auto": where a scheme has less than 8 bits and
     BatchNorm is not frozen: weights that were trained with frozen statistics suit these alone."""
     re_estimate_batches: PositiveInt = 50
-    """Batches of calibration samples for that."""
+    """Batches of calibration samples in a re-estimation."""
 
 
 @checked_arguments(AlgorithmError)

@@ -31,7 +31,7 @@ class ProgressionOptions(Options):
     bits: tuple[Bits, ...] = (8, 6)
     """Bits of the stages, in their order; a tensor for which the plan has as many or more keeps the plan's."""
     share: Annotated[float, above(0), below(1)] = 0.3
-    """Share of the run that they take together, in equal parts."""
+    """Share of the run that all stages take together, in equal parts."""
 
     def __post_init__(self) -> None:
         decrease = all(a > b for a, b in zip(self.bits, self.bits[1:], strict=False))
@@ -63,11 +63,11 @@ class BitSchedule:
         stages = len(self.options.bits)
         stage = min(int(done / self.options.share * stages), stages)
         if stage != self.stage:
-            self._set(stage)
+            self._set_stage(stage)
             # A grid with fewer integers needs a larger scale for the same range. This happens once for each stage.
             calibrate(self.qmodel, self.loader)
 
-    def _set(self, stage: int) -> None:
+    def _set_stage(self, stage: int) -> None:
         self.stage = stage
         # The last stage has no bits of its own: 0 leaves every tensor at those of the plan.
         least = (*self.options.bits, 0)[stage]
@@ -81,7 +81,7 @@ class BitSchedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set the bits of a stage that `state_dict` returned; the ranges come with the model's state."""
-        self._set(int(state["stage"]))
+        self._set_stage(int(state["stage"]))
 
 
 __getattr__ = renamed_attributes(__name__, Progression="qat.bit_schedule.BitSchedule")

@@ -32,7 +32,7 @@ class DistillationOptions(Options):
     """The share of the float model in the loss, and the outputs and features that are compared."""
 
     weight: Share = 0.0
-    """Share of the loss that the teacher's soft labels take; 0: off, 1: the labels are ignored."""
+    """Share of the loss that the teacher's soft labels take; 0 switches them off; 1 ignores the labels of the data."""
     temperature: PositiveFloat = 1.0
     """Divides the logits of both before the softmax. 1, as the student has its teacher's size and can match the
     probabilities themselves, and gradients stay as large as cross-entropy's; 2 to 4 show more of a teacher that is
@@ -155,7 +155,7 @@ class Distillation:
         weight = options.weight
         total = task_loss
         if weight > 0 or options.features:
-            expected = self._teach(inputs, first_tensor(outputs).device)
+            expected = self._teacher_outputs(inputs, first_tensor(outputs).device)
             if weight > 0:
                 given = self.logits(outputs)
                 wanted = self.logits(expected)
@@ -167,7 +167,7 @@ class Distillation:
         return total
 
     @torch.no_grad()
-    def _teach(self, inputs: Any, device: torch.device) -> Any:
+    def _teacher_outputs(self, inputs: Any, device: torch.device) -> Any:
         tensor = next(chain(self.teacher.parameters(), self.teacher.buffers()), None)
         if tensor is not None and tensor.device != device:
             self.teacher.to(device)
@@ -210,7 +210,8 @@ def _captured_as(qmodel: nn.Module, teacher: nn.Module) -> nn.Module:
     leave_out = tuple(name for name in options.leave_out if name in there)
     options = dataclasses.replace(options, leave_out=leave_out)
     kept = [kept for kept in plan_of(qmodel).kept if kept.name in there]
-    # The recorded example is on the CPU, where the capture runs the model on it; `_teach` moves the teacher back.
+    # The recorded example is on the CPU, where the capture runs the model on it; `_teacher_outputs` moves the teacher
+    # back.
     return capture_for_quantization(teacher.cpu(), kwargs or args, options, kept)[0]
 
 

@@ -57,7 +57,7 @@ def blend(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) ->
         values: tensors of the same shapes, dtypes and devices.
         decay: weight of the present average, in [0, 1).
     """
-    for mine, new in _by_dtype(averages, values):
+    for mine, new in _grouped_by_dtype(averages, values):
         if decay == 0:
             # Not lerp with weight 1: integers cannot be interpolated, and NaN of a range that is not set would stay
             # NaN.
@@ -66,7 +66,7 @@ def blend(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) ->
             blend_all(mine, new, 1 - decay)
 
 
-def _by_dtype(averages: Sequence[Tensor], values: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+def _grouped_by_dtype(averages: Sequence[Tensor], values: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
     groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for average, value in zip(averages, values, strict=True):
         mine, new = groups.setdefault(average.dtype, ([], []))
@@ -100,15 +100,15 @@ class WeightEMA:
         self._quantizers = [(quantizer, own[name]) for name, quantizer in quantizers(qmodel).items()]
         self._started = False
         # By owner and name: to move a model to a device, or to load into it, may replace its tensors.
-        self._averaged = [self._places(name, own_parameters) for name, _ in qmodel.named_parameters()]
+        self._averaged = [self._tables_holding(name, own_parameters) for name, _ in qmodel.named_parameters()]
         self._copied: list[tuple[dict[str, Any], dict[str, Any], str]] = []
         for name, buffer in qmodel.named_buffers():
             owner = qmodel.get_submodule(name.rpartition(".")[0])
             # Other floating-point buffers are constants such as masks, whose -inf has no average.
             averaged = buffer.is_floating_point() and isinstance(owner, AnyBatchNorm | Quantizer)
-            (self._averaged if averaged else self._copied).append(self._places(name, own_buffers))
+            (self._averaged if averaged else self._copied).append(self._tables_holding(name, own_buffers))
 
-    def _places(
+    def _tables_holding(
         self, name: str, table: Callable[[nn.Module], dict[str, Any]]
     ) -> tuple[dict[str, Any], dict[str, Any], str]:
         """Return the tables that hold a tensor in the average and in the raw model, and its name in them."""
@@ -130,8 +130,8 @@ class WeightEMA:
             # These steer the average's own forward pass, and they are no tensors that `blend` could copy.
             for name in PYTHON_STATE:
                 setattr(mine, name, getattr(raw, name))
-        blend(*self._tensors(self._averaged), warmed_up(self.options.decay, step) if self._started else 0.0)
-        blend(*self._tensors(self._copied), 0.0)
+        blend(*self._tensors_at(self._averaged), warmed_up(self.options.decay, step) if self._started else 0.0)
+        blend(*self._tensors_at(self._copied), 0.0)
         self._started = True
 
     def _follow_device(self) -> None:
@@ -142,7 +142,7 @@ class WeightEMA:
                 self.model.to(raw[name].device)
 
     @staticmethod
-    def _tensors(places: list[tuple[dict[str, Any], dict[str, Any], str]]) -> tuple[list[Tensor], list[Tensor]]:
+    def _tensors_at(places: list[tuple[dict[str, Any], dict[str, Any], str]]) -> tuple[list[Tensor], list[Tensor]]:
         return [mine[name] for mine, _, name in places], [raw[name].detach() for _, raw, name in places]
 
     def state_dict(self) -> dict[str, Any]:

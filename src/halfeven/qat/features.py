@@ -21,7 +21,7 @@ class Features:
         layers = _called_layers(model) if wanted else {}
         self.whose = whose
         self.with_gradients = with_gradients
-        self.names = [_resolve(name, layers, whose) for name in wanted]
+        self.names = [_resolve_layer(name, layers, whose) for name in wanted]
         if len(set(self.names)) < len(self.names):
             raise ConfigError(
                 f"distillation.features={list(wanted)} are the layers {self.names} of the {whose}, one of them twice, "
@@ -104,7 +104,7 @@ def _is_layer(module: nn.Module) -> bool:
     return not isinstance(module, Quantizer) and any(True for _ in chain(module.parameters(), module.buffers()))
 
 
-def _resolve(name: str, layers: dict[str, nn.Module], whose: str) -> str:
+def _resolve_layer(name: str, layers: dict[str, nn.Module], whose: str) -> str:
     """Return the name of a layer, or for a container the name of the last layer in it."""
     inside = [layer for layer in layers if layer.startswith(f"{name}.")]
     if name not in layers and not inside:

@@ -20,12 +20,12 @@ def histograms(qmodel: nn.Module, clipped: Iterable[float]) -> dict[str, Tensor]
     found = {"clipped share of activations, %": torch.tensor([100 * share for share in clipped])}
     ranged = [quantizer for quantizer in quantizers(qmodel).values() if quantizer.state.has_range]
     for weight, name in ((True, "weights"), (False, "activations")):
-        scales = [_scale(quantizer).flatten() for quantizer in ranged if quantizer.weight is weight]
+        scales = [_present_scale(quantizer).flatten() for quantizer in ranged if quantizer.weight is weight]
         found[f"log2 of the scales of {name}"] = torch.cat(scales).log2() if scales else torch.empty(0)
     return {name: values for name, values in found.items() if values.numel()}
 
 
-def _scale(quantizer: Quantizer) -> Tensor:
+def _present_scale(quantizer: Quantizer) -> Tensor:
     # The range of an observed weight is that of the last training step.
     observed = quantizer.weight and quantizer.state.observing
     return (quantizer.scale if observed else quantizer.used_scale(quantizer.scale)).detach().float().cpu()

@@ -32,10 +32,10 @@ class QATOptions(Options):
     progress: Switch = "auto"
     """Training starts with more bits."""
     distillation: DistillationOptions = field(default_factory=lambda: DistillationOptions(weight=1.0))
-    """Details of distillation."""
+    """Options of distillation."""
     averaging: AveragingOptions = field(default_factory=lambda: AveragingOptions(decay=0.99))
-    """Details of the average."""
+    """Options of the moving average of the weights."""
     oscillation: OscillationOptions = field(default_factory=lambda: OscillationOptions(dampening=0.1))
-    """Details of finding, freezing and dampening oscillations."""
+    """Options for finding, freezing and dampening oscillations."""
     progression: ProgressionOptions = field(default_factory=ProgressionOptions)
-    """The bits to start with."""
+    """Options of the stages with more bits that training starts with."""

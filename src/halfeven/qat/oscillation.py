@@ -45,7 +45,7 @@ class OscillationOptions(Options):
     freeze_from: Annotated[float, above(0), at_most(1)] = 0.1
     """Frequency, in turns per step, above which a weight is frozen at first."""
     freeze_to: Annotated[float, above(0), at_most(1)] = 0.03
-    """The same at the end of the run; between, a cosine."""
+    """Frequency above which a weight is frozen at the end of the run; the limit falls to it as a cosine."""
     start: Annotated[float, at_least(0), below(1)] = 0.25
     """Share of the run after which freezing and dampening set in."""
 
@@ -63,7 +63,7 @@ class OscillationOptions(Options):
             )
 
 
-def _follow(
+def _follow_integers(
     weight: Tensor,
     scale: Tensor,
     bounds: tuple[int, int],
@@ -88,7 +88,7 @@ def _follow(
     # Section 2.3: a weight oscillates in a step where its integer changes, in the direction opposite to its last
     # change. The frequency is a moving average of these events; section 4.3 averages the integers too.
     # A frozen element stays on `average`, which was rounded to an integer when it was frozen.
-    integers = torch.where(frozen, average, _integers(weight, scale, bounds))
+    integers = torch.where(frozen, average, _weight_integers(weight, scale, bounds))
     change = torch.sign(integers - before)
     # -1 where this change and the last one go in opposite directions, 0 where nothing changed.
     turned = (change * direction < 0).float()
@@ -99,7 +99,7 @@ def _follow(
     before.copy_(integers)
 
 
-def _integers(weight: Tensor, scale: Tensor, bounds: tuple[int, int]) -> Tensor:
+def _weight_integers(weight: Tensor, scale: Tensor, bounds: tuple[int, int]) -> Tensor:
     return torch.clamp(torch.round(weight / scale), *bounds)
 
 
@@ -110,41 +110,41 @@ class _Weight:
         self.layer = layer
         self.quantizer: Quantizer = layer.weight_quantizer
         # Grids of weights are symmetric, so that an integer is round(w / s) without a zero point.
-        start = _integers(*self._grid())
+        start = _weight_integers(*self._weight_on_grid())
         self.before = start.to(torch.int8)
         self.direction = torch.zeros_like(start, dtype=torch.int8)
         self.frequency = torch.zeros_like(start)
         self.average = start.clone()
         self.frozen = torch.zeros_like(start, dtype=torch.bool)
 
-    def _rows(self, x: Tensor) -> Tensor:
+    def _as_rows(self, x: Tensor) -> Tensor:
         axis = self.quantizer.scheme.axis
         return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
 
-    def _grid(self) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    def _weight_on_grid(self) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Return the weight, [channels, elements], its scale, [channels or 1, 1], and the ends of its grid."""
         weight = self.layer.weight.detach()
         scheme = self.quantizer.scheme
         scale = self.quantizer.used_scale(weight).reshape(-1, 1)
-        return self._rows(weight), scale, (scheme.quant_min, scheme.quant_max)
+        return self._as_rows(weight), scale, (scheme.quant_min, scheme.quant_max)
 
     def step(self, momentum: float, threshold: float | None) -> None:
         """Follow the weight over a step, and freeze the elements whose frequency is above the threshold."""
         state = (self.before, self.direction, self.frequency, self.average, self.frozen)
-        fused(_follow)(*self._grid(), *state, momentum)
+        fused(_follow_integers)(*self._weight_on_grid(), *state, momentum)
         if threshold is not None:
             chosen = (self.frequency > threshold) & ~self.frozen
             # Section 4.3: a frozen element stays on the integer nearest to its moving average.
             self.average = torch.where(chosen, torch.round(self.average), self.average)
             self.before = torch.where(chosen, self.average, self.before).to(torch.int8)
             self.frozen |= chosen
-            self._hold()
+            self._restore_frozen()
 
-    def _hold(self) -> None:
+    def _restore_frozen(self) -> None:
         """Put frozen elements back on their integers, which the optimizer or a new scale has moved them from."""
         axis = self.quantizer.scheme.axis
         weight = self.layer.weight
-        rows, scale, _ = self._grid()
+        rows, scale, _ = self._weight_on_grid()
         shape = weight.shape if axis is None else weight.movedim(axis, 0).shape
         held = torch.where(self.frozen, self.average * scale, rows).reshape(shape)
         # Section 4.3 freezes the integer and not the weight: with a scale that still learns, the latent weight moves
@@ -215,9 +215,9 @@ class Oscillations:
         if not options.freeze or done < options.start:
             return None
         # A high threshold first: only the worst weights are frozen while the others can still find their integers.
-        return options.freeze_to + (options.freeze_from - options.freeze_to) * (1 - self._risen(done))
+        return options.freeze_to + (options.freeze_from - options.freeze_to) * (1 - self._cosine_rise(done))
 
-    def _risen(self, done: float) -> float:
+    def _cosine_rise(self, done: float) -> float:
         """Return a number that rises from 0, at `options.start`, to 1, at the end of the run, by a cosine."""
         return 0.5 * (1 - math.cos(math.pi * (done - self.options.start) / (1 - self.options.start)))
 
@@ -233,7 +233,7 @@ class Oscillations:
         if self.options.dampening == 0 or done < self.options.start or not self.weights:
             return torch.zeros(())
         total = torch.stack([weight.distance() for weight in self.weights.values()]).sum()
-        return self.options.dampening * self._risen(done) * total
+        return self.options.dampening * self._cosine_rise(done) * total
 
     def shares(self) -> dict[str, float]:
         """Return the percentages of the followed weights that oscillate and that are frozen; {} without any."""

@@ -77,11 +77,11 @@ def decide(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) ->
         freeze=_decide_freeze(options, weight_bits),
         average=_decide_average(options, bits),
         re_estimate=_decide_re_estimate(qmodel, schedule, bits),
-        ranges=_ranges(qmodel, bits),
+        ranges=_decide_ranges(qmodel, bits),
     )
 
 
-def _ranges(qmodel: nn.Module, bits: int) -> Decision:
+def _decide_ranges(qmodel: nn.Module, bits: int) -> Decision:
     learned = any(quantizer.learned for quantizer in quantizers(qmodel).values())
     if plan_of(qmodel).options.ranges != "auto":
         return Decision(learned, "as the options say")

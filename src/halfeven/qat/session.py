@@ -71,10 +71,10 @@ class QATSession(TrainerCallback):
         self.schedule_options = schedule_options
         until = frozen_after(qmodel, schedule_options)  # by the plan's bits: a bit schedule starts with more
         self._schedule = schedule(dataclasses.replace(schedule_options, freeze_batchnorm_after=until))
-        self.distillation = _distillation(qmodel, float_model, recipe, options, logits)
+        self.distillation = _make_distillation(qmodel, float_model, recipe, options, logits)
         self.average = WeightEMA(qmodel, options.averaging) if recipe.average.enabled else None
         self.bit_schedule = BitSchedule(qmodel, options.progression, loader) if recipe.progress.enabled else None
-        self.oscillations = _oscillations(qmodel, recipe, options)
+        self.oscillations = _make_oscillations(qmodel, recipe, options)
         self.counts_from = options.progression.share if self.bit_schedule else 0.0
         self.clipping = ClippingWatch(qmodel)
 
@@ -137,7 +137,7 @@ class QATSession(TrainerCallback):
         return histograms(self.clipping.qmodel, self.clipping.shares.values())
 
 
-def _distillation(
+def _make_distillation(
     qmodel: nn.Module,
     float_model: nn.Module | None,
     recipe: QATRecipe,
@@ -154,7 +154,7 @@ def _distillation(
     return Distillation(float_model, qmodel, options.distillation, logits)
 
 
-def _oscillations(qmodel: nn.Module, recipe: QATRecipe, options: QATOptions) -> Oscillations | None:
+def _make_oscillations(qmodel: nn.Module, recipe: QATRecipe, options: QATOptions) -> Oscillations | None:
     oscillation = dataclasses.replace(
         options.oscillation,
         freeze=recipe.freeze.enabled,

@@ -22,7 +22,7 @@ _works: bool | None = None if os.environ.get("HALFEVEN_COMPILE", "1") != "0" els
 
 
 @functools.cache
-def _compiled(function: types.FunctionType, variant: tuple[Any, ...] = ()) -> Callable[..., Any]:
+def _compile_variant(function: types.FunctionType, variant: tuple[Any, ...] = ()) -> Callable[..., Any]:
     # Each device, autocast mode, inference mode and number of threads needs a kernel of its own: in ordinary use more
     # than the eight that the compiler allows by default. Past the limit torch warns and runs the call unfused; with
     # fullgraph=True it would raise.
@@ -53,24 +53,24 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
         # too): with learned scales that passes any limit. The kernel needs none of autograd's knowledge, so it gets
         # tensors without it.
         bare = [a.data if isinstance(a, Tensor) else a for a in arguments]
-        return _compiled(function, tuple(map(_kind, bare)))(*bare)
+        return _compile_variant(function, tuple(map(_argument_kind, bare)))(*bare)
 
     return kernel
 
 
-def _kind(argument: Any) -> Any:
+def _argument_kind(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.ndim, argument.dtype
     if isinstance(argument, tuple):
-        return _kinds(argument)
+        return _argument_kinds(argument)
     # With `dynamic=True` the compiler keeps integers as symbols, so their values make no new kernel. A bool is compiled
     # in, although Python counts it as an int.
     return int if type(argument) is int else argument
 
 
 @functools.cache
-def _kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(map(_kind, arguments))
+def _argument_kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(map(_argument_kind, arguments))
 
 
 def compiler_works() -> bool:
@@ -89,7 +89,7 @@ def _doubled(x: Tensor) -> Tensor:
 def _try_compiler() -> bool:
     try:
         # `torch.compile` builds nothing by itself: a missing toolchain shows at the first call.
-        _compiled(_doubled)(torch.linspace(-1, 1, 64))
+        _compile_variant(_doubled)(torch.linspace(-1, 1, 64))
     except Exception as error:  # a missing or broken toolchain raises many kinds: each is reported, none is fatal
         logger.warning(
             "torch.compile cannot build kernels here (%s), so fake-quantization runs unfused and training steps take "

@@ -103,7 +103,7 @@ class _Kernel(NamedTuple):
     power_of_two: bool = False
 
 
-def _used(scale: Tensor, zero_point: Tensor, ndim: int, settings: _Kernel) -> tuple[Tensor, Tensor]:
+def _used_parameters(scale: Tensor, zero_point: Tensor, ndim: int, settings: _Kernel) -> tuple[Tensor, Tensor]:
     """Return scale and zero point in use, float32, in shapes that broadcast over a tensor with `ndim` axes."""
     if settings.domain is not None:
         scale = effective_scale(scale, settings.domain, settings.power_of_two)
@@ -120,14 +120,14 @@ def _clipped(x: Tensor, clip: Clip) -> Tensor:
     return torch.where(x > high, high, x) if high < math.inf else x
 
 
-def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, settings: _Kernel) -> Tensor:
+def _quantize_forward(x: Tensor, scale: Tensor, zero_point: Tensor, settings: _Kernel) -> Tensor:
     # LSQ, equations 1 and 2, with a zero point: q = clamp(round(x / s) + z, low, high); result = (q - z) * s.
-    used, zero = _used(scale, zero_point, x.ndim, settings)
+    used, zero = _used_parameters(scale, zero_point, x.ndim, settings)
     integers = torch.clamp(torch.round(_clipped(x.float(), settings.clip) / used) + zero, settings.low, settings.high)
     return ((integers - zero) * used).to(x.dtype)
 
 
-def _passed(grad: Tensor, x: Tensor, inside: Tensor, clip: Clip) -> Tensor:
+def _passed_gradient(grad: Tensor, x: Tensor, inside: Tensor, clip: Clip) -> Tensor:
     """Return the gradient of the input: the incoming one inside of grid and clip, else 0 (LSQ, equation 5)."""
     low, high = clip
     # The clip lies in the same kernel, so its derivative is here too; a ReLU passes nothing at 0, as in torch.
@@ -138,18 +138,18 @@ def _passed(grad: Tensor, x: Tensor, inside: Tensor, clip: Clip) -> Tensor:
 
 def _backward_input(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, settings: _Kernel) -> tuple[Tensor]:
     """Return the gradient of the input alone."""
-    used, zero = _used(scale, zero_point, x.ndim, settings)
+    used, zero = _used_parameters(scale, zero_point, x.ndim, settings)
     # The mask is taken from the rounded integer: a value just beyond the range that still rounds to the last integer
     # passes its gradient.
     shifted = torch.round(x.float() / used) + zero
-    return (_passed(grad, x, (shifted >= settings.low) & (shifted <= settings.high), settings.clip),)
+    return (_passed_gradient(grad, x, (shifted >= settings.low) & (shifted <= settings.high), settings.clip),)
 
 
 def _backward_scale(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, settings: _Kernel
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the input and of the stored scale, the latter summed over the elements that share it."""
-    used, zero = _used(scale, zero_point, x.ndim, settings)
+    used, zero = _used_parameters(scale, zero_point, x.ndim, settings)
     ratio = _clipped(x.float(), settings.clip) / used
     shifted = torch.round(ratio) + zero
     inside = (shifted >= settings.low) & (shifted <= settings.high)
@@ -166,14 +166,14 @@ def _backward_scale(
     elif settings.domain == "linear":
         # s = |stored|, so ds / d(stored) is the sign of the stored scale.
         total = torch.where(per_channel(scale, settings.axis, x.ndim) < 0, -total, total)
-    return _passed(grad, x, inside, settings.clip), total.reshape(scale.shape)
+    return _passed_gradient(grad, x, inside, settings.clip), total.reshape(scale.shape)
 
 
 def _backward_all(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, settings: _Kernel
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the input, of the stored scale and of the zero point."""
-    used, zero = _used(scale, zero_point, x.ndim, settings)
+    used, zero = _used_parameters(scale, zero_point, x.ndim, settings)
     shifted = torch.round(_clipped(x.float(), settings.clip) / used) + zero
     outside = (shifted < settings.low) | (shifted > settings.high)
     # LSQ+, section 3.1: its offset is beta = -s * z, so d(result) / dz is 0 inside the grid and -s outside.
@@ -204,16 +204,16 @@ class _FakeQuantize(torch.autograd.Function):
         if precomputed is not None:
             # A view, so that autograd attaches this function to the result and not to the cached tensor.
             return precomputed.view_as(precomputed)
-        rows, restore = _rows(x, axis)
-        return restore(fused(_forward)(rows, scale, zero_point, forward))
+        rows, restore = _view_as_rows(x, axis)
+        return restore(fused(_quantize_forward)(rows, scale, zero_point, forward))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
-        rows, restore = _rows(x, ctx.axis)
+        rows, restore = _view_as_rows(x, ctx.axis)
         # The gradient may come in another memory format than x (channels last or not), and rows must pair the same
         # elements.
-        grad = _rows(_laid_out_like(gradients[0], x), ctx.axis)[0]
+        grad = _view_as_rows(_laid_out_like(gradients[0], x), ctx.axis)[0]
         _, for_scale, for_zero_point, *_ = ctx.needs_input_grad
         compute = _backward_all if for_zero_point else _backward_scale if for_scale else _backward_input
         passed, *sums = fused(compute)(grad, rows, scale, zero_point, ctx.settings)
@@ -237,7 +237,7 @@ def _laid_out_like(grad: Tensor, x: Tensor) -> Tensor:
     return grad
 
 
-def _rows(x: Tensor, axis: int | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _view_as_rows(x: Tensor, axis: int | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """View `x` as [elements] or [channels, elements], so that one kernel serves every shape.
 
     In a model that is compiled as a whole `x` stays as it is: there the compiler chooses the layout, and flattening
@@ -249,13 +249,13 @@ def _rows(x: Tensor, axis: int | None) -> tuple[Tensor, Callable[[Tensor], Tenso
     if torch.compiler.is_compiling():
         return x, lambda rows: rows
     if axis not in (None, 0):
-        rows, restore = _rows(x.movedim(axis, 0), 0)
+        rows, restore = _view_as_rows(x.movedim(axis, 0), 0)
         return rows, lambda rows: restore(rows).movedim(0, axis)
     if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         moved = x.permute(0, 2, 3, 1)  # the order in memory: flattening copies nothing
-        return _flat(moved, axis), lambda rows: rows.view(moved.shape).permute(0, 3, 1, 2)
-    return _flat(x, axis), lambda rows: rows.view(x.shape)
+        return _flattened(moved, axis), lambda rows: rows.view(moved.shape).permute(0, 3, 1, 2)
+    return _flattened(x, axis), lambda rows: rows.view(x.shape)
 
 
-def _flat(x: Tensor, axis: int | None) -> Tensor:
+def _flattened(x: Tensor, axis: int | None) -> Tensor:
     return x.reshape(-1) if axis is None else x.reshape(x.shape[0], -1)

@@ -130,18 +130,18 @@ class Quantizer(nn.Module):
             # An observer must see the tensor that is quantized, which is the clipped one.
             x = torch.clamp(x, *clip)
             clip = UNCLIPPED
-        if self.mode is Mode.FLOAT or (self.mode is Mode.CALIBRATE and not self._calibrate(x)):
+        if self.mode is Mode.FLOAT or (self.mode is Mode.CALIBRATE and not self._observe(x)):
             return x
         if self.state.observing and self.weight:
             scale, zero_point = self._present_range(x)
             if self.training:
-                self._store(scale, zero_point)
-            return self._once(
+                self._store_range(scale, zero_point)
+            return self._quantized_once(
                 x, lambda precomputed: fake_quantize(x, scale, zero_point, self.scheme, precomputed=precomputed)
             )
         follows = self.state.observing and self.training and not self._recomputes()
         if follows:
-            self._follow(x, clip)
+            self._follow_batch(x, clip)
         if not self.state.has_range:
             raise CalibrationError(
                 f"The quantizer {self.name or '(unnamed)'} has no range yet, so its integers mean nothing. "
@@ -154,7 +154,7 @@ class Quantizer(nn.Module):
         # before must see the range that they were quantized with.
         scale = self.scale.clone() if follows else self.scale
         zero_point = self.zero_point.clone() if follows else self.zero_point
-        return self._once(
+        return self._quantized_once(
             x,
             lambda precomputed: fake_quantize(
                 x, scale, zero_point, self.scheme, factor,
@@ -167,7 +167,7 @@ class Quantizer(nn.Module):
         known = self.is_recomputation is not None and not torch.compiler.is_compiling()
         return known and self.is_recomputation()  # type: ignore[misc]
 
-    def _once(self, x: Tensor, quantized: Callable[[Tensor | None], Tensor]) -> Tensor:
+    def _quantized_once(self, x: Tensor, quantized: Callable[[Tensor | None], Tensor]) -> Tensor:
         """Return the fake-quantized tensor: the cached one, where weights are quantized once."""
         result = quantized(self.cached)
         if self.caches_output and isinstance(x, nn.Parameter):  # a computed weight is another tensor in every call
@@ -194,10 +194,10 @@ class Quantizer(nn.Module):
         if not self.learned and not self.weight:
             self.low.copy_(low)
             self.high.copy_(high)
-        self._store(*scale_and_zero_point(low, high, self.scheme))
+        self._store_range(*scale_and_zero_point(low, high, self.scheme))
 
     @torch.no_grad()
-    def _store(self, scale: Tensor, zero_point: Tensor) -> None:
+    def _store_range(self, scale: Tensor, zero_point: Tensor) -> None:
         # In place: the optimizer and DDP hold this very tensor.
         self.scale.copy_(stored_scale(scale, self.domain) if self.learned else scale)
         self.zero_point.copy_(zero_point)
@@ -240,7 +240,7 @@ class Quantizer(nn.Module):
             low = -self.scheme.quant_max if self.scheme.symmetric and self.scheme.signed else self.scheme.quant_min
             self.low.copy_((low - self.zero_point) * scale)
             self.high.copy_((self.scheme.quant_max - self.zero_point) * scale)
-        self._store(scale.reshape(self.scale.shape), self.zero_point)
+        self._store_range(scale.reshape(self.scale.shape), self.zero_point)
         self._set_state(RangeState.FIXED)
 
     def used_scale(self, x: Tensor) -> Tensor:
@@ -277,26 +277,26 @@ class Quantizer(nn.Module):
         assert observer is not None
         self.mode = Mode.QUANTIZE
         self.observer = None
-        with self._named():
+        with self._naming_the_quantizer():
             self.set_range(*observer.range())
 
-    def _calibrate(self, x: Tensor) -> bool:
+    def _observe(self, x: Tensor) -> bool:
         """Collect statistics. Returns True for a tensor to quantize at once: a weight, whose range is known then."""
         assert self.observer is not None
         if self.weight and self.state.has_range:
             return True
-        with self._named():
+        with self._naming_the_quantizer():
             self.observer.update(self._channels_first(x))
             if self.weight:
                 self.set_range(*self.observer.range())
         return self.weight
 
     @torch.no_grad()
-    def _follow(self, x: Tensor, clip: Clip) -> None:
+    def _follow_batch(self, x: Tensor, clip: Clip) -> None:
         """Move the range by the extremes of a batch that is going to be clipped."""
         low, high = common_extremes(self._channels_first(x), clip)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it waits; NaN shows in the loss
-            with self._named():
+            with self._naming_the_quantizer():
                 check_finite(low, high)
         low = low.reshape(self.low.shape)
         high = high.reshape(self.high.shape)
@@ -305,7 +305,7 @@ class Quantizer(nn.Module):
         low, high, scale, zero_point = fused(_moved_range)(*kept, low, high, self.scheme)
         self.low.copy_(low)
         self.high.copy_(high)
-        self._store(scale, zero_point)
+        self._store_range(scale, zero_point)
 
     def _present_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero_point = fused(_range_of)(rows(self._channels_first(x)), self.scheme)
@@ -324,7 +324,7 @@ class Quantizer(nn.Module):
         return x.detach()[None] if self.scheme.axis is None else x.detach().movedim(self.scheme.axis, 0)
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _naming_the_quantizer(self) -> Iterator[None]:
         try:
             yield
         except CalibrationError as error:

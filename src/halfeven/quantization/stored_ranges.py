@@ -17,35 +17,37 @@ has a scale of half or twice the size."""
 
 def wrong_ranges(model: nn.Module) -> list[str]:
     """List the quantizers whose scale, zero point or range cannot be used, each with what is wrong."""
-    return [f"{name}: {problem}" for name, quantizer in quantizers(model).items() for problem in _problems(quantizer)]
+    return [
+        f"{name}: {problem}" for name, quantizer in quantizers(model).items() for problem in _range_problems(quantizer)
+    ]
 
 
 @torch.no_grad()
-def _problems(quantizer: Quantizer) -> Iterator[str]:
+def _range_problems(quantizer: Quantizer) -> Iterator[str]:
     scheme = quantizer.scheme
     if int(quantizer.observing) not in {state.code for state in RangeState}:
         yield f"the state {int(quantizer.observing)} does not exist"
     ends = [getattr(quantizer, end) for end in ("low", "high") if hasattr(quantizer, end)]
     if not quantizer.state.fixed and all(bool(tensor.isnan().all()) for tensor in (quantizer.scale, *ends)):
         return  # no range is set
-    scale = _scale(quantizer)
+    scale = _scale_in_use(quantizer)
     if not all(bool(tensor.isfinite().all()) for tensor in (scale, *ends)):
         yield "its range is NaN or infinite"
         return
     if bool((scale < SMALLEST_SCALE).any() | (scale * scheme.levels).isinf().any()):
-        yield f"no scale is {_shown(scale)}"
+        yield f"no scale is {_shortened_values(scale)}"
     zero_point = quantizer.zero_point
     # A learned zero point may leave the grid; the nearest integer of the grid is used.
     room = scheme.levels if zero_point.is_floating_point() else 0
     lowest = 0 if scheme.symmetric else scheme.quant_min - room
     highest = 0 if scheme.symmetric else scheme.quant_max + room
     if not bool(((zero_point >= lowest) & (zero_point <= highest)).all()):
-        yield f"the zero point {_shown(zero_point)} is not on the grid {scheme}"
+        yield f"the zero point {_shortened_values(zero_point)} is not on the grid {scheme}"
     elif ends:
         yield from _disagreement(quantizer, *ends)
 
 
-def _scale(quantizer: Quantizer) -> Tensor:
+def _scale_in_use(quantizer: Quantizer) -> Tensor:
     """Return the scale in use: a learned one may be stored as a logarithm, or below zero."""
     scale = quantizer.scale.detach()
     if not quantizer.learned or not bool(scale.isfinite().all()):
@@ -59,11 +61,12 @@ def _disagreement(quantizer: Quantizer, low: Tensor, high: Tensor) -> Iterator[s
     moved = (quantizer.zero_point - zero_point).abs() > 1
     if bool((low > high).any() | too_far.any() | moved.any()):
         yield (
-            f"scale {_shown(quantizer.scale)} and zero point {_shown(quantizer.zero_point)} are not those of the range "
-            f"{_shown(low)} to {_shown(high)} on the grid {quantizer.scheme}"
+            f"scale {_shortened_values(quantizer.scale)} and zero point {_shortened_values(quantizer.zero_point)} are "
+            f"not those of the range {_shortened_values(low)} to {_shortened_values(high)} on the grid "
+            f"{quantizer.scheme}"
         )
 
 
-def _shown(values: Tensor) -> str:
+def _shortened_values(values: Tensor) -> str:
     numbers = [f"{value:g}" for value in values.detach().float().flatten()[:3].tolist()]
     return numbers[0] if values.numel() == 1 else f"[{', '.join(numbers)}{', ...' if values.numel() > 3 else ''}]"

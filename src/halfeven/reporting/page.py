@@ -83,29 +83,29 @@ def page(contents: PageContents, library: str) -> str:
         contents: what it shows.
         library: the script that draws charts.
     """
-    data = json.dumps(_plain(asdict(contents)), ensure_ascii=False)
+    data = json.dumps(_json_value(asdict(contents)), ensure_ascii=False)
     parts = {
-        "STYLE": _asset("page.css"),
+        "STYLE": _asset_text("page.css"),
         "LIBRARY": library,
-        "CHARTS": _asset("charts.js"),
-        "PAGE": _asset("page.js"),
+        "CHARTS": _asset_text("charts.js"),
+        "PAGE": _asset_text("page.js"),
         # "</script>" within a string would end the element.
         "DATA": data.replace("<", "\\u003c"),
     }
-    text = _asset("page.html")
+    text = _asset_text("page.html")
     for name, part in parts.items():
         text = text.replace(f"/*{name}*/", part.replace("</script", "<\\/script") if name != "DATA" else part)
     return text
 
 
-def _asset(name: str) -> str:
+def _asset_text(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """Return a value of JSON: None stands for NaN and infinities."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
+        return {str(name): _json_value(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_json_value(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -45,12 +45,12 @@ def verification_contents(
     return PageContents(
         title=f"{Path(report.path).name} in {report.runtime}",
         verdict=_verdict(report, shown),
-        facts=_facts(report),
+        facts=_headline_figures(report),
         accuracy=shown,
         sizes={name: float(size) for name, size in (sizes or {}).items()},
         latency=report.latency_ms,
         plan={} if plan is None else plan.to_dict(),
-        tables=_tables(report),
+        tables=_report_tables(report),
         notes=(*report.findings, *report.notes),
     )
 
@@ -67,7 +67,7 @@ def _verdict(report: Report, accuracy: Mapping[str, float]) -> str:
     return f"The file computes what was simulated, and {ran}{drop}."
 
 
-def _facts(report: Report) -> dict[str, str]:
+def _headline_figures(report: Report) -> dict[str, str]:
     found = {
         "samples": str(report.samples),
         "integers equal, each layer alone": f"{100 * report.alone_match:.4f} %",
@@ -79,7 +79,7 @@ def _facts(report: Report) -> dict[str, str]:
     return {name: value for name, value in found.items() if "nan" not in value}
 
 
-def _tables(report: Report) -> dict[str, tuple[tuple[str, ...], ...]]:
+def _report_tables(report: Report) -> dict[str, tuple[tuple[str, ...], ...]]:
     found: dict[str, Any] = {}
     if report.tensors:
         rows = [

@@ -10,7 +10,7 @@ from halfeven.targets.target import ALL_GRIDS, Grid, Target, any_grid, no_zero_p
 K = OperatorKind
 
 
-def _average(node: fx.Node) -> Grid:
+def _average_grid(node: fx.Node) -> Grid:
     """Return the grid that an average asks for: OpenVINO pads a pool with code 0, which is not 0 with a zero point."""
     return Grid.NO_ZERO_POINT if Op(node).pads_zeros else Grid.ANY
 
@@ -77,7 +77,7 @@ OPENVINO = Target(
         K.LINEAR: any_grid,
         K.TRANSPOSED_CONVOLUTION: no_zero_point,  # with one, the deconvolution runs in float
         K.MATMUL: no_zero_point,  # with one, the whole attention runs in float
-        K.AVERAGE: _average,
+        K.AVERAGE: _average_grid,
     },
     stays_in_float=_stays_in_float,
     elementwise=frozenset({K.ADD}),

@@ -51,18 +51,18 @@ class EfficientDetDetection(Detection):
             )
         boxes = [target["boxes"][:, [1, 0, 3, 2]] for target in targets]  # effdet has top, left, bottom, right
         labels = [target["labels"].float() for target in targets]
-        images = self._give(outputs)
+        images = self._set_outputs(outputs)
         loss: Tensor = self.training.to(images.device).train()(images, {"bbox": boxes, "cls": labels})["loss"]
         return loss
 
     def judged(self, outputs: Any, targets: Targets) -> tuple[Any, Any]:
         """Return boxes with scores and labels, after non-maximum suppression, and the targets."""
-        images = self._give(outputs)
+        images = self._set_outputs(outputs)
         rows = self.predicting.to(images.device).eval()(images)
         found = [row[row[:, 4] > 0] for row in rows]  # effdet pads with zeros
         return [{"boxes": r[:, :4], "scores": r[:, 4], "labels": r[:, 5].long()} for r in found], list(targets)
 
-    def _give(self, outputs: Any) -> Tensor:
+    def _set_outputs(self, outputs: Any) -> Tensor:
         """Make the network return these outputs. Returns a tensor to pass in place of images."""
         classes, boxes = ([level.float() for level in levels] for levels in _two_lists(outputs))
         self.given.outputs = (classes, boxes)

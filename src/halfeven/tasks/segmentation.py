@@ -40,7 +40,7 @@ class Segmentation(Task):
             scaled = _at_size_of(logits.float(), targets)
             return F.cross_entropy(scaled, targets, ignore_index=self.ignore_index, label_smoothing=label_smoothing)
 
-        total = cross_entropy(_main(outputs))
+        total = cross_entropy(_main_output(outputs))
         if isinstance(outputs, Mapping) and "aux" in outputs:
             total = total + self.auxiliary_weight * cross_entropy(outputs["aux"])
         return total
@@ -71,14 +71,14 @@ class Segmentation(Task):
 
     def judged(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the class of each pixel, and the labels."""
-        return _at_size_of(_main(outputs).float(), targets).argmax(1), targets
+        return _at_size_of(_main_output(outputs).float(), targets).argmax(1), targets
 
     def logits(self, outputs: Any) -> Tensor:
         """Return the main head's logits, [samples, height, width, classes]."""
-        return _main(outputs).movedim(1, -1)
+        return _main_output(outputs).movedim(1, -1)
 
 
-def _main(outputs: Any) -> Tensor:
+def _main_output(outputs: Any) -> Tensor:
     return outputs["out"] if isinstance(outputs, Mapping) and "out" in outputs else first_tensor(outputs)
 
 

@@ -42,7 +42,9 @@ class SetPrediction(Detection):
         outputs = {name: output.float() for name, output in outputs.items() if isinstance(output, Tensor)}
         logits, boxes = outputs["logits"], outputs["pred_boxes"]
         size = self.size.to(boxes.device)
-        labels = [{"class_labels": target["labels"], "boxes": _centred(target["boxes"] / size)} for target in targets]
+        labels = [
+            {"class_labels": target["labels"], "boxes": _centre_and_size(target["boxes"] / size)} for target in targets
+        ]
         layers = {name: outputs.get(f"intermediate_{name}") for name in ("logits", "reference_points")}
         self.config.auxiliary_loss = layers["logits"] is not None
         proposed = {name: outputs[name] for name in ("enc_topk_logits", "enc_topk_bboxes") if name in outputs}
@@ -67,7 +69,7 @@ def is_set_prediction(model: nn.Module) -> bool:
     return "PreTrainedModel" in names and type(model).__name__.endswith("ForObjectDetection")
 
 
-def _centred(boxes: Tensor) -> Tensor:
+def _centre_and_size(boxes: Tensor) -> Tensor:
     """Return centre, width and height of boxes given by their corners."""
     return torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
 

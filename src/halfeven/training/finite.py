@@ -79,10 +79,10 @@ def damage_in(state: Mapping[str, Any], optimizer: Mapping[str, Any], fresh: Map
 
 def bad_samples(items: Iterable[Any]) -> list[int]:
     """Return the numbers of the items, (input, target) pairs, that hold NaN or infinity."""
-    return [number for number, item in enumerate(items) if not_finite(_named(item))]
+    return [number for number, item in enumerate(items) if not_finite(_numbered_leaves(item))]
 
 
-def _named(value: Any) -> dict[str, Any]:
+def _numbered_leaves(value: Any) -> dict[str, Any]:
     return {str(number): leaf for number, leaf in enumerate(pytree.tree_leaves(value))}
 
 
@@ -119,7 +119,7 @@ def _outputs_watched(module: nn.Module, found: list[str]) -> Iterator[None]:
 
     def hook(name: str) -> Any:
         def look(layer: nn.Module, inputs: Any, output: Any) -> None:
-            if not_finite(_named(output)):
+            if not_finite(_numbered_leaves(output)):
                 found.append(f"the output of {name.removeprefix('model.') or 'the model'} ({type(layer).__name__})")
 
         return look

@@ -70,12 +70,12 @@ class FiniteGuard:
             yield
         except CalibrationError as error:
             place = step * self.accumulation + batch
-            began = self._began(place)
+            began = self._first_bad_tensor(place)
             if began is None:
                 raise
             raise ConfigError(
-                f"Training met NaN or infinity at {self._position(place)}, and training on would fill all weights "
-                f"with it. {began} {self._kept()}"
+                f"Training met NaN or infinity at {self._position_text(place)}, and training on would fill all weights "
+                f"with it. {began} {self._saved_text()}"
             ) from error
 
     def check(self, step: int, rate: float) -> None:
@@ -96,31 +96,31 @@ class FiniteGuard:
         first = smallest(mine, self.accelerator.device)
         if first == NEVER:
             return
-        told = gather_object([self._told(place, bad, step, rate) if mine == first else ""])
+        told = gather_object([self._error_text(place, bad, step, rate) if mine == first else ""])
         raise ConfigError(next(text for text in told if text))
 
-    def _told(self, place: int, bad: list[str], step: int, rate: float) -> str:
+    def _error_text(self, place: int, bad: list[str], step: int, rate: float) -> str:
         if place < NEVER:
-            what = f"The loss became {self.watch.loss()} at {self._position(place)}, learning rate {rate:g}"
+            what = f"The loss became {self.watch.loss()} at {self._position_text(place)}, learning rate {rate:g}"
         else:
             what = f"Training has filled {named(bad)} with NaN or infinity by step {step}, learning rate {rate:g}"
             place = step * self.accumulation - 1
-        began = self._began(place)
+        began = self._first_bad_tensor(place)
         if began is None:
             grown = f" ({named(bad)})" if bad else ""
             began = (
                 f"With the weights saved before, this batch gives finite numbers: the weights{grown} have grown since. "
                 f"{TOO_FAST}"
             )
-        return f"{what}; all weights after it would be NaN. {began} {self._kept()}"
+        return f"{what}; all weights after it would be NaN. {began} {self._saved_text()}"
 
-    def _position(self, place: int) -> str:
+    def _position_text(self, place: int) -> str:
         step, batch = divmod(place, self.accumulation)
         epoch, within = divmod(step, self.steps_per_epoch)
         number = within * self.accumulation + batch + 1
         return f"step {step + 1} (epoch {epoch + 1}, batch {number} of {len(self.batches)})"
 
-    def _began(self, place: int) -> str | None:
+    def _first_bad_tensor(self, place: int) -> str | None:
         """Say which tensor of a batch is the first that is not finite, with the last saved weights; None: all are."""
         step, batch = divmod(place, self.accumulation)
         epoch, within = divmod(step, self.steps_per_epoch)
@@ -146,7 +146,7 @@ class FiniteGuard:
             else None
         )
 
-    def _kept(self) -> str:
+    def _saved_text(self) -> str:
         if not self.state.is_file():
             return "Nothing was saved."
         return f"{self.state} still holds step {load_state(self.state).step}, from which --resume goes on."

@@ -24,9 +24,9 @@ class JoinedOptimizers(torch.optim.Optimizer):
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
         super().__init__([group for part in parts for group in part.param_groups], {})
-        self._share()
+        self._share_state()
 
-    def _share(self) -> None:
+    def _share_state(self) -> None:
         """Give each part its groups and the state of this optimizer: the same objects, not copies."""
         start = 0
         for part in self.parts:
@@ -45,7 +45,7 @@ class JoinedOptimizers(torch.optim.Optimizer):
             ValueError: the number of groups, or of parameters in a group, differs.
         """
         super().load_state_dict(state_dict)
-        self._share()  # loading has made new groups and a new state
+        self._share_state()  # loading has made new groups and a new state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]

@@ -82,7 +82,7 @@ def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Op
     """
     groups = parameter_groups(model, options)
     if not has_two_optimizers(options):
-        return _optimizer(options.optimizer, groups, options)
+        return _make_optimizer(options.optimizer, groups, options)
     scales = [group for group in groups if "scales" in group]
     if not scales:
         raise ConfigError(
@@ -90,11 +90,11 @@ def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Op
             'it would have no effect. Leave it out, or set quantization.ranges="learned".'
         )
     weights = [group for group in groups if "scales" not in group]
-    parts = [_optimizer(options.optimizer, weights, options)] if weights else []
-    return JoinedOptimizers(*parts, _optimizer(scale_optimizer(options), scales, options))
+    parts = [_make_optimizer(options.optimizer, weights, options)] if weights else []
+    return JoinedOptimizers(*parts, _make_optimizer(scale_optimizer(options), scales, options))
 
 
-def _optimizer(name: str, groups: list[dict[str, Any]], options: TrainingOptions) -> torch.optim.Optimizer:
+def _make_optimizer(name: str, groups: list[dict[str, Any]], options: TrainingOptions) -> torch.optim.Optimizer:
     if name == "sgd":
         return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum, nesterov=options.nesterov)
     if name == "rmsprop":
@@ -127,11 +127,11 @@ def learning_rate(step: int, total_steps: int, steps_per_epoch: int, options: Tr
         done = epoch / max(math.ceil(total_steps / steps_per_epoch), 1)
     else:
         done = (step - options.warmup_steps) / max(total_steps - options.warmup_steps, 1)
-    left = _left(done, options)
+    left = _decay_left(done, options)
     return options.learning_rate * (options.end_rate + (1 - options.end_rate) * left)
 
 
-def _left(done: float, options: TrainingOptions) -> float:
+def _decay_left(done: float, options: TrainingOptions) -> float:
     """Return the share of the way down that is left, after the share `done` of the run."""
     if options.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
@@ -144,10 +144,10 @@ def _onecycle(step: int, total_steps: int, rise: float) -> float:
     top = rise * total_steps - 1
     last = total_steps - 1
     if step <= top:
-        return _between(ONECYCLE_START, 1.0, step / top)
-    return _between(1.0, ONECYCLE_END, (step - top) / (last - top) if last > top else 1.0)
+        return _half_cosine(ONECYCLE_START, 1.0, step / top)
+    return _half_cosine(1.0, ONECYCLE_END, (step - top) / (last - top) if last > top else 1.0)
 
 
-def _between(start: float, end: float, done: float) -> float:
+def _half_cosine(start: float, end: float, done: float) -> float:
     """Return the value of a half cosine from `start` to `end`."""
     return end + (start - end) / 2 * (1 + math.cos(math.pi * done))

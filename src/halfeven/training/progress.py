@@ -36,7 +36,7 @@ def described(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
 
 
-def _curves(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+def _named_curves(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
     return {f"{name}/{metric}": value for metric, value in metrics.items()}
 
 
@@ -61,10 +61,10 @@ class JSONLinesTracker(GeneralTracker):  # type: ignore[misc]
         """Open the file."""
         with storing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._purge()
+            self._remove_later_lines()
             self.lines = self.path.open("a", encoding="utf-8")
 
-    def _purge(self) -> None:
+    def _remove_later_lines(self) -> None:
         if not self.path.is_file():
             return
         kept = []
@@ -130,11 +130,11 @@ class RunLog:
         self._samples = 0
         purge_step = step + 1 if resumed else 0
         self._lines = JSONLinesTracker(folder, purge_step=purge_step)
-        self._curves = TensorBoardTracker("tensorboard", folder, purge_step=purge_step)
+        self._named_curves = TensorBoardTracker("tensorboard", folder, purge_step=purge_step)
         if main:
             self._lines.start()
             with extra("train", "Training"):  # TensorBoard is imported here
-                self._curves.start()
+                self._named_curves.start()
         columns = (
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
@@ -164,7 +164,9 @@ class RunLog:
         """Log the loss of a step, and further figures by name."""
         rate = self.rate()
         values = {"loss": loss, "learning_rate": learning_rate, "samples_per_second": rate, **(figures or {})}
-        self._record(step, {"epoch": epoch, **values}, {f"training/{name}": value for name, value in values.items()})
+        self._record_line(
+            step, {"epoch": epoch, **values}, {f"training/{name}": value for name, value in values.items()}
+        )
         state = f"loss {loss:.4f} · {rate:.0f} samples/s"
         self._progress.update(self._task, state=state)
         now = time.monotonic()
@@ -175,11 +177,11 @@ class RunLog:
 
     def validation(self, step: int, epoch: int, name: str, metrics: dict[str, float]) -> None:
         """Log and print the accuracy of a model, which is named, for example, `w8a8` or `float`."""
-        curves = _curves(name, metrics)
+        curves = _named_curves(name, metrics)
         if step:
             for other, constant in self.constants.items():
-                curves |= _curves(other, constant)
-        self._record(step, {"epoch": epoch, name: metrics}, curves)
+                curves |= _named_curves(other, constant)
+        self._record_line(step, {"epoch": epoch, name: metrics}, curves)
         if self.main:
             self._draw_in_one_chart(metrics)
             place = f"epoch {epoch} · step {step} of {self.total} · " if step else ""
@@ -188,13 +190,13 @@ class RunLog:
     def histograms(self, step: int, found: Mapping[str, Tensor]) -> None:
         """Log the distributions of values, by name."""
         for name, values in found.items() if self.main else ():
-            self._curves.tracker.add_histogram(f"quantizers/{name}", values, step)
+            self._named_curves.tracker.add_histogram(f"quantizers/{name}", values, step)
 
     def _draw_in_one_chart(self, metrics: Mapping[str, float]) -> None:
         """Declare one chart of TensorBoard for each metric, with the curves of all models, float and quantized."""
         if not self._one_chart:
             charts = {metric: ["Multiline", [f".*/{re.escape(metric)}$"]] for metric in metrics}
-            self._curves.tracker.add_custom_scalars({"float and quantized": charts})
+            self._named_curves.tracker.add_custom_scalars({"float and quantized": charts})
             self._one_chart = True
 
     def close(self) -> None:
@@ -202,9 +204,9 @@ class RunLog:
         self._progress.stop()
         if self.main:
             self._lines.finish()
-            self._curves.finish()
+            self._named_curves.finish()
 
-    def _record(self, step: int, line: dict[str, Any], curves: dict[str, float]) -> None:
+    def _record_line(self, step: int, line: dict[str, Any], curves: dict[str, float]) -> None:
         if self.main:
             self._lines.log(line, step)
-            self._curves.log(curves, step)
+            self._named_curves.log(curves, step)

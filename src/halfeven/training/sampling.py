@@ -84,9 +84,9 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.batches = self.share // batch_size if drop_last else -(-self.share // batch_size)
         self.epoch = 0
         self.start = 0
-        self._check(drop_last)
+        self._check_batches(drop_last)
 
-    def _check(self, drop_last: bool) -> None:
+    def _check_batches(self, drop_last: bool) -> None:
         if self.batches == 0:
             raise ConfigError(
                 f"{self.length} training samples on {world_size()} process(es) do not fill one batch of "
@@ -102,9 +102,11 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     def indices(self, epoch: int, batch: int) -> list[int]:
         """Return the indices of this process's samples in a batch of an epoch."""
-        return [int(index) for index in self._mine(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]]
+        return [
+            int(index) for index in self._own_indices(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
+        ]
 
-    def _mine(self, epoch: int) -> np.ndarray[Any, Any]:
+    def _own_indices(self, epoch: int) -> np.ndarray[Any, Any]:
         """Return the indices of this process's samples of an epoch, in order."""
         # `np.resize` repeats the order from its start until every process has as many samples: with fewer, a process
         # would wait for the gradients of the others for ever.
@@ -112,7 +114,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         return np.resize(order, self.share * world_size())[rank() :: world_size()]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        mine = self._mine(self.epoch)
+        mine = self._own_indices(self.epoch)
         for batch in range(self.start, self.batches):
             part = mine[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield [(self.epoch, int(index)) for index in part]

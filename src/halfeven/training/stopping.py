@@ -71,7 +71,7 @@ def stoppable() -> Iterator[None]:
     _asked.process = os.getpid()
     _asked.reason = ""
     for number in mine:
-        signal.signal(number, _arrived)
+        signal.signal(number, _on_signal)
     try:
         yield
     finally:
@@ -80,7 +80,7 @@ def stoppable() -> Iterator[None]:
         _asked.process = 0
 
 
-def _arrived(number: int, frame: Any) -> None:
+def _on_signal(number: int, frame: Any) -> None:
     if os.getpid() != _asked.process:
         return
     name = signal.Signals(number).name

@@ -156,7 +156,7 @@ class Trainer:
             ConfigError: the loss or a weight became NaN or infinite. The state before it stays in the folder.
         """
         if resume:
-            self._resume()
+            self._resume_state()
         objective = _Objective(self.model, self.task, self.options.label_smoothing, self.callback)
         state_file = self.where.folder / STATE_FILE
         self.guard = FiniteGuard(
@@ -199,7 +199,7 @@ class Trainer:
         self.model.train()
         # A resumed run begins in the middle of an epoch, at the batch where it was interrupted.
         start = self.step % self.steps_per_epoch * self.options.accumulation
-        for group in self._groups(self.batches.epoch(epoch, start)):
+        for group in self._batches_by_step(self.batches.epoch(epoch, start)):
             loss, self.rate = self._take_step(group)
             self.step += 1
             self.log.advance(self.step, sum(find_batch_size(inputs) for inputs, _ in group) * world_size())
@@ -207,9 +207,9 @@ class Trainer:
                 self._log_loss(epoch, loss)
             ends = self.step == self.total_steps or self.step % self.steps_per_epoch == 0
             # The state is saved after a validation, which a resumed run must not skip.
-            if ends or self._validates():
+            if ends or self._is_validation_due():
                 self.guard.check(self.step, self.rate)
-                self._finish(epoch)
+                self._finish_epoch(epoch)
                 if ends:
                     break
                 self.model.train()
@@ -221,12 +221,12 @@ class Trainer:
             if stop:
                 raise StopRequested(stop, self.step)
 
-    def _validates(self) -> bool:
+    def _is_validation_due(self) -> bool:
         """Return True where a validation is due after the present step."""
         every = self.options.validate_every
         return self.step == self.total_steps or self.step % (self.steps_per_epoch if every == "auto" else every) == 0
 
-    def _groups(self, batches: Iterator[Any]) -> Iterator[list[tuple[Any, Any]]]:
+    def _batches_by_step(self, batches: Iterator[Any]) -> Iterator[list[tuple[Any, Any]]]:
         """Yield the batches of each optimizer step; the last group of an epoch may be smaller."""
         group: list[tuple[Any, Any]] = []
         for inputs, targets in batches:
@@ -283,9 +283,9 @@ class Trainer:
             self.guard.check(self.step, self.rate)
         self.log.training(self.step, epoch + 1, value, self.rate, self.callback.figures())
 
-    def _finish(self, epoch: int) -> None:
+    def _finish_epoch(self, epoch: int) -> None:
         """Validate where it is due, and save the state, at the end of an epoch or at a validation within it."""
-        if self._validates():
+        if self._is_validation_due():
             self.last = self._validate(self.model, epoch, self.where.name, "last")
             self.log.histograms(self.step, self.callback.histograms())
             for name, model in self.callback.other_models.items():
@@ -306,7 +306,7 @@ class Trainer:
         if counts and self._is_best(metrics):
             self._write_best(model, metrics, epoch + 1, name)
         if counts and file:
-            self._write(model, file, {"step": self.step, "epoch": epoch + 1, name: metrics})
+            self._write_checkpoint(model, file, {"step": self.step, "epoch": epoch + 1, name: metrics})
         return metrics
 
     def _is_best(self, metrics: Metrics) -> bool:
@@ -321,9 +321,9 @@ class Trainer:
     def _write_best(self, model: nn.Module, metrics: Metrics, epoch: int, name: str, *, trained: bool = True) -> None:
         self.best = metrics
         self.trained = trained
-        self._write(model, "best", {"step": self.step, "epoch": epoch, name: metrics})
+        self._write_checkpoint(model, "best", {"step": self.step, "epoch": epoch, name: metrics})
 
-    def _write(self, model: nn.Module, file: str, facts: dict[str, Any]) -> None:
+    def _write_checkpoint(self, model: nn.Module, file: str, facts: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             path = self.where.folder / f"{file}.safetensors"
             write_atomically(path, lambda partial: self.save(model, partial, facts))
@@ -363,7 +363,7 @@ class Trainer:
         # No process may train on, or end, before the file is complete.
         self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> None:
+    def _resume_state(self) -> None:
         path = self.where.folder / STATE_FILE
         state = load_state(path)
         check_position(state.position, self.position, path)

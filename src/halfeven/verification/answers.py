@@ -38,7 +38,7 @@ class Answers:
             outputs: "deployed", "exact", "simulated" and, where there is a float model, "float": outputs by name.
             labels: of the batch; None where it has none.
         """
-        name, axis = self._judged(outputs["deployed"], labels)
+        name, axis = self._judged_output(outputs["deployed"], labels)
         choices = {model: answer(found[name], axis) for model, found in outputs.items()}
         self.total += choices["deployed"].numel()
         self.same_exact += int((choices["deployed"] == choices["exact"]).sum())
@@ -71,14 +71,14 @@ class Answers:
             found.append(f"accuracies leave out {self.ignored} labels that are no class of the output")
         return found
 
-    def _judged(self, outputs: Mapping[str, Tensor], labels: Any) -> tuple[str, int | None]:
+    def _judged_output(self, outputs: Mapping[str, Tensor], labels: Any) -> tuple[str, int | None]:
         """Return the output that answers, and its axis of classes: where there are labels, the first that they fit."""
         first = next(iter(outputs))
         default = (first, class_axis(outputs[first], self.axis))
         if labels is None:
             return default
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-            self._say(f"no accuracy: the labels are {_described(labels)}, not a tensor of indices of classes")
+            self._add_reason(f"no accuracy: the labels are {_label_words(labels)}, not a tensor of indices of classes")
             return default
         for name, output in outputs.items():
             if labels.shape == output.shape and not output.is_floating_point():
@@ -88,10 +88,12 @@ class Answers:
                 self.judged = name
                 return name, axis
         shapes = ", ".join(f"{name} {list(output.shape)}" for name, output in outputs.items())
-        self._say(f"no accuracy: labels of shape {list(labels.shape)} fit no output without its classes ({shapes})")
+        self._add_reason(
+            f"no accuracy: labels of shape {list(labels.shape)} fit no output without its classes ({shapes})"
+        )
         return default
 
-    def _say(self, reason: str) -> None:
+    def _add_reason(self, reason: str) -> None:
         if reason not in self.reasons:
             self.reasons.append(reason)
 
@@ -123,7 +125,7 @@ def _fitting_axis(output: Tensor, labels: Tensor, given: ClassAxis) -> int | Non
     return None
 
 
-def _described(labels: Any) -> str:
+def _label_words(labels: Any) -> str:
     if isinstance(labels, Tensor):
         return f"{str(labels.dtype).removeprefix('torch.')} of shape {list(labels.shape)}"
     return f"a {type(labels).__name__}"

@@ -46,7 +46,7 @@ class Comparison:
         self.file = runtime.open_file(path, list(self.activations))
         self.names = [name for name in self.activations if name in self.file.tensors]
         self.unseen = [name for name in self.activations if name not in self.file.tensors]
-        if len(lacking := self._lacking()) > max(1, MAX_MERGED_SHARE * len(self.activations)):
+        if len(lacking := self._lacking_tensors()) > max(1, MAX_MERGED_SHARE * len(self.activations)):
             raise VerificationError(
                 f"{path} lacks the quantized tensors {', '.join(lacking[:3])}, so it was not written from "
                 "this model. Export the model again, then verify."
@@ -60,11 +60,11 @@ class Comparison:
         self.outputs: dict[str, OutputSums] = {}
         self.default_session: DefaultSession | None = None
 
-    def _lacking(self) -> list[str]:
+    def _lacking_tensors(self) -> list[str]:
         """Return the tensors that the file lacks, except for those on the grid of a tensor that it has: the converter
         merges equal tensors."""
-        grids = {_grid(self.activations[name]) for name in self.names}
-        return [name for name in self.unseen if _grid(self.activations[name]) not in grids]
+        grids = {_grid_values(self.activations[name]) for name in self.names}
+        return [name for name in self.unseen if _grid_values(self.activations[name]) not in grids]
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
         """Compare the integers and the outputs of one batch.
@@ -77,7 +77,7 @@ class Comparison:
         tensors = [x for x in cpu if isinstance(x, Tensor)]
         found, reals = self.file.run(tensors)
         codes = {name: codes_of(reals[name], self.activations[name]) for name in self.names}
-        exact = self._exact(cpu, codes)
+        exact = self._compare_exact(cpu, codes)
         alone = simulated
         alone_codes = simulated_codes
         if any(not torch.equal(codes[name].flatten(), simulated_codes[name].flatten()) for name in self.names):
@@ -94,7 +94,7 @@ class Comparison:
             sums.add(output, exact[name], simulated[name], alone[name], floating[name])
         return {"deployed": deployed, "exact": exact, "simulated": simulated}
 
-    def _exact(self, inputs: Sequence[Any], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _compare_exact(self, inputs: Sequence[Any], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compare the integers of all activations with the exact simulation; return its outputs."""
         simulation = self.exact.simulation
         simulation.watched = True
@@ -168,7 +168,7 @@ class Comparison:
         return True
 
 
-def _grid(quantizer: ExportedQuantizer) -> tuple[float, ...]:
+def _grid_values(quantizer: ExportedQuantizer) -> tuple[float, ...]:
     ends = (quantizer.quant_min, quantizer.quant_max, quantizer.axis)
     return (*quantizer.scale.flatten().tolist(), *quantizer.zero_point.flatten().tolist(), *ends)
 

@@ -29,15 +29,15 @@ def default_session(file: DeployedFile, inputs: Sequence[Tensor], verified: Sequ
     """
     if not file.settings:
         return None
-    difference = _difference(file.run_with((), inputs), verified)
+    difference = _largest_difference(file.run_with((), inputs), verified)
     if not difference:
         return DefaultSession(0.0, [])
     others = {setting: [other for other in file.settings if other != setting] for setting in file.settings}
-    needed = [s for s, rest in others.items() if _difference(file.run_with(rest, inputs), verified)]
+    needed = [s for s, rest in others.items() if _largest_difference(file.run_with(rest, inputs), verified)]
     return DefaultSession(difference, needed or list(file.settings))
 
 
-def _difference(found: Sequence[Tensor], verified: Sequence[Tensor]) -> float:
+def _largest_difference(found: Sequence[Tensor], verified: Sequence[Tensor]) -> float:
     largest = 0.0
     for output, expected in zip(found, verified, strict=True):
         sums = OutputSums("")

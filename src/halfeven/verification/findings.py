@@ -36,36 +36,39 @@ def differs_from_exact(output: OutputParity) -> bool:
 
 def _not_exact(output: OutputParity) -> str:
     return (
-        f'The output "{output.name}" differs from the exact simulation by {_percent(output.rms_difference)} of its '
-        f"size (root mean square), and quantization itself changes it by {_percent(output.quantization_error)}. The "
-        "file does not compute what this model does: export the model again, and report it if that does not help."
+        f'The output "{output.name}" differs from the exact simulation by {_percent_text(output.rms_difference)} of '
+        "its size (root mean square), and quantization itself changes it by "
+        f"{_percent_text(output.quantization_error)}. The file does not compute what this model does: export the model "
+        "again, and report it if that does not help."
     )
 
 
 def _not_trained(outputs: Sequence[OutputParity], tensors: Sequence[TensorParity]) -> list[str]:
     """Return a sentence where the file computes something else than the float simulation: the first tensor or output
     that does, given the same integers before it; else the output that parts as a whole."""
-    first = next((tensor for tensor in tensors if _moved(tensor)), None)
+    first = next((tensor for tensor in tensors if _has_moved(tensor)), None)
     if first is not None:
-        share = _percent(first.different_float_alone / first.count)
-        return [_advice(f'{share} of the integers of "{first.name}" differ from the float simulation\'s')]
+        share = _percent_text(first.different_float_alone / first.count)
+        return [_advice_on_readers(f'{share} of the integers of "{first.name}" differ from the float simulation\'s')]
     real = [output for output in outputs if output.continuous]
-    alone = next((output for output in real if _parted(output, output.float_simulation_difference_alone)), None)
+    alone = next((output for output in real if _has_parted(output, output.float_simulation_difference_alone)), None)
     if alone is not None:
-        size = _percent(alone.float_simulation_difference_alone)
-        return [_advice(f'the output "{alone.name}" differs from the float simulation\'s by {size} of its size')]
-    return [_spread(output) for output in real if _parted(output, output.float_simulation_difference)]
+        size = _percent_text(alone.float_simulation_difference_alone)
+        return [
+            _advice_on_readers(f'the output "{alone.name}" differs from the float simulation\'s by {size} of its size')
+        ]
+    return [_spread_sentence(output) for output in real if _has_parted(output, output.float_simulation_difference)]
 
 
-def _moved(tensor: TensorParity) -> bool:
+def _has_moved(tensor: TensorParity) -> bool:
     return tensor.different_float_alone > max(FEWEST_MOVED, MOVED_SHARE * tensor.count)
 
 
-def _parted(output: OutputParity, difference: float) -> bool:
+def _has_parted(output: OutputParity, difference: float) -> bool:
     return difference > max(VISIBLE, output.quantization_error)
 
 
-def _advice(what: str) -> str:
+def _advice_on_readers(what: str) -> str:
     return (
         f"Given the same integers before it, {what}: the file computes there what was not trained, as where a layer's "
         "weight is read by another operator too. Its accuracy is not that of the simulation. Give that operator a "
@@ -73,14 +76,14 @@ def _advice(what: str) -> str:
     )
 
 
-def _spread(output: OutputParity) -> str:
+def _spread_sentence(output: OutputParity) -> str:
     return (
         f'The output "{output.name}" differs from the float simulation, which is what was trained, by '
-        f"{_percent(output.float_simulation_difference)} of its size (root mean square), more than quantization itself "
-        f"changes it ({_percent(output.quantization_error)}). Each layer alone agrees: single roundings spread. Judge "
-        "the file by its own accuracy, not by the simulation's."
+        f"{_percent_text(output.float_simulation_difference)} of its size (root mean square), more than quantization "
+        f"itself changes it ({_percent_text(output.quantization_error)}). Each layer alone agrees: single roundings "
+        "spread. Judge the file by its own accuracy, not by the simulation's."
     )
 
 
-def _percent(share: float) -> str:
+def _percent_text(share: float) -> str:
     return f"{100 * share:.3g} %"

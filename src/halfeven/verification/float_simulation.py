@@ -39,14 +39,14 @@ class FloatSimulation:
             given: real values that replace those of the named tensors, so that each layer is computed alone.
         """
         codes: dict[str, Tensor] = {}
-        with self._watched(codes, given or {}):
+        with self._recording_codes(codes, given or {}):
             outputs = outputs_of(self.qmodel, args, kwargs)
         return outputs, codes
 
     @contextmanager
-    def _watched(self, codes: dict[str, Tensor], given: Mapping[str, Tensor]) -> Iterator[None]:
+    def _recording_codes(self, codes: dict[str, Tensor], given: Mapping[str, Tensor]) -> Iterator[None]:
         handles = [
-            quantizer.register_forward_hook(self._hook(self.calls[name], codes, given))
+            quantizer.register_forward_hook(self._recording_hook(self.calls[name], codes, given))
             for name, quantizer in quantizers(self.qmodel).items()
             if name in self.calls
         ]
@@ -56,7 +56,9 @@ class FloatSimulation:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, names: Sequence[str], codes: dict[str, Tensor], given: Mapping[str, Tensor]) -> Callable[..., Any]:
+    def _recording_hook(
+        self, names: Sequence[str], codes: dict[str, Tensor], given: Mapping[str, Tensor]
+    ) -> Callable[..., Any]:
         waiting = iter(names)
 
         def hook(module: Quantizer, inputs: Any, output: Tensor) -> Tensor | None:

@@ -90,7 +90,7 @@ def write_float(qmodel: nn.Module, runtime: Runtime, folder: Path) -> Path:
     Raises:
         VerificationError: the runtime's format has no form for it.
     """
-    floating = Deployed(_folded(deployed_in_float(qmodel)), [], runtime.target)
+    floating = Deployed(_fold_batchnorms(deployed_in_float(qmodel)), [], runtime.target)
     ending, write = next(iter(runtime.writers.items()))
     path = folder / f"float{ending}"
     try:
@@ -112,7 +112,7 @@ def deployed_in_float(qmodel: nn.Module) -> nn.Module:
     return model
 
 
-def _folded(model: nn.Module) -> nn.Module:
+def _fold_batchnorms(model: nn.Module) -> nn.Module:
     """Fold the BatchNorms of a float model into its layers, in place; return it.
 
     ONNX Runtime folds none that the exporter wrote for a free batch, and users do not deploy those.

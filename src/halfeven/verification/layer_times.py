@@ -82,27 +82,33 @@ def time_layers(
     """
     mine = deployed.kernel_times(inputs)
     others = floating.kernel_times(inputs)
-    return tuple(layer for kind in LAYER_KERNELS for layer in _paired(_of(mine, kind), _of(others, kind), names))
+    return tuple(
+        layer
+        for kind in LAYER_KERNELS
+        for layer in _paired_times(_kernels_matching(mine, kind), _kernels_matching(others, kind), names)
+    )
 
 
 LAYER_KERNELS = (r"conv(?!ert)", r"matmul|gemm|fullyconnected")
 """Patterns of the runtimes' words for kernels: convolutions, and products."""
 
 
-def _of(kernels: Iterable[KernelTime], pattern: str) -> list[KernelTime]:
+def _kernels_matching(kernels: Iterable[KernelTime], pattern: str) -> list[KernelTime]:
     return [kernel for kernel in kernels if re.search(pattern, kernel.kind, re.IGNORECASE)]
 
 
-def _paired(mine: Sequence[KernelTime], others: Sequence[KernelTime], names: Sequence[str]) -> Iterator[LayerTime]:
+def _paired_times(
+    mine: Sequence[KernelTime], others: Sequence[KernelTime], names: Sequence[str]
+) -> Iterator[LayerTime]:
     if len(mine) != len(others):
         return
     for kernel, other in zip(mine, others, strict=True):
-        name = next((name for one in (*kernel.layers, kernel.name) if (name := _owner(one, names))), None)
+        name = next((name for one in (*kernel.layers, kernel.name) if (name := _owning_layer(one, names))), None)
         if name is not None:
             yield LayerTime(name, kernel.milliseconds, other.milliseconds, kernel.integer)
 
 
-def _owner(operator: str, names: Sequence[str]) -> str | None:
+def _owning_layer(operator: str, names: Sequence[str]) -> str | None:
     """Return the layer that an operator of a file belongs to: runtimes add to a name what they make of its operator."""
     if operator in names:
         return operator

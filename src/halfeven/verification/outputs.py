@@ -70,13 +70,13 @@ class OutputSums:
         differences = _differences(found, exact)
         self.count += found.numel()
         self.equal += int((differences == 0).sum())
-        self.largest_difference = max(self.largest_difference, _largest(differences))
-        self.largest = max(self.largest, _largest(_finite(exact).abs()))
-        self.squares["exact"] += _square(differences)
-        self.squares["simulated"] += _square(_differences(found, simulated))
-        self.squares["alone"] += _square(_differences(found, alone))
-        self.squares["quantization"] += _square(_differences(simulated, floating))
-        self.squares["signal"] += _square(_finite(simulated))
+        self.largest_difference = max(self.largest_difference, _largest_value(differences))
+        self.largest = max(self.largest, _largest_value(_finite_double(exact).abs()))
+        self.squares["exact"] += _sum_of_squares(differences)
+        self.squares["simulated"] += _sum_of_squares(_differences(found, simulated))
+        self.squares["alone"] += _sum_of_squares(_differences(found, alone))
+        self.squares["quantization"] += _sum_of_squares(_differences(simulated, floating))
+        self.squares["signal"] += _sum_of_squares(_finite_double(simulated))
 
     def result(self) -> OutputParity:
         return OutputParity(
@@ -84,14 +84,14 @@ class OutputSums:
             count=self.count,
             equal=self.equal / self.count if self.count else 1.0,
             difference=self.largest_difference / (self.largest or 1.0),
-            rms_difference=self._relative("exact"),
-            float_simulation_difference=self._relative("simulated"),
-            float_simulation_difference_alone=self._relative("alone"),
-            quantization_error=self._relative("quantization"),
+            rms_difference=self._relative_error("exact"),
+            float_simulation_difference=self._relative_error("simulated"),
+            float_simulation_difference_alone=self._relative_error("alone"),
+            quantization_error=self._relative_error("quantization"),
             continuous=self.continuous,
         )
 
-    def _relative(self, which: str) -> float:
+    def _relative_error(self, which: str) -> float:
         return math.sqrt(self.squares[which] / (self.squares["signal"] or 1.0))
 
 
@@ -126,13 +126,13 @@ def _differences(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=math.inf))
 
 
-def _finite(x: Tensor) -> Tensor:
+def _finite_double(x: Tensor) -> Tensor:
     return x.cpu().double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _largest(x: Tensor) -> float:
+def _largest_value(x: Tensor) -> float:
     return float(x.max()) if x.numel() else 0.0
 
 
-def _square(x: Tensor) -> float:
+def _sum_of_squares(x: Tensor) -> float:
     return float(x.square().sum())

@@ -26,25 +26,25 @@ class PythonWork:
 def python_work(qmodel: nn.Module) -> PythonWork:
     """Count the work inside and outside a quantized model's captured regions; none where no code stayed Python."""
     captured = regions(qmodel)
-    kept = [_joined(name, path) for name, region in captured.items() for path in region.kept_rows]
+    kept = [_joined_path(name, path) for name, region in captured.items() for path in region.kept_rows]
     if "" in captured and not kept:
         return PythonWork()
-    counts = _counts(qmodel)
+    counts = _macs_by_module(qmodel)
 
     def own(name: str, others: Iterable[str]) -> int:
         """Return the work of a module without that of the others that lie directly inside of it."""
-        inside = [other for other in others if other != name and _lies_in(other, name)]
-        direct = [other for other in inside if not any(_lies_in(other, outer) for outer in inside if outer != other)]
+        inside = [other for other in others if other != name and _is_inside(other, name)]
+        direct = [other for other in inside if not any(_is_inside(other, outer) for outer in inside if outer != other)]
         return counts.get(name, 0) - sum(counts.get(other, 0) for other in direct)
 
     in_regions = {name: own(name, kept) for name in captured}
     in_python = {name: own(name, captured) for name in kept}
     if "" not in captured:
-        in_python |= _in_shell(qmodel, captured, counts)
+        in_python |= _work_outside_regions(qmodel, captured, counts)
     return PythonWork({name: count for name, count in in_python.items() if count}, in_regions)
 
 
-def _counts(qmodel: nn.Module) -> dict[str, int]:
+def _macs_by_module(qmodel: nn.Module) -> dict[str, int]:
     """Return the work of each module, its submodules included, by name; "" is the model."""
     counter = FlopCounterMode(display=False)
     # oneDNN's recurrent cells and fused attention are operators that the counter does not know.
@@ -55,12 +55,12 @@ def _counts(qmodel: nn.Module) -> dict[str, int]:
     return {**found, "": found["Global"]}
 
 
-def _in_shell(qmodel: nn.Module, captured: Iterable[str], counts: dict[str, int]) -> dict[str, int]:
+def _work_outside_regions(qmodel: nn.Module, captured: Iterable[str], counts: dict[str, int]) -> dict[str, int]:
     """Return the work of the outermost submodules around no region, and of the model's own code."""
     found: dict[str, int] = {}
     for name, _ in qmodel.named_modules():
-        inside = any(_lies_in(name, outer) for outer in (*captured, *found))
-        around = any(_lies_in(region, name) for region in captured)
+        inside = any(_is_inside(name, outer) for outer in (*captured, *found))
+        around = any(_is_inside(region, name) for region in captured)
         if not inside and not around and counts.get(name):
             found[name] = counts[name]
     seen = sum(found.values()) + sum(counts.get(name, 0) for name in captured if not _is_nested(name, captured))
@@ -68,14 +68,14 @@ def _in_shell(qmodel: nn.Module, captured: Iterable[str], counts: dict[str, int]
 
 
 def _is_nested(name: str, captured: Iterable[str]) -> bool:
-    return any(other != name and _lies_in(name, other) for other in captured)
+    return any(other != name and _is_inside(name, other) for other in captured)
 
 
-def _joined(prefix: str, path: str) -> str:
+def _joined_path(prefix: str, path: str) -> str:
     return f"{prefix}.{path}" if prefix else path
 
 
-def _lies_in(name: str, outer: str) -> bool:
+def _is_inside(name: str, outer: str) -> bool:
     return name == outer or name.startswith(f"{outer}.") or not outer
 
 

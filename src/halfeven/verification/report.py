@@ -133,7 +133,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON; None stands for NaN, which JSON does not have."""
-        values: dict[str, Any] = _plain(asdict(self))
+        values: dict[str, Any] = _json_value(asdict(self))
         return values
 
     def __str__(self) -> str:
@@ -153,10 +153,10 @@ class Report:
         return Shown(whole_table(self))
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """Return a value of JSON: None stands for NaN and infinities."""
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: _json_value(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [_plain(part) for part in value]
+        return [_json_value(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

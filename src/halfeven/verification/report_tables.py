@@ -26,29 +26,29 @@ Row = tuple[str, str]
 def summary(report: Any) -> RenderableType:
     """Return a summary: lists are cut so that all but findings has at most `SUMMARY_LINES` lines."""
     for most in (6, 4, 3, 2, 1):
-        found = _rows(report, most)
+        found = _report_rows(report, most)
         if len(as_text(found).splitlines()) <= SUMMARY_LINES:
             break
-    return Group(found, *_findings(report))
+    return Group(found, *_finding_texts(report))
 
 
 def whole_table(report: Any) -> RenderableType:
     """Return all figures, and the parity of each tensor."""
-    parts: list[RenderableType] = [_rows(report, 10**9)]
+    parts: list[RenderableType] = [_report_rows(report, 10**9)]
     if report.tensors:
         parities = table("activation", "integers#", "differ#", "alone#", "by LSB#", "from float sim.#")
         for tensor in report.tensors:
-            parities.add_row(*_parity(tensor))
+            parities.add_row(*_parity_row(tensor))
         parts += [Text(), parities]
-    return Group(*parts, *_findings(report))
+    return Group(*parts, *_finding_texts(report))
 
 
-def _parity(tensor: Any) -> Sequence[str]:
+def _parity_row(tensor: Any) -> Sequence[str]:
     counts = (tensor.count, tensor.different, tensor.different_alone, tensor.largest, tensor.different_float)
     return tensor.name, *(str(count) for count in counts)
 
 
-def _findings(report: Any) -> list[Text]:
+def _finding_texts(report: Any) -> list[Text]:
     titled = (("SLOWER THAN FLOAT:", report.slower), ("FOUND:", report.findings))
     return [
         text
@@ -57,7 +57,7 @@ def _findings(report: Any) -> list[Text]:
     ]
 
 
-def _rows(report: Any, most: int) -> RenderableType:
+def _report_rows(report: Any, most: int) -> RenderableType:
     rows = [
         *(_integer_rows(report, most) if report.tensors else []),
         ("largest difference of the output", difference(report.output_difference)),
@@ -93,7 +93,7 @@ def _integer_rows(report: Any, most: int) -> list[Row]:
         ("  largest difference", f"{report.max_lsb_difference} LSB"),
         ("  first difference", report.first_difference or "none"),
         *([("  likely reason", OVERFLOW)] if report.overflows else []),
-        *_cut([("  not compared, merged by the converter", name) for name in report.unseen], most),
+        *_first_rows([("  not compared, merged by the converter", name) for name in report.unseen], most),
         ("integers equal to the float simulation", percent(report.float_simulation_match)),
     ]
 
@@ -103,7 +103,7 @@ def _output_rows(report: Any, most: int) -> list[Row]:
         (f"  {output.name}", f"{difference(output.difference)}, {percent(output.equal)} equal")
         for output in report.outputs
     ]
-    return _cut(rows, most)
+    return _first_rows(rows, most)
 
 
 def _default_rows(report: Any) -> list[Row]:
@@ -115,7 +115,7 @@ def _default_rows(report: Any) -> list[Row]:
 
 
 def _executed_rows(report: Any, most: int) -> list[Row]:
-    in_float = _cut([("  in float", name) for name in report.float_layers], most)
+    in_float = _first_rows([("  in float", name) for name in report.float_layers], most)
     if not report.tensors:
         readers = f"{report.weight_layers} of {report.quantizable_layers}, in floating point"
         return [("layers that read integer weights", readers), *in_float]
@@ -147,7 +147,7 @@ def _latency_rows(report: Any, most: int) -> list[Row]:
             for name, v in report.latency_ms.items()
         ),
         ("latency deployed / float", f"{report.latency_ratio:.2f}{_default_precision(report)}"),
-        *_cut([("  slowest kernel", kernel) for kernel in report.slowest_kernels], most),
+        *_first_rows([("  slowest kernel", kernel) for kernel in report.slowest_kernels], most),
     ]
 
 
@@ -156,7 +156,7 @@ def _default_precision(report: Any) -> str:
     return f" (default type {report.latency_ratio_default:.2f})"
 
 
-def _cut(rows: list[Row], most: int) -> list[Row]:
+def _first_rows(rows: list[Row], most: int) -> list[Row]:
     """Return the first rows, and a row that says how many more there are."""
     if len(rows) <= most:
         return rows

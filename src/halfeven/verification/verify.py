@@ -73,12 +73,12 @@ def verify(
     answers = Answers(class_axis)
     with progress(f"Verifying {Path(path).name}", len(inputs)) as advance:
         comparison = Comparison(qmodel, deploy(qmodel, runtime), Path(path), runtime)
-        _compare(comparison, advancing(zip(inputs, labels, strict=True), advance), float_model, answers)
+        _compare_batches(comparison, advancing(zip(inputs, labels, strict=True), advance), float_model, answers)
         parity = comparison.parity()
         return Report(
             path=str(path),
             runtime=comparison.file.runtime,
-            samples=sum(_size(batch) for batch in inputs),
+            samples=sum(_batch_size(batch) for batch in inputs),
             top1_agreement=answers.same_exact / answers.total,
             float_simulation_top1_agreement=answers.same_float / answers.total,
             accuracy=answers.accuracy(),
@@ -86,14 +86,14 @@ def verify(
             findings=findings(parity["outputs"], parity["tensors"]),
             **parity,
             **circumstances(comparison.file, Path(path)),
-            **_execution(comparison),
-            latency_batch=_size(inputs[0]),
+            **_kernel_fields(comparison),
+            latency_batch=_batch_size(inputs[0]),
             slowest_kernels=slowest_kernels(Path(path), inputs[0], runtime) if timed else [],
-            **_speed(_times(comparison, Path(path), inputs[0], runtime) if timed else None, runtime),
+            **_time_fields(_layer_times(comparison, Path(path), inputs[0], runtime) if timed else None, runtime),
         )
 
 
-def _times(comparison: Comparison, path: Path, inputs: Inputs, runtime: Runtime) -> LayerTimes:
+def _layer_times(comparison: Comparison, path: Path, inputs: Inputs, runtime: Runtime) -> LayerTimes:
     return latency(comparison.qmodel, path, inputs, runtime, list(named_calls(comparison.parts).values()))
 
 
@@ -107,7 +107,7 @@ def _inputs_and_labels(qmodel: nn.Module, batches: list[Any]) -> tuple[list[Inpu
     return inputs, [label_of(batch, form) for batch in batches]
 
 
-def _speed(times: LayerTimes | None, runtime: Runtime) -> dict[str, Any]:
+def _time_fields(times: LayerTimes | None, runtime: Runtime) -> dict[str, Any]:
     """Return the report's fields about time."""
     if times is None:
         return {"latency_ms": {}, "latency_ratio": math.nan}
@@ -120,7 +120,7 @@ def _speed(times: LayerTimes | None, runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def _execution(comparison: Comparison) -> dict[str, Any]:
+def _kernel_fields(comparison: Comparison) -> dict[str, Any]:
     """Return the report's fields about kernels."""
     layers = comparison.file.executed_layers(list(named_calls(comparison.parts).values()))
     products = comparison.file.executed_products()
@@ -131,18 +131,18 @@ def _execution(comparison: Comparison) -> dict[str, Any]:
         "quantizable_layers": len(layers),
         "weight_layers": sum(layer.stored and not layer.integer for layer in layers),
         "float_layers": [
-            _in_float(layer) for layer in layers if not (layer.integer or (layer.stored and weights_only))
+            _float_layer_text(layer) for layer in layers if not (layer.integer or (layer.stored and weights_only))
         ],
         "integer_macs": work.integer_share,
         "float_macs": work.float_shares(),
     }
 
 
-def _in_float(layer: LayerExecution) -> str:
+def _float_layer_text(layer: LayerExecution) -> str:
     return f"{layer.layer} ({layer.precision} {layer.kernel})".replace(" )", ")")
 
 
-def _compare(
+def _compare_batches(
     comparison: Comparison, batches: Iterable[tuple[Inputs, Any]], float_model: nn.Module | None, answers: Answers
 ) -> None:
     """Compare all batches of inputs and labels."""
@@ -168,5 +168,5 @@ def _compare(
                 ) from error
 
 
-def _size(inputs: Inputs) -> int:
+def _batch_size(inputs: Inputs) -> int:
     return len(tensors_of(inputs)[0])

@@ -66,7 +66,7 @@ class CheckedSamples(Wrapped):
             number = place % len(self)
             try:
                 item = self.samples[number]
-                reason = self._wrong(item)
+                reason = self._what_is_wrong(item)
             except HalfevenError:
                 raise
             except Exception as raised:  # data sets are the user's code, and raise what they like
@@ -75,10 +75,10 @@ class CheckedSamples(Wrapped):
                 reason = f"{type(raised).__name__}: {first_line}"
             if not reason:
                 return item
-            self._note(number, reason)
-        raise SampleError(self._told(index, reason)) from error
+            self._note_skipped(number, reason)
+        raise SampleError(self._error_text(index, reason)) from error
 
-    def _wrong(self, item: Any) -> str:
+    def _what_is_wrong(self, item: Any) -> str:
         if not isinstance(item, tuple | list) or len(item) != 2:
             return f"it is a {type(item).__name__}, and must be a pair of input and target"
         image, target = item
@@ -97,7 +97,7 @@ class CheckedSamples(Wrapped):
         known += [f"label {label}"] if label is not None else []
         return f"{index} ({', '.join(known)})" if known else str(index)
 
-    def _told(self, index: int, reason: str) -> str:
+    def _error_text(self, index: int, reason: str) -> str:
         what = f"The {self.part} sample {self.describe(index)} cannot be used: {reason}."
         if self.on_bad == "skip":
             return f"{what} The {MOST_IN_A_ROW - 1} samples after it cannot be used either. Look at the data."
@@ -106,7 +106,7 @@ class CheckedSamples(Wrapped):
             "run may change that."
         )
 
-    def _note(self, index: int, reason: str) -> None:
+    def _note_skipped(self, index: int, reason: str) -> None:
         if self.on_bad == "skip" and self.folder.is_dir():
             line = json.dumps({"part": self.part, "sample": self.describe(index), "reason": reason})
             with (self.folder / SKIPPED).open("a", encoding="utf-8") as file:
@@ -120,7 +120,7 @@ class CheckedSamples(Wrapped):
         """
         for index, target in enumerate(targets_at_hand(self.samples) if self.on_bad == "error" else ()):
             if reason := self.wrong_target(target):
-                raise SampleError(self._told(index, reason))
+                raise SampleError(self._error_text(index, reason))
 
 
 def checked(datasets: Datasets, on_bad: Literal["error", "skip"], folder: Path) -> Datasets:

@@ -49,10 +49,10 @@ def load_datasets(options: DataOptions) -> Datasets:
         "digits": digits,
         "fashion_mnist": fashion_mnist,
         "image_folder": image_folder,
-        "voc_segmentation": _voc,
-        "coco_detection": _coco,
-        "shapes": _shapes,
-        "texts": _texts,
+        "voc_segmentation": _voc_datasets,
+        "coco_detection": _coco_datasets,
+        "shapes": _shapes_datasets,
+        "texts": _text_datasets,
         "callable": _from_callable,
     }
     with users_code(f'The data of data.source="{options.source}"'):
@@ -188,7 +188,7 @@ def image_folder(options: DataOptions) -> Datasets:
     )
 
 
-def _voc(options: DataOptions) -> Datasets:
+def _voc_datasets(options: DataOptions) -> Datasets:
     train, plain, validation = detection_segmentation.voc_segmentation(options)
     return Datasets(
         train=train,
@@ -199,7 +199,7 @@ def _voc(options: DataOptions) -> Datasets:
     )
 
 
-def _coco(options: DataOptions) -> Datasets:
+def _coco_datasets(options: DataOptions) -> Datasets:
     train, plain, validation = detection_segmentation.coco_detection(options)
     highest = max(train.items.coco.getCatIds())
     return Datasets(
@@ -211,7 +211,7 @@ def _coco(options: DataOptions) -> Datasets:
     )
 
 
-def _shapes(options: DataOptions) -> Datasets:
+def _shapes_datasets(options: DataOptions) -> Datasets:
     train = Shapes(TRAINING, 0, options)
     return Datasets(
         train=train,
@@ -222,7 +222,7 @@ def _shapes(options: DataOptions) -> Datasets:
     )
 
 
-def _texts(options: DataOptions) -> Datasets:
+def _text_datasets(options: DataOptions) -> Datasets:
     train, validation, classes = texts(options)
     return Datasets(
         train=train,

@@ -128,12 +128,12 @@ def coco_detection(options: DataOptions) -> tuple[Labelled, Labelled, Labelled]:
         items = datasets.wrap_dataset_for_transforms_v2(items, target_keys=("boxes", "labels"))
         files = [str(images / items.coco.loadImgs(index)[0]["file_name"]) for index in items.ids]
         squared = Squared(options, augment=augment)
-        return Labelled(items, files, lambda image, target: squared(image, _boxes(image, target)))
+        return Labelled(items, files, lambda image, target: squared(image, _boxes_target(image, target)))
 
     return part("train", augment=True), part("train", augment=False), part("val", augment=False)
 
 
-def _boxes(image: Any, target: dict[str, Any]) -> dict[str, Any]:
+def _boxes_target(image: Any, target: dict[str, Any]) -> dict[str, Any]:
     """Return the target of an image; an empty one where the image has no boxes."""
     from torchvision import tv_tensors
 

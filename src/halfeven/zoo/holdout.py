@@ -47,12 +47,14 @@ def hold_out(datasets: Datasets, options: DataOptions) -> Datasets:
         datasets,
         train=subset(train, rest),
         train_as_evaluated=None if datasets.train_as_evaluated is None else subset(evaluated, rest),
-        calibration=_calibration(datasets, options, rest, (holdout, subset(train, held))),
+        calibration=_calibration_without(datasets, options, rest, (holdout, subset(train, held))),
         holdout=holdout,
     )
 
 
-def _calibration(datasets: Datasets, options: DataOptions, rest: list[int], held_out: tuple[Samples, ...]) -> Samples:
+def _calibration_without(
+    datasets: Datasets, options: DataOptions, rest: list[int], held_out: tuple[Samples, ...]
+) -> Samples:
     """Return calibration samples of which none is held out: ranges are fitted to them."""
     if options.source != "callable":
         assert datasets.train_as_evaluated is not None

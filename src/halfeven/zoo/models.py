@@ -32,7 +32,7 @@ class ModelOptions(Options):
     """Key of the weights in a .pth file that holds several sets, such as "state_dict_ema"; "auto": "state_dict" or
     "model" before averaged ones."""
     num_classes: PositiveInt = 1000
-    """Classes of the head; in segmentation and detection with the background."""
+    """Classes of the head; segmentation and detection count the background as one of them."""
     in_chans: PositiveInt = 3
     """Channels of the input image (timm; torchvision's models take 3)."""
     arguments: dict[str, bool | int | float | str | tuple[int, ...]] = field(default_factory=dict)
@@ -73,7 +73,7 @@ def _from_timm(options: ModelOptions, pretrained: bool) -> nn.Module:
     try:
         return cast(nn.Module, timm.create_model(options.name, pretrained=pretrained, **sizes, **options.arguments))
     except Exception as error:  # of whatever kind the library raises
-        raise _no_model(options, pretrained, error) from error
+        raise _no_model_error(options, pretrained, error) from error
 
 
 def _from_torchvision(options: ModelOptions, pretrained: bool) -> nn.Module:
@@ -105,7 +105,7 @@ def torchvision_model(options: ModelOptions, pretrained: bool = False) -> nn.Mod
     try:
         return cast(nn.Module, models.get_model(options.name, num_classes=options.num_classes, **arguments))
     except Exception as error:  # of whatever kind the library raises
-        raise _no_model(options, pretrained, error) from error
+        raise _no_model_error(options, pretrained, error) from error
 
 
 def _from_transformers(options: ModelOptions, pretrained: bool) -> nn.Module:
@@ -131,7 +131,7 @@ def transformers_model(options: ModelOptions, pretrained: bool = False) -> nn.Mo
         )
         model = kind.from_pretrained(options.name, **arguments) if pretrained else kind.from_config(config)
     except Exception as error:  # of whatever kind the library raises
-        raise _no_model(options, pretrained, error) from error
+        raise _no_model_error(options, pretrained, error) from error
     return cast(nn.Module, model)
 
 
@@ -152,7 +152,7 @@ def effdet_model(options: ModelOptions, pretrained: bool = False) -> nn.Module:
             effdet.create_model(options.name, pretrained=pretrained, num_classes=options.num_classes - 1, **arguments),
         )
     except Exception as error:  # of whatever kind the library raises
-        raise _no_model(options, pretrained, error) from error
+        raise _no_model_error(options, pretrained, error) from error
 
 
 def _from_callable(options: ModelOptions, pretrained: bool) -> nn.Module:
@@ -174,7 +174,7 @@ def callable_model(options: ModelOptions, pretrained: bool = False) -> nn.Module
     try:
         inspect.signature(function).bind(**options.arguments)
     except TypeError as error:
-        raise _no_model(options, pretrained, error) from error
+        raise _no_model_error(options, pretrained, error) from error
     except ValueError:  # written in C, without a signature: the call itself says it
         pass
     model = call_function(options.name, "model.name", **options.arguments)
@@ -190,7 +190,7 @@ def _did_you_mean(name: str, names: Iterable[str]) -> str:
     return did_you_mean(name, names, most=4, otherwise="See the library's list of models.")
 
 
-def _no_model(options: ModelOptions, pretrained: bool, error: Exception) -> ConfigError:
+def _no_model_error(options: ModelOptions, pretrained: bool, error: Exception) -> ConfigError:
     if isinstance(error, TypeError):
         return ConfigError(
             f"The model {options.name} of {options.source} could not be created with "

@@ -42,7 +42,7 @@ class DataOptions(Options):
     root: Annotated[str, formerly("")] = "auto"
     """Folder of the data; "auto" for the place where "fashion_mnist" is usually installed."""
     function: str = ""
-    """For "callable": "package.module:function", called with these options."""
+    """For "callable": "package.module:function", called with these `DataOptions`."""
     image_size: PositiveInt = 224
     """Side of the images: of "image_folder" after cropping, of segmentation and detection after scaling."""
     resize: PositiveInt = 256
@@ -52,23 +52,23 @@ class DataOptions(Options):
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of the colours, which is subtracted from images read from files."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
-    """Standard deviation of the colours, by which they are divided."""
+    """Standard deviation of the colours, by which images read from files are divided after that."""
     text: TextOptions = field(default_factory=TextOptions)
     """Tokenizer and columns of "texts"."""
     calibration_samples: Annotated[PositiveInt, renamed_from("calibration_images")] = 512
     """Training samples, drawn once with the seed, that set the ranges."""
     calibration_seed: NonNegativeInt = 0
-    """Seed of that draw."""
+    """Seed of the draw of calibration samples."""
     selection: Literal["validation", "holdout"] = "validation"
     """Samples that choose the best checkpoint: those of validation, on which it then looks better than it is, or a part
     of the training samples that is held out, and never trained or calibrated on."""
     holdout_share: Annotated[float, above(0), below(1)] = 0.1
     """Share of the training samples that is held out."""
     holdout_seed: NonNegativeInt = 0
-    """Seed of the draw of these samples."""
+    """Seed of the draw of held-out samples."""
     on_bad_sample: Literal["error", "skip"] = "error"
-    """A sample that cannot be read, or whose label cannot be, ends the run ("error") or is replaced by the next good
-    sample ("skip"), and counted."""
+    """What becomes of a sample that cannot be read or has an impossible label: "error" ends the run; "skip" takes the
+    next good sample in its place, and counts it."""
     workers: NonNegativeInt = 2
     """Processes that load samples; 0 to load them in the main process."""
     evaluation_batch_size: PositiveInt = 128

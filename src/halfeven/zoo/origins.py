@@ -28,10 +28,10 @@ def origins(samples: Any) -> Iterator[Hashable]:
     tensor's memory, or the same file, whatever links lead to it. Copies are not recognised.
     """
     for index in range(len(samples)):
-        yield _origin(samples, index)
+        yield _sample_origin(samples, index)
 
 
-def _origin(samples: Any, index: int) -> Hashable:
+def _sample_origin(samples: Any, index: int) -> Hashable:
     samples, index = parent(samples, index)
     if isinstance(samples, TensorDataset):
         first = samples.tensors[0]

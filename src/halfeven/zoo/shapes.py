@@ -45,7 +45,7 @@ class Shapes(Dataset[Any]):
         self.side = options.image_size
         self.mean = 255 * torch.tensor(options.mean).reshape(3, 1, 1)
         self.std = 255 * torch.tensor(options.std).reshape(3, 1, 1)
-        self.scene = functools.lru_cache(maxsize=None)(self._scene)  # epochs read the same scenes
+        self.scene = functools.lru_cache(maxsize=None)(self._scene_at)  # epochs read the same scenes
 
     def __len__(self) -> int:
         return self.count
@@ -62,9 +62,9 @@ class Shapes(Dataset[Any]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.scene = functools.lru_cache(maxsize=None)(self._scene)
+        self.scene = functools.lru_cache(maxsize=None)(self._scene_at)
 
-    def _scene(self, index: int) -> tuple[Any, Any, Any]:
+    def _scene_at(self, index: int) -> tuple[Any, Any, Any]:
         return scene(np.random.default_rng([self.seed, index]), self.side)
 
 
@@ -84,9 +84,9 @@ def scene(generator: np.random.Generator, side: int) -> tuple[Any, Any, Any]:
             continue
         left, top, size = place
         kind = int(generator.integers(len(SHAPES)))
-        inside = _mask(SHAPES[kind], size)
+        inside = _shape_mask(SHAPES[kind], size)
         patch = pixels[top : top + size, left : left + size]
-        patch[inside] = _colour(generator, background) + generator.normal(0, NOISE, (int(inside.sum()), 3))
+        patch[inside] = _contrasting_colour(generator, background) + generator.normal(0, NOISE, (int(inside.sum()), 3))
         boxes.append([left, top, left + size, top + size])
         classes.append(kind + 1)
     image = pixels.clip(0, 255).astype(np.uint8)
@@ -102,7 +102,7 @@ def _free_place(generator: np.random.Generator, side: int, boxes: list[list[floa
     return None
 
 
-def _mask(shape: str, size: int) -> Any:
+def _shape_mask(shape: str, size: int) -> Any:
     """Return the pixels of a shape that touches all four sides of its box, [size, size]."""
     y, x = (np.mgrid[:size, :size] + 0.5) / size * 2 - 1
     if shape == "disc":
@@ -114,7 +114,7 @@ def _mask(shape: str, size: int) -> Any:
     return (abs(x) <= 1 / 3) | (abs(y) <= 1 / 3)
 
 
-def _colour(generator: np.random.Generator, background: Any) -> Any:
+def _contrasting_colour(generator: np.random.Generator, background: Any) -> Any:
     while True:
         colour = generator.uniform(0, 255, 3)
         if np.linalg.norm(colour - background) >= LEAST_CONTRAST:

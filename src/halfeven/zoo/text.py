@@ -36,8 +36,8 @@ def texts(options: DataOptions) -> tuple[Texts, Texts, list[str]]:
     Raises:
         ConfigError: a file, column or label is not there, or transformers is not installed.
     """
-    tokenizer = _tokenizer(options)
-    train, validation = (_rows(Path(options.root) / name, options) for name in ("train.tsv", "dev.tsv"))
+    tokenizer = _load_tokenizer(options)
+    train, validation = (_read_rows(Path(options.root) / name, options) for name in ("train.tsv", "dev.tsv"))
     column = options.text.label_column
     classes = sorted({row[column] for row in train})
     if unknown := sorted({row[column] for row in validation} - set(classes)):
@@ -45,10 +45,14 @@ def texts(options: DataOptions) -> tuple[Texts, Texts, list[str]]:
             f"The labels {', '.join(unknown[:5])} of dev.tsv do not occur in train.tsv (which has "
             f"{', '.join(classes[:5])}), so no model can learn them. Check data.text.label_column."
         )
-    return _encoded(train, classes, tokenizer, options), _encoded(validation, classes, tokenizer, options), classes
+    return (
+        _encode_texts(train, classes, tokenizer, options),
+        _encode_texts(validation, classes, tokenizer, options),
+        classes,
+    )
 
 
-def _tokenizer(options: DataOptions) -> Any:
+def _load_tokenizer(options: DataOptions) -> Any:
     with extra("text", 'data.source="texts"'):
         from transformers import AutoTokenizer
     if not options.text.tokenizer:
@@ -65,7 +69,7 @@ def _tokenizer(options: DataOptions) -> Any:
         ) from error
 
 
-def _rows(path: Path, options: DataOptions) -> list[dict[str, str]]:
+def _read_rows(path: Path, options: DataOptions) -> list[dict[str, str]]:
     if not path.is_file():
         raise ConfigError(
             f"There is no file {path}, so there are no texts. Set data.root to a folder with train.tsv and dev.tsv."
@@ -88,7 +92,7 @@ def _rows(path: Path, options: DataOptions) -> list[dict[str, str]]:
     return rows
 
 
-def _encoded(rows: list[dict[str, str]], classes: list[str], tokenizer: Any, options: DataOptions) -> Texts:
+def _encode_texts(rows: list[dict[str, str]], classes: list[str], tokenizer: Any, options: DataOptions) -> Texts:
     columns = [[row[name] for row in rows] for name in options.text.columns]
     length = options.text.max_length
     tokens = tokenizer(*columns, padding="max_length", truncation=True, max_length=length, return_tensors="pt")

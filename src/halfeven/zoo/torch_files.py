@@ -57,12 +57,12 @@ def read_torch_file(path: Path) -> tuple[Any, tuple[str, ...]]:
                 return torch.load(path, map_location="cpu", weights_only=True), names
         except pickle.UnpicklingError as error:
             # Nothing in a file says beforehand which of its objects are filled as lists or dicts are.
-            if not _let_fill(str(error), list(stand_ins.values())):
-                raise _unreadable(path, error, names) from error
+            if not _make_fillable(str(error), list(stand_ins.values())):
+                raise _unreadable_error(path, error, names) from error
         except MemoryError:
             raise
         except Exception as error:  # a damaged file meets whatever its reader stumbles over
-            raise _unreadable(path, error, names) from error
+            raise _unreadable_error(path, error, names) from error
 
 
 def _unknown_names(path: Path) -> tuple[str, ...]:
@@ -73,10 +73,10 @@ def _unknown_names(path: Path) -> tuple[str, ...]:
     except MemoryError:
         raise
     except Exception as error:
-        raise _unreadable(path, error, ()) from error
+        raise _unreadable_error(path, error, ()) from error
 
 
-def _let_fill(message: str, stand_ins: list[type[StandIn]]) -> bool:
+def _make_fillable(message: str, stand_ins: list[type[StandIn]]) -> bool:
     """Make the stand-in at which reading failed a list or a dict. Return False where that was not the reason."""
     found = re.search(r"Can only (\w+).*StandIn(\d+)'", message, re.DOTALL)
     if found is None or stand_ins[int(found[2])].fills is not None:
@@ -85,7 +85,7 @@ def _let_fill(message: str, stand_ins: list[type[StandIn]]) -> bool:
     return True
 
 
-def _unreadable(path: Path, error: Exception, names: tuple[str, ...]) -> CheckpointError:
+def _unreadable_error(path: Path, error: Exception, names: tuple[str, ...]) -> CheckpointError:
     if "torchscript" in str(error).lower():
         return CheckpointError(
             f"{path} is a TorchScript program, and halfeven reads tensors alone. Load it where you trust it, and save "

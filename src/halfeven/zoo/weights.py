@@ -53,12 +53,12 @@ def _with_table(column: int, to: int) -> Callable[[str], str]:
     return rename
 
 
-def _same(key: str) -> str:
+def _same_name(key: str) -> str:
     return key
 
 
 RENAMINGS: dict[str, Callable[[str], str]] = {
-    "as they are": _same,
+    "as they are": _same_name,
     "MobileNetV2, torchvision to timm": _with_table(1, 0),
     "MobileNetV2, OpenMMLab to timm": _with_table(2, 0),
     "MobileNetV2, timm to torchvision": _with_table(0, 1),
@@ -134,13 +134,13 @@ def _state_dict_of(content: Any, path: Path, entry: str, left_out: tuple[str, ..
     if entry != "auto" and not (isinstance(content, dict) and isinstance(content.get(entry), dict)):
         raise CheckpointError(
             f'{path} has no weights under "{entry}", as model.weights_entry asks. '
-            f"{f'It has them under {_quoted(found)}.' if found else 'Leave model.weights_entry out.'}"
+            f"{f'It has them under {_quoted_keys(found)}.' if found else 'Leave model.weights_entry out.'}"
         )
     if entry == "auto" and len(found) > 1:
         warnings.warn(
-            f'{path} holds several sets of weights: {_quoted(found)}. "{found[0]}" is read; set model.weights_entry to '
-            'read another. (Averaged weights are under "state_dict" in mmengine\'s files, and under '
-            '"state_dict_ema" or "model_ema" in those of timm and torchvision.)',
+            f'{path} holds several sets of weights: {_quoted_keys(found)}. "{found[0]}" is read; set '
+            'model.weights_entry to read another. (Averaged weights are under "state_dict" in mmengine\'s files, and '
+            'under "state_dict_ema" or "model_ema" in those of timm and torchvision.)',
             HalfevenWarning,
             stacklevel=2,
         )
@@ -166,7 +166,7 @@ def _state_dict_of(content: Any, path: Path, entry: str, left_out: tuple[str, ..
     return dict(content)
 
 
-def _quoted(keys: list[str]) -> str:
+def _quoted_keys(keys: list[str]) -> str:
     return ", ".join(f'"{key}"' for key in keys)
 
 
@@ -177,7 +177,7 @@ def load_weights(model: nn.Module, path: str | Path, entry: str = "auto") -> Non
         CheckpointError: the file cannot be read, or its tensors are not the model's; the message lists the differences.
     """
     written = read_weights(path, entry)
-    found = {_unwrap(key): tensor for key, tensor in written.items()}
+    found = {_without_wrapper(key): tensor for key, tensor in written.items()}
     wanted = model.state_dict()
     # A detector has a "backbone" of its own, so the names may be right as they were written.
     candidates = [written, *({rename(key): one for key, one in found.items()} for rename in RENAMINGS.values())]
@@ -200,7 +200,7 @@ def load_weights(model: nn.Module, path: str | Path, entry: str = "auto") -> Non
     model.load_state_dict(best)
 
 
-def _unwrap(key: str) -> str:
+def _without_wrapper(key: str) -> str:
     for prefix, instead in WRAPPERS:
         if key.startswith(prefix):
             key = instead + key.removeprefix(prefix)

@@ -12,7 +12,7 @@ aten = torch.ops.aten
 K = OperatorKind
 
 
-def _named(low: str, high: str | None) -> Callable[[Arguments], tuple[Any, Any]]:
+def _bounds_named(low: str, high: str | None) -> Callable[[Arguments], tuple[Any, Any]]:
     """Return a rule that reads the bounds of a call from the arguments of these names."""
     return lambda arguments: (arguments[low], None if high is None else arguments[high])
 
@@ -20,9 +20,9 @@ def _named(low: str, high: str | None) -> Callable[[Arguments], tuple[Any, Any]]
 ACTIVATIONS = (
     Operator(target=aten.relu.default, kind=K.ACTIVATION, bounds=lambda _: (0.0, None), homogeneous=True),
     Operator(target=aten.relu6.default, kind=K.ACTIVATION, bounds=lambda _: (0.0, 6.0)),
-    Operator(target=aten.hardtanh.default, kind=K.ACTIVATION, bounds=_named("min_val", "max_val")),
-    Operator(target=aten.clamp.default, kind=K.ACTIVATION, bounds=_named("min", "max")),
-    Operator(target=aten.clamp_min.default, kind=K.ACTIVATION, bounds=_named("min", None)),
+    Operator(target=aten.hardtanh.default, kind=K.ACTIVATION, bounds=_bounds_named("min_val", "max_val")),
+    Operator(target=aten.clamp.default, kind=K.ACTIVATION, bounds=_bounds_named("min", "max")),
+    Operator(target=aten.clamp_min.default, kind=K.ACTIVATION, bounds=_bounds_named("min", None)),
     Operator(target=aten.leaky_relu.default, kind=K.ACTIVATION, homogeneous=True, factor_axis=any_axis),
     Operator(target=aten.prelu.default, kind=K.ACTIVATION, homogeneous=True, factor_axis=any_axis),
     Operator(target=aten.elu.default, kind=K.ACTIVATION),

@@ -80,7 +80,7 @@ def ranges_from_batchnorm(qmodel: nn.Module, *, alpha: float = 6.0, inputs: Inpu
     Raises:
         AlgorithmError: the distribution of some tensors is unknown; they are named, and no range is set.
     """
-    distributions = _distributions(qmodel, alpha, inputs)
+    distributions = _distributions_to_set(qmodel, alpha, inputs)
     # All distributions are sought before any range is set: a model with ranges here and none there would be of no use.
     unknown = [q.name for q, known in distributions.items() if not known or None in known]
     if unknown:
@@ -104,7 +104,9 @@ def ranges_from_batchnorm(qmodel: nn.Module, *, alpha: float = 6.0, inputs: Inpu
     return RangeReport(ranges=ranges, estimated=tuple(estimated))
 
 
-def _distributions(qmodel: nn.Module, alpha: float, inputs: Inputs) -> dict[Quantizer, list[Distribution | None]]:
+def _distributions_to_set(
+    qmodel: nn.Module, alpha: float, inputs: Inputs
+) -> dict[Quantizer, list[Distribution | None]]:
     """Return the activation quantizers whose ranges are to be set, each with the distributions of its tensors."""
     found: dict[Quantizer, list[Distribution | None]] = {}
     for name, region in regions(qmodel).items():

@@ -146,7 +146,7 @@ class _Propagation:
 
         An operand is a tensor, a number, or a constant of the model.
         """
-        operands = [self._operand(op, operand) for operand in op.node.args[:2]]
+        operands = [self._operand_distribution(op, operand) for operand in op.node.args[:2]]
         if any(operand is None for operand in operands) or len(operands) < 2:
             return None
         a, b = operands
@@ -157,7 +157,7 @@ class _Propagation:
         sign = -1.0 if op.row.subtracts else 1.0
         return added(a, scaled(b, sign * float(op.arguments.get("alpha", 1))), self.alpha)
 
-    def _operand(self, op: Op, operand: Any) -> Distribution | None:
+    def _operand_distribution(self, op: Op, operand: Any) -> Distribution | None:
         """Return the distribution of an operand, aligned with the axes of the result; None if it is unknown."""
         if not isinstance(operand, fx.Node):
             return constant(operand) if isinstance(operand, int | float) else None

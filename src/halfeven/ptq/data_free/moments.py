@@ -69,8 +69,8 @@ def clipped_moments(mean: Tensor, std: Tensor, low: Bound, high: Bound) -> tuple
     below = ndtr(a)  # P(a)
     above = ndtr(-b)  # 1 - P(b)
     inside = (1 - below - above).clamp(min=0)
-    p_a = _density(a)
-    p_b = _density(b)
+    p_a = _normal_density(a)
+    p_b = _normal_density(b)
     # An infinite bound is never reached: its probability is 0, and so is its term.
     low_times = torch.where(torch.isfinite(low), low, 0.0)
     high_times = torch.where(torch.isfinite(high), high, 0.0)
@@ -82,7 +82,7 @@ def clipped_moments(mean: Tensor, std: Tensor, low: Bound, high: Bound) -> tuple
     return first, (second - first**2).clamp(min=0).sqrt()
 
 
-def _density(z: Tensor) -> Tensor:
+def _normal_density(z: Tensor) -> Tensor:
     return torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
 
 
@@ -102,7 +102,7 @@ def through(x: Distribution, function: Callable[[Tensor], Tensor]) -> Distributi
     reach = QUADRATURE_DEVIATIONS
     z = torch.linspace(-reach, reach, QUADRATURE_POINTS, dtype=torch.float64)[:, None]
     # Divided by their sum, the weights are those of a distribution, so that constants are integrated exactly.
-    weight = _density(z) / _density(z).sum()
+    weight = _normal_density(z) / _normal_density(z).sum()
     y = function(x.mean + x.std * z)
     mean = (weight * y).sum(0)
     std = (weight * (y - mean) ** 2).sum(0).sqrt()
@@ -127,7 +127,7 @@ def added(a: Distribution, b: Distribution, alpha: float) -> Distribution:
     above = torch.maximum(alpha * std, torch.hypot(a.high - a.mean, b.high - b.mean))
     low = torch.maximum(mean - below, a.low + b.low)
     high = torch.minimum(mean + above, a.high + b.high)
-    return Distribution(mean, std, low, high, _axis(a, b), a.measured and b.measured)
+    return Distribution(mean, std, low, high, _common_axis(a, b), a.measured and b.measured)
 
 
 def multiplied(a: Distribution, b: Distribution) -> Distribution:
@@ -140,7 +140,12 @@ def multiplied(a: Distribution, b: Distribution) -> Distribution:
     variance = a.std**2 * b.std**2 + a.std**2 * b.mean**2 + b.std**2 * a.mean**2
     corners = torch.stack([a.low * b.low, a.low * b.high, a.high * b.low, a.high * b.high])
     return Distribution(
-        a.mean * b.mean, variance.sqrt(), corners.amin(0), corners.amax(0), _axis(a, b), a.measured and b.measured
+        a.mean * b.mean,
+        variance.sqrt(),
+        corners.amin(0),
+        corners.amax(0),
+        _common_axis(a, b),
+        a.measured and b.measured,
     )
 
 
@@ -179,5 +184,5 @@ def aligned(a: Distribution, b: Distribution) -> tuple[Distribution, Distributio
     return (a, b) if (a.axis, len(a.mean)) == (b.axis, len(b.mean)) else (collapsed(a), collapsed(b))
 
 
-def _axis(a: Distribution, b: Distribution) -> int | None:
+def _common_axis(a: Distribution, b: Distribution) -> int | None:
     return b.axis if a.axis is None else a.axis

@@ -135,7 +135,7 @@ def absorb_biases(
     layers, left = rewritable_layers(qmodel)
     names = {node: name for name, node in layers.items()}
     pairs = find_layer_pairs(layers)
-    obstacles = {pair: _obstacle(pair, loader is None, across_padding) for pair in pairs}
+    obstacles = {pair: _obstacle_to_absorption(pair, loader is None, across_padding) for pair in pairs}
     suitable = [pair for pair in pairs if obstacles[pair] is None]
     before = example_outputs(qmodel)
     if loader is None:
@@ -157,15 +157,15 @@ def absorb_biases(
     )
 
 
-def _obstacle(pair: LayerPair, needs_statistics: bool, across_padding: bool) -> str | None:
+def _obstacle_to_absorption(pair: LayerPair, needs_statistics: bool, across_padding: bool) -> str | None:
     if getattr(module_of(pair.consumer), "transposed", False):
         return "a transposed convolution reads it, which makes no constant of a constant"
     if needs_statistics and kept_statistics(module_of(pair.producer)) is None:
         return "no BatchNorm was folded into it"
-    return "its reader pads with zeros" if not across_padding and _pads(pair) else None
+    return "its reader pads with zeros" if not across_padding and _has_padding_between(pair) else None
 
 
-def _pads(pair: LayerPair) -> bool:
+def _has_padding_between(pair: LayerPair) -> bool:
     """Return True where zeros come in between the layers: by the consumer's padding or an operator between them."""
     if any(Op(node).pads_zeros for node in pair.between):
         return True

@@ -127,7 +127,7 @@ class _ScaledLayer:
         multiply_inputs(self.layer, self.factor)
 
 
-def _sweep(chains: Sequence[Sequence[_ScaledLayer]]) -> float:
+def _equalize_chains_once(chains: Sequence[Sequence[_ScaledLayer]]) -> float:
     """Make the ranges of each chain equal in turn, and return the largest distance of a factor from 1."""
     worst = 0.0
     for chain in chains:
@@ -195,14 +195,14 @@ def equalize(
     layers, left = rewritable_layers(qmodel)
     chains = find_chains(layers, across_clips=across_clips)
     members = {name: layer for chain in chains for name, layer in zip(chain.names, chain.layers, strict=True)}
-    before = {name: _spread(layer) for name, layer in members.items()}
-    scaled = _scaled(chains)
+    before = {name: _range_spread(layer) for name, layer in members.items()}
+    scaled = _scaled_layers(chains)
     sweeps = 0
     converged = not chains
     # Only the factors and the largest weights are followed here. The weights are multiplied once, at the end, so that
     # they are rounded once.
     while not converged and sweeps < max_sweeps:
-        converged = _sweep([[scaled[layer] for layer in chain.layers] for chain in chains]) <= tolerance
+        converged = _equalize_chains_once([[scaled[layer] for layer in chain.layers] for chain in chains]) <= tolerance
         sweeps += 1
     clips = _give_bounds_by_channel(qmodel, layers) if across_clips else {}
     with preserving_the_float_function(qmodel, "Equalization"):
@@ -214,7 +214,7 @@ def equalize(
         chains=tuple(chain.names for chain in chains),
         sweeps=sweeps,
         converged=converged,
-        spread={name: (before[name], _spread(layer)) for name, layer in members.items()},
+        spread={name: (before[name], _range_spread(layer)) for name, layer in members.items()},
         left=left,
     )
 
@@ -257,7 +257,7 @@ def find_chains(layers: dict[str, fx.Node], *, across_clips: bool = False) -> li
     return chains
 
 
-def _scaled(chains: Sequence[Chain]) -> dict[nn.Module, _ScaledLayer]:
+def _scaled_layers(chains: Sequence[Chain]) -> dict[nn.Module, _ScaledLayer]:
     """Return the layers of all chains, each with its weight split by the channels of the layer that it reads."""
     read = {
         consumer: output_channels(producer)
@@ -267,7 +267,7 @@ def _scaled(chains: Sequence[Chain]) -> dict[nn.Module, _ScaledLayer]:
     return {layer: _ScaledLayer(layer, read.get(layer)) for chain in chains for layer in chain.layers}
 
 
-def _spread(layer: nn.Module) -> float:
+def _range_spread(layer: nn.Module) -> float:
     ranges = output_ranges(weight_by_channel(layer))
     live = ranges[ranges > DEAD_CHANNEL_RATIO * ranges.max()]
     return float(live.max() / live.min()) if live.numel() else 1.0
@@ -300,21 +300,21 @@ def unclipping_sqnr(qmodel: nn.Module) -> dict[str, float]:
     """
     layers, _ = rewritable_layers(qmodel)
     pairs = find_layer_pairs(layers, through_clips=True)
-    clips = {node: bounds for pair in pairs for node, bounds in _clips(pair).items()}
+    clips = {node: bounds for pair in pairs for node, bounds in _upper_clips(pair).items()}
     known = {node: x for region in regions(qmodel).values() for node, x in propagated(region).items()}
     return {
-        name: _kept(known.get(Op(node).inputs[0].node), clips[node][1])
+        name: _sqnr_without_bound(known.get(Op(node).inputs[0].node), clips[node][1])
         for name, (_, node) in named_nodes(qmodel).items()
         if node in clips
     }
 
 
-def _clips(pair: LayerPair) -> dict[fx.Node, tuple[float, float]]:
+def _upper_clips(pair: LayerPair) -> dict[fx.Node, tuple[float, float]]:
     bounds = {node: Op(node).bounds for node in pair.between}
     return {node: ends for node, ends in bounds.items() if ends is not None and ends[0] == 0 < ends[1] < float("inf")}
 
 
-def _kept(x: Distribution | None, bound: float) -> float:
+def _sqnr_without_bound(x: Distribution | None, bound: float) -> float:
     """Return the SQNR in dB that values keep without their upper bound."""
     if x is None:
         return float("-inf")
@@ -322,10 +322,10 @@ def _kept(x: Distribution | None, bound: float) -> float:
     # not.
     kept = clipped(x, 0.0, bound)
     lost = through(x, lambda values: (values - bound).clamp(min=0))
-    signal = _power(kept)
-    noise = _power(lost)
+    signal = _mean_power(kept)
+    noise = _mean_power(lost)
     return 10 * math.log10(signal / noise) if signal and noise else float("inf")
 
 
-def _power(x: Distribution) -> float:
+def _mean_power(x: Distribution) -> float:
     return float((x.mean**2 + x.std**2).sum())

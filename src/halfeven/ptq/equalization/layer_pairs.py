@@ -133,7 +133,7 @@ class LayerPair:
     @property
     def clips(self) -> tuple[fx.Node, ...]:
         """The operators between that do not commute with a factor unless their bounds are divided by it."""
-        return tuple(node for node in self.between if _is_clip(node))
+        return tuple(node for node in self.between if _is_other_clip(node))
 
 
 def find_layer_pairs(layers: Mapping[str, fx.Node], *, through_clips: bool = False) -> list[LayerPair]:
@@ -181,10 +181,10 @@ def _axis_after(reader: Op, node: fx.Node, axis: int, through_clips: bool) -> in
         return axis if isinstance(module, Quantizer) and module.scheme.axis is None else None
     if reader.bounds is not None:
         # Only ReLU commutes with every positive factor. A ReLU6 would clip at 6 / s, at another value for each channel.
-        return axis if through_clips or not _is_clip(reader.node) else None
+        return axis if through_clips or not _is_other_clip(reader.node) else None
     return reader.factor_axis(axis)
 
 
-def _is_clip(node: fx.Node) -> bool:
+def _is_other_clip(node: fx.Node) -> bool:
     """Return True for a clip to constant bounds other than ReLU's, or to bounds by channel."""
     return Op(node).bounds not in (None, (0.0, math.inf)) or channel_clip_at(node) is not None

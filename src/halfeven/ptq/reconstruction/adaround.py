@@ -57,7 +57,7 @@ def soft_weight(v: Tensor, floor: Tensor, scale: Tensor, low: int, high: int) ->
     return scale * torch.clamp(floor + soft_step(v), low, high)
 
 
-def _advance(
+def _adam_step(
     v: Tensor,
     first: Tensor,
     second: Tensor,
@@ -141,7 +141,7 @@ class Rounding:
         low = scheme.quant_min
         high = scheme.quant_max
         column = scale.detach().reshape(-1, 1).clone()
-        ratio = _rows(weight.detach(), scheme.axis) / column
+        ratio = _as_rows(weight.detach(), scheme.axis) / column
         floor = torch.floor(ratio)
         # The fractional part. float32 rounds that of a tiny negative quotient to 1, where h has no slope.
         v = inverse_soft_step((ratio - floor).clamp(0.0, 1 - 1e-6))
@@ -149,7 +149,7 @@ class Rounding:
         # narrow, so that low - 1 is at least -128 and fits in int8.
         floor = floor.clamp(low - 1, high).to(torch.int8)
         rows = soft_weight(v, floor, column, low, high)
-        soft = _shaped(rows, weight.shape, scheme.axis).detach().requires_grad_()
+        soft = _from_rows(rows, weight.shape, scheme.axis).detach().requires_grad_()
         return Rounding(scheme, column, floor, v, torch.zeros_like(v), torch.zeros_like(v), rows, soft)
 
     def step(self, rate: float, weight: float, beta: float) -> None:
@@ -165,10 +165,10 @@ class Rounding:
         numbers = torch.tensor([rate, weight, beta, *corrections], device=self.v.device)
         assert self.soft.grad is not None
         # The kernel sees [rows, elements] of any layer, so that it is compiled once for all of them.
-        grad = _rows(self.soft.grad, self.scheme.axis)
+        grad = _as_rows(self.soft.grad, self.scheme.axis)
         state = (self.v, self.first, self.second, self.rows, grad, self.floor, self.scale.detach(), numbers)
         with torch.no_grad():
-            fused(_advance)(*state, (self.scheme.quant_min, self.scheme.quant_max), weight > 0)
+            fused(_adam_step)(*state, (self.scheme.quant_min, self.scheme.quant_max), weight > 0)
         self.soft.grad = None
 
     def set_scale_gradient(self) -> None:
@@ -177,14 +177,14 @@ class Rounding:
         Jeon et al., "Genie: Show Me the Data for Quantization" (arXiv:2212.04780).
         """
         if self.scale.requires_grad and self.soft.grad is not None:
-            grad = _rows(self.soft.grad, self.scheme.axis)
+            grad = _as_rows(self.soft.grad, self.scheme.axis)
             self.scale.grad = (grad * self.rows / self.scale.detach()).sum(1, keepdim=True)
 
     @property
     def integers(self) -> Tensor:
         """The decided integers, in the weight's shape."""
         hard = torch.clamp(self.floor + (self.v >= 0), self.scheme.quant_min, self.scheme.quant_max)
-        return _shaped(hard, self.soft.shape, self.scheme.axis)
+        return _from_rows(hard, self.soft.shape, self.scheme.axis)
 
     @property
     def undecided(self) -> float:
@@ -193,11 +193,11 @@ class Rounding:
         return float(((step > 0) & (step < 1)).float().mean())
 
 
-def _rows(x: Tensor, axis: int | None) -> Tensor:
+def _as_rows(x: Tensor, axis: int | None) -> Tensor:
     return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
 
 
-def _shaped(rows: Tensor, shape: torch.Size, axis: int | None) -> Tensor:
+def _from_rows(rows: Tensor, shape: torch.Size, axis: int | None) -> Tensor:
     if axis is None:
         return rows.reshape(shape)
     moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])

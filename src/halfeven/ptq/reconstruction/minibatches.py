@@ -25,10 +25,10 @@ MIN_SAMPLES = 2
 
 def samples_of_a_step(block: Block) -> int:
     """Return the largest number of samples that a step of a block needs."""
-    return max(MIN_SAMPLES, POSITIONS_OF_A_STEP // max(map(_positions, map(Op, block.layers)), default=1))
+    return max(MIN_SAMPLES, POSITIONS_OF_A_STEP // max(map(_weight_positions, map(Op, block.layers)), default=1))
 
 
-def _positions(layer: Op) -> int:
+def _weight_positions(layer: Op) -> int:
     """Return the number of places of a sample at which a layer's weight is applied."""
     sizes = list(layer.shape)
     del sizes[-1 if layer.kind is OperatorKind.LINEAR else 1]

@@ -17,11 +17,11 @@ def mixed(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
     return result
 
 
-def _select(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
+def _select_by_mask(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
     return torch.where(mask, chosen, other)
 
 
-def _separate(mask: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _separate_gradients(mask: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(mask, grad, 0.0), torch.where(mask, 0.0, grad)
 
 
@@ -31,11 +31,11 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
         ctx.save_for_backward(mask)
-        result: Tensor = fused(_select)(mask, chosen, other)
+        result: Tensor = fused(_select_by_mask)(mask, chosen, other)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
         (mask,) = ctx.saved_tensors
-        chosen, other = fused(_separate)(mask, grad)
+        chosen, other = fused(_separate_gradients)(mask, grad)
         return None, chosen, other

@@ -56,14 +56,14 @@ def optimize_block(
         options: number of steps, rates, regularization; a rate of 0 leaves scales or biases as they are.
         seed: seed of the order of batches and of dropped activations.
     """
-    powers = _powers(block, floats)
+    powers = _output_powers(block, floats)
     before = relative_error(block, floats, quantized, powers)
     parameters = _Parameters(block, options)
     restore_nearest = parameters.rounded_to_nearest()
     if before > 0 and (parameters.roundings or parameters.groups):
         # The loss is 1 at the start, so that one weight of the regularizer suits blocks of any error.
         loss_powers = {node: power * before for node, power in powers.items()}
-        _descend(block, floats, quantized, options, parameters, loss_powers, seed)
+        _minimize_error(block, floats, quantized, options, parameters, loss_powers, seed)
     undecided = max((rounding.undecided for rounding in parameters.roundings.values()), default=0.0)
     parameters.fix()
     after = relative_error(block, floats, quantized, powers)
@@ -85,13 +85,13 @@ def relative_error(
         powers: mean square of each output in the float model, [].
     """
     errors = [
-        float(_loss(run(block, quantized.inputs(block, batch)), floats.outputs(block, batch), powers))
+        float(_relative_error(run(block, quantized.inputs(block, batch)), floats.outputs(block, batch), powers))
         for batch in range(len(quantized.batches))
     ]
     return sum(errors) / len(errors)
 
 
-def _powers(block: Block, floats: ActivationCache) -> dict[fx.Node, Tensor]:
+def _output_powers(block: Block, floats: ActivationCache) -> dict[fx.Node, Tensor]:
     """Return the mean square of each floating-point output of the float block, []."""
     batches = len(floats.batches)
     powers: dict[fx.Node, Tensor] = {}
@@ -103,7 +103,7 @@ def _powers(block: Block, floats: ActivationCache) -> dict[fx.Node, Tensor]:
     return {node: power.float().clamp(min=1e-12) for node, power in powers.items()}
 
 
-def _loss(found: Values, expected: Values, powers: Mapping[fx.Node, Tensor]) -> Tensor:
+def _relative_error(found: Values, expected: Values, powers: Mapping[fx.Node, Tensor]) -> Tensor:
     errors = [F.mse_loss(found[n].float(), expected[n].float()) / power for n, power in powers.items()]
     return torch.stack(errors).sum()
 
@@ -129,22 +129,22 @@ class _Parameters:
             self._add_biases(options.bias_rate)
         if options.learn_weight_scales:
             for rounding in self.roundings.values():
-                self._add(rounding.scale, options.scale_rate * float(rounding.scale.mean()))
+                self._add_group(rounding.scale, options.scale_rate * float(rounding.scale.mean()))
 
     def _add_activation_scales(self, block: Block, rate: float) -> None:
         for quantizer in _activation_quantizers(block):
             self.scales[quantizer] = effective_scale(quantizer.scale.detach()).clone()
             # Adam's steps have the size of the learning rate, whatever the gradient: a rate relative to the number
             # moves scales of any size alike.
-            self._add(self.scales[quantizer], rate * float(quantizer.scale))
+            self._add_group(self.scales[quantizer], rate * float(quantizer.scale))
 
     def _add_biases(self, rate: float) -> None:
         for layer in self.layers:
             if layer.bias is not None:
                 size = float(layer.weight.detach().flatten(1).norm(dim=1).mean())
-                self._add(layer.bias, rate * size)
+                self._add_group(layer.bias, rate * size)
 
-    def _add(self, tensor: Tensor, rate: float) -> None:
+    def _add_group(self, tensor: Tensor, rate: float) -> None:
         self.groups.append({"params": [tensor.requires_grad_()], "lr": rate})
 
     @contextmanager
@@ -225,7 +225,7 @@ class _SoftWeight(nn.Module):
 # Gradient descent
 
 
-def _descend(
+def _minimize_error(
     block: Block,
     floats: ActivationCache,
     quantized: ActivationCache,
@@ -254,7 +254,7 @@ def _descend(
                 # QDrop: each element of the block's input comes from the quantized or the float model at random, so
                 # that the block learns no answer to one fixed noise.
                 values = qdrop.mix(values, in_float)
-            _loss(run(block, values, qdrop.call), expected, powers).backward()  # type: ignore[no-untyped-call]
+            _relative_error(run(block, values, qdrop.call), expected, powers).backward()  # type: ignore[no-untyped-call]
             if optimizer and decay:
                 for rounding in parameters.roundings.values():
                     # Before `Rounding.step`, which takes the gradient of the soft weight away.
@@ -289,7 +289,7 @@ class _QDrop:
 
     def mix(self, quantized: Values, floats: Values) -> Values:
         """Return a block's inputs with each element from the quantized or the float model."""
-        return {node: self._drop(floats[node], value) for node, value in quantized.items()}
+        return {node: self._drop_to_float(floats[node], value) for node, value in quantized.items()}
 
     def call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         """Run a module of the block; an activation quantizer gets its learned scale, and drops at random."""
@@ -304,14 +304,14 @@ class _QDrop:
         else:
             used = effective_scale(scale, power_of_two=module.scheme.power_of_two)
             quantized = fake_quantize(x, used, module.zero_point, module.scheme)
-        return self._drop(x, quantized) if not (module.weight or module.state.fixed) else quantized
+        return self._drop_to_float(x, quantized) if not (module.weight or module.state.fixed) else quantized
 
-    def _drop(self, in_float: Any, quantized: Any) -> Any:
+    def _drop_to_float(self, in_float: Any, quantized: Any) -> Any:
         if not self.probability or not _is_floating_point(quantized):
             return quantized
-        return mixed(self._mask(quantized), in_float, quantized)
+        return mixed(self._random_mask(quantized), in_float, quantized)
 
-    def _mask(self, x: Tensor) -> Tensor:
+    def _random_mask(self, x: Tensor) -> Tensor:
         count = x.numel()
         if 2 * count > len(self.decisions):
             drawn = torch.rand(max(MIN_RANDOM_DECISIONS, 4 * count), generator=self.generator)

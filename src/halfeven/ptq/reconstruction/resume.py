@@ -47,7 +47,7 @@ class BlockStore:
         if folder is None:
             return BlockStore(None, options)
         index = folder / INDEX_FILE
-        facts = _facts(qmodel, inputs, options, granularity)
+        facts = _identifying_facts(qmodel, inputs, options, granularity)
         if index.is_file() and _read_index(index) != facts:
             raise CheckpointError(
                 f"{folder} holds the finished blocks of another reconstruction (another model, other samples or other "
@@ -60,28 +60,28 @@ class BlockStore:
     def save(self, name: str, block: Block, result: BlockResult) -> None:
         """Write the parameters and buffers of an optimized block, with its errors."""
         if self.folder is not None:
-            state = {key: tensor.detach().cpu().contiguous() for key, tensor in _state(block).items()}
+            state = {key: tensor.detach().cpu().contiguous() for key, tensor in _block_state(block).items()}
             facts = sealed(state, {"outcome": json.dumps(dataclasses.asdict(result))})
-            write_atomically(self._file(name, block), lambda path: save_file(state, path, facts))
+            write_atomically(self._block_file(name, block), lambda path: save_file(state, path, facts))
 
     @torch.no_grad()
     def restore(self, name: str, block: Block) -> BlockResult | None:
         """Load the parameters and buffers of a block, and return its errors; None where it was not finished."""
-        if self.folder is None or not self._file(name, block).is_file():
+        if self.folder is None or not self._block_file(name, block).is_file():
             return None
-        path = self._file(name, block)
+        path = self._block_file(name, block)
         try:
             with safe_open(path, "pt") as file:
                 facts = file.metadata()
                 check_facts(facts, path)
                 result = BlockResult(**json.loads(facts["outcome"]))
-                found = {key: file.get_tensor(key) for key in _state(block)}
+                found = {key: file.get_tensor(key) for key in _block_state(block)}
             check_tensors(found, facts, path)
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise _damaged(path, error) from error
-        for key, tensor in _state(block).items():
+            raise _damaged_error(path, error) from error
+        for key, tensor in _block_state(block).items():
             if found[key].shape != tensor.shape or found[key].dtype != tensor.dtype:
-                raise _damaged(path, f"{key} is {found[key].dtype} of shape {tuple(found[key].shape)}")
+                raise _damaged_error(path, f"{key} is {found[key].dtype} of shape {tuple(found[key].shape)}")
             tensor.copy_(found[key])
         # The tensors are loaded, but the state of a quantizer is a Python attribute: it must be set to fixed as
         # `optimize_block` did.
@@ -89,10 +89,10 @@ class BlockStore:
             quantizer.fix_scale(quantizer.scale.detach().clone())
         return result
 
-    def _file(self, name: str, block: Block) -> Path:
+    def _block_file(self, name: str, block: Block) -> Path:
         assert self.folder is not None
         # A layer that is called several times, as in a detector's head, gives its name to several blocks.
-        digest = _digest(part.encode() for part in (name, *(f"/{node.name}" for node in block.nodes)))
+        digest = _sha256_of(part.encode() for part in (name, *(f"/{node.name}" for node in block.nodes)))
         return self.folder / f"{digest[:16]}.safetensors"
 
 
@@ -100,44 +100,46 @@ def _read_index(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged_error(path, error) from error
 
 
-def _damaged(path: Path, reason: object) -> CheckpointError:
+def _damaged_error(path: Path, reason: object) -> CheckpointError:
     return CheckpointError(
         f"{path} is damaged ({reason}), so the finished blocks of the reconstruction cannot be trusted. Delete the "
         f"folder {path.parent}: the reconstruction then starts from its first block, and nothing else is lost."
     )
 
 
-def _facts(qmodel: nn.Module, inputs: Sequence[Stored], options: PTQOptions, granularity: str) -> dict[str, Any]:
+def _identifying_facts(
+    qmodel: nn.Module, inputs: Sequence[Stored], options: PTQOptions, granularity: str
+) -> dict[str, Any]:
     """Return the facts that tell two runs apart; the memory bound and the cache folder do not."""
     kept = dataclasses.replace(options, memory=1.0, cache_folder="auto")
     return {
         "granularity": granularity,
         "options": dataclasses.asdict(kept),
-        "plan": _digest([json.dumps(plan_of(qmodel).to_dict(), sort_keys=True).encode()]),
-        "model": _digest(_bytes(tensor) for tensor in qmodel.state_dict().values()),
-        "inputs": _digest(_bytes(tensor) for stored in inputs for tensor in _tensors(stored.load())),
+        "plan": _sha256_of([json.dumps(plan_of(qmodel).to_dict(), sort_keys=True).encode()]),
+        "model": _sha256_of(_tensor_bytes(tensor) for tensor in qmodel.state_dict().values()),
+        "inputs": _sha256_of(_tensor_bytes(tensor) for stored in inputs for tensor in _tensor_leaves(stored.load())),
     }
 
 
-def _digest(parts: Iterable[bytes]) -> str:
+def _sha256_of(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensor_leaves(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _tensor_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _state(block: Block) -> dict[str, Tensor]:
+def _block_state(block: Block) -> dict[str, Tensor]:
     """Return the parameters and buffers of the modules that a block calls, by their names in the region."""
     modules = {op.path: op.module for op in map(Op, block.nodes)}
     return {

@@ -105,7 +105,7 @@ def layernorm_groups(qmodel: nn.Module) -> tuple[list[LayerNormGroup], tuple[str
         readers = list(_final_readers(op))
         linears = [reader for reader in readers if reader in layers]
         others = [reader for reader in readers if reader not in layers]
-        if reason := _obstacle(op, linears, others, calls, owners):
+        if reason := _obstacle_to_moving(op, linears, others, calls, owners):
             left.append(f"{name} ({reason})")
         elif linears:
             norm: Any = op.module
@@ -115,7 +115,9 @@ def layernorm_groups(qmodel: nn.Module) -> tuple[list[LayerNormGroup], tuple[str
     return groups, tuple(left)
 
 
-def _obstacle(op: Op, linears: list[Op], others: list[Op], calls: Counter[int], owners: Counter[int]) -> str | None:
+def _obstacle_to_moving(
+    op: Op, linears: list[Op], others: list[Op], calls: Counter[int], owners: Counter[int]
+) -> str | None:
     """Return why nothing can move out of a normalization; None where nothing stands in the way."""
     norm = op.module
     if not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:

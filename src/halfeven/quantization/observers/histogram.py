@@ -50,9 +50,9 @@ class HistogramObserver:
         if self.counts.numel():
             low = torch.minimum(self.smallest, low)
             high = torch.maximum(self.largest, high)
-        first, exponent = _bins(low, high)
+        first, exponent = _narrowest_bins(low, high)
         if self.counts.numel():
-            self._widen(first, exponent)
+            self._widen_bins(first, exponent)
         else:
             self.counts = torch.zeros(len(low), BINS, dtype=torch.float64, device=low.device)
         self.first = first
@@ -65,7 +65,7 @@ class HistogramObserver:
         bins += torch.arange(len(bins), device=bins.device)[:, None] * BINS
         self.counts += torch.bincount(bins.flatten(), minlength=self.counts.numel()).view_as(self.counts)
 
-    def _widen(self, first: Tensor, exponent: Tensor) -> None:
+    def _widen_bins(self, first: Tensor, exponent: Tensor) -> None:
         old = self.first[:, None] + torch.arange(BINS, device=first.device)
         # Doubling the width k times takes bin i to floor(i / 2^k): an arithmetic shift, for negative i too.
         new = (old >> (exponent - self.exponent).clamp(max=62)[:, None]) - first[:, None]
@@ -96,7 +96,7 @@ class HistogramObserver:
         return self.low[:, None] + steps * self.width[:, None]
 
 
-def _bins(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def _narrowest_bins(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Return the index of the first bin and the exponent of the width, [rows] each, of the narrowest bins for a range.
 
     They are no finer than float32.
@@ -142,19 +142,21 @@ def mse_range(histogram: HistogramObserver, power: float = 2.0) -> tuple[Tensor,
     errors of rounding.
     """
     scheme = dataclasses.replace(histogram.scheme, axis=0)
-    centers, counts = _occupied(histogram)
+    centers, counts = _occupied_bins(histogram)
 
     def errors(lows: Tensor, highs: Tensor) -> Tensor:
         scale, zero_point = scale_and_zero_point(lows.flatten(), highs.flatten(), scheme)
         grids = scale.view(*lows.shape, 1), zero_point.view(*lows.shape, 1)
-        found: Tensor = fused(_errors)(centers, counts, *grids, scheme.quant_min, scheme.quant_max, power)
+        found: Tensor = fused(_quantization_errors)(centers, counts, *grids, scheme.quant_min, scheme.quant_max, power)
         return found
 
     bounded = by_parts(errors, max(1, MAX_SEARCH_NUMBERS // counts.numel()))
     return least_error(bounded, histogram.smallest, histogram.largest, scheme.symmetric)
 
 
-def _errors(x: Tensor, counts: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, power: float) -> Tensor:
+def _quantization_errors(
+    x: Tensor, counts: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, power: float
+) -> Tensor:
     """Return the sum of |x - fake_quantize(x)|^power over bins, [candidates, rows], in one pass over memory.
 
     Args:
@@ -167,7 +169,7 @@ def _errors(x: Tensor, counts: Tensor, scale: Tensor, zero_point: Tensor, low: i
     return distance.pow_(power).double().mul_(counts).sum(-1)
 
 
-def _occupied(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
+def _occupied_bins(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
     """Return centers and counts of the bins that are not empty, [rows, most of a row]: a filter has few weights."""
     row, bin_ = (histogram.counts > 0).nonzero(as_tuple=True)
     each = torch.bincount(row, minlength=len(histogram.counts))
