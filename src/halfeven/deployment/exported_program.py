@@ -11,7 +11,7 @@ from halfeven.graph.batches import Inputs
 from halfeven.graph.capture import quiet
 from halfeven.graph.fixed_axes import fixed_axes
 from halfeven.graph.model_inputs import BATCH
-from halfeven.graph.torch_private import pytree
+from halfeven.graph.torch_private import pytree, untracked
 from halfeven.placement.insertion import recorded_example
 
 
@@ -83,4 +83,4 @@ def program_of(model: nn.Module, example: Inputs, described: Inputs) -> torch.ex
 def _export_program(model: nn.Module, example: Inputs, shapes: Inputs) -> torch.export.ExportedProgram:
     args, kwargs = example
     with quiet():
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes[1] or shapes[0], strict=False)
+        return untracked(torch.export.export(model, args, kwargs, dynamic_shapes=shapes[1] or shapes[0], strict=False))

@@ -35,7 +35,7 @@ from halfeven.graph.same_outputs import check_same, reason_of
 from halfeven.graph.size_relations import size_relations
 from halfeven.graph.sized_pools import SizedPools
 from halfeven.graph.stochastic_depth import leaf_markers
-from halfeven.graph.torch_private import pytree
+from halfeven.graph.torch_private import pytree, untracked
 from halfeven.graph.training_mode import Capture, capture_as_trained
 from halfeven.graph.training_run import left_in_eval
 from halfeven.graph.view import computes_products
@@ -392,7 +392,7 @@ def _export_program(
         torch.backends.mha.set_fastpath_enabled(fast_path)
     assert isinstance(unlifted, fx.GraphModule)
     inline_grad_blocks(unlifted)
-    return program, unlifted, calls
+    return untracked(program), unlifted, calls
 
 
 def _by_parameter(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

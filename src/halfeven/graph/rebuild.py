@@ -20,6 +20,7 @@ from halfeven.graph.torch_private import (
     KeepsTypes,
     input_keywords,
     own_buffers,
+    own_sources,
     pytree,
 )
 from halfeven.graph.tree import adopt, has_value, owner_of, place
@@ -66,10 +67,13 @@ class CapturedModule(KeepsTypes, fx.GraphModule):
 
     def recompile(self) -> Any:
         code = super().recompile()
+        compiled = [type(self).forward]
         if self.execution_graph is not None:
             # torch.fx makes a separate class for each graph module, and the class's `forward` is the graph's code.
             running = fx.GraphModule(self, self.execution_graph(self))
-            type(self).forward = type(running).forward
+            compiled.append(type(running).forward)
+        own_sources(self, *compiled)
+        type(self).forward = compiled[-1]
         type(self).forward = with_labels(self, sizes_checked(type(self).forward))
         return code
 

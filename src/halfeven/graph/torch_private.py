@@ -4,8 +4,10 @@ A new version of torch may rename any of them, and then this is the only file to
 forbids private names of torch in other files.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import linecache
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.graph_module import _loader as sources
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.batchnorm import _NormBase as AnyBatchOrInstanceNorm
 from torch.nn.modules.dropout import _DropoutNd as AnyDropout
@@ -30,6 +34,7 @@ __all__ = [
     "convolution_of",
     "copy_all",
     "fake_tensors",
+    "forgetting_graphs",
     "functional_form",
     "has_hooks",
     "in_backward_pass",
@@ -43,11 +48,13 @@ __all__ = [
     "own_buffers",
     "own_modules",
     "own_parameters",
+    "own_sources",
     "parameters_of",
     "pytree",
     "set_contents",
     "short_name",
     "size_guards",
+    "untracked",
 ]
 
 
@@ -135,6 +142,62 @@ def input_keywords(graph: fx.Graph) -> list[str]:
 def size_guards(program: torch.export.ExportedProgram) -> list[str]:
     """Return the conditions on input sizes under which a program is right, in Python: `L['x'].size()[2] <= 64`."""
     return list(getattr(program, "_guards_code", ()))
+
+
+# What torch keeps of graphs that are gone
+
+_sources: "weakref.WeakKeyDictionary[nn.Module, weakref.finalize[..., nn.Module]]" = weakref.WeakKeyDictionary()
+"""Forgets the source of each of halfeven's graph modules."""
+
+
+def own_sources(module: fx.GraphModule, *compiled: Callable[..., Any]) -> None:
+    """Let the sources of a graph's compiled functions end with its module, or with the module's next compilation.
+
+    torch.fx keeps the source of each graph that it compiles, for tracebacks, until the process ends.
+    """
+    before = _sources.get(module)
+    if before is not None:
+        before()
+    names = [function.__code__.co_filename for function in compiled]
+    _sources[module] = weakref.finalize(module, _forget_sources, names)
+
+
+@contextmanager
+def forgetting_graphs() -> Iterator[None]:
+    """Forget, at the end, what torch has kept of the graphs that its exporters and converters made within.
+
+    These are the sources of the graphs, and the last 256 calls of each of `ShapeEnv`'s methods, which hold the sizes
+    and the tensors of every program that was exported. A process that exports again and again grows by both.
+    """
+    before = set(sources.eval_cache)
+    try:
+        yield
+    finally:
+        owned = [finalizer.peek() for finalizer in _sources.values()]
+        kept = before.union(*(found[2][0] for found in owned if found))
+        _forget_sources([name for name in sources.eval_cache if name not in kept])
+        for method in vars(ShapeEnv).values():
+            if hasattr(method, "cache_clear"):
+                method.cache_clear()
+
+
+def untracked(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Return a program without the list of its inputs that torch's tracer has kept.
+
+    Only the tracer reads it. Its tensors hold the program's sizes from C++, and the sizes hold the list: a circle that
+    Python's garbage collector cannot see: the program's tensors would stay until the process ends.
+    """
+    for node in program.graph.find_nodes(op="placeholder"):
+        shape_env = getattr(getattr(node.meta.get("val"), "fake_mode", None), "shape_env", None)
+        if shape_env is not None and shape_env.tracked_fakes:
+            shape_env.tracked_fakes.clear()
+    return program
+
+
+def _forget_sources(names: Sequence[str]) -> None:
+    for name in names:
+        sources.eval_cache.pop(name, None)
+        linecache.cache.pop(name, None)
 
 
 # Modes

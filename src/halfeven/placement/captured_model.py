@@ -11,6 +11,7 @@ from halfeven.graph.copying import copy_model
 from halfeven.graph.kept_in_python import KeptInPython
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.rewrite import lower_attention, lower_stacked_sums, merge_duplicates
+from halfeven.graph.torch_private import forgetting_graphs
 from halfeven.placement.make_plan import regions
 from halfeven.placement.options import QuantizationOptions
 from halfeven.placement.plan import FoundInCapture
@@ -32,6 +33,7 @@ def float_copy(model: nn.Module) -> nn.Module:
     return copy_model(model)
 
 
+@forgetting_graphs()
 def capture_for_quantization(
     model: nn.Module,
     example: Example,

@@ -11,6 +11,7 @@ from halfeven.deployment.exported_program import example_of, program_of
 from halfeven.deployment.file_interface import facts_of, interface_of
 from halfeven.errors import ExportError, HalfevenError
 from halfeven.files import storage_error
+from halfeven.graph.torch_private import forgetting_graphs
 from halfeven.graph.wrappers import unwrapped
 from halfeven.placement.insertion import plan_of, recorded_inputs
 from halfeven.progress_bar import progress
@@ -72,6 +73,7 @@ def export(
     return path
 
 
+@forgetting_graphs()
 def _write(
     qmodel: nn.Module,
     path: Path,

@@ -14,6 +14,7 @@ from halfeven.graph.batches import Inputs, tensors_of
 from halfeven.graph.batchnorm import fold
 from halfeven.graph.copying import copy_model
 from halfeven.graph.labels import remove_loss
+from halfeven.graph.torch_private import forgetting_graphs
 from halfeven.placement.folded_batchnorm import settle_live
 from halfeven.placement.insertion import recorded_inputs
 from halfeven.placement.make_plan import regions
@@ -84,6 +85,7 @@ def slowest_kernels(path: Path, inputs: Inputs, runtime: Runtime) -> list[str]:
     ]
 
 
+@forgetting_graphs()
 def write_float(qmodel: nn.Module, runtime: Runtime, folder: Path) -> Path:
     """Write the float counterpart of a quantized model; return its path.
 

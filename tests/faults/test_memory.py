@@ -1,0 +1,44 @@
+"""A process that quantizes model after model does not grow by what torch keeps of their graphs."""
+
+import gc
+
+import pytest
+from torch import nn
+from torch.fx import graph_module
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import halfeven as he
+from faults.mutations import IMAGES, Net
+
+
+def kept():
+    """Return how many exported programs and sources of graphs this process holds."""
+    gc.collect()
+    return sum(type(o) is ShapeEnv for o in gc.get_objects()), len(graph_module._loader.eval_cache)
+
+
+@pytest.mark.parametrize("ending", [".xml", ".onnx"])
+def test_nothing_is_kept_of_models_that_are_gone(tmp_path, ending):
+    def quantize():
+        target = "openvino" if ending == ".xml" else "onnxruntime"
+        qmodel = he.calibrate(he.prepare(Net(), IMAGES, target=target), [IMAGES])
+        path = he.export(qmodel, tmp_path / f"model{ending}")
+        he.verify(qmodel, path, [IMAGES], timed=False)
+
+    quantize()
+    before = kept()
+    quantize()
+    assert kept() == before
+
+
+def test_a_failing_graph_still_shows_its_source():
+    def fail(*_):
+        raise RuntimeError("no")
+
+    qmodel = he.calibrate(he.prepare(Net(), IMAGES), [IMAGES])
+    layer = next(module for module in qmodel.modules() if isinstance(module, nn.Conv2d))
+    layer.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="no") as failed:
+        qmodel(IMAGES)
+    shown = [str(entry.statement) for entry in failed.traceback if "eval_with_key" in str(entry.path)]
+    assert any("self." in statement for statement in shown)
