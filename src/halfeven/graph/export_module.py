@@ -1,0 +1,111 @@
+"""Export a module by `torch.export`, as a graph whose layers are modules again."""
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from halfeven.graph.batches import Inputs
+from halfeven.graph.dynamic_shapes import FreeAxes, export_shapes
+from halfeven.graph.fixed_axes import is_batch_fixed, reason_of_fixed_batch, refuse_fixed_axes
+from halfeven.graph.inline import inline_grad_blocks
+from halfeven.graph.kept_in_python import Calls, kept_markers
+from halfeven.graph.model_inputs import model_inputs, region_inputs
+from halfeven.graph.rebuild import CapturedModule, assemble
+from halfeven.graph.restoring import attributes_restored
+from halfeven.graph.size_relations import size_relations
+from halfeven.graph.sized_pools import SizedPools
+from halfeven.graph.stochastic_depth import leaf_markers
+from halfeven.graph.torch_private import pytree, untracked
+from halfeven.graph.training_run import left_in_eval
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress the warnings and log lines of `torch.export` about its internals; its errors are raised as usual."""
+    chatty = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = chatty.level
+    chatty.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        chatty.setLevel(level)
+
+
+def export_module(
+    module: nn.Module, inputs: Inputs, free: FreeAxes, name: str = "", kept: Sequence[str] = ()
+) -> CapturedModule:
+    """Export a module, and put its layers back under their own names.
+
+    Args:
+        module: the module.
+        inputs: its arguments.
+        free: the free axes of each leaf of the arguments.
+        name: its name in the model that it is a part of; "" for the model itself.
+        kept: paths of the modules in it that are kept in Python.
+
+    Raises:
+        FixedAxisError: the module's code makes an axis that the user frees a constant.
+    """
+    described = model_inputs(module, inputs, free)
+    export = partial(export_program, module, inputs, kept)
+    try:
+        program, unlifted, calls = export(export_shapes(free))
+    except Exception as error:
+        refuse_fixed_axes(error, described, name, export, free)
+        raise
+    result = assemble(module, unlifted, calls)
+    result.stays_in_eval = left_in_eval(module)
+    result.region_name = name
+    result.region_inputs = region_inputs(result.graph, described)
+    result.size_relations = size_relations(program, result.region_inputs)
+    if is_batch_fixed(described, result.region_inputs):
+        result.fixed_batch = reason_of_fixed_batch(export, free)
+    return result
+
+
+def export_program(
+    module: nn.Module,
+    inputs: Inputs,
+    kept: Sequence[str],
+    shapes: list[Any],
+    watching: AbstractContextManager[Any] | None = None,
+) -> tuple[torch.export.ExportedProgram, fx.GraphModule, Calls]:
+    """Return the program that `torch.export` makes of a module, its graph, and the traced calls of kept modules.
+
+    Args:
+        module: the module.
+        inputs: its arguments.
+        kept: paths of the modules that are kept in Python.
+        shapes: what `torch.export` is told of each of their leaves.
+        watching: a context for `torch.export` to run in.
+    """
+    args, kwargs = inputs
+    given = pytree.tree_unflatten(shapes, pytree.tree_structure(inputs))
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    # The fast path of `nn.MultiheadAttention` is a fused kernel, which hides the layers inside of it.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with attributes_restored(module), leaf_markers(module), kept_markers(module, kept) as calls, quiet():
+            with SizedPools(), watching or nullcontext():
+                program = torch.export.export(
+                    module, args, kwargs, dynamic_shapes=_arguments_by_parameter(module, *given), strict=False
+                )
+            unlifted = program.module()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    assert isinstance(unlifted, fx.GraphModule)
+    inline_grad_blocks(unlifted)
+    return untracked(program), unlifted, calls
+
+
+def _arguments_by_parameter(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
