@@ -21,7 +21,7 @@ PUBLIC = {
 }
 
 
-def test_names():
+def test_the_public_names_are_these():
     assert set(he.__all__) == PUBLIC
     assert he.__all__ == sorted(he.__all__)
     assert all(hasattr(he, name) for name in he.__all__)

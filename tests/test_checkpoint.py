@@ -14,7 +14,7 @@ from halfeven.errors import CheckpointError
 from halfeven.layerwise.calibrate import calibrate
 from halfeven.pipelines import load, prepare
 from halfeven.placement.insertion import plan_of
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 
 
 class Net(nn.Module):
@@ -49,7 +49,7 @@ def images():
 
 
 @pytest.mark.parametrize("ranges", ["observed", "learned"])
-def test_round_trip(tmp_path, images, ranges):
+def test_a_saved_model_is_loaded_as_it_was(tmp_path, images, ranges):
     qmodel = quantized(Net(), images, ranges=ranges, scheme="w4a8")
     save(qmodel, tmp_path / "q.safetensors", {"float": {"top1": 12.5}})
     again = load(tmp_path / "q.safetensors", Net(), images)

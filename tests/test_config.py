@@ -54,7 +54,7 @@ def test_the_seed_recipe():
     assert (experiment.schedule.freeze_batchnorm_after, experiment.schedule.stop_observing_after) == (1, 1)
 
 
-def test_lsq_recipes():
+def test_the_recipes_of_the_lsq_paper():
     ten = load_experiment(CONFIGS / "qat" / "lsq_openvino_resnet18_8xb32_10e_in1k.py")
     hundred = load_experiment(CONFIGS / "qat" / "lsq_openvino_resnet18_8xb32_100e_in1k.py")
     assert ten.quantization.ranges == hundred.quantization.ranges == "learned"
@@ -71,7 +71,7 @@ def test_lsq_recipes():
     ("name", "model"),
     [("resnet18", "resnet18.tv_in1k"), ("resnet50", "resnet50.tv_in1k"), ("mbv2", "mobilenetv2_100.ra_in1k")],
 )
-def test_ptq_recipes(name, model):
+def test_the_recipes_of_post_training_quantization(name, model):
     experiment = load_experiment(CONFIGS / "ptq" / f"ptq_openvino_{name}_8xb32_in1k_calib32xb32.py")
     assert (experiment.model.name, experiment.model.weights) == (model, "pretrained")
     assert (experiment.data.calibration_samples, experiment.data.evaluation_batch_size) == (1024, 32)

@@ -39,7 +39,7 @@ def work(number: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes(tmp_path):
+def test_what_two_processes_exchange(tmp_path):
     mp.start_processes(work, args=(str(tmp_path),), nprocs=2, start_method=forked().get_start_method())
     for number in range(2):
         found = torch.load(tmp_path / f"{number}.pt", weights_only=True)

@@ -79,7 +79,7 @@ def options():
     """Every option of a halfeven command, with - for _."""
     names = {"--help"}
     for command in cli.COMMANDS:
-        names |= {f"--{field.name}" for field in dataclasses.fields(cli.found(command.arguments))} | {"--version"}
+        names |= {f"--{field.name}" for field in dataclasses.fields(cli.imported(command.arguments))} | {"--version"}
     for part, kind in PARTS.items():
         names.add(f"--{part}")
         if dataclasses.is_dataclass(kind):

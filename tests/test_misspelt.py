@@ -116,7 +116,7 @@ def test_the_cases_reach_every_part_of_an_experiment():
 
 
 @every_case
-def test_in_python(path, value, answer):
+def test_a_misspelt_value_is_refused_in_python(path, value, answer):
     kind, name = class_of(path)
     required = {"model": config.ModelOptions(), "data": config.DataOptions()} if kind is Experiment else {}
     for make in (

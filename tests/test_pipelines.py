@@ -8,7 +8,7 @@ from torch import nn
 
 import halfeven as he
 from halfeven.errors import CalibrationError, CaptureError, ConfigError
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 from runtimes.parity import SCHEME
 
 IMAGE = (2, 3, 8, 8)

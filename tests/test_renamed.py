@@ -9,28 +9,36 @@ import halfeven as he
 from halfeven.errors import ConfigError
 from halfeven.layerwise.re_estimate import re_estimate
 from halfeven.pipelines import resume_qat, setup_qat
+from halfeven.ptq.data_free.moment_propagation import InputDistribution
 from halfeven.ptq.recipe import PTQRecipe
 from halfeven.ptq.recipe import decide as decide_ptq
 from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
 from halfeven.ptq.transformers.reparametrization import reparametrize
+from halfeven.qat.batchnorm_schedule import freeze_batchnorms
 from halfeven.qat.bit_schedule import BitSchedule
 from halfeven.qat.ema import WeightEMA
 from halfeven.qat.recipe import QATRecipe, decide
 from halfeven.qat.session import QATSession
+from halfeven.quantization.model_quantizers import quantizers
 from halfeven.renamed import renamed_attributes, renamed_parameters
+from halfeven.tasks.torchvision_detection import TorchvisionDetection
 
 OLD_ATTRIBUTES = {
+    "halfeven.ptq.data_free.moment_propagation.Inputs": InputDistribution,
     "halfeven.ptq.recipe.Recipe": PTQRecipe,
     "halfeven.ptq.recipe.choose": decide_ptq,
     "halfeven.ptq.transformers.smoothing.reparametrize": reparametrize,
     "halfeven.pipelines.accompany": setup_qat,
     "halfeven.pipelines.course_of": resume_qat,
     "halfeven.qat.batchnorm_schedule.re_estimate": re_estimate,
+    "halfeven.qat.batchnorm_schedule.freeze": freeze_batchnorms,
     "halfeven.qat.bit_schedule.Progression": BitSchedule,
     "halfeven.qat.ema.WeightAverage": WeightEMA,
     "halfeven.qat.recipe.Recipe": QATRecipe,
     "halfeven.qat.recipe.choose": decide,
     "halfeven.qat.session.Course": QATSession,
+    "halfeven.quantization.quantizer.quantizers": quantizers,
+    "halfeven.tasks.detection.TorchvisionDetection": TorchvisionDetection,
 }
 
 

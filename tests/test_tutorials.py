@@ -24,7 +24,7 @@ def test_it_is_stored_as_it_ran(path):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs(path):
+def test_each_notebook_runs(path):
     """In a process of its own, with the kernel that `.[docs]` installs; its cells assert what they show."""
     pytest.importorskip("nbclient", reason='The notebooks are run by what pip install -e ".[docs]" brings.')
     command = [sys.executable, "tools/run_notebooks.py", "--check", path.stem]

@@ -16,7 +16,7 @@ from torch import nn
 
 import halfeven
 from halfeven.cli import main as cli
-from halfeven.cli.help import FIRST, POSITIONALS
+from halfeven.cli.help import FIRST_OPTIONS, POSITIONALS
 from halfeven.cli.verify import problems_of
 from halfeven.config import as_dict, load_experiment
 from halfeven.ptq.options import PTQOptions
@@ -154,7 +154,7 @@ def test_what_is_no_config_is_refused_by_name(refused, command, config):
     assert f"{config} " in refused(command, config, "--seed", "1")
 
 
-def test_unknown_command(refused):
+def test_an_unknown_command_is_answered_with_the_nearest_one(refused):
     assert 'no command "tran". Did you mean train?' in refused("tran")
     assert "There are train, ptq, search, test, export, verify, diagnose, init." in refused("quux")
 
@@ -221,7 +221,7 @@ def test_random_weights_are_not_quantized(refused, config, command):
     assert "random numbers would be quantized" in refused(command, config, "--pretraining.epochs", "0")
 
 
-def test_missing_weights(refused, config, tmp_path):
+def test_missing_weights_are_refused(refused, config, tmp_path):
     options = ["--pretraining.epochs", "0", "--model.weights", tmp_path / "w.pth", "--work-dir", tmp_path / "w"]
     assert "no weights file" in refused("train", config, *options)
 
@@ -238,7 +238,7 @@ def test_a_run_is_not_overwritten(refused, config, tmp_path, command):
     assert "holds a run already" in refused(command, config, "--work-dir", tmp_path)
 
 
-def test_missing_checkpoint(refused, config, tmp_path):
+def test_a_missing_checkpoint_is_refused_by_each_command(refused, config, tmp_path):
     for command, *file in (("test",), ("export",), ("verify", "model.xml")):
         assert "There is no checkpoint" in refused(command, config, tmp_path / "best.safetensors", *file)
 
@@ -266,8 +266,8 @@ def test_help_lists_what_can_be_set(command, columns, config, capsys, monkeypatc
     assert not [line for line in lines if line.count("{") != line.count("}") or "}|{" in line]
     listed = [line.split()[0] for line in lines if line.startswith("  --")]
     assert len(listed) == len(set(listed))
-    kind = cli.found(next(one.arguments for one in cli.COMMANDS if one.name == command))
-    first = [f"--{name.replace('_', '-')}" for name in FIRST[command]]
+    kind = cli.imported(next(one.arguments for one in cli.COMMANDS if one.name == command))
+    first = [f"--{name.replace('_', '-')}" for name in FIRST_OPTIONS[command]]
     own = [f for f in dataclasses.fields(kind) if f.name not in {*POSITIONALS, "experiment"}]
     assert listed[len(own) : len(own) + len(first)] == first
     fields = {name for name in listed if "." in name}
@@ -287,7 +287,7 @@ def read_by_tyro(kind, experiment):
 
 
 def test_the_help_of_train_begins_with_twenty_options():
-    assert len(FIRST["train"]) == len(set(FIRST["train"])) == 20
+    assert len(FIRST_OPTIONS["train"]) == len(set(FIRST_OPTIONS["train"])) == 20
 
 
 def test_help_shows_the_configs_values(config, capsys):
@@ -310,12 +310,12 @@ def test_the_help_of_a_command_without_a_config(capsys):
     ]
 
 
-def test_overview(capsys):
+def test_the_overview_lists_each_command(capsys):
     cli.main([])
     said = capsys.readouterr().out
     for command in cli.COMMANDS:
         assert f"halfeven {command.name} {command.takes}" in said
-        assert callable(cli.found(command.run))
+        assert callable(cli.imported(command.run))
     cli.main(["--help"])
     assert capsys.readouterr().out == said
 
@@ -426,7 +426,7 @@ def test_free_axes_stay_as_the_config_has_them(config):
 
 def test_every_command_writes_json():
     for command in cli.COMMANDS:
-        names = {field.name for field in dataclasses.fields(cli.found(command.arguments))}
+        names = {field.name for field in dataclasses.fields(cli.imported(command.arguments))}
         assert "json" in names, command.name
 
 

@@ -10,7 +10,8 @@ import halfeven as he
 from halfeven.deployment.deployed import deployed_form, recoverable
 from halfeven.errors import CalibrationError
 from halfeven.quantization.arithmetic import quantize
-from halfeven.quantization.quantizer import Quantizer, quantizers
+from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Quantizer
 from runtimes.parity import quantized, trained
 
 IMAGE = (2, 3, 8, 8)
@@ -104,7 +105,7 @@ def test_one_scale_for_the_weight_becomes_one_for_each_channel(gamma):
         (lambda: nn.Conv2d(3, 6, 3, groups=3), lambda: nn.BatchNorm2d(6), IMAGE),
     ],
 )
-def test_other_layers(layer, norm, shape):
+def test_each_kind_of_layer_takes_its_batchnorm_in(layer, norm, shape):
     qmodel, (x, *_) = quantized(net(layer(), norm()), shape)
     model = deployed_form(qmodel)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())

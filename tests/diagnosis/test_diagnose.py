@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from halfeven.diagnosis.diagnosis import LINES, WIDTH
+from halfeven.diagnosis.diagnosis import MAX_LINES, TEXT_WIDTH
 from halfeven.diagnosis.remedies import equalization
 from halfeven.diagnosis.sensitivity import divergence_of, reference_of
 from halfeven.layerwise.re_estimate import re_estimate
@@ -99,8 +99,8 @@ def test_the_text_is_short_and_the_values_are_plain():
     fault = faulty("scaled_depthwise_channel")
     found = diagnosed(quantized(fault), fault, evaluate=lambda model: 1.0)
     lines = str(found).splitlines()
-    assert len(lines) <= LINES
-    assert max(map(len, lines)) <= WIDTH
+    assert len(lines) <= MAX_LINES
+    assert max(map(len, lines)) <= TEXT_WIDTH
     assert "a scale per channel of this weight" in str(found)
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["tensors"][0]["name"] == "2"

@@ -10,7 +10,13 @@ from torch.nn import functional as F
 import halfeven as he
 from halfeven.diagnosis import sensitivity
 from halfeven.diagnosis.divergence import divergence
-from halfeven.diagnosis.exchanged_ranges import planned_quantizers, quantized_alone, raised, ranges_at, switched_on
+from halfeven.diagnosis.exchanged_ranges import (
+    planned_quantizers,
+    quantized_alone,
+    raising_bits,
+    ranges_at,
+    switched_on,
+)
 from halfeven.diagnosis.restarted import RestartedForward, WholeForward, forward_of
 from halfeven.diagnosis.sensitivity import divergence_of, divergences, reference_of, sensitivities
 from halfeven.errors import CalibrationError
@@ -56,10 +62,10 @@ def test_a_raised_tensor_counts_as_if_the_whole_model_ran_with_it(quantized):
     reference = reference_of(qmodel, batches, float_model=model)
     ranges = ranges_at(qmodel, batches, 8)
     groups = {(planned.name, q.weight): [q] for q, planned in planned_quantizers(qmodel)}
-    found = divergences(qmodel, reference, groups, lambda group: raised(group, ranges))
+    found = divergences(qmodel, reference, groups, lambda group: raising_bits(group, ranges))
     before = divergence_of(qmodel, reference)
     for name, group in groups.items():
-        with raised(group, ranges):
+        with raising_bits(group, ranges):
             assert found[name] == pytest.approx(divergence_of(qmodel, reference), rel=1e-6)
     assert len({round(value, 12) for value in found.values()}) > len(found) / 2
     assert divergence_of(qmodel, reference) == before

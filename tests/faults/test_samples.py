@@ -10,7 +10,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from halfeven.tasks import Classification, Segmentation
-from halfeven.zoo.checked_samples import SKIPPED, CheckedSamples, SampleError, check_targets, checked, count_skipped
+from halfeven.zoo.checked_samples import (
+    SKIPPED_FILE,
+    CheckedSamples,
+    SampleError,
+    check_targets,
+    count_skipped,
+    with_checks,
+)
 from halfeven.zoo.datasets import Datasets, load_datasets
 from halfeven.zoo.images import read_image
 from halfeven.zoo.options import DataOptions
@@ -33,7 +40,7 @@ def folder(tmp_path):
 
 def opened(folder, on_bad="error", work=None):
     data = load_datasets(DataOptions(root=str(folder), image_size=16, resize=18, calibration_samples=3))
-    found = checked(data, on_bad, work or folder)
+    found = with_checks(data, on_bad, work or folder)
     check_targets(found, Classification(2).wrong_target, one_size=True)
     return found
 
@@ -80,7 +87,7 @@ def test_wrong_labels_are_found_before_training(tmp_path, label, through):
         samples = Subset(samples, [5, 4, 3])
     if through == "items":
         samples = [(image, target) for image, target in zip(IMAGES, labels, strict=True)]
-    data = checked(parts(samples), "error", tmp_path)
+    data = with_checks(parts(samples), "error", tmp_path)
     where = 1 if through == "a subset" else 4
     # Labels of integers, beside a float, are floats too: the first is refused.
     where = 0 if labels.is_floating_point() else where
@@ -117,7 +124,7 @@ def test_labels_that_a_task_can_use():
 
 @pytest.mark.parametrize("odd", [torch.zeros(1, 5, 4), torch.zeros(3, 4, 4), torch.zeros(1, 4, 4).double()])
 def test_an_image_of_another_size_or_dtype(tmp_path, odd):
-    data = checked(parts([*((image, 0) for image in IMAGES), (odd, 1)]), "error", tmp_path)
+    data = with_checks(parts([*((image, 0) for image in IMAGES), (odd, 1)]), "error", tmp_path)
     check_targets(data, Classification(3).wrong_target, one_size=True)
     with pytest.raises(SampleError, match=r"sample 6 cannot be used: it is torch.*first sample is torch.float32"):
         data.train[6]
@@ -142,7 +149,7 @@ def test_bad_samples_are_left_out_and_counted(folder, tmp_path):
     assert torch.equal(read[3][0], read[5][0]), "the next good sample stands for a bad one"
     assert torch.equal(opened(folder, "skip", work).validation[3][0], read[3][0])
     assert count_skipped(work) == "2 validation"
-    lines = [json.loads(line) for line in (work / SKIPPED).read_text().splitlines()]
+    lines = [json.loads(line) for line in (work / SKIPPED_FILE).read_text().splitlines()]
     assert {line["part"] for line in lines} == {"validation"}
     assert "0.png, label 1" in lines[0]["sample"]
 

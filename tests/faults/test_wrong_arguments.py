@@ -209,7 +209,7 @@ def test_common_mistakes_have_advice():
         he.calibrate(he.prepare(Net(), IMAGES), {"x": IMAGES})
 
 
-def test_plans(made):
+def test_wrong_plans_and_rules_are_refused(made):
     plan = he.plan_of(made[1])
     for wrong in (None, {}, {"options": 3}, [], "x"):
         with pytest.raises(HalfevenError):

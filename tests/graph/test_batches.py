@@ -32,7 +32,7 @@ def assert_inputs(found, args=(), kwargs=None):
 
 
 @pytest.mark.parametrize("batch", [X, (X,), (X, Y), [X, "names", 3], ((X,), Y), {"left": X, "labels": Y}])
-def test_one_input(batch):
+def test_a_batch_of_one_input_gives_that_input(batch):
     assert_inputs(inputs_of(batch, form(X)), (X,))
 
 

@@ -281,7 +281,7 @@ class Heads(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["dict", "tuple", "dataclass"])
-def test_structured_outputs(kind):
+def test_structured_outputs_keep_their_structure(kind):
     model = Heads(kind)
     captured = whole(model, image())
     assert type(captured(image())) is type(model(image()))
@@ -292,7 +292,7 @@ def test_structured_outputs(kind):
         assert found.logits.shape == (3, 2)
 
 
-def test_keyword_inputs():
+def test_a_model_takes_keyword_inputs():
     model = Heads("dict")
     captured = whole(model, {"x": image(), "scale": torch.rand(3)})
     assert_same(model, captured, kwargs={"x": image(5), "scale": torch.rand(5)})
@@ -307,7 +307,7 @@ class TwoInputs(nn.Module):
         return self.a(x) * self.b(y)
 
 
-def test_positional_inputs():
+def test_a_model_takes_positional_inputs():
     model = TwoInputs()
     captured = whole(model, (torch.randn(2, 3), torch.randn(2, 5)))
     assert_same(model, captured, (torch.randn(6, 3), torch.randn(6, 5)))
@@ -448,7 +448,7 @@ def test_parameters_of_a_partly_captured_model_are_the_models_own():
     assert all(its[name] is parameter for name, parameter in mine.items())
 
 
-def test_leave_out():
+def test_a_submodule_that_is_left_out_stays_python():
     model = settle(Net())
     captured, report = capture(model, image(), leave_out=["fc"])
     assert type(captured) is Net
@@ -515,7 +515,7 @@ TIMM = {
 
 
 @pytest.mark.parametrize("name", sweep(sorted(TIMM), "resnet10t", "mobilenetv3_small_050", "vit_tiny_patch16_224"))
-def test_timm_models(name):
+def test_models_of_timm_are_captured_whole(name):
     size = TIMM[name]
     options = {"img_size": size} if name.startswith("vit") else {}
     model = settle(timm.create_model(name, num_classes=7, **options))

@@ -79,7 +79,7 @@ def test_attention_that_stays_whole():
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(("cells", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
-def test_recurrent_cells(cells, gates, bidirectional):
+def test_the_work_of_recurrent_cells(cells, gates, bidirectional):
     model = cells(6, 8, num_layers=2, batch_first=True, bidirectional=bidirectional)
     directions = 2 if bidirectional else 1
     each = gates * 8 * (6 + 8) + gates * 8 * (8 * directions + 8)

@@ -75,7 +75,7 @@ def test_results_as_capture_recorded_them(ops):
     assert not ops["output"].is_tensor
 
 
-def test_neighbours(ops):
+def test_inputs_and_readers_of_a_node(ops):
     assert ops["clamp"].inputs == (ops["Conv2d"],)
     assert ops["Conv2d"].only_reader == ops["clamp"]
     assert ops["clamp"].only_reader is None

@@ -51,7 +51,7 @@ def assert_every_verb_works(wrap, tmp_path):
     assert list(he.quantize(wrap(model), [X]).state_dict()) == list(he.quantize(model, [X]).state_dict())
 
 
-def test_compiled(tmp_path):
+def test_every_verb_works_on_a_compiled_model(tmp_path):
     assert_every_verb_works(compiled, tmp_path)
 
 

@@ -60,7 +60,7 @@ def glue(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", sweep(SEGMENTERS, SEGMENTERS[0]))
-def test_segmentation(name, voc, tmp_path):
+def test_a_segmentation_model_from_float_to_files(name, voc, tmp_path):
     given = (*voc, *SHORT, "--model.name", name, "--pretraining.epochs", "2", "--pretraining.batch-size", "8")
     said, results = run("ptq", "ptq/deeplabv3_voc.py", tmp_path / "ptq", *given)
     assert_deployed_as_simulated(results, "mIoU")
@@ -77,7 +77,7 @@ def test_segmentation(name, voc, tmp_path):
 
 
 @pytest.mark.parametrize("name", sweep(("small", "tf_efficientdet_lite0"), "small"))
-def test_efficientdet(name, coco, tmp_path, monkeypatch):
+def test_efficientdet_from_float_to_files(name, coco, tmp_path, monkeypatch):
     known = effdet.config.model_config.efficientdet_model_param_dict
     fewer = {"fpn_channels": 16, "fpn_cell_repeats": 1, "box_class_repeats": 1, "backbone_name": "resnet10t"}
     fewer |= {"max_level": 5, "num_levels": 3}
@@ -91,14 +91,14 @@ def test_efficientdet(name, coco, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sweep(DETECTORS, DETECTORS[0]))
-def test_torchvisions_detectors(name, coco, tmp_path):
+def test_detectors_of_torchvision_from_float_to_files(name, coco, tmp_path):
     given = (*coco, *SHORT, "--model.name", name, "--pretraining.epochs", "1", "--pretraining.batch-size", "4")
     said, results = run("ptq", "ptq/ssdlite_coco.py", tmp_path / "ptq", *given)
     assert_deployed_as_simulated(results, "mAP")
     assert "4 validation samples" in said
 
 
-def test_texts(glue, tmp_path):
+def test_a_text_classifier_from_float_to_files(glue, tmp_path):
     pretraining = ("--pretraining.epochs", "6", "--pretraining.batch-size", "16")
     said, results = run("ptq", "ptq/bert_base_sst2.py", tmp_path / "ptq", *glue, *SHORT, *pretraining)
     assert_deployed_as_simulated(results, "top1")

@@ -50,7 +50,7 @@ def test_in_a_loop():
     assert one.calls == EXPECTED
 
 
-def test_in_transformers():
+def test_the_callback_takes_the_sessions_steps_in_transformers():
     pytest.importorskip("transformers", reason='needs the extra "text"')
     from halfeven.integrations.transformers import QATCallback
 
@@ -66,7 +66,7 @@ def test_in_transformers():
     assert one.calls == EXPECTED
 
 
-def test_in_lightning():
+def test_the_callback_takes_the_sessions_steps_in_lightning():
     pytest.importorskip("lightning", reason='needs the extra "lightning"')
     from halfeven.integrations.lightning import QATCallback
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import halfeven as he
 from halfeven.errors import CalibrationError
-from halfeven.layerwise.activations import activation_caches, in_float
+from halfeven.layerwise.activations import activation_caches, block_in_float
 from halfeven.layerwise.blocks import find_blocks
 from halfeven.layerwise.cache import BoundedCache, store_inputs
 from halfeven.layerwise.float_equivalence import float_function
@@ -33,7 +33,7 @@ def walked(qmodel, images, cache, granularity="layers", size=4):
         floats, quantized = activation_caches(qmodel, prefix, batches, cache)
         parts = find_blocks(region, granularity)
         for index, block in enumerate(parts):
-            with in_float(block):
+            with block_in_float(block):
                 floats.advance(block)
             quantized.advance(block)
             if index < len(parts) - 1:

@@ -10,7 +10,7 @@ from halfeven.layerwise.batches import inputs_in
 from halfeven.layerwise.outputs import quantized_outputs
 from halfeven.layerwise.re_estimate import re_estimate
 from halfeven.ptq.reconstruction.reconstruct import adaround
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 
 pytestmark = pytest.mark.usefixtures("unfused")
 

@@ -62,7 +62,7 @@ def test_a_layer_each():
     assert names(RESNET, "layers") == ["0", "2.conv1", "2.conv2", "3.conv1", "3.conv2", "6"]
 
 
-def test_residual_blocks():
+def test_blocks_of_a_residual_network():
     assert names(RESNET, "blocks") == ["0", "2", "3", "6"]
 
 
@@ -98,7 +98,7 @@ def test_a_long_block_is_taken_layer_by_layer():
     assert sum(len(block.layers) for block in found) == MAX_BLOCK_LAYERS + 1
 
 
-def test_vision_transformer():
+def test_blocks_of_a_vision_transformer():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=4)
     found = find_blocks(prepared(model.eval(), (2, 3, 32, 32)), "blocks")
     assert [(u.name, len(u.layers)) for u in found] == [

@@ -8,7 +8,8 @@ from torch import nn
 
 import halfeven as he
 from halfeven.errors import CalibrationError
-from halfeven.quantization.quantizer import Mode, quantizers
+from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Mode
 
 IMAGE = (4, 3, 6, 6)
 

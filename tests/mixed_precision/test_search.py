@@ -12,7 +12,7 @@ from halfeven.errors import ConfigError
 from halfeven.mixed_precision.cost import cost_of, widths_of, workload_of
 from halfeven.mixed_precision.final_rules import final_rules
 from halfeven.mixed_precision.moves import moves_of
-from halfeven.mixed_precision.store import FILE
+from halfeven.mixed_precision.store import MEASUREMENTS_FILE
 from halfeven.mixed_precision.units import units_of
 from halfeven.runtimes.runtime import runtime_named
 from halfeven.verification.layer_times import LayerTime, LayerTimes
@@ -210,7 +210,7 @@ def test_an_interrupted_search_goes_on_from_its_measurements(subject, tmp_path):
     again = searched(subject, tensors=2, resume_dir=tmp_path, log=lines.append)
     assert [step.divergence for step in again.steps] == [step.divergence for step in first.steps]
     assert again.rules == first.rules
-    kept = json.loads((tmp_path / FILE).read_text())
+    kept = json.loads((tmp_path / MEASUREMENTS_FILE).read_text())
     assert "ranking after 0" in kept["found"]
     with pytest.raises(ConfigError, match=r"another search \(options"):
         searched(subject, tensors=3, resume_dir=tmp_path)

@@ -12,7 +12,8 @@ import halfeven as he
 from halfeven.graph.view import Op, module_of
 from halfeven.placement.execution_graph import as_planned, fused_graph
 from halfeven.placement.make_plan import regions
-from halfeven.quantization.quantizer import Mode, Quantizer, quantizers, set_mode
+from halfeven.quantization.model_quantizers import quantizers, set_mode
+from halfeven.quantization.quantizer import Mode, Quantizer
 from placement.parts import IMAGE, Attention, Residual, conv
 from sweeps import crossed, sweep
 

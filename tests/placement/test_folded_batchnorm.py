@@ -9,7 +9,8 @@ from torch import nn
 import halfeven as he
 from halfeven.deployment.deployed import deployed_form
 from halfeven.quantization.arithmetic import quantize
-from halfeven.quantization.quantizer import Mode, quantizers, set_mode
+from halfeven.quantization.model_quantizers import quantizers, set_mode
+from halfeven.quantization.quantizer import Mode
 
 
 class Net(nn.Module):

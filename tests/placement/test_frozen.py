@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import halfeven as he
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 
 pytestmark = pytest.mark.usefixtures("unfused")
 

@@ -13,7 +13,8 @@ from halfeven.errors import PlacementError
 from halfeven.graph.view import Op, tensor_names
 from halfeven.placement.graph_edits import apply_changes, clipped_relus, give_bias, record_changes
 from halfeven.placement.plan import GraphChanges, Plan
-from halfeven.quantization.quantizer import Mode, set_mode
+from halfeven.quantization.model_quantizers import set_mode
+from halfeven.quantization.quantizer import Mode
 from placement.parts import captured, conv
 
 IMAGE = (2, 3, 8, 8)
@@ -38,7 +39,7 @@ def clips(model):
     return {name: Op(node).bounds for name, node in tensor_names(model.graph).items() if Op(node).bounds}
 
 
-def test_clipping():
+def test_clips_are_found_with_their_bounds():
     assert clips(captured(Clipped())) == {
         "relu6": (0, 6), "relu6_1": (0, 6), "act.hardtanh": (0, 6), "clamp": (0, 3), "hardtanh": (-1, 1)
     }  # fmt: skip
@@ -124,7 +125,7 @@ def test_changes_in_the_print_and_in_json():
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
-def test_regions(tmp_path):
+def test_changes_reach_a_model_of_several_regions(tmp_path):
     class Branching(nn.Module):
         def __init__(self):
             super().__init__()

@@ -14,7 +14,8 @@ from halfeven.placement.make_plan import make_plan
 from halfeven.placement.plan import QuantizationOptions, Rule
 from halfeven.placement.quantized_layers import QUANTIZED_LAYERS
 from halfeven.quantization.fake_quantize import fake_quantize
-from halfeven.quantization.quantizer import Mode, Quantizer, quantizers, set_mode, set_observing
+from halfeven.quantization.model_quantizers import quantizers, set_mode, set_observing
+from halfeven.quantization.quantizer import Mode, Quantizer
 from halfeven.targets.openvino import OPENVINO
 from placement.parts import IMAGE, Attention, Residual, captured, conv, plan
 
@@ -270,7 +271,7 @@ def test_insertion_keeps_the_mode_and_names_tensors():
     assert qmodel.conv1.weight_quantizer.name == "the weight of conv1"
 
 
-def test_quantizer_of():
+def test_the_quantizer_whose_grid_a_tensor_lies_on():
     qmodel = prepared(nn.Sequential(conv(3), nn.ReLU(), nn.MaxPool2d(2), conv()))
     calls = {node.target: node for node in qmodel.graph.nodes if node.op == "call_module"}
     assert quantizer_of(calls["3"].args[0]) is qmodel.get_submodule("quantizers.1_relu")

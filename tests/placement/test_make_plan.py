@@ -558,7 +558,7 @@ def test_a_rules_widths_are_checked_too():
         plan(net(), target="tensorrt", rules=(Rule(pattern="0", activation_bits=4),))
 
 
-def test_unreadable_schemes():
+def test_an_unreadable_scheme_is_refused():
     with pytest.raises(ConfigError, match="cannot be read"):
         plan(net(), scheme="int8")
 

@@ -10,7 +10,7 @@ from torch import nn
 import halfeven as he
 from halfeven.errors import CalibrationError, ConfigError, PlacementError
 from halfeven.placement.plan import Plan
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 from sweeps import crossed, sweep
 
 from .parts import conv
@@ -229,7 +229,7 @@ def test_files_hold_the_new_rules(tmp_path):
     assert [t.scheme.bits for t in he.plan_of(loaded).tensors if "relu" in t.places] == [6]
 
 
-def test_several_regions():
+def test_new_rules_in_a_model_of_several_regions():
     qmodel = calibrated(Parts)
     assert len({weight.name.partition(":")[0] for weight in he.plan_of(qmodel).weights}) == 2
     rules = (he.Rule(pattern="second:2", weight_bits=4), he.Rule(pattern="first:0", quantize=False))
@@ -244,7 +244,7 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", sweep(REAL, "test_vit.r160_in1k"))
-def test_real_models(name):
+def test_new_rules_in_models_of_timm(name):
     rule = REAL[name]
 
     def net():

@@ -16,7 +16,7 @@ def small():
     return plan(model, scheme="w4a8", batchnorm="keep")
 
 
-def test_print():
+def test_the_summary_as_it_is_printed():
     assert (
         str(small())
         == """\

@@ -6,7 +6,7 @@ import torch
 import halfeven as he
 from halfeven.errors import ConfigError
 from halfeven.placement.ranges import ranges_in_training
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 from placement.parts import IMAGE, Residual
 
 

@@ -13,8 +13,8 @@ from halfeven.checkpoint import read_facts
 from halfeven.errors import CalibrationError, ConfigError, PlacementError
 from halfeven.options import fits
 from halfeven.placement.plan import Plan
+from halfeven.quantization.model_quantizers import quantizers
 from halfeven.quantization.own_class import OwnClass
-from halfeven.quantization.quantizer import quantizers
 from sweeps import sweep
 
 from .parts import conv

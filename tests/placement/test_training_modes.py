@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import halfeven as he
-from halfeven.quantization.quantizer import quantizers, weights_quantized_once
+from halfeven.quantization.model_quantizers import quantizers, weights_quantized_once
 from placement.parts import Residual
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))

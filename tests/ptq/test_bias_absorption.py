@@ -34,14 +34,14 @@ def centred(model):
     return model.eval()
 
 
-def test_absorbable_constant():
+def test_the_constant_is_what_an_activation_nearly_always_passes():
     mean, std = torch.tensor([5.0, 2.0, -4.0]), torch.tensor([1.0, 1.0, 0.1])
     torch.testing.assert_close(absorbable_constant(mean, std, 3.0), torch.tensor([2.0, 0.0, 0.0]))
     assert (torch.randn(100_000) * 1.0 + 5.0 > 2.0).float().mean() > 0.998
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_without_data(bias):
+def test_biases_are_absorbed_without_data(bias):
     qmodel = prepared(centred(net(nn.ReLU(), bias=bias)))
     first, second = qmodel.get_submodule("0"), qmodel.get_submodule("3")
     before, given = example_outputs(qmodel), first.bias.detach().clone()

@@ -11,10 +11,11 @@ import halfeven as he
 from halfeven.errors import AlgorithmError, CalibrationError
 from halfeven.layerwise.calibrate import set_weight_ranges
 from halfeven.ptq.data_free.calibrate import correct_biases_analytically, mean_shift, ranges_from_batchnorm
-from halfeven.ptq.data_free.moment_propagation import Inputs
+from halfeven.ptq.data_free.moment_propagation import InputDistribution
 from halfeven.ptq.equalization.bias_absorption import absorb_biases
 from halfeven.ptq.equalization.cross_layer import equalize, unclip_relu6
-from halfeven.quantization.quantizer import Mode, quantizers
+from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Mode
 from nets import IMAGE, prepared
 from ptq.test_moment_propagation import images, measured
 from runtimes.parity import SCHEME
@@ -229,5 +230,5 @@ def test_the_whole_way_without_data(tmp_path):
 
 def test_inputs_as_given():
     qmodel = prepared(measured(Small(), images()))
-    ranges_from_batchnorm(qmodel, inputs=Inputs(mean=0.4, std=0.2, low=0.0, high=1.0))
+    ranges_from_batchnorm(qmodel, inputs=InputDistribution(mean=0.4, std=0.2, low=0.0, high=1.0))
     assert ends(qmodel)["quantizers.x"] == (0.0, 1.0)

@@ -26,7 +26,8 @@ from halfeven.ptq.equalization.layer_pairs import (
     rewritable_layers,
     weight_by_channel,
 )
-from halfeven.quantization.quantizer import Mode, set_mode
+from halfeven.quantization.model_quantizers import set_mode
+from halfeven.quantization.quantizer import Mode
 from nets import IMAGE, NETS, prepared, uneven
 
 

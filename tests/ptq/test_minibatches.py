@@ -8,7 +8,7 @@ import halfeven as he
 from halfeven.layerwise.blocks import find_blocks
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.reconstruction import minibatches
-from halfeven.ptq.reconstruction.minibatches import cut, samples_of_a_step
+from halfeven.ptq.reconstruction.minibatches import cut_samples, samples_of_a_step
 from halfeven.ptq.reconstruction.reconstruct import adaround
 
 
@@ -32,11 +32,11 @@ def test_samples_follow_the_positions_of_a_block(monkeypatch):
 def test_the_values_of_a_batch_are_cut_together():
     x = torch.arange(10.0)
     generator = torch.Generator().manual_seed(0)
-    first, second = cut(({"a": x, "b": x[:, None]}, {"c": -x}), 3, generator)
+    first, second = cut_samples(({"a": x, "b": x[:, None]}, {"c": -x}), 3, generator)
     assert len(first["a"]) == 3
     assert torch.equal(first["a"], first["b"].flatten())
     assert torch.equal(first["a"], -second["c"])
-    starts = {int(cut(({"a": x},), 3, generator)[0]["a"][0]) for _ in range(40)}
+    starts = {int(cut_samples(({"a": x},), 3, generator)[0]["a"][0]) for _ in range(40)}
     assert starts == set(range(8))
 
 
@@ -44,7 +44,7 @@ def test_values_that_cannot_be_cut_stay():
     x, generator = torch.arange(10.0), torch.Generator().manual_seed(0)
     before = generator.get_state()
     for parts in (({"a": x}, {"b": x[:6]}), ({"a": x, "n": 10},), ({"a": x[:3]},), ({"a": torch.tensor(1.0)},)):
-        assert cut(parts, 3, generator) is parts
+        assert cut_samples(parts, 3, generator) is parts
     assert torch.equal(generator.get_state(), before)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from halfeven.ptq.reconstruction.mixing import mixed
+from halfeven.ptq.reconstruction.mixing import mix_by_mask
 
 
 def test_values_and_gradients_are_those_of_where():
@@ -12,13 +12,13 @@ def test_values_and_gradients_are_those_of_where():
         for first, second in zip(*pairs, strict=True):
             second.copy_(first)
     weight = torch.randn(4, 3, 5, 5)
-    for function, (chosen, other) in zip((mixed, torch.where), pairs, strict=True):
+    for function, (chosen, other) in zip((mix_by_mask, torch.where), pairs, strict=True):
         (function(mask, chosen, other) * weight).sum().backward()
-    assert torch.equal(mixed(mask, *pairs[0]), torch.where(mask, *pairs[1]))
+    assert torch.equal(mix_by_mask(mask, *pairs[0]), torch.where(mask, *pairs[1]))
     for found, expected in zip(*pairs, strict=True):
         assert torch.equal(found.grad, expected.grad)
 
 
 def test_tensors_without_gradients_are_mixed_too():
     mask = torch.tensor([True, False])
-    assert torch.equal(mixed(mask, torch.ones(2), torch.zeros(2)), torch.tensor([1.0, 0.0]))
+    assert torch.equal(mix_by_mask(mask, torch.ones(2), torch.zeros(2)), torch.tensor([1.0, 0.0]))

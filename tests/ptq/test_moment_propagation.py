@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from halfeven.graph.capture import capture
 from halfeven.graph.view import tensor_names
-from halfeven.ptq.data_free.moment_propagation import Inputs, layer_moments, propagated
+from halfeven.ptq.data_free.moment_propagation import InputDistribution, layer_moments, propagated
 from halfeven.ptq.data_free.moments import collapsed
 from nets import prepared
 
@@ -221,7 +221,7 @@ def test_inputs_as_given():
         model[2].bias.fill_(3.0)
     region = capture(model, torch.randn(2, 3, 8, 8))[0]
     names = tensor_names(region.graph)
-    known = propagated(region, inputs=Inputs(mean=0.5, std=0.25, low=0.0, high=1.0))
+    known = propagated(region, inputs=InputDistribution(mean=0.5, std=0.25, low=0.0, high=1.0))
     found = known[names["input"]]
     assert [float(v) for v in (found.mean, found.std, found.low, found.high)] == [0.5, 0.25, 0.0, 1.0]
     expected = layer_moments(model[0], torch.full((3,), 0.5), torch.full((3,), 0.25))

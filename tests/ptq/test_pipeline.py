@@ -111,7 +111,7 @@ def test_the_float_model_is_not_touched():
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
-def test_bad_arguments():
+def test_quantize_refuses_bad_arguments():
     with pytest.raises(ConfigError, match="example"):
         he.quantize(model())
     with pytest.raises(CalibrationError, match="no batch"):

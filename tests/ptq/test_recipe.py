@@ -69,7 +69,7 @@ def steps(model=None, shape=(2, 3, 8, 8), data=True, ptq=None, **options):
         ({"model": Tokens().eval(), "shape": (2, 5, 8), "data": False}, {"correct_biases"}),
     ],
 )
-def test_choices(options, expected):
+def test_the_steps_that_options_lead_to(options, expected):
     assert steps(**options)[0] == expected
 
 

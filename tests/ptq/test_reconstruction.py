@@ -14,7 +14,7 @@ from halfeven.layerwise.sqnr import sqnr
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
 from halfeven.quantization.arithmetic import quantize
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 
 OPTIONS = PTQOptions(iterations=100, batch_size=16, rounding_rate=0.05)
 
@@ -120,7 +120,7 @@ def test_the_model_comes_back_as_it_was_but_for_what_was_learned():
 @pytest.mark.parametrize(
     "options", [{"learn_weight_scales": True}, {"drop": 0.0}, {"bias_rate": 1e-3}, {"memory": 1e-6}]
 )
-def test_options(options):
+def test_each_option_of_the_reconstruction_works(options):
     qmodel = calibrated("w4a4")
     report = reconstruct(qmodel, images().split(16), options=dataclasses.replace(OPTIONS, **options))
     assert report.blocks[0].after > report.blocks[0].before

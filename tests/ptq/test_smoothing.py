@@ -15,7 +15,8 @@ from halfeven.placement.insertion import plan_of
 from halfeven.ptq.transformers import reparametrization, smoothing
 from halfeven.ptq.transformers.reparametrization import reparametrize, to_common_range
 from halfeven.ptq.transformers.smoothing import smooth, smoothing_factors
-from halfeven.quantization.quantizer import Mode, quantizers
+from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Mode
 from runtimes.parity import SCHEME
 from sweeps import crossed, sweep
 
@@ -305,7 +306,7 @@ class Windows(nn.Module):
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_through_windows(method):
+def test_factors_pass_the_windows_of_an_attention(method):
     batch = torch.randn(3, 4, 4, WIDTH)
     qmodel = he.prepare(with_outliers(Windows()), batch)
     expected = example_outputs(qmodel)
@@ -377,7 +378,7 @@ def test_a_mistake_is_an_error_and_undone(method, monkeypatch):
     assert all(torch.equal(p, before[name]) for name, p in qmodel.named_parameters())
 
 
-def test_bad_arguments():
+def test_smoothing_refuses_bad_arguments():
     qmodel = prepared()
     with pytest.raises(AlgorithmError, match=r"strength of 1.5"):
         smooth(qmodel, data(), strength=1.5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from halfeven.errors import ConfigError
-from halfeven.qat.batchnorm_schedule import ScheduleOptions, freeze, schedule
+from halfeven.qat.batchnorm_schedule import ScheduleOptions, freeze_batchnorms, schedule
 from halfeven.quantization.quantizer import Quantizer
 from halfeven.quantization.scheme import Scheme
 from nets import growing_batches as batches
@@ -15,7 +15,7 @@ def test_frozen_statistics_stay_and_affine_learns():
     model = net().train()
     model(batches()[0])
     kept = model[1].running_mean.clone(), model[1].running_var.clone()
-    freeze(model)
+    freeze_batchnorms(model)
     model(batches()[1]).sum().backward()
     assert torch.equal(model[1].running_mean, kept[0])
     assert torch.equal(model[1].running_var, kept[1])
@@ -49,6 +49,6 @@ def test_never_and_at_once():
 @pytest.mark.parametrize(
     "options", [{"freeze_batchnorm_after": 1.5}, {"stop_observing_after": -1}, {"re_estimate_batches": 0}]
 )
-def test_mistakes(options):
+def test_wrong_shares_are_refused(options):
     with pytest.raises(ConfigError, match=r"ScheduleOptions\."):
         ScheduleOptions(**options)

@@ -6,7 +6,7 @@ import torch
 import halfeven as he
 from halfeven.errors import ConfigError
 from halfeven.qat.bit_schedule import BitSchedule, ProgressionOptions
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 from placement.parts import IMAGE, Residual
 
 X = torch.randn(IMAGE, generator=torch.Generator().manual_seed(0))

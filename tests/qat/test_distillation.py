@@ -12,7 +12,8 @@ from torch.nn import functional as F
 import halfeven
 from halfeven.errors import AlgorithmError, ConfigError
 from halfeven.qat.distillation import Distillation, DistillationOptions, feature_loss, soft_label_loss
-from halfeven.quantization.quantizer import Mode, set_mode
+from halfeven.quantization.model_quantizers import set_mode
+from halfeven.quantization.quantizer import Mode
 
 
 class Block(nn.Module):
@@ -184,7 +185,7 @@ def test_features_are_added_by_their_mean():
     torch.testing.assert_close(loss, 0.5 * task + 0.5 * soft + 3 * sum(errors) / 2)
 
 
-def test_features_alone():
+def test_features_alone_add_their_error_to_the_loss():
     model, qmodel = models()
     with Distillation(model, qmodel.eval(), options(features=("head",))) as distillation:
         loss, outputs, task = run(distillation, qmodel)
@@ -541,6 +542,6 @@ def test_other_widths_are_refused():
         {"features": ("",)},
     ],
 )
-def test_mistakes(changes):
+def test_wrong_options_are_refused(changes):
     with pytest.raises(ConfigError, match=r"DistillationOptions\.|distillation\.features"):
         options(**changes)

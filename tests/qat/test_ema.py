@@ -17,7 +17,8 @@ from halfeven.layerwise.re_estimate import re_estimate
 from halfeven.pipelines import load, rebuild
 from halfeven.placement.insertion import plan_of
 from halfeven.qat.ema import AveragingOptions, WeightEMA, blend, warmed_up
-from halfeven.quantization.quantizer import Quantizer, quantizers, set_observing
+from halfeven.quantization.model_quantizers import quantizers, set_observing
+from halfeven.quantization.quantizer import Quantizer
 from halfeven.quantization.scheme import Scheme
 from runtimes.parity import SCHEME
 
@@ -326,6 +327,6 @@ def test_the_state_of_another_model_is_refused():
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
-def test_mistakes(decay):
+def test_a_wrong_decay_is_refused(decay):
     with pytest.raises(ConfigError, match=r"AveragingOptions\.decay=.*at least 0 and below 1"):
         AveragingOptions(decay=decay)

@@ -14,7 +14,7 @@ from halfeven.pipelines import setup_qat
 from halfeven.ptq.options import PTQOptions
 from halfeven.qat.batchnorm_schedule import ScheduleOptions
 from halfeven.qat.options import QATOptions
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 from placement.parts import Residual
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -298,7 +298,7 @@ def test_logits_have_one_scale():
 
 @pytest.mark.parametrize("name", sorted(OBSERVERS))
 @pytest.mark.parametrize("value", [0.0, 3.0, -2.0])
-def test_constant_tensors(name, value):
+def test_a_constant_tensor_is_represented_exactly(name, value):
     low, high = observe(name, [torch.full((1, 10), value)] * 2, PER_TENSOR)
     scale, zero_point = scale_and_zero_point(low, high, Scheme(axis=0))
     found = fake_quantize(torch.full((1, 4), value), scale, zero_point, Scheme(axis=0))

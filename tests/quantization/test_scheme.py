@@ -21,7 +21,7 @@ from halfeven.quantization.scheme import Scheme, parse_bits
         ({"bits": 16, "signed": True}, -32768, 32767, 65536),
     ],
 )
-def test_grid(fields, quant_min, quant_max, levels):
+def test_the_ends_of_a_grid(fields, quant_min, quant_max, levels):
     scheme = Scheme(**fields)
     assert (scheme.quant_min, scheme.quant_max, scheme.levels) == (quant_min, quant_max, levels)
 
@@ -44,7 +44,7 @@ def test_frozen_and_hashable():
     assert {scheme, Scheme(bits=4)} == {scheme}
 
 
-def test_print():
+def test_a_scheme_as_it_is_printed():
     assert str(Scheme()) == "u8 asymmetric per tensor"
     assert (
         str(Scheme(bits=4, signed=True, symmetric=True, narrow=True, axis=0))
@@ -53,12 +53,12 @@ def test_print():
 
 
 @pytest.mark.parametrize(("name", "bits"), [("w8a8", (8, 8)), ("w4a8", (4, 8)), ("W6A16", (6, 16)), ("w2a4", (2, 4))])
-def test_parse_bits(name, bits):
+def test_bits_are_read_from_a_schemes_name(name, bits):
     assert parse_bits(name) == bits
 
 
 @pytest.mark.parametrize("name", ["", "int8", "w8", "a8w8", "w8a8 ", "w-8a8", "w8a8x"])
-def test_unreadable_names(name):
+def test_unreadable_names_are_refused(name):
     with pytest.raises(ConfigError, match=r"cannot be read.*w8a8"):
         parse_bits(name)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.quantization.arithmetic import snap
-from halfeven.quantization.quantizer import quantizers as he_quantizers
+from halfeven.quantization.model_quantizers import quantizers as he_quantizers
 from halfeven.runtimes.cpu import adds_pairs_in_16_bits
 from halfeven.runtimes.integer_layers import EXACT_IN_FLOAT32
 from halfeven.runtimes.openvino.exact_values import FakeQuantizeRange
@@ -507,7 +507,7 @@ def test_rows_in_one_model(tmp_path):
 
 
 @pytest.mark.parametrize("name", sweep(sorted(MODELS), *ALONE))
-def test_openvino_ir(name, tmp_path):
+def test_integers_equal_in_openvinos_own_format(name, tmp_path):
     build, shape = MODELS[name]
     report = deployed(build(), shape, tmp_path / "model.xml")
     assert_parity(report, exact=name not in NOT_EXACT, in_float=in_float(name))
@@ -520,7 +520,7 @@ def test_openvino_ir(name, tmp_path):
         *("transposed, signed input", "linear, 3-D", "average pool, padded, signed", "attention"),
     ),
 )
-def test_onnx(name, tmp_path):
+def test_integers_equal_in_onnx_files_read_by_openvino(name, tmp_path):
     build, shape = MODELS[name]
     report = deployed(build(), shape, tmp_path / "model.onnx")
     assert_parity(report, exact=name not in NOT_EXACT, in_float=in_float(name))
@@ -600,7 +600,7 @@ class Branches(nn.Module):
         return torch.cat(results, 1)
 
 
-def test_many_scales(tmp_path):
+def test_integers_equal_at_many_scales(tmp_path):
     """Whether a kernel multiplies by a reciprocal, and whether it rounds a zero point, shows at some scales only."""
     report = deployed(Branches(), (12, 3, 64, 64), tmp_path / "model.xml")
     assert_parity(report)
@@ -665,7 +665,7 @@ OUTPUTS = {
 @pytest.mark.parametrize(
     ("name", "ending", "scheme"), crossed(sorted(OUTPUTS), itertools.product(["xml", "onnx"], [SCHEME, "w4a4"]))
 )
-def test_quantized_outputs(name, ending, scheme, tmp_path):
+def test_integers_of_quantized_outputs_equal(name, ending, scheme, tmp_path):
     model, shape = OUTPUTS[name]
     options = {"quantize_outputs": True, "activation_observer": "mse", "scheme": scheme}
     report = deployed(model, shape, tmp_path / f"model.{ending}", **options)

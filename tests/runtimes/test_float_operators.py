@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.graph.capture import capture
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 from halfeven.runtimes.float_operators import needs_runtime_kernel
 from halfeven.runtimes.onnxruntime.session import ONNXRuntimeFile
 from halfeven.runtimes.openvino.layers import ZeroShare

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 from runtimes.parity import SCHEME, quantized, trained
 from runtimes.test_exact import conv
 

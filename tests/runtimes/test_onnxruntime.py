@@ -61,7 +61,7 @@ def test_rows_in_one_model(tmp_path):
 
 
 @pytest.mark.parametrize("name", sweep(sorted(MODELS), *ALONE))
-def test_every_row(name, tmp_path):
+def test_integers_equal_in_every_network(name, tmp_path):
     build, shape = MODELS[name]
     report = report_of(build(), shape, tmp_path / "model.onnx")
     assert report.runtime == "ONNX Runtime"
@@ -74,7 +74,7 @@ def test_every_row(name, tmp_path):
     ("scheme", "build"),
     crossed(["w4a8", "w4a4", "w8a6", "w3a3", "w7a8"], [Residual, Concat, lambda: activated(nn.ReLU6())]),
 )
-def test_other_bits(scheme, build, tmp_path):
+def test_integers_equal_at_other_bits(scheme, build, tmp_path):
     report = report_of(build(), IMAGE, tmp_path / "model.onnx", scheme=scheme)
     assert_parity(report)
 
@@ -90,7 +90,7 @@ def test_on_more_data(name, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"quantize_outputs": True}, {"per_channel": False}, {"batchnorm": "fold"}])
-def test_options(options, tmp_path):
+def test_integers_equal_with_other_options(options, tmp_path):
     assert_parity(report_of(MODELS["residual, downsampled"][0](), IMAGE, tmp_path / "model.onnx", **options))
 
 
@@ -239,7 +239,7 @@ def test_a_target_reads_its_own_files_only(tmp_path):
 @pytest.mark.parametrize(
     "name", ["conv, batch norm", "residual, downsampled", "concat", "mean", "transposed", "attention"]
 )
-def test_tensorrt(name, tmp_path):
+def test_tensorrts_file_computes_the_exact_integers(name, tmp_path):
     build, shape = MODELS[name]
     report = report_of(build(), shape, tmp_path / "model.onnx", target="tensorrt")
     assert "not run" in report.runtime

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 from halfeven.runtimes.cpu import adds_pairs_in_16_bits
 from runtimes.parity import SideBySide, quantized
 from runtimes.test_exact import Concat, Excite, Function, Residual, Split, body, conv

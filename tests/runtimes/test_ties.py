@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 from halfeven.runtimes.cpu import has_avx512_vnni
 from halfeven.runtimes.openvino.exact_values import FakeQuantizeRange
 from runtimes.parity import SCHEME, quantized

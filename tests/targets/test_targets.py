@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from halfeven.errors import PlacementError
-from halfeven.placement.requests import ITSELF
+from halfeven.placement.requests import OWN_KERNEL
 from placement.parts import Attention, Residual, conv, places, plan
 
 TOKENS = (2, 6, 16)
@@ -30,9 +30,9 @@ def test_onnx_runtime_wants_the_results_of_convolutions_whoever_reads_them():
     planned = plan(nn.Sequential(conv(3), nn.SiLU(), conv(), nn.ReLU6(), conv()), target="onnxruntime")
     assert places(planned) == [("input",), ("0",), ("1.silu",), ("3.hardtanh",), ("4",)]
     readers = {tensor.places[0]: tensor.consumers for tensor in planned.tensors}
-    assert readers["0"] == readers["4"] == (ITSELF,)
+    assert readers["0"] == readers["4"] == (OWN_KERNEL,)
     assert readers["1.silu"] == ("2",)
-    assert ITSELF in str(planned.table())
+    assert OWN_KERNEL in str(planned.table())
 
 
 def test_onnx_runtime_adds_integers_on_both_sides():

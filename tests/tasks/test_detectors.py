@@ -78,7 +78,7 @@ def test_a_detector_of_ones_own_needs_two_methods():
         detection_of(nn.Conv2d(3, 8, 3), IMAGES)
 
 
-def test_generalized_overlap():
+def test_the_generalized_overlap_of_boxes():
     a = torch.tensor([[0.0, 0, 2, 2]])
     assert generalized_overlap(a, a) == 1.0
     assert generalized_overlap(a, torch.tensor([[1.0, 0, 3, 2]])) == pytest.approx(2 / 6)

@@ -40,7 +40,7 @@ def assert_survives(model, data, task, target, path, *, loss):
 TARGETS = (("openvino", "model.xml"), ("onnxruntime", "model.onnx"))
 
 
-def test_segmentation(tmp_path):
+def test_a_segmenter_learns_and_keeps_it_in_integers(tmp_path):
     options = DataOptions(
         source="voc_segmentation", root=str(write_voc(tmp_path / "voc", train=48)), image_size=80, workers=0
     )
@@ -53,7 +53,7 @@ def test_segmentation(tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_detection(tmp_path):
+def test_a_detector_learns_and_keeps_it_in_integers(tmp_path):
     options = DataOptions(
         source="coco_detection", root=str(write_coco(tmp_path / "coco", train=48)), image_size=80, workers=0
     )

@@ -72,11 +72,11 @@ def test_frozen_parameters_are_left_out():
         ("rmsprop", torch.optim.RMSprop),
     ],
 )
-def test_optimizers(name, kind):
+def test_each_name_makes_its_optimizer(name, kind):
     assert type(make_optimizer(net(), TrainingOptions(optimizer=name))) is kind
 
 
-def test_momentum():
+def test_momentum_reaches_the_optimizer():
     groups = make_optimizer(net(), TrainingOptions(momentum=0.8, nesterov=True)).param_groups
     assert all((group["momentum"], group["nesterov"]) == (0.8, True) for group in groups)
     assert make_optimizer(net(), TrainingOptions(optimizer="rmsprop", momentum=0.7)).param_groups[0]["momentum"] == 0.7
@@ -137,7 +137,7 @@ def rates(options, total=100, per_epoch=10):
     return [learning_rate(step, total, per_epoch, options) for step in range(total)]
 
 
-def test_constant():
+def test_a_constant_rate_stays():
     assert set(rates(TrainingOptions(schedule="constant", learning_rate=0.3))) == {0.3}
 
 
@@ -181,7 +181,7 @@ def test_short_runs_have_finite_rates(schedule, total):
     assert max(found) > 0
 
 
-def test_by_epoch():
+def test_a_rate_that_moves_between_epochs_alone():
     found = rates(TrainingOptions(schedule="cosine", schedule_by="epoch", learning_rate=1.0))
     assert found == pytest.approx([0.5 * (1 + math.cos(math.pi * (step // 10) / 10)) for step in range(100)])
     line = rates(TrainingOptions(schedule="linear", schedule_by="epoch", learning_rate=1.0))
@@ -194,7 +194,7 @@ def test_warmup_rises_linearly_then_the_schedule_starts():
     assert found[-1] < 0.001
 
 
-def test_step_schedule():
+def test_a_step_schedule_lowers_the_rate_at_its_epochs():
     found = rates(TrainingOptions(schedule="step", step_epochs=(3, 6), step_factor=0.5, learning_rate=1.0))
     assert [found[0], found[29], found[30], found[59], found[60]] == [1.0, 1.0, 0.5, 0.5, 0.25]
 
@@ -215,6 +215,6 @@ def test_step_schedule():
         (dict(label_smoothing=1.0), "label_smoothing=1.0"),
     ],
 )
-def test_mistakes(options, message):
+def test_options_without_effect_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         TrainingOptions(**options)

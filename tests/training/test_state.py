@@ -17,7 +17,7 @@ def state(**changes):
     return TrainingState(**values | changes)
 
 
-def test_round_trip(tmp_path):
+def test_a_saved_state_is_loaded_as_it_was(tmp_path):
     save_state(state(), tmp_path / "deep" / "state.pt")
     found = load_state(tmp_path / "deep" / "state.pt")
     assert torch.equal(found.model["w"], torch.arange(3.0))
@@ -67,7 +67,7 @@ def test_others_may_read_it(tmp_path):
         ([1], "format list"),
     ],
 )
-def test_unusable_files(tmp_path, content, message):
+def test_unusable_files_are_refused(tmp_path, content, message):
     path = tmp_path / "state.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)

@@ -19,7 +19,7 @@ from torch import nn
 import halfeven as he
 from halfeven.errors import VerificationError
 from halfeven.quantization.fake_quantize import fake_quantize
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 from halfeven.runtimes import deploy
 from halfeven.runtimes.exact_model import ExactModel
 from halfeven.runtimes.openvino.session import OpenVINOFile, compile_model, read, request_with
@@ -437,7 +437,7 @@ def test_tensors_that_a_converter_merged_are_named_and_not_compared(tmp_path):
         he.verify(qmodel, path, batches, timed=False)
 
 
-def test_without_latency(deployed):
+def test_verification_without_timing(deployed):
     report = he.verify(*deployed, timed=False)
     assert report.latency_ms == {}
     assert np.isnan(report.latency_ratio)

@@ -52,7 +52,7 @@ def test_calibration_is_a_seeded_part_of_training():
     assert chosen(0) != chosen(1)
 
 
-def test_image_folder(folder):
+def test_a_folder_of_images_is_read(folder):
     data = load_datasets(DataOptions(root=str(folder), image_size=32, resize=40, calibration_samples=5))
     assert (len(data.train), len(data.validation), len(data.calibration), data.num_classes) == (12, 4, 5, 2)
     assert data.train[0][0].shape == data.validation[0][0].shape == (3, 32, 32)
@@ -84,7 +84,7 @@ def test_idx_round_trip(tmp_path):
     [b"no gzip", gzip.compress(b"ab"), idx(np.zeros(5, np.uint8))[:-9]],
     ids=["no gzip", "too short", "cut off"],
 )
-def test_broken_idx(tmp_path, content):
+def test_a_broken_idx_file_is_refused(tmp_path, content):
     (tmp_path / "a.gz").write_bytes(content)
     with pytest.raises(ConfigError, match="not a whole IDX file"):
         read_idx(tmp_path / "a.gz")
@@ -124,7 +124,7 @@ def test_fashion_mnist_preprocessing(monkeypatch, tmp_path):
         (dict(source="digits", calibration_samples=0), "calibration_samples=0"),
     ],
 )
-def test_mistakes(options, message):
+def test_wrong_data_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         load_datasets(DataOptions(**options))
 

@@ -25,7 +25,7 @@ def check_apart(data, whole):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
-def test_digits(share):
+def test_the_held_out_share_is_apart_and_the_same_each_time(share):
     def loaded(**options):
         return load_datasets(DataOptions(source="digits", calibration_samples=1000, **options))
 

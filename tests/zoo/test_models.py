@@ -23,7 +23,7 @@ from halfeven.zoo.models import ModelOptions, create_model
     ],
     ids=["timm", "torchvision", "callable"],
 )
-def test_sources(options, channels):
+def test_each_source_makes_its_model(options, channels):
     logits = create_model(options).eval()(torch.zeros(2, channels, 32, 32)).flatten(1)
     assert logits.shape == (2, 4)
 
@@ -55,7 +55,7 @@ def test_weights_come_from_the_file(tmp_path):
         (dict(num_classes=0), "num_classes=0"),
     ],
 )
-def test_mistakes(options, message):
+def test_wrong_model_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         create_model(ModelOptions(**options))
 

@@ -10,7 +10,7 @@ import torchvision
 from safetensors.torch import save_file
 
 from halfeven.errors import CheckpointError
-from halfeven.zoo.weights import differences, load_weights, read_weights
+from halfeven.zoo.weights import key_differences, load_weights, read_weights
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_timm_mobilenet_in_torchvision(tmp_path, images):
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
-def test_openmmlab_resnet(tmp_path, images, library):
+def test_weights_of_openmmlabs_resnet_load(tmp_path, images, library):
     source = trained_like(torchvision.models.resnet18(num_classes=7))
     meta = {"epoch": 100, "CLASSES": ("a", "b"), "config": "model = dict()"}
     torch.save({"meta": meta, "state_dict": as_openmmlab_resnet(source.state_dict())}, tmp_path / "m.pth")
@@ -80,7 +80,7 @@ def test_openmmlab_resnet(tmp_path, images, library):
     torch.testing.assert_close(model(images), source(images))
 
 
-def test_openmmlab_mobilenet(tmp_path, images):
+def test_weights_of_openmmlabs_mobilenet_load(tmp_path, images):
     source = trained_like(torchvision.models.mobilenet_v2(num_classes=7))
     torch.save({"state_dict": as_openmmlab_mobilenet(source.state_dict())}, tmp_path / "m.pth")
     for model in (timm.create_model("mobilenetv2_100", num_classes=7), torchvision.models.mobilenet_v2(num_classes=7)):
@@ -108,12 +108,12 @@ def test_other_head_is_refused_and_named(tmp_path):
 
 def test_missing_and_unexpected_are_listed():
     one, two = torch.zeros(1), torch.zeros(2)
-    assert differences({"a": one, "b": one}, {"a": two, "c": one}).splitlines() == [
+    assert key_differences({"a": one, "b": one}, {"a": two, "c": one}).splitlines() == [
         "  missing (1): c",
         "  unexpected (1): b",
         "  another shape (1): a (1,) instead of (2,)",
     ]
-    assert differences({"a": one}, {"a": one}) == ""
+    assert key_differences({"a": one}, {"a": one}) == ""
 
 
 class Bomb:
@@ -148,7 +148,7 @@ def test_code_in_a_file_is_never_run(tmp_path):
         ("cut.safetensors", b"\x09\x00", "not a whole safetensors file"),
     ],
 )
-def test_unreadable_files(tmp_path, name, content, message):
+def test_unreadable_files_are_refused(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
