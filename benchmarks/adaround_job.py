@@ -52,7 +52,8 @@ def in_halfeven(model: nn.Module, images: Tensor, iterations: int, bits: int) ->
     import halfeven as he
     from halfeven.ptq.options import PTQOptions
     from halfeven.ptq.reconstruction.reconstruct import adaround
-    from halfeven.quantization.quantizer import Mode, quantizers
+    from halfeven.quantization.model_quantizers import quantizers
+    from halfeven.quantization.quantizer import Mode
 
     options = PTQOptions(iterations=iterations, batch_size=BATCH)
     start = time.perf_counter()

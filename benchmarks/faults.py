@@ -101,11 +101,11 @@ def import_everything(folder: Path) -> None:
     names = folder / "modules.json"
 
     def run() -> None:
-        from halfeven.cli.main import COMMANDS, found
+        from halfeven.cli.main import COMMANDS, imported
         from halfeven.cli.main import main as command
 
         for one in COMMANDS:
-            found(one.run)
+            imported(one.run)
         command(["train", str(config), "--work-dir", str(folder / "warm"), "--export.formats", "xml", "onnx"])
         names.write_text(json.dumps(sorted(sys.modules)))
 

@@ -26,7 +26,7 @@ from halfeven.nearest import shown
 P = ParamSpec("P")
 R = TypeVar("R")
 
-WORDS: dict[Any, str] = {
+WORDS_FOR_TYPES: dict[Any, str] = {
     nn.Module: "a model (torch.nn.Module)",
     Tensor: "a tensor",
     Path: "a path",
@@ -35,9 +35,9 @@ WORDS: dict[Any, str] = {
     types.NoneType: "None",
 }
 """Words for what an argument must be, beside those of options."""
-OF_OPTIONS: tuple[Any, ...] = (tuple, Annotated)
+ORIGINS_OF_OPTIONS: tuple[Any, ...] = (tuple, Annotated)
 """Origins of annotations that options have too, and know how to check."""
-LONGEST = 60
+MAX_SHOWN_LETTERS = 60
 """Largest number of letters of a value in a message."""
 
 
@@ -122,7 +122,7 @@ def argument_fits(kind: Any, value: Any) -> bool:
         return isinstance(value, os.PathLike)
     if type(value).__module__ == "numpy" and isinstance(value, numbers.Number):
         return options.fits(kind, value.item())  # type: ignore[attr-defined]
-    if isinstance(origin, type) and origin not in OF_OPTIONS:
+    if isinstance(origin, type) and origin not in ORIGINS_OF_OPTIONS:
         return isinstance(value, origin)
     return options.fits(kind, value)
 
@@ -137,7 +137,7 @@ def _expected(kind: Any) -> str:
 def _expected_of_one(kind: Any) -> str:
     origin = get_origin(kind)
     arguments = get_args(kind)
-    if (known := WORDS.get(origin or kind)) is not None:
+    if (known := WORDS_FOR_TYPES.get(origin or kind)) is not None:
         return known
     if origin in (collections.abc.Mapping, dict):
         return "a dict" if Any in arguments else f"a dict of {_expected(arguments[0])} to {_expected(arguments[1])}"
@@ -145,7 +145,7 @@ def _expected_of_one(kind: Any) -> str:
         return f"a list or tuple, each of it {_expected(arguments[0])}"
     if origin is tuple and Any in arguments:
         return "a tuple"
-    if isinstance(origin, type) and origin not in OF_OPTIONS:
+    if isinstance(origin, type) and origin not in ORIGINS_OF_OPTIONS:
         return f"{origin.__name__}(...)"
     return options.describe(kind)
 
@@ -161,7 +161,7 @@ def described(value: Any) -> str:
         return f"a {'' if isinstance(value, nn.Parameter) else str(value.device) + ' '}tensor {_dtype_and_shape(value)}"
     if type(value).__module__ == "numpy" and hasattr(value, "shape"):
         return f"a numpy {name} {_dtype_and_shape(value)}"
-    if isinstance(value, str | int | float | os.PathLike) and len(shown(value)) <= LONGEST:
+    if isinstance(value, str | int | float | os.PathLike) and len(shown(value)) <= MAX_SHOWN_LETTERS:
         return f"{_with_article(name)} {shown(value)}"
     if isinstance(value, list | tuple | dict | set):
         return f"{_with_article(name)} of {len(value)}"

@@ -19,9 +19,9 @@ from halfeven.integrity import check_facts, check_tensors, listed, sealed, wrong
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import Plan
 from halfeven.placement.plan_in_file import read_plan
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 from halfeven.quantization.stored_ranges import wrong_ranges
-from halfeven.zoo.weights import differences
+from halfeven.zoo.weights import key_differences
 
 FORMAT = "1"
 """Version of the files' layout; a file of another version is refused."""
@@ -109,7 +109,7 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | Path) 
         CheckpointError: names, shapes or dtypes differ, or a value cannot be; the message lists them.
     """
     wanted = model.state_dict()
-    problem = differences(state, wanted)
+    problem = key_differences(state, wanted)
     if problem:
         raise CheckpointError(
             f"{path} is not a checkpoint of this model:\n{problem}\nLoading a part of its weights would make another "

@@ -184,7 +184,7 @@ def _check_is_python_file(path: Path) -> None:
         return
     if path.is_dir():
         wrong = "is a folder"
-        near = sorted(path.glob("*.py"))[:MOST_NAMED]
+        near = sorted(path.glob("*.py"))[:MAX_NAMED_FILES]
     else:
         wrong = "is no Python file" if path.is_file() else "does not exist"
         near = _files_named_like(path)
@@ -195,9 +195,9 @@ def _check_is_python_file(path: Path) -> None:
     )
 
 
-MOST_NAMED = 3
+MAX_NAMED_FILES = 3
 """Largest number of similar files that a message about a missing file names."""
-MOST_SEEN = 2000
+MAX_COMPARED_FILES = 2000
 """Largest number of files that are compared with its name."""
 
 
@@ -206,9 +206,9 @@ def _files_named_like(path: Path) -> list[Path]:
     beside = path.parent
     files = chain.from_iterable(beside.glob(pattern) for pattern in ("*.py", "*/*.py", "*/*/*.py"))
     by_name: dict[str, Path] = {}
-    for file in islice(files, MOST_SEEN):
+    for file in islice(files, MAX_COMPARED_FILES):
         by_name.setdefault(file.stem, file)
-    return [by_name[name] for name in similar(path.stem, by_name, MOST_NAMED)]
+    return [by_name[name] for name in similar(path.stem, by_name, MAX_NAMED_FILES)]
 
 
 def _line_in_config(error: BaseException, path: Path) -> str:

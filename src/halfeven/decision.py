@@ -12,7 +12,7 @@ class Decision:
     reason: str
 
 
-def switched(value: str) -> Decision | None:
+def decision_of_switch(value: str) -> Decision | None:
     """Return the user's decision on a step, or None where the option says "auto"."""
     return None if value == "auto" else Decision(value not in ("off", "keep"), "as the options say")
 

@@ -17,7 +17,7 @@ Each message says what happened, why it matters and what to do. The command line
 
 from collections.abc import Iterable
 
-MOST_NAMED = 5
+MAX_NAMES = 5
 """Largest number of names in a message."""
 
 
@@ -76,8 +76,8 @@ class HalfevenWarning(UserWarning):
 def named(names: Iterable[object]) -> str:
     """Return names as a part of a message; a long list is cut."""
     words = [str(name) for name in names]
-    cut = f" and {len(words) - MOST_NAMED} more" if len(words) > MOST_NAMED else ""
-    return ", ".join(words[:MOST_NAMED]) + cut
+    cut = f" and {len(words) - MAX_NAMES} more" if len(words) > MAX_NAMES else ""
+    return ", ".join(words[:MAX_NAMES]) + cut
 
 
 def last_line(error: Exception) -> str:

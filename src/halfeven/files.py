@@ -1,12 +1,14 @@
-"""Write files that are either whole or not there, and say what a disk refuses."""
+"""Write files that are either whole or not there, say what a disk refuses, and make values fit for JSON."""
 
 import contextlib
 import errno
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from halfeven.errors import HalfevenError, StorageError
 
@@ -67,7 +69,7 @@ def replacing(*paths: Path) -> Iterator[Path]:
     folder = first.with_name(f".{first.name}{PARTIAL}")
     with storing(first):
         first.parent.mkdir(parents=True, exist_ok=True)
-        remove(folder)
+        remove_file(folder)
         folder.mkdir(mode=0o700)
         try:
             with _raising_disk_errors(folder):
@@ -100,7 +102,7 @@ def _sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-def remove(path: Path) -> None:
+def remove_file(path: Path) -> None:
     """Delete a file, a link (not what it points to) or a folder with all that is in it; nothing where there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -184,3 +186,12 @@ def _refused_small_file(folder: Path) -> OSError | None:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
     return None
+
+
+def json_value(value: Any) -> Any:
+    """Return a value with what JSON can hold: None for NaN and infinities, texts as keys, lists for tuples."""
+    if isinstance(value, Mapping):
+        return {str(name): json_value(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halfeven.errors import MOST_NAMED, CheckpointError
+from halfeven.errors import MAX_NAMES, CheckpointError
 
 TENSORS_DIGEST = "digest_of_tensors"
 FACTS_DIGEST = "digest_of_facts"
@@ -117,5 +117,5 @@ def wrong_values(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> l
 
 def listed(problems: list[str]) -> str:
     """Return problems as lines of a message; a long list is cut."""
-    more = [f"and {len(problems) - MOST_NAMED} more"] if len(problems) > MOST_NAMED else []
-    return "\n".join(f"  {line}" for line in [*problems[:MOST_NAMED], *more])
+    more = [f"and {len(problems) - MAX_NAMES} more"] if len(problems) > MAX_NAMES else []
+    return "\n".join(f"  {line}" for line in [*problems[:MAX_NAMES], *more])

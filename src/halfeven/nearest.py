@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-MEANT = {
+OTHER_WORDS = {
     **dict.fromkeys(("false", "no", "none", "0", "never"), "off"),
     **dict.fromkeys(("true", "yes", "1", "always"), "on"),
     "gpu": "cuda",
@@ -27,7 +27,7 @@ def nearest(value: object, choices: Sequence[Any]) -> Any:
     """Return the choice that a misspelt or mistyped value most likely means, or None."""
     by_name = {_lower_case(choice): choice for choice in choices}
     word = _lower_case(value)
-    words = [word, MEANT.get(word, word)]
+    words = [word, OTHER_WORDS.get(word, word)]
     if found := [by_name[one] for one in words if one in by_name]:
         return found[0]
     near = similar(word, by_name, 1)

@@ -221,7 +221,7 @@ def quantize(
     options, ptq = split_fields(options or QuantizationOptions(), ptq or PTQOptions(), changes)
     check_folds(options)
     log = log or (lambda text: None)
-    data = None if loader is None else at_hand(loader, batches)
+    data = None if loader is None else batches_in_memory(loader, batches)
     if data is None and example is None:
         raise ConfigError(
             "Neither data nor an example input was given, so the model cannot be run even once. Give a loader of "
@@ -322,7 +322,7 @@ def setup_qat(
     log(f"{recipe}\n")
     ptq = ptq or PTQOptions()
     if recipe.equalize.enabled:
-        batches = _input_arguments(qmodel, at_hand(loader, None))
+        batches = _input_arguments(qmodel, batches_in_memory(loader, None))
         ptq = dataclasses.replace(ptq, equalize="on")
         ptq_recipe = decide(qmodel, ptq, data=True)
         context = StepContext(qmodel=qmodel, batches=batches, recipe=ptq_recipe, options=ptq, log=log)
@@ -349,7 +349,7 @@ def resume_qat(
     return QATSession(unwrapped(qmodel), float_model, recipe, options, schedule, loader, inputs, logits)
 
 
-def at_hand(loader: Iterable[Any], batches: int | None) -> list[Any]:
+def batches_in_memory(loader: Iterable[Any], batches: int | None) -> list[Any]:
     """Return all batches; kept in memory, since the steps read them many times."""
     found = list(given_batches(loader, batches))
     if not found:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from halfeven.cli.help import help_text
-from halfeven.cli.values import by_new_names, checked, unchecked
+from halfeven.cli.values import by_new_names, construct_checked, unchecked
 from halfeven.config import Experiment, load_experiment
 from halfeven.errors import ConfigError
 from halfeven.zoo.models import ModelOptions
@@ -76,7 +76,9 @@ def parsed(command: str, kind: type[Any], arguments: list[str]) -> Any:
             f"{found.config} stands where the config belongs, and {path} behind it, so it is not clear what to do. "
             f"Write `halfeven {command} {path} ...`."
         )
-    return dataclasses.replace(found, experiment=checked(found.experiment)) if "experiment" in fields else found
+    return (
+        dataclasses.replace(found, experiment=construct_checked(found.experiment)) if "experiment" in fields else found
+    )
 
 
 def _find_config(arguments: list[str], *, required: bool) -> Path | None:

@@ -10,7 +10,7 @@ from halfeven.checkpoint import read_facts
 from halfeven.cli.report_pages import write_pages
 from halfeven.cli.results import print_accuracies, write_json
 from halfeven.cli.run import RunContext
-from halfeven.cli.work_folder import BEST, LAST, RESULTS
+from halfeven.cli.work_folder import BEST_FILE, LAST_FILE, RESULTS_FILE
 from halfeven.files import write_atomically
 from halfeven.pipelines import load
 from halfeven.placement.insertion import plan_of
@@ -46,13 +46,13 @@ def deliver(
         calibrated: the accuracy that the training started from; None: not known, or there was no training.
         json: a further file to write the results to; "" for none.
     """
-    best = context.folder / BEST
+    best = context.folder / BEST_FILE
     qmodel = load(best, model.cpu(), context.datasets.example())
     reports = export_verified(context, qmodel, context.folder, model)
     before = {"calibrated": calibrated} if calibrated is not None else {}
     rows = {"float": float_metrics, **before, "simulated": context.accuracy(qmodel)}
     files = {"simulated": best}
-    last = context.folder / LAST
+    last = context.folder / LAST_FILE
     if last.is_file():  # the run was a training
         rows[LAST_ROW] = _accuracy_of_last(context, model, rows["simulated"])
         files[LAST_ROW] = last
@@ -64,20 +64,20 @@ def deliver(
     write_pages(context, qmodel, reports, rows, files, (facts or {}).get("search"))
     verification = {path.name: report.to_dict() for path, report in reports.items()}
     results = {**rows, **(facts or {}), "verification": verification}
-    for path in (context.folder / RESULTS, *([Path(json)] if json else [])):
+    for path in (context.folder / RESULTS_FILE, *([Path(json)] if json else [])):
         write_json(path, results)
 
 
 def _accuracy_of_last(context: RunContext, model: nn.Module, best: Metrics) -> Metrics:
     """Return the accuracy of the last checkpoint, which was not chosen; that of the best one where it is the same."""
-    chosen, last = (read_facts(context.folder / name).get("extra", {}) for name in (BEST, LAST))
+    chosen, last = (read_facts(context.folder / name).get("extra", {}) for name in (BEST_FILE, LAST_FILE))
     if chosen == last:
         return best
-    return context.accuracy(load(context.folder / LAST, model.cpu(), context.datasets.example()))
+    return context.accuracy(load(context.folder / LAST_FILE, model.cpu(), context.datasets.example()))
 
 
 def _selection_caption(context: RunContext) -> str:
-    said = f"{BEST} was chosen on the {context.selection}"
+    said = f"{BEST_FILE} was chosen on the {context.selection}"
     if context.datasets.holdout is not None:
         return f"{said}, and not on these."
     return f'{said}, so its accuracy here is a little too good; "{LAST_ROW}" was not chosen.'

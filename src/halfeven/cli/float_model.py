@@ -7,7 +7,7 @@ from torch import nn
 
 from halfeven.checkpoint import save_weights
 from halfeven.cli.run import RunContext
-from halfeven.cli.work_folder import BEST, FLOAT_FOLDER
+from halfeven.cli.work_folder import BEST_FILE, FLOAT_FOLDER
 from halfeven.config import Experiment
 from halfeven.errors import ConfigError
 from halfeven.training.state import STATE_FILE
@@ -54,12 +54,12 @@ def train_float(context: RunContext, model: nn.Module, *, resume: bool) -> None:
     )
     trainer.run(resume=resume and (folder / STATE_FILE).is_file())
     context.accelerator.free_memory()
-    load_weights(model, folder / BEST)
+    load_weights(model, folder / BEST_FILE)
 
 
 def float_model_of(experiment: Experiment, checkpoint: Path) -> tuple[nn.Module, bool]:
     """Return the float model of a checkpoint, and True if it has its weights: testing works without them too."""
-    trained = checkpoint.parent / FLOAT_FOLDER / BEST
+    trained = checkpoint.parent / FLOAT_FOLDER / BEST_FILE
     options = experiment.model
     if experiment.pretraining.epochs:
         options = dataclasses.replace(options, weights=str(trained) if trained.is_file() else "")

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from halfeven.cli.values import is_nested_dict
 
-WIDEST = 100
+MAX_LINE_WIDTH = 100
 """Columns beyond which lines are hard to read."""
-COLUMN = 34
+MEANING_COLUMN = 34
 """Column at which descriptions begin; a longer option has a line of its own."""
 LONGEST_FORM = 30
 """Characters of choices that stand behind an option; longer ones are told with its meaning."""
@@ -31,7 +31,7 @@ MODEL_AND_DATA = (
 QUANTIZATION = ("quantization.target", "quantization.scheme", "quantization.per_channel", "quantization.batchnorm")
 FILES = ("export.target", "export.formats", "export.verify_samples", "export.timed")
 
-FIRST = {
+FIRST_OPTIONS = {
     "train": (
         *MODEL_AND_DATA,
         *(*QUANTIZATION, "quantization.ranges", "pretraining.epochs"),
@@ -85,7 +85,7 @@ def help_text(command: str, arguments: Any, *, from_config: bool) -> str:
         return "\n".join(lines)
     parts = _options_by_part("", experiment, _first_paragraph(type(experiment)))
     options = {option.name: option for group in parts.values() for option in group}
-    first = [options.pop(name) for name in FIRST[command]]
+    first = [options.pop(name) for name in FIRST_OPTIONS[command]]
     values = "the config's values" if from_config else "the defaults"
     lines += ["", *_wrapped_lines(f"The options that matter first (in brackets: {values}):"), *_option_lines(first)]
     for title, group in parts.items():
@@ -208,16 +208,16 @@ def _option_lines(options: Iterable[Option]) -> Iterator[str]:
     """Return the lines of options, each with its form and its meaning beside it."""
     for option in options:
         form = f"  {option.form}"
-        meaning = _wrapped_lines(option.meaning, indent=COLUMN)
-        if len(form) + 2 > COLUMN:
+        meaning = _wrapped_lines(option.meaning, indent=MEANING_COLUMN)
+        if len(form) + 2 > MEANING_COLUMN:
             yield from (form, *meaning)
         else:
-            yield form.ljust(COLUMN) + meaning[0].lstrip()
+            yield form.ljust(MEANING_COLUMN) + meaning[0].lstrip()
             yield from meaning[1:]
 
 
 def _wrapped_lines(text: str, indent: int = 0) -> list[str]:
-    width = min(shutil.get_terminal_size().columns, WIDEST)
+    width = min(shutil.get_terminal_size().columns, MAX_LINE_WIDTH)
     margin = " " * indent
     return textwrap.wrap(
         text, width, initial_indent=margin, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False

@@ -12,9 +12,9 @@ from typing import BinaryIO
 from halfeven.errors import StorageError
 from halfeven.files import storing
 
-LOCK = ".lock"
+LOCK_FILE = ".lock"
 """File of the lock. The operating system holds the lock for the process, so that a dead process holds none."""
-TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+LOCK_TAKEN_ERRORS = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -29,7 +29,7 @@ def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
     Raises:
         StorageError: another process, on this machine or another that shares the disk, holds the lock.
     """
-    path = folder / LOCK
+    path = folder / LOCK_FILE
     with storing(path):
         file = _open_newest(path, log)
     with file:
@@ -55,7 +55,7 @@ def _open_newest(path: Path, log: Callable[[str], None]) -> BinaryIO:
                 return file
             holder = file.read(200).decode(errors="replace") or "another process"
             file.close()
-            if error.errno not in TAKEN:
+            if error.errno not in LOCK_TAKEN_ERRORS:
                 raise
             raise StorageError(
                 f"{path.parent} is in use by {holder}: two runs in it would overwrite each other's state. Wait for its "

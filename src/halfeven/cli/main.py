@@ -141,7 +141,7 @@ def run(arguments: list[str]) -> int:
         print(f'There is no command "{arguments[0]}". {meant}\n\n{usage()}', file=sys.stderr)
         return 2
     read = parse(command.name, arguments[1:])
-    return _run_stoppable(found(command.run), read)
+    return _run_stoppable(imported(command.run), read)
 
 
 def _run_stoppable(command: Callable[[Any], int | None], arguments: Any) -> int:
@@ -182,10 +182,10 @@ def parse(command: str, arguments: list[str]) -> Any:
     from halfeven.cli.arguments import parsed
 
     kind = next(one.arguments for one in COMMANDS if one.name == command)
-    return parsed(command, found(kind), arguments)
+    return parsed(command, imported(kind), arguments)
 
 
-def found(name: str) -> Any:
+def imported(name: str) -> Any:
     """Return what "module:name" names, in a module of halfeven."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -26,7 +26,7 @@ from halfeven.training.sampling import TrainingBatches, seeded
 
 
 def check_training(context: RunContext, model: nn.Module) -> nn.Module:
-    """Prepare the quantized model, and compute first batches with the float model. Returns the former.
+    """Return the prepared model, after first batches were computed with the float model.
 
     Raises:
         HalfevenError: scheme, rules, recipe, batch size or data cannot be used.
@@ -42,7 +42,7 @@ def check_training(context: RunContext, model: nn.Module) -> nn.Module:
 
 
 def check_quantization(context: RunContext, model: nn.Module) -> nn.Module:
-    """Prepare the quantized model, and compute first batches with the float model. Returns the former.
+    """Return the prepared model, after first batches were computed with the float model.
 
     Raises:
         HalfevenError: scheme, rules, recipe or data cannot be used.

@@ -10,9 +10,9 @@ from torch import nn
 from halfeven.checkpoint import read_facts, save
 from halfeven.cli.arguments import RunArguments
 from halfeven.cli.deliver import deliver, write_plan
-from halfeven.cli.quantization_run import claimed, open_quantization
+from halfeven.cli.quantization_run import claimed_run, open_quantization
 from halfeven.cli.run import RunContext
-from halfeven.cli.work_folder import BEST, PTQ_STATE
+from halfeven.cli.work_folder import BEST_FILE, PTQ_STATE
 from halfeven.pipelines import quantize_prepared
 
 
@@ -25,7 +25,7 @@ def run_ptq(arguments: PtqArguments) -> None:
     """Quantize, export and verify, and print one table of accuracies."""
     run = open_quantization(arguments, "ptq")
     facts = _facts_of_finished_run(run.context, resume=run.resume)
-    with claimed(run, quantizes=facts is None) as prepared:
+    with claimed_run(run, quantizes=facts is None) as prepared:
         if prepared is not None:
             facts = _quantize_and_save(run.context, run.model, prepared)
         assert facts is not None
@@ -35,7 +35,7 @@ def run_ptq(arguments: PtqArguments) -> None:
 
 def _facts_of_finished_run(context: RunContext, *, resume: bool) -> dict[str, Any] | None:
     """Return the facts in the checkpoint of the run that is resumed; None if the run was not that far."""
-    best = context.folder / BEST
+    best = context.folder / BEST_FILE
     found: dict[str, Any] | None = read_facts(best)["extra"] if resume and best.is_file() else None
     return found
 
@@ -55,6 +55,6 @@ def _quantize_and_save(context: RunContext, model: nn.Module, prepared: nn.Modul
     context.log(f"Quantized in {seconds:.0f} s.\n")
     write_plan(context, qmodel)
     facts = {"float": context.accuracy(model), "quantization_seconds": round(seconds, 3)}
-    save(qmodel, context.folder / BEST, facts)
+    save(qmodel, context.folder / BEST_FILE, facts)
     shutil.rmtree(resume_dir, ignore_errors=True)  # the checkpoint has it all now
     return facts

@@ -10,7 +10,7 @@ from halfeven.cli.arguments import RunArguments
 from halfeven.cli.float_model import check_has_weights, train_float
 from halfeven.cli.preflight import check_quantization, prepare_folded
 from halfeven.cli.run import RunContext, open_run
-from halfeven.cli.work_folder import check_folder, claimed_folder, continues, default_folder
+from halfeven.cli.work_folder import check_folder, claimed_folder, default_folder, is_continued
 from halfeven.distributed import world_size
 from halfeven.errors import ConfigError
 from halfeven.pipelines import check_folds
@@ -24,7 +24,7 @@ class QuantizationRun:
     command: str
     context: RunContext
     model: nn.Module
-    """The float model; if the run trains it first, `claimed` gives it the trained weights."""
+    """The float model; if the run trains it first, `claimed_run` gives it the trained weights."""
     resume: bool
     """True if the run in the folder is continued."""
 
@@ -45,7 +45,7 @@ def open_quantization(arguments: RunArguments, command: str) -> QuantizationRun:
     check_folds(experiment.quantization)
     context = open_run(experiment, default_folder(arguments.config, arguments.work_dir))
     _check_single_process(command)
-    resume = continues(
+    resume = is_continued(
         context, resume=arguments.resume, auto_resume=arguments.auto_resume, overwrite=arguments.overwrite
     )
     check_folder(context, command, resume=resume, overwrite=arguments.overwrite)
@@ -53,7 +53,7 @@ def open_quantization(arguments: RunArguments, command: str) -> QuantizationRun:
 
 
 @contextmanager
-def claimed(run: QuantizationRun, *, quantizes: bool) -> Iterator[nn.Module | None]:
+def claimed_run(run: QuantizationRun, *, quantizes: bool) -> Iterator[nn.Module | None]:
     """Claim the work folder within the context, and train the float model if the experiment says so.
 
     Args:

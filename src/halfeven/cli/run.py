@@ -19,7 +19,7 @@ from halfeven.tasks.task import Metrics
 from halfeven.training.accelerator import make_accelerator
 from halfeven.training.progress import plain_console
 from halfeven.training.sampling import seeded
-from halfeven.zoo.checked_samples import check_targets, checked
+from halfeven.zoo.checked_samples import check_targets, with_checks
 from halfeven.zoo.datasets import Datasets, load_datasets
 
 
@@ -87,7 +87,7 @@ def open_run(experiment: Experiment, folder: Path) -> RunContext:
     """
     accelerator = make_accelerator(experiment.device)
     console = plain_console(quiet=not accelerator.is_main_process)
-    datasets = checked(load_datasets(experiment.data), experiment.data.on_bad_sample, folder)
+    datasets = with_checks(load_datasets(experiment.data), experiment.data.on_bad_sample, folder)
     if mismatches := _mismatches(experiment, datasets):
         raise ConfigError(
             f"Model and data do not go together, so no loss can be computed: {'; '.join(mismatches)}. Set the options "

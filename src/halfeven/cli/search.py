@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from halfeven.checkpoint import read_facts, save
 from halfeven.cli.arguments import RunArguments
 from halfeven.cli.deliver import deliver, write_plan
-from halfeven.cli.quantization_run import claimed, open_quantization
+from halfeven.cli.quantization_run import claimed_run, open_quantization
 from halfeven.cli.results import write_json
 from halfeven.cli.run import RunContext
 from halfeven.cli.train import train_and_deliver
-from halfeven.cli.work_folder import BEST, SEARCH_FOUND, SEARCH_STATE
+from halfeven.cli.work_folder import BEST_FILE, SEARCH_RESULT_FILE, SEARCH_STATE
 from halfeven.errors import CheckpointError
 from halfeven.evaluation import evaluating
 from halfeven.graph.capture import as_arguments
@@ -46,7 +46,7 @@ def run_search(arguments: SearchArguments) -> None:
     context, model = run.context, run.model
     training = run.resume and (context.folder / STATE_FILE).is_file()
     facts = _facts_of_finished_search(context) if run.resume else None
-    with claimed(run, quantizes=facts is None) as prepared:
+    with claimed_run(run, quantizes=facts is None) as prepared:
         if prepared is not None:
             facts = _search_and_save(context, model, prepared)
         assert facts is not None
@@ -62,8 +62,8 @@ def _facts_of_finished_search(context: RunContext) -> dict[str, Any] | None:
     Raises:
         CheckpointError: the file of the result is damaged.
     """
-    found = context.folder / SEARCH_FOUND
-    best = context.folder / BEST
+    found = context.folder / SEARCH_RESULT_FILE
+    best = context.folder / BEST_FILE
     if not (found.is_file() and best.is_file()):
         return None
     try:
@@ -94,8 +94,8 @@ def _search_and_save(context: RunContext, model: nn.Module, prepared: nn.Module)
     context.log(f"\n{found}\n")
     write_plan(context, found.qmodel)
     facts = {"float": context.accuracy(model), "search": {**found.to_dict(), "judged_on": context.selection}}
-    save(found.qmodel, context.folder / BEST, facts)
-    write_json(context.folder / SEARCH_FOUND, facts["search"])
+    save(found.qmodel, context.folder / BEST_FILE, facts)
+    write_json(context.folder / SEARCH_RESULT_FILE, facts["search"])
     shutil.rmtree(resume_dir, ignore_errors=True)
     return facts
 

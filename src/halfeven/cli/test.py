@@ -29,7 +29,7 @@ class TestArguments:
     json: str = ""
     """File to write the same figures to as JSON, with the keys float, simulated and deployed; "" for none."""
     deployed: str = ""
-    """Deployed file (.xml or .onnx) to test; "" to export the checkpoint for the test."""
+    """Deployed file to test, such as model.xml or model.onnx; "" to export the checkpoint for the test."""
 
 
 def run_test(arguments: TestArguments) -> None:
@@ -37,8 +37,8 @@ def run_test(arguments: TestArguments) -> None:
     facts = read_facts(arguments.checkpoint)
     if arguments.deployed and not Path(arguments.deployed).is_file():
         raise ConfigError(
-            f"There is no deployed file {arguments.deployed} to test. Give the .xml or .onnx that `halfeven export` "
-            "wrote, or leave --deployed out: the checkpoint is then exported for the test."
+            f"There is no deployed file {arguments.deployed} to test. Give the file that `halfeven export` wrote, or "
+            "leave --deployed out: the checkpoint is then exported for the test."
         )
     context = open_run(arguments.experiment, arguments.checkpoint.parent)
     model, has_weights = float_model_of(arguments.experiment, arguments.checkpoint)

@@ -16,13 +16,13 @@ from halfeven.cli.float_model import check_has_weights, train_float
 from halfeven.cli.preflight import check_training
 from halfeven.cli.run import RunContext, open_run
 from halfeven.cli.work_folder import (
-    BEST,
+    BEST_FILE,
     FLOAT_FOLDER,
     PTQ_STATE,
     check_folder,
     claimed_folder,
-    continues,
     default_folder,
+    is_continued,
 )
 from halfeven.distributed import world_size
 from halfeven.errors import CheckpointError, HalfevenError
@@ -62,7 +62,7 @@ def run_train(arguments: TrainArguments) -> None:
     if arguments.auto_scale_lr:
         context = _with_scaled_rates(context)
     context.log(described_processes(context.accelerator.device))
-    resume = continues(
+    resume = is_continued(
         context, resume=arguments.resume, auto_resume=arguments.auto_resume, overwrite=arguments.overwrite
     )
     check_folder(context, "train", resume=resume, overwrite=arguments.overwrite)
@@ -125,7 +125,7 @@ def _rebuild_interrupted(context: RunContext, model: nn.Module) -> tuple[nn.Modu
     """Rebuild the quantized model of an interrupted training, except for its state, which the trainer loads."""
     state_file = context.folder / STATE_FILE
     header = _read_header(state_file)
-    trained = context.folder / FLOAT_FOLDER / BEST
+    trained = context.folder / FLOAT_FOLDER / BEST_FILE
     if context.experiment.pretraining.epochs:
         load_weights(model, trained)
     plan = read_plan(json.dumps(header["plan"]), state_file)

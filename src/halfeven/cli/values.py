@@ -2,7 +2,7 @@
 
 tyro would check types and choices by itself, in other words than Python and config files are answered in, and without
 the nearest right value. Here it only reads: what cannot be read as a field's type stays the text that it is, and option
-objects stay keywords, until `checked` makes them and all mistakes are told at once, by their dotted names.
+objects stay keywords, until `construct_checked` makes them and all mistakes are told at once, by their dotted names.
 """
 
 import contextlib
@@ -138,11 +138,11 @@ def _option_name(path: str) -> str:
 
 
 def _dashed_option(word: str) -> str:
-    """An option as tyro names it, which also takes it with underscores; other words stay as they are."""
+    """Return an option with the dashes that tyro gives its name; other words stay as they are."""
     return word.replace("_", "-") if word.startswith("--") else word
 
 
-def checked(given: Given) -> Any:
+def construct_checked(given: Given) -> Any:
     """Make the option object that was read, with those inside of it.
 
     Raises:

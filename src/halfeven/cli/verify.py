@@ -29,7 +29,7 @@ class VerifyArguments:
     checkpoint: Checkpoint
     """The checkpoint that the file was exported from."""
     file: DeployedFileArgument
-    """Deployed file (.xml or .onnx)."""
+    """Deployed file, such as model.xml or model.onnx."""
     experiment: Fields
     json: str = ""
     """File to write the report to as JSON, with the keys verified and problems; "" for none."""
@@ -45,8 +45,8 @@ def run_verify(arguments: VerifyArguments) -> int:
     read_facts(checkpoint)  # wrong paths show before the data is read
     if not arguments.file.is_file():
         raise ConfigError(
-            f"There is no file {arguments.file}, so nothing can be verified. Give the .xml or .onnx that "
-            "`halfeven export` wrote."
+            f"There is no file {arguments.file}, so nothing can be verified. Give the file that `halfeven export` "
+            "wrote."
         )
     if not 0 <= arguments.min_match <= 1:
         raise ConfigError(

@@ -12,32 +12,32 @@ from halfeven.cli.run import RunContext
 from halfeven.cli.run_record import as_json, check_same_run, read_record, recorded_facts, write_record
 from halfeven.distributed import rank, smallest
 from halfeven.errors import ConfigError, StorageError
-from halfeven.files import remove, storing
+from halfeven.files import remove_file, storing
 from halfeven.training.state import STATE_FILE
-from halfeven.zoo.checked_samples import SKIPPED, count_skipped
+from halfeven.zoo.checked_samples import SKIPPED_FILE, count_skipped
 from halfeven.zoo.leakage import check_apart
 
-RECORD = "experiment.json"
+RECORD_FILE = "experiment.json"
 """The resolved experiment, written beside the results: a folder that has it holds a run."""
 FLOAT_FOLDER = "float"
 """Folder of the training of the float model, if there is one."""
-BEST = "best.safetensors"
-LAST = "last.safetensors"
+BEST_FILE = "best.safetensors"
+LAST_FILE = "last.safetensors"
 PTQ_STATE = "ptq_state"
 """Folder of the layers and blocks that post-training quantization has reconstructed, until it has finished."""
 SEARCH_STATE = "search_state"
 """Folder of the measurements of a search, until it has finished."""
-SEARCH_FOUND = "search.json"
+SEARCH_RESULT_FILE = "search.json"
 """The result of a search, without its model."""
-RESULTS = "results.json"
+RESULTS_FILE = "results.json"
 RESUMED_FROM = (
     STATE_FILE,
-    BEST,
+    BEST_FILE,
     f"{FLOAT_FOLDER}/{STATE_FILE}",
-    f"{FLOAT_FOLDER}/{BEST}",
+    f"{FLOAT_FOLDER}/{BEST_FILE}",
     PTQ_STATE,
     SEARCH_STATE,
-    SEARCH_FOUND,
+    SEARCH_RESULT_FILE,
 )
 """Files that a resumed run continues from; a new run in the same folder removes them first."""
 SEEN_WITHIN_SECONDS = 30.0
@@ -52,10 +52,10 @@ def default_folder(config: Path, work_dir: str) -> Path:
 
 def holds_run(folder: Path) -> bool:
     """Return True for a folder with a run that can be resumed, or lost."""
-    return (folder / RECORD).is_file() and any((folder / name).exists() for name in RESUMED_FROM)
+    return (folder / RECORD_FILE).is_file() and any((folder / name).exists() for name in RESUMED_FROM)
 
 
-def continues(context: RunContext, *, resume: bool, auto_resume: bool, overwrite: bool) -> bool:
+def is_continued(context: RunContext, *, resume: bool, auto_resume: bool, overwrite: bool) -> bool:
     """Return True where the run in the work folder is to be continued. The arguments are the command line's.
 
     Raises:
@@ -98,7 +98,7 @@ def check_folder(context: RunContext, command: str, *, resume: bool, overwrite: 
         CheckpointError: the record of the run's options is damaged.
     """
     check_apart(context.datasets)
-    record = context.folder / RECORD
+    record = context.folder / RECORD_FILE
     recorded = record.is_file()
     held = holds_run(context.folder)
     context.accelerator.wait_for_everyone()  # all processes look before the first one writes
@@ -146,14 +146,16 @@ def claimed_folder(context: RunContext, command: str, *, resume: bool) -> Iterat
         _check_folder_is_shared(context, command)
         yield
         if count := count_skipped(context.folder):
-            context.log(f"Bad samples were replaced by the next good ones ({count}): see {context.folder / SKIPPED}.")
+            context.log(
+                f"Bad samples were replaced by the next good ones ({count}): see {context.folder / SKIPPED_FILE}."
+            )
 
 
 def _check_folder_is_shared(context: RunContext, command: str) -> None:
     """Raise ConfigError where a process does not see the record that the first one wrote: it works on another disk."""
     wanted = as_json(recorded_facts(context, command))
     deadline = time.monotonic() + SEEN_WITHIN_SECONDS
-    while not (seen := _holds_record(context.folder / RECORD, wanted)) and time.monotonic() < deadline:
+    while not (seen := _holds_record(context.folder / RECORD_FILE, wanted)) and time.monotonic() < deadline:
         time.sleep(0.5)
     if smallest(seen, context.accelerator.device) == 0:
         raise _not_shared_error(context.folder)
@@ -165,6 +167,6 @@ def _holds_record(path: Path, wanted: Any) -> bool:
 
 def _begin_record(context: RunContext, command: str, *, resume: bool) -> None:
     """Write the record of a run, and remove the files of an earlier run that is not continued."""
-    for name in (*RESUMED_FROM, LAST, SKIPPED) if not resume else ():
-        remove(context.folder / name)
-    write_record(context.folder / RECORD, recorded_facts(context, command))
+    for name in (*RESUMED_FROM, LAST_FILE, SKIPPED_FILE) if not resume else ():
+        remove_file(context.folder / name)
+    write_record(context.folder / RECORD_FILE, recorded_facts(context, command))

@@ -14,7 +14,7 @@ from halfeven.deployment.epilogue import epilogue, folded_epilogue, split_by_epi
 from halfeven.deployment.file_interface import FileInterface
 from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.errors import CalibrationError
-from halfeven.graph.batchnorm import forget_statistics, layer_calls, output_axis, remove
+from halfeven.graph.batchnorm import forget_statistics, layer_calls, output_axis, remove_module
 from halfeven.graph.constants import fold_constants
 from halfeven.graph.copying import copy_model
 from halfeven.graph.labels import remove_loss
@@ -28,7 +28,8 @@ from halfeven.placement.make_plan import regions
 from halfeven.placement.quantized_layers import QUANTIZED_LAYERS
 from halfeven.placement.tied_weights import tied_parameters, untie
 from halfeven.quantization.arithmetic import dequantize, quantize, snap
-from halfeven.quantization.quantizer import Quantizer, quantizers
+from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Quantizer
 from halfeven.targets.target import Target
 
 
@@ -121,7 +122,7 @@ def _remove_identities(region: CapturedModule) -> None:
         if kind_of(node) is not OperatorKind.IDENTITY:
             continue
         if node.op == "call_module":
-            remove(region, node)
+            remove_module(region, node)
         else:
             node.replace_all_uses_with(node.all_input_nodes[0])
             region.graph.erase_node(node)
@@ -153,11 +154,13 @@ def _deploy_weight(region: CapturedModule, calls: list[fx.Node]) -> None:
 
 
 def _remove_chain(region: CapturedModule, nodes: list[fx.Node]) -> None:
-    """Remove operators, each the only reader of the one before: the readers of the last then read what the first
-    read."""
+    """Remove a chain of operators: the readers of the last operator then read the input of the first.
+
+    Each operator of the chain is the only reader of the operator before it.
+    """
     for node in reversed(nodes):
         if Op(node).is_module:
-            remove(region, node)
+            remove_module(region, node)
             continue
         (source,) = [operand for operand in node.all_input_nodes if not Op(operand).is_constant]
         node.replace_all_uses_with(source)
@@ -214,8 +217,10 @@ def recoverable(scale: Tensor, steps: int = 254) -> Tensor:
 
 
 def _scale_integers(scale: Tensor, integers: Tensor, factor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Return scale and integers of a weight whose output channels a BatchNorm multiplies by `factor`, which may be 0
-    or negative."""
+    """Return scale and integers of a weight whose output channels a BatchNorm multiplies by `factor`.
+
+    A factor may be 0 or negative.
+    """
     shape = [1] * integers.ndim
     shape[axis] = -1
     folded = recoverable((scale.double() * factor.abs()).float())

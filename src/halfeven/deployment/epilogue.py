@@ -40,8 +40,7 @@ def epilogue(layer: fx.Node) -> list[fx.Node]:
 
 
 def split_by_epilogue(region: CapturedModule) -> None:
-    """Give the calls of a layer that end in different epilogues copies of the layer, in place, so that each takes its
-    own in."""
+    """Copy each layer whose calls end in different epilogues, in place, so that each copy can take in its epilogue."""
     for path, calls in layer_calls(region.graph).items():
         if not hasattr(module_of(calls[0]), "weight_quantizer"):
             continue

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from halfeven.errors import ExportError
 from halfeven.graph.batches import Inputs
-from halfeven.graph.capture import quiet
+from halfeven.graph.export_module import quiet
 from halfeven.graph.fixed_axes import fixed_axes
 from halfeven.graph.model_inputs import BATCH
 from halfeven.graph.torch_private import pytree, untracked

@@ -23,8 +23,15 @@ PER_TENSOR = -1
 def fake_quantize_operator(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int, number: int
 ) -> Tensor:
-    """Quantize and dequantize on a written-out grid; `axis` -1 is one scale for the tensor, `number` names the
-    quantizer."""
+    """Quantize and dequantize on a grid whose scale and zero point are tensors of the graph.
+
+    Args:
+        x: the tensor.
+        scale, zero_point: [] or [channels].
+        quant_min, quant_max: the ends of the grid.
+        axis: the axis of the channels; -1 for one scale.
+        number: the place of the quantizer among those of the model.
+    """
     channels = None if axis == PER_TENSOR else axis
     scale = per_channel(scale, channels, x.ndim)
     zero_point = per_channel(zero_point, channels, x.ndim)
@@ -60,8 +67,12 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.library.custom_op("halfeven::branch_of_sum", mutates_args=())
 def branch_of_sum(x: Tensor, limit: float) -> Tensor:
-    """Return a layer's result, which the layer's kernel adds to a skip connection; beyond `limit` its size does not
-    matter, because the quantizer behind the sum clips."""
+    """Mark a layer's result that the layer's kernel adds to a skip connection.
+
+    Args:
+        x: the result.
+        limit: the size beyond which the quantizer behind the sum clips, so that larger values make no difference.
+    """
     return x.clone()
 
 

@@ -12,9 +12,9 @@ from halfeven.graph.view import Op
 from halfeven.placement.make_plan import named_nodes
 from halfeven.placement.plan import PlannedTensor, PlannedWeight
 
-UNLIKE = 8.0
+UNLIKE_RANGE_RATIO = 8.0
 """Ranges of tensors or channels that share a scale differ by this factor before it is called the cause: 3 of 8 bits."""
-QUIET = 30.0
+QUIET_SAMPLE_RATIO = 30.0
 """The loudest sample over a quiet one, from where 8 bits leave the quiet one few levels."""
 FEW_CHANNELS = 0.1
 """Largest share of channels that are outliers among the rest."""
@@ -57,7 +57,11 @@ def cause_of(suspect: Suspect) -> Cause:
 def _unlike_tensors_share_range(suspect: Suspect) -> Cause | None:
     places = suspect.found.places
     largest = [place.largest for place in places]
-    if isinstance(suspect.planned, PlannedWeight) or len(places) < 2 or max(largest) < UNLIKE * min(largest):
+    if (
+        isinstance(suspect.planned, PlannedWeight)
+        or len(places) < 2
+        or max(largest) < UNLIKE_RANGE_RATIO * min(largest)
+    ):
         return None
     sizes = ", ".join(
         f"{name} ±{size:.3g}" for name, size in list(zip(suspect.planned.places, largest, strict=True))[:4]
@@ -86,7 +90,7 @@ def _unlike_weight_channels(suspect: Suspect) -> Cause | None:
     spread = suspect.found.channel_spread()
     if not suspect.found.quantizer.weight or suspect.found.quantizer.scheme.axis is not None or spread is None:
         return None
-    if spread[1] < UNLIKE:
+    if spread[1] < UNLIKE_RANGE_RATIO:
         return None
     _, channel, ratio = suspect.found.channel_outlier() or (0, 0, 1.0)
     worst = ", ".join(f"{channel} ({sqnr:.0f} dB)" for channel, sqnr in suspect.found.worst_channels())
@@ -99,7 +103,7 @@ def _unlike_weight_channels(suspect: Suspect) -> Cause | None:
 
 def _outlier_channel(suspect: Suspect) -> Cause | None:
     outlier = suspect.found.channel_outlier()
-    if suspect.found.quantizer.weight or outlier is None or outlier[2] < UNLIKE:
+    if suspect.found.quantizer.weight or outlier is None or outlier[2] < UNLIKE_RANGE_RATIO:
         return None
     axis, channel, ratio = outlier
     largest = suspect.found.channel_largest[axis]
@@ -142,13 +146,13 @@ def _untrained_front_end(suspect: Suspect) -> Cause | None:
     why = f"the weight of {untrained[0]} is not trained" if untrained else ""
     why += (" and " if why and behind else "") + (f"{', '.join(behind)} follows" if behind else "")
     spread = suspect.found.sample_spread()
-    loud = f" The loudest sample is {spread:.0f} times a quiet one." if spread >= QUIET else ""
+    loud = f" The loudest sample is {spread:.0f} times a quiet one." if spread >= QUIET_SAMPLE_RATIO else ""
     return Cause(FRONT_END, f"At {readers[0]}, {why}.{loud}")
 
 
 def _wide_dynamic_range(suspect: Suspect) -> Cause | None:
     spread = suspect.found.sample_spread()
-    if spread < QUIET and suspect.found.vanished_share < 0.5:
+    if spread < QUIET_SAMPLE_RATIO and suspect.found.vanished_share < 0.5:
         return None
     return Cause(
         "the values span more than the bits can",

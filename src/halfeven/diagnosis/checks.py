@@ -17,7 +17,7 @@ from halfeven.graph.copying import copy_model
 from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.view import kind_of
 from halfeven.layerwise.batchnorm_statistics import batchnorms
-from halfeven.layerwise.clipping import counting_clipped, told
+from halfeven.layerwise.clipping import clipping_sentence, counting_clipped
 from halfeven.layerwise.re_estimate import re_estimate
 from halfeven.layerwise.sqnr import sqnr
 from halfeven.layerwise.training_mode import normalizing_by_batch, trained_batchnorms
@@ -27,7 +27,7 @@ from halfeven.runtimes.exact_model import exact
 
 FEWEST_SAMPLES = 8
 """Samples of a batch from which BatchNorm's statistics of the batch say something."""
-UNSETTLED = 1.0
+UNSETTLED_DISTANCE = 1.0
 """Distance of the batches' mean from the running mean, in standard deviations, or of the logarithm (base 2) of their
 variances, in the median channel of a BatchNorm."""
 COMPARED_SAMPLES = 8
@@ -55,17 +55,18 @@ def unsettled_batchnorm(model: nn.Module, inputs: Sequence[Inputs]) -> Finding |
     )  # without labels, of which a batch may hold some
     distances = _statistics_distances(model, settled)
     name, worst = max(distances.items(), key=lambda row: row[1])
-    if worst < UNSETTLED:
+    if worst < UNSETTLED_DISTANCE:
         return None
     before, after = _eval_against_batch(model, given), _eval_against_batch(settled, given)
     if after >= before:
         return None
+    unsettled = sum(distance >= UNSETTLED_DISTANCE for distance in distances.values())
     return Finding(
         cause="BatchNorm's running statistics do not describe the batches",
         where=name,
-        evidence=f"{sum(d >= UNSETTLED for d in distances.values())} of {len(distances)} BatchNorms differ from their "
-        f"batches by more than a standard deviation or a factor of 2; the float model's own answers in eval mode and "
-        f"with the batches' statistics differ by {before:.2g}.",
+        evidence=f"{unsettled} of {len(distances)} BatchNorms differ from their batches by more than a standard "
+        "deviation or a factor of 2; the float model's own answers in eval mode "
+        f"and with the batches' statistics differ by {before:.2g}.",
         remedy="re-estimated statistics, before the model is quantized",
         paste="halfeven.layerwise.re_estimate.re_estimate(model, batches)",
         recovered=1 - after / before,
@@ -136,7 +137,7 @@ def _clipped_in_training(qmodel: nn.Module, reference: Reference) -> list[str]:
     args, kwargs = reference.inputs[0]
     with evaluating(qmodel), normalizing_by_batch(norms), counting_clipped(qmodel) as counts:
         qmodel(*args, **kwargs)
-    return [f"{told(counts.excessive(), len(counts.seen))}."] if counts.excessive() else []
+    return [f"{clipping_sentence(counts.excessive(), len(counts.seen))}."] if counts.excessive() else []
 
 
 def _is_product(qmodel: nn.Module, name: str) -> bool:

@@ -9,10 +9,17 @@ from torch import nn
 
 from halfeven.diagnosis.causes import FRONT_END, Cause, Suspect, cause_of
 from halfeven.diagnosis.diagnosis import Finding, TriedRemedy
-from halfeven.diagnosis.exchanged_ranges import planned_quantizers, raised
+from halfeven.diagnosis.exchanged_ranges import planned_quantizers, raising_bits
 from halfeven.diagnosis.operator_groups import OperatorGroup, float_rules, integer_operators, operator_groups
-from halfeven.diagnosis.remedies import equalization, in_float, remedies
-from halfeven.diagnosis.sensitivity import RANKED_BY, Reference, Sensitivities, Sensitivity, divergence_of, divergences
+from halfeven.diagnosis.remedies import equalization, float_remedies, remedies
+from halfeven.diagnosis.sensitivity import (
+    SCREENING_SAMPLES,
+    Reference,
+    Sensitivities,
+    Sensitivity,
+    divergence_of,
+    divergences,
+)
 from halfeven.diagnosis.statistics import TensorStatistics
 from halfeven.diagnosis.trials import (
     LEARN_ROUNDING,
@@ -20,7 +27,7 @@ from halfeven.diagnosis.trials import (
     RECALIBRATE,
     Remedy,
     Trial,
-    by_rules,
+    remedy_by_rules,
     try_remedy,
 )
 from halfeven.placement.options import Rule
@@ -28,9 +35,9 @@ from halfeven.placement.plan import PlannedTensor, PlannedWeight
 
 Statistics = dict[tuple[str, bool], TensorStatistics]
 
-STANDS_OUT = 0.4
+OUTSTANDING_SHARE = 0.4
 """Share of the damage that a single tensor, or a group, takes away where it is called a cause."""
-SUFFICES = 0.75
+SUFFICIENT_SHARE = 0.75
 """Share of the best remedy's effect that a cheaper remedy must have."""
 
 
@@ -62,9 +69,9 @@ def find_culprit(patient: Patient, *, first: bool) -> tuple[Finding, nn.Module] 
     if first and (again := _calibrated_again(patient)) is not None:
         return again
     single = patient.sensitivities.tensors[0]
-    if single.kl_in_context >= STANDS_OUT * patient.divergence:
+    if single.kl_in_context >= OUTSTANDING_SHARE * patient.divergence:
         found = _finding_of_tensor(patient, single)
-        if found[0].recovered is not None and found[0].recovered >= STANDS_OUT:
+        if found[0].recovered is not None and found[0].recovered >= OUTSTANDING_SHARE:
             return found
     group = _best_group(patient)
     return _finding_of_group(patient, group) if group is not None else _finding_of_many(patient, first=first)
@@ -73,7 +80,7 @@ def find_culprit(patient: Patient, *, first: bool) -> tuple[Finding, nn.Module] 
 def _calibrated_again(patient: Patient) -> tuple[Finding, nn.Module] | None:
     """Return the finding that ranges do not fit the batches; None where calibrating again does not help."""
     trial, repaired = try_remedy(patient.qmodel, RECALIBRATE, patient.batches, patient.reference)
-    if trial.failed or trial.divergence > (1 - STANDS_OUT) * patient.divergence:
+    if trial.failed or trial.divergence > (1 - OUTSTANDING_SHARE) * patient.divergence:
         return None
     shares = {name: found.clipped_share for (name, weight), found in patient.statistics.items() if not weight}
     where = max(shares, key=lambda name: shares[name], default="")
@@ -107,7 +114,7 @@ def _leading_in_float(patient: Patient, planned: PlannedTensor | PlannedWeight) 
     operators = integer_operators(patient.qmodel)
     readers = {planned.name} if isinstance(planned, PlannedWeight) else set(planned.consumers)
     last = max(number for number, name in enumerate(operators) if name in readers)
-    return by_rules("the front end in float", float_rules(operators[: last + 1], operators))
+    return remedy_by_rules("the front end in float", float_rules(operators[: last + 1], operators))
 
 
 def _planned_entry(patient: Patient, tensor: Sensitivity) -> PlannedTensor | PlannedWeight:
@@ -123,7 +130,7 @@ def _try_remedies(patient: Patient, given: Sequence[Remedy]) -> tuple[Trial, lis
     tried = [try_remedy(patient.qmodel, remedy, patient.batches, patient.reference) for remedy in given]
     gains = [patient.divergence - trial.divergence for trial, _ in tried]
     best = max(gains)
-    first = next(number for number, gain in enumerate(gains) if gain >= SUFFICES * best or gain == best)
+    first = next(number for number, gain in enumerate(gains) if gain >= SUFFICIENT_SHARE * best or gain == best)
     return tried[first][0], [trial for trial, _ in tried], tried[first][1]
 
 
@@ -157,12 +164,14 @@ def _best_group(patient: Patient) -> OperatorGroup | None:
     """Return the smallest group of neighbours that takes most of the damage away; None if none does."""
     groups = operator_groups(patient.qmodel)
     members = {group.name: group.quantizers for group in groups if group.quantizers}
-    part = patient.reference.first(RANKED_BY)
+    part = patient.reference.first(SCREENING_SAMPLES)
     whole = patient.divergence if part is patient.reference else divergence_of(patient.qmodel, part)
-    found = divergences(patient.qmodel, part, members, lambda group: raised(group, {}))
+    found = divergences(patient.qmodel, part, members, lambda group: raising_bits(group, {}))
     gains = {group: 1 - found[group.name] / whole for group in groups if group.name in found} if whole else {}
     good = [
-        group for group, gain in gains.items() if gain >= max(STANDS_OUT, SUFFICES * max(gains.values(), default=0.0))
+        group
+        for group, gain in gains.items()
+        if gain >= max(OUTSTANDING_SHARE, SUFFICIENT_SHARE * max(gains.values(), default=0.0))
     ]
     best = min(good, key=lambda group: len(group.operators), default=None)
     # A group that takes away no more than its share of the operators is no cause.
@@ -173,10 +182,10 @@ def _best_group(patient: Patient) -> OperatorGroup | None:
 def _finding_of_group(patient: Patient, group: OperatorGroup) -> tuple[Finding, nn.Module]:
     cause = Cause(
         FRONT_END if group.leading else "layers that lose together",
-        f"No single tensor takes away {STANDS_OUT:.0%} of the damage, these {len(group.operators)} operators together "
-        "do.",
+        f"No single tensor takes away {OUTSTANDING_SHARE:.0%} of the damage, these {len(group.operators)} operators "
+        "together do.",
     )
-    chosen, trials, repaired = _try_remedies(patient, [by_rules("in float", group.rules)])
+    chosen, trials, repaired = _try_remedies(patient, [remedy_by_rules("in float", group.rules)])
     where = ", ".join(group.operators[:4]) + (" and more" if len(group.operators) > 4 else "")
     return _make_finding(patient, cause, where, chosen, trials), repaired
 
@@ -218,6 +227,6 @@ def _raise_worst(patient: Patient, count: int) -> Remedy | None:
     for tensor in worst[:count]:
         planned = _planned_entry(patient, tensor)
         raising = [r for r in remedies(patient.qmodel, planned, 1.0) if r.name == "8 bits"]
-        for rule in (raising or in_float(patient.qmodel, planned))[0].rules:
+        for rule in (raising or float_remedies(patient.qmodel, planned))[0].rules:
             rules[rule] = None
-    return by_rules(f"the {count} worst tensors raised", list(rules))
+    return remedy_by_rules(f"the {count} worst tensors raised", list(rules))

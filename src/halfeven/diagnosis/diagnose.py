@@ -1,8 +1,8 @@
 """Say where the accuracy of a quantized model goes, and what brings it back (white paper, section 3.7, figure 9).
 
-The figure's questions, in its order: does the model without quantization compute what the float model does? Are it the
-weights or the activations? Which tensor? What is wrong with it? Each is answered by a measurement, and each remedy is
-tried before it is named.
+The figure asks, in this order: does the model without quantization compute what the float model does? Do the weights
+or the activations do the damage? Which tensor? What is wrong with it? A measurement answers each question, and each
+remedy is tried before it is named.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,11 +17,11 @@ from halfeven.diagnosis.checks import notes, unsettled_batchnorm
 from halfeven.diagnosis.culprits import Patient, find_culprit
 from halfeven.diagnosis.diagnosis import Diagnosis, Finding, TensorDiagnosis
 from halfeven.diagnosis.divergence import error_share
-from halfeven.diagnosis.exchanged_ranges import planned_quantizers, raised
+from halfeven.diagnosis.exchanged_ranges import planned_quantizers, raising_bits
 from halfeven.diagnosis.restarted import float_tensors
 from halfeven.diagnosis.sensitivity import (
-    RANKED_BY,
-    SAMPLES,
+    RANKING_SAMPLES,
+    SCREENING_SAMPLES,
     Reference,
     Sensitivity,
     divergence_of,
@@ -29,7 +29,7 @@ from halfeven.diagnosis.sensitivity import (
     reference_of,
     sensitivities,
 )
-from halfeven.diagnosis.statistics import TensorStatistics, statistics
+from halfeven.diagnosis.statistics import TensorStatistics, tensor_statistics
 from halfeven.errors import AlgorithmError
 from halfeven.evaluation import evaluating
 from halfeven.graph.wrappers import unwrapped
@@ -41,15 +41,15 @@ from halfeven.placement.make_plan import named_nodes
 
 WORTH_NAMING = 0.1
 """Share of the damage that a remedy must take away for its cause to be a finding."""
-ROUNDS = 3
+MAX_CAUSES = 3
 """Largest number of causes that are sought one after the other."""
-HEALTHY = 0.01
+HEALTHY_ERROR_SHARE = 0.01
 """Share of error in the outputs' variation (20 dB), up to which nothing needs to be found."""
-CHANGED = 0.4
+CAPTURE_DAMAGE_SHARE = 0.4
 """Share of the whole divergence that is there without quantizers, from which it is the first finding."""
-BINS = 48
+HISTOGRAM_BINS = 48
 """Bins of a tensor's histogram."""
-CHANNELS = 512
+MAX_CHANNELS = 512
 """Largest number of channels whose ranges are kept."""
 
 
@@ -60,7 +60,7 @@ def diagnose(
     batches: Iterable[Any],
     *,
     evaluate: Callable[[nn.Module], float] | None = None,
-    samples: int = SAMPLES,
+    samples: int = RANKING_SAMPLES,
     runtime: bool = True,
     log: Callable[[str], None] | None = None,
 ) -> Diagnosis:
@@ -99,7 +99,7 @@ def diagnose(
     )
     found, repaired = _find_and_repair(patient, float_model, log)
     agreement = _measure_agreement(qmodel, reference)
-    if parts.without >= CHANGED * patient.divergence and agreement.error_share > HEALTHY:
+    if parts.without >= CAPTURE_DAMAGE_SHARE * patient.divergence and agreement.error_share > HEALTHY_ERROR_SHARE:
         found.insert(0, _finding_without_quantizers(parts.without, patient.divergence))
     accuracy = {} if evaluate is None else _measure_accuracies(evaluate, float_model, qmodel, repaired)
     further = tuple(notes(qmodel, reference, runtime=runtime))
@@ -146,8 +146,8 @@ def _finding_without_quantizers(without: float, whole: float) -> Finding:
 
 
 def _examine(qmodel: nn.Module, batches: list[Any], reference: Reference, *, alone: bool = True) -> Patient:
-    found = sensitivities(qmodel, batches, reference=reference, alone=alone, ranked_by=RANKED_BY)
-    return Patient(qmodel, batches, reference, found, statistics(qmodel, reference.inputs))
+    found = sensitivities(qmodel, batches, reference=reference, alone=alone, ranked_by=SCREENING_SAMPLES)
+    return Patient(qmodel, batches, reference, found, tensor_statistics(qmodel, reference.inputs))
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Parts:
 def _measure_parts(qmodel: nn.Module, reference: Reference) -> Parts:
     planned = planned_quantizers(qmodel)
     others = {weight: [q for q, _ in planned if q.weight is not weight] for weight in (True, False)}
-    found = divergences(qmodel, reference, others, lambda group: raised(group, {}))
+    found = divergences(qmodel, reference, others, lambda group: raising_bits(group, {}))
     with torch.no_grad(), float_function(qmodel):
         return Parts(divergence_of(qmodel, reference), found[True], found[False])
 
@@ -178,8 +178,8 @@ def _find_and_repair(
     if settled is not None:
         found.append(settled)
     repaired = patient.qmodel
-    for turn in range(ROUNDS):
-        if _measure_agreement(patient.qmodel, patient.reference).error_share <= HEALTHY:
+    for turn in range(MAX_CAUSES):
+        if _measure_agreement(patient.qmodel, patient.reference).error_share <= HEALTHY_ERROR_SHARE:
             break
         result = find_culprit(patient, first=turn == 0)
         if result is None or (result[0].recovered or 0.0) <= WORTH_NAMING:
@@ -187,7 +187,7 @@ def _find_and_repair(
         finding, repaired = result
         found.append(finding)
         log(f"{finding.cause}: {finding.where}; {finding.remedy} takes away {finding.recovered:.0%}.")
-        if divergence_of(repaired, patient.reference) < whole / 10 or turn == ROUNDS - 1:
+        if divergence_of(repaired, patient.reference) < whole / 10 or turn == MAX_CAUSES - 1:
             break
         patient = _examine(repaired, list(patient.batches), patient.reference, alone=False)
     return found, repaired
@@ -233,7 +233,7 @@ def _verdict(findings: Sequence[Finding], agreement: Agreement) -> str:
         return f"{cause} ({first.where}); the remedy is {first.remedy}{brought}."
     same = "" if agreement.top1 is None else f", and {agreement.top1:.1%} of the top-1 answers are the same"
     error = f"error is {agreement.error_share:.2%} of the outputs' variation{same}"
-    if agreement.error_share <= HEALTHY:
+    if agreement.error_share <= HEALTHY_ERROR_SHARE:
         return f"Nothing needs mending: {error}."
     return f"{error[0].upper()}{error[1:]}; no remedy that was tried takes away a tenth of the damage."
 
@@ -260,7 +260,7 @@ def _describe_tensor(tensor: Sensitivity, planned: Any, found: TensorStatistics)
     low, high = found.bounds
     values = found.sample
     smallest, largest = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
-    counts = torch.histc(values, BINS, smallest, largest) if largest > smallest else torch.empty(0)
+    counts = torch.histc(values, HISTOGRAM_BINS, smallest, largest) if largest > smallest else torch.empty(0)
     spread = found.channel_spread()
     channels = torch.empty(0) if spread is None else found.channel_largest[spread[0]]
     return TensorDiagnosis(
@@ -284,5 +284,5 @@ def _describe_tensor(tensor: Sensitivity, planned: Any, found: TensorStatistics)
         histogram=tuple(int(count) for count in counts),
         smallest=smallest,
         largest=largest,
-        channel_largest=tuple(float(value) for value in channels[:CHANNELS]),
+        channel_largest=tuple(float(value) for value in channels[:MAX_CHANNELS]),
     )

@@ -1,16 +1,16 @@
 """The result of `diagnose`: what was measured, and what to do about it."""
 
-import math
 import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from halfeven.files import json_value
 from halfeven.placement.options import Rule
 from halfeven.reporting.page import PageContents, save_page
 
-WIDTH = 80
-LINES = 40
+TEXT_WIDTH = 80
+MAX_LINES = 40
 SHOWN_TENSORS = 8
 SHOWN_FINDINGS = 3
 WORTH_TELLING = 0.1
@@ -131,7 +131,7 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the diagnosis as plain values for JSON; None stands for NaN and infinities."""
-        values: dict[str, Any] = _json_value(asdict(self))
+        values: dict[str, Any] = json_value(asdict(self))
         return values
 
     def save(self, path: str | Path) -> Path:
@@ -171,14 +171,14 @@ class Diagnosis:
         lines = [*_wrapped_lines(self.verdict), "", *self._measurement_lines()]
         for number, finding in enumerate(self.findings[:SHOWN_FINDINGS], 1):
             lines += ["", *_finding_lines(number, finding)]
-        room = LINES - len(lines) - 2
+        room = MAX_LINES - len(lines) - 2
         if self.tensors and room > 2:
             lines += ["", *self._tensor_lines(min(SHOWN_TENSORS, room - 1))]
         for note in self.notes:
             wrapped = _wrapped_lines(note)
-            if len(lines) + len(wrapped) <= LINES:
+            if len(lines) + len(wrapped) <= MAX_LINES:
                 lines += wrapped
-        return "\n".join(line[:WIDTH] for line in lines[:LINES])
+        return "\n".join(line[:TEXT_WIDTH] for line in lines[:MAX_LINES])
 
     def _measurement_lines(self) -> list[str]:
         agreement = "" if self.agreement is None else f", {self.agreement:.1%} of the top-1 answers the same"
@@ -223,13 +223,6 @@ def _finding_lines(number: int, finding: Finding) -> list[str]:
 
 
 def _wrapped_lines(text: str, indent: int = 0) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent=" " * indent, drop_whitespace=True, replace_whitespace=False)
-
-
-def _json_value(value: Any) -> Any:
-    """Return a value of JSON."""
-    if isinstance(value, dict):
-        return {name: _json_value(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_value(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return textwrap.wrap(
+        text, TEXT_WIDTH, subsequent_indent=" " * indent, drop_whitespace=True, replace_whitespace=False
+    )

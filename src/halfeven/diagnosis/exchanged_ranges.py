@@ -14,7 +14,8 @@ from halfeven.errors import HalfevenWarning
 from halfeven.layerwise.calibrate import calibrate
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import PlannedTensor, PlannedWeight
-from halfeven.quantization.quantizer import Mode, Quantizer, quantizers
+from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Mode, Quantizer
 from halfeven.quantization.scheme import Scheme
 
 
@@ -80,7 +81,7 @@ def ranges_at(qmodel: nn.Module, batches: Sequence[Any], bits: int) -> dict[Quan
 
 
 @contextmanager
-def raised(members: Iterable[Quantizer], ranges: Mapping[Quantizer, GridRange]) -> Iterator[None]:
+def raising_bits(members: Iterable[Quantizer], ranges: Mapping[Quantizer, GridRange]) -> Iterator[None]:
     """Give quantizers the ranges of more bits within the context; those that have none there pass floats."""
     before = [(quantizer, quantizer.mode, grid_range(quantizer)) for quantizer in members]
     try:

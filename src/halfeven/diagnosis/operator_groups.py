@@ -15,7 +15,7 @@ from halfeven.quantization.quantizer import Quantizer
 
 LARGEST_SHARE = 0.6
 """Largest share of a model's integer operators in a group: more is no exception."""
-DEPTH = 3
+GROUP_NAME_DEPTH = 3
 """Number of leading parts of a name, "layers.0.attention", that make a group."""
 
 
@@ -86,6 +86,6 @@ def _by_module(operators: Sequence[str]) -> Mapping[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in operators:
         parts = name.split(".")
-        for depth in range(1, min(len(parts), DEPTH + 1)):
+        for depth in range(1, min(len(parts), GROUP_NAME_DEPTH + 1)):
             found.setdefault(".".join(parts[:depth]), []).append(name)
     return found

@@ -7,7 +7,7 @@ from typing import get_args
 from torch import nn
 
 from halfeven.diagnosis.operator_groups import float_rules, integer_operators
-from halfeven.diagnosis.trials import EQUALIZE, EQUALIZE_ACROSS_CLIPS, REPARAMETRIZE, SMOOTH, Remedy, by_rules
+from halfeven.diagnosis.trials import EQUALIZE, EQUALIZE_ACROSS_CLIPS, REPARAMETRIZE, SMOOTH, Remedy, remedy_by_rules
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.make_plan import named_nodes
 from halfeven.placement.options import Rule
@@ -17,7 +17,7 @@ from halfeven.quantization.observers import ObserverName
 from halfeven.runtimes.runtime import runtime_named
 
 MORE_BITS = 8
-UNEQUAL = 4.0
+UNEQUAL_CHANNEL_RATIO = 4.0
 """Channels whose magnitudes differ by less than this factor need no remedy of their own."""
 
 
@@ -30,13 +30,13 @@ def remedies(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight, spread: 
         spread: the largest channel's magnitude over the smallest's.
     """
     found = [*_observer_remedies(planned)]
-    if spread >= UNEQUAL:
+    if spread >= UNEQUAL_CHANNEL_RATIO:
         if isinstance(planned, PlannedWeight) and planned.scheme.axis is None:
             rule = Rule(pattern=glob.escape(planned.name), per_channel=True)
-            found += [by_rules("a scale per channel of this weight", [rule]), equalization(qmodel)]
+            found += [remedy_by_rules("a scale per channel of this weight", [rule]), equalization(qmodel)]
         found += [SMOOTH, REPARAMETRIZE, equalization(qmodel)] if isinstance(planned, PlannedTensor) else []
     found += _bit_remedies(qmodel, planned)
-    return [*found, *in_float(qmodel, planned)]
+    return [*found, *float_remedies(qmodel, planned)]
 
 
 def equalization(qmodel: nn.Module) -> Remedy:
@@ -50,7 +50,7 @@ def _observer_remedies(planned: PlannedTensor | PlannedWeight) -> list[Remedy]:
         return []
     names = [name for name in get_args(ObserverName) if name not in (planned.observer, "moving_average")]
     place = planned.places[0] if isinstance(planned, PlannedTensor) else planned.name
-    return [by_rules(f'estimator "{name}"', [Rule(pattern=glob.escape(place), observer=name)]) for name in names]
+    return [remedy_by_rules(f'estimator "{name}"', [Rule(pattern=glob.escape(place), observer=name)]) for name in names]
 
 
 def _bit_remedies(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight) -> list[Remedy]:
@@ -61,20 +61,24 @@ def _bit_remedies(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight) -> 
     else:
         allowed = target.activation_bits
         rule = Rule(pattern=glob.escape(planned.places[0]), activation_bits=MORE_BITS)
-    return [by_rules(f"{MORE_BITS} bits", [rule])] if planned.scheme.bits < MORE_BITS and MORE_BITS in allowed else []
+    return (
+        [remedy_by_rules(f"{MORE_BITS} bits", [rule])]
+        if planned.scheme.bits < MORE_BITS and MORE_BITS in allowed
+        else []
+    )
 
 
-def in_float(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight) -> list[Remedy]:
+def float_remedies(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight) -> list[Remedy]:
     """Return the ways to leave a tensor in float: its readers, what makes it, or both in float."""
     operators = integer_operators(qmodel)
     if isinstance(planned, PlannedWeight):
-        return [by_rules(f"{planned.name} in float", float_rules([planned.name], operators))]
+        return [remedy_by_rules(f"{planned.name} in float", float_rules([planned.name], operators))]
     known = named_nodes(qmodel)
     readers = [name for name in planned.consumers if name in known]
     makers = [name for name in planned.places if name in known]
     ways: Sequence[list[str]] = (readers, makers, [*readers, *makers])
     return [
-        by_rules(f"{_shortened_names(members)} in float", float_rules(members, operators))
+        remedy_by_rules(f"{_shortened_names(members)} in float", float_rules(members, operators))
         for members in ways
         if members
     ]

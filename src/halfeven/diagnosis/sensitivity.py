@@ -1,9 +1,9 @@
 """Measure how much of the damage of quantization each tensor does, without labels.
 
-In context: all quantizers are on, and one tensor at a time gets more bits, or float; its share of the damage is what
-the answers gain by that. Alone: all are off except one. The damage is the divergence of the answers, not their squared
-error, which most tools take: in a MobileNetV2 with 4 bits, 8 tensors raised by divergence, in context or alone, are
-worth more than 17 by the error (`benchmarks/sensitivity.py`).
+In context, all quantizers are on, and one tensor at a time gets more bits, or float: its share of the damage is the
+gain of the answers. Alone, all quantizers are off except one. The damage is the divergence of the answers. Most tools
+take the squared error: in a MobileNetV2 with 4 bits, 8 tensors raised by divergence, in context or alone, are worth
+more than 17 by the error (`benchmarks/sensitivity.py`).
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ from halfeven.diagnosis.exchanged_ranges import (
     GridRange,
     planned_quantizers,
     quantized_alone,
-    raised,
+    raising_bits,
     ranges_at,
     switched_on,
 )
@@ -33,12 +33,13 @@ from halfeven.layerwise.batches import on_device, read_inputs
 from halfeven.layerwise.float_equivalence import float_function
 from halfeven.layerwise.outputs import first_samples
 from halfeven.layerwise.sqnr import decibels
-from halfeven.quantization.quantizer import Quantizer, weights_quantized_once
+from halfeven.quantization.model_quantizers import weights_quantized_once
+from halfeven.quantization.quantizer import Quantizer
 
-SAMPLES = 256
+RANKING_SAMPLES = 256
 """Samples that are enough to rank tensors."""
 
-RANKED_BY = 64
+SCREENING_SAMPLES = 64
 """Samples that are enough to tell which tensors may be a cause: a diagnosis measures those on all samples."""
 
 MEASURED_AGAIN = 12
@@ -112,7 +113,7 @@ class Sensitivities:
 
 
 def reference_of(
-    qmodel: nn.Module, batches: Iterable[Any], *, float_model: nn.Module | None = None, samples: int = SAMPLES
+    qmodel: nn.Module, batches: Iterable[Any], *, float_model: nn.Module | None = None, samples: int = RANKING_SAMPLES
 ) -> Reference:
     """Return the first samples of batches, with the float answers to them.
 
@@ -154,7 +155,7 @@ def sensitivities(
     groups: Mapping[str, Group] | None = None,
     raised_bits: int | None = 8,
     alone: bool = True,
-    samples: int = SAMPLES,
+    samples: int = RANKING_SAMPLES,
     reference: Reference | None = None,
     ranked_by: int | None = None,
 ) -> Sensitivities:
@@ -190,7 +191,7 @@ def sensitivities(
     lone: dict[tuple[str, bool], list[float]] = {}
     if alone:
         with quantized_alone(qmodel):
-            lone = measured(qmodel, part, members, switched_on, (divergence, relative_noise))
+            lone = measure_changes(qmodel, part, members, switched_on, (divergence, relative_noise))
     found = [
         Sensitivity(
             name=name[0],
@@ -212,7 +213,7 @@ def _measure_harm(
 ) -> dict[Name, float]:
     """Return what the divergence falls by where each group alone is raised."""
     whole = divergence_of(qmodel, reference)
-    after = divergences(qmodel, reference, members, lambda group: raised(group, ranges))
+    after = divergences(qmodel, reference, members, lambda group: raising_bits(group, ranges))
     return {name: whole - left for name, left in after.items()}
 
 
@@ -232,11 +233,11 @@ def divergences(
         change: changes a group within a context.
         measure: gives the distance of a batch's outputs from the float model's.
     """
-    return {name: found for name, (found,) in measured(qmodel, reference, groups, change, (measure,)).items()}
+    return {name: found for name, (found,) in measure_changes(qmodel, reference, groups, change, (measure,)).items()}
 
 
 @torch.no_grad()
-def measured(
+def measure_changes(
     qmodel: nn.Module,
     reference: Reference,
     groups: Mapping[Name, Group],

@@ -19,9 +19,9 @@ from halfeven.quantization.quantizer import Mode, Quantizer
 
 KEPT_VALUES = 16384
 """Values of a tensor that are kept of each batch, evenly spread, for its histogram."""
-FAR = 0.5
-"""Values beyond this share of the largest magnitude are far outside, where the rest lies within `NEAR` of it."""
-NEAR = 1 / 16
+FAR_SHARE = 0.5
+"""Values beyond this share of the largest magnitude are far outside, where the rest lies within `NEAR_SHARE` of it."""
+NEAR_SHARE = 1 / 16
 
 
 @dataclass
@@ -109,14 +109,14 @@ class TensorStatistics:
         if not len(values) or not float(values.max()):
             return 0.0
         relative = values / values.max()
-        between = ((relative > NEAR) & (relative < FAR)).double().mean()
-        share = float((relative >= FAR).double().mean())
+        between = ((relative > NEAR_SHARE) & (relative < FAR_SHARE)).double().mean()
+        share = float((relative >= FAR_SHARE).double().mean())
         return share if float(between) < 0.05 * share else 0.0
 
     def far_is_constant(self) -> bool:
         """Return True where all values far outside are about equal, as a mask's are."""
         values = self.sample
-        far = values[values.abs() >= FAR * values.abs().max()]
+        far = values[values.abs() >= FAR_SHARE * values.abs().max()]
         return len(far) > 1 and float(far.std()) <= 0.05 * float(far.abs().mean())
 
     def channel_outlier(self) -> tuple[int, int, float] | None:
@@ -158,7 +158,7 @@ class TensorStatistics:
 
 
 @torch.no_grad()
-def statistics(qmodel: nn.Module, inputs: Sequence[Inputs]) -> dict[tuple[str, bool], TensorStatistics]:
+def tensor_statistics(qmodel: nn.Module, inputs: Sequence[Inputs]) -> dict[tuple[str, bool], TensorStatistics]:
     """Return the statistics of each quantized tensor by (name, weight), from the float values of these inputs.
 
     Args:

@@ -22,7 +22,8 @@ from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.reconstruction.reconstruct import adaround
 from halfeven.ptq.transformers.reparametrization import reparametrize
 from halfeven.ptq.transformers.smoothing import smooth
-from halfeven.quantization.quantizer import Mode, quantizers
+from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Mode
 from halfeven.runtimes.runtime import runtime_named
 
 Batches = Sequence[Any]
@@ -69,22 +70,22 @@ def try_remedy(qmodel: nn.Module, remedy: Remedy, batches: Batches, reference: R
     return Trial(remedy, divergence_of(copied, reference)), copied
 
 
-def written(rules: Sequence[Rule]) -> str:
+def rules_argument(rules: Sequence[Rule]) -> str:
     """Return rules as an argument to paste."""
     return f"rules=({', '.join(rule_text(vars(rule)) for rule in rules)},)"
 
 
-def by_rules(name: str, rules: Sequence[Rule]) -> Remedy:
+def remedy_by_rules(name: str, rules: Sequence[Rule]) -> Remedy:
     """Return a remedy that adds rules to the plan."""
 
     def apply(qmodel: nn.Module, batches: Batches) -> None:
         apply_rules(qmodel, rules, runtime_named(plan_of(qmodel).options.target).target)
         calibrate_missing(qmodel, batches)
 
-    return Remedy(name, written(rules), apply, rules=tuple(rules))
+    return Remedy(name, rules_argument(rules), apply, rules=tuple(rules))
 
 
-def by_option(name: str, **changes: Any) -> Remedy:
+def remedy_by_option(name: str, **changes: Any) -> Remedy:
     """Return a remedy that changes options of quantization."""
 
     def apply(qmodel: nn.Module, batches: Batches) -> None:
@@ -97,7 +98,7 @@ def by_option(name: str, **changes: Any) -> Remedy:
     return Remedy(name, _options_text(changes), apply, options=tuple(changes.items()))
 
 
-def by_step(name: str, step: Callable[[nn.Module, Batches], Any], **changes: Any) -> Remedy:
+def remedy_by_step(name: str, step: Callable[[nn.Module, Batches], Any], **changes: Any) -> Remedy:
     """Return a remedy that takes a step of post-training quantization.
 
     Args:
@@ -151,14 +152,14 @@ RECALIBRATE = Remedy(
     "halfeven.calibrate(qmodel, batches)",
     _recalibrate,
 )
-SMOOTH = by_step("smoothing", smooth, smooth="on")
-REPARAMETRIZE = by_step("reparametrization", reparametrize, reparametrize="on")
-EQUALIZE = by_step("equalization", lambda qmodel, batches: equalize(qmodel), equalize="on")
-EQUALIZE_ACROSS_CLIPS = by_step(
+SMOOTH = remedy_by_step("smoothing", smooth, smooth="on")
+REPARAMETRIZE = remedy_by_step("reparametrization", reparametrize, reparametrize="on")
+EQUALIZE = remedy_by_step("equalization", lambda qmodel, batches: equalize(qmodel), equalize="on")
+EQUALIZE_ACROSS_CLIPS = remedy_by_step(
     "equalization across ReLU6",
     lambda qmodel, batches: equalize(qmodel, across_clips=True),
     equalize="on",
     relu6="per_channel",
 )
-LEARN_ROUNDING = by_step("learned rounding", _learn_rounding, reconstruct="layers")
-PER_CHANNEL = by_option("weights per channel", per_channel=True)
+LEARN_ROUNDING = remedy_by_step("learned rounding", _learn_rounding, reconstruct="layers")
+PER_CHANNEL = remedy_by_option("weights per channel", per_channel=True)

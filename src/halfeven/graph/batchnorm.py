@@ -110,7 +110,7 @@ def fold(region: CapturedModule) -> int:
             if module not in folded:  # of a layer that is called several times, the first call
                 folded.add(module)
                 _fold_into(module, module_of(node), output_axis(layer))
-            remove(region, node)
+            remove_module(region, node)
             count += 1
     region.recompile()
     return count
@@ -152,7 +152,7 @@ def forget_statistics(model: nn.Module) -> None:
             del module.output_std
 
 
-def remove(region: CapturedModule, node: fx.Node) -> None:
+def remove_module(region: CapturedModule, node: fx.Node) -> None:
     """Remove the call of a module, whose readers then read its input; remove the module too after its last call."""
     node.replace_all_uses_with(node.all_input_nodes[0])
     region.graph.erase_node(node)

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from halfeven.graph.operators import WEIGHTED, OperatorKind
+from halfeven.graph.operators import WEIGHTED, Arguments, OperatorKind
 from halfeven.graph.operators.layers import RECURRENT
 from halfeven.graph.torch_private import fake_tensors, is_aten, is_operator, pytree
 from halfeven.graph.view import Op
 
 aten = torch.ops.aten
 K = OperatorKind
-Arguments = dict[str, Any]
 
 
 def multiply_accumulates(node: fx.Node) -> int:

@@ -23,16 +23,18 @@ class FixedAxisError(CaptureError):
 Export = Callable[[list[Any], AbstractContextManager[Any]], Any]
 """Exports a module, told of each leaf's axes, within a context."""
 
-SIZE = r"L\['(\w+)'\]((?:\[[^\]]*\])*)\.size\(\)\[(\d+)\]"
+SIZE_PATTERN = r"L\['(\w+)'\]((?:\[[^\]]*\])*)\.size\(\)\[(\d+)\]"
 """Pattern of the size of an input's axis in messages of torch.export: L['images'][0].size()[2]."""
-FIXED = re.compile(rf"You marked {SIZE} as dynamic but your code specialized it to be a constant \((\d+)\)")
+FIXED_PATTERN = re.compile(
+    rf"You marked {SIZE_PATTERN} as dynamic but your code specialized it to be a constant \((\d+)\)"
+)
 NOT_THE_MODEL = ("/torch/", "/halfeven/graph/", "/sympy/", "/logging/", "/contextlib.py", "/functools.py")
 """Parts of the names of files that are between the model's code and the logger, on the stack."""
 LOGGER = "torch.fx.experimental.symbolic_shapes"
 
 
 def leaf_and_axis(found: Sequence[str]) -> tuple[str, int]:
-    """Return the name of an input and the axis, from the groups of `SIZE`."""
+    """Return the name of an input and the axis, from the groups of `SIZE_PATTERN`."""
     parameter, keys, axis = found[:3]
     return "_".join([parameter, *re.findall(r"\w+", keys)]), int(axis)
 
@@ -46,7 +48,7 @@ def fixed_axes(error: Exception, described: Any) -> list[str]:
     """
     labels = {known.name: known.free for known in pytree.tree_leaves(described) if known is not None}
     words = []
-    for found in FIXED.findall(str(error)):
+    for found in FIXED_PATTERN.findall(str(error)):
         name, axis = leaf_and_axis(found)
         label = labels.get(name, {}).get(axis, "")
         words.append(f'axis {axis} of "{name}"{f" ({label})" if label else ""} is always {found[3]}')

@@ -67,8 +67,10 @@ Recorded = Mapping[str, Sequence[Inputs]]
 def inner_free_axes(
     record: Callable[[Any, Any], Recorded], recorded: Recorded, inputs: Inputs, free: FreeAxes
 ) -> dict[str, FreeAxes]:
-    """Return the free axes of each submodule's inputs: those whose sizes change with a size of the model's inputs, and
-    those that differ between its calls (a head that several levels share).
+    """Return the free axes of the inputs of each submodule.
+
+    An axis is free if its size changes with the model's inputs, or differs between the submodule's calls (a head that
+    several levels share).
 
     Args:
         record: runs the model and returns the inputs of each submodule.

@@ -27,7 +27,7 @@ from halfeven.graph.tree import adopt, has_value, owner_of, place
 from halfeven.graph.view import Op, operations, replace_call
 
 BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-CHECKS = ("_assert", "sym_constrain", "_guards")
+CHECK_OPERATORS = ("_assert", "sym_constrain", "_guards")
 KEPT_FIELDS = (
     *("halfeven_plan", "halfeven_example", "halfeven_inputs", "region_inputs", "region_name", "size_relations"),
     *("fixed_batch", "execution_graph", "kept_rows", "stays_in_eval"),
@@ -138,7 +138,9 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule, calls: Calls) -> Cap
     rows = restore_kept(graph, original, calls)
     modules: dict[str, nn.Module] = {name: original.get_submodule(name) for name in rows}
     for node in list(graph.nodes):
-        if any(check in str(node.target) for check in CHECKS):  # export's assertions on sizes, without a result
+        if any(
+            check in str(node.target) for check in CHECK_OPERATORS
+        ):  # export's assertions on sizes, without a result
             graph.erase_node(node)
         elif Op(node).is_function:
             make_functional(node)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from halfeven.errors import InputError
-from halfeven.graph.fixed_axes import SIZE, leaf_and_axis
+from halfeven.graph.fixed_axes import SIZE_PATTERN, leaf_and_axis
 from halfeven.graph.model_inputs import BATCH, ModelInput, check_sizes
 from halfeven.graph.torch_private import size_guards
 
@@ -43,14 +43,14 @@ def size_relations(
     places = {known.name: place for place, known in enumerate(inputs) if known is not None}
     found = []
     for guard in size_guards(program):
-        axes = [leaf_and_axis(groups) for groups in re.findall(SIZE, guard)]
+        axes = [leaf_and_axis(groups) for groups in re.findall(SIZE_PATTERN, guard)]
         if not axes or any(name not in places for name, _ in axes):
             continue
         named = dict.fromkeys((places[name], axis, _axis_label(inputs, places[name], axis)) for name, axis in axes)
         if "!=" in guard or all(label == BATCH for _, _, label in named):
             continue
-        expression = re.sub(SIZE, lambda size: _size_expression(size.groups(), places), guard)
-        words = re.sub(SIZE, lambda size: _size_words(size.groups(), inputs, places), guard)
+        expression = re.sub(SIZE_PATTERN, lambda size: _size_expression(size.groups(), places), guard)
+        words = re.sub(SIZE_PATTERN, lambda size: _size_words(size.groups(), inputs, places), guard)
         found.append(SizeRelation(expression, words, tuple(named)))
     return tuple(found)
 

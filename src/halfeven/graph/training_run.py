@@ -23,7 +23,7 @@ from halfeven.graph.parts import called_modules
 from halfeven.graph.restoring import attributes_restored, put_back
 from halfeven.graph.torch_private import AnyDropout, own_buffers, pytree
 
-SAME = 1e-2
+ROUNDING_TOLERANCE = 1e-2
 """Largest difference of two outputs or gradients, over the larger norm, that rounding may cause: BatchNorm on two
 samples magnifies it."""
 NO_GRADIENT = 1e-5
@@ -136,7 +136,7 @@ def _are_alike(expected: Any, found: Any) -> bool:
         return torch.equal(expected, found)
     e = torch.nan_to_num(expected.float())
     f = torch.nan_to_num(found.float())
-    return bool((e - f).norm() <= SAME * max(float(e.norm()), float(f.norm())) + 1e-12)
+    return bool((e - f).norm() <= ROUNDING_TOLERANCE * max(float(e.norm()), float(f.norm())) + 1e-12)
 
 
 def _other_gradients(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
@@ -151,7 +151,7 @@ def _other_gradients(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
                 names.append(name)
             continue
         noise = NO_GRADIENT * largest * e.numel() ** 0.5
-        if (e - f).norm() > SAME * max(float(e.norm()), float(f.norm())) + noise:
+        if (e - f).norm() > ROUNDING_TOLERANCE * max(float(e.norm()), float(f.norm())) + noise:
             names.append(name)
     return names
 
@@ -326,8 +326,10 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 @contextmanager
 def _functions_without_dropout() -> Iterator[None]:
-    """Replace torch's functions by their form without dropout: a mode does not reach what checkpointing computes again
-    in the backward pass."""
+    """Replace torch's functions by their form without dropout, within the context.
+
+    A mode of torch does not reach what checkpointing computes again in the backward pass.
+    """
     found = {
         name: value
         for name, value in vars(functional).items()

@@ -76,7 +76,7 @@ def suspects(model: nn.Module, args: Any, kwargs: Any, export: Export) -> Iterat
 
 
 def _smallest_that_differ(model: nn.Module, trace: _Trace, export: Export) -> dict[str, Suspicion]:
-    """Return the modules that train otherwise than the graph captured of them alone, and that contain no other such."""
+    """Return the smallest modules that train otherwise than a graph captured of the module alone."""
     found: dict[str, Suspicion] = {}
     for name, module in reversed(list(model.named_modules())):
         around = any(inner.startswith(f"{name}.") for inner in found)
@@ -141,8 +141,7 @@ def _is_of_torch(module: nn.Module) -> bool:
 
 
 def _suspicion_by_flag(module: nn.Module, args: Any, kwargs: Any) -> Suspicion | None:
-    """Return what changes where a module's own `training` flag is off and those of its children are on; None: nothing
-    does."""
+    """Return what changes with a module's own `training` flag, while those of its children are on; else None."""
     try:
         expected = run_in_training(module, args, kwargs)
         with restored(module):

@@ -204,7 +204,7 @@ class Op:
 
     @property
     def yields_floats(self) -> bool:
-        """Return True if a result, of one or of several, is a floating-point tensor."""
+        """Return True if at least one result is a floating-point tensor."""
         results = pytree.tree_leaves(self.value)
         return any(isinstance(result, Tensor) and result.is_floating_point() for result in results)
 

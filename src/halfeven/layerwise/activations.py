@@ -18,10 +18,11 @@ from halfeven.graph.torch_private import pytree
 from halfeven.graph.view import Op, operations
 from halfeven.layerwise.blocks import Block
 from halfeven.layerwise.cache import BoundedCache, Stored
-from halfeven.quantization.quantizer import Mode, Quantizer, quantizers, set_mode
+from halfeven.quantization.model_quantizers import quantizers, set_mode
+from halfeven.quantization.quantizer import Mode, Quantizer
 
 Values = dict[fx.Node, Any]
-Call = Callable[[nn.Module, tuple[Any, ...]], Any]
+RunModule = Callable[[nn.Module, tuple[Any, ...]], Any]
 
 
 def run_module(module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -71,7 +72,7 @@ class ActivationCache:
         return moved
 
     @torch.no_grad()
-    def advance(self, block: Block, call: Call = run_module) -> None:
+    def advance(self, block: Block, call: RunModule = run_module) -> None:
         """Run a block on every batch and keep its outputs.
 
         Args:
@@ -84,7 +85,7 @@ class ActivationCache:
                 values[node] = self.store.store(pytree.tree_map_only(Tensor, lambda t: t.cpu(), value))
 
     @torch.no_grad()
-    def visit(self, block: Block, call: Call) -> None:
+    def visit(self, block: Block, call: RunModule) -> None:
         """Run a block on every batch for `call` to see its tensors, and keep nothing."""
         for batch in range(len(self.values)):
             run(block, self.inputs(block, batch), call)
@@ -98,7 +99,7 @@ class ActivationCache:
                 del values[node]
 
 
-def run(block: Block, values: Values, call: Call = run_module) -> Values:
+def run(block: Block, values: Values, call: RunModule = run_module) -> Values:
     """Run a block's nodes and return the values of its outputs.
 
     Args:
@@ -182,7 +183,7 @@ def check_float_weights(qmodel: nn.Module, algorithm: str) -> None:
 
 
 @contextmanager
-def in_float(block: Block) -> Iterator[None]:
+def block_in_float(block: Block) -> Iterator[None]:
     """Switch the quantizers of a block off; restore their modes at the end."""
     modules = [op.module for op in map(Op, block.nodes) if op.module is not None]
     found = [q for module in modules for q in module.modules() if isinstance(q, Quantizer)]

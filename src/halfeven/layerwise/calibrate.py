@@ -17,7 +17,8 @@ from halfeven.layerwise.clipping import counting_clipped, warn_of_unsettled
 from halfeven.layerwise.float_equivalence import float_function, run_example
 from halfeven.layerwise.training_mode import normalizing_by_batch, trained_batchnorms
 from halfeven.progress_bar import advancing, count_of, progress
-from halfeven.quantization.quantizer import Mode, Quantizer, quantizers
+from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Mode, Quantizer
 
 
 @checked_arguments(CalibrationError)

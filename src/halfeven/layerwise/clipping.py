@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from halfeven.distributed import rank
 from halfeven.errors import HalfevenWarning
-from halfeven.quantization.quantizer import Mode, Quantizer, quantizers
+from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Mode, Quantizer
 
 MAX_CLIPPED_SHARE = 0.2
 """Largest share of an activation's values that may lie outside of its range before a warning names it. Ranges of
 settled models clip below a hundredth at 8 bits, and below a tenth at 2 bits."""
 
-NAMED = 5
+MAX_NAMED_ACTIVATIONS = 5
 """Activations that a warning names."""
 
 
@@ -71,15 +72,15 @@ def _counting_hook(name: str, counts: ClippedValues) -> Any:
     return count
 
 
-def told(shares: Mapping[str, float], activations: int) -> str:
+def clipping_sentence(shares: Mapping[str, float], activations: int) -> str:
     """Return a sentence that names the activations of the largest shares.
 
     Args:
         shares: clipped shares by name, the largest first.
         activations: number of the model's quantized activations.
     """
-    named = ", ".join(f"{name} ({share:.0%})" for name, share in list(shares.items())[:NAMED])
-    more = " and more" if len(shares) > NAMED else ""
+    named = ", ".join(f"{name} ({share:.0%})" for name, share in list(shares.items())[:MAX_NAMED_ACTIVATIONS])
+    more = " and more" if len(shares) > MAX_NAMED_ACTIVATIONS else ""
     return (
         f"{len(shares)} of {activations} quantized activations clip more than {MAX_CLIPPED_SHARE:.0%} of their values "
         f"in training, {named}{more}"
@@ -95,9 +96,9 @@ def warn_of_unsettled(shares: Mapping[str, float], activations: int) -> None:
     """
     warnings.warn(
         f"BatchNorm's running statistics do not describe the calibration batches: with ranges of eval mode, "
-        f"{told(shares, activations)}. The ranges were therefore set from both modes, eval and training, and are wider "
-        "than either needs. Train the float model longer, raise BatchNorm's momentum, or settle the statistics with "
-        "halfeven.layerwise.re_estimate.re_estimate(qmodel, loader) and calibrate again.",
+        f"{clipping_sentence(shares, activations)}. The ranges were therefore set from both modes, eval and training, "
+        "and are wider than either needs. Train the float model longer, raise BatchNorm's momentum, or settle the "
+        "statistics with halfeven.layerwise.re_estimate.re_estimate(qmodel, loader) and calibrate again.",
         HalfevenWarning,
         stacklevel=3,
     )
@@ -106,8 +107,8 @@ def warn_of_unsettled(shares: Mapping[str, float], activations: int) -> None:
 class ClippingWatch:
     """Warns once of each activation that training clips too much.
 
-    Counting takes a step's time twice over, so it is done in the steps that `due` announces: the first, and each after
-    a validation.
+    Counting doubles the time of a step, so only the steps that `due` announces count: the first, and each step after a
+    validation.
     """
 
     def __init__(self, qmodel: nn.Module) -> None:
@@ -136,9 +137,9 @@ class ClippingWatch:
         self.named.update(new)
         if new and rank() == 0:
             warnings.warn(
-                f"{told(new, len(shares))}. No gradient passes what is clipped, so the layers before learn little. "
-                "Calibrate with batches of the training data, transformed as in training; if BatchNorm's running "
-                "statistics do not describe these batches yet, train the float model longer first, or call "
+                f"{clipping_sentence(new, len(shares))}. No gradient passes what is clipped, so the layers before "
+                "learn little. Calibrate with batches of the training data, transformed as in training; if BatchNorm's "
+                "running statistics do not describe these batches yet, train the float model longer first, or call "
                 "halfeven.layerwise.re_estimate.re_estimate(qmodel, loader) and calibrate again.",
                 HalfevenWarning,
                 stacklevel=3,

@@ -13,7 +13,8 @@ from halfeven.graph.batchnorm import keep_statistics, kept_statistics
 from halfeven.graph.torch_private import pytree
 from halfeven.layerwise.sqnr import relative_difference
 from halfeven.placement.insertion import recorded_example
-from halfeven.quantization.quantizer import Mode, quantizers, set_mode
+from halfeven.quantization.model_quantizers import quantizers, set_mode
+from halfeven.quantization.quantizer import Mode
 
 TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest output, that float32's rounding may explain."""

@@ -12,7 +12,8 @@ from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.view import kind_of
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.make_plan import named_nodes
-from halfeven.quantization.quantizer import Mode, Quantizer, quantizers
+from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Mode, Quantizer
 from halfeven.verification.layer_times import LayerTimes
 
 FLOAT_BITS = 32
@@ -27,7 +28,7 @@ Widths = Mapping[str, int | None]
 
 
 @dataclass(frozen=True)
-class Work:
+class LayerWork:
     """The work of a layer or of a product of activations."""
 
     name: str
@@ -67,7 +68,7 @@ class Traffic:
 class Workload:
     """All that a quantized model multiplies, and the activations that it moves."""
 
-    works: tuple[Work, ...]
+    works: tuple[LayerWork, ...]
     traffic: tuple[Traffic, ...]
 
 
@@ -90,7 +91,7 @@ class Cost:
 
     @property
     def work(self) -> float:
-        """BOPs, with the bits that are moved in the same unit: a tensor that no layer multiplies has a price, too."""
+        """Return BOPs plus the bits that are moved, in BOPs: so a tensor that no layer multiplies has a price, too."""
         return self.bops + BOPS_PER_BIT * self.moved
 
 
@@ -104,7 +105,7 @@ def workload_of(qmodel: nn.Module) -> Workload:
     return Workload(tuple(works_of(qmodel)), tuple(traffic))
 
 
-def works_of(qmodel: nn.Module) -> list[Work]:
+def works_of(qmodel: nn.Module) -> list[LayerWork]:
     """Return the work of each layer with a quantized weight and of each product of quantized activations."""
     plan = plan_of(qmodel)
     read: dict[str, list[str]] = {}
@@ -118,7 +119,7 @@ def works_of(qmodel: nn.Module) -> list[Work]:
         if layer or (kind_of(node) is OperatorKind.MATMUL and name in read):
             count = math.prod(weight_shape(node)) if layer else 0
             weight = weights[name] if layer else None
-            found.append(Work(name, multiply_accumulates(node), count, weight, tuple(read.get(name, ()))))
+            found.append(LayerWork(name, multiply_accumulates(node), count, weight, tuple(read.get(name, ()))))
     return found
 
 

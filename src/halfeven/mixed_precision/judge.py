@@ -13,7 +13,7 @@ from halfeven.diagnosis.restarted import float_tensors
 from halfeven.diagnosis.sensitivity import Reference
 from halfeven.errors import ConfigError
 from halfeven.evaluation import evaluating
-from halfeven.quantization.quantizer import weights_quantized_once
+from halfeven.quantization.model_quantizers import weights_quantized_once
 
 Evaluate = Callable[[nn.Module], Any]
 """Returns a model's metric, more is better: a number, or a number for each sample."""

@@ -25,8 +25,8 @@ from halfeven.targets.target import Target
 Entry = PlannedTensor | PlannedWeight
 """The entry of a quantizer in a plan."""
 
-OF_TENSORS = ("activation_bits", "symmetric", "signed", "observer", "power_of_two")
-OF_WEIGHTS = ("weight_bits", "observer", "power_of_two")
+TENSOR_FIELDS = ("activation_bits", "symmetric", "signed", "observer", "power_of_two")
+WEIGHT_FIELDS = ("weight_bits", "observer", "power_of_two")
 """Fields of a rule that a candidate may set for the tensors of a unit, and for the weights that read them."""
 
 
@@ -48,7 +48,7 @@ class Move:
 
     def __str__(self) -> str:
         """Return the change in words."""
-        return describe(self.candidate)
+        return candidate_text(self.candidate)
 
     def apply(self) -> None:
         """Give the quantizers their settings, in place."""
@@ -76,7 +76,7 @@ class Move:
         return quantizer.scheme == setting.scheme and all(state[k].equal(v) for k, v in setting.state.items())
 
 
-def describe(candidate: Rule) -> str:
+def candidate_text(candidate: Rule) -> str:
     """Return a candidate in words, such as "activation_bits 8"."""
     if candidate.quantize is False:
         return "float"
@@ -118,12 +118,12 @@ def check_candidates(candidates: Sequence[Rule]) -> None:
                 "pattern, such as halfeven.Rule(activation_bits=8)."
             )
         given = _fields_set(candidate)
-        wrong = [name for name in given if name not in (*OF_TENSORS, *OF_WEIGHTS, "quantize")]
+        wrong = [name for name in given if name not in (*TENSOR_FIELDS, *WEIGHT_FIELDS, "quantize")]
         if candidate.pattern != "*" or wrong or not given or candidate.quantize is True:
             raise ConfigError(
                 f"The candidate {candidate} cannot be tried: a candidate has no pattern, since the search chooses the "
-                f"operators, and sets {', '.join(dict.fromkeys((*OF_TENSORS, *OF_WEIGHTS)))} or quantize=False. Set "
-                "other fields by rules=, which hold for the whole search."
+                f"operators, and sets {', '.join(dict.fromkeys((*TENSOR_FIELDS, *WEIGHT_FIELDS)))} or quantize=False. "
+                "Set other fields by rules=, which hold for the whole search."
             )
 
 
@@ -171,7 +171,7 @@ def _unit_rules(unit: Unit, candidate: Rule) -> Iterator[Rule]:
         for name in unit.readers:
             yield dataclasses.replace(candidate, pattern=glob.escape(name))
         return
-    for names, fields in ((unit.tensors, OF_TENSORS), (unit.layers, OF_WEIGHTS)):
+    for names, fields in ((unit.tensors, TENSOR_FIELDS), (unit.layers, WEIGHT_FIELDS)):
         given: dict[str, Any] = {name: value for name, value in _fields_set(candidate).items() if name in fields}
         for name in names if given else ():
             yield Rule(pattern=glob.escape(name), kind=candidate.kind, **given)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-from halfeven.diagnosis.sensitivity import SAMPLES
+from halfeven.diagnosis.sensitivity import RANKING_SAMPLES
 from halfeven.options import NonNegativeFloat, NonNegativeInt, Options, PositiveFloat, PositiveInt
 
 CostName = Literal["auto", "latency", "bops", "size"]
@@ -26,7 +26,7 @@ class SearchOptions(Options):
     """Cost that a step is weighed by: "latency", the time in the target; "bops", bits times bits of the
     multiply-accumulates, with the traffic of activations; "size", the size of the weights; "auto": the cost that has a
     budget, or else "bops"."""
-    samples: PositiveInt = SAMPLES
+    samples: PositiveInt = RANKING_SAMPLES
     """Samples that rank the steps."""
     rescorings: NonNegativeInt = 1
     """Number of times that the steps are ranked anew, after 4, 8, 16, ... steps."""

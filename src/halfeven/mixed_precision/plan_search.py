@@ -19,7 +19,7 @@ from halfeven.mixed_precision.options import SearchOptions
 from halfeven.mixed_precision.result import SearchResult
 from halfeven.mixed_precision.store import MeasurementStore
 from halfeven.mixed_precision.units import units_of
-from halfeven.mixed_precision.walk import Step, Walk, walk
+from halfeven.mixed_precision.walk import SearchStep, Walk, walk
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.options import Rule
 from halfeven.quantization.own_class import plain_values
@@ -160,7 +160,7 @@ def _loses_too_much(result: SearchResult, options: SearchOptions) -> bool:
     return options.max_drop is not None and result.judgement is not None and result.judgement.drop > options.max_drop
 
 
-def _fast_enough_plan(result: SearchResult, steps: Sequence[Step], options: SearchOptions) -> int | None:
+def _fast_enough_plan(result: SearchResult, steps: Sequence[SearchStep], options: SearchOptions) -> int | None:
     """Return the number of steps of an earlier plan whose file should be fast enough; None if the file itself is.
 
     The estimates are corrected by the ratio of measured to estimated time. The plan is the last that keeps the budget

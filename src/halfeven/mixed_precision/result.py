@@ -1,7 +1,6 @@
 """The result of a search: the model, the rules, and the plans on the way."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from halfeven.files import json_value
 from halfeven.mixed_precision.judge import Judgement
 from halfeven.mixed_precision.result_page import search_contents
-from halfeven.mixed_precision.walk import Step
+from halfeven.mixed_precision.walk import SearchStep
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.options import Rule, rule_text
 from halfeven.quantization.own_class import plain_values
@@ -30,7 +30,7 @@ class SearchResult:
     """True if it keeps all budgets."""
     chosen: int
     """The number of steps of its plan."""
-    steps: tuple[Step, ...]
+    steps: tuple[SearchStep, ...]
     """All plans on the way, from the scheme's."""
     unit: str
     """The words for a drop."""
@@ -43,9 +43,9 @@ class SearchResult:
     """Budgets that were not reached, and limits of what was measured."""
 
     @property
-    def pareto(self) -> tuple[Step, ...]:
+    def pareto(self) -> tuple[SearchStep, ...]:
         """The plans that no cheaper plan is at least as good as, the cheapest first: by time where it was measured."""
-        found: list[Step] = []
+        found: list[SearchStep] = []
         for step in sorted(self.steps, key=lambda step: (_compared_cost(step), step.divergence)):
             if not found or step.divergence < found[-1].divergence:
                 found.append(step)
@@ -88,17 +88,17 @@ class SearchResult:
         return "\n".join(lines)
 
 
-def _compared_cost(step: Step) -> float:
+def _compared_cost(step: SearchStep) -> float:
     return step.cost.work if step.cost.latency is None else step.cost.latency
 
 
-def _step_values(step: Step) -> dict[str, Any]:
-    values: dict[str, Any] = _json_value(dataclasses.asdict(step))
+def _step_values(step: SearchStep) -> dict[str, Any]:
+    values: dict[str, Any] = json_value(dataclasses.asdict(step))
     values["cost"]["work"] = step.cost.work
     return values
 
 
-def _step_row(step: Step, *, chosen: bool, best: bool) -> tuple[str, ...]:
+def _step_row(step: SearchStep, *, chosen: bool, best: bool) -> tuple[str, ...]:
     """Return the row of a step in the printed table."""
     cost = step.cost
     return (
@@ -117,10 +117,3 @@ def _step_row(step: Step, *, chosen: bool, best: bool) -> tuple[str, ...]:
 def _table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
-
-
-def _json_value(value: Any) -> Any:
-    """Return plain values with None for the numbers that JSON lacks."""
-    if isinstance(value, dict):
-        return {name: _json_value(part) for name, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,7 +10,7 @@ from halfeven.reporting.page import PageContents
 Values = Mapping[str, Any]
 """The values of `SearchResult.to_dict`, or of the file that they were written to."""
 
-PLANS = "Plans of the search"
+PLANS_HEADING = "Plans of the search"
 """Heading of their table."""
 
 
@@ -25,7 +25,7 @@ def with_search(contents: PageContents, found: Values) -> PageContents:
         contents,
         plans=tuple(_chart_point(step, found) for step in found["steps"]),
         plans_cost=_cost_title(found),
-        tables={PLANS: _step_table(found), **contents.tables},
+        tables={PLANS_HEADING: _step_table(found), **contents.tables},
         notes=(*contents.notes, *found["notes"]),
         paste=_rules_text(found["rules"]),
     )

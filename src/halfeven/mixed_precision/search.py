@@ -18,7 +18,7 @@ from halfeven.mixed_precision.plan_search import search_plan
 from halfeven.mixed_precision.result import SearchResult
 from halfeven.pipelines import (
     QuantizeFields,
-    at_hand,
+    batches_in_memory,
     check_folds,
     prepare_folded,
     quantize_prepared,
@@ -82,7 +82,7 @@ def search(
     options, ptq = split_fields(options or QuantizationOptions(), ptq or PTQOptions(), rest)
     check_folds(options)
     tried = check_search(budgets, options, candidates)
-    data = at_hand(batches, None)
+    data = batches_in_memory(batches, None)
     prepared = prepare_folded(model, data, options, example)
     log = log or (lambda text: None)
     return search_prepared(

@@ -8,7 +8,7 @@ from typing import Any
 from halfeven.errors import CheckpointError, ConfigError
 from halfeven.files import storing, write_atomically
 
-FILE = "search.json"
+MEASUREMENTS_FILE = "search.json"
 
 
 class MeasurementStore:
@@ -24,7 +24,7 @@ class MeasurementStore:
     """
 
     def __init__(self, folder: Path | None, facts: dict[str, Any]) -> None:
-        self.path = None if folder is None else folder / FILE
+        self.path = None if folder is None else folder / MEASUREMENTS_FILE
         self.facts = json.loads(json.dumps(facts))
         self.found: dict[str, Any] = {}
         if self.path is not None and self.path.is_file():

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from halfeven.diagnosis.exchanged_ranges import GridRange, grid_range, raised, set_grid_range
+from halfeven.diagnosis.exchanged_ranges import GridRange, grid_range, raising_bits, set_grid_range
 from halfeven.diagnosis.sensitivity import Reference, divergence_of, divergences
 from halfeven.mixed_precision.cost import Cost, Workload, cost_of, widths_of
 from halfeven.mixed_precision.judge import Judge, Judgement
@@ -15,24 +15,25 @@ from halfeven.mixed_precision.moves import Move
 from halfeven.mixed_precision.options import SearchOptions
 from halfeven.mixed_precision.pricing import NEXT_TO_NOTHING, is_cheaper, is_worth_its_work, price, reason, worth
 from halfeven.mixed_precision.store import MeasurementStore
-from halfeven.quantization.quantizer import Mode, Quantizer, quantizers
+from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Mode, Quantizer
 from halfeven.verification.layer_times import LayerTimes
 
 FIRST_RESCORING = 4
 """Steps before the moves are ranked anew for the first time; then after twice as many, and so on."""
 
-AS_GOOD = 0.9
+EQUIVALENT_GAIN_SHARE = 0.9
 """Share of a step's gain that a smaller change of the same tensors needs to be taken instead, at no higher price."""
 
-NEGLIGIBLE = 1e-4
+NEGLIGIBLE_DIVERGENCE = 1e-4
 """Divergence that no answer shows."""
 
-ALONE = "gains nothing alone; others may after it"
+USELESS_ALONE = "gains nothing alone; others may after it"
 """The reason of a step that is taken where none gains."""
 
 
 @dataclass(frozen=True)
-class Step:
+class SearchStep:
     """A plan on the way, and the step that led to it."""
 
     number: int
@@ -66,7 +67,7 @@ class Walk:
     options: SearchOptions
     store: MeasurementStore
     log: Callable[[str], None]
-    steps: list[Step] = field(default_factory=list)
+    steps: list[SearchStep] = field(default_factory=list)
     taken: list[Move] = field(default_factory=list)
     ranked_after: int = -1
     """Number of steps after which the moves were ranked last."""
@@ -137,11 +138,11 @@ class Walk:
 def walk(state: Walk) -> int:
     """Take steps until the drop is within its budget, or none is left; return the number of steps of the best plan."""
     damage = state.store.measured("divergence", lambda: divergence_of(state.qmodel, state.reference))
-    state.steps.append(Step(0, "", "", "the scheme", damage, state.cost()))
+    state.steps.append(SearchStep(0, "", "", "the scheme", damage, state.cost()))
     state.log(_step_line(state.steps[0], state.judge.unit))
     if state.good_enough(0):
         return 0
-    rank(state)
+    rank_moves(state)
     rescored = FIRST_RESCORING
     judged = failed = 0
     while True:
@@ -162,7 +163,7 @@ def walk(state: Walk) -> int:
             failed = count
         if count == rescored and rescored < FIRST_RESCORING * 2**state.options.rescorings:
             rescored *= 2
-            rank(state)
+            rank_moves(state)
     last = len(state.taken)
     if state.options.max_drop is None:
         return last
@@ -192,7 +193,7 @@ def _rank_again(state: Walk) -> bool:
     present = state.steps[-1].cost
     if not any(_can_be_taken(state, move) and state.within(state.cost(move), present) for move in state.moves):
         return False
-    rank(state)
+    rank_moves(state)
     return True
 
 
@@ -201,13 +202,13 @@ def _has_nothing_to_gain(state: Walk) -> bool:
     last = state.steps[-1]
     if not state.within(last.cost):
         return False
-    if last.divergence <= NEGLIGIBLE:
+    if last.divergence <= NEGLIGIBLE_DIVERGENCE:
         return True
     # Where the drop is too large yet, a hundredth of the damage may still show in it.
     return state.options.max_drop is None and last.divergence <= NEXT_TO_NOTHING * state.steps[0].divergence
 
 
-def rank(state: Walk) -> None:
+def rank_moves(state: Walk) -> None:
     """Measure what each move would gain in the context of the present plan."""
     state.ranked_after = len(state.taken)
     state.useless.clear()
@@ -243,14 +244,14 @@ def _measure_moves(state: Walk, moves: dict[int, Move]) -> dict[str, float]:
 
 
 def _raising(settings: dict[Quantizer, GridRange]) -> Any:
-    return lambda group: raised(group, settings)
+    return lambda group: raising_bits(group, settings)
 
 
 def _can_be_taken(state: Walk, move: Move) -> bool:
     return move not in state.taken and move not in state.useless and move.raises()
 
 
-def _take_best_move(state: Walk, *, gaining: bool = True) -> Step | None:
+def _take_best_move(state: Walk, *, gaining: bool = True) -> SearchStep | None:
     """Take the best move, and return its step; None if none is left that keeps the budgets.
 
     Args:
@@ -271,8 +272,8 @@ def _take_best_move(state: Walk, *, gaining: bool = True) -> Step | None:
         needed = not state.within(before.cost) and is_cheaper(state.options, before.cost, cost)
         if after < before.divergence or needed or not gaining:
             _rank_relatives(state, move, after)
-            why = reason(state.options, before.cost, cost, share) if gaining else ALONE
-            return Step(len(state.taken), move.unit.name, str(move), why, after, cost, gain)
+            why = reason(state.options, before.cost, cost, share) if gaining else USELESS_ALONE
+            return SearchStep(len(state.taken), move.unit.name, str(move), why, after, cost, gain)
         # It gained alone, and gains nothing in this context.
         state.taken.pop()
         state.useless.add(move)
@@ -280,7 +281,7 @@ def _take_best_move(state: Walk, *, gaining: bool = True) -> Step | None:
     return None
 
 
-def _best_move(state: Walk, before: Step, *, gaining: bool) -> tuple[Move, Cost] | None:
+def _best_move(state: Walk, before: SearchStep, *, gaining: bool) -> tuple[Move, Cost] | None:
     """Return the move that gains the most for its price, with the cost of the plan with it; None if none is left.
 
     A smaller change of the same tensors that gains nearly as much, at no higher price, is preferred.
@@ -295,7 +296,7 @@ def _best_move(state: Walk, before: Step, *, gaining: bool) -> tuple[Move, Cost]
     over = not state.within(before.cost)
     best = max(costs, key=lambda move: worth(state.options, before.cost, costs[move], gains[move], over=over))
     highest = price(state.options, costs[best])
-    enough = gains[best] - (1 - AS_GOOD) * abs(gains[best])
+    enough = gains[best] - (1 - EQUIVALENT_GAIN_SHARE) * abs(gains[best])
     as_good = [
         move
         for move, cost in costs.items()
@@ -305,7 +306,7 @@ def _best_move(state: Walk, before: Step, *, gaining: bool) -> tuple[Move, Cost]
     return chosen, costs[chosen]
 
 
-def _affordable_moves(state: Walk, before: Step, *, gaining: bool) -> dict[Move, Cost]:
+def _affordable_moves(state: Walk, before: SearchStep, *, gaining: bool) -> dict[Move, Cost]:
     """Return the moves that may be taken, with the cost of the plan with each."""
     found = {}
     for move in state.moves:
@@ -323,7 +324,7 @@ def _affordable_moves(state: Walk, before: Step, *, gaining: bool) -> dict[Move,
     return found
 
 
-def _step_line(step: Step, unit: str) -> str:
+def _step_line(step: SearchStep, unit: str) -> str:
     cost = step.cost
     latency = "" if cost.latency is None else f", latency {cost.latency:.3f}"
     return (

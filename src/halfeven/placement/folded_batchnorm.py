@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfeven.graph.batchnorm import foldable, output_axis, remove
+from halfeven.graph.batchnorm import foldable, output_axis, remove_module
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, module_calls, module_of
 from halfeven.quantization.arithmetic import per_channel
@@ -140,7 +140,7 @@ def settle_live(region: CapturedModule) -> None:
             layer.weight = nn.Parameter(folded_weight(layer).detach(), requires_grad=False)
             layer.bias = nn.Parameter(shift, requires_grad=False)
             layer.live_norms = ()
-        remove(region, norm_node)
+        remove_module(region, norm_node)
     region.recompile()
 
 

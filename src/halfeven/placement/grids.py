@@ -12,7 +12,7 @@ from halfeven.placement.plan import PlannedTensor
 from halfeven.placement.requests import Region
 from halfeven.placement.rules import RuleBook
 from halfeven.quantization.scheme import Scheme
-from halfeven.targets.target import Grid, Target
+from halfeven.targets.target import GridRequirement, Target
 
 
 def activation_scheme(
@@ -37,7 +37,7 @@ def activation_scheme(
         PlacementError: a rule sets a grid that the target, a reader or the tensor's values cannot have.
     """
     non_negative = all(Op(node).is_non_negative for node in places)
-    no_zero_point = any(region.requests[node].grid is Grid.NO_ZERO_POINT for node in places)
+    no_zero_point = any(region.requests[node].grid is GridRequirement.NO_ZERO_POINT for node in places)
     usual = _usual_grid(target, non_negative=non_negative, no_zero_point=no_zero_point)
     symmetric = rules.chosen("symmetric", fused, usual.symmetric)
     if symmetric == usual.symmetric:

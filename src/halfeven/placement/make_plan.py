@@ -21,13 +21,20 @@ from halfeven.placement.grids import activation_scheme, check_power_of_two, kind
 from halfeven.placement.options import QuantizationOptions, Rule
 from halfeven.placement.plan import NOTHING_FOUND, FoundInCapture, LeftInFloat, Plan, PlannedTensor, PlannedWeight
 from halfeven.placement.ranges import ranges_in_training
-from halfeven.placement.requests import ITSELF, OUTPUT, Region, collect, collect_outputs, multiplies_in_float
+from halfeven.placement.requests import (
+    OUTPUT,
+    OWN_KERNEL,
+    Region,
+    collect_outputs,
+    collect_requests,
+    multiplies_in_float,
+)
 from halfeven.placement.rules import RuleBook
 from halfeven.placement.sources import fused_group, head, sources
 from halfeven.quantization.observers import LOGITS
 from halfeven.quantization.own_class import OwnClass
 from halfeven.quantization.quantizer import Ranges
-from halfeven.quantization.scheme import FLOAT_BITS, MAX_BITS, Scheme, parse_bits
+from halfeven.quantization.scheme import BITS_NAMED_FOR_FLOAT, MAX_BITS, Scheme, parse_bits
 from halfeven.targets.target import Target
 
 K = OperatorKind
@@ -62,11 +69,11 @@ def make_plan(
     """
     rules = RuleBook(options.rules, _end_layer_rules(model, options))
     weight_bits, activation_bits = parse_bits(options.scheme)
-    if activation_bits == FLOAT_BITS:
+    if activation_bits == BITS_NAMED_FOR_FLOAT:
         _check_weights_alone(target, options, weight_bits)
     else:
         _check_bits(target, options, weight_bits, activation_bits)
-    kinds = frozenset(target.stored_weights if activation_bits == FLOAT_BITS else target.inputs)
+    kinds = frozenset(target.stored_weights if activation_bits == BITS_NAMED_FOR_FLOAT else target.inputs)
     tensors: list[PlannedTensor] = []
     weights: list[PlannedWeight] = []
     left: list[LeftInFloat] = []
@@ -76,8 +83,8 @@ def make_plan(
         names = {node: qualified(prefix, name) for name, node in tensor_names(module.graph).items()}
         region = Region(prefix, module.graph, names)
         known += names.values()
-        if activation_bits != FLOAT_BITS:
-            collect(region, target, rules)
+        if activation_bits != BITS_NAMED_FOR_FLOAT:
+            collect_requests(region, target, rules)
         if options.quantize_outputs:
             collect_outputs(region, rules)
         tensors += _planned_tensors(region, options, rules, target, activation_bits)
@@ -196,7 +203,7 @@ def _planned_tensors(
             observer=rules.chosen("observer", fused, _activation_observer(region, places, options)),
             quantizer=rules.chosen("quantizer", fused, None),
             fixed_range=fixed,
-            consumers=tuple(consumers) or (ITSELF,),
+            consumers=tuple(consumers) or (OWN_KERNEL,),
         )
 
 

@@ -32,7 +32,7 @@ class Rows:
     notes: int
 
 
-MOST_ROWS = (
+SUMMARY_SIZES = (
     *(Rows(5, blocks, 4, 3) for blocks in range(12, 5, -1)),
     *(Rows(3, blocks, 3, 2) for blocks in range(12, 3, -1)),
     *(Rows(2, blocks, 2, 1) for blocks in range(6, 0, -1)),
@@ -64,7 +64,7 @@ class PlanLike(Protocol):
 
 def summary(plan: PlanLike) -> RenderableType:
     """Return a summary of at most `SUMMARY_LINES` lines, with all notes if they fit, else with the starts of some."""
-    sizes = (_summary(plan, rows, whole_notes) for whole_notes in (True, False) for rows in MOST_ROWS)
+    sizes = (_summary(plan, rows, whole_notes) for whole_notes in (True, False) for rows in SUMMARY_SIZES)
     return next((each for each in sizes if len(as_text(each).splitlines()) <= SUMMARY_LINES), _title(plan))
 
 

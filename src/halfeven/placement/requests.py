@@ -16,17 +16,17 @@ from halfeven.placement.decoding import reason_for_float
 from halfeven.placement.feature_maps import computed_tensors, feature_maps
 from halfeven.placement.rules import RuleBook
 from halfeven.placement.sources import head, sources
-from halfeven.targets.target import Grid, Target, wanted_grid
+from halfeven.targets.target import GridRequirement, Target, wanted_grid
 
 K = OperatorKind
 
 OUTPUT = "the output"
 """Consumer of a tensor that the model returns."""
 
-ITSELF = "its own kernel alone"
+OWN_KERNEL = "its own kernel alone"
 """Consumer of a tensor that is quantized because the operator that produces it writes integers."""
 
-ROUNDED = "a reader that computes with bytes"
+ROUNDING_READER = "a reader that computes with bytes"
 """Consumer of an average that the target rounds."""
 
 
@@ -34,7 +34,7 @@ ROUNDED = "a reader that computes with bytes"
 class QuantizationRequest:
     """The request of operators to quantize a tensor, and the grid that they can read."""
 
-    grid: Grid = Grid.ANY
+    grid: GridRequirement = GridRequirement.ANY
     consumers: list[str] = field(default_factory=list)
     tied_to: set[fx.Node] = field(default_factory=set)
 
@@ -60,7 +60,7 @@ class Region:
         return computed_tensors(self.graph)
 
 
-def collect(region: Region, target: Target, rules: RuleBook) -> None:
+def collect_requests(region: Region, target: Target, rules: RuleBook) -> None:
     """Collect the requests of a region's operators, in place."""
     for node in region.graph.nodes:
         kind = kind_of(node)
@@ -68,7 +68,7 @@ def collect(region: Region, target: Target, rules: RuleBook) -> None:
             continue
         operands = _integer_operands(region, node, target)
         for operand in operands:
-            _add_request(region, operand, wanted_grid(target, node) or Grid.ANY, node)
+            _add_request(region, operand, wanted_grid(target, node) or GridRequirement.ANY, node)
         if operands and kind in target.outputs:
             _request_result(region, node, target)
     _collect_averages(region, target, rules)
@@ -83,7 +83,7 @@ def _collect_averages(region: Region, target: Target, rules: RuleBook) -> None:
         if kind_of(node) is not K.AVERAGE or not all(n in region.requests for n in sources(node.args[0])):
             continue
         if target.rounds_average(node) and rules.quantizes(region.names[node], K.AVERAGE):
-            region.requests.setdefault(node, QuantizationRequest(consumers=[ROUNDED]))
+            region.requests.setdefault(node, QuantizationRequest(consumers=[ROUNDING_READER]))
 
 
 def collect_outputs(region: Region, rules: RuleBook) -> None:
@@ -92,7 +92,7 @@ def collect_outputs(region: Region, rules: RuleBook) -> None:
     for result in output.all_input_nodes:
         made_by = [head(source) for source in sources(result)]
         if all(rules.quantizes(region.names.get(node, ""), kind_of(node)) for node in made_by):
-            _add_request(region, result, Grid.ANY, output)
+            _add_request(region, result, GridRequirement.ANY, output)
 
 
 def _integer_operands(region: Region, node: fx.Node, target: Target) -> list[fx.Node]:
@@ -119,14 +119,14 @@ def multiplies_in_float(node: fx.Node, computed: set[fx.Node]) -> bool:
     return kind is K.FLOAT and multiply_accumulates(node) > 0
 
 
-def _add_request(region: Region, operand: fx.Node, grid: Grid, reader: fx.Node) -> None:
+def _add_request(region: Region, operand: fx.Node, grid: GridRequirement, reader: fx.Node) -> None:
     makers = [node for node in sources(operand) if Op(node).is_float_tensor and kind_of(node) is not K.CONSTANT]
     for maker in makers:
         request = region.requests.setdefault(maker, QuantizationRequest())
         request.tied_to.update(makers)
         if (name := region.names.get(reader, OUTPUT)) not in request.consumers:
             request.consumers.append(name)
-        if grid is Grid.NO_ZERO_POINT:
+        if grid is GridRequirement.NO_ZERO_POINT:
             request.grid = grid
 
 

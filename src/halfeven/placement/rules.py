@@ -11,7 +11,7 @@ from halfeven.placement.options import Rule
 
 Choice = TypeVar("Choice")
 
-LACKING = {
+LACKING_PARTS = {
     "weight_bits": "no quantized weight",
     "per_channel": "no quantized weight",
     "activation_bits": "no quantizer at its output",
@@ -82,11 +82,11 @@ class RuleBook:
 
     def _why_without_effect(self, index: int, rule: Rule, names: list[str]) -> str:
         """Return why a rule has no effect, and what to do."""
-        lacks = dict.fromkeys(what for part, what in LACKING.items() if getattr(rule, part) is not None)
+        lacks = dict.fromkeys(what for part, what in LACKING_PARTS.items() if getattr(rule, part) is not None)
         if not lacks and rule.quantize is None:
             return (
-                f"sets none of {', '.join(LACKING)} and quantize, so it would do nothing. Set at least one of these "
-                "fields, or leave the rule out."
+                f"sets none of {', '.join(LACKING_PARTS)} and quantize, so it would do nothing. Set at least one of "
+                "these fields, or leave the rule out."
             )
         if index in self.matched:
             return (

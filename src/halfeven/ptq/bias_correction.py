@@ -21,8 +21,8 @@ from halfeven.graph.wrappers import unwrapped
 from halfeven.layerwise.activations import (
     ActivationCache,
     activation_caches,
+    block_in_float,
     check_float_weights,
-    in_float,
     run_module,
 )
 from halfeven.layerwise.blocks import Block, find_blocks
@@ -112,7 +112,7 @@ def correct_biases(
 def _float_means(block: Block, floats: ActivationCache) -> "_OutputMeans | None":
     """Run a block in float, and return the means of its layer's outputs; None where it has no layer."""
     means = _OutputMeans(block) if block.layers else None
-    with in_float(block):
+    with block_in_float(block):
         floats.advance(block, means or run_module)
     return means
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from halfeven.decision import Decision, switched, table
+from halfeven.decision import Decision, decision_of_switch, table
 from halfeven.layerwise.blocks import Granularity
 from halfeven.placement.insertion import plan_of
 from halfeven.ptq.equalization.cross_layer import clips_between_layers, find_chains, unclipping_sqnr
@@ -99,7 +99,7 @@ def decide(
 
 
 def _decide_equalize(situation: Situation, earlier: Earlier) -> Decision:
-    if chosen := switched(situation.options.equalize):
+    if chosen := decision_of_switch(situation.options.equalize):
         return chosen
     if situation.per_channel:
         return Decision(False, "each weight channel has a scale of its own")
@@ -115,7 +115,7 @@ def _decide_unclip(situation: Situation, earlier: Earlier) -> Decision:
     # A ReLU is a change of its own; bounds by channel are nothing without factors.
     if not earlier[EQUALIZE].enabled and situation.options.relu6 != "replace":
         return Decision(False, "only equalization gains by it, and there is none")
-    if chosen := switched(situation.options.relu6):
+    if chosen := decision_of_switch(situation.options.relu6):
         return chosen
     if situation.data:
         return Decision(True, f"{clipped} of them stop the equalization; what the quantized model gains by, see below")
@@ -130,7 +130,7 @@ def clips_little(qmodel: nn.Module) -> bool:
 
 
 def _decide_absorb(situation: Situation, earlier: Earlier) -> Decision:
-    if chosen := switched(situation.options.absorb):
+    if chosen := decision_of_switch(situation.options.absorb):
         return chosen
     if earlier[EQUALIZE].enabled:
         return Decision(True, "equalization makes large biases")
@@ -140,7 +140,7 @@ def _decide_absorb(situation: Situation, earlier: Earlier) -> Decision:
 def _decide_smooth(situation: Situation, earlier: Earlier) -> Decision:
     if reason := _obstacle_after_layernorm(situation):
         return Decision(False, reason)
-    if chosen := switched(situation.options.smooth):
+    if chosen := decision_of_switch(situation.options.smooth):
         return chosen
     if situation.weight_bits < 8:
         return Decision(False, "weights below 8 bits cannot take over the outliers of activations")
@@ -150,7 +150,7 @@ def _decide_smooth(situation: Situation, earlier: Earlier) -> Decision:
 def _decide_reparametrize(situation: Situation, earlier: Earlier) -> Decision:
     if reason := _obstacle_after_layernorm(situation):
         return Decision(False, reason)
-    if chosen := switched(situation.options.reparametrize):
+    if chosen := decision_of_switch(situation.options.reparametrize):
         return chosen
     if situation.weight_bits < 8:
         return Decision(False, "weights below 8 bits cannot take over the outliers of activations")
@@ -177,7 +177,7 @@ def _decide_reconstruct(situation: Situation, earlier: Earlier) -> Decision:
 
 
 def _decide_correct_biases(situation: Situation, earlier: Earlier) -> Decision:
-    if chosen := switched(situation.options.correct_biases):
+    if chosen := decision_of_switch(situation.options.correct_biases):
         return chosen
     if not situation.data:
         return Decision(True, "analytic: the means come from the folded BatchNorm")

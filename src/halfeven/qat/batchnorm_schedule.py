@@ -13,7 +13,7 @@ from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import AlgorithmError
 from halfeven.layerwise.batchnorm_statistics import average_batchnorm, batchnorms
 from halfeven.options import Auto, Options, PositiveInt, Share, formerly
-from halfeven.quantization.quantizer import quantizers, set_observing
+from halfeven.quantization.model_quantizers import quantizers, set_observing
 from halfeven.renamed import renamed_attributes
 
 
@@ -34,7 +34,7 @@ class ScheduleOptions(Options):
 
 
 @checked_arguments(AlgorithmError)
-def freeze(model: nn.Module) -> None:
+def freeze_batchnorms(model: nn.Module) -> None:
     """Freeze BatchNorm: use its running statistics and keep them, until the next call of `train()`.
 
     Scale and shift are still trained. In a distributed run every process must call this function: the statistics are
@@ -64,7 +64,7 @@ def schedule(options: ScheduleOptions) -> Callable[[nn.Module, float], None]:
             set_observing(model, wanted)
             observing["now"] = wanted
         if done >= batchnorm.setdefault("until", frozen_after(model, options)):
-            freeze(model)
+            freeze_batchnorms(model)
 
     return before_step
 
@@ -78,4 +78,8 @@ def frozen_after(model: nn.Module, options: ScheduleOptions) -> float:
     return 1.0 if any(quantizer.scheme.bits < 8 for quantizer in quantizers(model).values()) else 2 / 3
 
 
-__getattr__ = renamed_attributes(__name__, re_estimate="layerwise.re_estimate.re_estimate")
+__getattr__ = renamed_attributes(
+    __name__,
+    freeze="qat.batchnorm_schedule.freeze_batchnorms",
+    re_estimate="layerwise.re_estimate.re_estimate",
+)

@@ -15,7 +15,7 @@ from torch import nn
 from halfeven.errors import ConfigError
 from halfeven.layerwise.calibrate import calibrate
 from halfeven.options import Options, above, below
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 from halfeven.quantization.scheme import Bits
 from halfeven.renamed import renamed_attributes
 

@@ -26,7 +26,8 @@ from halfeven.graph.copying import copy_model
 from halfeven.graph.torch_private import AnyBatchNorm, blend_all, copy_all, own_buffers, own_parameters
 from halfeven.graph.wrappers import unwrapped
 from halfeven.options import Options, at_least, below
-from halfeven.quantization.quantizer import Quantizer, quantizers
+from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Quantizer
 from halfeven.renamed import renamed_attributes
 
 PYTHON_STATE = ("scheme", "state")

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from halfeven.quantization.quantizer import Quantizer, quantizers
+from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Quantizer
 
 
 def histograms(qmodel: nn.Module, clipped: Iterable[float]) -> dict[str, Tensor]:

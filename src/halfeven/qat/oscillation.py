@@ -254,7 +254,7 @@ class Oscillations:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the oscillation state of all layers."""
-        return {f"{name}.{key}": getattr(w, key) for name, w in self.weights.items() for key in STATE}
+        return {f"{name}.{key}": getattr(w, key) for name, w in self.weights.items() for key in STATE_TENSORS}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore a state that `state_dict` returned.
@@ -269,9 +269,9 @@ class Oscillations:
                 "weights are frozen. Resume with the model and the options that the run was started with."
             )
         for name, weight in self.weights.items():
-            for key in STATE:
+            for key in STATE_TENSORS:
                 found = getattr(weight, key)
                 setattr(weight, key, state[f"{name}.{key}"].to(found.device, found.dtype).clone())
 
 
-STATE = ("before", "direction", "frequency", "average", "frozen")
+STATE_TENSORS = ("before", "direction", "frequency", "average", "frozen")

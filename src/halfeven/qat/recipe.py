@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from halfeven.decision import Decision, switched, table
+from halfeven.decision import Decision, decision_of_switch, table
 from halfeven.errors import ConfigError
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.options import QuantizationOptions
 from halfeven.qat.batchnorm_schedule import ScheduleOptions, frozen_after
 from halfeven.qat.options import QATOptions
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 from halfeven.renamed import renamed_attributes
 
 LOW_BITS = 4
@@ -91,7 +91,7 @@ def _decide_ranges(qmodel: nn.Module, bits: int) -> Decision:
 
 
 def _off_unless_asked(value: str, reason: str) -> Decision:
-    return switched(value) or Decision(False, reason)
+    return decision_of_switch(value) or Decision(False, reason)
 
 
 def check_equalize(options: QATOptions, batchnorm: str) -> None:
@@ -109,7 +109,7 @@ def check_equalize(options: QATOptions, batchnorm: str) -> None:
 
 def _decide_equalize(options: QATOptions, quantization: QuantizationOptions) -> Decision:
     check_equalize(options, quantization.batchnorm)
-    if chosen := switched(options.equalize):
+    if chosen := decision_of_switch(options.equalize):
         return chosen
     if quantization.per_channel:
         return Decision(False, "each weight channel has a scale of its own")
@@ -134,7 +134,7 @@ def _decide_progress(options: QATOptions, bits: int) -> Decision:
 
 
 def _decide_freeze(options: QATOptions, weight_bits: int) -> Decision:
-    if chosen := switched(options.freeze_oscillations):
+    if chosen := decision_of_switch(options.freeze_oscillations):
         return chosen
     if weight_bits <= options.oscillation.bits:
         return Decision(False, "for long runs of depthwise networks, where hopping weights are what is left")
@@ -142,7 +142,7 @@ def _decide_freeze(options: QATOptions, weight_bits: int) -> Decision:
 
 
 def _decide_average(options: QATOptions, bits: int) -> Decision:
-    if chosen := switched(options.average):
+    if chosen := decision_of_switch(options.average):
         return chosen
     if bits <= LOW_BITS:
         return Decision(True, "low-bit training is noisy; the better of average and last weights is kept")

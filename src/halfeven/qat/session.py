@@ -118,12 +118,12 @@ class QATSession(TrainerCallback):
 
     @property
     def other_models(self) -> Mapping[str, nn.Module]:
-        """Models to validate beside the one in training, by name: the average of its weights."""
+        """Return the models to validate beside the trained model, by name: the average of its weights."""
         return {} if self.average is None else {"average": self.average.model}
 
     @property
     def stateful(self) -> Mapping[str, Stateful]:
-        """Objects with a state from step to step, by name, for a run that may be interrupted."""
+        """Return the objects with a state to save for a resumed run, by name."""
         # The names are those in the files of training states.
         found = {"oscillations": self.oscillations, "average": self.average, "progression": self.bit_schedule}
         return {name: method for name, method in found.items() if method is not None}

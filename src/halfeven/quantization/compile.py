@@ -35,8 +35,7 @@ def _compile_variant(function: types.FunctionType, variant: tuple[Any, ...] = ()
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function as one kernel of torch.compile, or unchanged where a whole model is compiled or no compiler
-    works.
+    """Return the function as one kernel of torch.compile; unchanged without a compiler, and inside a compiled model.
 
     The kernel is looked up by the ranks and types of the tensors and by all other arguments except integers: were all
     kernels in one place, the compiler would try one after the other, a third of the time of a small call. Give a number

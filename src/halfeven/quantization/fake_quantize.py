@@ -148,7 +148,7 @@ def _backward_input(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, 
 def _backward_scale(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, settings: _Kernel
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the input and of the stored scale, the latter summed over the elements that share it."""
+    """Return the gradients of the input and of the stored scale, which sums over the elements that share it."""
     used, zero = _used_parameters(scale, zero_point, x.ndim, settings)
     ratio = _clipped(x.float(), settings.clip) / used
     shifted = torch.round(ratio) + zero

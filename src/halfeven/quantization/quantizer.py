@@ -8,8 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from halfeven.checked_arguments import checked_arguments
-from halfeven.errors import CalibrationError, PlacementError
+from halfeven.errors import CalibrationError
 from halfeven.quantization.arithmetic import on_grid, scale_and_zero_point
 from halfeven.quantization.compile import fused
 from halfeven.quantization.fake_quantize import UNCLIPPED, Clip, Domain, effective_scale, fake_quantize, stored_scale
@@ -17,6 +16,7 @@ from halfeven.quantization.observers import Observer, check_finite, common_extre
 from halfeven.quantization.own_class import OwnClass, check_count
 from halfeven.quantization.range_state import RangeState, state_of
 from halfeven.quantization.scheme import Scheme
+from halfeven.renamed import renamed_attributes
 
 RANGE_MOMENTUM = 0.01
 """Weight of a training batch in the moving average of an observed activation range."""
@@ -364,37 +364,10 @@ def _read_state(quantizer: nn.Module, incompatible_keys: Any) -> None:
     quantizer.state = RangeState.FIXED if fixed and has_range else state_of(observing=code == 1, has_range=has_range)
 
 
-@checked_arguments(PlacementError)
-def quantizers(model: nn.Module) -> dict[str, Quantizer]:
-    """Return all quantizers of a model by module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
-
-
-@checked_arguments(CalibrationError)
-def set_observing(model: nn.Module, on: bool) -> None:
-    """Switch on or off that training batches move the observed ranges of a model."""
-    for quantizer in quantizers(model).values():
-        quantizer.set_observing(on)
-
-
-@contextmanager
-def weights_quantized_once(model: nn.Module) -> Iterator[None]:
-    """Quantize each weight once, at its first use within the context: for the batches of a step, or an evaluation.
-
-    Gradients are the same as without. Weights and scales must not change meanwhile.
-    """
-    found = [q for q in quantizers(model).values() if q.weight]
-    for quantizer in found:
-        quantizer.caches_output = True
-    try:
-        yield
-    finally:
-        for quantizer in found:
-            quantizer.caches_output = False
-            quantizer.cached = None
-
-
-def set_mode(model: nn.Module, mode: Mode) -> None:
-    """Set the mode of all quantizers of a model, for example `Mode.FLOAT` to run the model without quantization."""
-    for quantizer in quantizers(model).values():
-        quantizer.mode = mode
+__getattr__ = renamed_attributes(
+    __name__,
+    quantizers="quantization.model_quantizers.quantizers",
+    set_observing="quantization.model_quantizers.set_observing",
+    weights_quantized_once="quantization.model_quantizers.weights_quantized_once",
+    set_mode="quantization.model_quantizers.set_mode",
+)

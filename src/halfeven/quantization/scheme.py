@@ -64,14 +64,14 @@ class Scheme(Options):
         return " ".join(words)
 
 
-FLOAT_BITS = 16
+BITS_NAMED_FOR_FLOAT = 16
 """Bits that a scheme's name gives to activations that are not quantized."""
 
 
 def parse_bits(name: str) -> tuple[int, int]:
     """Read a scheme name such as "w8a8" or "w4a8" into (weight bits, activation bits).
 
-    Activations of 16 bits (`FLOAT_BITS`) stay in floating point: "w8a16" and "w4a16" quantize weights alone.
+    Activations of 16 bits (`BITS_NAMED_FOR_FLOAT`) stay in floating point: "w8a16" and "w4a16" quantize weights alone.
 
     Raises:
         ConfigError: the name does not have that form.

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from halfeven.quantization.arithmetic import SMALLEST_SCALE, scale_and_zero_point
 from halfeven.quantization.fake_quantize import effective_scale
-from halfeven.quantization.quantizer import Quantizer, quantizers
+from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Quantizer
 from halfeven.quantization.range_state import RangeState
 
 LARGEST_DEVIATION = 0.25

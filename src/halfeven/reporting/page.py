@@ -7,14 +7,13 @@ and data, its chart is as wide as its place, knows light and dark, and a whole c
 
 import importlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from halfeven.files import write_atomically
+from halfeven.files import json_value, write_atomically
 from halfeven.imports import extra
 
 
@@ -83,7 +82,7 @@ def page(contents: PageContents, library: str) -> str:
         contents: what it shows.
         library: the script that draws charts.
     """
-    data = json.dumps(_json_value(asdict(contents)), ensure_ascii=False)
+    data = json.dumps(json_value(asdict(contents)), ensure_ascii=False)
     parts = {
         "STYLE": _asset_text("page.css"),
         "LIBRARY": library,
@@ -100,12 +99,3 @@ def page(contents: PageContents, library: str) -> str:
 
 def _asset_text(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _json_value(value: Any) -> Any:
-    """Return a value of JSON: None stands for NaN and infinities."""
-    if isinstance(value, Mapping):
-        return {str(name): _json_value(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_value(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,15 +19,15 @@ def adds_pairs_in_16_bits() -> bool:
 
     So do x86 processors without VNNI. False where this torch cannot say what the processor has.
     """
-    if _told_to_be() in WITHOUT_VNNI:
+    if _isa_limit() in WITHOUT_VNNI:
         return True
-    has = _capabilities()
+    has = _processor_features()
     return "x86" in str(has.get("architecture")) and not (has.get("avx512_vnni") or has.get("avx_vnni"))
 
 
 def has_avx512_vnni() -> bool:
     """Return True for a processor with AVX-512 and its VNNI; False where this torch cannot say."""
-    return _told_to_be() not in WITHOUT_VNNI | WITHOUT_AVX512 and bool(_capabilities().get("avx512_vnni"))
+    return _isa_limit() not in WITHOUT_VNNI | WITHOUT_AVX512 and bool(_processor_features().get("avx512_vnni"))
 
 
 def pair_fits(largest: int, factor: int) -> bool:
@@ -45,10 +45,10 @@ def physical_cores() -> int:
     return len({path.read_text() if path.is_file() else path for path in lists})
 
 
-def _told_to_be() -> str:
+def _isa_limit() -> str:
     return os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
 
 
-def _capabilities() -> Mapping[str, Any]:
+def _processor_features() -> Mapping[str, Any]:
     """Return the names of what the processor has; none where this torch cannot say."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

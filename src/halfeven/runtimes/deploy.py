@@ -7,7 +7,7 @@ from halfeven.deployment.deployed import Deployed, deployed_form
 from halfeven.deployment.quantize_op import with_exported_quantizers
 from halfeven.placement.grids import check_deployable
 from halfeven.placement.insertion import plan_of
-from halfeven.quantization.scheme import FLOAT_BITS, parse_bits
+from halfeven.quantization.scheme import BITS_NAMED_FOR_FLOAT, parse_bits
 from halfeven.runtimes.runtime import Runtime, runtime_named
 
 
@@ -20,7 +20,7 @@ def deploy(qmodel: nn.Module, runtime: Runtime) -> Deployed:
     """
     check_deployable(plan_of(qmodel).tensors, runtime.target)
     model = deployed_form(qmodel)
-    weights_alone = parse_bits(plan_of(qmodel).options.scheme)[1] == FLOAT_BITS
+    weights_alone = parse_bits(plan_of(qmodel).options.scheme)[1] == BITS_NAMED_FOR_FLOAT
     quantizers = with_exported_quantizers(model, clips_integers=runtime.clips_integers, narrow_weights=weights_alone)
     write_channel_clips(model, quantizers)
     deployed = Deployed(model, quantizers, runtime.target)

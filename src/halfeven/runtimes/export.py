@@ -91,7 +91,9 @@ def _write(
 
 
 def _reason(error: Exception) -> str:
-    """Return the line of an exporter's message that tells the reason: the last one, or the first before torch's own
-    advice."""
+    """Return the line of an exporter's message that tells the reason.
+
+    It is the last line, or the first where torch's own advice follows.
+    """
     lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     return lines[0] if "tlparse" in lines[-1] else lines[-1]

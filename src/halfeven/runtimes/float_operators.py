@@ -68,13 +68,13 @@ class FloatOperators:
             nodes: operators in their order.
             values: of all that they read; numbers, and constants of the model, are part of the file.
         """
-        inputs = [node for node, value in values.items() if _is_input(node, value)]
+        inputs = [node for node, value in values.items() if _is_tensor_input(node, value)]
         read = [values[node].contiguous() for node in inputs]
         free = [free_axes(node) for node in inputs]
         numbers = repr([value for value in values.values() if not isinstance(value, Tensor)])
         if (nodes[-1], numbers) not in self.modules:
-            module, description = _alone(nodes, values)
-            constants = b"" if self.constants_are_inputs else _values(module.state_dict())
+            module, description = _operators_alone(nodes, values)
+            constants = b"" if self.constants_are_inputs else _digest_of_values(module.state_dict())
             self.modules[nodes[-1], numbers] = module, (description, constants)
         module, computed = self.modules[nodes[-1], numbers]
         shape = read[0].shape
@@ -104,7 +104,7 @@ def free_axes(node: fx.Node) -> tuple[int, ...]:
     return tuple(axis for axis, size in enumerate(sizes) if constant_size(size) is None)
 
 
-def _alone(nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> tuple[fx.GraphModule, str]:
+def _operators_alone(nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> tuple[fx.GraphModule, str]:
     """Return a module of the operators alone, and its description, which leaves out the values of its constants.
 
     Modules with the same description compute the same function of inputs and constants.
@@ -113,7 +113,7 @@ def _alone(nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> tuple[fx.
     parts = dict[str, Any]()
     made: dict[fx.Node, Any] = {}
     for node, value in values.items():
-        if _is_input(node, value):
+        if _is_tensor_input(node, value):
             made[node] = graph.placeholder(f"input_{len(made)}")
         elif isinstance(value, Tensor):
             parts[name := f"constant_{len(parts)}"] = nn.Buffer(value)
@@ -132,10 +132,10 @@ def _alone(nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> tuple[fx.
     return module, "\n".join((module.code, *kept))
 
 
-def _values(constants: Mapping[str, Tensor]) -> bytes:
+def _digest_of_values(constants: Mapping[str, Tensor]) -> bytes:
     """Return a digest of the values of constants."""
     return hashlib.sha256(b"".join(x.detach().numpy().tobytes() for x in constants.values())).digest()
 
 
-def _is_input(node: fx.Node, value: Any) -> bool:
+def _is_tensor_input(node: fx.Node, value: Any) -> bool:
     return isinstance(value, Tensor) and node.op != "get_attr"

@@ -57,7 +57,7 @@ class IntegerLayer:
 
         return IntegerLayer(
             compute=operation(layer),
-            pieces=tuple(_pieces(layer, integers, largest)),
+            pieces=tuple(_exact_pieces(layer, integers, largest)),
             input_axis=-1 if linear else 1,
             zero_code=zero_code,
             scale=by_output(input_scale * quantizer.scale),
@@ -84,7 +84,7 @@ def integer_weight(layer: Any) -> Tensor:
     return torch.round(layer.weight / per_channel(quantizer.scale, axis, layer.weight.ndim))
 
 
-def _pieces(layer: Any, weight: Tensor, largest: float) -> list[Piece]:
+def _exact_pieces(layer: Any, weight: Tensor, largest: float) -> list[Piece]:
     """Cut an integer weight so that each piece can be summed exactly in float32; where it cannot, keep it in float64.
 
     `largest` bounds the absolute values of the layer's input.

@@ -5,14 +5,14 @@ from torch import fx
 from halfeven.graph.layer_shapes import ConvolutionShape
 from halfeven.graph.operators import TRANSPARENT, OperatorKind
 from halfeven.graph.view import Op, kind_of
-from halfeven.targets.target import ALL_GRIDS, Grid, Target, any_grid, no_zero_point
+from halfeven.targets.target import ALL_GRIDS, GridRequirement, Target, any_grid, no_zero_point
 
 K = OperatorKind
 
 
-def _average_grid(node: fx.Node) -> Grid:
+def _average_grid(node: fx.Node) -> GridRequirement:
     """Return the grid that an average asks for: OpenVINO pads a pool with code 0, which is not 0 with a zero point."""
-    return Grid.NO_ZERO_POINT if Op(node).pads_zeros else Grid.ANY
+    return GridRequirement.NO_ZERO_POINT if Op(node).pads_zeros else GridRequirement.ANY
 
 
 def _rounds_average(average: fx.Node) -> bool:

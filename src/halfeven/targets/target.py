@@ -12,7 +12,7 @@ from halfeven.graph.view import kind_of
 K = OperatorKind
 
 
-class Grid(enum.Enum):
+class GridRequirement(enum.Enum):
     """An operator's requirement on the integers that it reads."""
 
     ANY = "any zero point"
@@ -35,7 +35,7 @@ class Target:
     """Bits of the weights that it multiplies as integers."""
     activation_bits: range
     """Bits of the activations that it multiplies as integers."""
-    inputs: Mapping[OperatorKind, Callable[[fx.Node], Grid]]
+    inputs: Mapping[OperatorKind, Callable[[fx.Node], GridRequirement]]
     """Kinds that read integers, each with the grid that an operator of it asks for."""
     stays_in_float: Callable[[fx.Node], str | None]
     """Reason why a layer of one of these kinds computes in float all the same, to be read behind the runtime's name:
@@ -64,14 +64,14 @@ ALL_GRIDS = frozenset({(True, True), (True, False), (False, True), (False, False
 """Signed and unsigned integers, with and without a zero point."""
 
 
-def any_grid(node: fx.Node) -> Grid:
+def any_grid(node: fx.Node) -> GridRequirement:
     """Take any integers, whatever the operator."""
-    return Grid.ANY
+    return GridRequirement.ANY
 
 
-def no_zero_point(node: fx.Node) -> Grid:
+def no_zero_point(node: fx.Node) -> GridRequirement:
     """Take integers without a zero point, whatever the operator."""
-    return Grid.NO_ZERO_POINT
+    return GridRequirement.NO_ZERO_POINT
 
 
 def never(node: fx.Node) -> bool:
@@ -83,7 +83,7 @@ def nowhere(node: fx.Node) -> None:
     """Give no reason: layers of all shapes have integer kernels."""
 
 
-def wanted_grid(target: Target, node: fx.Node) -> Grid | None:
+def wanted_grid(target: Target, node: fx.Node) -> GridRequirement | None:
     """Return the grid on which the operator takes its inputs; None where it computes in float."""
     rule = target.inputs.get(kind_of(node))
     return None if rule is None or target.stays_in_float(node) is not None else rule(node)

@@ -15,7 +15,7 @@ from halfeven.options import Auto, Options, PositiveInt, formerly
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+ACCELERATE_PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ def make_accelerator(options: DeviceOptions) -> "Accelerator":
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
         cpu=options.kind == "cpu" or not torch.accelerator.is_available(),
-        mixed_precision=MIXED[options.precision],
+        mixed_precision=ACCELERATE_PRECISIONS[options.precision],
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if options.kind == "cuda" and accelerator.device.type != "cuda":

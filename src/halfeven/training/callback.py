@@ -49,12 +49,12 @@ class TrainerCallback:
 
     @property
     def other_models(self) -> Mapping[str, nn.Module]:
-        """Models to validate beside the one in training, by name; for example, an average of its weights."""
+        """Return the models to validate beside the trained model, by name: an average of its weights, for example."""
         return {}
 
     @property
     def stateful(self) -> Mapping[str, Stateful]:
-        """Objects to save with model and optimizer, by name, so that a resumed run equals an uninterrupted one."""
+        """Return the objects to save beside the model, by name, so that a resumed run equals an uninterrupted one."""
         return {}
 
     def figures(self) -> Metrics:

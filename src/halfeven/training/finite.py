@@ -11,7 +11,7 @@ from halfeven.errors import HalfevenError
 from halfeven.graph.parts import called_modules
 from halfeven.graph.torch_private import pytree
 
-NEVER = 2**62
+NO_PLACE = 2**62
 """The place of a loss that is not finite, where there was none."""
 
 
@@ -25,18 +25,18 @@ class LossWatch:
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        self._first = torch.tensor(NEVER, device=device)
+        self._first = torch.tensor(NO_PLACE, device=device)
         self._loss = torch.zeros((), device=device)
 
     def see(self, loss: Tensor, place: int) -> None:
         """Look at the loss, [], of the batch at a place: its number since the start of the run."""
         loss = loss.detach().float()
-        found = ~torch.isfinite(loss) & (self._first == NEVER)
+        found = ~torch.isfinite(loss) & (self._first == NO_PLACE)
         self._first = self._first.masked_fill(found, place)
         self._loss = torch.where(found, loss, self._loss)
 
     def first(self) -> int:
-        """Return the place of the first batch whose loss was not finite; `NEVER` if there was none."""
+        """Return the place of the first batch whose loss was not finite; `NO_PLACE` if there was none."""
         return int(self._first)
 
     def loss(self) -> float:

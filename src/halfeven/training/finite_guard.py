@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from halfeven.distributed import is_distributed, smallest
 from halfeven.errors import CalibrationError, ConfigError, named
 from halfeven.training.finite import (
-    NEVER,
+    NO_PLACE,
     LossWatch,
     bad_samples,
     first_not_finite,
@@ -23,7 +23,7 @@ from halfeven.training.finite import (
 from halfeven.training.sampling import TrainingBatches
 from halfeven.training.state import load_state
 
-TOO_FAST = "Lower training.learning_rate, or set training.clip_norm or training.warmup_steps."
+RATE_ADVICE = "Lower training.learning_rate, or set training.clip_norm or training.warmup_steps."
 
 
 class FiniteGuard:
@@ -92,15 +92,15 @@ class FiniteGuard:
         tensors = tensors_of(self.model.state_dict(), self.optimizer.state_dict())
         bad = [name for name in not_finite(tensors) if name not in self.usual]
         # Weights that are at fault without any loss come last; their batch is the last.
-        mine = place if place < NEVER else NEVER - 1 if bad else NEVER
+        mine = place if place < NO_PLACE else NO_PLACE - 1 if bad else NO_PLACE
         first = smallest(mine, self.accelerator.device)
-        if first == NEVER:
+        if first == NO_PLACE:
             return
         told = gather_object([self._error_text(place, bad, step, rate) if mine == first else ""])
         raise ConfigError(next(text for text in told if text))
 
     def _error_text(self, place: int, bad: list[str], step: int, rate: float) -> str:
-        if place < NEVER:
+        if place < NO_PLACE:
             what = f"The loss became {self.watch.loss()} at {self._position_text(place)}, learning rate {rate:g}"
         else:
             what = f"Training has filled {named(bad)} with NaN or infinity by step {step}, learning rate {rate:g}"
@@ -110,7 +110,7 @@ class FiniteGuard:
             grown = f" ({named(bad)})" if bad else ""
             began = (
                 f"With the weights saved before, this batch gives finite numbers: the weights{grown} have grown since. "
-                f"{TOO_FAST}"
+                f"{RATE_ADVICE}"
             )
         return f"{what}; all weights after it would be NaN. {began} {self._saved_text()}"
 
@@ -141,7 +141,7 @@ class FiniteGuard:
         with torch.enable_grad(), self.accelerator.autocast():
             found = first_not_finite(self.objective, inputs, targets)
         return (
-            f"The first tensor that holds NaN or infinity is {found}, computed of finite samples. {TOO_FAST}"
+            f"The first tensor that holds NaN or infinity is {found}, computed of finite samples. {RATE_ADVICE}"
             if found
             else None
         )

@@ -8,7 +8,7 @@ from torch import nn
 
 from halfeven.errors import ConfigError
 from halfeven.graph.torch_private import AnyBatchOrInstanceNorm
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 from halfeven.training.joined_optimizers import JoinedOptimizers
 from halfeven.training.options import TrainingOptions
 
@@ -132,7 +132,7 @@ def learning_rate(step: int, total_steps: int, steps_per_epoch: int, options: Tr
 
 
 def _decay_left(done: float, options: TrainingOptions) -> float:
-    """Return the share of the way down that is left, after the share `done` of the run."""
+    """Return the share of the decay that is left after the share `done` of the run."""
     if options.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
     power = options.polynomial_power if options.schedule == "polynomial" else 1.0

@@ -31,7 +31,7 @@ def plain_console(*, quiet: bool = False) -> Console:
     return Console(quiet=quiet, markup=False, emoji=False)
 
 
-def described(metrics: dict[str, float]) -> str:
+def metrics_text(metrics: dict[str, float]) -> str:
     """Return metrics as text, for example "top1 89.99, top5 99.88"."""
     return ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
 
@@ -185,7 +185,7 @@ class RunLog:
         if self.main:
             self._draw_in_one_chart(metrics)
             place = f"epoch {epoch} · step {step} of {self.total} · " if step else ""
-            self.console.print(f"{place}{name}: {described(metrics)}", highlight=False)
+            self.console.print(f"{place}{name}: {metrics_text(metrics)}", highlight=False)
 
     def histograms(self, step: int, found: Mapping[str, Tensor]) -> None:
         """Log the distributions of values, by name."""

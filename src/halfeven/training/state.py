@@ -21,7 +21,7 @@ NO_RESUME = (
     "--overwrite or in another --work-dir."
 )
 
-LABELS = {"images": "samples"}
+POSITION_NAMES = {"images": "samples"}
 """Names of positions in messages, where they differ from those in files."""
 
 
@@ -51,7 +51,7 @@ class TrainingState:
     format: int = FORMAT
 
 
-KINDS: dict[str, type] = {
+FIELD_TYPES: dict[str, type] = {
     **dict.fromkeys(("model", "optimizer", "scaler", "best", "last", "position", "others"), dict),
     "step": int,
     "header": str,
@@ -94,14 +94,14 @@ def load_state(path: Path) -> TrainingState:
             f"{path} holds a training state of format {found}; this version of halfeven reads format {FORMAT} and "
             "would misread it. Resume with the version that wrote it, or start anew in another --work-dir."
         )
-    wrong = [name for name, kind in KINDS.items() if not isinstance(content.get(name), kind)]
+    wrong = [name for name, kind in FIELD_TYPES.items() if not isinstance(content.get(name), kind)]
     if wrong := wrong + [str(key) for key in content if key not in TrainingState.__dataclass_fields__]:
         raise CheckpointError(f"{path} holds no whole training state (look at {', '.join(wrong[:5])}). {NO_RESUME}")
     return TrainingState(**content)
 
 
 @contextmanager
-def belonging(path: Path) -> Iterator[None]:
+def explaining_misfit(path: Path) -> Iterator[None]:
     """Turn what torch raises, within the context, of a state that does not fit model and optimizer into a message."""
     try:
         yield
@@ -122,7 +122,7 @@ def check_position(found: dict[str, int], wanted: dict[str, int], path: Path) ->
         CheckpointError: seed, number of samples, batch size, accumulation or number of processes has changed.
     """
     changed = [
-        f"{LABELS.get(key, key)} {found.get(key)} then, {wanted[key]} now"
+        f"{POSITION_NAMES.get(key, key)} {found.get(key)} then, {wanted[key]} now"
         for key in wanted
         if found.get(key) != wanted[key]
     ]

@@ -19,7 +19,7 @@ from halfeven.errors import CheckpointError, named
 from halfeven.files import write_atomically
 from halfeven.graph.capture import as_arguments
 from halfeven.layerwise.batchnorm_statistics import average_batchnorm, own_statistics, set_own_statistics
-from halfeven.quantization.quantizer import weights_quantized_once
+from halfeven.quantization.model_quantizers import weights_quantized_once
 from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
 from halfeven.training.callback import TrainerCallback
@@ -29,10 +29,10 @@ from halfeven.training.optimization import learning_rate, make_optimizer
 from halfeven.training.options import TrainingOptions
 from halfeven.training.progress import RunLog, plain_console
 from halfeven.training.sampling import TrainingBatches, mix
-from halfeven.training.state import STATE_FILE, TrainingState, belonging, check_position, load_state, save_state
+from halfeven.training.state import STATE_FILE, TrainingState, check_position, explaining_misfit, load_state, save_state
 from halfeven.training.stopping import StopRequested, deferred
 
-PERFECT = 100.0
+PERFECT_METRIC = 100.0
 """Largest value of a metric, in percent: no advice helps beyond it."""
 
 
@@ -187,7 +187,7 @@ class Trainer:
             self.log.close()
         if self.best and not self.trained:
             best = self.best[self.task.key]
-            advice = " A lower training.learning_rate or a longer run may help." if best < PERFECT else ""
+            advice = " A lower training.learning_rate or a longer run may help." if best < PERFECT_METRIC else ""
             self.where.console.print(
                 f"No validation reached the {best:.2f} % that training started from (the last: "
                 f"{self.last[self.task.key]:.2f} %): the start is kept as the best.{advice}",
@@ -310,8 +310,7 @@ class Trainer:
         return metrics
 
     def _is_best(self, metrics: Metrics) -> bool:
-        """Return True for the best metrics so far. A trained model as good as the start is the better: it has learned
-        with its rounding."""
+        """Return True for the best metrics so far, and for a trained model as good as an untrained best one."""
         if not self.best:
             return True
         reached = metrics[self.task.key]
@@ -329,7 +328,11 @@ class Trainer:
             write_atomically(path, lambda partial: self.save(model, partial, facts))
 
     def _save_state(self, *, stopping: bool = False) -> None:
-        """Save the state, at a step at which every run of these options does, or where a signal stops this one."""
+        """Save the training state.
+
+        Args:
+            stopping: a signal ends the run here; else every run with these options saves at this step.
+        """
         models = (self.model, *self.callback.other_models.values())
         own: list[dict[str, Tensor]] = []
         if stopping and is_distributed():
@@ -374,7 +377,7 @@ class Trainer:
                 "before. Start anew with --overwrite or in another --work-dir, with a lower training.learning_rate if "
                 "the data are right."
             )
-        with belonging(path):
+        with explaining_misfit(path):
             self.model.load_state_dict(state.model)
             self.optimizer.load_state_dict(state.optimizer)
             if self.accelerator.scaler is not None and state.scaler:

@@ -99,8 +99,10 @@ class Answers:
 
 
 def class_axis(output: Tensor, given: ClassAxis) -> int:
-    """Return the axis of the classes: the given one, else the last axis of tokens [samples, tokens, classes] and the
-    second axis of everything else."""
+    """Return the axis of the classes: `given`, or for "auto" the last of three axes and else the second.
+
+    Three axes are those of tokens, [samples, tokens, classes].
+    """
     if given != "auto":
         return given
     return -1 if output.ndim == 3 else 1

@@ -12,7 +12,7 @@ from halfeven.deployment.quantize_op import WEIGHT_SUFFIX, ExportedQuantizer
 from halfeven.errors import VerificationError
 from halfeven.graph.view import module_of
 from halfeven.placement.make_plan import regions
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 from halfeven.runtimes.cpu import pair_fits
 from halfeven.runtimes.exact_model import ExactModel
 from halfeven.runtimes.runtime import Runtime
@@ -61,8 +61,10 @@ class Comparison:
         self.default_session: DefaultSession | None = None
 
     def _lacking_tensors(self) -> list[str]:
-        """Return the tensors that the file lacks, except for those on the grid of a tensor that it has: the converter
-        merges equal tensors."""
+        """Return the tensors that the file lacks and that no tensor in it can stand for.
+
+        A converter merges equal tensors, so a tensor on the same grid can stand for another.
+        """
         grids = {_grid_values(self.activations[name]) for name in self.names}
         return [name for name in self.unseen if _grid_values(self.activations[name]) not in grids]
 

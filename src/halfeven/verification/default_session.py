@@ -14,7 +14,7 @@ class DefaultSession:
     """The outputs of a runtime's default session, beside those of the session that was verified."""
 
     difference: float
-    """Largest difference of an output from the verified one, over the largest absolute value of that."""
+    """Largest difference of an output from the verified output, over the largest absolute value of the latter."""
     settings: list[str]
     """The settings that make the difference, as `name=value`: without any of them the outputs are others."""
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from halfeven.verification.outputs import OutputParity
 from halfeven.verification.report import TensorParity
 
-VISIBLE = 1e-3
+VISIBLE_DIFFERENCE = 1e-3
 """Smallest difference of an output, relative to the output, that counts: rounding in float32 stays far below."""
 
 SHARE_OF_QUANTIZATION_ERROR = 0.5
@@ -31,7 +31,7 @@ def differs_from_exact(output: OutputParity) -> bool:
     """Return True where an output is further from the exact simulation than single roundings take it."""
     if not output.continuous:
         return False  # an index that changes is no size: its share is in the report
-    return output.rms_difference > max(VISIBLE, SHARE_OF_QUANTIZATION_ERROR * output.quantization_error)
+    return output.rms_difference > max(VISIBLE_DIFFERENCE, SHARE_OF_QUANTIZATION_ERROR * output.quantization_error)
 
 
 def _not_exact(output: OutputParity) -> str:
@@ -44,8 +44,11 @@ def _not_exact(output: OutputParity) -> str:
 
 
 def _not_trained(outputs: Sequence[OutputParity], tensors: Sequence[TensorParity]) -> list[str]:
-    """Return a sentence where the file computes something else than the float simulation: the first tensor or output
-    that does, given the same integers before it; else the output that parts as a whole."""
+    """Return a sentence if the file computes something else than the float simulation; else nothing.
+
+    It names the first tensor or output that differs, given the same integers before it, or else the output that
+    differs in a run of the whole model.
+    """
     first = next((tensor for tensor in tensors if _has_moved(tensor)), None)
     if first is not None:
         share = _percent_text(first.different_float_alone / first.count)
@@ -65,7 +68,7 @@ def _has_moved(tensor: TensorParity) -> bool:
 
 
 def _has_parted(output: OutputParity, difference: float) -> bool:
-    return difference > max(VISIBLE, output.quantization_error)
+    return difference > max(VISIBLE_DIFFERENCE, output.quantization_error)
 
 
 def _advice_on_readers(what: str) -> str:

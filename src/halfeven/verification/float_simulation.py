@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.deployment.quantize_op import ExportedQuantizer
-from halfeven.quantization.quantizer import Quantizer, quantizers
+from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Quantizer
 from halfeven.verification.outputs import named_outputs
 
 

@@ -17,7 +17,7 @@ from halfeven.verification.python_work import PythonWork
 
 
 @dataclass
-class Work:
+class ModelWork:
     """Multiply-accumulates: of the whole model, those in integers, and those in float by the operator's name."""
 
     whole: float = 0.0
@@ -47,7 +47,7 @@ def work_of(
     layers: Sequence[LayerExecution],
     products: Sequence[LayerExecution],
     beside: PythonWork,
-) -> Work:
+) -> ModelWork:
     """Return the multiply-accumulates of a deployed model, by the runtime's account of what ran in integers.
 
     Args:
@@ -62,7 +62,7 @@ def work_of(
     of_activations = {node for region in parts.values() for node in _products_of_activations(region)}
     in_integers = sum(product.integer for product in products)
     of_products = min(in_integers / len(of_activations), 1.0) if of_activations else 0.0
-    work = Work()
+    work = ModelWork()
     for prefix, region in parts.items():
         names = {node: qualified(prefix, name) for name, node in tensor_names(region.graph).items()}
         counts = {node: count for node in region.graph.nodes if (count := multiply_accumulates(node))}

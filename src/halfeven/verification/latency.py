@@ -19,7 +19,8 @@ from halfeven.placement.folded_batchnorm import settle_live
 from halfeven.placement.insertion import recorded_inputs
 from halfeven.placement.make_plan import regions
 from halfeven.placement.tied_weights import tied_parameters, untie
-from halfeven.quantization.quantizer import Mode, set_mode
+from halfeven.quantization.model_quantizers import set_mode
+from halfeven.quantization.quantizer import Mode
 from halfeven.runtimes.layer_execution import slowest
 from halfeven.runtimes.runtime import Runtime
 from halfeven.temporary import temporary_folder

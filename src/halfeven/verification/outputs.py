@@ -24,7 +24,7 @@ class OutputParity:
     equal: float
     """Share of the values that equal the exact simulation's to the last bit."""
     difference: float
-    """Largest difference from the exact simulation, over the largest absolute value of that."""
+    """Largest difference from the exact simulation, over the largest absolute value of the simulation."""
     rms_difference: float
     """Root mean square of that difference, over that of the float simulation."""
     float_simulation_difference: float
@@ -118,8 +118,10 @@ def in_form_of(expected: dict[str, Tensor], found: Sequence[Tensor], path: Any) 
 
 
 def _differences(a: Tensor, b: Tensor) -> Tensor:
-    """Return the absolute differences of two tensors in float64: 0 where both hold the same value, NaN included, and
-    infinite where one alone is NaN or infinite."""
+    """Return the absolute differences of two tensors, in float64.
+
+    They are 0 where both hold the same value, NaN included, and infinite where one tensor alone is NaN or infinite.
+    """
     a = a.cpu().double()
     b = b.cpu().double()
     same = (a == b) | (a.isnan() & b.isnan())

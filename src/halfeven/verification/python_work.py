@@ -32,7 +32,7 @@ def python_work(qmodel: nn.Module) -> PythonWork:
     counts = _macs_by_module(qmodel)
 
     def own(name: str, others: Iterable[str]) -> int:
-        """Return the work of a module without that of the others that lie directly inside of it."""
+        """Return the work of a module, without the work of `others` that lie inside of it."""
         inside = [other for other in others if other != name and _is_inside(other, name)]
         direct = [other for other in inside if not any(_is_inside(other, outer) for outer in inside if outer != other)]
         return counts.get(name, 0) - sum(counts.get(other, 0) for other in direct)

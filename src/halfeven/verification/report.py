@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import RenderableType
 from torch import Tensor
 
+from halfeven.files import json_value
 from halfeven.tables import Shown, as_html, as_text
 from halfeven.verification.default_session import DefaultSession
 from halfeven.verification.outputs import OutputParity
@@ -133,7 +134,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON; None stands for NaN, which JSON does not have."""
-        values: dict[str, Any] = _json_value(asdict(self))
+        values: dict[str, Any] = json_value(asdict(self))
         return values
 
     def __str__(self) -> str:
@@ -151,12 +152,3 @@ class Report:
     def table(self) -> Shown:
         """Return all figures to print, with the parity of each activation."""
         return Shown(whole_table(self))
-
-
-def _json_value(value: Any) -> Any:
-    """Return a value of JSON: None stands for NaN and infinities."""
-    if isinstance(value, dict):
-        return {name: _json_value(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_json_value(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

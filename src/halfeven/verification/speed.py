@@ -5,7 +5,7 @@ from halfeven.verification.layer_times import LayerTimes
 SLOWER_FILE = 1.05
 """Ratio to the float file from which a file counts as slower: less is the fluctuation of a measurement."""
 
-NAMED = 8
+MAX_NAMED_LAYERS = 8
 """Largest number of slow layers to name."""
 
 
@@ -20,8 +20,11 @@ def slower_than_float(times: LayerTimes) -> list[str]:
         )
     if layers:
         lost = sum(layer.deployed - layer.floating for layer in layers)
-        rows = [f"{layer.name} {layer.deployed:.3f} ms, in float {layer.floating:.3f} ms" for layer in layers[:NAMED]]
-        more = f"; and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
+        rows = [
+            f"{layer.name} {layer.deployed:.3f} ms, in float {layer.floating:.3f} ms"
+            for layer in layers[:MAX_NAMED_LAYERS]
+        ]
+        more = f"; and {len(layers) - MAX_NAMED_LAYERS} more" if len(layers) > MAX_NAMED_LAYERS else ""
         found.append(
             f"Slower in integers than in float, by {lost:.3f} ms together: {'; '.join(rows)}{more}. A rule with "
             "quantize=False leaves a layer in float; halfeven.search(latency=...) finds which."

@@ -17,7 +17,7 @@ from halfeven.graph.copying import float32_model
 from halfeven.layerwise.batches import form_of, naming_batch
 from halfeven.placement.execution_graph import as_planned
 from halfeven.progress_bar import advancing, progress
-from halfeven.quantization.quantizer import weights_quantized_once
+from halfeven.quantization.model_quantizers import weights_quantized_once
 from halfeven.runtimes.deploy import deploy, runtime_of
 from halfeven.runtimes.layer_execution import LayerExecution
 from halfeven.runtimes.runtime import Runtime

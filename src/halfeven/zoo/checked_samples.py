@@ -14,7 +14,7 @@ from halfeven.errors import ConfigError, HalfevenError
 from halfeven.zoo.origins import Wrapped, parent
 from halfeven.zoo.parts import Datasets, Samples
 
-SKIPPED = "skipped.jsonl"
+SKIPPED_FILE = "skipped.jsonl"
 """File in the work folder with a line for each sample that was left out."""
 MOST_IN_A_ROW = 100
 """Largest number of bad samples, one after the other, that are left out."""
@@ -92,7 +92,7 @@ class CheckedSamples(Wrapped):
 
     def describe(self, index: int) -> str:
         """Return the index of a sample with its file and label, where they are known."""
-        file, label = origin(self.samples, index)
+        file, label = file_and_label(self.samples, index)
         known = [f"file {file}"] if file else []
         known += [f"label {label}"] if label is not None else []
         return f"{index} ({', '.join(known)})" if known else str(index)
@@ -109,7 +109,7 @@ class CheckedSamples(Wrapped):
     def _note_skipped(self, index: int, reason: str) -> None:
         if self.on_bad == "skip" and self.folder.is_dir():
             line = json.dumps({"part": self.part, "sample": self.describe(index), "reason": reason})
-            with (self.folder / SKIPPED).open("a", encoding="utf-8") as file:
+            with (self.folder / SKIPPED_FILE).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
     def check_targets(self) -> None:
@@ -123,7 +123,7 @@ class CheckedSamples(Wrapped):
                 raise SampleError(self._error_text(index, reason))
 
 
-def checked(datasets: Datasets, on_bad: Literal["error", "skip"], folder: Path) -> Datasets:
+def with_checks(datasets: Datasets, on_bad: Literal["error", "skip"], folder: Path) -> Datasets:
     """Return data whose samples are checked where they are read."""
     parts: dict[str, Any] = {
         name: CheckedSamples(samples, name, on_bad, folder) for name, samples in datasets.parts().items()
@@ -135,7 +135,7 @@ def check_targets(datasets: Datasets, wrong_target: Callable[[Any], str], *, one
     """Check all targets at hand, and from now on each sample that is read.
 
     Args:
-        datasets: from `checked`.
+        datasets: from `with_checks`.
         wrong_target: says what is wrong with a target; "" where nothing is.
         one_size: inputs of a part must have one shape and dtype, as its batches are stacked.
 
@@ -150,7 +150,7 @@ def check_targets(datasets: Datasets, wrong_target: Callable[[Any], str], *, one
         part.like = first if one_size and isinstance(first, Tensor) else None
 
 
-def origin(samples: Any, index: int) -> tuple[str, Any]:
+def file_and_label(samples: Any, index: int) -> tuple[str, Any]:
     """Return file and label of a sample, "" and None where they are not known without reading it."""
     samples, index = parent(samples, index)
     files = getattr(samples, "samples", None)  # torchvision's folders: pairs of path and label
@@ -177,7 +177,7 @@ def targets_at_hand(samples: Any) -> Sequence[Any]:
 
 def count_skipped(folder: Path) -> str:
     """Return how many samples of each part the runs in a folder have left out, as text; "" for none."""
-    file = folder / SKIPPED
+    file = folder / SKIPPED_FILE
     lines = set(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ()
     parts = Counter(json.loads(line)["part"] for line in lines)
     return ", ".join(f"{parts[part]} {part}" for part in PARTS if parts[part])

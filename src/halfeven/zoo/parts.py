@@ -10,7 +10,7 @@ from torch.utils.data import Subset, default_collate
 from halfeven.errors import ConfigError
 from halfeven.zoo.options import DataOptions
 
-Example = Tensor | dict[str, Tensor]
+ExampleBatch = Tensor | dict[str, Tensor]
 
 
 class Samples(Protocol):
@@ -44,11 +44,11 @@ class Datasets:
         parts = {"train": self.train, "calibration": self.calibration, "validation": self.validation}
         return parts if self.holdout is None else {**parts, "holdout": self.holdout}
 
-    def example(self) -> Example:
+    def example(self) -> ExampleBatch:
         """Return two validation inputs as a batch, to capture a model with."""
         inputs = [self.validation[index][0] for index in range(min(2, len(self.validation)))]
         try:
-            found: Example = default_collate(inputs)
+            found: ExampleBatch = default_collate(inputs)
         except (RuntimeError, TypeError) as error:
             raise ConfigError(
                 f"The first two validation inputs make no batch ({next(iter(str(error).splitlines()), '')}), so the "

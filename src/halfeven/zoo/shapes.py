@@ -14,14 +14,14 @@ SHAPES = ("disc", "square", "triangle", "cross")
 """Class 1 is a disc, and so on; class 0 is the background."""
 MOST_SHAPES = 4
 """Largest number of shapes in a scene; the smallest is 1."""
-SMALLEST = 0.15
-LARGEST = 0.4
+SMALLEST_SHAPE = 0.15
+LARGEST_SHAPE = 0.4
 """Sides of a shape, as shares of the side of the scene."""
 LEAST_CONTRAST = 90.0
 """Smallest distance between the colours of a shape and of the background, in levels of 255."""
-NOISE = 12.0
+NOISE_STD = 12.0
 """Standard deviation of the noise, in levels of 255."""
-TRIES = 20
+PLACE_TRIES = 20
 """Places that are tried for a shape until it touches no earlier shape."""
 TRAINING, VALIDATION = 1600, 200
 """Number of scenes of each part."""
@@ -75,7 +75,7 @@ def scene(generator: np.random.Generator, side: int) -> tuple[Any, Any, Any]:
         Pixels, [side, side, 3] in bytes; boxes, [shapes, 4] in float32; classes, [shapes].
     """
     background = generator.uniform(30, 225, 3)
-    pixels = background + generator.normal(0, NOISE, (side, side, 3))
+    pixels = background + generator.normal(0, NOISE_STD, (side, side, 3))
     boxes: list[list[float]] = []
     classes: list[int] = []
     for _ in range(int(generator.integers(1, MOST_SHAPES + 1))):
@@ -86,7 +86,9 @@ def scene(generator: np.random.Generator, side: int) -> tuple[Any, Any, Any]:
         kind = int(generator.integers(len(SHAPES)))
         inside = _shape_mask(SHAPES[kind], size)
         patch = pixels[top : top + size, left : left + size]
-        patch[inside] = _contrasting_colour(generator, background) + generator.normal(0, NOISE, (int(inside.sum()), 3))
+        patch[inside] = _contrasting_colour(generator, background) + generator.normal(
+            0, NOISE_STD, (int(inside.sum()), 3)
+        )
         boxes.append([left, top, left + size, top + size])
         classes.append(kind + 1)
     image = pixels.clip(0, 255).astype(np.uint8)
@@ -94,8 +96,8 @@ def scene(generator: np.random.Generator, side: int) -> tuple[Any, Any, Any]:
 
 
 def _free_place(generator: np.random.Generator, side: int, boxes: list[list[float]]) -> tuple[int, int, int] | None:
-    for _ in range(TRIES):
-        size = round(float(generator.uniform(SMALLEST, LARGEST)) * side)
+    for _ in range(PLACE_TRIES):
+        size = round(float(generator.uniform(SMALLEST_SHAPE, LARGEST_SHAPE)) * side)
         left, top = (int(start) for start in generator.integers(0, side - size + 1, 2))
         if all(left >= b[2] or b[0] >= left + size or top >= b[3] or b[1] >= top + size for b in boxes):
             return left, top, size

@@ -11,9 +11,9 @@ import torch
 from halfeven.errors import CheckpointError, named
 from halfeven.integrity import check_zip
 
-ZIP = b"PK\x03\x04"
+ZIP_MAGIC = b"PK\x03\x04"
 """Beginning of the files of torch.save since torch 1.6."""
-EVERYWHERE = ("_codecs", "builtins", "collections", "numpy")
+COMMON_PACKAGES = ("_codecs", "builtins", "collections", "numpy")
 """Packages whose classes many files name."""
 
 
@@ -41,7 +41,7 @@ def read_torch_file(path: Path) -> tuple[Any, tuple[str, ...]]:
         CheckpointError: the file is damaged, or cannot be read without running code.
     """
     with path.open("rb") as file:
-        is_zip = file.read(len(ZIP)) == ZIP
+        is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
     if is_zip:
         try:
             check_zip(path)
@@ -69,7 +69,7 @@ def _unknown_names(path: Path) -> tuple[str, ...]:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         # What a user looks for in a message is the library that wrote the file.
-        return tuple(sorted(names, key=lambda name: (name.partition(".")[0] in EVERYWHERE, name)))
+        return tuple(sorted(names, key=lambda name: (name.partition(".")[0] in COMMON_PACKAGES, name)))
     except MemoryError:
         raise
     except Exception as error:

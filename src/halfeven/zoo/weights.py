@@ -73,9 +73,9 @@ WRAPPERS = (("module.", ""), ("_orig_mod.", ""), ("backbone.", ""), ("head.fc.",
 
 ENTRIES = ("state_dict", "model", "state_dict_ema", "model_ema", "ema_state_dict")
 """Keys of the weights in files of several libraries, the first of which is read if the user names none."""
-COUNTERS = ("steps", "n_averaged")
+STEP_COUNTERS = ("steps", "n_averaged")
 """Numbers of steps that mmengine and torch keep beside averaged weights, which are named "module.NAME" there."""
-SHOWN = 8
+MAX_SHOWN_NAMES = 8
 """Largest number of names in a line of a message."""
 
 
@@ -153,15 +153,15 @@ def _state_dict_of(content: Any, path: Path, entry: str, left_out: tuple[str, ..
             f'tensors by name, nor has it one under "state_dict" or "model".{objects} Save model.state_dict() with '
             "torch.save."
         )
-    kept = [key for key in content if key not in COUNTERS]
+    kept = [key for key in content if key not in STEP_COUNTERS]
     if all(str(key).startswith("module.") for key in kept):
         content = {key: content[key] for key in kept}
     # A tensor that code would have to make is none here.
     strange = [str(key) for key, one in content.items() if not (isinstance(key, str) and isinstance(one, Tensor))]
     if strange:
         raise CheckpointError(
-            f"The state_dict in {path} holds {', '.join(strange[:SHOWN])}, which are not plain tensors, so the weights "
-            "are not whole. Convert them to tensors where the file was made."
+            f"The state_dict in {path} holds {', '.join(strange[:MAX_SHOWN_NAMES])}, which are not plain tensors, so "
+            "the weights are not whole. Convert them to tensors where the file was made."
         )
     return dict(content)
 
@@ -186,7 +186,7 @@ def load_weights(model: nn.Module, path: str | Path, entry: str = "auto") -> Non
     for key in wanted.keys() - best.keys():
         if key.endswith("num_batches_tracked"):
             best[key] = wanted[key]
-    problem = differences(best, wanted)
+    problem = key_differences(best, wanted)
     if problem:
         raise CheckpointError(
             f"The weights of {path} are not the model's:\n{problem}\nLoading a part of them would leave the others "
@@ -207,7 +207,7 @@ def _without_wrapper(key: str) -> str:
     return key
 
 
-def differences(found: dict[str, Tensor], wanted: dict[str, Tensor], shown: int = SHOWN) -> str:
+def key_differences(found: dict[str, Tensor], wanted: dict[str, Tensor], shown: int = MAX_SHOWN_NAMES) -> str:
     """Return lines of missing, unexpected and differently shaped tensors; "" where two state dicts match."""
     shapes = [
         f"{key} {tuple(found[key].shape)} instead of {tuple(wanted[key].shape)}"

@@ -77,7 +77,7 @@ class Yolo(nn.Module):
         bins = torch.cat([head(x).flatten(2) for head, x in zip(self.boxes, levels, strict=True)], 2)
         scores = torch.cat([head(x).flatten(2) for head, x in zip(self.scores, levels, strict=True)], 2)
         distances = (bins.reshape(len(bins), 4, BINS, -1).softmax(2) * self.bins).sum(2)
-        centres, strides = places(images.shape[-2], images.shape[-1], images)
+        centres, strides = place_centres(images.shape[-2], images.shape[-1], images)
         near, far = distances.chunk(2, 1)
         corners = torch.cat([(centres - near) * strides, (centres + far) * strides], 1)
         return torch.cat([corners, scores.sigmoid()], 1)
@@ -103,7 +103,7 @@ class Yolo(nn.Module):
         return [{**image, "labels": image["labels"] + 1} for image in found]
 
 
-def places(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def place_centres(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the centres of all places in strides, [1, 2, places] as x and y, and the strides, [1, 1, places]."""
     centres, strides = [], []
     for stride in STRIDES:

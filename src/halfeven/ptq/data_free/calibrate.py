@@ -16,7 +16,13 @@ from halfeven.graph.view import Op, module_calls
 from halfeven.layerwise.calibrate import set_weight_ranges
 from halfeven.placement.graph_edits import give_bias
 from halfeven.placement.make_plan import regions
-from halfeven.ptq.data_free.moment_propagation import NORMALIZED, Inputs, input_moments, propagated, transposed_share
+from halfeven.ptq.data_free.moment_propagation import (
+    NORMALIZED,
+    InputDistribution,
+    input_moments,
+    propagated,
+    transposed_share,
+)
 from halfeven.ptq.data_free.moments import Distribution
 from halfeven.ptq.equalization.layer_pairs import apply_to_constant, rewritable_layers, weight_by_channel
 from halfeven.quantization.fake_quantize import fake_quantize
@@ -65,7 +71,9 @@ class RangeReport:
 
 @checked_arguments(AlgorithmError)
 @torch.no_grad()
-def ranges_from_batchnorm(qmodel: nn.Module, *, alpha: float = 6.0, inputs: Inputs = NORMALIZED) -> RangeReport:
+def ranges_from_batchnorm(
+    qmodel: nn.Module, *, alpha: float = 6.0, inputs: InputDistribution = NORMALIZED
+) -> RangeReport:
     """Set the ranges of all quantizers without data, as `calibrate` does with it.
 
     An activation's range is from the smallest beta - alpha |gamma| to the largest beta + alpha |gamma| of its channels,
@@ -105,7 +113,7 @@ def ranges_from_batchnorm(qmodel: nn.Module, *, alpha: float = 6.0, inputs: Inpu
 
 
 def _distributions_to_set(
-    qmodel: nn.Module, alpha: float, inputs: Inputs
+    qmodel: nn.Module, alpha: float, inputs: InputDistribution
 ) -> dict[Quantizer, list[Distribution | None]]:
     """Return the activation quantizers whose ranges are to be set, each with the distributions of its tensors."""
     found: dict[Quantizer, list[Distribution | None]] = {}
@@ -135,7 +143,9 @@ class AnalyticCorrectionReport:
 
 @checked_arguments(AlgorithmError)
 @torch.no_grad()
-def correct_biases_analytically(qmodel: nn.Module, *, inputs: Inputs = NORMALIZED) -> AnalyticCorrectionReport:
+def correct_biases_analytically(
+    qmodel: nn.Module, *, inputs: InputDistribution = NORMALIZED
+) -> AnalyticCorrectionReport:
     """Subtract from the biases the shift of the channels' means by rounded weights, without data, in place.
 
     The means of a layer's inputs follow from BatchNorm. Layers without a bias get one, which is recorded in the plan.

@@ -19,24 +19,25 @@ from halfeven.graph.view import Op, operations
 from halfeven.placement.channel_clip import ChannelClip
 from halfeven.ptq.data_free.moments import (
     Distribution,
-    added,
-    clipped,
+    after_clip,
+    after_concatenation,
+    after_function,
+    after_scaling,
+    after_sum,
     collapsed,
-    constant,
+    constant_distribution,
     gaussian,
-    joined,
     multiplied,
-    scaled,
-    through,
 )
 from halfeven.ptq.equalization.layer_pairs import apply_to_constant, weight_by_channel
 from halfeven.quantization.quantizer import Quantizer
+from halfeven.renamed import renamed_attributes
 
 K = OperatorKind
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
+class InputDistribution:
     """Assumed distribution of a model's inputs. The defaults fit inputs that were normalized over a data set."""
 
     mean: float = 0.0
@@ -53,12 +54,12 @@ class Inputs:
         return Distribution(mean, std, low, high, measured=False)
 
 
-NORMALIZED = Inputs()
+NORMALIZED = InputDistribution()
 """Inputs that were normalized to mean 0 and standard deviation 1."""
 
 
 def propagated(
-    region: CapturedModule, *, alpha: float = 6.0, inputs: Inputs | None = NORMALIZED
+    region: CapturedModule, *, alpha: float = 6.0, inputs: InputDistribution | None = NORMALIZED
 ) -> dict[fx.Node, Distribution]:
     """Return the distribution of each tensor of a graph; a tensor of unknown distribution has no entry.
 
@@ -81,7 +82,7 @@ class _Propagation:
 
     found: dict[fx.Node, Distribution]
     alpha: float
-    inputs: Inputs | None
+    inputs: InputDistribution | None
 
     def distribution(self, op: Op) -> Distribution | None:
         """Return the distribution of an operator's result; None where it is unknown."""
@@ -106,7 +107,7 @@ class _Propagation:
         if kind is K.IDENTITY or isinstance(module, Quantizer):
             return x
         if isinstance(module, ChannelClip):
-            return None if x is None else clipped(x, module.low.flatten(), module.high.flatten())
+            return None if x is None else after_clip(x, module.low.flatten(), module.high.flatten())
         # A BatchNorm that was folded into this layer: its beta and |gamma| are the moments of the layer's outputs.
         if (kept := kept_statistics(module)) is not None:
             return gaussian(*kept, self.alpha, channel_axis(op.node, op.node), True)
@@ -133,10 +134,10 @@ class _Propagation:
         """Return the distribution behind a function of one tensor; None if it is unknown."""
         # A clip has moments in closed form; other activation functions are integrated numerically.
         if (bounds := op.bounds) is not None:
-            return clipped(x, *bounds)
+            return after_clip(x, *bounds)
         if op.kind is K.ACTIVATION:
             rest = [_for_channels(_tensor_of(argument), len(x.mean)) for argument in op.node.args[1:]]
-            return through(x, lambda values: op.function(values.float(), *rest, **op.node.kwargs).double())
+            return after_function(x, lambda values: op.function(values.float(), *rest, **op.node.kwargs).double())
         if op.kind in (K.SAME_SCALE, K.IDENTITY, K.AVERAGE, K.PAD, K.INTERPOLATION):
             return _after_mover(op, x)
         return None
@@ -155,15 +156,15 @@ class _Propagation:
         if op.kind is K.MULTIPLY:
             return multiplied(a, b)
         sign = -1.0 if op.row.subtracts else 1.0
-        return added(a, scaled(b, sign * float(op.arguments.get("alpha", 1))), self.alpha)
+        return after_sum(a, after_scaling(b, sign * float(op.arguments.get("alpha", 1))), self.alpha)
 
     def _operand_distribution(self, op: Op, operand: Any) -> Distribution | None:
         """Return the distribution of an operand, aligned with the axes of the result; None if it is unknown."""
         if not isinstance(operand, fx.Node):
-            return constant(operand) if isinstance(operand, int | float) else None
+            return constant_distribution(operand) if isinstance(operand, int | float) else None
         read = Op(operand)
         if read.is_constant:
-            return constant(_tensor_of(operand))
+            return constant_distribution(_tensor_of(operand))
         x = self.found.get(operand)
         # Broadcasting aligns axes at the end, so that with another number of axes the channel's axis means another
         # axis.
@@ -176,8 +177,8 @@ class _Propagation:
             return None
         axis = op.argument("dim") % op.ndim
         if all(part.axis == axis for part in parts):
-            return joined(parts, axis)
-        return collapsed(joined([collapsed(part) for part in parts], None))
+            return after_concatenation(parts, axis)
+        return collapsed(after_concatenation([collapsed(part) for part in parts], None))
 
 
 def _tensor_of(argument: Any) -> Any:
@@ -245,3 +246,6 @@ def _after_mover(op: Op, x: Distribution) -> Distribution:
         name: getattr(x, name).repeat_interleave(channels // len(x.mean)) for name in ("mean", "std", "low", "high")
     }
     return Distribution(**repeated, axis=axis, measured=x.measured)
+
+
+__getattr__ = renamed_attributes(__name__, Inputs="ptq.data_free.moment_propagation.InputDistribution")

@@ -90,14 +90,14 @@ def _in_float64(*bounds: Bound) -> tuple[Tensor, ...]:
     return tuple(torch.as_tensor(bound).detach().double().cpu() for bound in bounds)
 
 
-def clipped(x: Distribution, low: Bound, high: Bound) -> Distribution:
+def after_clip(x: Distribution, low: Bound, high: Bound) -> Distribution:
     """Return the distribution after clip(x, low, high), with bounds that are numbers or [channels]."""
     low, high = _in_float64(low, high)
     mean, std = clipped_moments(x.mean, x.std, low, high)
     return replace(x, mean=mean, std=std, low=x.low.clamp(low, high), high=x.high.clamp(low, high))
 
 
-def through(x: Distribution, function: Callable[[Tensor], Tensor]) -> Distribution:
+def after_function(x: Distribution, function: Callable[[Tensor], Tensor]) -> Distribution:
     """Return the distribution after an elementwise function of [points, channels], by quadrature."""
     reach = QUADRATURE_DEVIATIONS
     z = torch.linspace(-reach, reach, QUADRATURE_POINTS, dtype=torch.float64)[:, None]
@@ -112,7 +112,7 @@ def through(x: Distribution, function: Callable[[Tensor], Tensor]) -> Distributi
     return replace(x, mean=mean, std=std, low=extent.amin(0), high=extent.amax(0))
 
 
-def added(a: Distribution, b: Distribution, alpha: float) -> Distribution:
+def after_sum(a: Distribution, b: Distribution, alpha: float) -> Distribution:
     """Return the distribution of the sum of independent tensors.
 
     Its extent is `alpha` standard deviations on both sides, as of a Gaussian. Rectified tensors have longer tails: the
@@ -149,19 +149,19 @@ def multiplied(a: Distribution, b: Distribution) -> Distribution:
     )
 
 
-def constant(value: float | Tensor) -> Distribution:
+def constant_distribution(value: float | Tensor) -> Distribution:
     """Return the distribution of a number, or of all elements of a tensor, as one channel."""
     values = torch.as_tensor(value).detach().double().cpu().reshape(1, -1)
     return Distribution(values.mean(1), values.std(1, correction=0), values.amin(1), values.amax(1))
 
 
-def scaled(x: Distribution, factor: float) -> Distribution:
+def after_scaling(x: Distribution, factor: float) -> Distribution:
     """Return the distribution of a tensor times a number."""
     ends = torch.stack([x.low * factor, x.high * factor])
     return replace(x, mean=x.mean * factor, std=x.std * abs(factor), low=ends.amin(0), high=ends.amax(0))
 
 
-def joined(parts: Sequence[Distribution], axis: int | None) -> Distribution:
+def after_concatenation(parts: Sequence[Distribution], axis: int | None) -> Distribution:
     """Return the distribution of tensors that are concatenated along their channel axis, `axis`."""
     fields = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "std", "low", "high")}
     return Distribution(**fields, axis=axis, measured=all(part.measured for part in parts))

@@ -41,7 +41,7 @@ def absorbable_constant(mean: Tensor, std: Tensor, deviations: float) -> Tensor:
     return (mean - deviations * std).clamp(min=0)
 
 
-def absorb(producer: Any, consumer: Any, constant: Tensor) -> None:
+def absorb_constant(producer: Any, consumer: Any, constant: Tensor) -> None:
     """Move a constant of each channel, [channels], from the first layer's bias into the second's, in place."""
     constant = constant.to(producer.bias)
     producer.bias.sub_(constant)
@@ -146,7 +146,7 @@ def absorb_biases(
         if constant.any():
             give_bias(qmodel, names[pair.producer])
             give_bias(qmodel, names[pair.consumer])
-            absorb(module_of(pair.producer), module_of(pair.consumer), constant)
+            absorb_constant(module_of(pair.producer), module_of(pair.consumer), constant)
     return AbsorptionReport(
         absorbed={
             f"{names[pair.producer]} -> {names[pair.consumer]}": float(constant.abs().max())

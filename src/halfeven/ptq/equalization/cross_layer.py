@@ -22,7 +22,7 @@ from halfeven.placement.channel_clip import ChannelClip, channel_clip_at
 from halfeven.placement.graph_edits import record_changes
 from halfeven.placement.make_plan import named_nodes, regions
 from halfeven.ptq.data_free.moment_propagation import propagated
-from halfeven.ptq.data_free.moments import Distribution, clipped, through
+from halfeven.ptq.data_free.moments import Distribution, after_clip, after_function
 from halfeven.ptq.equalization.layer_pairs import (
     LayerPair,
     find_layer_pairs,
@@ -320,8 +320,8 @@ def _sqnr_without_bound(x: Distribution | None, bound: float) -> float:
         return float("-inf")
     # White paper, section 3.2: ReLU6 does not commute with a factor. `lost` is what a ReLU lets through and ReLU6 does
     # not.
-    kept = clipped(x, 0.0, bound)
-    lost = through(x, lambda values: (values - bound).clamp(min=0))
+    kept = after_clip(x, 0.0, bound)
+    lost = after_function(x, lambda values: (values - bound).clamp(min=0))
     signal = _mean_power(kept)
     noise = _mean_power(lost)
     return 10 * math.log10(signal / noise) if signal and noise else float("inf")

@@ -35,7 +35,7 @@ def _weight_positions(layer: Op) -> int:
     return math.prod(constant_size(size) or 1 for size in sizes[1:])
 
 
-def cut(parts: tuple[Values, ...], samples: int, generator: torch.Generator) -> tuple[Values, ...]:
+def cut_samples(parts: tuple[Values, ...], samples: int, generator: torch.Generator) -> tuple[Values, ...]:
     """Return consecutive samples, from a random place, of the values of a batch.
 
     Nothing is cut where the values differ in their first size, which is then not the number of samples.

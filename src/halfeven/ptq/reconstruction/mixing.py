@@ -11,7 +11,7 @@ from torch import Tensor
 from halfeven.quantization.compile import fused
 
 
-def mixed(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
+def mix_by_mask(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
     """Return `chosen` where the mask is True, else `other`; all of one shape. Gradients reach what was taken."""
     result: Tensor = _Mixed.apply(mask, chosen, other)
     return result

@@ -20,8 +20,8 @@ from halfeven.layerwise.blocks import Block
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.reconstruction.adaround import Rounding, regularizer_sharpness
 from halfeven.ptq.reconstruction.conv_as_matmul import conv_as_matmul, has_few_positions
-from halfeven.ptq.reconstruction.minibatches import cut, samples_of_a_step
-from halfeven.ptq.reconstruction.mixing import mixed
+from halfeven.ptq.reconstruction.minibatches import cut_samples, samples_of_a_step
+from halfeven.ptq.reconstruction.mixing import mix_by_mask
 from halfeven.quantization.arithmetic import dequantize, representable
 from halfeven.quantization.fake_quantize import effective_scale, fake_quantize
 from halfeven.quantization.quantizer import Mode, Quantizer
@@ -249,7 +249,7 @@ def _minimize_error(
         for step, batch in enumerate(_shuffled_batches(len(quantized.batches), steps, generator)):
             in_float = floats.inputs(block, batch) if options.drop else {}
             stored = (quantized.inputs(block, batch), in_float, floats.outputs(block, batch))
-            values, in_float, expected = cut(stored, samples, generator)
+            values, in_float, expected = cut_samples(stored, samples, generator)
             if options.drop:
                 # QDrop: each element of the block's input comes from the quantized or the float model at random, so
                 # that the block learns no answer to one fixed noise.
@@ -309,7 +309,7 @@ class _QDrop:
     def _drop_to_float(self, in_float: Any, quantized: Any) -> Any:
         if not self.probability or not _is_floating_point(quantized):
             return quantized
-        return mixed(self._random_mask(quantized), in_float, quantized)
+        return mix_by_mask(self._random_mask(quantized), in_float, quantized)
 
     def _random_mask(self, x: Tensor) -> Tensor:
         count = x.numel()

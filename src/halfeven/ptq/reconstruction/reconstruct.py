@@ -22,7 +22,7 @@ from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import AlgorithmError, CalibrationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.wrappers import unwrapped
-from halfeven.layerwise.activations import activation_caches, check_float_weights, in_float
+from halfeven.layerwise.activations import activation_caches, block_in_float, check_float_weights
 from halfeven.layerwise.blocks import Block, Granularity, find_blocks
 from halfeven.layerwise.cache import BoundedCache, Stored, store_inputs
 from halfeven.layerwise.sqnr import decibels
@@ -31,7 +31,7 @@ from halfeven.placement.make_plan import qualified, regions
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.reconstruction.optimize import BlockResult, optimize_block
 from halfeven.ptq.reconstruction.resume import BlockStore
-from halfeven.quantization.quantizer import quantizers
+from halfeven.quantization.model_quantizers import quantizers
 from halfeven.renamed import renamed_parameters
 
 Log = Callable[[str], None]
@@ -179,7 +179,7 @@ def _reconstruct_region(
         name = qualified(prefix, block.name)
         # The target is the float model's output on float inputs, the input is the quantized model's: AdaRound's
         # asymmetric reconstruction, which lets a block make up for the errors before it.
-        with in_float(block):
+        with block_in_float(block):
             floats.advance(block)
         result = finished.restore(name, block)
         if result is None:

@@ -65,7 +65,7 @@ def move_affine(
     norm.weight.copy_(norm.weight.double() / r)
 
 
-def spread(extent: Tensor) -> float:
+def range_spread(extent: Tensor) -> float:
     """Return the largest over the mean range of channels, [channels]; 1 where all are 0."""
     return float(extent.amax() / extent.mean()) if bool(extent.any()) else 1.0
 

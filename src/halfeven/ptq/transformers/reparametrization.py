@@ -22,7 +22,7 @@ from halfeven.ptq.transformers.layernorms import (
     layernorm_groups,
     live_channels,
     move_affine,
-    spread,
+    range_spread,
 )
 
 # The mathematics
@@ -95,5 +95,5 @@ def reparametrize(
                 low = -high
             r, c = to_common_range(low, high)
             move_affine(group.norm, group.linears, rescaling, r, c)
-            spreads[group.name] = (spread(high - low), spread((high - low) / r))
+            spreads[group.name] = (range_spread(high - low), range_spread((high - low) / r))
     return LayerNormReport("Reparametrization", spreads, {group.name: group.linear_names for group in groups}, left)

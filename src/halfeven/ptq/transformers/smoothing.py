@@ -27,7 +27,7 @@ from halfeven.ptq.transformers.layernorms import (
     layernorm_groups,
     live_channels,
     move_affine,
-    spread,
+    range_spread,
 )
 from halfeven.renamed import renamed_attributes
 
@@ -93,7 +93,7 @@ def smooth(
             weights = torch.stack([layer.weight.abs().amax(0) for layer in group.linears]).amax(0)
             r = smoothing_factors(activations, weights, strength)
             move_affine(group.norm, group.linears, rescaling, r, torch.zeros_like(r))
-            spreads[group.name] = (spread(high - low), spread((high - low) / r))
+            spreads[group.name] = (range_spread(high - low), range_spread((high - low) / r))
     return LayerNormReport("Smoothing", spreads, {group.name: group.linear_names for group in groups}, left)
 
 

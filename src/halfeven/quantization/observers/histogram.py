@@ -10,7 +10,7 @@ from torch import Tensor
 from halfeven.quantization.arithmetic import scale_and_zero_point
 from halfeven.quantization.compile import fused
 from halfeven.quantization.observers.minmax import all_reduce, finite_extremes, rows, seen
-from halfeven.quantization.observers.search import CANDIDATES, best, by_parts, least_error
+from halfeven.quantization.observers.search import CANDIDATES, best_range, by_parts, least_error
 from halfeven.quantization.scheme import Scheme
 
 BINS = 4096
@@ -202,7 +202,7 @@ def entropy_range(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
     # Both ends shrink together, as in Migacz's search over one threshold.
     fractions = torch.linspace(1.0, 0.1, CANDIDATES, device=histogram.smallest.device)[:, None]
     bounded = by_parts(divergences, max(1, MAX_SEARCH_NUMBERS // histogram.counts.numel()))
-    return best(bounded, histogram.smallest * fractions, histogram.largest * fractions)
+    return best_range(bounded, histogram.smallest * fractions, histogram.largest * fractions)
 
 
 def _divergence(counts: Tensor, level: Tensor, inside: Tensor, levels: int) -> Tensor:

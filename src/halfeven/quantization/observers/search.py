@@ -30,20 +30,20 @@ def least_error(errors: Errors, low: Tensor, high: Tensor, symmetric: bool) -> t
     device = low.device
     fractions = torch.linspace(1.0, 1.0 / CANDIDATES, CANDIDATES, device=device)[:, None]
     if symmetric:
-        return best(errors, low * fractions, high * fractions)
+        return best_range(errors, low * fractions, high * fractions)
     coarse = torch.linspace(1.0, 1.0 / COARSE_CANDIDATES, COARSE_CANDIDATES, device=device)
     # The pairs of equal fractions come first, from the whole range down: of equal errors the widest range wins.
     pairs = torch.cat([fractions.expand(-1, 2), torch.cartesian_prod(coarse, coarse)])
-    low, high = best(errors, low * pairs[:, :1], high * pairs[:, 1:])
+    low, high = best_range(errors, low * pairs[:, :1], high * pairs[:, 1:])
     # Factors from 1/2 to 3/2; the factor 1 comes first, so that the present range wins a tie.
     around = torch.cat([torch.ones_like(fractions[:1]), 0.5 + fractions])
     for _ in range(2):  # near the optimum each end's best value hardly depends on the other end: two turns are enough
-        low, high = best(errors, low * around, high.expand(len(around), -1))
-        low, high = best(errors, low.expand(len(around), -1), high * around)
+        low, high = best_range(errors, low * around, high.expand(len(around), -1))
+        low, high = best_range(errors, low.expand(len(around), -1), high * around)
     return low, high
 
 
-def best(errors: Errors, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
+def best_range(errors: Errors, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
     """Return, for each channel, the ends of the candidate with the least error, [channels] each; the first wins a tie.
 
     Args:

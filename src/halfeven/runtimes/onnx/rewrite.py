@@ -34,7 +34,7 @@ def name_and_fold(graph: Any, deployed: Deployed) -> None:
             continue
         layer = quantizer.name.removesuffix(WEIGHT_SUFFIX)
         _fold_weight(graph, node, dequantize, quantizer)
-        for reader in list(_layers(dequantize)):
+        for reader in list(_layers_reading(dequantize)):
             taken[layer] += 1
             reader.name = call_name(layer, taken[layer])
             if getattr(modules.get(layer), "bias", reader) is None:
@@ -54,10 +54,10 @@ def _name_pair(graph: Any, node: Any, quantizer: ExportedQuantizer, taken: Count
     """Give a pair its names, and its zero point as a constant; return its DequantizeLinear."""
     after = _only_reader(node)
     if after.op_type == "Clip":
-        after.name = _numbered(f"{quantizer.name}.clip", taken)
+        after.name = _numbered_name(f"{quantizer.name}.clip", taken)
         after = _only_reader(after)
-    zeros = quantizer.zero_point.numpy().astype(_type_of(quantizer))
-    constant = _constant(graph, f"{quantizer.name}.zero_point.integer", zeros)
+    zeros = quantizer.zero_point.numpy().astype(_integer_type(quantizer))
+    constant = _initializer(graph, f"{quantizer.name}.zero_point.integer", zeros)
     # The zero point is an int32 buffer, which the translation casts. ONNX Runtime fuses only pairs whose zero point is
     # a constant.
     cast = node.inputs[2].producer()
@@ -65,8 +65,8 @@ def _name_pair(graph: Any, node: Any, quantizer: ExportedQuantizer, taken: Count
     after.replace_input_with(2, constant)
     if cast is not None:
         graph.remove(cast, safe=True)
-    node.name = _numbered(f"{quantizer.name}.quantize", taken)
-    after.name = _numbered(quantizer.name, taken)
+    node.name = _numbered_name(f"{quantizer.name}.quantize", taken)
+    after.name = _numbered_name(quantizer.name, taken)
     return after
 
 
@@ -75,19 +75,19 @@ def _only_reader(node: Any) -> Any:
     return reader
 
 
-def _numbered(name: str, taken: Counter[str]) -> str:
+def _numbered_name(name: str, taken: Counter[str]) -> str:
     """Return a node's name, numbered where the same quantizer of a weight has taken it."""
     taken[name] += 1
     return name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
 
 
-def _type_of(quantizer: ExportedQuantizer) -> Any:
+def _integer_type(quantizer: ExportedQuantizer) -> Any:
     if four_bits(quantizer):
         return ml_dtypes.int4
     return np.int8 if quantizer.signed else np.uint8
 
 
-def _constant(graph: Any, name: str, values: Any) -> Any:
+def _initializer(graph: Any, name: str, values: Any) -> Any:
     """Return the initializer of a name, which is made where there is none yet."""
     import onnx_ir
 
@@ -96,13 +96,13 @@ def _constant(graph: Any, name: str, values: Any) -> Any:
     return graph.initializers[name]
 
 
-def _layers(node: Any) -> Iterator[Any]:
+def _layers_reading(node: Any) -> Iterator[Any]:
     """Yield the layers that read a weight, as it is or transposed."""
     for reader in node.outputs[0].consumers():
         if reader.op_type in LAYERS:
             yield reader
         elif reader.op_type in ("Transpose", "Reshape"):
-            yield from _layers(reader)
+            yield from _layers_reading(reader)
 
 
 def _fold_weight(graph: Any, node: Any, dequantize: Any, quantizer: ExportedQuantizer) -> None:
@@ -128,7 +128,7 @@ def _fold_weight(graph: Any, node: Any, dequantize: Any, quantizer: ExportedQuan
         for transpose in readers:
             transpose.outputs[0].replace_all_uses_with(dequantize.outputs[0])
             graph.remove(transpose, safe=True)
-    constant = _constant(graph, f"{source.name}.integers", integers.numpy().astype(_type_of(quantizer)))
+    constant = _initializer(graph, f"{source.name}.integers", integers.numpy().astype(_integer_type(quantizer)))
     dequantize.replace_input_with(0, constant)
     graph.remove(node, safe=True)
 
@@ -143,8 +143,8 @@ def _fold_bias(graph: Any, layer_node: Any, layer: str, bias: Int32Bias) -> None
         i for i, value in enumerate(holder.inputs) if value.const_value is not None and value.name.endswith(".bias")
     )
     name = f"{layer}.bias"
-    integers = _constant(graph, f"{name}.integers", bias.integers.numpy().astype(np.int32))
-    scale = _constant(graph, f"{name}.scale", bias.scale.numpy())
+    integers = _initializer(graph, f"{name}.integers", bias.integers.numpy().astype(np.int32))
+    scale = _initializer(graph, f"{name}.scale", bias.scale.numpy())
     pair = next((reader for reader in integers.consumers() if reader.op_type == "DequantizeLinear"), None)
     # A layer that is called more than once has one bias, and one pair for it.
     if pair is None:

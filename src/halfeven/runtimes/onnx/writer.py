@@ -46,12 +46,14 @@ GELU: Translations = {torch.ops.aten.gelu.default: _translate_gelu}
 
 
 def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path) -> None:
-    """Write the program of a deployed model as an ONNX file with a free batch size; beyond 2 GB its tensors lie in a
-    file beside it."""
-    write_model(named(program, deployed), path)
+    """Write the program of a deployed model as an ONNX file with a free batch size.
+
+    The tensors of a model beyond 2 GB lie in a file beside it.
+    """
+    write_model(named_model(program, deployed), path)
 
 
-def named(program: torch.export.ExportedProgram, deployed: Deployed, translations: Translations = GELU) -> Any:
+def named_model(program: torch.export.ExportedProgram, deployed: Deployed, translations: Translations = GELU) -> Any:
     """Return the program of a deployed model as an `onnx_ir.Model`, with its names and its integers.
 
     `translations` are those of a runtime's own operators.
@@ -69,21 +71,21 @@ def write_model(model: Any, path: Path) -> None:
     import onnx
 
     if external_data.needed(model):
-        external_data.write(model, path, lambda whole: _save(_proto(model), whole))
+        external_data.write(model, path, lambda whole: _save_checked(_model_proto(model), whole))
         return
-    proto = _proto(model)
+    proto = _model_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     write_atomically(path, lambda partial: onnx.save(proto, partial, format="protobuf"))
 
 
-def _save(proto: Any, path: Path) -> None:
+def _save_checked(proto: Any, path: Path) -> None:
     import onnx
 
     onnx.save(proto, path, format="protobuf")
     onnx.checker.check_model(str(path), full_check=True)  # by its path, since the tensors lie beside it
 
 
-def _proto(model: Any) -> Any:
+def _model_proto(model: Any) -> Any:
     """Return a model as an `onnx.ModelProto` without what only the tracer needs."""
     import onnx_ir
 
@@ -128,7 +130,7 @@ def translated(
         dynamo=True,
         opset_version=FOUR_BITS_OPSET if any(map(four_bits, quantizers)) else OPSET,
         custom_translation_table={
-            torch.ops.halfeven.fake_quantize.default: _translation([q.signed for q in quantizers]),
+            torch.ops.halfeven.fake_quantize.default: _fake_quantize_translation([q.signed for q in quantizers]),
             torch.ops.halfeven.global_average_pool.default: _translate_pool,
             torch.ops.halfeven.branch_of_sum.default: _translate_branch,
             **translations,
@@ -141,7 +143,7 @@ def translated(
     return exported.model
 
 
-def _translation(signed: list[bool]) -> Any:
+def _fake_quantize_translation(signed: list[bool]) -> Any:
     """Return the translation of `halfeven::fake_quantize` to a pair of nodes.
 
     Where the grid is small, a clip of integers stands between them.

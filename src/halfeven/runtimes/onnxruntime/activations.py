@@ -14,7 +14,7 @@ from halfeven.runtimes.onnx.writer import Translations
 DOMAIN = "com.microsoft"
 
 
-def _own(name: str, x: Any, **attributes: float) -> Any:
+def _own_operator(name: str, x: Any, **attributes: float) -> Any:
     """Return the result of an operator of the runtime's domain, of one tensor and numbers."""
     from onnx.defs import OpSchema
     from onnxscript.values import Op, Opset
@@ -31,15 +31,15 @@ def _own(name: str, x: Any, **attributes: float) -> Any:
     return Op(Opset(DOMAIN, 1), name, schema)(x, **attributes)
 
 
-def _silu(x: Any) -> Any:
-    return _own("QuickGelu", x, alpha=1.0)  # x * sigmoid(alpha * x)
+def _translate_silu(x: Any) -> Any:
+    return _own_operator("QuickGelu", x, alpha=1.0)  # x * sigmoid(alpha * x)
 
 
-def _gelu(x: Any, approximate: str = "none") -> Any:
-    return _own("FastGelu" if approximate == "tanh" else "Gelu", x)
+def _translate_gelu(x: Any, approximate: str = "none") -> Any:
+    return _own_operator("FastGelu" if approximate == "tanh" else "Gelu", x)
 
 
-def _elu(x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Any:
+def _translate_elu(x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Any:
     """Return scale * ELU(input_scale * x) without factors of 1, which the exporter's own translation writes."""
     from onnxscript import opset19 as op
 
@@ -49,8 +49,8 @@ def _elu(x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.
 
 
 TRANSLATIONS: Translations = {
-    torch.ops.aten.silu.default: _silu,
-    torch.ops.aten.gelu.default: _gelu,
-    torch.ops.aten.elu.default: _elu,
+    torch.ops.aten.silu.default: _translate_silu,
+    torch.ops.aten.gelu.default: _translate_gelu,
+    torch.ops.aten.elu.default: _translate_elu,
 }
 """Operator -> its form in files for ONNX Runtime."""

@@ -33,11 +33,11 @@ def write_bounds_as_sums(region: CapturedModule, exported: list[ExportedQuantize
             continue
         x, constant = node.args
         grid = grid_of(x)
-        if grid is not None and Op(constant).is_constant and _on_grid(Op(constant).constant, grid):
+        if grid is not None and Op(constant).is_constant and _is_on_grid(Op(constant).constant, grid):
             _Sums(region, exported, prefix, node, grid).write()
 
 
-def _on_grid(bound: Tensor, grid: ExportedQuantizer) -> bool:
+def _is_on_grid(bound: Tensor, grid: ExportedQuantizer) -> bool:
     return torch.equal(grid(bound), bound)
 
 
@@ -71,11 +71,11 @@ class _Sums:
         # The end of the type that the first sum saturates at, moved to the bound.
         end = self.high if self.node.target is aten.minimum.default else self.low
         shift = end - integers
-        moved = self._quantized(self._sum(x, shift, "there"), "moved", self.grid.zero_point)
-        result = self._sum(moved, -shift, "back")
+        moved = self._insert_quantizer(self._add_steps(x, shift, "there"), "moved", self.grid.zero_point)
+        result = self._add_steps(moved, -shift, "back")
         reader = quantizer_at(next(iter(self.node.users))) if len(self.node.users) == 1 else None
         if reader is None or not self._has_same_grid(reader):
-            result = self._quantized(result, "bounded", self.grid.zero_point)
+            result = self._insert_quantizer(result, "bounded", self.grid.zero_point)
         else:
             # The bounds lie on the grid, so that nothing is left to clip.
             reader.quant_min, reader.quant_max = self.low, self.high
@@ -88,7 +88,7 @@ class _Sums:
         same_zero = torch.equal(other.zero_point, self.grid.zero_point)
         return other.signed == self.grid.signed and torch.equal(other.scale, self.grid.scale) and same_zero
 
-    def _sum(self, x: fx.Node, shift: Tensor, name: str) -> fx.Node:
+    def _add_steps(self, x: fx.Node, shift: Tensor, name: str) -> fx.Node:
         """Add a whole number of steps to each channel, as a constant of the same type with a zero point of its own."""
         zero = self.low if float(shift.min()) >= 0 else self.high
         buffer = f"{self.node.name}_{name}"
@@ -97,13 +97,13 @@ class _Sums:
         with self.region.graph.inserting_before(self.node):
             constant = self.region.graph.get_attr(buffer)
         record_value(constant, value)
-        quantized = self._quantized(constant, f"{name}_by", torch.tensor(zero).to(self.grid.zero_point))
+        quantized = self._insert_quantizer(constant, f"{name}_by", torch.tensor(zero).to(self.grid.zero_point))
         with self.region.graph.inserting_before(self.node):
             total = self.region.graph.call_function(aten.add.Tensor, (x, quantized))
         total.meta = dict(self.node.meta)
         return total
 
-    def _quantized(self, x: fx.Node, name: str, zero_point: Tensor) -> fx.Node:
+    def _insert_quantizer(self, x: fx.Node, name: str, zero_point: Tensor) -> fx.Node:
         """Insert a quantizer of the grid's scale that saturates at the ends of the type."""
         path = f"quantizers.{self.node.name}_{name}"
         twin = twin_of(self.grid, self.prefix + path, self.exported)

@@ -19,6 +19,7 @@ from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import pytree
 from halfeven.graph.view import Op, kind_of, module_of
+from halfeven.runtimes.float32 import fused_multiply_add
 from halfeven.runtimes.float_operators import FloatOperators, needs_runtime_kernel
 from halfeven.runtimes.integer_layers import IntegerLayer
 from halfeven.runtimes.onnx.literal import Grid, Integers
@@ -70,11 +71,15 @@ class Combined(Simulated):
         b = self.b.grid
         if self.kind is K.MULTIPLY:
             product = (self.a.values - a.zero_point) * (self.b.values - b.zero_point)
-            return grid.clipped(torch.round(_fma(product, a.scale * b.scale / grid.scale, grid.zero_point)))
+            return grid.clipped(
+                torch.round(fused_multiply_add(product, a.scale * b.scale / grid.scale, grid.zero_point))
+            )
         k_a = a.scale / grid.scale
         k_b = b.scale / grid.scale
-        fixed = grid.zero_point - _fma(k_a, a.zero_point, k_b * b.zero_point)
-        return grid.clipped(torch.round(_fma(self.a.values, k_a, _fma(self.b.values, k_b, fixed))))
+        fixed = grid.zero_point - fused_multiply_add(k_a, a.zero_point, k_b * b.zero_point)
+        return grid.clipped(
+            torch.round(fused_multiply_add(self.a.values, k_a, fused_multiply_add(self.b.values, k_b, fixed)))
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,11 +132,6 @@ def _normalized_alone(node: fx.Node) -> bool:
     return [kind_of(user) for user in node.users] == [K.NORMALIZATION]
 
 
-def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Return a * b + c, rounded to float32 once."""
-    return (a.double() * b.double() + c.double()).float()
-
-
 class ONNXRuntimeInterpreter(fx.Interpreter):
     """Computes a region as the runtime does; the integers of each quantizer go to `simulation`."""
 
@@ -148,18 +148,18 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         if n.op == "output":
             return pytree.tree_map(real_values, args[0], is_leaf=is_simulated)
         if n.op == "call_module" and isinstance(quantizer := module_of(n), ExportedQuantizer):
-            return self._quantize(quantizer, args[0])
-        found = self._on_integers(n, args, kwargs)
+            return self._run_quantizer(quantizer, args[0])
+        found = self._computed_on_integers(n, args, kwargs)
         if found is not None:
             return found
         if needs_runtime_kernel(n):
-            return self._in_runtime(n)
+            return self._computed_by_runtime(n)
         args, kwargs = pytree.tree_map(real_values, (args, kwargs), is_leaf=is_simulated)
         if _normalized_alone(n) and not kwargs and all(isinstance(a, Tensor) for a in args):
             return Added(*args)
         return getattr(super(), n.op)(n.target, args, kwargs)
 
-    def _in_runtime(self, n: fx.Node) -> Any:
+    def _computed_by_runtime(self, n: fx.Node) -> Any:
         source = n.all_input_nodes[0]
         nodes = [n]
         values = {operand: real_values(self.env[operand]) for operand in n.all_input_nodes if operand is not source}
@@ -170,11 +170,11 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         values[source] = real_values(read)
         return self.float_operators.compute_results(n, values)
 
-    def _on_integers(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
+    def _computed_on_integers(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """Return the result of an operator on integers, where it has an integer kernel; else None."""
         kind = kind_of(n)
         if n.target is torch.ops.halfeven.global_average_pool.default and isinstance(args[0], Integers):
-            return _mean(args[0])
+            return _mean_of_channels(args[0])
         if _is_average_pool(n) and isinstance(args[0], Integers):
             return Pooled(getattr(super(), n.op)(n.target, (args[0].real(), *args[1:]), kwargs))
         if n.target is operator.getitem and isinstance(args[0], tuple | list):
@@ -182,12 +182,12 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         if kind in TRANSPARENT and isinstance(args[0], Integers):
             values = getattr(super(), n.op)(n.target, (args[0].values, *args[1:]), kwargs)
             return pytree.tree_map(lambda one: Integers(one, args[0].grid), values)
-        if kind is K.CONCAT and _on_one_grid(args[0]):
+        if kind is K.CONCAT and _share_one_grid(args[0]):
             return Integers(torch.cat([a.values for a in args[0]], *args[1:], **kwargs), args[0][0].grid)
         if kind in WEIGHTED and n.op == "call_module" and isinstance(args[0], Integers):
             layer = module_of(n)
             if isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
-                return self._layer(n, layer, args[0])
+                return self._run_layer(n, layer, args[0])
         if kind in (K.ADD, K.MULTIPLY) and len(args) == 2 and all(isinstance(a, Integers) for a in args):
             sign = -1.0 if Op(n).row.subtracts else 1.0
             return Combined(args[0], args[1], kind, sign) if not kwargs else None
@@ -199,7 +199,7 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
             return Integers(grid.clipped(softmax_of_integers(args[0].values, args[1], args[0].grid, grid)), grid)
         return None
 
-    def _layer(self, node: fx.Node, layer: Any, x: Integers) -> Tensor | Sums:
+    def _run_layer(self, node: fx.Node, layer: Any, x: Integers) -> Tensor | Sums:
         if node not in self.layers:
             zero_code = x.grid.zero_point - x.grid.first
             self.layers[node] = IntegerLayer.of(layer, x.grid.scale, zero_code, 255)
@@ -215,7 +215,7 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         integers = Int32Bias.of(layer.bias, scale).integers.reshape(-1, *[1] * after)
         return Sums((sums.double() + integers).float(), made.scale)
 
-    def _quantize(self, quantizer: ExportedQuantizer, x: Any) -> Any:
+    def _run_quantizer(self, quantizer: ExportedQuantizer, x: Any) -> Any:
         if quantizer.weight:
             return quantizer(x)
         grid = Grid.of(quantizer)
@@ -229,7 +229,7 @@ def _is_average_pool(node: fx.Node) -> bool:
     return row.kind is K.AVERAGE and row.window > 0 and not row.adaptive
 
 
-def _on_one_grid(tensors: Any) -> bool:
+def _share_one_grid(tensors: Any) -> bool:
     if not all(isinstance(one, Integers) for one in tensors):
         return False
     return len({(float(one.grid.scale), float(one.grid.zero_point)) for one in tensors}) == 1
@@ -243,7 +243,7 @@ def _grid_of_only_reader(node: fx.Node) -> Grid | None:
     return Grid.of(quantizer)
 
 
-def _mean(x: Integers) -> Mean:
+def _mean_of_channels(x: Integers) -> Mean:
     axes = tuple(range(2, x.values.ndim))
     count = x.values[0, 0].numel()
     return Mean((x.values - x.grid.zero_point).double().sum(axes, keepdim=True).float(), count, x.grid)

@@ -37,7 +37,7 @@ def prepare_graph(deployed: Deployed) -> None:
     _count_from_zero(deployed.quantizers)
     for name, region in regions(deployed.model).items():
         prefix = f"{name}." if name else ""
-        _take_in_clips(region)
+        _move_clips_into_quantizers(region)
         _write_clips(region)
         write_bounds_as_sums(region, deployed.quantizers, prefix)
         _write_slices(region)
@@ -59,7 +59,7 @@ def _count_from_zero(exported: list[ExportedQuantizer]) -> None:
             quantizer.quant_max = quantizer.quant_max + 128
 
 
-def _take_in_clips(region: CapturedModule) -> None:
+def _move_clips_into_quantizers(region: CapturedModule) -> None:
     """Clip integers in quantizers where activations before them clip numbers.
 
     Rounding is monotonic, so the result is the same, and the runtime fuses the layer with the quantizer.
@@ -207,11 +207,13 @@ def _round_biases(region: CapturedModule, deployed: Deployed, prefix: str) -> No
         elif (
             unrounded[layer][0] != grid.grid_number
         ):  # the same layer on other integers: their products have another grid
-            copied, name = _own_copy(region, node, unrounded[layer][1], deployed, prefix)
+            copied, name = _copy_layer_of_call(region, node, unrounded[layer][1], deployed, prefix)
             deployed.int32_biases[name] = _round_bias(copied, grid.scale)
 
 
-def _own_copy(region: CapturedModule, node: fx.Node, bias: Tensor, deployed: Deployed, prefix: str) -> tuple[Any, str]:
+def _copy_layer_of_call(
+    region: CapturedModule, node: fx.Node, bias: Tensor, deployed: Deployed, prefix: str
+) -> tuple[Any, str]:
     """Give a call of a layer a copy of the layer, with a bias of its own; return the copy and its name."""
     layer: Any = module_of(node)
     path = f"{node.target}_on_{node.all_input_nodes[0].name}"

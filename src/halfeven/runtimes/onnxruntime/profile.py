@@ -10,7 +10,7 @@ from typing import Any
 from halfeven.runtimes.layer_execution import KernelTime
 from halfeven.temporary import temporary_folder
 
-INTEGERS = ("int8", "uint8")
+INTEGER_TYPES = ("int8", "uint8")
 
 WARM_UP_RUNS = 1
 """Runs before, which allocate, and whose times do not count."""
@@ -45,15 +45,15 @@ def _described(seen: list[dict[str, Any]], integer_kernels: tuple[str, ...]) -> 
     given = event["args"]
     kind = given["op_name"]
     name = re.sub(r"_token_\d+$", "", event["name"].removesuffix("_kernel_time"))
-    read = _types(given["input_type_shape"])
-    made = _types(given["output_type_shape"])
-    integer = kind in integer_kernels or {*read[:1], *made[:1]} <= set(INTEGERS)
+    read = _tensor_types(given["input_type_shape"])
+    made = _tensor_types(given["output_type_shape"])
+    integer = kind in integer_kernels or {*read[:1], *made[:1]} <= set(INTEGER_TYPES)
     floats = (one for one in (*read, *made) if one.startswith("float"))
     precision = "int8" if integer else next(floats, "".join(made[:1]))
     milliseconds = statistics.median(event["dur"] for event in seen[WARM_UP_RUNS:]) / 1000
     return KernelTime(name, (name,), kind, "", precision, milliseconds, integer=integer)
 
 
-def _types(described: list[dict[str, Any]]) -> list[str]:
+def _tensor_types(described: list[dict[str, Any]]) -> list[str]:
     """Return the types of tensors, each described as a dict of its type and its sizes."""
     return ["float32" if name == "float" else name for one in described for name in one]

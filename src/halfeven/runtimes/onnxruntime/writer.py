@@ -15,7 +15,7 @@ from halfeven.deployment.quantize_op import WEIGHT_SUFFIX
 from halfeven.runtimes.onnx import writer
 from halfeven.runtimes.onnxruntime.activations import DOMAIN, TRANSLATIONS
 
-FLOAT32 = 1
+FLOAT32_ACCURACY = 1
 """`accuracy_level` of a product that reads its inputs as they are."""
 
 LARGEST_BLOCK = 128
@@ -25,7 +25,7 @@ SMALLEST_BLOCK = 16
 
 def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path) -> None:
     """Write the program of a deployed model as an ONNX file for ONNX Runtime, with a free batch size."""
-    model = writer.named(program, deployed, TRANSLATIONS)
+    model = writer.named_model(program, deployed, TRANSLATIONS)
     if deployed.quantizers and all(quantizer.weight for quantizer in deployed.quantizers):
         fuse_products(model)
     writer.write_model(model, path)
@@ -34,11 +34,11 @@ def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path)
 def fuse_products(model: Any) -> None:
     """Write each product with dequantized weights as a MatMulNBits in float32, in place; the weights stay integers."""
     for node in list(model.graph):
-        if node.op_type == "MatMul" and (pair := _weight_pair(node)) is not None:
-            _fuse(model, node, pair)
+        if node.op_type == "MatMul" and (pair := _weight_dequantizer(node)) is not None:
+            _fuse_pair(model, node, pair)
 
 
-def _weight_pair(node: Any) -> Any:
+def _weight_dequantizer(node: Any) -> Any:
     """Return the DequantizeLinear of a product's weights [inputs, outputs], with a scale for each output; None where
     the second factor is anything else."""
     pair = node.inputs[1].producer()
@@ -51,7 +51,7 @@ def _weight_pair(node: Any) -> Any:
     return pair if per_output else None
 
 
-def _fuse(model: Any, node: Any, pair: Any) -> None:
+def _fuse_pair(model: Any, node: Any, pair: Any) -> None:
     import onnx_ir
 
     graph = model.graph
@@ -71,7 +71,11 @@ def _fuse(model: Any, node: Any, pair: Any) -> None:
         constants.append(graph.initializers[name])
     sizes = {"K": weight.shape[1], "N": weight.shape[0], "bits": bits, "block_size": block}
     product = onnx_ir.node(
-        "MatMulNBits", [node.inputs[0], *constants], {**sizes, "accuracy_level": FLOAT32}, domain=DOMAIN, name=node.name
+        "MatMulNBits",
+        [node.inputs[0], *constants],
+        {**sizes, "accuracy_level": FLOAT32_ACCURACY},
+        domain=DOMAIN,
+        name=node.name,
     )
     product.outputs[0].name = node.outputs[0].name
     product.outputs[0].shape = node.outputs[0].shape

@@ -61,24 +61,24 @@ class OpenVINOInterpreter(fx.Interpreter):
         if n.op == "output":
             return pytree.tree_map(real_values, args[0], is_leaf=is_simulated)
         if n.op == "call_module" and isinstance(quantizer := module_of(n), ExportedQuantizer):
-            return self._quantize(n, quantizer, args[0])
+            return self._run_quantizer(n, quantizer, args[0])
         rule = RULES.get(n.target, RULES.get(kind_of(n)))
         made = None if rule is None else rule(self, n, args, kwargs)
-        return self._in_float(n, args, kwargs) if made is None else made
+        return self._run_in_float(n, args, kwargs) if made is None else made
 
-    def _run(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_on(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operator itself on other values."""
         return getattr(super(), node.op)(node.target, args, kwargs)
 
-    def _in_float(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    def _run_in_float(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if needs_runtime_kernel(node):
             values = {operand: real_values(self.env[operand]) for operand in node.all_input_nodes}
             if _is_layer_norm(node):
-                values[node.all_input_nodes[0]] = _normalized(args[0])
+                values[node.all_input_nodes[0]] = _layer_norm_input(args[0])
             return self.float_operators.compute_results(node, values)
-        return self._run(node, *pytree.tree_map(real_values, (args, kwargs), is_leaf=is_simulated))
+        return self._run_on(node, *pytree.tree_map(real_values, (args, kwargs), is_leaf=is_simulated))
 
-    def _layer(self, node: fx.Node, args: Any, kwargs: Any) -> Tensor | Accumulator | None:
+    def _run_layer(self, node: fx.Node, args: Any, kwargs: Any) -> Tensor | Accumulator | None:
         layer = module_of(node) if node.op == "call_module" else None
         x = args[0]
         if not isinstance(x, Codes) or not isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
@@ -87,28 +87,28 @@ class OpenVINOInterpreter(fx.Interpreter):
             self.layers[node] = OpenVINOLayer.of(layer, x.limits)
         return self.layers[node](x.values)
 
-    def _on_same_grid(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    def _keep_grid(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         x = args[0]
         if node.target is operator.getitem and isinstance(x, tuple | list):
             return x[args[1]]
         if not isinstance(x, Codes):
             return None
-        result = self._run(node, (x.values, *args[1:]), kwargs)
+        result = self._run_on(node, (x.values, *args[1:]), kwargs)
         return pytree.tree_map(lambda values: Codes(values, x.limits), result)
 
-    def _concatenated(self, node: fx.Node, args: Any, kwargs: Any) -> Codes | None:
+    def _concatenate(self, node: fx.Node, args: Any, kwargs: Any) -> Codes | None:
         if not all(isinstance(x, Codes) and x.limits is args[0][0].limits for x in args[0]):
             return None
         return Codes(torch.cat([x.values for x in args[0]], *args[1:], **kwargs), args[0][0].limits)
 
-    def _product(self, node: fx.Node, args: Any, kwargs: Any) -> Accumulator | None:
+    def _multiply_tensors(self, node: fx.Node, args: Any, kwargs: Any) -> Accumulator | None:
         if not all(isinstance(x, Codes) for x in args[:2]):
             return None
-        sums = self._run(node, tuple(x.values.double() - x.limits.zero_code for x in args[:2]), {})
+        sums = self._run_on(node, tuple(x.values.double() - x.limits.zero_code for x in args[:2]), {})
         first, second = (x.limits.scale for x in args[:2])
         return Accumulator(sums.float(), first * second, (first, second))
 
-    def _scaled(self, node: fx.Node, args: Any, kwargs: Any) -> Accumulator | Scaled | None:
+    def _scale_by_number(self, node: fx.Node, args: Any, kwargs: Any) -> Accumulator | Scaled | None:
         """Multiply or divide by a number: the scale of integers takes it in.
 
         Of products of activations the plugin moves it to the second factor, unless something else reads the products.
@@ -120,19 +120,19 @@ class OpenVINOInterpreter(fx.Interpreter):
         factor = torch.tensor(float(number))
         factor = 1 / factor if node.target is torch.ops.aten.div.Tensor else factor
         if isinstance(x, Codes):
-            return Scaled(self._run(node, (x.real(), number), kwargs), x, x.limits.scale * factor)
+            return Scaled(self._run_on(node, (x.real(), number), kwargs), x, x.limits.scale * factor)
         if x.scales is None or kind_of(product) is not OperatorKind.MATMUL or len(product.users) != 1:
             return None
         first, second = x.scales
         return Accumulator(x.values, first * (second * factor))
 
-    def _sum(self, node: fx.Node, args: Any, kwargs: Any) -> ScaledSum | None:
+    def _add_tensors(self, node: fx.Node, args: Any, kwargs: Any) -> ScaledSum | None:
         """Return a sum that the plugin takes in units of an operand's scale."""
         if len(args) < 2 or node.target is not torch.ops.aten.add.Tensor or kwargs:
             return None
         for branch, skip, source in ((*args, node.args[1]), (*args[::-1], node.args[0])):
             if isinstance(branch, Branch) and isinstance(skip, Codes):
-                return self._in_kernel(branch, skip, source)
+                return self._add_in_kernel(branch, skip, source)
         if not all(isinstance(x, Codes) for x in args):
             return fused_sum(node, args)
         if (in_kernel := sum_in_kernel(args)) is not None:
@@ -141,7 +141,7 @@ class OpenVINOInterpreter(fx.Interpreter):
                 return in_kernel
         return sum_of_integers(node, args)
 
-    def _in_kernel(self, branch: Branch, skip: Codes, source: Any) -> ScaledSum:
+    def _add_in_kernel(self, branch: Branch, skip: Codes, source: Any) -> ScaledSum:
         """Return a sum in a convolution's kernel.
 
         What is watched is the result of the quantizer itself: behind a max pool, say, the skip connection is none.
@@ -151,43 +151,43 @@ class OpenVINOInterpreter(fx.Interpreter):
         self.simulation.watching_matters = True
         return branch.plus(skip, watched=self.simulation.watched)
 
-    def _branch(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    def _unmark_branch(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """Return the operand of a sum that is marked; an ONNX file has no marks."""
         file = self.simulation.file
         return Branch(*args) if file is None or file.suffix == ".xml" else args[0]
 
-    def _average(self, node: fx.Node, args: Any, kwargs: Any) -> Average | None:
+    def _average_codes(self, node: fx.Node, args: Any, kwargs: Any) -> Average | None:
         if not isinstance(args[0], Codes) or _adaptive_in_float(node):
             return None
         # Of integers: float64 rounds once, as their quotient does.
-        values = self._run(node, (args[0].bytes.double(), *args[1:]), kwargs).float()
+        values = self._run_on(node, (args[0].bytes.double(), *args[1:]), kwargs).float()
         return Average(torch.round(values) if OPENVINO.rounds_average(node) else values, args[0].limits)
 
-    def _activated(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    def _activate(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """Apply a leaky ReLU in units of a sum; or a clip, unless the quantizer that reads it clips as much or more."""
         bounds = Op(node).bounds
         if Op(node).row.homogeneous and bounds is None and isinstance(args[0], ScaledSum):
-            return dataclasses.replace(args[0], values=self._run(node, (args[0].values, *args[1:]), kwargs))
+            return dataclasses.replace(args[0], values=self._run_on(node, (args[0].values, *args[1:]), kwargs))
         if bounds is None or not isinstance(args[0], ScaledSum | Accumulator):
             return None
         readers = [module_of(user) if user.op == "call_module" else None for user in node.users]
         if len(readers) == 1 and isinstance(quantizer := readers[0], ExportedQuantizer) and quantizer.bounds is None:
-            limits = self._limits(next(iter(node.users)), quantizer)
+            limits = self._limits_of(next(iter(node.users)), quantizer)
             if bounds[0] <= float(limits.low) and float(limits.high) <= bounds[1]:
                 return args[0]
-        return _clipped(args[0], bounds)
+        return _clip_in_units(args[0], bounds)
 
-    def _quantize(self, node: fx.Node, quantizer: ExportedQuantizer, x: Any) -> Any:
+    def _run_quantizer(self, node: fx.Node, quantizer: ExportedQuantizer, x: Any) -> Any:
         if quantizer.weight:
             return quantizer(x)
-        limits = self._limits(node, quantizer)
+        limits = self._limits_of(node, quantizer)
         if quantizer.bounds is not None:
-            x = _clipped(x, quantizer.bounds)
+            x = _clip_in_units(x, quantizer.bounds)
         unrounded = None
         if quantizer.bounds is None and is_unrounded(node, (float(limits.low), float(limits.high))):
             unrounded = real_values(x).clamp(limits.low, limits.high)
-        kernel = limits.in_kernel() if _in_kernel(node) else limits
-        codes = self._codes(node, kernel, x)
+        kernel = limits.in_kernel() if _is_in_kernel(node) else limits
+        codes = self._codes_from(node, kernel, x)
         if _is_computed_between(node, x):
             codes = self._rounded_by_kernel(quantizer.name, kernel, real_values(x), codes)
         # What is read of the file are real values, and integers by the quantizer's own zero point.
@@ -208,7 +208,7 @@ class OpenVINOInterpreter(fx.Interpreter):
         theirs = torch.round(found / limits.scale).reshape(codes.shape) + limits.zero_code
         return torch.where((theirs - exact).abs() <= 0.5 + KERNEL_ERROR, theirs, codes)
 
-    def _codes(self, quantizer: fx.Node, limits: FakeQuantizeRange, x: Any) -> Tensor:
+    def _codes_from(self, quantizer: fx.Node, limits: FakeQuantizeRange, x: Any) -> Tensor:
         if isinstance(x, Tensor):
             return limits.codes(x, from_layer=kind_of(_before_activations(quantizer)) in WEIGHTED)
         watched: Tensor = x.codes(limits)
@@ -218,7 +218,7 @@ class OpenVINOInterpreter(fx.Interpreter):
             return self.simulation.choose(watched, limits.moved(x.unit).codes(x.values, from_layer=True))
         return watched
 
-    def _limits(self, node: fx.Node, quantizer: ExportedQuantizer) -> FakeQuantizeRange:
+    def _limits_of(self, node: fx.Node, quantizer: ExportedQuantizer) -> FakeQuantizeRange:
         if quantizer.grid_number not in self.limits:  # one object for a shared grid: concatenation compares by identity
             self.limits[quantizer.grid_number] = FakeQuantizeRange.of(
                 quantizer, signed_readers=not _read_by_convolution(node)
@@ -227,15 +227,15 @@ class OpenVINOInterpreter(fx.Interpreter):
 
 
 RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
-    **dict.fromkeys(WEIGHTED, OpenVINOInterpreter._layer),
-    **dict.fromkeys(TRANSPARENT, OpenVINOInterpreter._on_same_grid),
-    OperatorKind.CONCAT: OpenVINOInterpreter._concatenated,
-    OperatorKind.MATMUL: OpenVINOInterpreter._product,
-    OperatorKind.ADD: OpenVINOInterpreter._sum,
-    **dict.fromkeys(SCALINGS, OpenVINOInterpreter._scaled),
-    OperatorKind.AVERAGE: OpenVINOInterpreter._average,
-    OperatorKind.ACTIVATION: OpenVINOInterpreter._activated,
-    torch.ops.halfeven.branch_of_sum.default: OpenVINOInterpreter._branch,
+    **dict.fromkeys(WEIGHTED, OpenVINOInterpreter._run_layer),
+    **dict.fromkeys(TRANSPARENT, OpenVINOInterpreter._keep_grid),
+    OperatorKind.CONCAT: OpenVINOInterpreter._concatenate,
+    OperatorKind.MATMUL: OpenVINOInterpreter._multiply_tensors,
+    OperatorKind.ADD: OpenVINOInterpreter._add_tensors,
+    **dict.fromkeys(SCALINGS, OpenVINOInterpreter._scale_by_number),
+    OperatorKind.AVERAGE: OpenVINOInterpreter._average_codes,
+    OperatorKind.ACTIVATION: OpenVINOInterpreter._activate,
+    torch.ops.halfeven.branch_of_sum.default: OpenVINOInterpreter._unmark_branch,
 }
 """Operator or kind -> the rule that computes it on integers; a rule returns None where the plugin computes in float."""
 
@@ -253,7 +253,7 @@ def _is_computed_between(quantizer: fx.Node, x: Any) -> bool:
     return isinstance(x, Accumulator) and x.scales is not None
 
 
-def _clipped(x: Any, bounds: tuple[float, float]) -> Any:
+def _clip_in_units(x: Any, bounds: tuple[float, float]) -> Any:
     """Clip values in their own units, where all channels have the same unit or the bounds are the same in all units."""
     if isinstance(x, Codes | Scaled):
         return (x.scaled if isinstance(x, Codes) else x).clipped(bounds)
@@ -298,7 +298,7 @@ def _before_activations(quantizer: fx.Node) -> fx.Node:
     return node
 
 
-def _in_kernel(quantizer: fx.Node) -> bool:
+def _is_in_kernel(quantizer: fx.Node) -> bool:
     """Return True if a quantizer is a part of the kernel of a layer, a product or a pool.
 
     Elsewhere it is an operator of its own, or a part of a group of elementwise operators, as a layer's sum with a skip
@@ -316,12 +316,12 @@ def _ends_attention(quantizer: fx.Node) -> bool:
     if kind_of(product) is not OperatorKind.MATMUL or quantizer_at(weights := product.all_input_nodes[0]) is None:
         return False
     softmax = weights.all_input_nodes[0]
-    return kind_of(softmax) is OperatorKind.SOFTMAX and _is_of_product(softmax.all_input_nodes[0])
+    return kind_of(softmax) is OperatorKind.SOFTMAX and _leads_from_product(softmax.all_input_nodes[0])
 
 
-def _is_of_product(node: fx.Node) -> bool:
+def _leads_from_product(node: fx.Node) -> bool:
     elementwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return kind_of(node) is OperatorKind.MATMUL or (elementwise and any(map(_is_of_product, node.all_input_nodes)))
+    return kind_of(node) is OperatorKind.MATMUL or (elementwise and any(map(_leads_from_product, node.all_input_nodes)))
 
 
 def _is_layer_norm(node: fx.Node) -> bool:
@@ -330,7 +330,7 @@ def _is_layer_norm(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.layer_norm.default
 
 
-def _normalized(x: Any) -> Tensor:
+def _layer_norm_input(x: Any) -> Tensor:
     """Return the input of a layer normalization: of a tensor without a zero point, its integers.
 
     The plugin moves the scale behind the normalization, which cancels it, and leaves the epsilon unchanged.

@@ -12,7 +12,7 @@ from torch import Tensor
 from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.runtimes.simulation import Simulated
 
-ONE_SHIFT = 5e-5
+SHIFT_TOLERANCE = 5e-5
 """Channels whose shifts differ by less are all given the first channel's."""
 
 LOST_ZERO_POINT = 1e-6
@@ -86,7 +86,7 @@ class FakeQuantizeRange:
     def offset(self) -> Tensor:
         """The term added before rounding; for signed bytes in a kernel a term that is almost 0 is dropped."""
         offset = self.shift + self.origin
-        return torch.where(offset.abs() < ONE_SHIFT, 0.0, offset) if self.rounds_signed else offset
+        return torch.where(offset.abs() < SHIFT_TOLERANCE, 0.0, offset) if self.rounds_signed else offset
 
     def in_kernel(self) -> "FakeQuantizeRange":
         """Return the same range for a quantizer that is a part of a layer's kernel."""
@@ -122,7 +122,7 @@ class FakeQuantizeRange:
             slope = one / (one / slope)  # the kernel is given 1 / slope, and multiplies by its reciprocal
         # A fused multiply-add rounds once, at the end. The float64 product of two float32 numbers is exact, and the
         # rounding of the sum in float64 is too fine to matter.
-        return self._rounded((x.double() * slope.double() + offset.double()).float())
+        return self._rounded_codes((x.double() * slope.double() + offset.double()).float())
 
     def codes_by_channel(self, x: Tensor) -> Tensor:
         """Return codes where each channel has a range of its own: a product, then a sum.
@@ -131,16 +131,16 @@ class FakeQuantizeRange:
         """
         offset = self.offset
         first = offset.flatten()[0]
-        if bool(((offset - first).abs() < ONE_SHIFT).all()):
+        if bool(((offset - first).abs() < SHIFT_TOLERANCE).all()):
             offset = first
-        return self._rounded(x * self.slope + offset)
+        return self._rounded_codes(x * self.slope + offset)
 
     def codes_in_attention(self, x: Tensor) -> Tensor:
         """Return codes at the end of an attention that runs as a single operator: a product, then a sum."""
         offset = torch.zeros_like(self.low) if self.rounds_signed else -self.low * self.slope
-        return self._rounded(x * self.slope + offset)
+        return self._rounded_codes(x * self.slope + offset)
 
-    def _rounded(self, x: Tensor) -> Tensor:
+    def _rounded_codes(self, x: Tensor) -> Tensor:
         return (torch.round(x) - self.origin).clamp(0, self.steps)
 
 

@@ -86,20 +86,20 @@ class KernelsBetween:
             inputs: the values of the region's placeholders.
         """
         if self.model is None:
-            self._open([x for x in inputs if isinstance(x, Tensor)])
+            self._open_file([x for x in inputs if isinstance(x, Tensor)])
         watched = self.simulation.watched
         if (quantizer, watched) not in self.parts:
-            self.parts[quantizer, watched] = self._part(quantizer, watched)
+            self.parts[quantizer, watched] = self._part_before(quantizer, watched)
         part = self.parts[quantizer, watched]
         if part is None:
             return None
         given = [x for x in (self.simulation.inputs if self.whole else inputs) if isinstance(x, Tensor)]
-        read = [self._before_permutation(name, self._real(name)) for name in part.tensors]
+        read = [self._before_permutation(name, self._real_values(name)) for name in part.tensors]
         result = run_compiled(part.compiled, [*read, *(given[index] for index in part.inputs)])[0]
         order = self.orders.get(quantizer)
         return result if order is None else result.permute(order)
 
-    def _real(self, name: str) -> Tensor:
+    def _real_values(self, name: str) -> Tensor:
         tensor = self.simulation.tensors[name]
         assert isinstance(tensor, Codes)
         return tensor.before_loss()
@@ -108,13 +108,13 @@ class KernelsBetween:
         order = self.orders.get(name)
         return values if order is None else values.permute([order.index(axis) for axis in range(len(order))])
 
-    def _open(self, inputs: Sequence[Tensor]) -> None:
+    def _open_file(self, inputs: Sequence[Tensor]) -> None:
         """Open the file and read its graph."""
         path = self.simulation.file
         self.whole = path is not None and path.suffix == ".xml"
         self.model = read(path) if path is not None and self.whole else file_of(self.region, inputs)
         operators = self.model.get_ordered_ops()
-        self.nodes = {node.get_name(): _described(node) for node in operators}
+        self.nodes = {node.get_name(): _describe_node(node) for node in operators}
         for node in operators:
             if not node.get_output_size():
                 continue
@@ -126,15 +126,17 @@ class KernelsBetween:
                 if source is not node:
                     self.orders[name] = tuple(node.input_value(1).get_node().get_data().tolist())
 
-    def _part(self, quantizer: str, watched: bool) -> _Part | None:
+    def _part_before(self, quantizer: str, watched: bool) -> _Part | None:
         if quantizer not in self.quantizers:
             return None
         known = {name: node for name, node in self.quantizers.items() if name in self.simulation.tensors}
-        extent = _extent(self.nodes, set(self.quantizers.values()), self.quantizers[quantizer], set(known.values()))
+        extent = _extent_before(
+            self.nodes, set(self.quantizers.values()), self.quantizers[quantizer], set(known.values())
+        )
         names = {node: name for name, node in known.items()}
         positions = [port.get_node().get_name() for port in self.model.inputs]
         return _Part(
-            compile_model(_cut(self.nodes, extent, watched)),
+            compile_model(_cut_out(self.nodes, extent, watched)),
             tuple(names[node] for node in extent.reads),
             tuple(positions.index(name) for name in extent.inputs),
         )
@@ -144,10 +146,10 @@ def file_of(region: CapturedModule, inputs: Sequence[Tensor]) -> Any:
     """Return a region as OpenVINO reads it from a file."""
     named = {q.number: q.name for q in region.modules() if isinstance(q, ExportedQuantizer)}
     names = [named.get(number, "") for number in range(max(named) + 1)]
-    return as_file(convert(_program(region, inputs), names))
+    return as_file(convert(_region_program(region, inputs), names))
 
 
-def _extent(nodes: Mapping[str, _Node], quantizers: set[str], end: str, known: set[str]) -> _Extent:
+def _extent_before(nodes: Mapping[str, _Node], quantizers: set[str], end: str, known: set[str]) -> _Extent:
     """Return the extent of the part that ends at a quantizer.
 
     It holds all that leads from quantizers to `end`, and all that reads tensors between, as far as it depends on known
@@ -193,7 +195,7 @@ def _extent(nodes: Mapping[str, _Node], quantizers: set[str], end: str, known: s
     return _Extent(end, tuple(sorted(reads)), tuple(sorted(inputs)), tuple(sorted(others)))
 
 
-def _cut(nodes: Mapping[str, _Node], extent: _Extent, watched: bool) -> Any:
+def _cut_out(nodes: Mapping[str, _Node], extent: _Extent, watched: bool) -> Any:
     """Return a part as a model of its own. Its first output is its quantizer's.
 
     It reads real values on the grids of the quantizers before, each through a quantizer like the file's.
@@ -222,13 +224,13 @@ def _cut(nodes: Mapping[str, _Node], extent: _Extent, watched: bool) -> Any:
     return part
 
 
-def _described(node: Any) -> _Node:
+def _describe_node(node: Any) -> _Node:
     sources = tuple(port.get_source_output().get_node().get_name() for port in node.inputs())
     readers = [reader.get_node() for port in node.outputs() for reader in port.get_target_inputs()]
     return _Node(node, node.get_type_name(), sources, tuple(reader.get_name() for reader in readers))
 
 
-def _program(region: CapturedModule, inputs: Sequence[Tensor]) -> torch.export.ExportedProgram:
+def _region_program(region: CapturedModule, inputs: Sequence[Tensor]) -> torch.export.ExportedProgram:
     """Return a region as a program of its placeholders, which returns all that the region returns in a tuple."""
     graph = fx.Graph()
     result = graph.graph_copy(region.graph, {})

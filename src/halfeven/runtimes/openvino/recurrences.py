@@ -22,9 +22,9 @@ CELLS: dict[Any, str] = {
 }
 """Recurrent layers of padded sequences, and the cell of each."""
 
-KINDS = tuple(CELLS.values())
+CELL_NAMES = tuple(CELLS.values())
 
-GATES = {"gru": (1, 0, 2), "lstm": (1, 0, 2, 3), "tanh": (0,), "relu": (0,)}
+GATE_ORDER = {"gru": (1, 0, 2), "lstm": (1, 0, 2, 3), "tanh": (0,), "relu": (0,)}
 """The places of OpenVINO's gates among PyTorch's: update, reset, new of a GRU; forget, input, cell, output of an
 LSTM."""
 
@@ -55,7 +55,7 @@ def recurrence(
     """Return one recurrent layer's output, or the last state of its cells. The front end reads no lists of tensors.
 
     Args:
-        kind: a place of `KINDS`.
+        kind: a place in `CELL_NAMES`.
         biased: each direction has two biases after its two weights; else anything stands there.
         directions: 1 or 2; anything stands for the weights of a second that there is not.
         batch_first: x is [samples, steps, features], and the output alike; else [steps, samples, features].
@@ -69,8 +69,8 @@ def recurrence(
     both = ((w_ih, w_hh, b_ih, b_hh), (w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse))
     weights = [weight for own in both[:directions] for weight in own[: 4 if biased else 2]]
     common = (weights, biased, 1, 0.0, False, directions == 2, batch_first)
-    states: Any = [hidden, cell] if KINDS[kind] == "lstm" else hidden
-    layer: Any = next(target for target, name in CELLS.items() if name == KINDS[kind])
+    states: Any = [hidden, cell] if CELL_NAMES[kind] == "lstm" else hidden
+    layer: Any = next(target for target, name in CELLS.items() if name == CELL_NAMES[kind])
     result: Tensor = layer(x, states, *common)[2 if returns_cell else 0]
     return result.clone()
 
@@ -95,11 +95,11 @@ def _(
 def keep_recurrences_whole(program: torch.export.ExportedProgram) -> None:
     """Write each recurrent layer of a program as calls of `halfeven::recurrence`, in place."""
     for node in list(program.graph.nodes):
-        if node.target in CELLS and not _projects(node) and all(r.target is operator.getitem for r in node.users):
+        if node.target in CELLS and not _has_projection(node) and all(r.target is operator.getitem for r in node.users):
             _write_layers(program.graph, node)
 
 
-def _projects(node: fx.Node) -> bool:
+def _has_projection(node: fx.Node) -> bool:
     """Return True for an LSTM whose outputs are projected, which OpenVINO has no operator for."""
     given: Any = node.args
     directions = 2 if given[7] else 1
@@ -110,8 +110,8 @@ def _write_layers(graph: fx.Graph, node: fx.Node) -> None:
     """Write the layers of one operator, each of which reads the output of the one before, and its last states."""
     given: Any = node.args
     sequence, first_states, weights, biased, layers, _, _, bidirectional, batch_first = given
-    kind = KINDS.index(CELLS[node.target])
-    is_lstm = KINDS[kind] == "lstm"
+    kind = CELL_NAMES.index(CELLS[node.target])
+    is_lstm = CELL_NAMES[kind] == "lstm"
     states: Any = first_states if is_lstm else [first_states, first_states]
     directions = 2 if bidirectional else 1
     size = int(states[0].meta["val"].shape[-1])
@@ -120,8 +120,8 @@ def _write_layers(graph: fx.Graph, node: fx.Node) -> None:
         last: list[list[fx.Node]] = [[], []]
         count = len(weights) // layers
         for layer in range(layers):
-            own = _in_places(weights[layer * count : (layer + 1) * count], biased, sequence)
-            hidden, cell = (_of_layer(graph, state, layer, directions) for state in states)
+            own = _at_their_places(weights[layer * count : (layer + 1) * count], biased, sequence)
+            hidden, cell = (_state_of_layer(graph, state, layer, directions) for state in states)
             values = (sequence, hidden, cell, *own)
             call = (kind, biased, directions, batch_first)
             sequence = graph.call_function(torch.ops.halfeven.recurrence.default, (*call, False, *values))
@@ -138,7 +138,7 @@ def _write_layers(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _in_places(weights: Sequence[fx.Node], biased: bool, anything: fx.Node) -> list[fx.Node]:
+def _at_their_places(weights: Sequence[fx.Node], biased: bool, anything: fx.Node) -> list[fx.Node]:
     """Return a layer's weights at their places among the eight of two directions with biases."""
     count = 4 if biased else 2
     places = [anything] * 8
@@ -147,7 +147,7 @@ def _in_places(weights: Sequence[fx.Node], biased: bool, anything: fx.Node) -> l
     return places
 
 
-def _of_layer(graph: fx.Graph, state: fx.Node, layer: int, directions: int) -> fx.Node:
+def _state_of_layer(graph: fx.Graph, state: fx.Node, layer: int, directions: int) -> fx.Node:
     """Return the first state of one layer, [directions, samples, features]."""
     start = layer * directions
     return graph.call_function(aten.slice.Tensor, (state, 0, start, start + directions))
@@ -175,20 +175,22 @@ def translation() -> Callable[[Any], list[Any]]:
     made: dict[tuple[Any, ...], Any] = {}
 
     def translate(context: Any) -> list[Any]:
-        kind, biased, directions, batch_first, returns_cell = (int(_constant(context.get_input(i))) for i in range(5))
+        kind, biased, directions, batch_first, returns_cell = (
+            int(_constant_value(context.get_input(i))) for i in range(5)
+        )
         values = [context.get_input(i) for i in range(5, 8)]
         count = 4 if biased else 2
         weights = [[context.get_input(8 + 4 * d + i) for i in range(count)] for d in range(directions)]
         read = (*values, *(weight for own in weights for weight in own))
         key = (kind, *((value.get_node().get_name(), value.get_index()) for value in read))
         if key not in made:
-            made[key] = _sequence(KINDS[kind], values, weights, batch_first=bool(batch_first))
-        return [_last_cell(made[key]) if returns_cell else _output(made[key], batch_first=bool(batch_first))]
+            made[key] = _sequence_operator(CELL_NAMES[kind], values, weights, batch_first=bool(batch_first))
+        return [_last_cell(made[key]) if returns_cell else _layer_output(made[key], batch_first=bool(batch_first))]
 
     return translate
 
 
-def _sequence(name: str, values: Sequence[Any], weights: list[list[Any]], *, batch_first: bool) -> Any:
+def _sequence_operator(name: str, values: Sequence[Any], weights: list[list[Any]], *, batch_first: bool) -> Any:
     """Return a sequence operator of OpenVINO.
 
     Args:
@@ -206,9 +208,9 @@ def _sequence(name: str, values: Sequence[Any], weights: list[list[Any]], *, bat
     shape = opset.shape_of(x, "i64")
     samples, steps = (opset.gather(shape, np.array([axis]), np.int64(0)) for axis in (0, 1))
     lengths = opset.broadcast(steps, samples)
-    matrices = [opset.concat([_gates(own[place], name) for own in weights], 0) for place in (0, 1)]
+    matrices = [opset.concat([_reordered_gates(own[place], name) for own in weights], 0) for place in (0, 1)]
     size = int(weights[0][1].get_partial_shape()[1].get_length())
-    bias = opset.concat([_bias(own[2:], name, size) for own in weights], 0)
+    bias = opset.concat([_sequence_bias(own[2:], name, size) for own in weights], 0)
     common = (lengths, *matrices, bias, size, "bidirectional" if directions == 2 else "forward")
     if name == "lstm":
         return opset.lstm_sequence(x, hidden, cell, *common)
@@ -224,7 +226,7 @@ def _last_cell(sequence: Any) -> Any:
     return opset.transpose(sequence.output(2), STEPS_AND_SAMPLES).output(0)
 
 
-def _output(sequence: Any, *, batch_first: bool) -> Any:
+def _layer_output(sequence: Any, *, batch_first: bool) -> Any:
     """Return the output of all directions as the layer of PyTorch has it."""
     from openvino import opset13 as opset
 
@@ -234,23 +236,23 @@ def _output(sequence: Any, *, batch_first: bool) -> Any:
     return (output if batch_first else opset.transpose(output, STEPS_AND_SAMPLES)).output(0)
 
 
-def _gates(weight: Any, name: str) -> Any:
+def _reordered_gates(weight: Any, name: str) -> Any:
     """Return a matrix [gates * features, inputs], or a bias, with its gates in OpenVINO's order and an axis before."""
     from openvino import opset13 as opset
 
-    order = GATES[name]
+    order = GATE_ORDER[name]
     parts = opset.split(weight, np.int64(0), len(order))
     return opset.unsqueeze(opset.concat([parts.output(place) for place in order], 0), np.int64(0))
 
 
-def _bias(biases: Sequence[Any], name: str, size: int) -> Any:
+def _sequence_bias(biases: Sequence[Any], name: str, size: int) -> Any:
     """Return the biases of one direction, [1, gates * features]; a GRU's new gate has both of its own."""
     from openvino import opset13 as opset
 
-    gates = len(GATES[name])
+    gates = len(GATE_ORDER[name])
     if not biases:
         return opset.constant(np.zeros((1, (gates + (name == "gru")) * size), np.float32))
-    own, recurrent = (_gates(bias, name) for bias in biases)
+    own, recurrent = (_reordered_gates(bias, name) for bias in biases)
     both = opset.add(own, recurrent)
     if name != "gru":
         return both
@@ -259,5 +261,5 @@ def _bias(biases: Sequence[Any], name: str, size: int) -> Any:
     return opset.concat([summed.output(0), summed.output(1), *kept], 1)
 
 
-def _constant(output: Any) -> np.ndarray[Any, Any]:
+def _constant_value(output: Any) -> np.ndarray[Any, Any]:
     return np.asarray(output.get_node().get_data())

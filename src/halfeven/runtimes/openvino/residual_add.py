@@ -79,7 +79,7 @@ def is_unrounded(quantizer: fx.Node, limits: tuple[float, float]) -> bool:
         quantizer: what may stand between them.
         limits: the least and the largest value that it lets pass.
     """
-    convolution = _before_clips(quantizer, limits)
+    convolution = _operator_before_clips(quantizer, limits)
     readers = list(quantizer.users)
     if kind_of(convolution) is not OperatorKind.CONVOLUTION or len(convolution.users) != 1 or len(readers) != 1:
         return False
@@ -95,10 +95,10 @@ def read_before(skip: fx.Node, convolution: fx.Node, total: fx.Node) -> bool:
 
     The convolution's kernel writes the sum where the skip connection lies.
     """
-    return all(reader is total or _leads_to(reader, convolution) for reader in skip.users)
+    return all(reader is total or _is_read_by(reader, convolution) for reader in skip.users)
 
 
-def _before_clips(quantizer: fx.Node, limits: tuple[float, float]) -> fx.Node:
+def _operator_before_clips(quantizer: fx.Node, limits: tuple[float, float]) -> fx.Node:
     """Return the operator before a quantizer and before clips that clip no more, and that nothing else reads."""
     node = quantizer.all_input_nodes[0]
     while len(node.users) == 1 and (bounds := Op(node).bounds) and bounds[0] <= limits[0] and limits[1] <= bounds[1]:
@@ -106,7 +106,7 @@ def _before_clips(quantizer: fx.Node, limits: tuple[float, float]) -> fx.Node:
     return node
 
 
-def _leads_to(node: fx.Node, later: fx.Node) -> bool:
+def _is_read_by(node: fx.Node, later: fx.Node) -> bool:
     """Return True if a later node depends on a node."""
     if node is later:
         return False

@@ -21,6 +21,7 @@ from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.graph.operators import OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, kind_of
+from halfeven.runtimes.float32 import fused_multiply_add
 from halfeven.runtimes.openvino.exact_values import Accumulator, Codes, FakeQuantizeRange, ScaledSum
 from halfeven.runtimes.openvino.residual_add import read_before
 from halfeven.runtimes.simulation import Simulated
@@ -42,7 +43,7 @@ def mark_sums(region: CapturedModule) -> None:
                 continue
             if len(branch.users) == 1 and read_before(skip, branch, node) and Op(branch).shape == Op(skip).shape:
                 with region.graph.inserting_before(node):
-                    limit = _limit(behind, before)
+                    limit = _limit_of_sum(behind, before)
                     marked = region.graph.call_function(torch.ops.halfeven.branch_of_sum.default, (branch, limit))
                 marked.meta = dict(branch.meta)
                 node.replace_input_with(branch, marked)
@@ -60,7 +61,7 @@ def _quantizer_behind(node: fx.Node) -> ExportedQuantizer | None:
     return None
 
 
-def _limit(*quantizers: ExportedQuantizer) -> float:
+def _limit_of_sum(*quantizers: ExportedQuantizer) -> float:
     """Return a power of 2 that is twice as large as all that quantizers yield together.
 
     A branch beyond what the quantizers behind the sum and on the skip connection yield together is clipped behind the
@@ -101,13 +102,8 @@ class Branch(Simulated):
         high_out = (torch.full_like(unit, self.limit) - zero) * inverse
         step = (high_out - low_out) / steps
         if watched:
-            rounded = torch.round(_fma(values, to_steps, first))
-            return ScaledSum(_fma(rounded, step, low_out) + skip.bytes, unit, from_layer=True)
+            rounded = torch.round(fused_multiply_add(values, to_steps, first))
+            return ScaledSum(fused_multiply_add(rounded, step, low_out) + skip.bytes, unit, from_layer=True)
         factor = to_steps * step
         shift = first * step + low_out
-        return ScaledSum(_fma(values, factor, shift) + skip.bytes, unit, from_layer=True)
-
-
-def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Return a * b + c, rounded to float32 once."""
-    return (a.double() * b.double() + c.double()).float()
+        return ScaledSum(fused_multiply_add(values, factor, shift) + skip.bytes, unit, from_layer=True)

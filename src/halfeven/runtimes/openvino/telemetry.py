@@ -1,4 +1,4 @@
-"""Deploying a model is nobody else's business: OpenVINO's reports of its use are not sent."""
+"""Keep OpenVINO from reporting its use over the network."""
 
 import os
 from collections.abc import Iterator

@@ -36,9 +36,9 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     keep_recurrences_whole(program)
     traced = traced_names(program, names)
     translations = {
-        "fake_quantize": lambda context: _fake_quantize(context, names),
-        "matmul": _matmul,
-        "branch_of_sum": _branch_of_sum,
+        "fake_quantize": lambda context: _translate_fake_quantize(context, names),
+        "matmul": _translate_matmul,
+        "branch_of_sum": _translate_branch_of_sum,
         "recurrence": recurrences.translation(),
     }
     extensions = [ConversionExtension(f"halfeven.{name}.default", made) for name, made in translations.items()]
@@ -46,7 +46,7 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     _drop_constant_inputs(model, program)
     # The front end forgets which sizes are fixed; the plugin's kernels are faster when it knows.
     sizes = zip(model.inputs, input_values(program), strict=True)
-    model.reshape({port: openvino.PartialShape(_sizes(value)) for port, value in sizes})
+    model.reshape({port: openvino.PartialShape(_static_sizes(value)) for port, value in sizes})
     model.validate_nodes_and_infer_types()
     write_out_ceilings(model)
     write_out_moves(model)
@@ -125,7 +125,7 @@ def write_out_moves(model: Any) -> None:
     from openvino import opset8 as opset
 
     for node in model.get_ordered_ops():
-        if not (indices := _indices(node)):
+        if not (indices := _indices_by_axis(node)):
             continue
         value = node.input_value(0)
         for axis, index in indices.items():
@@ -179,7 +179,7 @@ def write_out_extremes(model: Any) -> None:
         node.output(0).replace(reshaped.output(0))
 
 
-def _indices(node: Any) -> dict[int, Any]:
+def _indices_by_axis(node: Any) -> dict[int, Any]:
     """Return the indices of the values of each axis that a shift or repetition moves; none where they are unknown."""
     kind = node.get_type_name()
     if kind not in ("Roll", "Tile"):
@@ -204,24 +204,24 @@ def _indices(node: Any) -> dict[int, Any]:
     return found
 
 
-def _sizes(value: torch.Tensor) -> list[int]:
+def _static_sizes(value: torch.Tensor) -> list[int]:
     return [-1 if size is None else size for size in map(constant_size, value.shape)]
 
 
-def _matmul(context: Any) -> list[Any]:
+def _translate_matmul(context: Any) -> list[Any]:
     """Return a MatMul as numpy defines it, of any number of axes."""
     from openvino import opset13 as opset
 
     return [opset.matmul(context.get_input(0), context.get_input(1), False, False).output(0)]
 
 
-def _fake_quantize(context: Any, names: Sequence[str]) -> list[Any]:
+def _translate_fake_quantize(context: Any, names: Sequence[str]) -> list[Any]:
     """Return a FakeQuantize whose limits are grid points: the plugin recovers scale and zero point from them."""
     from openvino import opset13 as opset
 
     x = context.get_input(0)
-    scale, zero_point = (_constant(context.get_input(i)).astype(np.float32) for i in (1, 2))
-    quant_min, quant_max, axis, number = (int(_constant(context.get_input(i))) for i in (3, 4, 5, 6))
+    scale, zero_point = (_constant_value(context.get_input(i)).astype(np.float32) for i in (1, 2))
+    quant_min, quant_max, axis, number = (int(_constant_value(context.get_input(i))) for i in (3, 4, 5, 6))
     # In float32 from the snapped scale, of 16 significand bits: the product with a small integer is exact, and so is
     # the scale that the plugin computes back as (high - low) / (levels - 1).
     low = (quant_min - zero_point) * scale
@@ -238,16 +238,16 @@ def _fake_quantize(context: Any, names: Sequence[str]) -> list[Any]:
     return list(node.outputs())
 
 
-def _branch_of_sum(context: Any) -> list[Any]:
+def _translate_branch_of_sum(context: Any) -> list[Any]:
     """Return a FakeQuantize that the plugin does not run: it tells it which sums are a part of a layer's kernel."""
     from openvino import opset13 as opset
 
-    limit = np.float32(_constant(context.get_input(1)))
+    limit = np.float32(_constant_value(context.get_input(1)))
     ends = [opset.constant(end) for end in (-limit, limit)]
     return list(opset.fake_quantize(context.get_input(0), *ends, *ends, levels=MARK_LEVELS).outputs())
 
 
-def _constant(output: Any) -> np.ndarray[Any, Any]:
+def _constant_value(output: Any) -> np.ndarray[Any, Any]:
     return np.asarray(output.get_node().get_data())
 
 
@@ -303,7 +303,7 @@ def name_layers(model: Any, quantizers: set[str]) -> None:
         if not name.endswith(WEIGHT_SUFFIX):
             continue
         layer = name.removesuffix(WEIGHT_SUFFIX)
-        for reader in sorted(_readers(node), key=lambda reader: place[reader.get_name()]):
+        for reader in sorted(_layers_reading(node), key=lambda reader: place[reader.get_name()]):
             count = used[layer] = used.get(layer, 0) + 1
             _name_layer(reader, call_name(layer, count))
 
@@ -321,13 +321,13 @@ def _name_layer(node: Any, name: str) -> None:
             readers[0].set_friendly_name(f"{name}/{readers[0].get_type_name()}")
 
 
-def _readers(node: Any) -> Iterator[Any]:
+def _layers_reading(node: Any) -> Iterator[Any]:
     for port in node.output(0).get_target_inputs():
         reader = port.get_node()
         if reader.get_type_name() in LAYER_TYPES:
             yield reader
         elif reader.get_type_name() in ("Reshape", "Transpose", "Convert", "Multiply", "FakeQuantize"):
-            yield from _readers(reader)
+            yield from _layers_reading(reader)
 
 
 @silently()
@@ -343,11 +343,11 @@ def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path)
     with replacing(weights, path) as folder:
         whole = folder / path.name
         openvino.save_model(converted, whole, compress_to_fp16=False)
-        _check_whole(whole)
+        _check_complete(whole)
         whole.write_text(re.sub(r">\s+<", "><", whole.read_text()))  # a third of the file is indentation
 
 
-def _check_whole(path: Path) -> None:
+def _check_complete(path: Path) -> None:
     """Check that an IR is as long as it says: on a full disk OpenVINO writes what it can, and says nothing."""
     text = path.read_text()
     constants = re.findall(r'offset="(\d+)"[^>]*size="(\d+)"', text)
