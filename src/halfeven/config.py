@@ -67,7 +67,7 @@ class ExportOptions(Options):
     verify_samples: Annotated[PositiveInt, renamed_from("verify_images")] = 512
     """Validation samples on which the file's integers are compared with the simulation's."""
     verify_batch_size: PositiveInt = 32
-    """Batch size in that comparison and in the measurement of latency."""
+    """Batch size of the verification and of the measurement of latency."""
     timed: bool = True
     """Measure the latency of the file and of the float model, which is written for this purpose. It takes much of the
     verification's time, and means little on a machine that is busy with other work."""

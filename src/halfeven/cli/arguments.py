@@ -24,12 +24,26 @@ Fields = Annotated[Experiment, tyro.conf.arg(name=""), tyro.conf.FlagConversionO
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunArguments:
-    """Arguments of the commands that make a run in a work folder."""
+class ConfigArguments:
+    """Arguments of the commands that take a config."""
 
     config: Config
     """Python file that ends with `experiment = Experiment(...)`."""
     experiment: Fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointArguments(ConfigArguments):
+    """Arguments of the commands that take a config and a checkpoint."""
+
+    checkpoint: Checkpoint
+    """best.safetensors or last.safetensors of a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArguments(ConfigArguments):
+    """Arguments of the commands that make a run in a work folder."""
+
     work_dir: str = ""
     """Folder for checkpoints, logs and exported files; "" for work_dirs/<name of the config>."""
     resume: bool = False

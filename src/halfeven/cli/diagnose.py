@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from halfeven.checkpoint import read_facts
-from halfeven.cli.arguments import Config, Fields, OptionalCheckpoint
+from halfeven.cli.arguments import ConfigArguments, OptionalCheckpoint
 from halfeven.cli.float_model import check_has_weights, float_model_of
 from halfeven.cli.results import write_json
 from halfeven.cli.run import RunContext, open_run
@@ -21,15 +21,12 @@ from halfeven.zoo.models import create_model
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiagnoseArguments:
+class DiagnoseArguments(ConfigArguments):
     """Find where the accuracy of a quantized model goes, and the cheapest remedies that bring it back. No labels are
     needed. Without a checkpoint, the float model is prepared and calibrated as the config says."""
 
-    config: Config
-    """Python file that ends with `experiment = Experiment(...)`."""
     checkpoint: OptionalCheckpoint = Path()
     """best.safetensors or last.safetensors of a run."""
-    experiment: Fields
     json: str = ""
     """File to write the diagnosis to as JSON; "" for none."""
     report: str = ""

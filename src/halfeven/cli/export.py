@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfeven.checkpoint import read_facts
-from halfeven.cli.arguments import Checkpoint, Config, Fields
+from halfeven.cli.arguments import CheckpointArguments
 from halfeven.cli.deliver import export_verified
 from halfeven.cli.float_model import float_model_of
 from halfeven.cli.results import write_json
@@ -13,14 +13,9 @@ from halfeven.pipelines import load
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportArguments:
+class ExportArguments(CheckpointArguments):
     """Write the deployable files of a checkpoint, and verify their integers in the runtime."""
 
-    config: Config
-    """Python file that ends with `experiment = Experiment(...)`."""
-    checkpoint: Checkpoint
-    """best.safetensors or last.safetensors of a run."""
-    experiment: Fields
     work_dir: str = ""
     """Folder for the files; "" for the checkpoint's."""
     json: str = ""

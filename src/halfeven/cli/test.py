@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfeven.checkpoint import read_facts
-from halfeven.cli.arguments import Checkpoint, Config, Fields
+from halfeven.cli.arguments import CheckpointArguments
 from halfeven.cli.deliver import target_of
 from halfeven.cli.float_model import float_model_of
 from halfeven.cli.results import print_accuracies, write_json
@@ -18,14 +18,9 @@ from halfeven.temporary import temporary_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestArguments:
+class TestArguments(CheckpointArguments):
     """Show the accuracy of the float, the simulated and the deployed model of a checkpoint in one table."""
 
-    config: Config
-    """Python file that ends with `experiment = Experiment(...)`."""
-    checkpoint: Checkpoint
-    """best.safetensors or last.safetensors of a run."""
-    experiment: Fields
     json: str = ""
     """File to write the same figures to as JSON, with the keys float, simulated and deployed; "" for none."""
     deployed: str = ""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfeven.checkpoint import read_facts
-from halfeven.cli.arguments import Checkpoint, Config, DeployedFileArgument, Fields
+from halfeven.cli.arguments import CheckpointArguments, DeployedFileArgument
 from halfeven.cli.deliver import verify_file
 from halfeven.cli.float_model import float_model_of
 from halfeven.cli.results import write_json
@@ -20,17 +20,12 @@ OVERFLOWS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyArguments:
+class VerifyArguments(CheckpointArguments):
     """Run a deployed file in its runtime and compare its integers with the checkpoint's. Exits with code 0 where the
     file is verified, with 1 where it is not and the last lines say why, and with 2 where it cannot be compared."""
 
-    config: Config
-    """Python file that ends with `experiment = Experiment(...)`."""
-    checkpoint: Checkpoint
-    """The checkpoint that the file was exported from."""
     file: DeployedFileArgument
     """Deployed file, such as model.xml or model.onnx."""
-    experiment: Fields
     json: str = ""
     """File to write the report to as JSON, with the keys verified and problems; "" for none."""
     min_match: float = 0.9999
