@@ -2,6 +2,7 @@
 
     python benchmarks/latency.py [resnet18 keywords ...] [--runtimes openvino onnxruntime] [--batches 1 8]
         [--scheme w8a8] [--rounds 15] [--threads 1] [--json FILE]
+    python benchmarks/latency.py --verify [--small] [--scheme w7a8]
 
 Each network is random, quantized after calibration alone and written for both runtimes. The float file is that of the
 runtime's own converter, and runs in float32 and, where the runtime then computes otherwise, in its default precision.
@@ -9,6 +10,9 @@ NNCF's and ONNX Runtime's own static quantization of the same float file stand b
 files of a network run in turn, in one process; a ratio is the median over those rounds of a file's time over the float
 file's, with the interval that holds half of the rounds. The profile is the runtime's own: time by kernel and precision,
 and the slowest kernels in float.
+
+`--verify` times nothing: it says how many integers of each file equal the exact simulation's, and which layers ran in
+float. `--small` gives images of 64 pixels and half of the text, except where a network's own size is fixed.
 """
 
 import argparse
@@ -79,6 +83,19 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "vocoder": (Vocoder, lambda batch: torch.randn(batch, 20, 64)),
 }
 """Name -> what makes the network, and what makes a batch of its inputs."""
+
+HALF_AS_LONG = {"minilm": 64, "keywords": 4000, "vocoder": 32}
+FIXED = ("vit_tiny", "swin_tiny")
+"""Networks whose images have one size."""
+
+
+def samples(name: str, batch: int, *, small: bool) -> Tensor:
+    """A batch of a network's inputs; a small one has fewer positions."""
+    x = NETWORKS[name][1](batch)
+    if not small or name in FIXED:
+        return x
+    return x[..., : HALF_AS_LONG[name]] if name in HALF_AS_LONG else x[..., :64, :64]
+
 
 Run = Callable[[], object]
 
@@ -199,18 +216,31 @@ def profile(times: Sequence[KernelTime]) -> dict[str, Any]:
     }
 
 
+def verified(qmodel: nn.Module, file: Path, batches: list[Tensor]) -> dict[str, Any]:
+    """What `verify` says of a file's integers and kernels."""
+    report = he.verify(qmodel, file, batches, timed=False)
+    return {
+        "integers equal": report.integer_match,
+        "each layer alone": report.alone_match,
+        "layers in integers": f"{report.integer_layers} of {report.quantizable_layers}",
+        "in float": report.float_layers,
+        "findings": report.findings,
+    }
+
+
 def measured(name: str, target: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each batch size."""
     torch.manual_seed(0)
-    make, inputs = NETWORKS[name]
-    model = make().eval()
-    batches = [inputs(2) for _ in range(4)]
-    rows = []
+    model = NETWORKS[name][0]().eval()
+    batches = [samples(name, 2, small=options.small) for _ in range(4)]
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         prepared = he.prepare(model, batches[0], target=target, scheme=options.scheme)
         file = he.export(he.calibrate(prepared, batches), Path(folder) / f"model{ENDINGS[target]}")
+        if options.verify:
+            return [{"network": name, "runtime": target, **verified(prepared, file, batches[:1])}]
         for size in options.batches:
-            x = inputs(size)
+            x = samples(name, size, small=options.small)
             times = timed(RUNS[target](model, file, x, batches, options.threads), options.rounds)
             kernels = runtime_named(target).open_file(file, ()).kernel_times([x])
             rows.append(
@@ -246,6 +276,8 @@ def main() -> None:
     parser.add_argument("--scheme", default="w8a8")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--small", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if unknown := set(options.networks) - set(NETWORKS):

@@ -11,6 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from halfeven.deployment.file_interface import FloatPrecision
 from halfeven.errors import ConfigError, HalfevenError, Interruption
 from halfeven.mixed_precision.options import SearchOptions
 from halfeven.nearest import similar
@@ -64,6 +65,9 @@ class ExportOptions(Options):
     """Runtime that the files are for; "auto": the runtime that the model was quantized for."""
     formats: Annotated[tuple[Literal["xml", "onnx"], ...] | Auto, formerly(())] = "auto"
     """Files to write: OpenVINO IR (xml) and QDQ ONNX (onnx); "auto": the target's usual format."""
+    float_precision: FloatPrecision = "f32"
+    """Precision of the operators that stay float: float32, as simulated (f32), or the runtime's choice (runtime), which
+    is bfloat16 in OpenVINO, where the processor has it, and float16 in files for TensorRT."""
     verify_samples: Annotated[PositiveInt, renamed_from("verify_images")] = 512
     """Validation samples on which the file's integers are compared with the simulation's."""
     verify_batch_size: PositiveInt = 32
@@ -105,7 +109,9 @@ class Experiment(Options):
     """Seed of the order and augmentation of samples, of random weights and of dropout."""
 
     def __post_init__(self) -> None:
-        self.endings(self.quantization.target if self.export.target == "auto" else self.export.target)
+        target = self.quantization.target if self.export.target == "auto" else self.export.target
+        self.endings(target)
+        runtime_named(target).settings_for(self.export.float_precision)
         if self.training.epochs == 0:
             raise ConfigError(
                 "training.epochs=0 leaves the quantized model untrained: no step would be taken, and no checkpoint "

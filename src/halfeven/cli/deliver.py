@@ -113,7 +113,8 @@ def export_verified(
     for ending in context.experiment.endings(target):
         path = folder / f"model{ending}"
         context.log(f"Exporting {path} ...")
-        export(qmodel, path, target, metadata=preprocessing(context.experiment.data))
+        facts = preprocessing(context.experiment.data)
+        export(qmodel, path, target, metadata=facts, float_precision=context.experiment.export.float_precision)
         reports[path] = verify_file(context, qmodel, path, float_model)
     return reports
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,12 @@ from halfeven.graph.torch_private import pytree
 
 OUTPUT = "output"
 """Name of a model's only output, and the beginning of the names "output_0", "output_1" of a tuple's tensors."""
+
+FloatPrecision = Literal["f32", "runtime"]
+"""Precision of the operators that stay float: float32, or what the runtime computes in by its own choice."""
+
+FLOAT_PRECISION = "float_precision"
+"""Name of the fact that says in a file which of them it was written for; a file without it is for float32."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +82,20 @@ def interface_of(
     )
 
 
-def facts_of(scheme: str, target: str, settings: Sequence[str], more: Mapping[str, str]) -> dict[str, str]:
+def facts_of(
+    scheme: str, target: str, precision: FloatPrecision, settings: Sequence[str], more: Mapping[str, str]
+) -> dict[str, str]:
     """Return the facts that every file contains: who wrote it, how it is quantized, and how it is to be run.
 
     Args:
         scheme: bits of weights and activations.
         target: name of the runtime that the file is for.
+        precision: precision of what stays float.
         settings: settings that the runtime's session must be given, as `name=value`.
         more: further facts of the user's.
     """
-    told = ", ".join(settings)
-    return {"version": version("halfeven"), "scheme": scheme, "target": target, "settings": told, **more}
+    own = {"version": version("halfeven"), "scheme": scheme, "target": target, "settings": ", ".join(settings)}
+    return {**own, FLOAT_PRECISION: precision, **more}
 
 
 def input_values(program: torch.export.ExportedProgram) -> list[Tensor]:

@@ -54,6 +54,31 @@ def _expand_attention(region: CapturedModule, node: fx.Node) -> bool:
     return True
 
 
+GATES = {aten.silu.default: aten.sigmoid.default, aten.hardswish.default: aten.hardsigmoid.default}
+"""Activation x * gate(x) -> its gate."""
+
+
+def expand_gates(region: CapturedModule) -> int:
+    """Write SiLU and hard-swish as the product of their input and its gate, in place.
+
+    x * sigmoid(x), and x * relu6(x + 3) / 6 (MobileNetV3, arXiv 1905.02244, section 5.2). The gate is a tensor of its
+    own then, which can be quantized.
+
+    Returns:
+        The number of expanded operators.
+    """
+    nodes = [node for node in region.graph.nodes if node.target in GATES]
+    for node in nodes:
+        call = _caller(node)
+        x = node.args[0]
+        with region.graph.inserting_before(node):
+            result = call(aten.mul.Tensor, x, call(GATES[node.target], x))
+        node.replace_all_uses_with(result)
+        region.graph.erase_node(node)
+    region.recompile()
+    return len(nodes)
+
+
 def lower_stacked_sums(region: CapturedModule) -> int:
     """Replace each sum over a stack of tensors by additions, in place; additions have integer kernels.
 

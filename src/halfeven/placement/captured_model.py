@@ -10,7 +10,7 @@ from halfeven.graph.capture import Example, capture
 from halfeven.graph.copying import copy_model
 from halfeven.graph.kept_in_python import KeptInPython
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.graph.rewrite import lower_attention, lower_stacked_sums, merge_duplicates
+from halfeven.graph.rewrite import expand_gates, lower_attention, lower_stacked_sums, merge_duplicates
 from halfeven.graph.torch_private import forgetting_graphs
 from halfeven.placement.make_plan import regions
 from halfeven.placement.options import QuantizationOptions
@@ -72,6 +72,14 @@ def capture_for_quantization(
             f"{lowered} attention operators are written out as products and softmax. Dropout inside of them has no "
             "effect in training, because the model is captured in eval mode, where its probability is 0."
         )
+    gates = sum(expand_gates(region) for region in regions(captured).values()) if options.quantize_gates else 0
+    if options.quantize_gates and not gates:
+        raise ConfigError(
+            "quantize_gates=True is for SiLU and hard-swish, and this model has neither, so it would have no effect. "
+            "Leave it out."
+        )
+    if gates:
+        notes.append(f"{gates} SiLU and hard-swish are written out as the product of their input and its gate.")
     for region in regions(captured).values():
         merge_duplicates(region)
         lower_stacked_sums(region)

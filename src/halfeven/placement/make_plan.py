@@ -79,6 +79,7 @@ def make_plan(
     left: list[LeftInFloat] = []
     known: list[str] = []
     _check_outputs(model, options)
+    _check_gates(target, options, activation_bits)
     for prefix, module in regions(model).items():
         names = {node: qualified(prefix, name) for name, node in tensor_names(module.graph).items()}
         region = Region(prefix, module.graph, names)
@@ -106,6 +107,20 @@ def make_plan(
         kept=found.kept,
         simulated=simulated_alone(tensors, target),
         decide=lambda other: make_plan(model, other, target, found),
+    )
+
+
+def _check_gates(target: Target, options: QuantizationOptions, activation_bits: int) -> None:
+    if not options.quantize_gates or (target.multiplies_gates and activation_bits != FLOAT_BITS):
+        return
+    why = (
+        f"the scheme {options.scheme} leaves activations in float"
+        if activation_bits == FLOAT_BITS
+        else f"{target.name} computes SiLU and hard-swish with the layer before them"
+    )
+    raise PlacementError(
+        f"quantize_gates=True makes products of integers of SiLU and hard-swish, and {why}, so it would only cost "
+        "accuracy. Leave it out."
     )
 
 

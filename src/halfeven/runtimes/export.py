@@ -8,7 +8,7 @@ from torch import nn
 
 from halfeven.checked_arguments import checked_arguments
 from halfeven.deployment.exported_program import example_of, program_of
-from halfeven.deployment.file_interface import facts_of, interface_of
+from halfeven.deployment.file_interface import FLOAT_PRECISION, FloatPrecision, facts_of, interface_of
 from halfeven.errors import ExportError, HalfevenError
 from halfeven.files import storage_error
 from halfeven.graph.torch_private import forgetting_graphs
@@ -28,6 +28,7 @@ def export(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     metadata: Mapping[str, str] | None = None,
+    float_precision: FloatPrecision = "f32",
 ) -> Path:
     """Write a quantized model for its runtime: BatchNorm folded, weights as integers, any batch size.
 
@@ -42,12 +43,16 @@ def export(
             "output" for a single tensor, and "output_0", "output_1" for a tuple.
         metadata: facts to write into the file besides halfeven's version, the scheme, the target and the settings that
             its session needs: how inputs are normalized, for example.
+        float_precision: precision of the operators that stay float. "f32": float32, as simulated; the session needs the
+            settings that the file lists. "runtime": what the runtime chooses, such as bfloat16 in OpenVINO where the
+            processor has it; TensorRT's file has float16 for all that is not quantized, scales included.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: a file ending that the target does not read, or names that are too many, too few or equal.
+        ConfigError: a file ending that the target does not read, names that are too many, too few or equal, or a
+            `float_precision` that the runtime does not have.
         PlacementError: a target that cannot carry the model's integers.
         CalibrationError: a range is not set yet.
         ExportError: the exporter of the format cannot write an operator of the model.
@@ -57,9 +62,11 @@ def export(
     qmodel = unwrapped(qmodel)
     runtime = runtime_of(qmodel, target)
     runtime.check_ending(path)
+    settings = runtime.settings_for(float_precision)
+    facts = facts_of(plan_of(qmodel).options.scheme, runtime.name, float_precision, settings, metadata or {})
     try:
         with progress(f"Writing {path.name}"):
-            _write(qmodel, path, runtime, input_names, output_names, metadata or {})
+            _write(qmodel, path, runtime, input_names, output_names, facts)
     except HalfevenError:
         raise
     except OSError as error:
@@ -80,11 +87,12 @@ def _write(
     runtime: Runtime,
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
-    metadata: Mapping[str, str],
+    facts: Mapping[str, str],
 ) -> None:
     deployed = deploy(qmodel, runtime)
+    if facts[FLOAT_PRECISION] == "runtime" and runtime.round_to_file is not None:
+        runtime.round_to_file(deployed)
     described = recorded_inputs(qmodel)
-    facts = facts_of(plan_of(qmodel).options.scheme, runtime.name, runtime.settings, metadata)
     program = program_of(deployed.model, example_of(qmodel), described)
     interface = interface_of(program, described, input_names=input_names, output_names=output_names, metadata=facts)
     runtime.writers[path.suffix](program, dataclasses.replace(deployed, interface=interface), path)

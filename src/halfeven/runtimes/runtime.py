@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from halfeven.checked_arguments import checked_arguments
 from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.exported_program import example_of
+from halfeven.deployment.file_interface import FloatPrecision
 from halfeven.errors import ConfigError, VerificationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.copying import copy_model
@@ -34,6 +35,7 @@ from halfeven.runtimes.openvino.exact import OpenVINOInterpreter
 from halfeven.runtimes.openvino.session import OpenVINOFile
 from halfeven.runtimes.simulation import Simulation
 from halfeven.runtimes.tensorrt import passes as tensorrt_passes
+from halfeven.runtimes.tensorrt import writer as tensorrt_writer
 from halfeven.runtimes.tensorrt.session import TensorRTFile
 from halfeven.targets.onnxruntime import ONNXRUNTIME
 from halfeven.targets.openvino import OPENVINO
@@ -42,13 +44,16 @@ from halfeven.targets.tensorrt import TENSORRT
 
 
 class DeployedFile(Protocol):
-    """A file opened in its runtime, on the CPU, with what is not integer in float32."""
+    """A file opened in its runtime, on the CPU, with what is not integer in the precision that the file says."""
 
     runtime: str
     """The runtime's name."""
 
     settings: Sequence[str]
     """The settings of the runtime that the file needs, as `name=value`; those that its default session lacks."""
+
+    float_precision: FloatPrecision
+    """The precision, of what stays float, that the file was written for and is run with."""
 
     @property
     def input_names(self) -> list[str]:
@@ -104,7 +109,8 @@ Interpreter = Callable[[CapturedModule, Simulation], fx.Interpreter]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Runtime:
-    """All facts about a runtime. No field has a default: each fact stands in the runtime's row."""
+    """All facts about a runtime. Each stands in the runtime's row; a default is that of a runtime that computes what is
+    not integer in float32."""
 
     target: Target
     """The operators that it executes in integers, and where it wants quantizers."""
@@ -115,14 +121,36 @@ class Runtime:
     operator of the model."""
     prepare_graph: Callable[[Deployed], None]
     """Gives the graph of a deployed model the form that the runtime's optimizer needs, in place."""
-    open_file: Callable[[Path, Sequence[str]], DeployedFile]
-    """Opens a file, with the named tensors at hand besides its outputs."""
+    open_file: Callable[..., DeployedFile]
+    """Opens a file by its path, with the named tensors at hand besides its outputs, in a session with the settings that
+    the file lists; with `float_precision="f32"`, in one with those of float32."""
     exact: Interpreter | None
     """Computes the runtime's integers exactly; None where its arithmetic is not specified."""
     settings: Sequence[str]
     """Settings that a session needs to compute what was verified, as `name=value`; the file lists them."""
     sums_in_16_bits: Callable[[], bool]
     """True where the runtime's kernels, on this processor, add pairs of 8-bit products in 16 bits."""
+    settings_of_own_precision: Sequence[str] | None = None
+    """Settings of a session that computes what is not integer in the precision of the runtime's choice; None where the
+    runtime has float32 alone."""
+    round_to_file: Callable[[Deployed], None] | None = None
+    """Rounds a deployed model, in place, to the precision that its file holds in place of float32; None where the
+    precision is the session's choice."""
+
+    def settings_for(self, precision: FloatPrecision) -> Sequence[str]:
+        """Return the settings that a file of this precision lists.
+
+        Raises:
+            ConfigError: the runtime computes what is not integer in float32 alone.
+        """
+        if precision == "f32":
+            return self.settings
+        if self.settings_of_own_precision is None:
+            raise ConfigError(
+                f'float_precision="runtime" leaves the precision of float operators to {self.name}, which computes '
+                'them in float32 alone, so nothing would change. Use float_precision="f32".'
+            )
+        return self.settings_of_own_precision
 
     @property
     def name(self) -> str:
@@ -162,6 +190,7 @@ RUNTIMES: dict[str, Runtime] = {
             exact=OpenVINOInterpreter,
             settings=OpenVINOFile.settings,
             sums_in_16_bits=adds_pairs_in_16_bits,
+            settings_of_own_precision=OpenVINOFile.settings_of_own_precision,
         ),
         Runtime(
             target=ONNXRUNTIME,
@@ -172,16 +201,19 @@ RUNTIMES: dict[str, Runtime] = {
             exact=ONNXRuntimeInterpreter,
             settings=ONNXRuntimeFile.settings,
             sums_in_16_bits=adds_pairs_in_16_bits,
+            settings_of_own_precision=ONNXRuntimeFile.settings_of_own_precision,
         ),
         Runtime(
             target=TENSORRT,
-            writers={".onnx": onnx_writer.write},
+            writers={".onnx": tensorrt_writer.write},
             clips_integers=False,
             prepare_graph=tensorrt_passes.prepare_graph,
             open_file=TensorRTFile,
             exact=None,  # TensorRT reserves the order of its float operations
             settings=(),
             sums_in_16_bits=lambda: False,  # its file is evaluated in float, not run
+            settings_of_own_precision=(),
+            round_to_file=tensorrt_passes.round_to_half,
         ),
     )
 }

@@ -27,6 +27,9 @@ class Simulation:
     watching_matters: bool = False
     """True where the last run has integers that differ between the watched file and the file as users run it."""
 
+    half: bool = False
+    """Simulate a file with float16 in place of float32: each result is rounded to float16."""
+
     file: Path | None = None
     """The file that is simulated, where there is one."""
 

@@ -45,5 +45,6 @@ ONNXRUNTIME = Target(
     stored_weights={K.LINEAR: (4, 8)},
     grids=ALL_GRIDS,
     signed_only=False,
+    multiplies_gates=True,
     int32_bias=True,
 )

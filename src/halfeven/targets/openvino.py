@@ -88,5 +88,6 @@ OPENVINO = Target(
     stored_weights={K.LINEAR: (4, 8)},
     grids=ALL_GRIDS,
     signed_only=False,
+    multiplies_gates=False,
     int32_bias=False,  # biases are added in float32
 )

@@ -56,6 +56,8 @@ class Target:
     """Activations' grids that it computes with, as (signed, symmetric)."""
     signed_only: bool
     """Activations are signed without a zero point, also after a ReLU."""
+    multiplies_gates: bool
+    """SiLU and hard-swish are faster as products of integers than in float."""
     int32_bias: bool
     """Biases are 32-bit integers on the grid of the layer's products."""
 

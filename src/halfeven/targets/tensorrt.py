@@ -25,5 +25,6 @@ TENSORRT = Target(
     stored_weights={},
     grids=frozenset({(True, True)}),
     signed_only=True,
+    multiplies_gates=False,
     int32_bias=False,
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.deployment.deployed import Deployed
+from halfeven.deployment.file_interface import FloatPrecision
 from halfeven.deployment.quantize_op import WEIGHT_SUFFIX, ExportedQuantizer
 from halfeven.errors import VerificationError
 from halfeven.graph.view import module_of
@@ -17,6 +18,7 @@ from halfeven.runtimes.cpu import pair_fits
 from halfeven.runtimes.exact_model import ExactModel
 from halfeven.runtimes.runtime import Runtime
 from halfeven.verification.default_session import DefaultSession, default_session
+from halfeven.verification.file_precision import float_precision_of, opened
 from halfeven.verification.findings import differs_from_exact
 from halfeven.verification.float_simulation import FloatSimulation, codes_of, outputs_of
 from halfeven.verification.latency import deployed_in_float
@@ -31,19 +33,30 @@ to another model."""
 class Comparison:
     """A file and its two simulations, compared batch by batch."""
 
-    def __init__(self, qmodel: nn.Module, deployed: Deployed, path: Path, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        qmodel: nn.Module,
+        deployed: Deployed,
+        path: Path,
+        runtime: Runtime,
+        float_precision: FloatPrecision | None = None,
+    ) -> None:
         self.runtime = runtime
         self.path = path
+        self.activations = in_graph_order(deployed.model)
+        self.file = opened(runtime, path, list(self.activations), float_precision)
+        self.half = float_precision_of(self.file) == "runtime" and runtime.round_to_file is not None
+        if self.half and runtime.round_to_file is not None:
+            runtime.round_to_file(deployed)
         self.weights = [q for q in deployed.quantizers if q.weight]
         self.layers = [q.name.removesuffix(WEIGHT_SUFFIX) for q in self.weights]
-        self.activations = in_graph_order(deployed.model)
         self.parts = regions(deployed.model)  # which the exact simulation takes over
         self.modules = dict(deployed.model.named_modules())
         self.exact = ExactModel(deployed, runtime.interpreter)
         self.exact.simulation.file = path
+        self.exact.simulation.half = self.half
         self.qmodel = qmodel
         self.floating = deployed_in_float(qmodel)
-        self.file = runtime.open_file(path, list(self.activations))
         self.names = [name for name in self.activations if name in self.file.tensors]
         self.unseen = [name for name in self.activations if name not in self.file.tensors]
         if len(lacking := self._lacking_tensors()) > max(1, MAX_MERGED_SHARE * len(self.activations)):
@@ -59,6 +72,11 @@ class Comparison:
         self.tensors = [TensorParity(name.removeprefix("quantizers.")) for name in self.names]
         self.outputs: dict[str, OutputSums] = {}
         self.default_session: DefaultSession | None = None
+
+    @property
+    def floats_may_differ(self) -> bool:
+        """True where the file's session computes what stays float otherwise than the exact simulation does."""
+        return float_precision_of(self.file) == "runtime" and not self.half
 
     def _lacking_tensors(self) -> list[str]:
         """Return the tensors that the file lacks and that no tensor in it can stand for.

@@ -1,7 +1,9 @@
 """Find the differences of a report that are too large to be the rounding of float arithmetic."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from halfeven.verification.file_precision import Float32Session
 from halfeven.verification.outputs import OutputParity
 from halfeven.verification.report import TensorParity
 
@@ -25,6 +27,28 @@ def findings(outputs: Sequence[OutputParity], tensors: Sequence[TensorParity]) -
         *(_not_exact(output) for output in outputs if differs_from_exact(output)),
         *_not_trained(outputs, tensors),
     ]
+
+
+def judged(
+    parity: dict[str, Any], proof: Callable[[], dict[str, Any]], *, needed: bool
+) -> tuple[Float32Session | None, list[str]]:
+    """Return what a session in float32 computes, where the file's own session differs, and the findings.
+
+    A difference is a fault of the file where float32 shows it too; in the runtime's own precision it is expected.
+
+    Args:
+        parity: the report's fields about integers and outputs in the file's own session.
+        proof: compares all batches in float32, and returns the same fields of that session.
+        needed: the file's session may compute float operators in another precision.
+    """
+    found = findings(parity["outputs"], parity["tensors"])
+    differs = parity["integer_match"] < 1  # false where no activation is quantized
+    if not (needed and (differs or found)):
+        return None, found
+    proved = proof()
+    names = ("integer_match", "alone_match", "first_difference", "output_difference")
+    session = Float32Session(**{name: proved[name] for name in names})
+    return session, findings(proved["outputs"], proved["tensors"])
 
 
 def differs_from_exact(output: OutputParity) -> bool:

@@ -7,9 +7,11 @@ from typing import Any
 from rich.console import RenderableType
 from torch import Tensor
 
+from halfeven.deployment.file_interface import FloatPrecision
 from halfeven.files import json_value
 from halfeven.tables import Shown, as_html, as_text
 from halfeven.verification.default_session import DefaultSession
+from halfeven.verification.file_precision import Float32Session
 from halfeven.verification.outputs import OutputParity
 from halfeven.verification.report_tables import summary, whole_table
 
@@ -121,6 +123,11 @@ class Report:
     slowest_kernels: list[str] = field(default_factory=list)
     """The kernels of the file that take the longest in the runtime's own profile, each with its precision and share of
     the time; empty where the file was not timed, or not run."""
+    float_precision: FloatPrecision = "f32"
+    """The precision, of what stays float, that the file was written for: float32, or the runtime's choice."""
+    float32_session: Float32Session | None = None
+    """The integers in a session with float32, of a file that leaves the precision to the runtime and whose integers
+    differ in its own session; else None."""
     findings: list[str] = field(default_factory=list)
     """A sentence for each difference from a simulation that is too large to be the rounding of float arithmetic."""
     file_bytes: int = 0

@@ -60,6 +60,7 @@ def _finding_texts(report: Any) -> list[Text]:
 def _report_rows(report: Any, most: int) -> RenderableType:
     rows = [
         *(_integer_rows(report, most) if report.tensors else []),
+        *_float32_rows(report),
         ("largest difference of the output", difference(report.output_difference)),
         *(_output_rows(report, most) if len(report.outputs) > 1 else []),
         *_default_rows(report),
@@ -95,6 +96,19 @@ def _integer_rows(report: Any, most: int) -> list[Row]:
         *([("  likely reason", OVERFLOW)] if report.overflows else []),
         *_first_rows([("  not compared, merged by the converter", name) for name in report.unseen], most),
         ("integers equal to the float simulation", percent(report.float_simulation_match)),
+    ]
+
+
+def _float32_rows(report: Any) -> list[Row]:
+    """Return what a session in float32 computes, where the file leaves the precision of floats to the runtime."""
+    session = report.float32_session
+    if session is None:
+        return []
+    return [
+        ("with float operators in float32", ""),
+        ("  integers equal to the exact simulation", percent(session.integer_match)),
+        ("  each layer alone", percent(session.alone_match)),
+        ("  largest difference of the output", difference(session.output_difference)),
     ]
 
 
@@ -134,7 +148,9 @@ def _executed_rows(report: Any, most: int) -> list[Row]:
 def _file_rows(report: Any) -> list[Row]:
     size = [("file size", f"{report.file_bytes / 1e6:.2f} MB")] if report.file_bytes else []
     settings = [("settings of the session", ", ".join(report.settings))] if report.settings else []
-    return size + settings
+    own = report.float_precision == "runtime"
+    precision = [("precision of float operators", "the runtime's choice")] if own else []
+    return size + precision + settings
 
 
 def _latency_rows(report: Any, most: int) -> list[Row]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from halfeven.runtimes.runtime import Runtime
 from halfeven.verification.answers import Answers, ClassAxis
 from halfeven.verification.circumstances import circumstances
 from halfeven.verification.comparison import Comparison
-from halfeven.verification.findings import findings
+from halfeven.verification.file_precision import float_precision_of
+from halfeven.verification.findings import judged
 from halfeven.verification.float_simulation import outputs_of
 from halfeven.verification.integer_macs import work_of
 from halfeven.verification.latency import latency, slowest_kernels
@@ -75,6 +77,8 @@ def verify(
         comparison = Comparison(qmodel, deploy(qmodel, runtime), Path(path), runtime)
         _compare_batches(comparison, advancing(zip(inputs, labels, strict=True), advance), float_model, answers)
         parity = comparison.parity()
+        proof = partial(_in_float32, comparison, inputs)
+        float32_session, found = judged(parity, proof, needed=comparison.floats_may_differ)
         return Report(
             path=str(path),
             runtime=comparison.file.runtime,
@@ -83,7 +87,9 @@ def verify(
             float_simulation_top1_agreement=answers.same_float / answers.total,
             accuracy=answers.accuracy(),
             notes=answers.notes(),
-            findings=findings(parity["outputs"], parity["tensors"]),
+            findings=found,
+            float_precision=float_precision_of(comparison.file),
+            float32_session=float32_session,
             **parity,
             **circumstances(comparison.file, Path(path)),
             **_kernel_fields(comparison),
@@ -91,6 +97,14 @@ def verify(
             slowest_kernels=slowest_kernels(Path(path), inputs[0], runtime) if timed else [],
             **_time_fields(_layer_times(comparison, Path(path), inputs[0], runtime) if timed else None, runtime),
         )
+
+
+def _in_float32(comparison: Comparison, inputs: list[Inputs]) -> dict[str, Any]:
+    """Return the fields about integers and outputs of a session that computes float operators in float32."""
+    qmodel = comparison.qmodel
+    proved = Comparison(qmodel, deploy(qmodel, comparison.runtime), comparison.path, comparison.runtime, "f32")
+    _compare_batches(proved, ((batch, None) for batch in inputs), None, Answers("auto"))
+    return proved.parity()
 
 
 def _layer_times(comparison: Comparison, path: Path, inputs: Inputs, runtime: Runtime) -> LayerTimes:

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from halfeven.deployment.file_interface import FloatPrecision
 from halfeven.deployment.quantize_op import WEIGHT_SUFFIX
 from halfeven.errors import VerificationError, last_line
 from halfeven.runtimes.cpu import physical_cores
+from halfeven.runtimes.onnx.interface import float_precision_in
 
 WEIGHT_BIAS = "disabled_optimizers=WeightBiasQuantization"
 """This optimizer quantizes layers that the plan leaves in float."""
@@ -22,6 +24,9 @@ ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level=1"
 
 SETTINGS = (WEIGHT_BIAS, ACCURACY_LEVEL)
 """The settings that keep a session to its file, as `name=value`."""
+
+BFLOAT16_PRODUCTS = "mlas.enable_gemm_fastmath_arm64_bfloat16=1"
+"""Products in float may be computed in bfloat16, by ARM processors under Linux: x86 has no such kernel."""
 
 OPTIMIZED_TENSORS = "session.optimized_model_external_initializers_file_name"
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -76,7 +81,7 @@ def session(
         folder: where the tensors lie that are not in the model itself.
         optimized: where the optimized graph is written.
         literal: no optimizer at all: every operator as it is written, in float.
-        settings: those of `SETTINGS` that are made; all keep to the file.
+        settings: those of `SETTINGS` that are made, which keep to the file, and `BFLOAT16_PRODUCTS`.
         profile: how the name of the file begins that the session's profile is written to, if it is.
 
     Raises:
@@ -97,8 +102,9 @@ def session(
         options.profile_file_prefix = str(profile)
     if folder is not None:
         options.add_session_config_entry(EXTERNAL_FOLDER, str(folder.resolve()))
-    if ACCURACY_LEVEL in settings:
-        options.add_session_config_entry(*ACCURACY_LEVEL.split("="))
+    for entry in (ACCURACY_LEVEL, BFLOAT16_PRODUCTS):
+        if entry in settings:
+            options.add_session_config_entry(*entry.split("="))
     disabled = [WEIGHT_BIAS.split("=")[1]] if WEIGHT_BIAS in settings else []
     try:
         return runtime.InferenceSession(
@@ -122,14 +128,18 @@ class ONNXFile:
     """An ONNX file opened in ONNX Runtime: what is common to all `DeployedFile`s of this format."""
 
     settings: Sequence[str] = SETTINGS
+    settings_of_own_precision: Sequence[str] = (*SETTINGS, BFLOAT16_PRODUCTS)
     literal = False
     """No optimizer at all: every operator is evaluated as it is written, in float."""
 
-    def __init__(self, path: Path, tensors: Sequence[str] = ()) -> None:
+    def __init__(self, path: Path, tensors: Sequence[str] = (), float_precision: FloatPrecision | None = None) -> None:
         import onnx
 
         self.path = path
         self.model = read(path)
+        self.float_precision = float_precision or float_precision_in(self.model)
+        if self.float_precision == "runtime":
+            self.settings = self.settings_of_own_precision
         graph = self.model.graph
         self.own_outputs = [output.name for output in graph.output]
         made = {name for node in graph.node for name in node.output}
@@ -140,11 +150,14 @@ class ONNXFile:
             if name not in self.own_outputs:
                 # The optimizer may rename or remove any tensor that is no output of the graph, so watched tensors
                 # become outputs.
-                asked.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-        self.watched = session(asked, folder=path.parent, literal=self.literal)
+                asked.graph.output.append(onnx.helper.make_tensor_value_info(name, _float_type(self.model), None))
+        self.watched = self._session(asked)
         # More outputs than its own keep operators from being fused: this is what users run.
-        self.session = self.watched if self.literal or not self.tensors else session(self.model, folder=path.parent)
+        self.session = self.watched if self.literal or not self.tensors else self._session(self.model)
         self.input_names = [found.name for found in self.session.get_inputs()]
+
+    def _session(self, model: Any) -> Any:
+        return session(model, folder=self.path.parent, literal=self.literal, settings=self.settings)
 
     @property
     def threads(self) -> int:
@@ -162,7 +175,8 @@ class ONNXFile:
 
     def _computed(self, opened: Any, names: Sequence[str], inputs: Sequence[Tensor]) -> list[Tensor]:
         try:
-            return [torch.from_numpy(x) for x in opened.run(names, self._fed(inputs))]
+            found = [torch.from_numpy(x) for x in opened.run(names, self._fed(inputs))]
+            return [x.float() if x.dtype is torch.float16 else x for x in found]
         except Exception as error:  # its exceptions have no common class
             given = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in inputs)
             taken = ", ".join(f"{found.name} {found.type} {found.shape}" for found in opened.get_inputs())
@@ -188,6 +202,15 @@ class ONNXFile:
         for name in self.own_outputs:
             binding.bind_output(name, "cpu")
         return lambda: opened.run_with_iobinding(binding)
+
+
+def _float_type(model: Any) -> int:
+    """Return the type of the tensors behind DequantizeLinear, which is that of the scales."""
+    import onnx
+
+    types = {tensor.name: int(tensor.data_type) for tensor in model.graph.initializer}
+    scales = (types.get(node.input[1]) for node in model.graph.node if node.op_type == "DequantizeLinear")
+    return next((found for found in scales if found is not None), onnx.TensorProto.FLOAT)
 
 
 def stored_integers(model: Any, layers: Sequence[str], folder: Path = Path()) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from halfeven.deployment.file_interface import FileInterface
+from halfeven.deployment.file_interface import FLOAT_PRECISION, FileInterface, FloatPrecision
 
 
 def write_interface(model: Any, interface: FileInterface, tensors: set[str]) -> None:
@@ -79,3 +79,9 @@ def _write_facts(model: Any, metadata: Mapping[str, str]) -> None:
     model.producer_name = "halfeven"
     model.producer_version = metadata.get("version", "")
     model.metadata_props.update({f"halfeven.{name}": value for name, value in metadata.items()})
+
+
+def float_precision_in(model: Any) -> FloatPrecision:
+    """Return the precision that an `onnx.ModelProto` was written for."""
+    facts = {fact.key: fact.value for fact in model.metadata_props}
+    return "runtime" if facts.get(f"halfeven.{FLOAT_PRECISION}") == "runtime" else "f32"

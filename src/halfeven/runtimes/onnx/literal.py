@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.torch_private import pytree
 from halfeven.graph.view import module_of
 from halfeven.runtimes.simulation import Simulated, Simulation
 
@@ -65,9 +66,18 @@ class LiteralInterpreter(fx.Interpreter):
         self.simulation = simulation
 
     def run_node(self, n: fx.Node) -> Any:
+        result = self._computed(n)
+        return pytree.tree_map(_rounded_to_half, result) if self.simulation.half else result
+
+    def _computed(self, n: fx.Node) -> Any:
         if n.op != "call_module" or not isinstance(quantizer := module_of(n), ExportedQuantizer) or quantizer.weight:
             return super().run_node(n)
         (x,), _ = self.fetch_args_kwargs_from_env(n)
         grid = Grid.of(quantizer)
         integers = grid.quantized(x)
         return Integers(self.simulation.keep(quantizer.name, integers - grid.first) + grid.first, grid).real()
+
+
+def _rounded_to_half(value: Any) -> Any:
+    """Return a tensor of floats rounded to float16, in float32: kernels compute in more bits and round their result."""
+    return value.half().float() if isinstance(value, Tensor) and value.dtype is torch.float32 else value

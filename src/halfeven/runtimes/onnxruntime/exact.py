@@ -7,7 +7,7 @@ QuantizeLinear where it computes in float. Operators that it computes in float i
 """
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from halfeven.runtimes.float32 import fused_multiply_add
 from halfeven.runtimes.float_operators import FloatOperators, needs_runtime_kernel
 from halfeven.runtimes.integer_layers import IntegerLayer
 from halfeven.runtimes.onnx.literal import Grid, Integers
+from halfeven.runtimes.onnxruntime.gates import LARGEST_CODE, needs_no_clip, operand_scales
 from halfeven.runtimes.onnxruntime.session import function_of, softmax_of_integers
 from halfeven.runtimes.simulation import Simulated, Simulation, is_simulated, real_values
 
@@ -188,6 +189,8 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
             layer = module_of(n)
             if isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
                 return self._run_layer(n, layer, args[0])
+        if n.target is aten.hardsigmoid.default and isinstance(args[0], Integers) and _clips(_grid_of_only_reader(n)):
+            return _hard_sigmoid(args[0])
         if kind in (K.ADD, K.MULTIPLY) and len(args) == 2 and all(isinstance(a, Integers) for a in args):
             sign = -1.0 if Op(n).row.subtracts else 1.0
             return Combined(args[0], args[1], kind, sign) if not kwargs else None
@@ -221,6 +224,18 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         grid = Grid.of(quantizer)
         integers = x.integers(grid) if is_simulated(x) else grid.quantized(x)
         return Integers(self.simulation.keep(quantizer.name, integers - grid.first) + grid.first, grid)
+
+
+def _clips(grid: Grid | None) -> bool:
+    return grid is not None and grid.first == 0 and needs_no_clip(grid.scale, grid.zero_point, grid.low, grid.high)
+
+
+def _hard_sigmoid(x: Integers) -> Combined:
+    """Return the sum that the file has in the place of a hard sigmoid between two quantizers."""
+    finer, half = operand_scales(x.grid.scale.numpy()[()])
+    sixth = Integers(x.values, replace(x.grid, scale=torch.tensor(finer)))
+    constant = Grid(torch.tensor(half, dtype=torch.float32), torch.tensor(0.0), 0, LARGEST_CODE, 0)
+    return Combined(sixth, Integers(torch.tensor(float(LARGEST_CODE)), constant), K.ADD)
 
 
 def _is_average_pool(node: fx.Node) -> bool:

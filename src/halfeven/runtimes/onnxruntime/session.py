@@ -117,7 +117,7 @@ class ONNXRuntimeFile(ONNXFile):
 
         with temporary_folder() as folder:
             path = folder / "optimized.onnx"
-            session(self.model, folder=self.path.parent, optimized=path)
+            session(self.model, folder=self.path.parent, optimized=path, settings=self.settings)
             yield from onnx.load(path, load_external_data=False).graph.node
 
     def executed_layers(self, layers: Sequence[str]) -> list[LayerExecution]:
@@ -135,7 +135,7 @@ class ONNXRuntimeFile(ONNXFile):
 
     def kernel_times(self, inputs: Sequence[Tensor], runs: int = 10) -> list[KernelTime]:
         def profiled(path: Path) -> Any:
-            return session(self.model, folder=self.path.parent, profile=path)
+            return session(self.model, folder=self.path.parent, profile=path, settings=self.settings)
 
         return profile.kernel_times(profiled, self._fed(inputs), runs, INTEGER_KERNELS)
 

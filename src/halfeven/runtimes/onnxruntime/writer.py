@@ -14,6 +14,7 @@ from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.quantize_op import WEIGHT_SUFFIX
 from halfeven.runtimes.onnx import writer
 from halfeven.runtimes.onnxruntime.activations import DOMAIN, TRANSLATIONS
+from halfeven.runtimes.onnxruntime.gates import write_gates_as_sums
 
 FLOAT32_ACCURACY = 1
 """`accuracy_level` of a product that reads its inputs as they are."""
@@ -26,6 +27,7 @@ SMALLEST_BLOCK = 16
 def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path) -> None:
     """Write the program of a deployed model as an ONNX file for ONNX Runtime, with a free batch size."""
     model = writer.named_model(program, deployed, TRANSLATIONS)
+    write_gates_as_sums(model)
     if deployed.quantizers and all(quantizer.weight for quantizer in deployed.quantizers):
         fuse_products(model)
     writer.write_model(model, path)

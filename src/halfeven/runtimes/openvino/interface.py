@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from halfeven.deployment.file_interface import FileInterface
+from halfeven.deployment.file_interface import FLOAT_PRECISION, FileInterface, FloatPrecision
+
+GROUP_SIZE = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
+"""Setting: 0 keeps the plugin from quantizing the inputs of linear layers with integer weights on its own."""
 
 
 def write_interface(model: Any, interface: FileInterface) -> None:
@@ -27,6 +30,9 @@ def write_interface(model: Any, interface: FileInterface) -> None:
         port.get_node().set_friendly_name(name)
     for name, value in interface.metadata.items():
         model.set_rt_info(value, ["halfeven", name])
+    if interface.metadata.get(FLOAT_PRECISION) == "runtime":
+        # What a default session reads from the file itself: the precision of floats is its choice, integers are not.
+        model.set_rt_info("0", ["runtime_options", GROUP_SIZE])
 
 
 def _set_apart(result: Any) -> None:
@@ -42,3 +48,9 @@ def _set_apart(result: Any) -> None:
     if is_input or results > 1:
         copy = opset.convert(source, source.get_element_type().to_string())
         result.input(0).replace_source_output(copy.output(0))
+
+
+def float_precision_in(model: Any) -> FloatPrecision:
+    """Return the precision that an `openvino.Model`, read from IR, was written for."""
+    path = ["halfeven", FLOAT_PRECISION]
+    return "runtime" if model.has_rt_info(path) and model.get_rt_info(path).astype(str) == "runtime" else "f32"

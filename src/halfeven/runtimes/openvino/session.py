@@ -9,9 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from halfeven.deployment.file_interface import FloatPrecision
 from halfeven.deployment.quantize_op import WEIGHT_SUFFIX
 from halfeven.errors import VerificationError, last_line
 from halfeven.runtimes.layer_execution import KernelTime, LayerExecution
+from halfeven.runtimes.onnx.file import read as read_onnx
+from halfeven.runtimes.onnx.interface import float_precision_in as onnx_float_precision
+from halfeven.runtimes.openvino.interface import GROUP_SIZE, float_precision_in
 from halfeven.runtimes.openvino.telemetry import silently
 from halfeven.runtimes.openvino.writer import LAYER_TYPES, convert
 from halfeven.temporary import temporary_folder
@@ -280,6 +284,11 @@ def _layer(name: str) -> str:
     return name.split("/")[0]
 
 
+def _float_precision(path: Path, model: Any) -> FloatPrecision:
+    """Return the precision that a file says; the runtime does not hand out the facts of an ONNX file."""
+    return onnx_float_precision(read_onnx(path)) if path.suffix == ".onnx" else float_precision_in(model)
+
+
 def _config(settings: Collection[str]) -> dict[str, str]:
     """Return settings, each `name=value`, as a compiled model takes them."""
     return dict(setting.split("=", 1) for setting in settings)
@@ -290,12 +299,17 @@ class OpenVINOFile:
 
     runtime = "OpenVINO"
     settings: Sequence[str] = tuple(f"{name}={value}" for name, value in SETTINGS.items())
+    settings_of_own_precision: Sequence[str] = (f"{GROUP_SIZE}=0",)
 
-    def __init__(self, path: Path, tensors: Sequence[str] = ()) -> None:
+    def __init__(self, path: Path, tensors: Sequence[str] = (), float_precision: FloatPrecision | None = None) -> None:
         self.path = path
         opened = read(path)
+        self.float_precision = float_precision or _float_precision(path, opened)
+        if self.float_precision == "runtime":
+            self.settings = self.settings_of_own_precision
+        self.config = _config(self.settings)
         self.output_index = with_outputs(opened, tensors)
-        self.compiled = compile_model(opened)
+        self.compiled = compile_model(opened, self.config)
 
     @property
     def input_names(self) -> list[str]:
@@ -327,12 +341,12 @@ class OpenVINOFile:
         return executed_products(self.plain, products_of(read(self.path)))
 
     def kernel_times(self, inputs: Sequence[Tensor], runs: int = 10) -> list[KernelTime]:
-        return kernel_times(compile_model(read(self.path), SETTINGS | {"PERF_COUNT": "YES"}), inputs, runs)
+        return kernel_times(compile_model(read(self.path), self.config | {"PERF_COUNT": "YES"}), inputs, runs)
 
     @functools.cached_property
     def plain(self) -> Any:
         """Compiled without more outputs than its own, which keep operators from being fused: what users run."""
-        return self.compiled if not self.output_index else compile_model(read(self.path))
+        return self.compiled if not self.output_index else compile_model(read(self.path), self.config)
 
     def stored_integers(self, layers: Sequence[str]) -> dict[str, Tensor]:
         return stored_integers(read(self.path), layers)

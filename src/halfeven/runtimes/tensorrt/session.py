@@ -27,6 +27,7 @@ class TensorRTFile(ONNXFile):
 
     runtime = "ONNX's own semantics (TensorRT itself was not run)"
     settings: Sequence[str] = ()
+    settings_of_own_precision: Sequence[str] = ()
     literal = True
 
     def executed_layers(self, layers: Sequence[str]) -> list[LayerExecution]:
