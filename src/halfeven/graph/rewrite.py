@@ -69,7 +69,7 @@ def expand_gates(region: CapturedModule) -> int:
     """
     nodes = [node for node in region.graph.nodes if node.target in GATES]
     for node in nodes:
-        call = _caller(node)
+        call = _calls_before(node)
         x = node.args[0]
         with region.graph.inserting_before(node):
             result = call(aten.mul.Tensor, x, call(GATES[node.target], x))

@@ -35,7 +35,7 @@ def _keep_constants(graph: Any) -> None:
     import onnx_ir
 
     for node in [node for node in graph if node.op_type == "Cast"]:
-        source = _constant_of(node.inputs[0])
+        source = _constant_values(node.inputs[0])
         if source is None:
             continue
         kind = onnx_ir.DataType(node.attributes["to"].as_int())
@@ -49,7 +49,7 @@ def _keep_constants(graph: Any) -> None:
             graph.remove(maker, safe=True)
 
 
-def _constant_of(value: Any) -> Any:
+def _constant_values(value: Any) -> Any:
     """Return the numbers of a value that is a constant, as an array; None for any other value."""
     if value.const_value is not None:
         return value.const_value.numpy()

@@ -189,7 +189,11 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
             layer = module_of(n)
             if isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
                 return self._run_layer(n, layer, args[0])
-        if n.target is aten.hardsigmoid.default and isinstance(args[0], Integers) and _clips(_grid_of_only_reader(n)):
+        if (
+            n.target is aten.hardsigmoid.default
+            and isinstance(args[0], Integers)
+            and _grid_clips(_grid_of_only_reader(n))
+        ):
             return _hard_sigmoid(args[0])
         if kind in (K.ADD, K.MULTIPLY) and len(args) == 2 and all(isinstance(a, Integers) for a in args):
             sign = -1.0 if Op(n).row.subtracts else 1.0
@@ -226,7 +230,7 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         return Integers(self.simulation.keep(quantizer.name, integers - grid.first) + grid.first, grid)
 
 
-def _clips(grid: Grid | None) -> bool:
+def _grid_clips(grid: Grid | None) -> bool:
     return grid is not None and grid.first == 0 and needs_no_clip(grid.scale, grid.zero_point, grid.low, grid.high)
 
 

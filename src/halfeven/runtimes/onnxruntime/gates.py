@@ -35,11 +35,11 @@ def write_gates_as_sums(model: Any) -> None:
         readers = list(node.outputs[0].consumers())
         if pair is None or pair.op_type != "DequantizeLinear" or len(readers) != 1:
             continue
-        if readers[0].op_type == "QuantizeLinear" and _clips(readers[0]):
+        if readers[0].op_type == "QuantizeLinear" and _grid_clips(readers[0]):
             _write_sum(graph, node, pair)
 
 
-def _clips(quantize: Any) -> bool:
+def _grid_clips(quantize: Any) -> bool:
     """Return True for a quantizer with the grid that `needs_no_clip` describes."""
     scale, zero_point = (value.const_value for value in quantize.inputs[1:3])
     if any(reader.op_type == "Clip" for reader in quantize.outputs[0].consumers()):

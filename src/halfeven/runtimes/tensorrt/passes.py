@@ -52,7 +52,7 @@ def round_to_half(deployed: Deployed) -> None:
             _put_on_grid(module, own_quantizer)
         for own, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if tensor.dtype is torch.float32 and id(tensor) not in scales:
-                tensor.copy_(_checked(tensor, f"{name}.{own}"))
+                tensor.copy_(_round_checked(tensor, f"{name}.{own}"))
 
 
 def rounded_to_half(x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def _put_on_grid(layer: Any, quantizer: ExportedQuantizer) -> None:
     layer.weight = nn.Parameter(integers * scale, requires_grad=False)
 
 
-def _checked(tensor: Tensor, name: str) -> Tensor:
+def _round_checked(tensor: Tensor, name: str) -> Tensor:
     finite = tensor[tensor.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     if largest > LARGEST_HALF:
