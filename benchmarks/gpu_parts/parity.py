@@ -23,21 +23,27 @@ SCHEMES = {
     "4 bits": Scheme(bits=4, axis=0),
 }
 
+CASES = (
+    ("linear", True, torch.float32),
+    ("linear", False, torch.bfloat16),
+    ("log", False, torch.float32),
+    (None, True, torch.bfloat16),
+)
+"""Domain of the scale, an activation that clips, and type: each value of each once, since each case is compiled."""
+
 
 def fake_quantization(job: Job) -> bool:
     """Compare forward and backward of fake-quantization; return True where all agree."""
     shape = (16, 8, 9, 9) if job.small else (256, 64, 28, 28)
     agree = True
-    domains = (None, "linear", "log")
-    for (name, scheme), domain, clipped in itertools.product(SCHEMES.items(), domains, (False, True)):
-        for dtype in (torch.float32, torch.bfloat16):
-            found = _compared(job, shape, scheme, domain, clipped=clipped, dtype=dtype)
-            close = found["integers that differ"] <= SHARE_AT_TIES
-            close &= found["largest gradient difference"] <= LARGEST_GRADIENT_DIFFERENCE
-            agree &= close
-            if not close or (domain, clipped, dtype) == ("linear", True, torch.float32):
-                kind = f"{name}, domain {domain}, clipped {clipped}, {str(dtype).removeprefix('torch.')}"
-                job.report("parity of kernels", case=kind, agree=close, **found)
+    cases = CASES[:1] if job.small else CASES
+    for (name, scheme), (domain, clipped, dtype) in itertools.product(SCHEMES.items(), cases):
+        found = _compared(job, shape, scheme, domain, clipped=clipped, dtype=dtype)
+        close = found["integers that differ"] <= SHARE_AT_TIES
+        close &= found["largest gradient difference"] <= LARGEST_GRADIENT_DIFFERENCE
+        agree &= close
+        kind = f"{name}, domain {domain}, clipped {clipped}, {str(dtype).removeprefix('torch.')}"
+        job.report("parity of kernels", case=kind, agree=close, **found)
     job.report("parity of kernels", agree=agree)
     return agree
 
