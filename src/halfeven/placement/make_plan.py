@@ -111,11 +111,11 @@ def make_plan(
 
 
 def _check_gates(target: Target, options: QuantizationOptions, activation_bits: int) -> None:
-    if not options.quantize_gates or (target.multiplies_gates and activation_bits != FLOAT_BITS):
+    if not options.quantize_gates or (target.multiplies_gates and activation_bits != BITS_NAMED_FOR_FLOAT):
         return
     why = (
         f"the scheme {options.scheme} leaves activations in float"
-        if activation_bits == FLOAT_BITS
+        if activation_bits == BITS_NAMED_FOR_FLOAT
         else f"{target.name} computes SiLU and hard-swish with the layer before them"
     )
     raise PlacementError(
