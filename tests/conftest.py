@@ -15,6 +15,7 @@ import torch
 from hypothesis import settings
 
 import sweeps
+from processes import forked
 
 torch.set_num_threads(1)
 
@@ -28,6 +29,11 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, profile in sweeps.EXAMPLES.items():
         settings.register_profile(name, profile)
     settings.load_profile("exhaustive" if config.getoption("--exhaustive") else "handful")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):  # a worker of pytest-xdist, which starts no process later on
+        forked()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,4 +1,8 @@
-"""Processes of their own for tests. A server imports the large packages once and forks, where each process would."""
+"""Processes of their own for tests. A server imports the large packages once and forks, where each process would.
+
+Tests start processes through the server alone. Workers of pytest-xdist have the hundred threads of the runtimes, and in
+one of two whole runs a worker was lost to a segmentation fault within its own `fork`.
+"""
 
 import functools
 import multiprocessing
@@ -36,10 +40,7 @@ def in_a_process(function: Callable[..., Any], *arguments: Any, **environment: s
 
 
 def run(command: Sequence[Any], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command as `subprocess.run` does, with its output as text.
-
-    The server starts it: workers of pytest-xdist, with all their threads, were lost when they started one themselves.
-    """
+    """Run a command as `subprocess.run` does, with its output as text."""
     options = {"env": dict(os.environ), "cwd": os.getcwd(), "capture_output": True, "text": True} | options
     return in_a_process(functools.partial(subprocess.run, list(map(str, command)), **options))
 

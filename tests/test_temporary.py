@@ -7,17 +7,28 @@ import tempfile
 import pytest
 
 from halfeven.temporary import TemporaryFolder, temporary_folder
+from processes import forked
+
+
+def work_and_die(parent):
+    (TemporaryFolder(str(parent)).path / "1.pt").write_text("activations")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def killed(parent):
     """Leave the folder of a process that was killed."""
-    pid = os.fork()
-    if not pid:
-        (TemporaryFolder(str(parent)).path / "1.pt").write_text("activations")
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(pid, 0)
+    process = forked().Process(target=work_and_die, args=(parent,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     (left,) = parent.iterdir()
     return left
+
+
+def work_on(parent, path):
+    other = TemporaryFolder(str(parent))
+    path.send(other.path)
+    signal.pause()
 
 
 def test_the_folder_of_a_killed_process_is_deleted_by_the_next(tmp_path):
@@ -31,18 +42,15 @@ def test_the_folder_of_a_killed_process_is_deleted_by_the_next(tmp_path):
 
 def test_folders_in_use_stay(tmp_path):
     mine = TemporaryFolder(str(tmp_path))
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        other = TemporaryFolder(str(tmp_path))
-        os.write(writer, os.fsencode(other.path))
-        signal.pause()
-    path = os.fsdecode(os.read(reader, 4096))
+    reader, writer = forked().Pipe()
+    process = forked().Process(target=work_on, args=(tmp_path, writer))
+    process.start()
+    path = reader.recv()
     with temporary_folder(str(tmp_path)):
         assert mine.path.is_dir()
         assert os.path.isdir(path)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    process.kill()
+    process.join()
     with temporary_folder(str(tmp_path)):
         assert not os.path.isdir(path)
     mine.delete()

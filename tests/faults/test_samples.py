@@ -22,6 +22,7 @@ from halfeven.zoo.datasets import Datasets, load_datasets
 from halfeven.zoo.images import read_image
 from halfeven.zoo.options import DataOptions
 from integration.running import halfeven
+from processes import in_a_process
 
 from .bad_images import DAMAGES, truncate
 
@@ -55,14 +56,18 @@ def test_a_bad_image_is_named(folder, damage):
     assert torch.is_tensor(data.train[3][0])
 
 
-def test_the_name_survives_worker_processes(folder):
+def refusal_in_a_worker_process(folder):
     data = opened(folder)
     truncate(folder / "val" / "cat" / "2.png")
-    loader = DataLoader(data.validation, batch_size=2, num_workers=1)
     with pytest.raises(SampleError) as refusal:
-        list(loader)
-    assert str(refusal.value).startswith("The validation sample 2 (file ")
-    assert "Traceback" not in str(refusal.value)
+        list(DataLoader(data.validation, batch_size=2, num_workers=1))
+    return str(refusal.value)
+
+
+def test_the_name_survives_worker_processes(folder):
+    message = in_a_process(refusal_in_a_worker_process, folder)
+    assert message.startswith("The validation sample 2 (file ")
+    assert "Traceback" not in message
 
 
 def test_the_first_image_is_looked_at_before_training(folder):

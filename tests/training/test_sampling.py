@@ -10,6 +10,7 @@ from halfeven.errors import ConfigError
 from halfeven.training import sampling
 from halfeven.training.options import TrainingOptions
 from halfeven.training.sampling import EpochBatches, SeededSamples, TrainingBatches, seeded
+from processes import in_a_process
 
 
 class Noisy:
@@ -31,8 +32,12 @@ def same(first, second):
     return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def batches_of_workers():
+    return batches(1, workers=2)
+
+
 def test_worker_processes_change_nothing():
-    assert same(batches(1), batches(1, workers=2))
+    assert same(batches(1), in_a_process(batches_of_workers))
 
 
 def test_a_started_epoch_goes_on_where_it_was():
