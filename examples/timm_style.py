@@ -1,4 +1,4 @@
-"""Quantization-aware training in a script in timm's style: its model, loss, optimizer and scheduler."""
+"""Quantization-aware training with timm's model, loss, optimizer and scheduler: `python examples/timm_style.py`."""
 
 import timm
 from digits import accuracy, loader, train, trained, validation
@@ -10,8 +10,6 @@ from torch import nn
 import halfeven as he
 from halfeven.integrations.session_steps import SessionSteps
 from halfeven.pipelines import setup_qat
-from halfeven.training.optimization import parameter_groups
-from halfeven.training.options import TrainingOptions
 
 EPOCHS = 2
 
@@ -21,7 +19,7 @@ def network():
     return nn.Sequential(nn.Upsample(scale_factor=4), timm.create_model("test_resnet", num_classes=10, in_chans=1))
 
 
-def train_one_epoch(model, batches, optimizer, loss_function, scheduler, updates, steps):
+def train_one_epoch(model, batches, optimizer, loss_function, scheduler, steps):
     model.train()
     for x, y in batches:
         steps.before_step()
@@ -30,27 +28,25 @@ def train_one_epoch(model, batches, optimizer, loss_function, scheduler, updates
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        updates += 1
-        scheduler.step_update(num_updates=updates)
-        steps.after_step(updates)
-    return updates
+        steps.after_step()
+        scheduler.step_update(num_updates=steps.step)
 
 
 def main(folder="."):
     model = trained(network, epochs=4)
-    qmodel = he.calibrate(he.prepare(model, next(iter(loader(train)))[0]), loader(train), batches=8)
-    steps = SessionSteps(setup_qat(qmodel, model, list(loader(train))[:8]), qmodel)
+    qmodel = he.calibrate(he.prepare(model, next(iter(loader(train)))[0]), loader(train))
+    steps = SessionSteps(setup_qat(qmodel, model, loader(train)), qmodel)
     batches = loader(train, shuffle=True)
-    optimizer = create_optimizer_v2(parameter_groups(qmodel, TrainingOptions()), opt="sgd", lr=1e-3, momentum=0.9)
+    optimizer = create_optimizer_v2(steps.parameter_groups(1e-3), opt="sgd", momentum=0.9)
     scheduler = CosineLRScheduler(optimizer, t_initial=EPOCHS * len(batches), t_in_epochs=False)
     steps.start(EPOCHS * len(batches))
     loss = LabelSmoothingCrossEntropy(0.1)
-    updates = 0
     for epoch in range(EPOCHS):
-        updates = train_one_epoch(qmodel, batches, optimizer, loss, scheduler, updates, steps)
+        train_one_epoch(qmodel, batches, optimizer, loss, scheduler, steps)
         print(f"epoch {epoch + 1}: {accuracy(qmodel):.2f} %")
     best = steps.best(accuracy)
-    report = he.verify(best, he.export(best, f"{folder}/timm.xml"), loader(validation), float_model=model, timed=False)
+    path = he.export(best, f"{folder}/timm_style.xml")
+    report = he.verify(best, path, loader(validation), float_model=model, timed=False)
     print(report)
     return report
 

@@ -8,8 +8,6 @@ from torch.nn import functional as F
 import halfeven as he
 from halfeven.integrations.session_steps import SessionSteps
 from halfeven.pipelines import setup_qat
-from halfeven.training.optimization import parameter_groups
-from halfeven.training.options import TrainingOptions
 
 EPOCHS = 3
 
@@ -18,20 +16,20 @@ def main(folder="."):
     accelerator = Accelerator(cpu=True)
     model = trained()
     qmodel = he.prepare(model, next(iter(loader(train)))[0], scheme="w4a8")
-    he.calibrate(qmodel, loader(train), batches=8)
-    steps = SessionSteps(setup_qat(qmodel, model, list(loader(train))[:8]), qmodel)
-    optimizer = torch.optim.SGD(parameter_groups(qmodel, TrainingOptions()), lr=1e-2, momentum=0.9)
+    he.calibrate(qmodel, loader(train))
+    steps = SessionSteps(setup_qat(qmodel, model, loader(train)), qmodel)
+    optimizer = torch.optim.SGD(steps.parameter_groups(1e-2), momentum=0.9)
     wrapped, optimizer, batches = accelerator.prepare(qmodel, optimizer, loader(train, shuffle=True))
     steps.start(EPOCHS * len(batches))
     for epoch in range(EPOCHS):
         wrapped.train()
-        for number, (x, y) in enumerate(batches):
+        for x, y in batches:
             steps.before_step()
             outputs = wrapped(x)
             accelerator.backward(steps.loss(outputs, x, y, F.cross_entropy(outputs, y)))
             optimizer.step()
             optimizer.zero_grad()
-            steps.after_step(epoch * len(batches) + number + 1)
+            steps.after_step()
         steps.before_validation()
         accelerator.print(f"epoch {epoch + 1}: {accuracy(qmodel):.2f} %")
 

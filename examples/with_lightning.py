@@ -8,8 +8,6 @@ from torch.nn import functional as F
 import halfeven as he
 from halfeven.integrations.lightning import QATCallback
 from halfeven.pipelines import setup_qat
-from halfeven.training.optimization import parameter_groups
-from halfeven.training.options import TrainingOptions
 
 
 class Classifier(lightning.LightningModule):
@@ -28,16 +26,16 @@ class Classifier(lightning.LightningModule):
         self.log("top1", 100 * (self.model(x).argmax(1) == y).float().mean(), prog_bar=True)
 
     def configure_optimizers(self):
-        return torch.optim.SGD(parameter_groups(self.model, TrainingOptions()), lr=1e-2, momentum=0.9)
+        return torch.optim.SGD(self.callback.parameter_groups(1e-2), momentum=0.9)
 
 
 def main(folder="."):
     model = trained()
     qmodel = he.prepare(model, next(iter(loader(train)))[0], scheme="w4a8")
-    he.calibrate(qmodel, loader(train), batches=8)
+    he.calibrate(qmodel, loader(train))
     print(f"float {accuracy(model):.2f} %, calibrated {accuracy(qmodel):.2f} %")
 
-    callback = QATCallback(setup_qat(qmodel, model, list(loader(train))[:8]), qmodel)
+    callback = QATCallback(setup_qat(qmodel, model, loader(train)), qmodel)
     trainer = lightning.Trainer(
         max_epochs=3, callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
@@ -46,9 +44,8 @@ def main(folder="."):
     print(callback.report())
 
     best = callback.best(accuracy)
-    report = he.verify(
-        best, he.export(best, f"{folder}/lightning.xml"), loader(validation), float_model=model, timed=False
-    )
+    path = he.export(best, f"{folder}/lightning.xml")
+    report = he.verify(best, path, loader(validation), float_model=model, timed=False)
     print(report)
     return report
 

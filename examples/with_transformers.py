@@ -49,7 +49,8 @@ def main(folder="."):
     callback = QATCallback(setup_qat(qmodel, model, [inputs]), qmodel)
     fit(qmodel, 1, callback)
     best = callback.best(lambda each: float((each(**inputs).logits.argmax(1) == batch["labels"]).float().mean()))
-    report = he.verify(best, he.export(best, f"{folder}/transformers.xml"), [inputs], timed=False)
+    path = he.export(best, f"{folder}/transformers.xml")
+    report = he.verify(best, path, [inputs], timed=False)
     print(report)
     return report
 

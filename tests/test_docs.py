@@ -50,7 +50,8 @@ STANDING_FOR = {"CONFIG": QUICKSTART, "CKPT": "best.safetensors", "FILE": "model
 def commands():
     """Every command line of halfeven in the pages, as (page, words)."""
     for page in PAGES:
-        lines = "\n".join(blocks(page, "sh")).splitlines() + re.findall(r"`([^`\n]+)`", page.read_text())
+        shell = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
+        lines = shell.splitlines() + re.findall(r"`([^`\n]+)`", page.read_text())
         for line in lines:
             for part in line.split("&&"):
                 found = re.search(rf"(?:halfeven|tools/(?=\w+\.py)) ?({NAMES})(?:\.py)? (\S.*)", part)
@@ -157,6 +158,14 @@ def test_links_lead_somewhere(page):
         target = page.parent / path if path else page
         assert target.is_file(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_in_the_menu_and_in_the_index_for_language_models():
+    folder = ROOT / "docs"
+    pages = [path.relative_to(folder).as_posix() for path in folder.rglob("*.*") if path.suffix in (".md", ".ipynb")]
+    menu, index = (path.read_text() for path in (ROOT / "mkdocs.yml", folder / "llms.txt"))
+    assert [page for page in pages if page not in menu or f"]({page})" not in index] == []
+    assert [link for link in re.findall(r"\]\((\S+?)\)", index) if not (folder / link).is_file()] == []
 
 
 def test_every_config_is_described():

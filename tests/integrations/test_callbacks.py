@@ -10,6 +10,7 @@ from halfeven.errors import ConfigError
 from halfeven.integrations.session_steps import SessionSteps
 from halfeven.pipelines import setup_qat
 from halfeven.qat.options import QATOptions
+from halfeven.quantization.model_quantizers import quantizers
 from placement.parts import IMAGE, Residual
 
 pytestmark = pytest.mark.usefixtures("unfused")
@@ -42,9 +43,9 @@ EXPECTED = [
 def test_in_a_loop():
     one = steps(Recorded)
     one.start(2)
-    for step in range(2):
+    for _ in range(2):
         one.before_step()
-        one.after_step(step + 1)
+        one.after_step()
     one.after_step(2)  # a batch of an accumulation that ends no step
     one.before_validation()
     assert one.calls == EXPECTED
@@ -81,6 +82,17 @@ def test_the_callback_takes_the_sessions_steps_in_lightning():
         one.on_train_batch_end(trainer, None, None, None, step)
     one.on_validation_start(trainer, None)
     assert one.calls == EXPECTED
+
+
+def test_learned_scales_follow_the_learning_rate_and_do_not_decay():
+    one = steps()
+    scales = {id(quantizer.scale) for quantizer in quantizers(one.qmodel).values() if quantizer.learned}
+    for kind, share in (("sgd", 0.1), ("adamw", 1.0)):
+        groups = one.parameter_groups(0.5, optimizer=kind, weight_decay=0.25)
+        found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+        assert scales
+        assert {found[scale] for scale in scales} == {(0.5 * share, 0.0)}
+        assert found[id(one.qmodel.get_parameter("conv1.weight"))] == (0.5, 0.25)
 
 
 def test_a_recipe_that_changes_the_loss_needs_the_call():

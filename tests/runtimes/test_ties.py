@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
+from halfeven.quantization.arithmetic import snap
 from halfeven.quantization.model_quantizers import quantizers
 from halfeven.runtimes.cpu import has_avx512_vnni
 from halfeven.runtimes.openvino.exact_values import FakeQuantizeRange
@@ -249,3 +250,22 @@ def test_a_quantizer_inside_a_convolutions_kernel_rounds_as_it_does_for_users(na
     report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
     assert report.integer_match == 1.0
     assert report.output_difference < 1e-5
+
+
+def test_the_last_code_of_a_narrow_grid_passes_a_quantizer_that_is_repeated(tmp_path):
+    """Behind an upsampling of free sizes. 15 scales divided by the scale are 14.999999 by way of its reciprocal."""
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3), nn.ReLU(), nn.Upsample(scale_factor=2), conv()).eval()
+    images = 4 * torch.randn(4, 3, 8, 8)
+    qmodel = he.prepare(model, images, scheme="w4a4", dynamic_shapes={"input": {2: "height", 3: "width"}})
+    he.calibrate(qmodel, [images])
+    behind = quantizers(qmodel)["quantizers.1_relu"]
+    scales = snap(torch.linspace(0.2, 0.3, 101))
+    scale = scales[15 * scales * (1 / scales) < 15][0]
+    behind._store_range(scale, torch.zeros_like(behind.zero_point))
+    he.export(qmodel, tmp_path / "model.xml")
+    report = he.verify(qmodel, tmp_path / "model.xml", [images], timed=False)
+    assert report.integer_match == 1, report.first_difference
+    exact = he.exact(qmodel)
+    exact(images)
+    assert max(codes.max() for name, codes in exact.codes.items() if "repeated" in name) == 15

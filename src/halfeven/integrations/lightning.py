@@ -2,11 +2,8 @@
 
 from typing import Any
 
-from torch import nn
-
 from halfeven.imports import extra
 from halfeven.integrations.session_steps import SessionSteps
-from halfeven.qat.session import QATSession
 
 with extra("lightning", "The callback for Lightning"):
     from lightning.pytorch.callbacks import Callback
@@ -19,9 +16,6 @@ class QATCallback(SessionSteps, Callback):  # type: ignore[misc]
         session: from `halfeven.pipelines.setup_qat`.
         qmodel: the quantized model, which your LightningModule trains.
     """
-
-    def __init__(self, session: QATSession, qmodel: nn.Module) -> None:
-        SessionSteps.__init__(self, session, qmodel)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.start(int(trainer.estimated_stepping_batches), trainer.global_step)

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from halfeven.errors import ConfigError
 from halfeven.qat.session import QATSession
+from halfeven.training.optimization import parameter_groups
+from halfeven.training.options import Optimizer, TrainingOptions
 
 
 class SessionSteps:
@@ -24,6 +26,22 @@ class SessionSteps:
         self.total = 0
         self._changes_loss = session.recipe.distill.enabled or session.recipe.dampen.enabled
         self._loss_seen = False
+
+    def parameter_groups(
+        self, learning_rate: float, *, optimizer: Optimizer = "sgd", weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Return the parameter groups of the quantized model, for an optimizer of torch.
+
+        Learned scales do not decay, and under SGD they get a tenth of the learning rate (white paper, section 4.4).
+        Biases and normalization layers do not decay either.
+
+        Args:
+            learning_rate: of the weights. Do not give the optimizer another one.
+            optimizer: kind of the optimizer.
+            weight_decay: of the weights.
+        """
+        options = TrainingOptions(optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay)
+        return [{"lr": learning_rate, **group} for group in parameter_groups(self.qmodel, options)]
 
     def start(self, total: int, step: int = 0) -> None:
         """Begin the training.
@@ -49,16 +67,17 @@ class SessionSteps:
         penalty = self.session.penalty(self.step / self.total)
         return loss if penalty is None else loss + penalty
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int | None = None) -> None:
         """Call the hook after an optimizer step.
 
         Args:
-            step: number of steps that are taken now; nothing happens where the step is counted already, as with
-                gradient accumulation.
+            step: number of optimizer steps taken so far; None: one more than before. A number that was counted already
+                has no effect, as after a batch of gradient accumulation that ends no step.
 
         Raises:
             ConfigError: the recipe changes the loss, and `loss` was not called.
         """
+        step = self.step + 1 if step is None else step
         if step == self.step:
             return
         if self._changes_loss and not self._loss_seen:

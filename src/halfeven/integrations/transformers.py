@@ -2,11 +2,8 @@
 
 from typing import Any
 
-from torch import nn
-
 from halfeven.imports import extra
 from halfeven.integrations.session_steps import SessionSteps
-from halfeven.qat.session import QATSession
 
 with extra("text", "The callback for transformers' Trainer"):
     from transformers import TrainerCallback
@@ -19,9 +16,6 @@ class QATCallback(SessionSteps, TrainerCallback):  # type: ignore[misc]
         session: from `halfeven.pipelines.setup_qat`.
         qmodel: the quantized model, which the Trainer trains.
     """
-
-    def __init__(self, session: QATSession, qmodel: nn.Module) -> None:
-        SessionSteps.__init__(self, session, qmodel)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start(state.max_steps, state.global_step)

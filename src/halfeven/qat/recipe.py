@@ -72,7 +72,7 @@ def decide(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) ->
         reconstruct=_decide_start(options, bits, progress),
         blocks=options.start != "layers",
         progress=progress,
-        distill=_off_unless_asked(options.distill, "a teacher no better than what is trained holds it back"),
+        distill=_off_unless_asked(options.distill, "a teacher that is no better than the student holds it back"),
         dampen=_off_unless_asked(options.dampen_oscillations, "freezing them costs less"),
         freeze=_decide_freeze(options, weight_bits),
         average=_decide_average(options, bits),
@@ -86,7 +86,7 @@ def _decide_ranges(qmodel: nn.Module, bits: int) -> Decision:
     if plan_of(qmodel).options.ranges != "auto":
         return Decision(learned, "as the options say")
     if learned:
-        return Decision(True, f"at {bits} bits the loss finds better scales than the values of the tensors")
+        return Decision(True, f"at {bits} bits the loss finds better scales than observers do")
     return Decision(False, f"at {bits} bits ranges that follow the data train as well, and cost less")
 
 
@@ -125,11 +125,11 @@ def _decide_start(options: QATOptions, bits: int, progress: Decision) -> Decisio
         return Decision(options.start != "ranges", "as the options say")
     if bits < LOW_BITS:
         return Decision(True, f"at {bits} bits calibrated ranges alone leave little to start from")
-    return Decision(False, f"from {bits} bits training ends as well, or better, from calibrated ranges")
+    return Decision(False, f"from {bits} bits calibrated ranges are as good a start, or better")
 
 
 def _decide_progress(options: QATOptions, bits: int) -> Decision:
-    reason = "learned rounding is a better start" if bits < LOW_BITS else f"{bits} bits need no way down"
+    reason = "learned rounding is a better start" if bits < LOW_BITS else f"{bits} bits can start directly"
     return _off_unless_asked(options.progress, reason)
 
 
@@ -137,15 +137,15 @@ def _decide_freeze(options: QATOptions, weight_bits: int) -> Decision:
     if chosen := decision_of_switch(options.freeze_oscillations):
         return chosen
     if weight_bits <= options.oscillation.bits:
-        return Decision(False, "for long runs of depthwise networks, where hopping weights are what is left")
-    return Decision(False, f"weights of {weight_bits} bits hop by too little to matter")
+        return Decision(False, "it pays only in long runs of depthwise networks")
+    return Decision(False, f"weights of {weight_bits} bits switch by too little to matter")
 
 
 def _decide_average(options: QATOptions, bits: int) -> Decision:
     if chosen := decision_of_switch(options.average):
         return chosen
     if bits <= LOW_BITS:
-        return Decision(True, "low-bit training is noisy; the better of average and last weights is kept")
+        return Decision(True, "low-bit training is noisy; the better of average and last is kept")
     return Decision(False, f"at {bits} bits the last weights are as good")
 
 
@@ -157,7 +157,7 @@ def _decide_re_estimate(qmodel: nn.Module, schedule: ScheduleOptions, bits: int)
     if frozen_after(qmodel, schedule) < 1:
         return Decision(False, "its statistics are frozen, and the weights have learned with them")
     if bits < 8:
-        return Decision(True, "below 8 bits weights hop, and running statistics describe none of the networks seen")
+        return Decision(True, "below 8 bits weights keep switching, and running statistics lag")
     return Decision(False, "at 8 bits running statistics are right")
 
 

@@ -178,7 +178,8 @@ class Quantizer(nn.Module):
         """Set scale and zero point from a float range.
 
         Args:
-            low, high: ends of the range, [], [1] or [channels].
+            low: lower end of the range, [], [1] or [channels].
+            high: upper end of the range, of the same shape.
 
         Raises:
             CalibrationError: an end is NaN or infinite.

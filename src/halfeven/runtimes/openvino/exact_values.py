@@ -191,12 +191,18 @@ class Scaled(Simulated):
     def clipped(self, bounds: tuple[float, float]) -> "Scaled":
         """Clip the bytes to those that lie between the bounds."""
         limits = self.integers.limits
-        first, second = (bound / self.unit + limits.zero_byte for bound in bounds)  # the unit may be negative
+        first, second = (self._byte(bound) for bound in bounds)  # the unit may be negative
         low = torch.minimum(first, second).ceil()
         high = torch.maximum(first, second).floor()
         reals = [(byte - limits.zero_byte) * self.unit for byte in (low, high)]
         codes = Codes(self.integers.bytes.clamp(low, high) - limits.first, limits)
         return replace(self, values=self.values.clamp(torch.minimum(*reals), torch.maximum(*reals)), integers=codes)
+
+    def _byte(self, bound: float) -> Tensor:
+        """Return the byte of a bound. The end of a narrow grid lies on a byte, which float32 may miss by a rounding."""
+        byte = torch.full_like(self.unit, bound) / self.unit + self.integers.limits.zero_byte
+        nearest = torch.round(byte)
+        return torch.where((byte - nearest).abs() < ONE_SHIFT, nearest, byte)
 
 
 @dataclass(frozen=True)
