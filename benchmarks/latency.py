@@ -1,7 +1,7 @@
 """Latency of deployed files beside the float model's and other libraries' files, and the kernels that it is spent in.
 
     python benchmarks/latency.py [resnet18 keywords ...] [--runtimes openvino onnxruntime] [--batches 1 8]
-        [--scheme w8a8] [--rounds 15] [--threads 1] [--json FILE]
+        [--scheme w8a8] [--rounds 15] [--threads 1] [--quantize-gates] [--json FILE]
     python benchmarks/latency.py --verify [--small] [--scheme w7a8]
 
 Each network is random, quantized after calibration alone and written for both runtimes. The float file is that of the
@@ -85,6 +85,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
 """Name -> what makes the network, and what makes a batch of its inputs."""
 
 HALF_AS_LONG = {"minilm": 64, "keywords": 4000, "vocoder": 32}
+GATED = ("mobilenetv3", "efficientnet_b0", "yolo")
+"""Networks of SiLU or hard-swish, whose gates `--quantize-gates` puts into integers in ONNX Runtime."""
 FIXED = ("vit_tiny", "swin_tiny")
 """Networks whose images have one size."""
 
@@ -235,7 +237,8 @@ def measured(name: str, target: str, options: argparse.Namespace) -> list[dict[s
     batches = [samples(name, 2, small=options.small) for _ in range(4)]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        prepared = he.prepare(model, batches[0], target=target, scheme=options.scheme)
+        gates = options.quantize_gates and target == "onnxruntime" and name in GATED
+        prepared = he.prepare(model, batches[0], target=target, scheme=options.scheme, quantize_gates=gates)
         file = he.export(he.calibrate(prepared, batches), Path(folder) / f"model{ENDINGS[target]}")
         if options.verify:
             return [{"network": name, "runtime": target, **verified(prepared, file, batches[:1])}]
@@ -278,6 +281,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--verify", action="store_true")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--quantize-gates", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if unknown := set(options.networks) - set(NETWORKS):
