@@ -17,7 +17,7 @@ def work_and_die(parent):
 
 def killed(parent):
     """Leave the folder of a process that was killed."""
-    process = forked().Process(target=work_and_die, args=(parent,))
+    process = forked().Process(target=work_and_die, args=(parent,), daemon=True)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -43,8 +43,9 @@ def test_the_folder_of_a_killed_process_is_deleted_by_the_next(tmp_path):
 def test_folders_in_use_stay(tmp_path):
     mine = TemporaryFolder(str(tmp_path))
     reader, writer = forked().Pipe()
-    process = forked().Process(target=work_on, args=(tmp_path, writer))
+    process = forked().Process(target=work_on, args=(tmp_path, writer), daemon=True)
     process.start()
+    writer.close()  # a process that dies is an error here, rather than a wait
     path = reader.recv()
     with temporary_folder(str(tmp_path)):
         assert mine.path.is_dir()

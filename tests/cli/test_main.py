@@ -353,7 +353,7 @@ def test_init_writes_the_configs_and_overwrites_none(refused, tmp_path, capsys):
 def report(**changes):
     """A report without a fault, but for the changes."""
     good = {"weights_match": True, "alone_match": 1.0, "float_layers": [], "quantizable_layers": 3, "overflows": False}
-    good |= {"findings": []}
+    good |= {"findings": [], "float_precision": "f32", "float32_session": None}
     return SimpleNamespace(**{**good, "first_difference": "conv1", **changes})
 
 

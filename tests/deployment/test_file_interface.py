@@ -128,6 +128,14 @@ def test_a_file_says_what_it_is(target, tmp_path):
     assert settings[target] in facts["settings"]
 
 
+def test_metadata_of_halfevens_own_are_refused(tmp_path):
+    qmodel = quantized(Quantized(), torch.randn(2, 3, 4, 4), target="onnxruntime")
+    for name in ("version", "scheme", "target", "settings", "float_precision", "axes"):
+        with pytest.raises(ConfigError, match=f"metadata has {name}, which halfeven writes itself"):
+            he.export(qmodel, tmp_path / "model.onnx", metadata={name: "mine", "other": "kept"})
+    assert not list(tmp_path.iterdir())
+
+
 def metadata_in(path):
     if path.suffix == ".xml":
         found = openvino.Core().read_model(path).get_rt_info("halfeven")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from halfeven.cli.verify import problems_of
 from halfeven.errors import ConfigError, ExportError
 from halfeven.placement.insertion import plan_of
 from halfeven.runtimes.onnx.file import BFLOAT16_PRODUCTS, WEIGHT_BIAS
+from halfeven.runtimes.onnx.half import half_converter
 from halfeven.runtimes.runtime import RUNTIMES
 from runtimes.parity import quantized
 
@@ -126,7 +128,10 @@ def test_files_for_tensorrt_hold_float16_between_their_ends(models, tmp_path):
     assert report.integer_layers == report.quantizable_layers == 3
     assert report.alone_match > 0.99, "the simulation rounds to float16 too, but an operator of several in a file once"
     assert report.findings == []
-    assert problems_of(report, 0.9999, allow_float=False) == []
+    assert problems_of(report, "auto", allow_float=False) == []
+    most = dataclasses.replace(report, alone_match=0.995)
+    assert problems_of(most, "auto", allow_float=False) == []
+    assert len(problems_of(most, 0.9999, allow_float=False)) == 1, "a given number is never lowered"
     single = he.export(qmodel, tmp_path / "single.onnx")
     assert path.stat().st_size < single.stat().st_size
     assert he.verify(qmodel, single, batches[:1], timed=False).alone_match == 1
@@ -148,6 +153,22 @@ def test_tiny_scales_stay_above_zero_in_float16_and_numbers_beyond_it_are_refuse
         qmodel.get_submodule("2").bias[0] = 1e6
     with pytest.raises(ExportError, match=r"2\.bias holds 1e\+06, and float16 ends at 65504.*f32"):
         he.export(qmodel, path, float_precision="runtime")
+
+
+def test_ranges_beyond_float16_are_refused(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    qmodel, _ = quantized(net, IMAGE, target="tensorrt")
+    calibrated = he.calibrate(qmodel, [torch.randn(IMAGE) * 1e6])
+    with pytest.raises(ExportError, match=r"The range of \S+ ends at \S+, and float16 at 65504.*f32"):
+        he.export(calibrated, tmp_path / "model.onnx", float_precision="runtime")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_converters_folder_is_no_place_of_modules():
+    before = list(sys.path)
+    half_converter()
+    assert sys.path == before
+    assert not [place for place in sys.path if place.endswith("onnxruntime/transformers")]
 
 
 def test_a_runtime_of_float32_alone_refuses(models, tmp_path, monkeypatch):
@@ -200,6 +221,8 @@ def test_where_the_runtimes_precision_moves_integers_float32_proves_the_file(mod
     assert "with float operators in float32" in str(report)
     assert report.to_dict()["float32_session"]["first_difference"] == report.float32_session.first_difference
     assert report.findings == []
+    assert report.notes
+    assert all("In the runtime's own precision: " in note for note in report.notes if "accurac" not in note)
     assert problems_of(report, 0.999, allow_float=False) == []
     faulty = dataclasses.replace(report.float32_session, alone_match=0.9, first_difference="stem")
     (problem,) = problems_of(dataclasses.replace(report, float32_session=faulty), 0.999, allow_float=False)

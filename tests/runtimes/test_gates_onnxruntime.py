@@ -43,6 +43,15 @@ class Stem(nn.Module):
         return self.last(with_ends * F.hardsigmoid(with_ends))
 
 
+class ReturnedGate(Stem):
+    """The hard sigmoid is an output of the model too."""
+
+    def forward(self, x):
+        x = self.layer(x)
+        gate = F.hardsigmoid(x)
+        return {"gate": gate, "features": self.last(x * gate)}
+
+
 @pytest.mark.parametrize("ranges", ["observed", "learned"])
 def test_gates_are_computed_in_integers_exactly(ranges, tmp_path):
     torch.manual_seed(0)
@@ -71,6 +80,16 @@ def test_a_hard_sigmoid_between_quantizers_is_an_addition(spread, tmp_path):
     assert report.integer_match == 1
 
 
+def test_a_hard_sigmoid_that_the_model_returns_stays_in_the_file(tmp_path):
+    torch.manual_seed(0)
+    qmodel, batches = quantized(ReturnedGate(1.0), IMAGE, target="onnxruntime")
+    path = he.export(qmodel, tmp_path / "model.onnx")
+    assert optimized(path, tmp_path).count("HardSigmoid") == 1
+    report = he.verify(qmodel, path, batches, timed=False)
+    assert report.integer_match == 1
+    assert report.findings == []
+
+
 def test_checkpoints_keep_gates_and_targets_without_them_refuse(tmp_path):
     torch.manual_seed(0)
     net = Gated()
@@ -82,5 +101,14 @@ def test_checkpoints_keep_gates_and_targets_without_them_refuse(tmp_path):
         he.plan(net, batches[0], quantize_gates=True)
     with pytest.raises(PlacementError, match="the scheme w8a16 leaves activations in float"):
         he.plan(net, batches[0], quantize_gates=True, scheme="w8a16", target="onnxruntime")
-    with pytest.raises(ConfigError, match="this model has neither"):
+    with pytest.raises(ConfigError, match="behind a convolution, and this model has none there"):
         he.plan(Stem(1.0), batches[0], quantize_gates=True, target="onnxruntime")
+    perceptron = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 4))
+    with pytest.raises(ConfigError, match="behind a convolution, and this model has none there"):
+        he.plan(perceptron, torch.randn(4, 8), quantize_gates=True, target="onnxruntime")
+
+
+def test_only_activations_behind_a_convolution_are_written_out():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU(), nn.Flatten(), nn.Linear(1024, 8), nn.SiLU(), nn.Linear(8, 4))
+    plan = he.plan(net, torch.randn(IMAGE), quantize_gates=True, target="onnxruntime")
+    assert "1 SiLU and hard-swish are written out" in " ".join(str(plan).split())

@@ -49,7 +49,8 @@ def run_test(arguments: TestArguments) -> None:
     with temporary_folder() as temporary:
         path = Path(arguments.deployed or temporary / f"model{arguments.experiment.endings(target)[0]}")
         if not arguments.deployed:
-            export(qmodel.cpu().eval(), path, target)
+            precision = context.experiment.export.float_precision
+            export(qmodel.cpu().eval(), path, target, float_precision=precision)
         rows["deployed"] = context.accuracy(load_deployed(path, target, qmodel.cpu().eval()), "cpu")
     if context.accelerator.is_main_process:
         deployed = arguments.deployed or "exported for this test"

@@ -10,6 +10,7 @@ from halfeven.cli.float_model import float_model_of
 from halfeven.cli.results import write_json
 from halfeven.cli.run import open_run
 from halfeven.errors import ConfigError
+from halfeven.options import Auto
 from halfeven.pipelines import load
 from halfeven.verification.report import Report
 
@@ -18,9 +19,11 @@ OVERFLOWS = (
     'or quantize with scheme="w7a8" for processors like this one.'
 )
 
+EXACT_MATCH = 0.9999
+"""Smallest share of equal integers, each layer alone, unless the user gives another."""
 
 FLOAT16_MATCH = 0.99
-"""Smallest share of equal integers of a file with float16, which no simulation computes to the last bit."""
+"""The same for a file with float16, which no simulation computes to the last bit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +35,9 @@ class VerifyArguments(CheckpointArguments):
     """Deployed file, such as model.xml or model.onnx."""
     json: str = ""
     """File to write the report to as JSON, with the keys verified and problems; "" for none."""
-    min_match: float = 0.9999
-    """Smallest share of integers, from 0 to 1, that must equal the exact simulation, each layer alone."""
+    min_match: float | Auto = "auto"
+    """Smallest share of integers, from 0 to 1, that must equal the exact simulation, each layer alone; "auto": 0.9999,
+    or 0.99 for a file with float16."""
     allow_float: bool = False
     """Verify the file although layers with quantized weights ran in float."""
 
@@ -47,7 +51,7 @@ def run_verify(arguments: VerifyArguments) -> int:
             f"There is no file {arguments.file}, so nothing can be verified. Give the file that `halfeven export` "
             "wrote."
         )
-    if not 0 <= arguments.min_match <= 1:
+    if arguments.min_match != "auto" and not 0 <= arguments.min_match <= 1:
         raise ConfigError(
             f"--min-match {arguments.min_match} is not between 0 and 1, so no file could be judged by it. "
             "Give a number from 0 to 1."
@@ -63,12 +67,13 @@ def run_verify(arguments: VerifyArguments) -> int:
     return 1 if problems else 0
 
 
-def problems_of(report: Report, min_match: float, *, allow_float: bool) -> list[str]:
+def problems_of(report: Report, min_match: float | Auto, *, allow_float: bool) -> list[str]:
     """List the reasons why a file does not do what its checkpoint says; none where it is verified.
 
     Args:
         report: of the file.
         min_match: smallest share of equal integers, each layer alone; not compared where no activation is quantized.
+            "auto": `EXACT_MATCH`, or `FLOAT16_MATCH` for a file with float16.
         allow_float: accept layers with quantized weights that ran in float.
     """
     problems = []
@@ -76,12 +81,11 @@ def problems_of(report: Report, min_match: float, *, allow_float: bool) -> list[
         problems.append("The integer weights in the file are not the checkpoint's. Export the checkpoint again.")
     # A file that leaves the precision of floats to the runtime is judged by its integers in float32.
     compared = report.float32_session or report
-    if report.float_precision == "runtime" and report.float32_session is None:
-        min_match = min(min_match, FLOAT16_MATCH)  # where float32 is not in the file, nothing was proved in it
-    if compared.alone_match < min_match:
+    least = _least_match(report) if min_match == "auto" else min_match
+    if compared.alone_match < least:
         problems.append(
             f"{100 * compared.alone_match:.4f} % of the integers equal the exact simulation, each layer alone; "
-            f"at least {100 * min_match:.4f} % are required. The first that differs is in {compared.first_difference}."
+            f"at least {100 * least:.4f} % are required. The first that differs is in {compared.first_difference}."
             + (f" {OVERFLOWS}" if report.overflows else "")
         )
     if report.float_layers and not allow_float:
@@ -90,3 +94,9 @@ def problems_of(report: Report, min_match: float, *, allow_float: bool) -> list[
             f"{', '.join(report.float_layers)}. --allow-float accepts that."
         )
     return problems + report.findings
+
+
+def _least_match(report: Report) -> float:
+    # Where float32 is not in the file, nothing was proved in it.
+    half = report.float_precision == "runtime" and report.float32_session is None
+    return FLOAT16_MATCH if half else EXACT_MATCH

@@ -23,6 +23,9 @@ FloatPrecision = Literal["f32", "runtime"]
 FLOAT_PRECISION = "float_precision"
 """Name of the fact that says in a file which of them it was written for; a file without it is for float32."""
 
+AXES = "axes"
+"""Name of the fact that has the free axes of each input."""
+
 
 @dataclass(frozen=True)
 class FileInterface:
@@ -78,7 +81,7 @@ def interface_of(
         outputs=outputs,
         axes=tuple(axes),
         symbols=_axis_symbols(program, known),
-        metadata={**(metadata or {}), "axes": json.dumps(dict(zip(inputs, axes, strict=True)))},
+        metadata={**(metadata or {}), AXES: json.dumps(dict(zip(inputs, axes, strict=True)))},
     )
 
 
@@ -93,9 +96,18 @@ def facts_of(
         precision: precision of what stays float.
         settings: settings that the runtime's session must be given, as `name=value`.
         more: further facts of the user's.
+
+    Raises:
+        ConfigError: a further fact has a name of halfeven's own.
     """
     own = {"version": version("halfeven"), "scheme": scheme, "target": target, "settings": ", ".join(settings)}
-    return {**own, FLOAT_PRECISION: precision, **more}
+    own[FLOAT_PRECISION] = precision
+    if taken := sorted({*own, AXES} & set(more)):
+        raise ConfigError(
+            f"metadata has {', '.join(taken)}, which halfeven writes itself, so the file would not say how it is to be "
+            "run. Give these facts other names."
+        )
+    return {**own, **more}
 
 
 def input_values(program: torch.export.ExportedProgram) -> list[Tensor]:

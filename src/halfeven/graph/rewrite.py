@@ -58,25 +58,32 @@ GATES = {aten.silu.default: aten.sigmoid.default, aten.hardswish.default: aten.h
 """Activation x * gate(x) -> its gate."""
 
 
-def expand_gates(region: CapturedModule) -> int:
+def expand_gates(region: CapturedModule, chosen: Callable[[fx.Node], bool]) -> int:
     """Write SiLU and hard-swish as the product of their input and its gate, in place.
 
     x * sigmoid(x), and x * relu6(x + 3) / 6 (MobileNetV3, arXiv 1905.02244, section 5.2). The gate is a tensor of its
     own then, which can be quantized.
 
+    Args:
+        region: a graph of the model.
+        chosen: True for an input whose activation is expanded; others stay one operator.
+
     Returns:
         The number of expanded operators.
     """
-    nodes = [node for node in region.graph.nodes if node.target in GATES]
-    for node in nodes:
-        call = _calls_before(node)
+    expanded = 0
+    for node in [node for node in region.graph.nodes if node.target in GATES]:
         x = node.args[0]
+        if not chosen(x):
+            continue
+        call = _calls_before(node)
+        expanded += 1
         with region.graph.inserting_before(node):
             result = call(aten.mul.Tensor, x, call(GATES[node.target], x))
         node.replace_all_uses_with(result)
         region.graph.erase_node(node)
     region.recompile()
-    return len(nodes)
+    return expanded
 
 
 def lower_stacked_sums(region: CapturedModule) -> int:

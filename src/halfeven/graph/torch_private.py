@@ -173,10 +173,10 @@ def forgetting_graphs() -> Iterator[None]:
     try:
         yield
     finally:
-        owned = [finalizer.peek() for finalizer in _sources.values()]
+        owned = [finalizer.peek() for finalizer in list(_sources.values())]
         kept = before.union(*(found[2][0] for found in owned if found))
-        _forget_sources([name for name in sources.eval_cache if name not in kept])
-        for method in vars(ShapeEnv).values():
+        _forget_sources([name for name in list(sources.eval_cache) if name not in kept])
+        for method in list(vars(ShapeEnv).values()):
             if hasattr(method, "cache_clear"):
                 method.cache_clear()
 
@@ -184,8 +184,8 @@ def forgetting_graphs() -> Iterator[None]:
 def untracked(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Return a program without the list of its inputs that torch's tracer has kept.
 
-    Only the tracer reads it. Its tensors hold the program's sizes from C++, and the sizes hold the list: a circle that
-    Python's garbage collector cannot see: the program's tensors would stay until the process ends.
+    Only the tracer reads it. Its tensors hold the program's sizes from C++, and the sizes hold the list. Python's
+    garbage collector cannot see this circle, so the program's tensors would stay until the process ends.
     """
     for node in program.graph.find_nodes(op="placeholder"):
         shape_env = getattr(getattr(node.meta.get("val"), "fake_mode", None), "shape_env", None)

@@ -15,6 +15,7 @@ from halfeven.graph.torch_private import forgetting_graphs
 from halfeven.placement.make_plan import regions
 from halfeven.placement.options import QuantizationOptions
 from halfeven.placement.plan import FoundInCapture
+from halfeven.placement.sources import behind_convolution
 from halfeven.placement.tied_weights import untie_for_folding
 
 
@@ -72,11 +73,12 @@ def capture_for_quantization(
             f"{lowered} attention operators are written out as products and softmax. Dropout inside of them has no "
             "effect in training, because the model is captured in eval mode, where its probability is 0."
         )
-    gates = sum(expand_gates(region) for region in regions(captured).values()) if options.quantize_gates else 0
+    parts = regions(captured).values() if options.quantize_gates else ()
+    gates = sum(expand_gates(region, behind_convolution) for region in parts)
     if options.quantize_gates and not gates:
         raise ConfigError(
-            "quantize_gates=True is for SiLU and hard-swish, and this model has neither, so it would have no effect. "
-            "Leave it out."
+            "quantize_gates=True is for SiLU and hard-swish behind a convolution, and this model has none there, so it "
+            "would have no effect. Leave it out."
         )
     if gates:
         notes.append(f"{gates} SiLU and hard-swish are written out as the product of their input and its gate.")

@@ -119,7 +119,7 @@ def _check_gates(target: Target, options: QuantizationOptions, activation_bits: 
         else f"{target.name} computes SiLU and hard-swish with the layer before them"
     )
     raise PlacementError(
-        f"quantize_gates=True makes products of integers of SiLU and hard-swish, and {why}, so it would only cost "
+        f"quantize_gates=True computes SiLU and hard-swish as products of integers, and {why}, so it would only cost "
         "accuracy. Leave it out."
     )
 

@@ -113,9 +113,9 @@ class QuantizationOptions(Options):
     """The model's outputs are quantized too, so that the last layer writes integers. Ranges of class scores are then
     estimated by "cross_entropy" where the other activations' are by "mse" or "lp"."""
     quantize_gates: bool = False
-    """The gates of SiLU and hard-swish (a sigmoid and a hard sigmoid) are quantized, so that these activations are
-    products of integers: faster in ONNX Runtime, with one rounding more. Other targets compute them with the layer
-    before."""
+    """The gates of SiLU and hard-swish behind a convolution (a sigmoid and a hard sigmoid) are quantized, so that ONNX
+    Runtime computes these activations as products of integers, with one rounding more. Other targets compute them with
+    the layer before, TensorRT by its documentation, not run."""
     batchnorm: BatchNormHandling | Auto = "auto"
     """"keep": BatchNorm stays live in training and is folded at export; "fold": folded before, as per-tensor weights
     need; "fold live": folded anew at every step, so that it stays live and per-tensor weights fit. "auto": "fold" in

@@ -15,7 +15,7 @@ from halfeven.graph.view import Op, kind_of, operations
 from halfeven.placement.decoding import reason_for_float
 from halfeven.placement.feature_maps import computed_tensors, feature_maps
 from halfeven.placement.rules import RuleBook
-from halfeven.placement.sources import head, sources
+from halfeven.placement.sources import behind_convolution, head, sources
 from halfeven.targets.target import GridRequirement, Target, wanted_grid
 
 K = OperatorKind
@@ -163,8 +163,7 @@ def _elementwise_operands(node: fx.Node, target: Target, region: Region) -> list
             if branch is not skip and (end := _convolution_branch(branch)) is not None:
                 region.branches.update(end)
                 return [skip]
-    heads = [kind_of(head(source)) for operand in operands for source in sources(operand)]
-    return operands if K.CONVOLUTION in heads or K.TRANSPOSED_CONVOLUTION in heads else []
+    return operands if any(behind_convolution(operand) for operand in operands) else []
 
 
 def _is_feature_map(region: Region, operand: fx.Node) -> bool:

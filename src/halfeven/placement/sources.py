@@ -33,3 +33,8 @@ def fused_group(node: fx.Node) -> list[fx.Node]:
 def head(node: fx.Node) -> fx.Node:
     """Return the first operator of a fused group, for example the convolution before a BatchNorm and a ReLU."""
     return fused_group(node)[-1]
+
+
+def behind_convolution(node: fx.Node) -> bool:
+    """Return True for a tensor, or a concatenation, of which a convolution makes a part: products read its integers."""
+    return any(kind_of(head(source)) in (K.CONVOLUTION, K.TRANSPOSED_CONVOLUTION) for source in sources(node))

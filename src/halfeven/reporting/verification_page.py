@@ -68,9 +68,11 @@ def _verdict(report: Report, accuracy: Mapping[str, float]) -> str:
 
 
 def _headline_figures(report: Report) -> dict[str, str]:
+    in_float32 = " in float32" if report.float32_session else ""
+    compared = report.float32_session or report
     found = {
         "samples": str(report.samples),
-        "integers equal, each layer alone": f"{100 * report.alone_match:.4f} %",
+        f"integers equal{in_float32}, each layer alone": f"{100 * compared.alone_match:.4f} %",
         "work in integers": f"{100 * report.integer_macs:.1f} %",
         "same top-1 as the simulation": f"{100 * report.float_simulation_top1_agreement:.2f} %",
     }

@@ -51,8 +51,8 @@ def export(
         The path.
 
     Raises:
-        ConfigError: a file ending that the target does not read, names that are too many, too few or equal, or a
-            `float_precision` that the runtime does not have.
+        ConfigError: a file ending that the target does not read, names that are too many, too few or equal, `metadata`
+            that halfeven writes itself, or a `float_precision` that the runtime does not have.
         PlacementError: a target that cannot carry the model's integers.
         CalibrationError: a range is not set yet.
         ExportError: the exporter of the format cannot write an operator of the model.

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from halfeven.deployment.exported_program import exported_program
 from halfeven.graph.model_inputs import BATCH, constant_size
 from halfeven.graph.operators import OperatorKind
+from halfeven.graph.torch_private import forgetting_graphs
 from halfeven.graph.view import Op, kind_of, module_of
 
 K = OperatorKind
@@ -73,7 +74,8 @@ class FloatOperators:
         free = [free_axes(node) for node in inputs]
         numbers = repr([value for value in values.values() if not isinstance(value, Tensor)])
         if (nodes[-1], numbers) not in self.modules:
-            module, description = _operators_alone(nodes, values)
+            with forgetting_graphs():
+                module, description = _operators_alone(nodes, values)
             constants = b"" if self.constants_are_inputs else _digest_of_values(module.state_dict())
             self.modules[nodes[-1], numbers] = module, (description, constants)
         module, computed = self.modules[nodes[-1], numbers]
@@ -86,7 +88,8 @@ class FloatOperators:
             free = [(0,)]
         key = (computed, shapes)
         if key not in self.functions:
-            self.functions[key] = self.function_of(exported_program(module, tuple(read), {}, free))
+            with forgetting_graphs():
+                self.functions[key] = self.function_of(exported_program(module, tuple(read), {}, free))
         result = self.functions[key](read, module.state_dict())
         return result.reshape(shape) if elementwise else result
 

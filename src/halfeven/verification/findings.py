@@ -31,10 +31,11 @@ def findings(outputs: Sequence[OutputParity], tensors: Sequence[TensorParity]) -
 
 def judged(
     parity: dict[str, Any], proof: Callable[[], dict[str, Any]], *, needed: bool
-) -> tuple[Float32Session | None, list[str]]:
-    """Return what a session in float32 computes, where the file's own session differs, and the findings.
+) -> tuple[Float32Session | None, list[str], list[str]]:
+    """Return what a session in float32 computes, where the file's own session differs, the findings, and notes.
 
-    A difference is a fault of the file where float32 shows it too; in the runtime's own precision it is expected.
+    A difference is a fault of the file where float32 shows it too; in the runtime's own precision it is expected, and a
+    note says it.
 
     Args:
         parity: the report's fields about integers and outputs in the file's own session.
@@ -44,11 +45,12 @@ def judged(
     found = findings(parity["outputs"], parity["tensors"])
     differs = parity["integer_match"] < 1  # false where no activation is quantized
     if not (needed and (differs or found)):
-        return None, found
+        return None, found, []
     proved = proof()
     names = ("integer_match", "alone_match", "first_difference", "output_difference")
     session = Float32Session(**{name: proved[name] for name in names})
-    return session, findings(proved["outputs"], proved["tensors"])
+    notes = [f"In the runtime's own precision: {difference}" for difference in found]
+    return session, findings(proved["outputs"], proved["tensors"]), notes
 
 
 def differs_from_exact(output: OutputParity) -> bool:

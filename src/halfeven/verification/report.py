@@ -137,7 +137,8 @@ class Report:
     settings: list[str] = field(default_factory=list)
     """Settings of the session that the file was run with, as `name=value`."""
     notes: list[str] = field(default_factory=list)
-    """Limits of the accuracies, or the reason why there are none."""
+    """Limits of the accuracies, or the reason why there are none, and differences in the runtime's own precision
+    where a session in float32 was judged in its place."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON; None stands for NaN, which JSON does not have."""

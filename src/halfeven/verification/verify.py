@@ -78,7 +78,7 @@ def verify(
         _compare_batches(comparison, advancing(zip(inputs, labels, strict=True), advance), float_model, answers)
         parity = comparison.parity()
         proof = partial(_in_float32, comparison, inputs)
-        float32_session, found = judged(parity, proof, needed=comparison.floats_may_differ)
+        float32_session, found, notes = judged(parity, proof, needed=comparison.floats_may_differ)
         return Report(
             path=str(path),
             runtime=comparison.file.runtime,
@@ -86,7 +86,7 @@ def verify(
             top1_agreement=answers.same_exact / answers.total,
             float_simulation_top1_agreement=answers.same_float / answers.total,
             accuracy=answers.accuracy(),
-            notes=answers.notes(),
+            notes=[*answers.notes(), *notes],
             findings=found,
             float_precision=float_precision_of(comparison.file),
             float32_session=float32_session,

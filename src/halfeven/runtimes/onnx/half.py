@@ -1,8 +1,12 @@
 """ONNX graphs in float16: tensors and constants have it in place of float32, except for inputs and outputs."""
 
+import importlib
+import sys
 from typing import Any
 
 import numpy as np
+
+from halfeven.runtimes.onnx.file import onnxruntime
 
 IN_BOTH_TYPES = frozenset(("Min", "Max", "TopK", "CumSum"))
 """Operators that the converter leaves in float32 and that ONNX defines for float16."""
@@ -16,8 +20,8 @@ def in_half(model: Any) -> Any:
     outputs alone, and around operators that ONNX does not define for float16.
     """
     import onnx_ir
-    from onnxruntime.transformers import float16
 
+    float16 = half_converter()
     left = [name for name in float16.DEFAULT_OP_BLOCK_LIST if name not in IN_BOTH_TYPES]
     proto = onnx_ir.to_proto(model)
     converted = float16.convert_float_to_float16(
@@ -27,6 +31,15 @@ def in_half(model: Any) -> Any:
     half.graph.sort()  # the converter appends its casts
     _keep_constants(half.graph)
     return half
+
+
+def half_converter() -> Any:
+    """Import ONNX Runtime's converter; the folder that it adds to the places of modules is removed again."""
+    onnxruntime()
+    before = list(sys.path)
+    converter = importlib.import_module("onnxruntime.transformers.float16")
+    sys.path[:] = [place for place in sys.path if place in before]
+    return converter
 
 
 def _keep_constants(graph: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 SLOPE = float(np.float32(1 / 6))
 OFFSET = 0.5
-"""Hard sigmoid: clip(SLOPE * x + OFFSET, 0, 1), as PyTorch defines it."""
+"""Hard sigmoid: clip(SLOPE * x + OFFSET, 0, 1), as ONNX files hold PyTorch's."""
 
 LARGEST_CODE = 255
 
@@ -33,7 +33,7 @@ def write_gates_as_sums(model: Any) -> None:
     for node in [node for node in graph if node.op_type == "HardSigmoid"]:
         pair = node.inputs[0].producer()
         readers = list(node.outputs[0].consumers())
-        if pair is None or pair.op_type != "DequantizeLinear" or len(readers) != 1:
+        if pair is None or pair.op_type != "DequantizeLinear" or len(readers) != 1 or node.outputs[0].is_graph_output():
             continue
         if readers[0].op_type == "QuantizeLinear" and _grid_clips(readers[0]):
             _write_sum(graph, node, pair)

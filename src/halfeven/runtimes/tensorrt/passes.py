@@ -36,28 +36,38 @@ def round_to_half(deployed: Deployed) -> None:
     """Round scales, weights and all other numbers of a deployed model to float16, in place.
 
     A strongly typed network computes in the types of its file, and DequantizeLinear returns the type of its scale. The
-    integers of weights stay what they were: rounding moves a scale by at most 2^-12 of its size, and so an integer by
-    0.03. Scales below 6e-5, where float16 has fewer bits, give weights other integers, the nearest on the new grid.
+    integers of weights stay what they were: rounding moves a scale by at most 2^-11 of its size, and so an integer by
+    0.06. Scales below 8e-6, where float16 has few bits, give weights other integers, the nearest on the new grid.
 
     Raises:
-        ExportError: a number is larger than float16 can be.
+        ExportError: a number, or the range of a quantizer, is larger than float16 can be.
     """
     for quantizer in deployed.quantizers:
+        _check_range(quantizer)
         quantizer.scale = rounded_to_half(quantizer.scale).clamp_min(SMALLEST_HALF)
-    scales = {id(q.scale) for q in deployed.quantizers}
     for name, module in deployed.model.named_modules():
         if isinstance(module, ExportedQuantizer):
             continue
         if isinstance(own_quantizer := getattr(module, "weight_quantizer", None), ExportedQuantizer):
             _put_on_grid(module, own_quantizer)
         for own, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if tensor.dtype is torch.float32 and id(tensor) not in scales:
+            if tensor.dtype is torch.float32:
                 tensor.copy_(_round_checked(tensor, f"{name}.{own}"))
 
 
 def rounded_to_half(x: Tensor) -> Tensor:
     """Return the nearest numbers of float16, in float32; those beyond its ends become infinite."""
     return x.half().float()
+
+
+def _check_range(quantizer: ExportedQuantizer) -> None:
+    largest = float(quantizer.scale.max()) * max(-quantizer.quant_min, quantizer.quant_max)
+    if largest > LARGEST_HALF:
+        raise ExportError(
+            f"The range of {quantizer.name.removeprefix('quantizers.')} ends at {largest:.6g}, and float16 at "
+            f"{LARGEST_HALF:.0f}, so the file would compute infinities. Write it with "
+            'float_precision="f32".'
+        )
 
 
 def _put_on_grid(layer: Any, quantizer: ExportedQuantizer) -> None:
