@@ -43,6 +43,7 @@ def main(folder="."):
     loss = LabelSmoothingCrossEntropy(0.1)
     for epoch in range(EPOCHS):
         train_one_epoch(qmodel, batches, optimizer, loss, scheduler, steps)
+        steps.before_validation()
         print(f"epoch {epoch + 1}: {accuracy(qmodel):.2f} %")
     best = steps.best(accuracy)
     path = he.export(best, f"{folder}/timm_style.xml")

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.errors import ConfigError
@@ -65,6 +66,68 @@ def test_the_callback_takes_the_sessions_steps_in_transformers():
     control.should_evaluate = True
     one.on_epoch_end(None, state, control)
     assert one.calls == EXPECTED
+
+
+class Net(torch.nn.Module):
+    """Returns its loss, as models of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2)
+
+    def forward(self, x, labels):
+        outputs = self.last(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+        return {"loss": F.cross_entropy(outputs, labels), "logits": outputs}
+
+
+class Seen(torch.nn.Module):
+    """The model of a Trainer, which writes down in which forward passes BatchNorm followed the batch."""
+
+    def __init__(self, qmodel):
+        super().__init__()
+        self.qmodel, self.followed = qmodel, []
+
+    def forward(self, x, labels):
+        before = self.qmodel.norm.running_mean.clone()
+        outputs = self.qmodel(x=x, labels=labels)
+        if self.training:
+            self.followed.append(not torch.equal(before, self.qmodel.norm.running_mean))
+        return outputs
+
+
+def test_batchnorm_stays_frozen_in_every_micro_batch_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers", reason='needs the extra "text"')
+    from halfeven.integrations.transformers import QATCallback
+
+    data = [{"x": torch.randn(3, 8, 8), "labels": torch.tensor(i % 2)} for i in range(12)]
+    batch = torch.utils.data.default_collate(data)
+    model = Net().eval()
+    qmodel = he.calibrate(he.prepare(model, batch), [batch])
+    callback, seen = QATCallback(setup_qat(qmodel, model, [batch]), qmodel), Seen(qmodel)
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, use_cpu=True,
+        eval_strategy="steps", eval_steps=2, save_strategy="no", report_to="none", disable_tqdm=True,
+        remove_unused_columns=False, label_names=["labels"],
+    )  # fmt: skip
+    transformers.Trainer(seen, arguments, train_dataset=data, eval_dataset=data, callbacks=[callback]).train()
+    assert seen.followed == [True] * 4 + [False] * 2  # two thirds of the steps, of two batches each
+    assert not qmodel._forward_pre_hooks
+
+
+def test_a_run_without_a_known_length_is_refused():
+    one = steps(dampen_oscillations="on")
+    outputs = one.qmodel(X)
+    for call in (one.before_step, lambda: one.loss(outputs, X, None, outputs.mean()), one.after_step):
+        with pytest.raises(ConfigError, match=r"steps.start\(total\)"):
+            call()
+
+
+def test_lightnings_trainer_without_an_end_is_refused():
+    pytest.importorskip("lightning", reason='needs the extra "lightning"')
+    from halfeven.integrations.lightning import QATCallback
+
+    with pytest.raises(ConfigError, match="max_steps"):
+        steps(QATCallback).on_train_start(SimpleNamespace(estimated_stepping_batches=float("inf"), global_step=0), None)
 
 
 def test_the_callback_takes_the_sessions_steps_in_lightning():

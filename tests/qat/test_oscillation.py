@@ -65,6 +65,14 @@ def test_standing_still_between_two_turns_is_forgotten_by_nobody():
     assert state(oscillations, "frequency")[0] == 0.5
 
 
+@pytest.mark.usefixtures("unfused")
+def test_its_state_follows_the_model_to_another_device():
+    qmodel, _, oscillations = followed()
+    qmodel.to("meta")
+    oscillations.after_step(0.0)
+    assert {tensor.device.type for tensor in oscillations.state_dict().values()} == {"meta"}
+
+
 def test_frozen_integers_stay_while_optimizer_and_scale_move():
     qmodel, layer, oscillations = followed(freeze=True, start=0.0, momentum=0.1, freeze_to=0.2, freeze_from=0.2)
     optimizer = torch.optim.SGD(qmodel.parameters(), lr=0.5, momentum=0.9, weight_decay=0.1)

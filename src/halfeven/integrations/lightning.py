@@ -1,7 +1,9 @@
 """Quantization-aware training in Lightning's Trainer."""
 
+import math
 from typing import Any
 
+from halfeven.errors import ConfigError
 from halfeven.imports import extra
 from halfeven.integrations.session_steps import SessionSteps
 
@@ -18,7 +20,13 @@ class QATCallback(SessionSteps, Callback):  # type: ignore[misc]
     """
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.start(int(trainer.estimated_stepping_batches), trainer.global_step)
+        total = trainer.estimated_stepping_batches
+        if total == math.inf:
+            raise ConfigError(
+                "The Trainer does not know the number of its steps, and the recipe acts at shares of the run. Give "
+                "lightning.Trainer max_steps."
+            )
+        self.start(int(total), trainer.global_step)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.before_step()

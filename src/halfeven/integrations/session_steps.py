@@ -54,17 +54,24 @@ class SessionSteps:
         self.step = step
 
     def before_step(self) -> None:
-        """Call the hook before the forward pass of an optimizer step, after `model.train()`."""
-        self.session.before_step(self.qmodel, self.step / self.total)
+        """Call the hook before the forward pass of an optimizer step, after `model.train()`.
+
+        Raises:
+            ConfigError: `start` was not called.
+        """
+        self.session.before_step(self.qmodel, self._share(self.step))
 
     def loss(self, outputs: Any, inputs: Any, targets: Any, task_loss: Tensor) -> Tensor:
         """Return the loss of a batch, []: with the teacher's part and the dampening, where the recipe has them.
 
         Call it where the trainer computes its loss. Without it, a recipe with one of the two is refused.
+
+        Raises:
+            ConfigError: `start` was not called.
         """
         self._loss_seen = True
         loss = self.session.loss(outputs, inputs, targets, task_loss)
-        penalty = self.session.penalty(self.step / self.total)
+        penalty = self.session.penalty(self._share(self.step))
         return loss if penalty is None else loss + penalty
 
     def after_step(self, step: int | None = None) -> None:
@@ -75,7 +82,7 @@ class SessionSteps:
                 has no effect, as after a batch of gradient accumulation that ends no step.
 
         Raises:
-            ConfigError: the recipe changes the loss, and `loss` was not called.
+            ConfigError: the recipe changes the loss, and `loss` was not called; or `start` was not called.
         """
         step = self.step + 1 if step is None else step
         if step == self.step:
@@ -86,8 +93,17 @@ class SessionSteps:
                 "without callback.loss(outputs, inputs, targets, loss). Call it where the loss is computed, or set "
                 'qat.distill="off" and qat.dampen_oscillations="off".'
             )
-        self.session.after_step(step - 1, step / self.total)
+        self.session.after_step(step - 1, self._share(step))
         self.step = step
+
+    def _share(self, step: int) -> float:
+        """Return the share of the run that is done after so many steps."""
+        if self.total == 0:
+            raise ConfigError(
+                "The steps of the run were not given, and the recipe acts at shares of the run. Call "
+                "steps.start(total) first, with the number of optimizer steps of the whole run."
+            )
+        return step / self.total
 
     def before_validation(self) -> None:
         """Prepare the weights, and their average, for a validation."""

@@ -130,6 +130,7 @@ class _Weight:
 
     def step(self, momentum: float, threshold: float | None) -> None:
         """Follow the weight over a step, and freeze the elements whose frequency is above the threshold."""
+        self._follow_device()
         state = (self.before, self.direction, self.frequency, self.average, self.frozen)
         fused(_follow_integers)(*self._weight_on_grid(), *state, momentum)
         if threshold is not None:
@@ -139,6 +140,12 @@ class _Weight:
             self.before = torch.where(chosen, self.average, self.before).to(torch.int8)
             self.frozen |= chosen
             self._restore_frozen()
+
+    def _follow_device(self) -> None:
+        device = self.layer.weight.device
+        if self.before.device != device:
+            for key in STATE_TENSORS:
+                setattr(self, key, getattr(self, key).to(device))
 
     def _restore_frozen(self) -> None:
         """Put frozen elements back on their integers, which the optimizer or a new scale has moved them from."""
