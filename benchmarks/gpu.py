@@ -1,9 +1,9 @@
-"""What a GPU shows of halfeven, in ten minutes on any CUDA machine.
+"""halfeven on a GPU: parity, time and memory.
 
     python benchmarks/gpu.py [--parts kernels models step ...] [--minutes 10] [--json FILE]
     python benchmarks/gpu.py --device cpu --small      # tries the script, on small networks
 
-Parts: parity of the fused kernels with the unfused functions on the CPU; integers of whole models; time of a training
+Parts: parity of the fused kernels with the unfused functions on the CPU; outputs of whole models; time of a training
 step over float's for resnet50 and a ViT-S under bfloat16, without and with torch.compile of the whole model; memory;
 two processes (nccl where there are two GPUs, else gloo); and TensorRT's files, where tensorrt is installed. The exit
 code is 1 where a part fails or something disagrees, and 2 where there is no CUDA device.

@@ -11,6 +11,9 @@ files of a network run in turn, in one process; a ratio is the median over those
 file's, with the interval that holds half of the rounds. The profile is the runtime's own: time by kernel and precision,
 and the slowest kernels in float.
 
+`--quantize-gates` puts the gates of SiLU and hard-swish into integers too, where a network has them and the runtime is
+ONNX Runtime: rows say in `gates` whether it did.
+
 `--verify` times nothing: it says how many integers of each file equal the exact simulation's, and which layers ran in
 float. `--small` gives images of 64 pixels and half of the text, except where a network's own size is fixed.
 """
@@ -85,6 +88,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
 """Name -> what makes the network, and what makes a batch of its inputs."""
 
 HALF_AS_LONG = {"minilm": 64, "keywords": 4000, "vocoder": 32}
+"""Positions of a small input that is no image."""
 GATED = ("mobilenetv3", "efficientnet_b0", "yolo")
 """Networks of SiLU or hard-swish, whose gates `--quantize-gates` puts into integers in ONNX Runtime."""
 FIXED = ("vit_tiny", "swin_tiny")
@@ -238,17 +242,16 @@ def measured(name: str, target: str, options: argparse.Namespace) -> list[dict[s
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         gates = options.quantize_gates and target == "onnxruntime" and name in GATED
+        about = {"network": name, "runtime": target, "gates": gates}
         prepared = he.prepare(model, batches[0], target=target, scheme=options.scheme, quantize_gates=gates)
         file = he.export(he.calibrate(prepared, batches), Path(folder) / f"model{ENDINGS[target]}")
         if options.verify:
-            return [{"network": name, "runtime": target, **verified(prepared, file, batches[:1])}]
+            return [{**about, **verified(prepared, file, batches[:1])}]
         for size in options.batches:
             x = samples(name, size, small=options.small)
             times = timed(RUNS[target](model, file, x, batches, options.threads), options.rounds)
             kernels = runtime_named(target).open_file(file, ()).kernel_times([x])
-            rows.append(
-                {"network": name, "runtime": target, "batch": size, **compared(times), "profile": profile(kernels)}
-            )
+            rows.append({**about, "batch": size, **compared(times), "profile": profile(kernels)})
     return rows
 
 
@@ -266,6 +269,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": options.threads,
         "scheme": options.scheme,
+        "small": options.small,
         "rounds": options.rounds,
         **versions,
     }

@@ -104,7 +104,7 @@ def _runner(job: Job, engine: Any, batch: Tensor) -> tuple[Any, Tensor]:
     context.set_tensor_address(name, output.data_ptr())
     stream = torch.cuda.Stream(job.device)
 
-    def run() -> None:
+    def run(given: Tensor = given) -> None:  # TensorRT has only its address: held here, the batch is not freed
         context.execute_async_v3(stream.cuda_stream)
         stream.synchronize()
 

@@ -1,4 +1,4 @@
-"""Fused kernels on the device beside the same functions, unfused, on the CPU: integers and gradients."""
+"""Fused kernels and whole models on the device beside the same, unfused, on the CPU."""
 
 import itertools
 from typing import Any
@@ -29,11 +29,14 @@ CASES = (
     ("log", False, torch.float32),
     (None, True, torch.bfloat16),
 )
-"""Domain of the scale, an activation that clips, and type: each value of each once, since each case is compiled."""
+"""Domain of the scale, an activation that clips, and type: each value of each at least once; each case is compiled."""
 
 
 def fake_quantization(job: Job) -> bool:
-    """Compare forward and backward of fake-quantization; return True where all agree."""
+    """Compare forward and backward of fake-quantization; return True where all agree, and all was fused."""
+    if not kernels.compiler_works():
+        job.report("parity of kernels", failed="torch.compile builds no kernels here, so there are none to compare")
+        return False
     shape = (16, 8, 9, 9) if job.small else (256, 64, 28, 28)
     agree = True
     cases = CASES[:1] if job.small else CASES
@@ -90,7 +93,10 @@ class _fusing:
 
 @torch.no_grad()
 def whole_models(job: Job) -> bool:
-    """Compare the integers of quantized networks on the device and on the CPU, in float32 without TF32."""
+    """Compare the outputs of quantized networks on the device and on the CPU, in float32 without TF32.
+
+    They agree where they differ by at most 1/32 of the largest output.
+    """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     agree = True
     for name in job.networks:
@@ -98,8 +104,7 @@ def whole_models(job: Job) -> bool:
         qmodel = he.calibrate(he.prepare(network(job, name).eval(), batch), [batch]).eval()
         expected = qmodel(batch)
         found = qmodel.to(job.device)(batch.to(job.device)).cpu()
-        step = float(expected.abs().max()) / 256
-        close = float((found - expected).abs().max()) <= 8 * step
+        close = float((found - expected).abs().max()) <= float(expected.abs().max()) / 32
         agree &= close
         difference = float((found - expected).norm() / expected.norm())
         job.report("parity of models", network=name, agree=close, difference=difference)
