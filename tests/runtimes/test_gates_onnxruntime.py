@@ -80,11 +80,10 @@ def test_a_hard_sigmoid_between_quantizers_is_an_addition(spread, tmp_path):
     assert report.integer_match == 1
 
 
-def test_a_hard_sigmoid_that_the_model_returns_stays_in_the_file(tmp_path):
+def test_a_hard_sigmoid_that_the_model_returns_is_exact(tmp_path):
     torch.manual_seed(0)
     qmodel, batches = quantized(ReturnedGate(1.0), IMAGE, target="onnxruntime")
     path = he.export(qmodel, tmp_path / "model.onnx")
-    assert optimized(path, tmp_path).count("HardSigmoid") == 1
     report = he.verify(qmodel, path, batches, timed=False)
     assert report.integer_match == 1
     assert report.findings == []
