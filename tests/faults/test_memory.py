@@ -40,7 +40,9 @@ def test_nothing_is_kept_of_models_that_are_gone(tmp_path, ending, net):
     quantize()
     before = kept()
     quantize()
-    assert kept() == before
+    programs, graphs = kept()
+    assert programs <= before[0]  # fewer where what other tests have left went in between
+    assert graphs <= before[1]
 
 
 def test_a_failing_graph_still_shows_its_source():

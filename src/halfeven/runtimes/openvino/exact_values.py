@@ -15,8 +15,6 @@ from halfeven.runtimes.simulation import Simulated
 SHIFT_TOLERANCE = 5e-5
 """Channels whose shifts differ by less are all given the first channel's."""
 
-BYTE_TOLERANCE = 5e-5
-"""A bound that is nearer to a byte than this lies on it; float32 misses it by a rounding."""
 
 LOST_ZERO_POINT = 1e-6
 """The plugin takes a lower limit nearer to 0 for one of a grid without a zero point, and keeps signed bytes."""
@@ -203,9 +201,8 @@ class Scaled(Simulated):
 
     def _byte(self, bound: float) -> Tensor:
         """Return the byte of a bound, with a fraction where the bound lies between two."""
-        byte = torch.full_like(self.unit, bound) / self.unit + self.integers.limits.zero_byte
-        nearest = torch.round(byte)
-        return torch.where((byte - nearest).abs() < BYTE_TOLERANCE, nearest, byte)
+        # A number over a tensor is, in torch, the number times the reciprocal: 15 scales over the scale are 14.999999.
+        return torch.full_like(self.unit, bound) / self.unit + self.integers.limits.zero_byte
 
 
 @dataclass(frozen=True)
