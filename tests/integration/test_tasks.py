@@ -82,9 +82,8 @@ def test_efficientdet_from_float_to_files(name, coco, tmp_path, monkeypatch):
     fewer = {"fpn_channels": 16, "fpn_cell_repeats": 1, "box_class_repeats": 1, "backbone_name": "resnet10t"}
     fewer |= {"max_level": 5, "num_levels": 3}
     monkeypatch.setitem(known, "small", {**known["tf_efficientdet_lite0"], "name": "small", **fewer})
-    size = "64" if name == "small" else "128"
-    small = ("--model.name", name, "--model.weights", "", "--data.image-size", size)
-    sized = ("--model.arguments", "image_size", size)
+    small = ("--model.name", name, "--model.weights", "", "--data.image-size", "128")
+    sized = ("--model.arguments", "image_size", "128")
     given = (*coco, *small, *sized, "--pretraining.epochs", "1", "--pretraining.batch-size", "4")
     _, results = run("ptq", "ptq/efficientdet_d1_coco.py", tmp_path / "ptq", *given)
     assert_deployed_as_simulated(results, "mAP")
