@@ -151,7 +151,7 @@ _sources: "weakref.WeakKeyDictionary[nn.Module, weakref.finalize[..., nn.Module]
 
 
 def own_sources(module: fx.GraphModule, *compiled: Callable[..., Any]) -> None:
-    """Let the sources of a graph's compiled functions end with its module, or with the module's next compilation.
+    """Make the sources of a graph's compiled functions last as long as its module, or until it is compiled again.
 
     torch.fx keeps the source of each graph that it compiles, for tracebacks, until the process ends.
     """

@@ -192,17 +192,18 @@ class Scaled(Simulated):
     def clipped(self, bounds: tuple[float, float]) -> "Scaled":
         """Clip the bytes to those that lie between the bounds."""
         limits = self.integers.limits
-        first, second = (self._byte(bound) for bound in bounds)  # the unit may be negative
+        first, second = (_byte_of(bound, self.unit, limits) for bound in bounds)  # the unit may be negative
         low = torch.minimum(first, second).ceil()
         high = torch.maximum(first, second).floor()
         reals = [(byte - limits.zero_byte) * self.unit for byte in (low, high)]
         codes = Codes(self.integers.bytes.clamp(low, high) - limits.first, limits)
         return replace(self, values=self.values.clamp(torch.minimum(*reals), torch.maximum(*reals)), integers=codes)
 
-    def _byte(self, bound: float) -> Tensor:
-        """Return the byte of a bound, with a fraction where the bound lies between two."""
-        # A number over a tensor is, in torch, the number times the reciprocal: 15 scales over the scale are 14.999999.
-        return torch.full_like(self.unit, bound) / self.unit + self.integers.limits.zero_byte
+
+def _byte_of(bound: float, unit: Tensor, limits: FakeQuantizeRange) -> Tensor:
+    """Return the byte of a bound in these units, with a fraction where the bound lies between two."""
+    # A number over a tensor is, in torch, the number times the reciprocal: 15 scales over the scale are 14.999999.
+    return torch.full_like(unit, bound) / unit + limits.zero_byte
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ class Average(Simulated):
 
     def clipped(self, bounds: tuple[float, float]) -> "Average":
         """Clip averages of bytes to the bounds, in bytes."""
-        low, high = (bound / self.limits.scale + self.limits.zero_byte for bound in bounds)
+        low, high = (_byte_of(bound, self.limits.scale, self.limits) for bound in bounds)
         return replace(self, values=self.values.clamp(low, high))
 
 
