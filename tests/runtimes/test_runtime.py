@@ -28,6 +28,7 @@ class EvaluatedFile:
 
     runtime = "onnx's evaluator"
     settings = ()
+    float_precision = "f32"
 
     def __init__(self, path, tensors=()):
         self.model = onnx.load(path)

@@ -18,7 +18,6 @@ from halfeven.runtimes.cpu import pair_fits
 from halfeven.runtimes.exact_model import ExactModel
 from halfeven.runtimes.runtime import Runtime
 from halfeven.verification.default_session import DefaultSession, default_session
-from halfeven.verification.file_precision import float_precision_of, opened
 from halfeven.verification.findings import differs_from_exact
 from halfeven.verification.float_simulation import FloatSimulation, codes_of, outputs_of
 from halfeven.verification.latency import deployed_in_float
@@ -44,10 +43,13 @@ class Comparison:
         self.runtime = runtime
         self.path = path
         self.activations = in_graph_order(deployed.model)
-        self.file = opened(runtime, path, list(self.activations), float_precision)
-        self.half = float_precision_of(self.file) == "runtime" and runtime.round_to_file is not None
-        if self.half and runtime.round_to_file is not None:
+        # Without a precision of its own the session is the file's.
+        session = {} if float_precision is None else {"float_precision": float_precision}
+        self.file = runtime.open_file(path, list(self.activations), **session)
+        self.half = False
+        if self.file.float_precision == "runtime" and runtime.round_to_file is not None:
             runtime.round_to_file(deployed)
+            self.half = True
         self.weights = [q for q in deployed.quantizers if q.weight]
         self.layers = [q.name.removesuffix(WEIGHT_SUFFIX) for q in self.weights]
         self.parts = regions(deployed.model)  # which the exact simulation takes over
@@ -76,7 +78,7 @@ class Comparison:
     @property
     def floats_may_differ(self) -> bool:
         """True where the file's session computes what stays float otherwise than the exact simulation does."""
-        return float_precision_of(self.file) == "runtime" and not self.half
+        return self.file.float_precision == "runtime" and not self.half
 
     def _lacking_tensors(self) -> list[str]:
         """Return the tensors that the file lacks and that no tensor in it can stand for.

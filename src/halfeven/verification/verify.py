@@ -25,7 +25,6 @@ from halfeven.runtimes.runtime import Runtime
 from halfeven.verification.answers import Answers, ClassAxis
 from halfeven.verification.circumstances import circumstances
 from halfeven.verification.comparison import Comparison
-from halfeven.verification.file_precision import float_precision_of
 from halfeven.verification.findings import judged
 from halfeven.verification.float_simulation import outputs_of
 from halfeven.verification.integer_macs import work_of
@@ -88,7 +87,7 @@ def verify(
             accuracy=answers.accuracy(),
             notes=[*answers.notes(), *notes],
             findings=found,
-            float_precision=float_precision_of(comparison.file),
+            float_precision=comparison.file.float_precision,
             float32_session=float32_session,
             **parity,
             **circumstances(comparison.file, Path(path)),
