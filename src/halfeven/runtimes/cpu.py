@@ -21,6 +21,7 @@ def adds_pairs_in_16_bits() -> bool:
     """
     if _isa_limit() in WITHOUT_VNNI:
         return True
+    # Without VNNI, x86 kernels multiply bytes by VPMADDUBSW, which adds pairs of products in 16 bits and saturates.
     has = _processor_features()
     return "x86" in str(has.get("architecture")) and not (has.get("avx512_vnni") or has.get("avx_vnni"))
 

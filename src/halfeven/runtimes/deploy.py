@@ -24,6 +24,7 @@ def deploy(qmodel: nn.Module, runtime: Runtime) -> Deployed:
     quantizers = with_exported_quantizers(model, clips_integers=runtime.clips_integers, narrow_weights=weights_alone)
     write_channel_clips(model, quantizers)
     deployed = Deployed(model, quantizers, runtime.target)
+    # The runtime's passes come last: they look for quantizers as operators, and may add some.
     runtime.prepare_graph(deployed)
     return deployed
 

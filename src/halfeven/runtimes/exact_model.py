@@ -68,6 +68,7 @@ class ExactModel(nn.Module):
         for name, region in found.items():
             exact_region = _ExactRegion(region, interpreter(region, self.simulation))
             if not name:
+                # The region is the whole model.
                 model = exact_region
                 break
             parent, _, attribute = name.rpartition(".")

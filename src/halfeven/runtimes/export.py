@@ -91,6 +91,7 @@ def _write(
 ) -> None:
     deployed = deploy(qmodel, runtime)
     if facts[FLOAT_PRECISION] == "runtime" and runtime.round_to_file is not None:
+        # Before the program is made, whose constants are those of the file.
         runtime.round_to_file(deployed)
     described = recorded_inputs(qmodel)
     program = program_of(deployed.model, example_of(qmodel), described)

@@ -72,10 +72,12 @@ class FloatOperators:
         inputs = [node for node, value in values.items() if _is_tensor_input(node, value)]
         read = [values[node].contiguous() for node in inputs]
         free = [free_axes(node) for node in inputs]
+        # Numbers are part of the file, so that another number needs another file.
         numbers = repr([value for value in values.values() if not isinstance(value, Tensor)])
         if (nodes[-1], numbers) not in self.modules:
             with forgetting_graphs():
                 module, description = _operators_alone(nodes, values)
+            # Where constants are part of the file, operators share one only if their constants are equal.
             constants = b"" if self.constants_are_inputs else _digest_of_values(module.state_dict())
             self.modules[nodes[-1], numbers] = module, (description, constants)
         module, computed = self.modules[nodes[-1], numbers]

@@ -257,6 +257,7 @@ def load_deployed(path: str | Path, target: str = "openvino", qmodel: nn.Module 
     runtime.check_ending(Path(path))
     opened = runtime.open_file(Path(path), ())
     names, leaves, form = _form_of(qmodel) if qmodel is not None else ((), (), None)
+    # Keyword inputs come last in the file. With the model at hand they are taken by its names, not by the file's.
     taken = opened.input_names if qmodel is None else [*opened.input_names[: -len(names) or None], *names]
 
     @checked_arguments(VerificationError)

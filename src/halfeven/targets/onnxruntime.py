@@ -41,10 +41,10 @@ ONNXRUNTIME = Target(
     outputs=frozenset({K.CONVOLUTION, K.ADD, K.MULTIPLY, K.AVERAGE}),  # linear layers and products may end in float
     residual_branch_in_float=False,  # QLinearAdd wants integers on both sides, and so does the convolution before it
     rounds_average=never,
-    fuses_any_activation=False,
-    stored_weights={K.LINEAR: (4, 8)},
+    fuses_any_activation=False,  # QLinearConv takes in a ReLU or a clip; a SiLU or GELU behind it runs in float
+    stored_weights={K.LINEAR: (4, 8)},  # MatMulNBits
     grids=ALL_GRIDS,
     signed_only=False,
     multiplies_gates=True,
-    int32_bias=True,
+    int32_bias=True,  # QLinearConv and QGemm add them to the accumulator
 )

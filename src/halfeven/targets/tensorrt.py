@@ -24,7 +24,7 @@ TENSORRT = Target(
     fuses_any_activation=True,
     stored_weights={},
     grids=frozenset({(True, True)}),
-    signed_only=True,
+    signed_only=True,  # on GPUs zero points must be 0, and unsigned bytes are refused (its issues 2774 and 4698)
     multiplies_gates=False,
     int32_bias=False,
 )

@@ -50,6 +50,7 @@ class Answers:
             return
         labels = labels.cpu()
         classes = math.inf if axis is None else outputs["deployed"][name].shape[axis]
+        # A label outside of the classes, such as -100 for padding or 255 for a border, judges nothing.
         counted = (labels >= 0) & (labels < classes)
         self.labelled += int(counted.sum())
         self.ignored += int((~counted).sum())

@@ -13,6 +13,7 @@ def circumstances(file: DeployedFile, path: Path) -> dict[str, Any]:
 
 def file_bytes(path: Path) -> int:
     """Return the size of a deployed file in bytes, with that of the file beside it which holds its tensors."""
+    # IR keeps its tensors in a .bin; an ONNX model beyond 2 GB keeps them in a .data file.
     beside = [path.with_suffix(".bin")] if path.suffix == ".xml" else [path.with_name(f"{path.name}.data")]
     return sum(each.stat().st_size for each in (path, *beside) if each.is_file())
 

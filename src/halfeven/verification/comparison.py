@@ -51,6 +51,7 @@ class Comparison:
             runtime.round_to_file(deployed)
             self.half = True
         self.weights = [q for q in deployed.quantizers if q.weight]
+        # The name of a weight's quantizer is its layer's, with a suffix.
         self.layers = [q.name.removesuffix(WEIGHT_SUFFIX) for q in self.weights]
         self.parts = regions(deployed.model)  # which the exact simulation takes over
         self.modules = dict(deployed.model.named_modules())
@@ -66,6 +67,8 @@ class Comparison:
                 f"{path} lacks the quantized tensors {', '.join(lacking[:3])}, so it was not written from "
                 "this model. Export the model again, then verify."
             )
+        # Tensors on one grid share a quantizer of the model, which is called once for each of them, in the order of the
+        # graph.
         first = {q.number: q.name for q in deployed.quantizers}
         calls: dict[str, list[str]] = {}
         for name, quantizer in self.activations.items():
@@ -94,12 +97,15 @@ class Comparison:
         Returns:
             The outputs by name of the file ("deployed") and of both simulations ("exact", "simulated").
         """
+        # The float simulation runs where the model is; the file and the exact simulation run on the CPU.
         simulated, simulated_codes = self.simulation.run(args, kwargs)
         cpu = [x.cpu() if isinstance(x, Tensor) else x for x in (*args, *kwargs.values())]
         tensors = [x for x in cpu if isinstance(x, Tensor)]
         found, reals = self.file.run(tensors)
         codes = {name: codes_of(reals[name], self.activations[name]) for name in self.names}
         exact = self._compare_exact(cpu, codes)
+        # Where integers differ, the float simulation runs again on the file's integers: what still differs is a layer's
+        # own, and not spread from the layers before it.
         alone = simulated
         alone_codes = simulated_codes
         if any(not torch.equal(codes[name].flatten(), simulated_codes[name].flatten()) for name in self.names):
@@ -107,6 +113,7 @@ class Comparison:
         for tensor, name in zip(self.tensors, self.names, strict=True):
             shape = codes[name].shape
             tensor.add_float(codes[name], simulated_codes[name].reshape(shape), alone_codes[name].reshape(shape))
+        # The model without quantizers: its distance from the simulation is the cost of quantization itself.
         floating = outputs_of(self.floating, args, kwargs)
         deployed = in_form_of(exact, found, self.path)
         if not self.outputs:  # once: it is another session
@@ -119,12 +126,15 @@ class Comparison:
     def _compare_exact(self, inputs: Sequence[Any], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compare the integers of all activations with the exact simulation; return its outputs."""
         simulation = self.exact.simulation
+        # The integers are read of a file with each quantized tensor as an output. Some operators are not fused there,
+        # and round otherwise.
         simulation.watched = True
         outputs = self.exact(*inputs)
         exact = dict(self.exact.codes)
         matters = simulation.watching_matters
         layer_alone = exact
         if not all(torch.equal(found[name], exact[name]) for name in self.names):
+            # Once more, with the file's integers before each layer: a rounding that fell the other way does not spread.
             simulation.given.update(found)
             self.exact(*inputs)
             layer_alone = dict(self.exact.codes)
@@ -165,10 +175,12 @@ class Comparison:
         """Return True where a pair of products of an executed kernel can be too large for the 16 bits that hold it."""
         if not self.runtime.sums_in_16_bits():
             return False
+        # Kernels see activations as codes from 0 to `steps`. Weights are symmetric, so quant_max bounds them.
         found = list(quantizers(self.qmodel).values())
         steps = max((q.scheme.quant_max - q.scheme.quant_min for q in found if not q.weight), default=0)
         largest = max((q.scheme.quant_max for q in found if q.weight), default=0)
         if any(product.integer for product in self.file.executed_products()):
+            # In a product of two activations, signed bytes, up to 128 of 255 steps, take the place of the weights.
             largest = max(largest, (steps + 1) // 2)
         return not pair_fits(steps, largest)
 
@@ -183,7 +195,10 @@ class Comparison:
             shape = [1] * module.weight.ndim
             if quantizer.scale.ndim:
                 shape[quantizer.axis] = -1
+            # The deployed weight lies on its grid already, so this division finds integers back and decides nothing.
             integers = torch.round(module.weight / quantizer.scale.reshape(shape))
+            # A converter that merges a layer with a BatchNorm gives it a new name: any weight under a new name may be
+            # its own.
             candidates = [stored[layer]] if layer in stored else renamed
             if not any(torch.equal(one.flatten(), integers.flatten()) for one in candidates):
                 return False

@@ -32,8 +32,10 @@ def default_session(file: DeployedFile, inputs: Sequence[Tensor], verified: Sequ
     difference = _largest_difference(file.run_with((), inputs), verified)
     if not difference:
         return DefaultSession(0.0, [])
+    # A setting is needed where a session without it alone has other outputs.
     others = {setting: [other for other in file.settings if other != setting] for setting in file.settings}
     needed = [s for s, rest in others.items() if _largest_difference(file.run_with(rest, inputs), verified)]
+    # Where no setting makes a difference by itself, they do together.
     return DefaultSession(difference, needed or list(file.settings))
 
 

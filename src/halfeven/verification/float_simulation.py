@@ -60,6 +60,8 @@ class FloatSimulation:
     def _recording_hook(
         self, names: Sequence[str], codes: dict[str, Tensor], given: Mapping[str, Tensor]
     ) -> Callable[..., Any]:
+        # A shared quantizer is called once for each of its tensors, in the order of the graph, which is that of
+        # `names`.
         waiting = iter(names)
 
         def hook(module: Quantizer, inputs: Any, output: Tensor) -> Tensor | None:

@@ -61,6 +61,7 @@ def work_of(
     calls = named_calls(parts)
     of_activations = {node for region in parts.values() for node in _products_of_activations(region)}
     in_integers = sum(product.integer for product in products)
+    # A share of the graph's products, so at most 1, however many kernels the runtime makes of them.
     of_products = min(in_integers / len(of_activations), 1.0) if of_activations else 0.0
     work = ModelWork()
     for prefix, region in parts.items():

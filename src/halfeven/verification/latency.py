@@ -55,6 +55,7 @@ def latency(qmodel: nn.Module, path: Path, inputs: Inputs, runtime: Runtime, lay
         tensors = [x.cpu() for x in tensors_of(inputs)]
         runs = {
             "float32": floating.timed(tensors),
+            # `()` asks for the default session; a runtime without settings has no other.
             "float_default": floating.timed(tensors, ()) if floating.settings else floating.timed(tensors),
             "deployed": deployed.timed(tensors),
         }
@@ -94,6 +95,7 @@ def write_float(qmodel: nn.Module, runtime: Runtime, folder: Path) -> Path:
         VerificationError: the runtime's format has no form for it.
     """
     floating = Deployed(_fold_batchnorms(deployed_in_float(qmodel)), [], runtime.target)
+    # The runtime's usual format is the first.
     ending, write = next(iter(runtime.writers.items()))
     path = folder / f"float{ending}"
     try:

@@ -49,7 +49,10 @@ class LayerTimes:
                 layers goes from the deployed file's to the float file's with this share.
         """
         chosen = [layer for layer in self.layers if layer.integer and layer.name in in_float]
+        # Each chosen layer exchanges its time in integers for its time in float.
         added = sum(layer.floating - layer.deployed for layer in chosen)
+        # The time outside of layers: elementwise operators, conversions, copies. Profiled kernels may add up to more
+        # than an unprofiled run, hence the 0.
         rest = max(self.deployed - sum(layer.deployed for layer in self.layers), 0.0)
         floating_rest = max(self.float32 - sum(layer.floating for layer in self.layers), 0.0)
         return (self.deployed + added + moved_in_float * (floating_rest - rest)) / self.float_default
@@ -89,6 +92,7 @@ def time_layers(
     )
 
 
+# OpenVINO's "Convert" is a change of type, not a convolution.
 LAYER_KERNELS = (r"conv(?!ert)", r"matmul|gemm|fullyconnected")
 """Patterns of the runtimes' words for kernels: convolutions, and products."""
 

@@ -92,6 +92,7 @@ class OutputSums:
         )
 
     def _relative_error(self, which: str) -> float:
+        # An output of zeros has no size to compare with: the difference itself is returned.
         return math.sqrt(self.squares[which] / (self.squares["signal"] or 1.0))
 
 

@@ -34,6 +34,7 @@ def python_work(qmodel: nn.Module) -> PythonWork:
     def own(name: str, others: Iterable[str]) -> int:
         """Return the work of a module, without the work of `others` that lie inside of it."""
         inside = [other for other in others if other != name and _is_inside(other, name)]
+        # The count of a module has those of the modules inside it, so only the outermost are subtracted.
         direct = [other for other in inside if not any(_is_inside(other, outer) for outer in inside if outer != other)]
         return counts.get(name, 0) - sum(counts.get(other, 0) for other in direct)
 
@@ -51,6 +52,7 @@ def _macs_by_module(qmodel: nn.Module) -> dict[str, int]:
     with float_function(qmodel), torch.backends.mkldnn.flags(enabled=False), _written_out_attention(), counter:
         run_example(qmodel)
     prefix = f"{type(qmodel).__name__}."
+    # The counter counts a multiply-accumulate as two operations.
     found = {name.removeprefix(prefix): sum(rows.values()) // 2 for name, rows in counter.get_flop_counts().items()}
     return {**found, "": found["Global"]}
 

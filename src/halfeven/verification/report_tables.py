@@ -25,6 +25,7 @@ Row = tuple[str, str]
 
 def summary(report: Any) -> RenderableType:
     """Return a summary: lists are cut so that all but findings has at most `SUMMARY_LINES` lines."""
+    # From the longest lists on: the first summary that is short enough is printed.
     for most in (6, 4, 3, 2, 1):
         found = _report_rows(report, most)
         if len(as_text(found).splitlines()) <= SUMMARY_LINES:
@@ -82,6 +83,7 @@ def _report_rows(report: Any, most: int) -> RenderableType:
         found.add_row(f"  {name}", value)
     where = f" in {report.runtime}, {report.samples} samples"
     room = WIDTH - len(where)
+    # The end of a long path is kept, since it names the file.
     path = report.path if len(report.path) <= room else f"…{report.path[1 - room :]}"
     return Group(Text(path + where, "bold"), found)
 

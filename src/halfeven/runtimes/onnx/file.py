@@ -102,6 +102,8 @@ def session(
         options.profile_file_prefix = str(profile)
     if folder is not None:
         options.add_session_config_entry(EXTERNAL_FOLDER, str(folder.resolve()))
+    # Two of the settings are entries of the session's options; WeightBiasQuantization is an optimizer, which is
+    # disabled by its name.
     for entry in (ACCURACY_LEVEL, BFLOAT16_PRODUCTS):
         if entry in settings:
             options.add_session_config_entry(*entry.split("="))
@@ -176,6 +178,7 @@ class ONNXFile:
     def _computed(self, opened: Any, names: Sequence[str], inputs: Sequence[Tensor]) -> list[Tensor]:
         try:
             found = [torch.from_numpy(x) for x in opened.run(names, self._fed(inputs))]
+            # Inside a file of float16 the watched tensors have its type.
             return [x.float() if x.dtype is torch.float16 else x for x in found]
         except Exception as error:  # its exceptions have no common class
             given = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in inputs)

@@ -31,11 +31,14 @@ def name_ends(graph: Any, interface: FileInterface, tensors: set[str]) -> None:
     wanted = {*interface.inputs, *interface.outputs}
     for value in _values(graph):
         if value.name in wanted:
+            # A tensor inside that has a wanted name already gives it up.
             value.name = f"{value.name}.inside"
     for value, name in zip(graph.inputs, interface.inputs, strict=True):
         value.name = name
     for index, name in enumerate(interface.outputs):
         value = graph.outputs[index]
+        # An output that is an input, a quantized tensor or another output shares a tensor that has a name: a copy takes
+        # this one.
         if value.producer() is None or value.name in tensors | wanted:
             value = graph.outputs[index] = _copied(graph, value)
         value.name = name
@@ -71,6 +74,7 @@ def name_axes(graph: Any, symbols: Mapping[str, str]) -> None:
 def _named(size: Any, symbols: Mapping[str, str]) -> Any:
     if isinstance(size, int) or size.value is None:
         return size
+    # A size may be an expression of symbols, such as "2*s77".
     return re.sub(r"\w+", lambda word: symbols.get(word[0], word[0]), str(size.value))
 
 

@@ -33,7 +33,7 @@ class Grid:
         return integers.clamp(self.low, self.high)
 
     def quantized(self, x: Tensor) -> Tensor:
-        """QuantizeLinear: a division, then rounding, then the zero point."""
+        """Return integers as QuantizeLinear defines them: a division, then rounding, then the zero point."""
         return self.clipped(torch.round(x / self.scale) + self.zero_point)
 
 

@@ -47,6 +47,7 @@ def name_and_fold(graph: Any, deployed: Deployed) -> None:
 
 def four_bits(quantizer: ExportedQuantizer) -> bool:
     """Return True for a quantizer whose integers are written in 4 bits each."""
+    # The narrow grid of 4 bits is -7 to 7.
     return quantizer.weight and quantizer.quant_max == 7
 
 

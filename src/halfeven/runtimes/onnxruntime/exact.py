@@ -34,6 +34,7 @@ K = OperatorKind
 def _requantized(grid: Grid, sums: Tensor, unit: Tensor) -> Tensor:
     """Return the integers that a kernel ends with, of float32 sums in units of a scale: a product, then rounding, then
     the zero point."""
+    # QLinearConv and QGemm: (s_x s_w) / s_o is computed first, as one float32 number; another order gives other bits.
     return grid.clipped(torch.round(sums * (unit / grid.scale)) + grid.zero_point)
 
 
@@ -71,10 +72,13 @@ class Combined(Simulated):
         a = self.a.grid
         b = self.b.grid
         if self.kind is K.MULTIPLY:
+            # QLinearMul: round((q_a - z_a)(q_b - z_b) * (s_a s_b / s) + z), of which the integer product is exact.
             product = (self.a.values - a.zero_point) * (self.b.values - b.zero_point)
             return grid.clipped(
                 torch.round(fused_multiply_add(product, a.scale * b.scale / grid.scale, grid.zero_point))
             )
+        # QLinearAdd: with k = s_operand / s, round(q_a k_a + (q_b k_b + (z - (k_a z_a + k_b z_b)))), by fused
+        # multiply-adds.
         k_a = a.scale / grid.scale
         k_b = b.scale / grid.scale
         fixed = grid.zero_point - fused_multiply_add(k_a, a.zero_point, k_b * b.zero_point)
@@ -95,6 +99,8 @@ class Mean(Simulated):
         return self.sums / self.count * self.grid.scale
 
     def integers(self, grid: Grid) -> Tensor:
+        # QLinearGlobalAveragePool: both scales and the count are one factor, and the zero point is added after
+        # rounding.
         factor = self.grid.scale / (grid.scale * self.count)
         return grid.clipped(torch.round(self.sums * factor) + grid.zero_point)
 
@@ -219,6 +225,7 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
             return Sums(sums.float(), made.scale).real() + bias
         after = 0 if isinstance(layer, nn.Linear) else sums.ndim - 2
         scale = x.grid.scale * layer.weight_quantizer.scale
+        # The accumulator starts at the 32-bit bias: the sum of both is exact, and is rounded to float32 once.
         integers = Int32Bias.of(layer.bias, scale).integers.reshape(-1, *[1] * after)
         return Sums((sums.double() + integers).float(), made.scale)
 

@@ -44,6 +44,7 @@ def _described(seen: list[dict[str, Any]], integer_kernels: tuple[str, ...]) -> 
     event = seen[0]
     given = event["args"]
     kind = given["op_name"]
+    # The optimizer adds "_token_" and a number to the names of nodes that it replaces.
     name = re.sub(r"_token_\d+$", "", event["name"].removesuffix("_kernel_time"))
     read = _tensor_types(given["input_type_shape"])
     made = _tensor_types(given["output_type_shape"])

@@ -62,6 +62,7 @@ class OpenVINOInterpreter(fx.Interpreter):
             return pytree.tree_map(real_values, args[0], is_leaf=is_simulated)
         if n.op == "call_module" and isinstance(quantizer := module_of(n), ExportedQuantizer):
             return self._run_quantizer(n, quantizer, args[0])
+        # A rule for the operator itself comes before the rule for its kind.
         rule = RULES.get(n.target, RULES.get(kind_of(n)))
         made = None if rule is None else rule(self, n, args, kwargs)
         return self._run_in_float(n, args, kwargs) if made is None else made
@@ -198,6 +199,8 @@ class OpenVINOInterpreter(fx.Interpreter):
 
     def _rounded_by_kernel(self, name: str, limits: FakeQuantizeRange, x: Tensor, codes: Tensor) -> Tensor:
         """Return codes whose values near the middle between two integers are rounded by the plugin's own kernel."""
+        # The place of each value on the grid, in float64. Only near the middle of two integers can the kernel's order
+        # of operations decide.
         exact = (x.double() * limits.slope.double() + limits.shift.double()).clamp(0, limits.steps)
         if bool(((exact - exact.round()).abs() < 0.5 - NEAR_A_TIE).all()):
             return codes
@@ -205,6 +208,8 @@ class OpenVINOInterpreter(fx.Interpreter):
         found = self.kernels.compute(name, self.inputs)
         if found is None:
             return codes
+        # The kernel decides between the two integers next to a middle. An integer further away is no rounding, so the
+        # formula's stays.
         theirs = torch.round(found / limits.scale).reshape(codes.shape) + limits.zero_code
         return torch.where((theirs - exact).abs() <= 0.5 + KERNEL_ERROR, theirs, codes)
 

@@ -158,11 +158,15 @@ def _extent_before(nodes: Mapping[str, _Node], quantizers: set[str], end: str, k
     computed: set[str] = set()  # from the inputs of the model
     late: set[str] = set()  # from quantizers that are not known yet
     for name, node in nodes.items():
+        # Forwards, in the order of the file: operators that depend on inputs, and on quantizers that are not simulated
+        # yet.
         if node.kind == "Parameter" or any(source in computed for source in node.sources):
             computed.add(name)
         unknown = (quantizers - known) & computed
         if any(source in late or source in unknown for source in node.sources):
             late.add(name)
+    # Backwards from the end, up to known quantizers and inputs; and from each tensor on the way forwards to its other
+    # readers.
     reads: set[str] = set()
     inputs: set[str] = set()
     others: set[str] = set()
@@ -181,6 +185,7 @@ def _extent_before(nodes: Mapping[str, _Node], quantizers: set[str], end: str, k
             elif nodes[source].kind == "Parameter":
                 inputs.add(source)
             elif source in computed:
+                # ShapeOf reads a size, not values: other readers of its tensor do not matter for it.
                 waiting.append((source, followed and node.kind != "ShapeOf"))
         if name in ends or not followed:
             continue
@@ -218,6 +223,7 @@ def _cut_out(nodes: Mapping[str, _Node], extent: _Extent, watched: bool) -> Any:
     if watched:
         ends += [operator.output(0) for operator in again]
     inputs = [nodes[name].operator for name in extent.inputs]
+    # The part is cloned, so that the file's graph can be put together again for the next part.
     part = openvino.Model([opset.result(end) for end in ends], [*parameters, *inputs], "part").clone()
     for port, source in moved:
         port.replace_source_output(source)

@@ -256,6 +256,8 @@ def _sequence_bias(biases: Sequence[Any], name: str, size: int) -> Any:
     both = opset.add(own, recurrent)
     if name != "gru":
         return both
+    # With linear_before_reset, as in PyTorch, the reset gate multiplies the recurrent bias of the new gate: it cannot
+    # be added to the other.
     summed = opset.split(both, np.int64(1), gates)
     kept = [opset.split(bias, np.int64(1), gates).output(gates - 1) for bias in (own, recurrent)]
     return opset.concat([summed.output(0), summed.output(1), *kept], 1)

@@ -93,17 +93,22 @@ class Branch(Simulated):
         zero = skip.limits.zero_byte * unit
         values = self.values.values if isinstance(self.values, Accumulator) else self.values
         own = self.values.unit if isinstance(self.values, Accumulator) else torch.ones_like(unit)
+        # The limits of the mark before it, in units of the convolution's sums: value * to_steps + first is a place in
+        # steps.
         steps = torch.tensor(float(MARK_LEVELS - 1))
         high = torch.full_like(own, self.limit) / own
         low = -high
         to_steps = steps / (high - low)
         first = -low * steps / (high - low)
+        # The limits behind it, less the skip connection's zero point and in units of its scale: place * step + low_out.
         low_out = (torch.full_like(unit, -self.limit) - zero) * inverse
         high_out = (torch.full_like(unit, self.limit) - zero) * inverse
         step = (high_out - low_out) / steps
         if watched:
+            # As an operator of its own the mark rounds, to steps as fine as those of float32.
             rounded = torch.round(fused_multiply_add(values, to_steps, first))
             return ScaledSum(fused_multiply_add(rounded, step, low_out) + skip.bytes, unit, from_layer=True)
+        # In the convolution's kernel it does not round: both linear functions become one.
         factor = to_steps * step
         shift = first * step + low_out
         return ScaledSum(fused_multiply_add(values, factor, shift) + skip.bytes, unit, from_layer=True)

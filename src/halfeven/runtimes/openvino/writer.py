@@ -32,6 +32,7 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     import openvino
     from openvino.frontend.pytorch import ConversionExtension
 
+    # On the program: operators that the front end would take apart.
     keep_products_whole(program)
     keep_recurrences_whole(program)
     traced = traced_names(program, names)
@@ -48,6 +49,8 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     sizes = zip(model.inputs, input_values(program), strict=True)
     model.reshape({port: openvino.PartialShape(_static_sizes(value)) for port, value in sizes})
     model.validate_nodes_and_infer_types()
+    # On the converted model: operators that the plugin computes in float, or wrongly. Names come last, because these
+    # passes replace operators.
     write_out_ceilings(model)
     write_out_moves(model)
     write_out_means(model)
