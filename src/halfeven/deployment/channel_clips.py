@@ -46,6 +46,7 @@ def _write_clip(
     quantizer = quantizer_at(next(iter(node.users))) if len(node.users) == 1 else None
     ends = (float(clip.low.min()), float(clip.high.max()))
     with region.graph.inserting_before(node):
+        # First the whole tensor, to the widest bounds of any channel: such a clip is fused into the layer's kernel.
         clipped = region.graph.call_function(aten.clamp.default, (source, *map(_clamp_bound, ends)))
     clipped.meta = dict(node.meta)
     low, high = clip.low.detach(), clip.high.detach()

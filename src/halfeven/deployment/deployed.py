@@ -136,6 +136,7 @@ def _deploy_weight(region: CapturedModule, calls: list[fx.Node]) -> None:
     scale = quantizer.used_scale(layer.weight)
     integers = quantize(layer.weight, scale, torch.zeros_like(scale), quantizer.scheme)
     scheme = quantizer.scheme
+    # White paper, section 4.2 (c): a factor of each output channel multiplies the scales and leaves the integers.
     if behind := epilogue(node):
         factor, bias = folded_epilogue(behind, node, layer.bias)
         scale, integers = _scale_integers(scale, integers, factor, output_axis(node))
@@ -208,6 +209,7 @@ def recoverable(scale: Tensor, steps: int = 254) -> Tensor:
     1 / 131072, and so change integers that the trained model rounds otherwise.
     """
     for _ in range(4):
+        # As a reader of the file computes it: from limits of -127 and 127 steps, rounded to float32.
         end = scale * (steps // 2)
         found = (end + end) / steps
         if torch.equal(found, scale):

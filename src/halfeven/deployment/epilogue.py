@@ -65,6 +65,7 @@ def folded_epilogue(nodes: list[fx.Node], layer: fx.Node, bias: Tensor | None) -
         layer: the call of the layer.
         bias: the layer's bias.
     """
+    # In float64: the factors of several operators are rounded to float32 once, with the scale.
     total = torch.ones((), dtype=torch.float64)
     for node in nodes:
         if Op(node).is_module:

@@ -68,6 +68,7 @@ def interface_of(
     leaves = pytree.tree_leaves((args, {name: kwargs[name] for name in order}))
     known = [leaf for leaf in leaves if isinstance(leaf, ModelInput)]
     inputs = _chosen_names("input", [one.name for one in known], input_names)
+    # A dict may name an output like an input; a file's names differ.
     own = [f"{name}_{OUTPUT}" if name in inputs else name for name in _output_names(program)]
     outputs = _chosen_names("output", own, output_names)
     axes = [one.free for one in known]

@@ -124,6 +124,7 @@ class ExportedQuantizer(nn.Module):
         if scheme.bits == 8 or (clips_integers and not self.weight) or (narrow_weights and self.weight):
             return
         if not quantizer.weight:
+            # The ends of the own grid as real numbers: the clamp takes the place of the grid's, which has 8 bits now.
             steps = torch.tensor([scheme.quant_min, scheme.quant_max]) - quantizer.zero_point
             low, high = (steps * quantizer.scale).tolist()
             self.bounds = (low, high)

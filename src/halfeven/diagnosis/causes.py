@@ -66,6 +66,7 @@ def _unlike_tensors_share_range(suspect: Suspect) -> Cause | None:
     sizes = ", ".join(
         f"{name} ±{size:.3g}" for name, size in list(zip(suspect.planned.places, largest, strict=True))[:4]
     )
+    # With one scale, a tensor uses as large a share of the levels as its range is of the largest.
     levels = suspect.found.quantizer.scheme.levels * min(largest) / max(largest)
     return Cause(
         "tensors of unlike sizes share one range",
@@ -107,6 +108,7 @@ def _outlier_channel(suspect: Suspect) -> Cause | None:
         return None
     axis, channel, ratio = outlier
     largest = suspect.found.channel_largest[axis]
+    # A single channel always counts as few, however few channels there are.
     if float((largest > 0.5 * largest.max()).double().mean()) > max(FEW_CHANNELS, 1.5 / len(largest)):
         return None
     behind = _normalization_before(suspect)
@@ -122,6 +124,7 @@ def _unfit_observer(suspect: Suspect) -> Cause | None:
         return None
     low, high = suspect.found.bounds
     seen = max(place.largest for place in suspect.found.places)
+    # A range that ends well below the largest value clips; any other was widened by rare values.
     narrow = max(abs(low), abs(high)) < 0.8 * seen
     if suspect.found.quantizer.weight:
         better = f'The estimator "{suspect.observer_helps}" fits it better.'

@@ -87,6 +87,7 @@ def _statistics_distances(model: nn.Module, settled: nn.Module) -> dict[str, flo
         mean, variance = other[name].running_mean, other[name].running_var
         assert mean is not None
         assert variance is not None
+        # Both in units in which 1 is much: standard deviations of the mean, and doublings of the variance.
         shift = (mean - norm.running_mean).abs() / (variance + norm.eps).sqrt()
         ratio = torch.log2((variance + norm.eps) / (norm.running_var + norm.eps)).abs()
         found[name or "the BatchNorm"] = float(torch.maximum(shift, ratio).median())
@@ -149,6 +150,7 @@ def _is_product(qmodel: nn.Module, name: str) -> bool:
 def _against_the_runtime(qmodel: nn.Module, reference: Reference) -> list[str]:
     """Return a note where the runtime's integer arithmetic and the simulation give other answers."""
     args, kwargs = reference.inputs[0]
+    # The exact simulation runs on the CPU, so that a large batch would take long.
     if _batch_size((args, kwargs)) > 4 * COMPARED_SAMPLES:
         return []
     try:

@@ -66,8 +66,10 @@ def find_culprit(patient: Patient, *, first: bool) -> tuple[Finding, nn.Module] 
     """
     if not patient.sensitivities.tensors or patient.divergence <= 0:
         return None
+    # The cheapest question first: do the ranges belong to these batches at all?
     if first and (again := _calibrated_again(patient)) is not None:
         return again
+    # Then the worst tensor alone, then neighbours together, then the whole model: from a narrow remedy to a wide one.
     single = patient.sensitivities.tensors[0]
     if single.kl_in_context >= OUTSTANDING_SHARE * patient.divergence:
         found = _finding_of_tensor(patient, single)
@@ -164,6 +166,7 @@ def _best_group(patient: Patient) -> OperatorGroup | None:
     """Return the smallest group of neighbours that takes most of the damage away; None if none does."""
     groups = operator_groups(patient.qmodel)
     members = {group.name: group.quantizers for group in groups if group.quantizers}
+    # Groups are many, and a part of the samples is enough to see which stand out.
     part = patient.reference.first(SCREENING_SAMPLES)
     whole = patient.divergence if part is patient.reference else divergence_of(patient.qmodel, part)
     found = divergences(patient.qmodel, part, members, lambda group: raising_bits(group, {}))

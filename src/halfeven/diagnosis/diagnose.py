@@ -162,6 +162,7 @@ class Parts:
 
 def _measure_parts(qmodel: nn.Module, reference: Reference) -> Parts:
     planned = planned_quantizers(qmodel)
+    # White paper, section 3.7: weights alone are those with all activations in float, and the other way round.
     others = {weight: [q for q, _ in planned if q.weight is not weight] for weight in (True, False)}
     found = divergences(qmodel, reference, others, lambda group: raising_bits(group, {}))
     with torch.no_grad(), float_function(qmodel):
@@ -189,6 +190,7 @@ def _find_and_repair(
         log(f"{finding.cause}: {finding.where}; {finding.remedy} takes away {finding.recovered:.0%}.")
         if divergence_of(repaired, patient.reference) < whole / 10 or turn == MAX_CAUSES - 1:
             break
+        # The next cause is sought in the repaired model: a tensor that the first one hid may show.
         patient = _examine(repaired, list(patient.batches), patient.reference, alone=False)
     return found, repaired
 

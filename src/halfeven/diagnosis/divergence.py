@@ -37,6 +37,7 @@ def _output_divergence(found: Tensor, expected: Tensor) -> float:
         return float("inf")
     axis = _probability_axis(expected)
     if axis is not None:
+        # A probability of 0 has no logarithm; the smallest normal number stands for it.
         smallest = torch.finfo(torch.float32).tiny
         return _kullback_leibler(found.clamp(min=smallest).log(), expected.clamp(min=smallest).log(), axis)
     if expected.ndim == 2 and expected.shape[1] > 1:
@@ -74,5 +75,7 @@ def _feature_divergence(found: Tensor, expected: Tensor, axis: int) -> float:
     # Where all samples have the same answer, there is no variance to compare with.
     spread = centred.square().mean(others)
     spread = torch.where(spread > 0, spread, expected.square().mean(others))
+    # error / (error + spread) is 0 without an error and nears 1 for noise, so that no channel without variance
+    # dominates.
     total = error + spread
     return float(torch.where(total > 0, error / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0).mean())

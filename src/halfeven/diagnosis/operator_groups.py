@@ -45,6 +45,7 @@ def operator_groups(qmodel: nn.Module) -> list[OperatorGroup]:
     """Return groups of neighbours: the first 2, 3, 4, 6, ... operators, and the operators of each submodule."""
     operators = integer_operators(qmodel)
     largest = int(LARGEST_SHARE * len(operators))
+    # About half as large again each time: a front end has some length, and every length would cost a measurement.
     sizes = [size for size in (2, 3, 4, 6, 8, 12, 16, 24, 32) if size <= largest]
     found = {tuple(operators[:size]): f"the first {size} operators" for size in sizes}
     for name, members in _by_module(operators).items():

@@ -90,6 +90,7 @@ class RestartedForward:
         call = op.module if op.is_module else op.function
         values[op.node] = call(*args, **kwargs)
         for node in op.node.all_input_nodes:
+            # Nothing later reads the value, so its memory is free.
             if self.last_read[node] == number:
                 values.pop(node, None)
 

@@ -186,6 +186,7 @@ def sensitivities(
     part = reference if ranked_by is None else reference.first(ranked_by)
     harm = _measure_harm(qmodel, part, members, ranges)
     if part is not reference:
+        # The rank of the harmless does not matter, so only the worst are measured on all samples.
         worst = sorted(harm, key=lambda name: -harm[name])[:MEASURED_AGAIN]
         harm |= _measure_harm(qmodel, reference, {name: members[name] for name in worst}, ranges)
     lone: dict[tuple[str, bool], list[float]] = {}
@@ -249,6 +250,7 @@ def measure_changes(
     The arguments are those of `divergences`; a result is the mean over the samples.
     """
     forward = forward_of(qmodel)
+    # In the order of the graph: the forward pass stops before each group in turn, and each change costs the rest alone.
     order = sorted(((forward.first_use(group), name) for name, group in groups.items()), key=lambda row: row[0])
     found = {name: [0.0] * len(measures) for name in groups}
     with evaluating(qmodel), weights_quantized_once(qmodel):

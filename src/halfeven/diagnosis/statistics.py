@@ -111,6 +111,7 @@ class TensorStatistics:
         relative = values / values.max()
         between = ((relative > NEAR_SHARE) & (relative < FAR_SHARE)).double().mean()
         share = float((relative >= FAR_SHARE).double().mean())
+        # A mask leaves a gap between its constant and the features; a long tail does not.
         return share if float(between) < 0.05 * share else 0.0
 
     def far_is_constant(self) -> bool:
@@ -132,6 +133,7 @@ class TensorStatistics:
         """Return axis and the largest channel's magnitude over the smallest live channel's."""
         found = []
         for axis, largest in self.channel_largest.items():
+            # A dead channel holds rounding noise, or nothing: a ratio to it says nothing about scales.
             live = largest[largest > 1e-8 * largest.max()]
             if len(live) > 1:
                 found.append((axis, float(live.max() / live.min())))

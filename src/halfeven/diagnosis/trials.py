@@ -91,6 +91,7 @@ def remedy_by_option(name: str, **changes: Any) -> Remedy:
     def apply(qmodel: nn.Module, batches: Batches) -> None:
         plan = plan_of(qmodel)
         assert plan.decide is not None
+        # Algorithms have changed the graph since the plan was made: the new plan keeps the record of it.
         after = dataclasses.replace(plan.decide(dataclasses.replace(plan.options, **changes)), changes=plan.changes)
         apply_plan(qmodel, after, runtime_named(plan.options.target).target)
         calibrate_missing(qmodel, batches)

@@ -141,6 +141,7 @@ def label_of(batch: Any, form: InputForm) -> Any:
     nested = _is_nested(batch[0], form)
     if nested and len(batch) == 1:
         return label_of(batch[0], form)
+    # A sequence gives the inputs one by one, or all of them in its first item.
     taken = 1 if nested else len(form.args) or len(form.kwargs)
     return batch[taken] if len(batch) > taken else None
 

@@ -83,6 +83,7 @@ def capture(
         # The graph must not depend on where it is captured.
         with torch.enable_grad(), plain_forward(model) as in_float32:
             found, report = _captured_batch(captured, given, doubled)
+            # The graph to deploy is that without labels; the loss is a graph of its own, beside it.
             if labels and isinstance(found, CapturedModule):
                 inputs = batched(*whole) if report.samples == _batch_size(doubled) else whole
                 _capture_loss(found, model, inputs, labels, shapes)

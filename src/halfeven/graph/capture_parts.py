@@ -110,6 +110,7 @@ class PartsCapture:
 
     def _with_parts(self, parts: Mapping[str, CapturedModule]) -> nn.Module:
         """Return a copy of the model that shares its parameters, with graphs in the places of the parts."""
+        # A deep copy returns what is in its memo: so the copy has modules of its own and the model's tensors.
         memo: dict[int, Any] = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         copy = copy_model(self.model, memo)
         for name, part in parts.items():

@@ -31,6 +31,8 @@ def fold_constants(region: CapturedModule, stays: Callable[[nn.Module], bool]) -
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             function: Any = Op(node).module if Op(node).is_module else node.target
             values[node] = function(*args, **kwargs)
+    # Where a computed value meets an operator that is not constant, a buffer takes its place. What only led to it is
+    # removed below, from the last node to the first.
     for count, node in enumerate(list(region.graph.nodes)):
         computed = not Op(node).is_constant and isinstance(values.get(node), Tensor)
         if not computed or all(user in values for user in node.users):

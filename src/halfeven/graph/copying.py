@@ -34,6 +34,7 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     }
     known = {**computed, **(memo or {})}
     try:
+        # From the innermost wrapper outwards: each copy is in the memo when the module around it is copied.
         for module in reversed([m for m in model.modules() if wrapped_module(m) is not None]):
             known[id(module)] = copy.deepcopy(unwrapped(module), known)
         return copy.deepcopy(model, known)

@@ -57,6 +57,7 @@ def _recurrence_macs(op: Op) -> int:
 def _attention_macs(given: Arguments) -> int:
     query, key, value = (Op(given[name]).shape for name in ("query", "key", "value"))
     return (
+        # query key^T, and the probabilities times value, for each pair of positions.
         _element_count(query[:-1]) * _concrete_size(key[-2]) * (_concrete_size(query[-1]) + _concrete_size(value[-1]))
     )
 
@@ -80,6 +81,7 @@ def _counted_by_torch(op: Op) -> int:
         args, kwargs = pytree.tree_map(_traced_size, (args, kwargs))
         call: Callable[..., Any] = op.function
         call(*args, **kwargs)
+    # The counter counts a multiply-accumulate as two operations.
     return int(counter.get_total_flops()) // 2
 
 

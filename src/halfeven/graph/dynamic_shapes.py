@@ -48,6 +48,7 @@ def batch_axes(inputs: Any, label: str = BATCH) -> FreeAxes:
     """Return the first axis of each leaf that is a tensor of as many samples as the largest one."""
     leaves = pytree.tree_leaves(inputs)
     sizes = [leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else 0 for leaf in leaves]
+    # A tensor with fewer rows, such as one mask for all samples, is no batch.
     return [{0: label} if size and size == max(sizes) else {} for size in sizes]
 
 

@@ -95,6 +95,7 @@ class _InFloat32(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # A model may convert to its block's type by itself: `x.half()`, `x.to(torch.float16)`.
         if self.methods.get(func) == self.dtype:
             return Tensor.float(*args, **kwargs)
         args = tuple(torch.float32 if a is self.dtype else a for a in args)

@@ -117,6 +117,7 @@ def restore_kept(graph: fx.Graph, original: nn.Module, calls: Calls) -> dict[str
     for name, nodes in marks.items():
         call = calls[name]
         result, inputs = (Op(nodes[0]).argument(argument) for argument in ("x", "inputs"))
+        # In eval mode, which is traced, it returns its input: quantized readers may then look through it.
         identity = len(nodes) == 1 and call.results.is_leaf() and result is next(iter(inputs), None)
         kind = OperatorKind.IDENTITY if identity else OperatorKind.FLOAT
         if call.name in rows and rows[call.name].kind is not kind:

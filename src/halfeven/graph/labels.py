@@ -164,6 +164,7 @@ class _Copier:
         self.sources: dict[Source, fx.Node] = {}
         self.copies: dict[fx.Node, Any] = {}
         numbers: dict[Any, int] = {}
+        # One table for both graphs: a node of the full graph with the number of an output computes that output.
         known = self._number_nodes(plain, numbers)
         self.numbers = self._number_nodes(full, numbers)
         results = _graph_results(plain.graph)

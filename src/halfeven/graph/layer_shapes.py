@@ -27,6 +27,7 @@ class ConvolutionShape:
         strides = tuple(stride) if isinstance(stride, tuple | list) else (stride,)
         return ConvolutionShape(
             kernel=tuple(kernel),
+            # A single number stands for all axes.
             stride=tuple(int(step) for step in strides) * (len(kernel) if len(strides) == 1 else 1),
             groups=groups,
             # A transposed convolution's weight is [inputs, outputs / groups, ...].

@@ -124,6 +124,7 @@ def check_sizes(inputs: Sequence[ModelInput | None], values: Sequence[Any], part
         InputError: a tensor has another size than the example's at an axis that is not free, or two axes of one name
             have different sizes.
     """
+    # The first size of each named axis, which all later ones must equal; 1 is broadcast.
     seen: dict[str, tuple[str, int, int]] = {}
     for known, value in zip(inputs, values, strict=False):
         if known is None:

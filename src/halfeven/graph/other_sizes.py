@@ -29,6 +29,7 @@ def other_sizes(inputs: Inputs, free: FreeAxes) -> Iterator[OtherSize]:
     The original may not take all of them: strides and windows want multiples, tables of positions have an end. Half the
     size comes before twice the size, because an index beyond the end of a table stops a GPU for good.
     """
+    # The batch works at any size or at none, so one more sample shows it.
     for label in dict.fromkeys(label for axes in free for label in axes.values()):
         for change in (_one_more,) if label == BATCH else (_half, _twice, _one_more):
             other = _resize_axis(inputs, free, label, change)

@@ -184,6 +184,7 @@ def _restore_module(node: fx.Node, original: nn.Module, modules: dict[str, nn.Mo
     if built is None:
         return
     name, module = built
+    # The name may be taken: by the same layer, called before, or by a layer with other settings around the same weight.
     present = modules.get(name)
     if present is None and not _is_unused_name(original, name):
         return

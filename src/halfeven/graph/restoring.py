@@ -19,6 +19,8 @@ def attributes_restored(model: nn.Module) -> Iterator[None]:
     constants, and training would leave the parameters that they are made of as they are. Lazy modules, which a first
     call completes, stay complete.
     """
+    # Attributes are compared by identity; containers that stay the same object are copied, because their entries may
+    # change.
     modules = [module for module in model.modules() if not isinstance(module, LazyModuleMixin)]
     attributes = [dict(vars(module)) for module in modules]
     containers = [(value, value.copy()) for had in attributes for name, value in had.items() if _is_cache(name, value)]

@@ -65,6 +65,8 @@ def capture_as_trained(model: nn.Module, args: Any, kwargs: Any, how: Capture) -
         return TrainingCapture(captured)
     candidates = comparison.suspects(how.export)
     while said:
+        # From the least to the most that stays Python: suspected modules, then those modules with their children
+        # captured apart, then whole regions.
         new = next((found for found in candidates if found), {})
         if not new:
             new = {name: replace(k, whole=False) for name, k in kept.items() if k.whole}

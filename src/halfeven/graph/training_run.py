@@ -150,6 +150,7 @@ def _other_gradients(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
             if present is not None and bool(present.any()):
                 names.append(name)
             continue
+        # The norm of rounding in each element, in proportion to the largest gradient of the model.
         noise = NO_GRADIENT * largest * e.numel() ** 0.5
         if (e - f).norm() > ROUNDING_TOLERANCE * max(float(e.norm()), float(f.norm())) + noise:
             names.append(name)
@@ -200,6 +201,8 @@ def _output_gradients(
     for number, output in enumerate(run.outputs):
         if isinstance(output, Tensor) and output.is_floating_point() and output.requires_grad:
             generator = torch.Generator().manual_seed(number)
+            # A random direction, the same in each run: the gradients of a sum could agree by symmetry where the models
+            # differ.
             cotangent = torch.randn(output.shape, generator=generator).to(output)
             total = total + (output * cotangent).sum().cpu()
     try:

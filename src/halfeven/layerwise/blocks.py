@@ -99,6 +99,8 @@ def _block_starts(nodes: Sequence[fx.Node], layers: Sequence[int]) -> list[int]:
         # The last cut: activation and quantizer of a layer stay with it, its successor's normalization does not.
         if between := [cut for cut in cuts if before < cut <= layer]:
             starts.append(between[-1])
+    # Chains without a residual are joined where they belong to one small module; then blocks of very many layers are
+    # cut into their layers.
     starts = _joined_chains(nodes, starts)
     result: list[int] = []
     for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True):

@@ -18,6 +18,7 @@ def first_samples(batches: Iterable[Any], count: int) -> list[Any]:
     samples = 0
     for batch in batches:
         found.append(batch)
+        # The largest first size is that of the samples: a batch may hold tables and masks too.
         samples += max((x.shape[0] for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)), default=1)
         if samples >= count:
             break

@@ -21,6 +21,7 @@ def trained_batchnorms(model: nn.Module) -> list[Any]:
 def _is_trained(norm: Any, model: nn.Module) -> bool:
     frozen = (model.training and not norm.training) or (norm.weight is not None and not norm.weight.requires_grad)
     on_cpu = norm.running_mean.device.type == "cpu"
+    # In a distributed run SyncBatchNorm refuses to train on a CPU.
     on_gpus_alone = isinstance(norm, nn.SyncBatchNorm) and on_cpu
     tracked = norm.num_batches_tracked
     return not frozen and not on_gpus_alone and tracked is not None and int(tracked) > 0

@@ -67,6 +67,8 @@ def capture_for_quantization(
             "Blocks of automatic mixed precision run in float32, in training too; to train in mixed precision, put the "
             f"whole step under torch.autocast: {', '.join(report.in_float32)}."
         )
+    # In this order: operators are written out before duplicates among them are merged, and BatchNorm is folded into the
+    # layers that are left.
     lowered = sum(lower_attention(region) for region in regions(captured).values())
     if lowered:
         notes.append(

@@ -68,6 +68,7 @@ def _sink_below_pools(quantizer: fx.Node) -> None:
         pool.replace_all_uses_with(quantizer)
         pool.replace_input_with(quantizer, before)
         moved[0].replace_input_with(before, pool)
+        # Each is put directly behind the pool, so the last comes first.
         for node in reversed(moved):
             pool.append(node)
 
@@ -77,5 +78,6 @@ def _fuse_clip(quantizer: fx.Node) -> None:
     bounds = Op(activation).bounds
     if bounds is None or _only_reader(activation) is not quantizer:
         return
+    # `Quantizer.forward(x, clip)` clips and quantizes in one kernel.
     quantizer.args = (activation.all_input_nodes[0], bounds)
     quantizer.graph.erase_node(activation)

@@ -60,6 +60,7 @@ class _LiveFolded:
     def _correction(self: Any, variance: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Return running / batch standard deviation and the mask of channels with a usable factor, each [channels]."""
         used = factor.detach().abs() > SMALLEST_FACTOR
+        # z = factor * x, so Var[x] = Var[z] / factor^2; running / batch sigma, each with eps, as BatchNorm has it.
         before = variance / torch.where(used, factor, 1.0).square()
         return torch.where(used, torch.sqrt((self.running_var + self.eps) / (before + self.eps)), 1.0), used
 
@@ -110,6 +111,7 @@ def fold_live(region: CapturedModule) -> None:
         own = readings[Op(norm_node).path] == calls[Op(norm_node).path] == calls[Op(layer_node).path]
         if not own or not hasattr(layer, "weight_quantizer") or type(norm) not in LIVE_FOLDED:
             continue
+        # The class is changed in place, so that the parameters, the state dict and references to the module stay valid.
         norm.__class__ = LIVE_FOLDED[type(norm)]
         # In tuples, so that neither becomes a submodule of the other.
         layer.live_norms = (norm, output_axis(layer_node))
@@ -146,5 +148,6 @@ def settle_live(region: CapturedModule) -> None:
 
 def _eval_shift(norm: Any, layer: Any, factor: Tensor) -> Tensor:
     """Return the shift that a BatchNorm in eval mode adds to outputs made with folded weights, [channels]."""
+    # gamma (W x + b - mean) / sigma + beta = (factor W) x + beta - factor (mean - b).
     mean: Tensor = norm.running_mean if layer.bias is None else norm.running_mean - layer.bias
     return -factor * mean if norm.bias is None else norm.bias - factor * mean

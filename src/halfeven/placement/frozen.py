@@ -29,6 +29,7 @@ def freeze_scales(region: CapturedModule, new: Iterable[Quantizer]) -> None:
             calls[module].append(op.node)
         elif getattr(module, "weight_quantizer", None) in wanted:
             _freeze_with(module.weight_quantizer, _weight_parameters(module))
+    # A tensor that depends on a trained parameter changes in training, and its range with it.
     before = _depend_on_trained(region.graph)
     for quantizer, nodes in calls.items():
         if quantizer in wanted and not any(before[node] for node in nodes):

@@ -33,6 +33,7 @@ def apply_changes(model: nn.Module, changes: GraphChanges) -> nn.Module:
         PlacementError: the model has no operator or layer of a name, or the change does not apply to it.
     """
     found = named_nodes(model)
+    # Copies come first: the changes after them are of the parameters of single layers.
     untie(model, changes.untied)
     for name in changes.unclipped:
         _replace_by_relu(name, _node_named(found, name)[1])

@@ -63,6 +63,7 @@ def _usual_grid(target: Target, *, non_negative: bool, no_zero_point: bool) -> S
     if target.signed_only:
         return Scheme(signed=True, symmetric=True)
     if non_negative:
+        # White paper, section 2.2: an unsigned symmetric grid suits one-tailed values, such as those after a ReLU.
         return Scheme(signed=False, symmetric=True)
     return Scheme(signed=no_zero_point, symmetric=no_zero_point)
 

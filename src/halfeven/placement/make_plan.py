@@ -83,6 +83,7 @@ def make_plan(
     for prefix, module in regions(model).items():
         names = {node: qualified(prefix, name) for name, node in tensor_names(module.graph).items()}
         region = Region(prefix, module.graph, names)
+        # Requests come first: they decide which tensors and weights are quantized, and so what is left.
         known += names.values()
         if activation_bits != BITS_NAMED_FOR_FLOAT:
             collect_requests(region, target, rules)
@@ -91,6 +92,7 @@ def make_plan(
         tensors += _planned_tensors(region, options, rules, target, activation_bits)
         weights += _planned_weights(region, options, rules, target, kinds, weight_bits)
         left += _left_in_float(region, rules, target, kinds)
+    # A rule takes effect where one of its fields is looked up, so only now all of them had their chance.
     rules.check_all_used(known)
     if not weights:
         raise PlacementError(
@@ -207,6 +209,7 @@ def _planned_tensors(
         fused = {region.names[member]: kind_of(member) for place in places for member in fused_group(place)}
         scheme = activation_scheme(region, places, rules, fused, target, bits)
         consumers = dict.fromkeys(c for n in places for c in region.requests[n].consumers)
+        # Probabilities lie between 0 and 1 whatever the data, so their range needs no calibration.
         fixed = (0.0, 1.0) if all(kind_of(n) is K.SOFTMAX for n in places) else None
         yield PlannedTensor(
             name=region.names[node].replace(".", "_").replace(":", "_"),
@@ -283,6 +286,7 @@ def _planned_weights(
         own = {region.names[node]: kind}
         asked = rules.chosen("weight_bits", own, bits)
         per_channel = rules.chosen("per_channel", own, options.per_channel)
+        # A transposed convolution has its weight as [inputs, outputs / groups, ...], any other layer as [outputs, ...].
         axis = (1 if kind is K.TRANSPOSED_CONVOLUTION else 0) if per_channel else None
         shape = weight_shape(node)
         if axis == 1 and groups_of(node) > 1:

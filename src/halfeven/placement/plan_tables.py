@@ -186,6 +186,7 @@ def _block_prefixes(names: Sequence[str], most: int) -> list[str]:
     """Return prefixes that split names, in their order, into at most `most` groups, as evenly as that allows."""
     blocks = list(dict.fromkeys(_prefix(name, 1) for name in names))
     while True:
+        # The largest block is divided by the next part of its names, as long as all blocks have a row.
         sizes = {block: sum(_is_in_block(name, block) for name in names) for block in blocks}
         largest = max(blocks, key=lambda block: sizes[block])
         depth = largest.count(".") + 2

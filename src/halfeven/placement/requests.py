@@ -159,6 +159,7 @@ def _elementwise_operands(node: fx.Node, target: Target, region: Region) -> list
     if kind_of(node) is K.ADD and not all(_is_feature_map(region, operand) for operand in operands):
         return []
     if target.residual_branch_in_float and Op(node).name == "add" and _same_shape(*operands):
+        # Either operand may come from the convolution. x + x has no branch, and is left to the last line.
         for branch, skip in (operands, operands[::-1]):
             if branch is not skip and (end := _convolution_branch(branch)) is not None:
                 region.branches.update(end)

@@ -124,6 +124,7 @@ class WeightEMA:
             step: number of the step just taken, from 0: the first steps count more (see `warmed_up`).
         """
         self._follow_device()
+        # First the quantizers: those whose grid is new are copied, so that averaging blends numbers of one grid.
         for raw, mine in self._quantizers:
             if raw.scheme != mine.scheme or (raw.state.has_range and not mine.state.has_range):
                 # An average with NaN, or with the scale of another grid, would mean nothing.

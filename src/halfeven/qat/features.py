@@ -108,6 +108,7 @@ def _resolve_layer(name: str, layers: dict[str, nn.Module], whose: str) -> str:
     """Return the name of a layer, or for a container the name of the last layer in it."""
     inside = [layer for layer in layers if layer.startswith(f"{name}.")]
     if name not in layers and not inside:
+        # Containers of the layers too, so that the message can suggest them.
         parents = {layer.rsplit(".", depth)[0] for layer in layers for depth in range(1, layer.count(".") + 1)}
         several = f"There are {', '.join(list(layers)[:8])}, ..."
         raise ConfigError(
