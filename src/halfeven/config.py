@@ -111,6 +111,7 @@ class Experiment(Options):
     def __post_init__(self) -> None:
         target = self.quantization.target if self.export.target == "auto" else self.export.target
         self.endings(target)
+        # Refused here, before any work: formats that the target does not read, and a precision that it does not have.
         runtime_named(target).settings_for(self.export.float_precision)
         if self.training.epochs == 0:
             raise ConfigError(

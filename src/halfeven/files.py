@@ -80,11 +80,13 @@ def replacing(*paths: Path) -> Iterator[Path]:
                 os.replace(folder / path.name, path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        # The renaming itself outlives a power cut only once the folder is on the disk.
         _sync_folder(first.parent)
 
 
 def _flush_to_disk(path: Path) -> None:
     """Bring a file to the disk, readable as the umask says: some writers make files for their owner alone."""
+    # The umask can be read only by setting it.
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

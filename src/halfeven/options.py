@@ -261,6 +261,7 @@ def fits(kind: Any, value: Any) -> bool:
         bounds = [note for note in kind.__metadata__ if isinstance(note, Bound)]
         return fits(arguments[0], value) and (not _is_number(value) or all(b.keeps(value, b.limit) for b in bounds))
     if origin is Literal:
+        # By type too: 1, 1.0 and True are equal in Python.
         return any(type(value) is type(choice) and value == choice for choice in arguments)
     if origin in (Union, types.UnionType):
         return any(fits(member, value) for member in arguments)

@@ -322,6 +322,7 @@ def setup_qat(
     log(f"{recipe}\n")
     ptq = ptq or PTQOptions()
     if recipe.equalize.enabled:
+        # White paper, figure 11: equalization comes before the ranges, which are therefore set again.
         batches = _input_arguments(qmodel, batches_in_memory(loader, None))
         ptq = dataclasses.replace(ptq, equalize="on")
         ptq_recipe = decide(qmodel, ptq, data=True)

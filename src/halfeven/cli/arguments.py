@@ -82,6 +82,7 @@ def parsed(command: str, kind: type[Any], arguments: list[str]) -> Any:
         prog=f"halfeven {command}",
         args=by_new_names(arguments, default.experiment) if "experiment" in fields else arguments,
         default=default,
+        # Dotted options without subcommands, and switches without a --no- form.
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
         registry=unchecked(),
     )

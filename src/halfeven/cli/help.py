@@ -189,6 +189,7 @@ def _field_meanings(kind: Any) -> dict[str, str]:
     """Return the docstring below each field of a dataclass and of its base classes, in one line."""
     found: dict[str, str] = {}
     for base in [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]:
+        # A text below a field is no attribute of anything at run time, so it is read from the source.
         source: Any = ast.parse(textwrap.dedent(inspect.getsource(base)))  # type: ignore[arg-type]
         for field, text in itertools.pairwise(source.body[0].body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):

@@ -70,6 +70,7 @@ def is_continued(context: RunContext, *, resume: bool, auto_resume: bool, overwr
         )
     found = holds_run(context.folder)
     device = context.accelerator.device
+    # Both are 0 only if a process has found a run where another has not.
     if smallest(found, device) == smallest(not found, device):
         raise _not_shared_error(context.folder)
     return resume or (auto_resume and found)

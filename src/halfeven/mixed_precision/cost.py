@@ -44,6 +44,7 @@ class LayerWork:
         """Return the bits of both operands. A layer with an operand in float computes in float."""
         read = [widths.get(name) for name in self.inputs]
         if self.weight is None:
+            # A product of two activations; an operand without a quantizer is in float.
             first, second = (*read, None, None)[:2]
         else:
             first, second = widths.get(self.weight), next(iter(read), None)
@@ -147,6 +148,7 @@ def cost_of(workload: Workload, widths: Widths, scheme: Widths, times: LayerTime
     weights = [(work.elements, widths.get(work.weight) or FLOAT_BITS) for work in works if work.weight is not None]
     activations = {name for name in scheme if not name.startswith("the weight of ")}
     floats = [work.name for work, first, _ in pairs if first == FLOAT_BITS]
+    # The time outside of layers follows the traffic, from all at the scheme's bits to all in float.
     moved, least, most = (_moved_bits(workload, given) for given in (widths, scheme, {}))
     return Cost(
         bits=sum(work.multiply_accumulates * (first + second) / 2 for work, first, second in pairs) / total,

@@ -107,6 +107,7 @@ def _mean_difference(differences: Tensor) -> Judgement:
     drop = float(differences.mean())
     if count < 2:
         return Judgement(drop, None)
+    # Differences are paired, sample by sample, so what both models get wrong does not widen the interval.
     return Judgement(drop, CONFIDENCE * float(differences.std()) / math.sqrt(count))
 
 

@@ -62,6 +62,7 @@ class Move:
     def raises(self) -> bool:
         """Return True if no quantizer would get fewer bits than it has, and at least one has something to gain."""
         pairs = [(None if q.mode is Mode.FLOAT else q.scheme.bits, s) for q, s in self.settings.items()]
+        # A quantizer that is off, in float, cannot be raised further.
         if any(bits is None and setting is not None for bits, setting in pairs):
             return False
         if any(bits is not None and setting is not None and setting.scheme.bits < bits for bits, setting in pairs):

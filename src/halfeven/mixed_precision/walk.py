@@ -270,6 +270,7 @@ def _take_best_move(state: Walk, *, gaining: bool = True) -> SearchStep | None:
         name = f"divergence after {len(state.taken)}: {move.unit.name}, {move}"
         after = state.store.measured(name, lambda: divergence_of(state.qmodel, state.reference))
         needed = not state.within(before.cost) and is_cheaper(state.options, before.cost, cost)
+        # Above a budget a cheaper plan is worth a step even where it gains nothing.
         if after < before.divergence or needed or not gaining:
             _rank_relatives(state, move, after)
             why = reason(state.options, before.cost, cost, share) if gaining else USELESS_ALONE
@@ -296,6 +297,7 @@ def _best_move(state: Walk, before: SearchStep, *, gaining: bool) -> tuple[Move,
     over = not state.within(before.cost)
     best = max(costs, key=lambda move: worth(state.options, before.cost, costs[move], gains[move], over=over))
     highest = price(state.options, costs[best])
+    # Less by a tenth of its size, whatever its sign.
     enough = gains[best] - (1 - EQUIVALENT_GAIN_SHARE) * abs(gains[best])
     as_good = [
         move

@@ -46,6 +46,7 @@ class SetPrediction(Detection):
             {"class_labels": target["labels"], "boxes": _centre_and_size(target["boxes"] / size)} for target in targets
         ]
         layers = {name: outputs.get(f"intermediate_{name}") for name in ("logits", "reference_points")}
+        # The loss asks its config for the layers between, which the outputs have or have not.
         self.config.auxiliary_loss = layers["logits"] is not None
         proposed = {name: outputs[name] for name in ("enc_topk_logits", "enc_topk_bboxes") if name in outputs}
         found = self.compute(

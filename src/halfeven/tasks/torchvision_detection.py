@@ -58,6 +58,7 @@ class TorchvisionDetection(Detection):
         """Run the detector's own code behind the heads, on outputs that are given."""
         outputs = {name: output.float() for name, output in outputs.items()}
         first = next(iter(outputs.values()))
+        # Zeros of the right shapes, without memory: anchors depend on the sizes of features and images alone.
         features = pytree.tree_map(lambda f: first.new_zeros(1).expand(len(first), *f.shape[1:]), self.features)
         self.detector.backbone.forward = lambda images: features
         self.detector.head.forward = lambda features: outputs

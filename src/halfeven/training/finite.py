@@ -31,6 +31,7 @@ class LossWatch:
     def see(self, loss: Tensor, place: int) -> None:
         """Look at the loss, [], of the batch at a place: its number since the start of the run."""
         loss = loss.detach().float()
+        # The first alone: the losses after it are its consequence.
         found = ~torch.isfinite(loss) & (self._first == NO_PLACE)
         self._first = self._first.masked_fill(found, place)
         self._loss = torch.where(found, loss, self._loss)

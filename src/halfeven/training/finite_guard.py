@@ -96,6 +96,7 @@ class FiniteGuard:
         first = smallest(mine, self.accelerator.device)
         if first == NO_PLACE:
             return
+        # The process at fault tells the others, so that all end with the same error.
         told = gather_object([self._error_text(place, bad, step, rate) if mine == first else ""])
         raise ConfigError(next(text for text in told if text))
 

@@ -51,6 +51,7 @@ def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[st
         keeps = small and not options.decay_norms_and_biases
         group = learned if id(parameter) in scales else free if keeps else decayed
         (clipped if id(parameter) in clipping else group).append(parameter)
+    # White paper, section 4.4: Adam and RMSProp need no smaller rate, since they divide each gradient by its own size.
     factor = options.scale_rate if scale_optimizer(options) == "sgd" or has_two_optimizers(options) else 1.0
     # "rate" and "scales" are keys of our own: each step sets "lr" anew from the schedule, times "rate"
     # (`Trainer._take_step`), and "scales" tells whose optimizer a group has.
@@ -141,6 +142,7 @@ def _decay_left(done: float, options: TrainingOptions) -> float:
 
 def _onecycle(step: int, total_steps: int, rise: float) -> float:
     """Return the share of the highest learning rate, as torch's OneCycleLR has it by default."""
+    # As in OneCycleLR the top may lie between two steps.
     top = rise * total_steps - 1
     last = total_steps - 1
     if step <= top:

@@ -31,6 +31,7 @@ from halfeven.zoo.text import texts
 
 FASHION_MNIST_ROOT = "/usr/share/datasets/fashion-mnist"
 """Folder of the files of Debian's package dataset-fashion-mnist."""
+# Means and standard deviations of the pixels, from 0 to 1, as the model sees them.
 FASHION_MNIST_MEAN = 0.2860
 FASHION_MNIST_STD = 0.3530
 DIGITS_MEAN = 0.3053

@@ -149,6 +149,7 @@ def effdet_model(options: ModelOptions, pretrained: bool = False) -> nn.Module:
     try:
         return cast(
             nn.Module,
+            # effdet does not count the background among the classes.
             effdet.create_model(options.name, pretrained=pretrained, num_classes=options.num_classes - 1, **arguments),
         )
     except Exception as error:  # of whatever kind the library raises

@@ -67,6 +67,7 @@ class Yolo(nn.Module):
         )
         self.register_buffer("bins", torch.arange(BINS).float().reshape(1, 1, BINS, 1))
         for head in self.scores:
+            # sigmoid(-4) is 0.02: at first a place has no object, as nearly all of them do not.
             nn.init.constant_(head[-1].bias, -4.0)  # type: ignore[index]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -86,12 +87,14 @@ class Yolo(nn.Module):
         """Return the focal loss of the scores and the generalized overlap's loss of the boxes, over all objects."""
         boxes, scores = outputs[:, :4].transpose(1, 2), outputs[:, 4:].transpose(1, 2).clamp(1e-6, 1 - 1e-6)
         wanted = torch.zeros_like(scores)
+        # A batch without objects has a gradient, of zeros, too.
         losses = [boxes.sum() * 0]
         for sample, target in enumerate(targets):
             place, found = assign(boxes[sample], scores[sample], target["boxes"], target["labels"] - 1)
             overlap = generalized_overlap(boxes[sample, place], target["boxes"][found])
             wanted[sample, place, target["labels"][found] - 1] = 1.0
             losses.append(2 * (1 - overlap).sum())
+        # Focal: a place without an object counts by the square of its score, so that the many easy places weigh little.
         weight = torch.where(wanted > 0, 1.0, 0.75 * scores.detach() ** 2)
         classes = (F.binary_cross_entropy(scores, wanted, reduction="none") * weight).sum()
         objects = max(sum(len(target["boxes"]) for target in targets), 1)
@@ -130,6 +133,7 @@ def assign(boxes: Tensor, scores: Tensor, objects: Tensor, labels: Tensor) -> tu
     """
     from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]  # comes with scikit-learn
 
+    # From -1 to 1 moved to 0 to 1, of which a power can be taken.
     overlap = (generalized_overlap(boxes[:, None], objects[None]).clamp(min=-1) + 1) / 2
     quality = scores[:, labels] ** (1 - OVERLAP_WEIGHT) * overlap**OVERLAP_WEIGHT
     place, found = linear_sum_assignment(quality.cpu().numpy(), maximize=True)
