@@ -96,7 +96,7 @@ def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def argument_fits(kind: Any, value: Any) -> bool:
-    """Return True where a value is what an annotation says: a type, a choice, a bound, or what can be done with it."""
+    """Return True where a value satisfies an annotation: its type, choices and bounds, or the use it must allow."""
     origin = get_origin(kind)
     arguments = get_args(kind)
     if kind is Any or isinstance(kind, TypeVar | str):
@@ -128,7 +128,7 @@ def argument_fits(kind: Any, value: Any) -> bool:
 
 
 def _expected(kind: Any) -> str:
-    """Return the words for what an argument must be."""
+    """Return the words for the values that an annotation allows."""
     members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     words = list(dict.fromkeys(_expected_of_one(member) for member in members))
     return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
@@ -151,7 +151,7 @@ def _expected_of_one(kind: Any) -> str:
 
 
 def described(value: Any) -> str:
-    """Return words for what a value is: its type, with shape and dtype, or with itself where it is short."""
+    """Describe a value: its type, with shape and dtype, or with itself where it is short."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     name = type(value).__name__
@@ -191,7 +191,7 @@ def _advice_for(kind: Any, value: Any) -> str:
 
 
 def _translated_error(name: str, given: Mapping[str, Any], raw: Exception, error: type[HalfevenError]) -> HalfevenError:
-    """Return halfeven's error for a raw one."""
+    """Return halfeven's error for an error of another library."""
     if isinstance(raw, OSError) and raw.errno is not None:
         return storage_error(raw)
     arguments = ", ".join(f"{key}={described(value)}" for key, value in given.items() if key != "self")

@@ -114,7 +114,7 @@ def remove_file(path: Path) -> None:
 
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """Turn what a disk refuses, within the context, into a `StorageError` about `path`."""
+    """Turn errors of the disk, within the context, into a `StorageError` about `path`."""
     try:
         with _raising_disk_errors(path.parent):
             yield
@@ -128,7 +128,7 @@ def storing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _raising_disk_errors(folder: Path) -> Iterator[None]:
-    """Raise the error of the operating system where, within the context, a library raises one of its own instead.
+    """Raise the error of the operating system where, within the context, a library raises its own instead.
 
     Libraries that write files lose the reason ("unexpected pos 8064 vs 7960"). A file that is written beside theirs,
     before anything is tidied up, meets it again.
@@ -191,7 +191,7 @@ def _refused_small_file(folder: Path) -> OSError | None:
 
 
 def json_value(value: Any) -> Any:
-    """Return a value with what JSON can hold: None for NaN and infinities, texts as keys, lists for tuples."""
+    """Return a value as JSON can hold it: None for NaN and infinities, texts as keys, lists for tuples."""
     if isinstance(value, Mapping):
         return {str(name): json_value(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

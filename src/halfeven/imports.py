@@ -31,7 +31,7 @@ def import_function(name: str, option: str) -> Any:
 
 
 def call_function(name: str, option: str, *arguments: Any, **named: Any) -> Any:
-    """Call the function that "package.module:function" names, and return what it returns.
+    """Return the result of a call of the function that "package.module:function" names.
 
     Args:
         name: the module and the function, with a colon between them.
@@ -49,7 +49,7 @@ def call_function(name: str, option: str, *arguments: Any, **named: Any) -> Any:
 
 @contextmanager
 def users_code(what: str, *, importing: bool = False) -> Iterator[None]:
-    """Say whose error it is where code that is not halfeven's raises one, or ends the program, in this context.
+    """Say whose error it is where code that is not halfeven's raises an error, or ends the program, in this context.
 
     The exit code of a `sys.exit(0)` would pass for this command's success.
 

@@ -97,7 +97,7 @@ def _cut_or_changed(error: Exception) -> str:
 
 
 def wrong_values(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """List the tensors that no training or quantization leaves behind, each with what is wrong.
+    """List the tensors that no training or quantization leaves behind, each with its fault.
 
     Args:
         found: state dict of a file.

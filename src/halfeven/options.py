@@ -280,7 +280,7 @@ def fits(kind: Any, value: Any) -> bool:
 
 
 def describe(kind: Any) -> str:
-    """Return the words for what a field takes, such as 'an integer (at least 1) or "auto"'."""
+    """Return the words for the values that a field takes, such as 'an integer (at least 1) or "auto"'."""
     return _joined_by_or(_alternatives(kind))
 
 
@@ -319,7 +319,7 @@ def _hint_for(kind: Any, value: Any, field: dataclasses.Field[Any]) -> str:
 
 
 def meant(kind: Any, value: Any) -> Any:
-    """Return the right value that is nearest to a wrong one, or None."""
+    """Return the right value that is nearest to a wrong value, or None."""
     if fits(kind, value):
         return value
     origin = get_origin(kind)

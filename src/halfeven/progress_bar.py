@@ -25,7 +25,7 @@ _one_bar = threading.Lock()
 
 @contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-    """Show, on stderr, that something works, until the context ends.
+    """Show a progress bar on stderr until the context ends.
 
     In a pipe, a file, a notebook, or a process of a distributed run other than the first, nothing is shown.
 

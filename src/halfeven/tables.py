@@ -22,7 +22,7 @@ def table(*columns: str) -> Table:
 
 
 def as_text(content: RenderableType, width: int = WIDTH) -> str:
-    """Return what would be printed, without colours and spaces at the ends of lines."""
+    """Return the printed text, without colours and spaces at the ends of lines."""
     console = _silent_console(width, color_system=None)
     with console.capture() as capture:
         console.print(content)
@@ -30,7 +30,7 @@ def as_text(content: RenderableType, width: int = WIDTH) -> str:
 
 
 def as_html(content: RenderableType, width: int = WIDTH) -> str:
-    """Return what would be printed as HTML, for a notebook."""
+    """Return the printed text as HTML, for a notebook."""
     console = _silent_console(width, record=True)
     console.print(content)
     return console.export_html(inline_styles=True, code_format=HTML)

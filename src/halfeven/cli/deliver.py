@@ -69,7 +69,7 @@ def deliver(
 
 
 def _accuracy_of_last(context: RunContext, model: nn.Module, best: Metrics) -> Metrics:
-    """Return the accuracy of the last checkpoint, which was not chosen; that of the best one where it is the same."""
+    """Return the accuracy of the last checkpoint, which is measured only where it is not the best checkpoint too."""
     chosen, last = (read_facts(context.folder / name).get("extra", {}) for name in (BEST_FILE, LAST_FILE))
     if chosen == last:
         return best
@@ -84,7 +84,7 @@ def _selection_caption(context: RunContext) -> str:
 
 
 def write_plan(context: RunContext, qmodel: nn.Module) -> None:
-    """Write the whole plan into the work folder; what is printed is its summary."""
+    """Write the whole plan into the work folder; the console shows its summary."""
     if context.accelerator.is_main_process:
         text = f"{plan_of(qmodel).table()}\n"
         write_atomically(context.folder / PLAN, lambda partial: partial.write_text(text, encoding="utf-8"))

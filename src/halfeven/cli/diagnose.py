@@ -38,7 +38,7 @@ class DiagnoseArguments(ConfigArguments):
 
 
 def run_diagnose(arguments: DiagnoseArguments) -> None:
-    """Diagnose the model, and print what was found."""
+    """Diagnose the model, and print the findings."""
     experiment = arguments.experiment
     if arguments.samples < 1:
         raise ConfigError(f"--samples {arguments.samples} gives nothing to compare on. Give at least 1.")

@@ -169,7 +169,7 @@ def _metavar(kind: Any) -> str:
 
 
 def _metavar_of_union(forms: list[str]) -> str:
-    """Return the form of a value that has several, with all choices in one set: INT|{auto} or {a,b,auto}."""
+    """Return the joint form of a value with several forms, its choices in one set: INT|{auto} or {a,b,auto}."""
     choices = [form[1:-1] for form in forms if form.startswith("{") and form.endswith("}")]
     others = [form for form in forms if form[1:-1] not in choices]
     return "|".join([*others, *([f"{{{','.join(choices)}}}"] if choices else [])])

@@ -186,7 +186,7 @@ def parse(command: str, arguments: list[str]) -> Any:
 
 
 def imported(name: str) -> Any:
-    """Return what "module:name" names, in a module of halfeven."""
+    """Import the object that "module:name" names, in a module of halfeven."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 

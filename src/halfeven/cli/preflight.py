@@ -62,7 +62,7 @@ def prepare_folded(context: RunContext, model: nn.Module) -> nn.Module:
 
 
 def _check_deployable(qmodel: nn.Module, experiment: Experiment) -> None:
-    """Refuse what no file of the target can hold: a run ends with files."""
+    """Refuse a plan that no file of the target can hold: a run ends with files."""
     name = experiment.quantization.target if experiment.export.target == "auto" else experiment.export.target
     check_deployable(plan_of(qmodel).tensors, runtime_named(name).target)
 
@@ -86,7 +86,7 @@ def _check_data(context: RunContext, model: nn.Module, trainings: list[TrainingO
 
 
 def _in_this_process(context: RunContext, items: Any, *, shared: bool) -> Any:
-    """Return evaluation batches; starting workers for a single one would take longer than reading it."""
+    """Return evaluation batches that this process reads: a single batch is read before workers would have started."""
     size = context.experiment.data.evaluation_batch_size
     return evaluation_loader(items, size, 0, shared=shared, collate=context.task.collate)
 
@@ -104,7 +104,7 @@ def _check_training_batch(
 
 @contextmanager
 def _naming_the_part(part: str) -> Iterator[None]:
-    """Turn an error of the model or the data, within the context, into one that says which part of the data it met."""
+    """Say, in an error of the model or the data within the context, which part of the data it met."""
     try:
         yield
     except HalfevenError:

@@ -29,7 +29,7 @@ MAY_CHANGE = (
 
 
 def recorded_facts(context: RunContext, command: str) -> dict[str, Any]:
-    """Return what the record of a run says: the command and all options."""
+    """Return the contents of the record of a run: the command and all options."""
     return {"command": command, **as_dict(context.experiment)}
 
 
@@ -87,7 +87,7 @@ def _in_current_spelling(kind: Any, recorded: Any) -> Any:
 
 
 def _without_code(value: Any) -> Any:
-    """Return what a record has of a user's class; any other value as it is."""
+    """Return a user's class by name and version, as records hold it; any other value as it is."""
     return plain_values(value) if isinstance(value, OwnClass) else value
 
 

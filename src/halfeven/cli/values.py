@@ -118,7 +118,7 @@ def by_new_names(arguments: list[str], options: Options) -> list[str]:
 
 
 def _renamed_paths(path: str, value: Any) -> dict[str, str]:
-    """Return the new dotted name of each renamed field of an option object and of those inside it, by the old one."""
+    """Return the new dotted names of the renamed fields of an option object and of those inside it, by the old."""
     prefix = f"{path}." if path else ""
     if isinstance(value, tuple):
         inside = {str(index): item for index, item in enumerate(value)}

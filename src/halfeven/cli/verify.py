@@ -68,7 +68,7 @@ def run_verify(arguments: VerifyArguments) -> int:
 
 
 def problems_of(report: Report, min_match: float | Auto, *, allow_float: bool) -> list[str]:
-    """List the reasons why a file does not do what its checkpoint says; none where it is verified.
+    """List the reasons why a file is not verified; none where it is.
 
     Args:
         report: of the file.

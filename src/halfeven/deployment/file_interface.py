@@ -51,7 +51,7 @@ def interface_of(
     output_names: Sequence[str] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> FileInterface:
-    """Return the interface of the file of a program: names as the model's forward has them, unless others are given.
+    """Return the interface of a program's file, with the names given, or else those of the model's forward.
 
     Args:
         program: the program to write.

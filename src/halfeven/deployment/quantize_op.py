@@ -200,7 +200,7 @@ def repeat_quantizer(
 
 
 def _separate_calls(region: CapturedModule, exported: list[ExportedQuantizer]) -> None:
-    """Give every tensor of a shared quantizer one of its own, so that each has its own name in a file."""
+    """Give every tensor of a shared quantizer a quantizer of its own, so that each has its own name in a file."""
     calls: dict[int, int] = {}
     for node in region.graph.nodes:
         if node.op != "call_module" or not isinstance(quantizer := module_of(node), ExportedQuantizer):

@@ -35,7 +35,7 @@ class Suspect:
 
     @property
     def tensor(self) -> str:
-        """Return what the tensor is called in texts."""
+        """Return the tensor's name in texts."""
         if isinstance(self.planned, PlannedWeight):
             return self.planned.quantizer_name
         return " and ".join(self.planned.places[:3]) + (" and more" if len(self.planned.places) > 3 else "")
@@ -197,7 +197,7 @@ def _reader_names(planned: PlannedTensor | PlannedWeight) -> list[str]:
 
 
 def _normalization_before(suspect: Suspect) -> str:
-    """Return the class or the name of what makes the tensor, if it is a normalization."""
+    """Return the name of the normalization that makes the tensor; "" if another operator does."""
     assert isinstance(suspect.planned, PlannedTensor)
     _, node = named_nodes(suspect.qmodel)[suspect.planned.places[0]]
     op = Op(node)

@@ -107,7 +107,7 @@ def _eval_against_batch(model: nn.Module, inputs: Sequence[Inputs]) -> float:
 
 
 def notes(qmodel: nn.Module, reference: Reference, *, runtime: bool) -> list[str]:
-    """Return what else was seen, a sentence each.
+    """Return further observations, a sentence each.
 
     Args:
         qmodel: the quantized model.

@@ -51,7 +51,7 @@ def set_grid_range(quantizer: Quantizer, given: GridRange) -> None:
 
 @torch.no_grad()
 def ranges_at(qmodel: nn.Module, batches: Sequence[Any], bits: int) -> dict[Quantizer, GridRange]:
-    """Return what the quantizers with fewer bits would have with these bits: their grid, and a range from data.
+    """Return the grids, and ranges from data, that the quantizers with fewer bits would have with these bits.
 
     The model itself stays as it is. Weights whose rounding was learned are left out: their float values are gone.
 

@@ -212,7 +212,7 @@ def sensitivities(
 def _measure_harm(
     qmodel: nn.Module, reference: Reference, members: Mapping[Name, Group], ranges: Mapping[Quantizer, GridRange]
 ) -> dict[Name, float]:
-    """Return what the divergence falls by where each group alone is raised."""
+    """Return the fall of the divergence where each group alone is raised."""
     whole = divergence_of(qmodel, reference)
     after = divergences(qmodel, reference, members, lambda group: raising_bits(group, ranges))
     return {name: whole - left for name, left in after.items()}
@@ -245,7 +245,7 @@ def measure_changes(
     change: Change,
     measures: Sequence[Measure],
 ) -> dict[Name, list[float]]:
-    """Return what each measure gives for a model with each group of its quantizers changed in turn.
+    """Return the measures of a model with each group of its quantizers changed in turn.
 
     The arguments are those of `divergences`; a result is the mean over the samples.
     """
@@ -273,7 +273,7 @@ def relative_noise(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
 
 
 def _quantizer_groups(qmodel: nn.Module, groups: Mapping[str, Group] | None) -> dict[tuple[str, bool], Group]:
-    """Return the groups to change, by name and by whether it is a layer's weight."""
+    """Return the groups to change, by (name, True for a layer's weight)."""
     if groups is not None:
         found: dict[tuple[str, bool], Group] = {(name, False): group for name, group in groups.items()}
     else:

@@ -140,7 +140,7 @@ class TensorStatistics:
         return max(found, key=lambda row: row[1], default=None)
 
     def sample_spread(self) -> float:
-        """Return the largest sample's magnitude over that of a quiet one, which nine of ten samples exceed."""
+        """Return the largest sample's magnitude over that of a quiet sample, which nine of ten exceed."""
         if not self.sample_largest:
             return 1.0
         largest = torch.cat(self.sample_largest)

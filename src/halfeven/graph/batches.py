@@ -132,7 +132,7 @@ def inputs_of(batch: Any, form: InputForm, number: int = 0) -> Inputs:
 
 
 def label_of(batch: Any, form: InputForm) -> Any:
-    """Return the label of a batch: what follows the inputs, or a dict's "labels" or "label"; None if there is none."""
+    """Return the label of a batch: the entry behind the inputs, or a dict's "labels" or "label"; None without any."""
     if isinstance(batch, Mapping):
         spare = [key for key in ("labels", "label") if key in batch and key not in (*form.kwargs, *form.names)]
         return batch[spare[0]] if spare else None

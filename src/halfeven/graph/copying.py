@@ -47,7 +47,7 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
 
 
 def float32_model(model: nn.Module) -> nn.Module:
-    """Return a model, wrappers aside, as its files have it: one that was converted (`model.bfloat16()`) in float32."""
+    """Return a model without wrappers, in the precision of its files: float32, also after `model.bfloat16()`."""
     model = unwrapped(model)
     converted = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
     return copy_model(model).float() if converted else model

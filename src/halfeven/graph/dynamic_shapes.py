@@ -93,7 +93,7 @@ def _check_equal_sizes(tensors: dict[str, Tensor], named: DynamicShapes) -> None
 
 
 def export_shapes(free: FreeAxes) -> list[Any]:
-    """Return what `torch.export` is told of each leaf: the user's axes must stay free, the batch may be constant."""
+    """Return each leaf's shape for `torch.export`: the user's axes must stay free, the batch may become constant."""
     dim = torch.export.Dim
     return [
         {axis: dim.AUTO if label == BATCH else dim.DYNAMIC for axis, label in axes.items()} or None for axes in free

@@ -77,7 +77,7 @@ def refuse_fixed_axes(error: Exception, described: Inputs, name: str, export: Ex
 
 
 def reason_of_fixed_batch(export: Export, free: FreeAxes) -> str:
-    """Return why the batch is a constant, with the line of code that makes it one.
+    """Return why the batch is a constant, with the line of code that fixes it.
 
     Args:
         export: exports the module once more.

@@ -104,7 +104,7 @@ def _check_constants(name: str, values: list[Any]) -> None:
 
 
 def restore_kept(graph: fx.Graph, original: nn.Module, calls: Calls) -> dict[str, Operator]:
-    """Replace what was traced inside of kept modules by calls of the modules, in place.
+    """Replace the operators that were traced inside of kept modules by calls of the modules, in place.
 
     Returns:
         The facts of each kept module, by its path: those of an identity where eval mode returns the input.
@@ -165,6 +165,6 @@ def _result_paths(results: Any) -> list[tuple[Any, ...]]:
 
 
 def relative_to(name: str, kept: Mapping[str, KeptInPython]) -> list[str]:
-    """Return the names, inside of a module, of what is kept whole below it."""
+    """Return the names, inside of a module, of the modules below it that are kept whole."""
     prefix = f"{name}." if name else ""
     return [path.removeprefix(prefix) for path, k in kept.items() if k.whole and path.startswith(prefix) and path]

@@ -160,7 +160,7 @@ def _owner_of(root: nn.Module, path: str) -> nn.Module | None:
 
 
 def _make_part(holder: nn.Module | None, module: nn.Module, path: str) -> Part:
-    """Return the part for a float module, with the tensors and submodules of what held its place."""
+    """Return the part for a float module, with the tensors and submodules of the module in its place."""
     part = part_of(module, path)
     if holder is not None:
         set_contents(part, vars(holder))
@@ -185,7 +185,7 @@ def remember(result: nn.Module, module: nn.Module, path: str) -> None:
 
 
 def _is_plain_value(value: Any) -> bool:
-    """Return True unless a value holds a module of the float model, or what its forward pass left, such as a size."""
+    """Return True unless a value holds a module of the float model, or a trace of its forward pass, such as a size."""
     leaves = [getattr(leaf, "__self__", leaf) for leaf in pytree.tree_leaves(value)]
     return not any(isinstance(leaf, nn.Module | SymInt | SymFloat | SymBool) or _is_computed(leaf) for leaf in leaves)
 
@@ -289,7 +289,7 @@ DICT_METHODS: dict[str, Any] = {
 
 
 def picklable(original: Original, attributes: dict[str, Any]) -> tuple[Original, dict[str, Any]]:
-    """Return what can be pickled of the class and the plain attributes that a module has from the float model.
+    """Return the picklable part of the class and of the plain attributes that a module has from the float model.
 
     A class that cannot be imported, such as a class inside of a function, gives way to the first class above it that
     can; so its methods are lost in a pickle, and attributes such as functions without a name.

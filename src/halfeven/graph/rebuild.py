@@ -365,7 +365,7 @@ NORMALIZATION_BUILDERS: dict[type[nn.Module], Builder] = {
 
 
 def build_module(node: fx.Node, original: nn.Module) -> Built:
-    """Build the standard module that computes what the call of an operator computes.
+    """Build the standard module that computes the same as the call of an operator.
 
     Args:
         node: any node.

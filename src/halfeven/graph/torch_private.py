@@ -104,7 +104,7 @@ def short_name(operator: Any) -> str:
 
 
 def functional_form(operator: Any) -> OpOverload | None:
-    """Return the overload of ATen that computes what an in-place operator writes; None where there is none."""
+    """Return the overload of ATen that returns the result which an in-place operator writes; None if there is none."""
     name = short_name(operator)
     if not is_mutable(operator) or not name.endswith("_"):
         return None
@@ -164,7 +164,7 @@ def own_sources(module: fx.GraphModule, *compiled: Callable[..., Any]) -> None:
 
 @contextmanager
 def forgetting_graphs() -> Iterator[None]:
-    """Forget, at the end, what torch has kept of the graphs that its exporters and converters made within.
+    """Make torch forget, at the end, the graphs that its exporters and converters made within.
 
     These are the sources of the graphs, and the last 256 calls of each of `ShapeEnv`'s methods, which hold the sizes
     and the tensors of every program that was exported. A process that exports again and again grows by both.

@@ -144,7 +144,7 @@ class _Comparison:
         return _Comparison(model, a, k, run_in_training(model, a, k, parameters), parameters)
 
     def differences(self, captured: nn.Module) -> list[str]:
-        """Return what a captured model does otherwise in training."""
+        """Return the differences of a captured model from the original in training, a phrase each."""
         return _training_differences(self.run, captured, self.args, self.kwargs, self.parameters)
 
     def suspects(self, export: Export) -> Iterator[Kept]:

@@ -98,7 +98,7 @@ def run_as_is(
 
 
 def differences(expected: TrainingRun, found: TrainingRun) -> list[str]:
-    """Return what a model does otherwise in training than another, a phrase for each kind of difference."""
+    """Return the differences between two models in training, a phrase for each kind."""
     said: list[str] = []
     nested_alike = expected.structure == found.structure
     if not nested_alike:

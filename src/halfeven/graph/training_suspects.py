@@ -141,7 +141,7 @@ def _is_of_torch(module: nn.Module) -> bool:
 
 
 def _suspicion_by_flag(module: nn.Module, args: Any, kwargs: Any) -> Suspicion | None:
-    """Return what changes with a module's own `training` flag, while those of its children are on; else None."""
+    """Return the effect of a module's own `training` flag, while those of its children are on; None without any."""
     try:
         expected = run_in_training(module, args, kwargs)
         with restored(module):
@@ -155,7 +155,7 @@ def _suspicion_by_flag(module: nn.Module, args: Any, kwargs: Any) -> Suspicion |
 
 
 def _differences_alone(module: nn.Module, arguments: Inputs, export: Export) -> list[str]:
-    """Return what a module does otherwise in training than the graph that is captured of it alone."""
+    """Return the differences, in training, between a module and the graph that is captured of it alone."""
     try:
         captured = export(module, *arguments)
         parameters = dict(module.named_parameters(remove_duplicate=False))

@@ -37,7 +37,7 @@ def adopt(root: nn.Module, source: nn.Module, convert: Callable[[Any], Any]) -> 
 
 
 def owner_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """Return the module that holds what is at a dotted path, and the name there; missing modules become empty ones."""
+    """Return the module that holds the end of a dotted path, and the name there; missing modules are made, empty."""
     *parents, name = path.split(".")
     for parent in parents:
         if parent not in own_modules(root):

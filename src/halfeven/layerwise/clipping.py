@@ -126,7 +126,7 @@ class ClippingWatch:
             self._counts = self._context.__enter__()
 
     def after_step(self) -> None:
-        """Warn of what was clipped since `before_step`."""
+        """Warn of the activations that clipped too much since `before_step`."""
         if self._context is None:
             return
         self._context.__exit__(None, None, None)

@@ -97,7 +97,7 @@ class Cost:
 
 
 def workload_of(qmodel: nn.Module) -> Workload:
-    """Return what a quantized model multiplies and moves."""
+    """Return the products and the traffic of a quantized model."""
     known = named_nodes(qmodel)
     traffic = []
     for tensor in plan_of(qmodel).tensors:

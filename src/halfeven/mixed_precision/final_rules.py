@@ -11,7 +11,7 @@ from halfeven.placement.plan import Plan, PlannedWeight
 
 
 def final_rules(plan: Plan, taken: Sequence[Move]) -> tuple[Rule, ...]:
-    """Return the rules that give each quantizer what the last move on it gave it.
+    """Return the rules that give each quantizer the grid of the last move on it.
 
     Args:
         plan: the plan without any move.

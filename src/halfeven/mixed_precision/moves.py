@@ -181,7 +181,7 @@ def _unit_rules(unit: Unit, candidate: Rule) -> Iterator[Rule]:
 def _changed_settings(
     plan: Plan, rules: Sequence[Rule], known: Mapping[str, Quantizer], ranges: Mapping[str, GridRange]
 ) -> dict[Quantizer, GridRange | None]:
-    """Return what rules change: the settings of the quantizers that the plan with them describes otherwise."""
+    """Return the changes by rules: the settings of the quantizers that the plan with them describes otherwise."""
     if not rules:
         return {}
     try:

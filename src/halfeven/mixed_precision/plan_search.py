@@ -92,7 +92,7 @@ def search_plan(
 def _identifying_facts(
     qmodel: nn.Module, candidates: Sequence[Rule], options: SearchOptions, reference: Reference
 ) -> dict[str, Any]:
-    """Return what the measurements depend on, so that those of another search are refused."""
+    """Return the facts that the measurements depend on, so that those of another search are refused."""
     return {
         "plan": plan_of(qmodel).to_dict()["options"],
         "candidates": [plain_values(candidate) for candidate in candidates],
@@ -179,7 +179,7 @@ def _fast_enough_plan(result: SearchResult, steps: Sequence[SearchStep], options
 
 
 def _search_notes(result: SearchResult, state: Walk, *, held_out: bool, evaluated: bool) -> tuple[str, ...]:
-    """Return which budgets were missed, and what limits the judgement."""
+    """Return the budgets that were missed, and the limits of the judgement, a sentence each."""
     options = state.options
     cost = state.steps[result.chosen].cost
     found = []

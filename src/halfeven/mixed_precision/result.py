@@ -75,7 +75,7 @@ class SearchResult:
         return save_page(search_contents(self.to_dict(), plan_of(self.qmodel).to_dict()), path)
 
     def __str__(self) -> str:
-        """Return the plans on the way as a table, the rules to paste, and what was reached."""
+        """Return the plans on the way as a table, the verdict, and the rules to paste."""
         pareto = {step.number for step in self.pareto}
         header = ("", "step", "change", "divergence", self.unit, "bits", "size, kB", "latency", "because")
         rows = [_step_row(step, chosen=step.number == self.chosen, best=step.number in pareto) for step in self.steps]

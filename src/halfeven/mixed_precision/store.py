@@ -49,7 +49,7 @@ class MeasurementStore:
             )
 
     def measured(self, name: str, measure: Callable[[], Any]) -> Any:
-        """Return a measurement: the one in the file, or else a new one, which is written.
+        """Return a measurement: that in the file, or else a new measurement, which is written.
 
         Args:
             name: what is measured.

@@ -209,7 +209,7 @@ def _has_nothing_to_gain(state: Walk) -> bool:
 
 
 def rank_moves(state: Walk) -> None:
-    """Measure what each move would gain in the context of the present plan."""
+    """Measure the gain of each move in the context of the present plan."""
     state.ranked_after = len(state.taken)
     state.useless.clear()
     open_moves = {number: move for number, move in enumerate(state.moves) if _can_be_taken(state, move)}
@@ -221,7 +221,7 @@ def rank_moves(state: Walk) -> None:
 
 
 def _rank_relatives(state: Walk, taken: Move, after: float) -> None:
-    """Measure anew what other changes of the same tensors gain: a step has taken a part of it away."""
+    """Measure anew the gains of other changes of the same tensors: a step has taken a part of them away."""
     related = {
         number: move
         for number, move in enumerate(state.moves)

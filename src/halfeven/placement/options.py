@@ -21,7 +21,7 @@ RangesChoice = Annotated[Ranges | RangesByPaper, also_spelled(lsq="learned", pac
 
 
 def rule_text(fields: Mapping[str, Any]) -> str:
-    """Return a rule as a config has it, from its fields: `vars(rule)`, or what `plain_values` made of it."""
+    """Return a rule as a config has it, from its fields: those of `vars(rule)` or of `plain_values`."""
     given = ", ".join(f"{name}={value!r}" for name, value in fields.items() if value is not None)
     return f"Rule({given})".replace("'", '"')
 

@@ -64,7 +64,7 @@ class Plan:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a pickle contains: all fields except the graph to decide about, as in a file."""
+        """Return the contents of a pickle: all fields except the graph to decide about, as in a file."""
         return {**vars(self), "decide": None}
 
     @checked_arguments(PlacementError)

@@ -43,7 +43,7 @@ def _damaged_error(path: Path, reason: str) -> CheckpointError:
 
 
 def _problems(plan: Plan) -> Iterator[str]:
-    """Yield what no plan that halfeven wrote has."""
+    """Yield the values that no plan written by halfeven has."""
     for kind in ("tensors", "weights", "left", "kept"):
         for number, entry in enumerate(getattr(plan, kind)):
             yield from mistakes(type(entry), _field_values(entry), f"{kind}[{number}]")
@@ -70,7 +70,7 @@ def _widths_named(plan: Plan, field: str, place: int) -> set[int]:
 
 
 def _problems_of(entry: PlannedTensor | PlannedWeight) -> Iterator[str]:
-    """Yield what no entry of a plan that halfeven wrote has."""
+    """Yield the values that no entry of such a plan has."""
     if isinstance(entry.observer, str) and entry.observer not in OBSERVERS:
         yield f'{entry.name} has the observer "{entry.observer}", and there is none of that name'
     if isinstance(entry, PlannedWeight):

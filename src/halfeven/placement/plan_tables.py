@@ -202,7 +202,7 @@ def _prefix(name: str, depth: int) -> str:
 
 
 def _float_table(plan: PlanLike, rows: int) -> Table:
-    """Return what is in float by reason, the most frequent first, with a name for an example."""
+    """Return the operators in float by reason, the most frequent first, with a name for an example."""
     computing, results = _split_left_in_float(plan)
     found = table("in float", "because")
     for what, entries in (("operators", computing), ("layer results", results)):
@@ -216,7 +216,7 @@ def _float_table(plan: PlanLike, rows: int) -> Table:
 
 
 def _split_left_in_float(plan: PlanLike) -> tuple[list[LeftInFloat], list[LeftInFloat]]:
-    """Return what computes in float, and what computes in integers and gives a result in float."""
+    """Return the operators that compute in float, and those that compute in integers and return floats."""
     integer = {weight.name for weight in plan.weights} if plan.tensors else set()
     integer |= {name for tensor in plan.tensors for name in tensor.consumers}
     computing = [left for left in plan.left if left.name not in integer]

@@ -55,7 +55,7 @@ class RuleBook:
         return self.chosen("quantize", {name: kind}, default)
 
     def chosen(self, field: str, operators: Mapping[str, OperatorKind], default: Choice) -> Choice:
-        """Return what the rules set for a weight or an activation.
+        """Return the value that the rules set for a weight or an activation.
 
         Args:
             field: the field of `Rule`.
@@ -81,7 +81,7 @@ class RuleBook:
                 raise PlacementError(f"The rule {rule} {self._why_without_effect(index, rule, names)}")
 
     def _why_without_effect(self, index: int, rule: Rule, names: list[str]) -> str:
-        """Return why a rule has no effect, and what to do."""
+        """Return why a rule has no effect, and the remedy."""
         lacks = dict.fromkeys(what for part, what in LACKING_PARTS.items() if getattr(rule, part) is not None)
         if not lacks and rule.quantize is None:
             return (

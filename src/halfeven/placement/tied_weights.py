@@ -32,7 +32,7 @@ class _Reader:
 
 
 def tied_parameters(model: nn.Module) -> tuple[str, ...]:
-    """Return the parameters of called modules, such as "head.weight", that something else reads too.
+    """Return the parameters of called modules, such as "head.weight", that have another reader too.
 
     The module is named as a plan names it. Of two layers that share a weight both are named.
     """
@@ -45,7 +45,7 @@ def tied_parameters(model: nn.Module) -> tuple[str, ...]:
 
 
 def untie(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    """Give layers parameters of their own, in place, where something else reads them too; all other readers stay tied.
+    """Give layers parameters of their own, in place, where they have another reader too; the other readers stay tied.
 
     Args:
         model: a captured or quantized model.
@@ -79,7 +79,7 @@ def _first_calls(model: nn.Module) -> Iterator[tuple[str, CapturedModule, fx.Nod
 
 
 def _parameter_readers(model: nn.Module) -> dict[int, list[_Reader]]:
-    """Return what reads each parameter, by the identity of the parameter."""
+    """Return the readers of each parameter, by the identity of the parameter."""
     found: dict[int, list[_Reader]] = defaultdict(list)
     captured: set[nn.Module] = set()
     for region in regions(model).values():
@@ -100,7 +100,7 @@ def _parameter_readers(model: nn.Module) -> dict[int, list[_Reader]]:
 
 
 def _shared_names(region: CapturedModule, path: str, readers: dict[int, list[_Reader]]) -> Iterator[str]:
-    """Return the names of a called module's own parameters that something else reads too."""
+    """Return the names of a called module's own parameters that have another reader too."""
     for name, parameter in own_parameters(region.get_submodule(path)).items():
         mine = _Reader(region, f"{path}.{name}", called=True)
         if parameter is not None and any(reader != mine for reader in readers[id(parameter)]):

@@ -133,7 +133,7 @@ class QATSession(TrainerCallback):
         return {} if self.oscillations is None else self.oscillations.shares()
 
     def histograms(self) -> dict[str, Tensor]:
-        """Return the scales of all quantizers, and what activations clip in training, by name."""
+        """Return the scales of all quantizers, and the shares that activations clip in training, by name."""
         return histograms(self.clipping.qmodel, self.clipping.shares.values())
 
 

@@ -32,7 +32,7 @@ class OwnClass:
 
 
 def own_class(value: Any, methods: tuple[str, ...]) -> Any:
-    """Return the description of a class, or of what a file has of it; any other value as it is.
+    """Return the description of a class, or of a class that a file names; any other value as it is.
 
     Args:
         value: a class, the dict that `plain_values` makes of an `OwnClass`, or the value of an option.
@@ -56,7 +56,7 @@ def own_class(value: Any, methods: tuple[str, ...]) -> Any:
 
 
 def check_count(name: str, ranges: int, channels: int) -> None:
-    """Refuse ranges of an observer that are not one for each channel.
+    """Refuse an observer's ranges whose number is not that of the channels.
 
     Args:
         name: the quantizer's name.

@@ -17,7 +17,7 @@ has a scale of half or twice the size."""
 
 
 def wrong_ranges(model: nn.Module) -> list[str]:
-    """List the quantizers whose scale, zero point or range cannot be used, each with what is wrong."""
+    """List the quantizers whose scale, zero point or range cannot be used, each with its fault."""
     return [
         f"{name}: {problem}" for name, quantizer in quantizers(model).items() for problem in _range_problems(quantizer)
     ]

@@ -40,7 +40,7 @@ def verification_contents(
     accuracy: Mapping[str, float] | None = None,
     sizes: Mapping[str, int] | None = None,
 ) -> PageContents:
-    """Return what the page of a report shows; the arguments are those of `save_verification`."""
+    """Return the contents of a report's page; the arguments are those of `save_verification`."""
     shown = dict(report.accuracy if accuracy is None else accuracy)
     return PageContents(
         title=f"{Path(report.path).name} in {report.runtime}",

@@ -51,5 +51,5 @@ def _isa_limit() -> str:
 
 
 def _processor_features() -> Mapping[str, Any]:
-    """Return the names of what the processor has; none where this torch cannot say."""
+    """Return the features of the processor; none where this torch cannot say."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -29,7 +29,7 @@ class Classification(Task):
         return F.cross_entropy(self.logits(outputs).float(), targets, label_smoothing=label_smoothing)
 
     def wrong_target(self, target: Any) -> str:
-        """Say what is wrong with a label: a class number, or probabilities of all classes. "" where nothing is."""
+        """Say what is wrong with a label (a class number, or the probabilities of all classes); "" where nothing is."""
         if type(self).loss is not Classification.loss:
             return ""  # a task of the user's own may have other targets
         if isinstance(target, Tensor | np.generic | np.ndarray):

@@ -59,7 +59,7 @@ def not_finite(tensors: Mapping[str, Any]) -> list[str]:
 
 
 def tensors_of(model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors of a model's state dict, by name, and those of an optimizer's, named by what they are for."""
+    """Return the tensors of a model's state dict, by name, and those of an optimizer's, named by their purpose."""
     kept = optimizer.get("state", {})
     moments = {f"the optimizer's {key} of parameter {i}": t for i, state in kept.items() for key, t in state.items()}
     return {**model, **moments}

@@ -102,7 +102,7 @@ def load_state(path: Path) -> TrainingState:
 
 @contextmanager
 def explaining_misfit(path: Path) -> Iterator[None]:
-    """Turn what torch raises, within the context, of a state that does not fit model and optimizer into a message."""
+    """Explain torch's errors, within the context, about a state that does not fit model and optimizer."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:

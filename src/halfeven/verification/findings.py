@@ -32,7 +32,7 @@ def findings(outputs: Sequence[OutputParity], tensors: Sequence[TensorParity]) -
 def judged(
     parity: dict[str, Any], proof: Callable[[], dict[str, Any]], *, needed: bool
 ) -> tuple[Float32Session | None, list[str], list[str]]:
-    """Return what a session in float32 computes, where the file's own session differs, the findings, and notes.
+    """Return the session in float32, where the file's own session differs, the findings, and notes.
 
     A difference is a fault of the file where float32 shows it too; in the runtime's own precision it is expected, and a
     note says it.
@@ -70,7 +70,7 @@ def _not_exact(output: OutputParity) -> str:
 
 
 def _not_trained(outputs: Sequence[OutputParity], tensors: Sequence[TensorParity]) -> list[str]:
-    """Return a sentence if the file computes something else than the float simulation; else nothing.
+    """Return a sentence for a difference of the file from the float simulation; none without.
 
     It names the first tensor or output that differs, given the same integers before it, or else the output that
     differs in a run of the whole model.

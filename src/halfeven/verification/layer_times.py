@@ -113,7 +113,7 @@ def _paired_times(
 
 
 def _owning_layer(operator: str, names: Sequence[str]) -> str | None:
-    """Return the layer that an operator of a file belongs to: runtimes add to a name what they make of its operator."""
+    """Return the layer that an operator of a file belongs to: runtimes add suffixes to its name."""
     if operator in names:
         return operator
     begun = [name for name in names if operator.startswith((f"{name}/", f"{name}_"))]

@@ -102,7 +102,7 @@ def _integer_rows(report: Any, most: int) -> list[Row]:
 
 
 def _float32_rows(report: Any) -> list[Row]:
-    """Return what a session in float32 computes, where the file leaves the precision of floats to the runtime."""
+    """Return the rows of the session in float32, where the file leaves the precision of floats to the runtime."""
     session = report.float32_session
     if session is None:
         return []

@@ -86,7 +86,7 @@ def _save_checked(proto: Any, path: Path) -> None:
 
 
 def _model_proto(model: Any) -> Any:
-    """Return a model as an `onnx.ModelProto` without what only the tracer needs."""
+    """Return a model as an `onnx.ModelProto` without the tracer's notes and shapes."""
     import onnx_ir
 
     proto = onnx_ir.to_proto(model)

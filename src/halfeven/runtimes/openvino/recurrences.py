@@ -107,7 +107,7 @@ def _has_projection(node: fx.Node) -> bool:
 
 
 def _write_layers(graph: fx.Graph, node: fx.Node) -> None:
-    """Write the layers of one operator, each of which reads the output of the one before, and its last states."""
+    """Write the layers of an operator, each of which reads the output of the layer before, and their last states."""
     given: Any = node.args
     sequence, first_states, weights, biased, layers, _, _, bidirectional, batch_first = given
     kind = CELL_NAMES.index(CELLS[node.target])

@@ -345,7 +345,7 @@ class OpenVINOFile:
 
     @functools.cached_property
     def plain(self) -> Any:
-        """Compiled without more outputs than its own, which keep operators from being fused: what users run."""
+        """The file as users run it: further outputs would keep operators from being fused."""
         return self.compiled if not self.output_index else compile_model(read(self.path), self.config)
 
     def stored_integers(self, layers: Sequence[str]) -> dict[str, Tensor]:

@@ -351,7 +351,7 @@ def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path)
 
 
 def _check_complete(path: Path) -> None:
-    """Check that an IR is as long as it says: on a full disk OpenVINO writes what it can, and says nothing."""
+    """Check that an IR is as long as it says: on a full disk OpenVINO writes a part, and says nothing."""
     text = path.read_text()
     constants = re.findall(r'offset="(\d+)"[^>]*size="(\d+)"', text)
     size = max((int(offset) + int(length) for offset, length in constants), default=0)
