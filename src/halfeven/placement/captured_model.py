@@ -1,4 +1,7 @@
-"""Capture a model in the form that a plan is made for: attention expanded, duplicates merged, BatchNorm folded."""
+"""Capture a model in the form that a plan is made for: attention expanded, duplicates merged, BatchNorm folded.
+
+The order matters: duplicates show only once operators are written out, and BatchNorm is folded into the layers left.
+"""
 
 from collections.abc import Sequence
 
@@ -67,8 +70,6 @@ def capture_for_quantization(
             "Blocks of automatic mixed precision run in float32, in training too; to train in mixed precision, put the "
             f"whole step under torch.autocast: {', '.join(report.in_float32)}."
         )
-    # In this order: operators are written out before duplicates among them are merged, and BatchNorm is folded into the
-    # layers that are left.
     lowered = sum(lower_attention(region) for region in regions(captured).values())
     if lowered:
         notes.append(
