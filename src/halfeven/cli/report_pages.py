@@ -13,6 +13,7 @@ from halfeven.placement.insertion import plan_of
 from halfeven.reporting.page import save_page
 from halfeven.reporting.verification_page import verification_contents
 from halfeven.tasks.task import Metrics
+from halfeven.verification.circumstances import file_bytes
 from halfeven.verification.report import Report
 
 
@@ -37,7 +38,7 @@ def write_pages(
     if not context.accelerator.is_main_process:
         return
     accuracy = {name: next(iter(metrics.values())) for name, metrics in rows.items() if metrics}
-    sizes = {name: _size_on_disk(path) for name, path in files.items() if path.is_file()}
+    sizes = {name: file_bytes(path) for name, path in files.items() if path.is_file()}
     for path, report in reports.items():
         page = path.with_name("report.html" if len(reports) == 1 else f"report{path.suffix}.html")
         contents = verification_contents(report, plan=plan_of(qmodel), accuracy=accuracy, sizes=sizes)
@@ -47,9 +48,3 @@ def write_pages(
             context.log(f"{page} was not written. {error}")
             return
         context.log(f"Report with charts, to open in a browser: {page}")
-
-
-def _size_on_disk(path: Path) -> int:
-    """Return the bytes of a file, with the weights that some formats keep in a file beside it."""
-    beside = [path.with_suffix(".bin")] if path.suffix == ".xml" else []
-    return sum(part.stat().st_size for part in (path, *beside) if part.is_file())
