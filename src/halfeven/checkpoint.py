@@ -138,7 +138,7 @@ def _parse_json(text: str, key: str, path: str | Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is damaged: its {key} is no JSON ({type(error).__name__}). Use another checkpoint."
+            f"{path} is damaged: its {key} is not JSON ({type(error).__name__}). Use another checkpoint."
         ) from error
 
 

@@ -75,8 +75,8 @@ def _models_of_checkpoint(context: RunContext, checkpoint: Path) -> tuple[nn.Mod
     model, has_weights = float_model_of(context.experiment, checkpoint)
     if not (has_weights or context.experiment.model.source == "callable"):
         raise ConfigError(
-            f"The float model's weights are not at hand, and the answers of {checkpoint} are compared with the float "
-            "model's. Give model.weights, or keep the folder float/ beside the checkpoint."
+            f"The float model's weights are not at hand, so the outputs of {checkpoint} cannot be compared with its "
+            "outputs. Give model.weights, or keep the folder float/ beside the checkpoint."
         )
     return load(checkpoint, model, context.datasets.example()).eval(), model.eval()
 

@@ -81,7 +81,8 @@ def _check_equal_sizes(tensors: dict[str, Tensor], named: DynamicShapes) -> None
             if size < 2 and axis != 0:
                 raise ConfigError(
                     f'dynamic_shapes frees axis {axis} of the input "{name}", and the example\'s size there is {size}: '
-                    "torch.export makes 0 and 1 constants. Give an example with at least 2."
+                    "torch.export makes 0 and 1 constants, so the axis would not be free. Give an example with at "
+                    "least 2."
                 )
             other = first.setdefault(label, (name, axis, size))
             if other[2] != size:

@@ -138,9 +138,9 @@ def _checking_keywords(forward: Callable[..., Any], names: list[str]) -> Callabl
         unknown = [name for name in kwargs if name not in names]
         if unknown:
             raise CaptureError(
-                f"The model was called with {', '.join(unknown)}, and was prepared with an example without: its graph "
-                f"takes {', '.join(names)} alone. Prepare it with an example that has all inputs of the call; with "
-                "labels in the example, it returns the loss as the float model does."
+                f"The model was called with {', '.join(unknown)}, and the example it was prepared with has no such "
+                f"inputs: its graph takes only {', '.join(names)}. Prepare it with an example that has all inputs of "
+                "the call; with labels in the example, it returns the loss as the float model does."
             )
         return forward(self, *args, **kwargs)
 

@@ -132,7 +132,7 @@ def _leading_inputs(model: nn.Module, batch: Sequence[Any], parameters: Iterable
         raise ConfigError(
             f"A batch of the loader has {len(batch)} entries, and the model runs with the first {runs[0]} as inputs as "
             f"well as with the first {runs[-1]} ({', '.join(names)}), so it is not known whether the rest is inputs or "
-            f"labels. Say it by an example: example=batch[0], or example=tuple(batch[:{runs[-1]}])."
+            f"labels. Show the inputs by an example: example=batch[0], or example=tuple(batch[:{runs[-1]}])."
         )
     return tuple(batch[: runs[0] if runs else counts[0]])
 

@@ -172,8 +172,8 @@ class Runtime:
             return
         readers = [name for name, row in RUNTIMES.items() if path.suffix in row.writers]
         raise ConfigError(
-            f'The file "{path}" ends with "{path.suffix}", which {self.name} cannot read. '
-            f"Name a file with {' or '.join(self.writers)}"
+            f'The file "{path}" ends with "{path.suffix}", which {self.name} cannot read, so it could not '
+            f"be run. Name a file with {' or '.join(self.writers)}"
             + (f", or the target that reads this one: {' or '.join(readers)}." if readers else ".")
         )
 

@@ -87,6 +87,6 @@ def check_detector(detector: nn.Module) -> None:
     if not isinstance(detector, RetinaNet | FCOS | SSD):
         raise ConfigError(
             f"The detector, of class {type(detector).__name__}, cannot be deployed: halfeven knows the part from a "
-            "batch of images to fixed tensors of torchvision's RetinaNet, FCOS, SSD and SSDlite alone. Take one of "
-            'these, give a module of your own methods "loss" and "detect", or give its task (task.kind="callable").'
+            "batch of images to fixed tensors only of torchvision's RetinaNet, FCOS, SSD and SSDlite. Take one of "
+            'these, give your own module the methods "loss" and "detect", or give its task (task.kind="callable").'
         )

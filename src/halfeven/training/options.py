@@ -30,7 +30,7 @@ class TrainingOptions(Options):
     max_steps: Annotated[PositiveInt | Auto, formerly(0)] = "auto"
     """Stop after so many optimizer steps, and let the schedule end there; "auto": after `epochs`."""
     batch_size: PositiveInt = 32
-    """Samples a process takes at a time."""
+    """Samples of a batch in each process."""
     accumulation: PositiveInt = 1
     """Batches whose gradients are averaged for one optimizer step."""
     drop_last: bool = True
@@ -90,7 +90,10 @@ class TrainingOptions(Options):
                 'schedule="step" without step_epochs would never lower the learning rate. Set step_epochs.'
             )
         if self.nesterov and self.momentum == 0:
-            raise ConfigError("nesterov=True looks ahead along the momentum, and momentum=0 has none. Set momentum.")
+            raise ConfigError(
+                "nesterov=True looks ahead along the momentum, and momentum=0 has none, so it would have no effect. "
+                "Set momentum, or leave nesterov out."
+            )
 
     def _check_effects(self) -> None:
         """Check that options of a schedule or an optimizer belong to the chosen ones.

@@ -68,7 +68,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     Args:
         length: number of samples.
-        batch_size: samples that a process takes at a time.
+        batch_size: samples of a batch in each process.
         seed: decides on the order, with the epoch.
         drop_last: True to leave out the last, smaller batch of an epoch.
 

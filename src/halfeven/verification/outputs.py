@@ -111,7 +111,7 @@ def in_form_of(expected: dict[str, Tensor], found: Sequence[Tensor], path: Any) 
     for name, output in named.items():
         if output.shape != expected[name].shape:
             raise VerificationError(
-                f'The output "{name}" of {path} is {list(output.shape)}, and that of the model '
+                f'The output "{name}" of {path} has shape {list(output.shape)}, and that of the model '
                 f"{list(expected[name].shape)}, so the file was not written from this model, or for inputs of another "
                 "size. Export the model again, then verify."
             )

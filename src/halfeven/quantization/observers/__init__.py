@@ -106,5 +106,7 @@ def make_observer(name: str | OwnClass, scheme: Scheme) -> Observer:
         own: Observer = name.implementation(scheme)
         return own
     if name not in OBSERVERS:
-        raise ConfigError(f'There is no observer "{name}". Choose one of {", ".join(OBSERVERS)}.')
+        raise ConfigError(
+            f'There is no observer "{name}", so no range can be set. Choose one of {", ".join(OBSERVERS)}.'
+        )
     return OBSERVERS[name](scheme)

@@ -114,8 +114,8 @@ def session(
         )
     except Exception as error:  # its exceptions have no common class
         raise VerificationError(
-            f"ONNX Runtime cannot run the file: {last_line(error)} Write it again with "
-            "halfeven.export(qmodel, path), and report what it says."
+            f"ONNX Runtime cannot load the file: {last_line(error)} So it cannot be run. Write it again with "
+            "halfeven.export(qmodel, path); if that does not help, report this message."
         ) from error
 
 

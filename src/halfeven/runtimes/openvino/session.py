@@ -84,7 +84,7 @@ def compile_model(model: Any, config: Mapping[str, str] | None = None) -> Any:
         raise VerificationError(
             f"OpenVINO reads the model and cannot compile it: {last_line(error)} So it cannot be run. Write the file "
             "again with halfeven.export(qmodel, path); if that does not help, leave the named operator in float with a "
-            "Rule, and report it."
+            "Rule, and report this message."
         ) from error
 
 

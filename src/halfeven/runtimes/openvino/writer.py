@@ -356,4 +356,4 @@ def _check_complete(path: Path) -> None:
     constants = re.findall(r'offset="(\d+)"[^>]*size="(\d+)"', text)
     size = max((int(offset) + int(length) for offset, length in constants), default=0)
     if not text.rstrip().endswith("</net>") or path.with_suffix(".bin").stat().st_size < size:
-        raise RuntimeError("OpenVINO has written a part of the file alone")
+        raise RuntimeError("OpenVINO wrote only a part of the file")
