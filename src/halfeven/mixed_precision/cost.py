@@ -102,6 +102,7 @@ def workload_of(qmodel: nn.Module) -> Workload:
     traffic = []
     for tensor in plan_of(qmodel).tensors:
         values = sum(elements(known[place][1]) for place in tensor.places if place in known)
+        # Written once, and read by each consumer.
         traffic.append(Traffic(tensor.quantizer_name, values * (1 + len(tensor.consumers))))
     return Workload(tuple(works_of(qmodel)), tuple(traffic))
 

@@ -17,6 +17,7 @@ def final_rules(plan: Plan, taken: Sequence[Move]) -> tuple[Rule, ...]:
         plan: the plan without any move.
         taken: the moves in their order.
     """
+    # Moves that later ones replace would become rules without effect, which a plan refuses.
     moves = _in_effect(taken)
     rules = _effective_rules(plan, list(dict.fromkeys(rule for move in moves for rule in move.rules)))
     if not rules:
@@ -39,6 +40,7 @@ def _rule_for(entry: Entry) -> Rule:
     observer: Any = entry.observer
     if isinstance(entry, PlannedWeight):
         return Rule(pattern=glob.escape(entry.name), weight_bits=entry.scheme.bits, observer=observer)
+    # A rule for one of the places holds for all: they share the quantizer.
     return Rule(pattern=glob.escape(entry.places[0]), activation_bits=entry.scheme.bits, observer=observer)
 
 

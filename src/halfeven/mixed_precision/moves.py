@@ -147,6 +147,7 @@ def moves_of(
     known = {quantizer.name: quantizer for quantizer, _ in planned_quantizers(qmodel)}
     found = []
     for candidate in candidates:
+        # Calibrated once, as if the candidate held for all units: a calibration for each would read the batches again.
         ranges = {} if candidate.quantize is False else _ranges_with(qmodel, candidate, batches, target)
         for unit in units:
             rules = tuple(_unit_rules(unit, candidate))

@@ -62,6 +62,7 @@ def search_plan(
     runtime = runtime_named(plan_of(qmodel).options.target)
     ranking = first_samples(batches, options.samples)
     reference = reference_of(qmodel, ranking, samples=options.samples)
+    # The samples that rank the steps flatter the plan that they choose, so others judge it.
     held_out = batches[len(ranking) :]
     judge = Judge(float_model, evaluate, _held_out_reference(qmodel, held_out, reference, options))
     timed = options.latency is not None or options.cost == "latency"
@@ -169,6 +170,7 @@ def _fast_enough_plan(result: SearchResult, steps: Sequence[SearchStep], options
     estimated = steps[result.chosen].cost.latency
     if options.latency is None or result.latency is None or estimated is None or result.latency <= options.latency:
         return None
+    # An estimate of e is measured as e * (result.latency / estimated), so the budget is this estimate.
     least = estimated * options.latency / result.latency
     faster = {step.number: step.cost.latency for step in steps[: result.chosen] if step.cost.latency is not None}
     kept = [number for number, latency in faster.items() if latency <= least]

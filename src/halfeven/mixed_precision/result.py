@@ -46,6 +46,7 @@ class SearchResult:
     def pareto(self) -> tuple[SearchStep, ...]:
         """The plans that no cheaper plan is at least as good as, the cheapest first: by time where it was measured."""
         found: list[SearchStep] = []
+        # From the cheapest on, a plan is on the front if it is better than all before it.
         for step in sorted(self.steps, key=lambda step: (_compared_cost(step), step.divergence)):
             if not found or step.divergence < found[-1].divergence:
                 found.append(step)

@@ -130,6 +130,7 @@ def search_prepared(
 
 def _compared_and_final_steps(ptq: PTQOptions) -> tuple[PTQOptions, PTQOptions]:
     """Return the steps of the plans that are compared, ranges alone, and those of the final model."""
+    # Learned rounding holds for the grids of one plan alone, so only the final model is worth its time.
     ranges_alone = dataclasses.replace(ptq, reconstruct="off", correct_biases="off")
     final = dataclasses.replace(
         ptq,

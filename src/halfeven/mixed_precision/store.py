@@ -25,6 +25,7 @@ class MeasurementStore:
 
     def __init__(self, folder: Path | None, facts: dict[str, Any]) -> None:
         self.path = None if folder is None else folder / MEASUREMENTS_FILE
+        # As they are read back, with lists for tuples, so that they compare equal.
         self.facts = json.loads(json.dumps(facts))
         self.found: dict[str, Any] = {}
         if self.path is not None and self.path.is_file():

@@ -57,6 +57,7 @@ def _tied_tensors(plan: Plan, nodes: dict[str, fx.Node]) -> list[list[PlannedTen
         readers = {name for name in tensor.consumers if name in nodes}
         if tensor.fixed_range is not None:  # a softmax, whose logits are a product of tensors of the same attention
             readers |= {name for place in tensor.places for name in _products_before(nodes[place], nodes)}
+        # A tensor that shares readers with several groups joins them to one, in the place of the first.
         joined = [group for group in groups if group[0] & readers]
         members = [member for _, group in joined for member in group]
         merged = (readers.union(*(names for names, _ in joined)), [*members, tensor])

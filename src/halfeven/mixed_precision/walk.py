@@ -172,6 +172,7 @@ def walk(state: Walk) -> int:
 
 def _first_within_drop(state: Walk, failed: int, good: int) -> int:
     """Return the first number of steps whose drop keeps the budget, between one that does not and one that does."""
+    # Bisection: the drop is taken to fall from step to step.
     while good - failed > 1:
         middle = (failed + good) // 2
         if state.good_enough(middle):
@@ -234,6 +235,7 @@ def _rank_relatives(state: Walk, taken: Move, after: float) -> None:
 
 def _measure_moves(state: Walk, moves: dict[int, Move]) -> dict[str, float]:
     found: dict[str, float] = {}
+    # `settings` holds one setting for a quantizer, and each candidate has its own.
     for candidate in dict.fromkeys(move.candidate for move in moves.values()):
         same = {str(number): move for number, move in moves.items() if move.candidate == candidate}
         settings = {q: s for move in same.values() for q, s in move.settings.items() if s is not None}

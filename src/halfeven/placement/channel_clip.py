@@ -32,6 +32,7 @@ class ChannelClip(nn.Module):
     def divide(self, factor: Tensor) -> None:
         """Divide both bounds of each channel by a positive factor, [channels], in place."""
         with torch.no_grad():
+            # clip(x, low, high) / s = clip(x / s, low / s, high / s) for s > 0.
             for bound in (self.low, self.high):
                 bound.div_(factor.to(bound).reshape(bound.shape))
 
@@ -69,6 +70,7 @@ def insert_channel_clip(region: CapturedModule, node: fx.Node, name: str) -> Non
     path = f"channel_clips.{name.replace('.', '_').replace(':', '_')}"
     device = next((parameter.device for parameter in region.parameters()), None)
     place(region, path, clip.to(device).train(region.training))
+    # Plans name tensors by their operators, so the new operator would give the tensor another name.
     keep_tensor_name(node, name.rpartition(":")[2])
     replace_call(node, path, node.all_input_nodes[:1])
 

@@ -24,6 +24,7 @@ def fused_graph(region: CapturedModule) -> fx.Graph:
     clip, so that its result is neither written nor kept for the backward pass.
     """
     graph = copy.deepcopy(region.graph)
+    # deepcopy leaves the owner out, through which `Op` finds the modules that nodes call.
     graph.owning_module = region
     for node in list(graph.nodes):
         if _is_quantizer(node):

@@ -108,6 +108,8 @@ def fold_live(region: CapturedModule) -> None:
     for layer_node, norm_node in pairs:
         layer: Any = module_of(layer_node)
         norm: Any = module_of(norm_node)
+        # A pair is folded only if both modules are called in this place alone: a second caller would read a weight with
+        # the factor in it, or a BatchNorm without.
         own = readings[Op(norm_node).path] == calls[Op(norm_node).path] == calls[Op(layer_node).path]
         if not own or not hasattr(layer, "weight_quantizer") or type(norm) not in LIVE_FOLDED:
             continue

@@ -128,6 +128,7 @@ def _replace_by_relu(name: str, node: fx.Node) -> None:
         )
     if bounds[1] == float("inf"):
         return
+    # A checkpoint names this tensor as it was called before the change.
     keep_tensor_name(node, name.rpartition(":")[2])
     replace_call(node, aten.relu.default, node.all_input_nodes[:1])
 

@@ -180,6 +180,7 @@ def insert_weight(
     if not Op(node).is_module:
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
+        # A functional call takes its weight from the graph, so a call of the quantizer goes between the two.
         path = place_quantizer(region, quantizer, f"{planned.name}_weight")
         with region.graph.inserting_after(weight):
             quantized = region.graph.call_module(path, (weight,))
@@ -249,6 +250,7 @@ def _link_inputs(region: CapturedModule, *, int32_bias: bool) -> None:
 def quantizer_of(node: fx.Node) -> Quantizer | None:
     """Return the quantizer on whose grid a node's values lie; None if they lie on no grid."""
     op = Op(node)
+    # The operands of a concatenation share a quantizer, so the first stands for all.
     while op.kind in (*TRANSPARENT, OperatorKind.CONCAT):
         op = op.inputs[0]
     return op.module if isinstance(op.module, Quantizer) else None

@@ -128,6 +128,8 @@ def _check_gates(target: Target, options: QuantizationOptions, activation_bits: 
 
 def skeleton(model: nn.Module) -> nn.Module:
     """Return a copy of a captured model without the values of its tensors, which decisions do not read."""
+    # `deepcopy` takes an object's copy from its memo where there is any, by identity: so no values are copied, and tied
+    # parameters stay tied.
     empty: dict[int, Tensor] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     for parameter in model.parameters():
         empty[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -177,6 +179,7 @@ def _end_layer_rules(model: nn.Module, options: QuantizationOptions) -> tuple[Ru
         return ()
     first, first_node = layers[0]
     last, last_node = layers[-1]
+    # A layer's input has the bits of the operator that makes it, so the rules for activations name that operator.
     read = {name for name, (_, node) in named_nodes(model).items() for end in (first_node, last_node)
             if node in [head(source) for source in sources(end.all_input_nodes[0])]}  # fmt: skip
     weights = [Rule(pattern=glob.escape(name), weight_bits=bits) for name in dict.fromkeys((first, last))]
@@ -205,6 +208,7 @@ def _planned_tensors(
             continue
         group = _sharing_scale_with(region, node)
         done |= group
+        # In the order of the graph: a set has none, and the first place gives the quantizer its name.
         places = [n for n in region.graph.nodes if n in group]
         fused = {region.names[member]: kind_of(member) for place in places for member in fused_group(place)}
         scheme = activation_scheme(region, places, rules, fused, target, bits)
@@ -297,6 +301,7 @@ def _planned_weights(
         ranges = rules.chosen("ranges", own, ranges_in_training(options, asked))
         yield PlannedWeight(
             name=region.names[node],
+            # White paper, section 2.4.1: weights have no zero point, which would cost a correction of every product.
             scheme=Scheme(bits=asked, signed=True, symmetric=True, narrow=True, axis=axis, power_of_two=power_of_two),
             channels=None if axis is None else shape[axis],
             ranges="learned" if ranges == "clipped" else ranges,

@@ -39,14 +39,15 @@ def run_quantized(layer: Any, x: Tensor) -> Tensor:
     compute = operation(layer)
     real_weight = folded_weight(layer)
     weight = layer.weight_quantizer(real_weight)
-    bias = (
-        None if layer.live_norms else _bias_to_add(layer, x, real_weight)
-    )  # the shift of a live BatchNorm contains it
+    # The shift of a live BatchNorm contains the bias.
+    bias = None if layer.live_norms else _bias_to_add(layer, x, real_weight)
     if not (layer.input_quantizers and _low_precision(x)):
         return compute(x, weight, bias)
     (quantizer,) = layer.input_quantizers
     if Mode.QUANTIZE is not quantizer.mode or Mode.QUANTIZE is not layer.weight_quantizer.mode:
         return compute(x, weight, bias)
+    # 8-bit integers, less a zero point, are at most 255 from 0: exact in float16 and TF32 (all integers to 2048) and in
+    # bfloat16 (to 256).
     # (x / scale_x) (weight / scale_w) scale_x scale_w: both scales cancel, so they need no gradient here.
     scale_x = quantizer.used_scale(x)
     scale_w = layer.weight_quantizer.used_scale(real_weight)

@@ -114,6 +114,7 @@ class _Change:
         """Give an activation a new quantizer at all its places, and return it."""
         region, _ = self.found[planned.places[0]]
         quantizer = tensor_quantizer(planned, self.options)
+        # At the same path, so that the calls in the graph call the new quantizer.
         place_quantizer(region, quantizer, planned.name)
         return quantizer
 
@@ -150,6 +151,7 @@ def _replace_quantizers(
         exchange: gives a place that has a quantizer another.
         insert: gives a place that has none a quantizer.
     """
+    # Removals come first: where tensors are grouped anew, the new quantizer may get the path of an old one.
     for place in old.keys() - new.keys():
         remove(old[place])
     exchanged = [

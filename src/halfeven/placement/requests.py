@@ -71,6 +71,7 @@ def collect_requests(region: Region, target: Target, rules: RuleBook) -> None:
             _add_request(region, operand, wanted_grid(target, node) or GridRequirement.ANY, node)
         if operands and kind in target.outputs:
             _request_result(region, node, target)
+    # Last, because an average is rounded only where its operands have been requested.
     _collect_averages(region, target, rules)
 
 
@@ -126,6 +127,7 @@ def _add_request(region: Region, operand: fx.Node, grid: GridRequirement, reader
         request.tied_to.update(makers)
         if (name := region.names.get(reader, OUTPUT)) not in request.consumers:
             request.consumers.append(name)
+        # A reader that takes no zero point decides for all readers: they share the quantizer.
         if grid is GridRequirement.NO_ZERO_POINT:
             request.grid = grid
 

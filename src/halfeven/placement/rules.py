@@ -62,6 +62,7 @@ class RuleBook:
             operators: the kinds, by name, of the operators by any of which a rule may name it.
             default: the value if no rule sets the field.
         """
+        # The list reads all rules, not only the last: each that holds has taken effect.
         found: Choice = [default, *self._values_given(field, operators)][-1]
         return found
 

@@ -84,14 +84,17 @@ def _parameter_readers(model: nn.Module) -> dict[int, list[_Reader]]:
     captured: set[nn.Module] = set()
     for region in regions(model).values():
         captured.update(region.modules())
+        # Parameters that operators of the graph read.
         for path in {op.path for op in operations(region.graph) if op.is_constant and op.node.users}:
             owner, _, name = path.rpartition(".")
             parameter = own_parameters(region.get_submodule(owner)).get(name)
             if parameter is not None:
                 found[id(parameter)].append(_Reader(region, path, called=False))
+        # Parameters of the modules that the graph calls.
         for path in {op.path for op in module_calls(region.graph)}:
             for name, parameter in region.get_submodule(path).named_parameters():
                 found[id(parameter)].append(_Reader(region, f"{path}.{name}", called=True))
+    # Parameters that code outside of the captured regions may read.
     for prefix, module in model.named_modules():
         for name, held in own_parameters(module).items():
             if module not in captured and held is not None:

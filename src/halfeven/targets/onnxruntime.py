@@ -37,7 +37,9 @@ ONNXRUNTIME = Target(
         K.AVERAGE: any_grid,
     },  # it has no integer kernel for transposed convolutions
     stays_in_float=_stays_in_float,
+    # QLinearAdd and QLinearMul
     elementwise=frozenset({K.ADD, K.MULTIPLY}),
+    # QLinearConv writes integers only: without a quantizer behind it, the convolution runs in float.
     outputs=frozenset({K.CONVOLUTION, K.ADD, K.MULTIPLY, K.AVERAGE}),  # linear layers and products may end in float
     residual_branch_in_float=False,  # QLinearAdd wants integers on both sides, and so does the convolution before it
     rounds_average=never,
@@ -45,6 +47,7 @@ ONNXRUNTIME = Target(
     stored_weights={K.LINEAR: (4, 8)},  # MatMulNBits
     grids=ALL_GRIDS,
     signed_only=False,
+    # The float kernels of SiLU and hard-swish make floats of the bytes, and bytes of the result.
     multiplies_gates=True,
     int32_bias=True,  # QLinearConv and QGemm add them to the accumulator
 )

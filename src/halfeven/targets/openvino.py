@@ -70,6 +70,7 @@ def _stays_in_float(node: fx.Node) -> str | None:
 
 OPENVINO = Target(
     name="openvino",
+    # Kernels multiply bytes: integers of fewer bits lie in bytes, and save no time.
     weight_bits=range(2, 9),
     activation_bits=range(2, 9),  # 16-bit FakeQuantize operators are removed by the plugin, clipping included
     inputs={
@@ -81,6 +82,7 @@ OPENVINO = Target(
     },
     stays_in_float=_stays_in_float,
     elementwise=frozenset({K.ADD}),
+    # Layers write floats as well as integers, so no layer needs a quantizer at its result.
     outputs=frozenset(),
     residual_branch_in_float=True,  # the plugin drops the rounding of a quantizer between a convolution and a fused sum
     rounds_average=_rounds_average,

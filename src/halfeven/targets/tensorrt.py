@@ -5,6 +5,7 @@ from halfeven.targets.target import Target, any_grid, never, nowhere
 
 K = OperatorKind
 
+# From TensorRT's documentation (explicit quantization); it was not run.
 TENSORRT = Target(
     name="tensorrt",
     weight_bits=range(8, 9),
@@ -23,6 +24,7 @@ TENSORRT = Target(
     rounds_average=never,
     fuses_any_activation=True,
     stored_weights={},
+    # Signed and symmetric alone: a QuantizeLinear with another zero point than 0 is refused.
     grids=frozenset({(True, True)}),
     signed_only=True,  # on GPUs zero points must be 0, and unsigned bytes are refused (its issues 2774 and 4698)
     multiplies_gates=False,
