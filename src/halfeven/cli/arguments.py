@@ -71,6 +71,8 @@ def parsed(command: str, kind: type[Any], arguments: list[str]) -> Any:
     }
     path = None
     if "experiment" in fields:
+        # The config is run before the options are read: its experiment gives them their defaults, and the help its
+        # values.
         path = _find_config(arguments, required=not wants_help)
         values["experiment"] = load_experiment(path) if path else _default_experiment()
     default = kind(**values)
@@ -86,6 +88,7 @@ def parsed(command: str, kind: type[Any], arguments: list[str]) -> Any:
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
         registry=unchecked(),
     )
+    # `_find_config` takes the first .py file for the config, tyro the first positional argument.
     if path is not None and found.config != path:
         raise ConfigError(
             f"{found.config} stands where the config belongs, and {path} behind it, so it is not clear what to do. "

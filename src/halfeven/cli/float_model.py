@@ -53,6 +53,7 @@ def train_float(context: RunContext, model: nn.Module, *, resume: bool) -> None:
         save=save_weights,
     )
     trainer.run(resume=resume and (folder / STATE_FILE).is_file())
+    # The quantized training needs the memory of this optimizer's state.
     context.accelerator.free_memory()
     load_weights(model, folder / BEST_FILE)
 
@@ -63,6 +64,7 @@ def float_model_of(experiment: Experiment, checkpoint: Path) -> tuple[nn.Module,
     options = experiment.model
     if experiment.pretraining.epochs:
         options = dataclasses.replace(options, weights=str(trained) if trained.is_file() else "")
+    # The file that the run started from may be gone; the quantized model's weights are in the checkpoint.
     elif options.weights != PRETRAINED and not Path(options.weights).is_file():
         options = dataclasses.replace(options, weights="")
     return create_model(options), bool(options.weights)

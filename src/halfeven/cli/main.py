@@ -114,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("Interrupted. `--resume` continues from the last saved state.", file=sys.stderr)
+        # 128 + the number of SIGINT, as shells report it.
         sys.exit(130)
     if code:
         sys.exit(code)

@@ -64,6 +64,7 @@ def claimed_run(run: QuantizationRun, *, quantizes: bool) -> Iterator[nn.Module 
         The prepared model, with the float model's weights; None if there is nothing to quantize.
     """
     context = run.context
+    # Before the folder is claimed, since this may refuse the run.
     prepared = check_quantization(context, run.model) if quantizes else None
     with claimed_folder(context, run.command, resume=run.resume):
         if context.experiment.pretraining.epochs:

@@ -54,6 +54,7 @@ def run_train(arguments: TrainArguments) -> None:
     """Train, export and verify, and print one table of accuracies."""
     experiment = arguments.experiment
     folder = default_folder(arguments.config, arguments.work_dir)
+    # All that may refuse the run comes before its folder is claimed, and the cheapest check first.
     check_has_weights(experiment)
     if arguments.amp:
         device = dataclasses.replace(experiment.device, precision=mixed_precision())
@@ -128,6 +129,7 @@ def _rebuild_interrupted(context: RunContext, model: nn.Module) -> tuple[nn.Modu
     trained = context.folder / FLOAT_FOLDER / BEST_FILE
     if context.experiment.pretraining.epochs:
         load_weights(model, trained)
+    # The plan that the run was started with: this version of halfeven might make another.
     plan = read_plan(json.dumps(header["plan"]), state_file)
     qmodel = rebuild(model, context.datasets.example(), plan).to(context.accelerator.device)
     loader, inputs = _calibration_loaders(context)
@@ -146,6 +148,7 @@ def _read_header(path: Path) -> dict[str, Any]:
         if isinstance(header, dict) and {"plan", "float"} <= header.keys():
             return header
     except (ValueError, RecursionError) as error:
+        # A CheckpointError is a ValueError too, and says what is wrong with the file.
         if isinstance(error, HalfevenError):
             raise
     raise CheckpointError(f"{path} does not say how its model is quantized. {NO_RESUME}")
@@ -167,6 +170,7 @@ def _set_up_training(
     if context.experiment.pretraining.epochs:
         train_float(context, model, resume=resume)
         qmodel = prepare(model, context.datasets.example(), experiment.quantization)
+    # Accuracies before the training, for the table and as the first model to beat.
     float_metrics = context.accuracy(model)
     loader, inputs = _calibration_loaders(context)
     scheme = context.selected_name(experiment.quantization.scheme)
@@ -188,6 +192,7 @@ def _set_up_training(
         resume_dir=context.folder / PTQ_STATE,
         logits=context.task.logits,
     )
+    # Equalization and learned rounding change the model that the training starts from.
     if session.recipe.equalize.enabled and not session.recipe.reconstruct.enabled:
         start = known[f"{scheme}, equalized"] = context.selection_accuracy(qmodel)
     if session.recipe.reconstruct.enabled:

@@ -34,6 +34,8 @@ class Given:
 def unchecked() -> ConstructorRegistry:
     """Return tyro's rules for reading option classes without checking them."""
     registry = ConstructorRegistry()
+    # tyro asks these rules before its own. Where they ask tyro for its usual reading, it asks them again, and they
+    # pass.
     inside: list[bool] = []
 
     @contextlib.contextmanager

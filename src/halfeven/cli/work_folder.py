@@ -170,4 +170,5 @@ def _begin_record(context: RunContext, command: str, *, resume: bool) -> None:
     """Write the record of a run, and remove the files of an earlier run that is not continued."""
     for name in (*RESUMED_FROM, LAST_FILE, SKIPPED_FILE) if not resume else ():
         remove_file(context.folder / name)
+    # The record comes last: where the run is killed before, no new record stands beside the files of an old run.
     write_record(context.folder / RECORD_FILE, recorded_facts(context, command))

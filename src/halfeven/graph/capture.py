@@ -137,6 +137,7 @@ def _capture_whole_or_parts(
 
     def free_axes_of(name: str) -> FreeAxes:
         if name and not inner:
+            # Each needs runs of the model at other sizes, so they are found only where the model is captured in parts.
             inner.update(inner_free_axes(lambda *other: record_inputs(model, *other), recorded, inputs, free))
         return inner[name] if name else free
 
@@ -152,6 +153,7 @@ def _capture_whole_or_parts(
     def alone(module: nn.Module, args: Any, kwargs: Any) -> CapturedModule:
         return export_module(module, (args, kwargs), batch_axes((args, kwargs)))
 
+    # A plan names the modules that stay Python; without it, they are found by a comparison in training mode.
     if kept is not None:
         check(captured := with_kept({k.name: k for k in kept}))
         report = reports[-1]

@@ -130,6 +130,7 @@ def record_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, list[In
     def record(_: nn.Module, args: Any, kwargs: Any, name: str) -> None:
         call = (args, kwargs)
         if name in seen:
+            # The tensors of all calls together may not fit in memory.
             call = pytree.tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), call)
         seen.setdefault(name, []).append(call)
 

@@ -46,6 +46,8 @@ def plain_forward(model: nn.Module) -> Iterator[list[str]]:
     def leave(block: torch.autocast, *exception: Any) -> None:
         modes.pop().close()
 
+    # An autocast around the capture is switched off; those in the model's code meet `enter` and `leave` in place of
+    # their own.
     with ExitStack() as stack:
         for device in {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}:
             stack.enter_context(torch.autocast(device, enabled=False))

@@ -89,14 +89,17 @@ def _smallest_that_differ(model: nn.Module, trace: _Trace, export: Export) -> di
 
 def _suspects_by_mode(model: nn.Module, args: Any, kwargs: Any, trace: _Trace, export: Export) -> dict[str, Suspicion]:
     found: dict[str, Suspicion] = {}
+    # Activation checkpointing: by torch's own function, or told by the calls that it repeats.
     for node, name in trace.functions.items():
         if _function_name(node) == CheckpointFunction.__name__:
             found[name] = Suspicion("it computes its parts again in the backward pass, to save memory")
     for name in sorted(trace.recomputed):
         again = f"it computes {name} again in the backward pass, to save memory"
         found.setdefault(trace.caller.get(name, ""), Suspicion(again))
+    # Called as a whole in evaluation, and part by part in training.
     for name in _called_in_parts(trace) & set(_trace_run(model, args, kwargs, training=False).inputs):
         found.setdefault(name, Suspicion("training calls its parts one by one"))
+    # Normalizations that are not torch's, and other modules that ask for their mode.
     norms: dict[type, bool] = {}
     for name, module in model.named_modules():
         if name not in trace.inputs or name in found:

@@ -108,6 +108,7 @@ class _ExactRegion(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            # Not set yet, as in a copy that is being made: to look it up again would never end.
             if name == "region":
                 raise
             return getattr(self.region, name)

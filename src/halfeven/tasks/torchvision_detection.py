@@ -63,6 +63,7 @@ class TorchvisionDetection(Detection):
         self.detector.backbone.forward = lambda images: features
         self.detector.head.forward = lambda features: outputs
         images = first.new_zeros(1).expand(len(first), *self.size)
+        # In training mode it returns losses, else boxes.
         self.detector.train(targets is not None)
         return self.detector(list(images), targets)
 

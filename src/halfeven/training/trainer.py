@@ -178,6 +178,7 @@ class Trainer:
                 for name, metrics in self.measured.items():
                     self.log.validation(0, 0, name, metrics)
                 if self.start is not None:
+                    # A run that never beats its start keeps it as the best.
                     self._write_best(self.model, self.start, 0, self.where.name, trained=False)
                 self._save_state()
             with deferred() as self.safe_points:

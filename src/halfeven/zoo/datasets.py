@@ -162,12 +162,14 @@ def image_folder(options: DataOptions) -> Datasets:
             )
     finish = [transforms.ToTensor(), transforms.Normalize(options.mean, options.std)]
     bilinear = InterpolationMode.BILINEAR
+    # ImageNet's usual crops: at random in training, from the centre of the resized image in evaluation.
     crop = transforms.RandomResizedCrop(options.image_size, interpolation=bilinear, antialias=True)
     training = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *finish])
     scale = transforms.Resize(options.resize, interpolation=bilinear, antialias=True)
     evaluation = transforms.Compose([scale, transforms.CenterCrop(options.image_size), *finish])
     try:
         train = ImageFolder(root / "train", transform=training, loader=read_image)
+        # The same images once more, for calibration and held-out samples.
         seen_as_in_evaluation = ImageFolder(root / "train", transform=evaluation, loader=read_image)
         validation = ImageFolder(root / "val", transform=evaluation, loader=read_image)
     except FileNotFoundError as error:

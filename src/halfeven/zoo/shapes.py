@@ -112,6 +112,7 @@ def _shape_mask(shape: str, size: int) -> Any:
     if shape == "square":
         return np.ones((size, size), bool)
     if shape == "triangle":
+        # Half a pixel more: of an even number of columns, none would reach the tip, and the box would not fit.
         return abs(x) <= (y + 1) / 2 + 1 / size
     return (abs(x) <= 1 / 3) | (abs(y) <= 1 / 3)
 

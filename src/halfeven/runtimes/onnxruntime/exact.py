@@ -180,10 +180,12 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
     def _computed_on_integers(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """Return the result of an operator on integers, where it has an integer kernel; else None."""
         kind = kind_of(n)
+        # Averages: QLinearGlobalAveragePool and QLinearAveragePool.
         if n.target is torch.ops.halfeven.global_average_pool.default and isinstance(args[0], Integers):
             return _mean_of_channels(args[0])
         if _is_average_pool(n) and isinstance(args[0], Integers):
             return Pooled(getattr(super(), n.op)(n.target, (args[0].real(), *args[1:]), kwargs))
+        # Operators that keep the scale, and concatenations on one grid, move integers.
         if n.target is operator.getitem and isinstance(args[0], tuple | list):
             return args[0][args[1]]
         if kind in TRANSPARENT and isinstance(args[0], Integers):
@@ -191,16 +193,19 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
             return pytree.tree_map(lambda one: Integers(one, args[0].grid), values)
         if kind is K.CONCAT and _share_one_grid(args[0]):
             return Integers(torch.cat([a.values for a in args[0]], *args[1:], **kwargs), args[0][0].grid)
+        # Layers: QLinearConv, QGemm, or a product of integers with an addition behind it.
         if kind in WEIGHTED and n.op == "call_module" and isinstance(args[0], Integers):
             layer = module_of(n)
             if isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
                 return self._run_layer(n, layer, args[0])
+        # The file has an addition in the place of a hard sigmoid (`gates`).
         if (
             n.target is aten.hardsigmoid.default
             and isinstance(args[0], Integers)
             and _grid_clips(_grid_of_only_reader(n))
         ):
             return _hard_sigmoid(args[0])
+        # Two tensors: QLinearAdd, QLinearMul and products of activations, whose sums are exact in float64.
         if kind in (K.ADD, K.MULTIPLY) and len(args) == 2 and all(isinstance(a, Integers) for a in args):
             sign = -1.0 if Op(n).row.subtracts else 1.0
             return Combined(args[0], args[1], kind, sign) if not kwargs else None
@@ -208,6 +213,7 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
             a, b = (x.values - x.grid.zero_point for x in args[:2])
             product = getattr(super(), n.op)(n.target, (a.double(), b.double()), kwargs)
             return Sums(product.float(), args[0].grid.scale * args[1].grid.scale)
+        # Between two quantizers, a softmax is one kernel with both.
         if kind is K.SOFTMAX and isinstance(args[0], Integers) and (grid := _grid_of_only_reader(n)) is not None:
             return Integers(grid.clipped(softmax_of_integers(args[0].values, args[1], args[0].grid, grid)), grid)
         return None
@@ -215,6 +221,7 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
     def _run_layer(self, node: fx.Node, layer: Any, x: Integers) -> Tensor | Sums:
         if node not in self.layers:
             zero_code = x.grid.zero_point - x.grid.first
+            # Codes are bytes, whatever the bits of the grid.
             self.layers[node] = IntegerLayer.of(layer, x.grid.scale, zero_code, 255)
         made = self.layers[node]
         sums = made.sums(x.codes)

@@ -146,6 +146,8 @@ def _write_global_pools(region: CapturedModule) -> None:
         region.graph.erase_node(node)
         if keeps:
             continue
+        # The pool keeps the axes that the mean drops, and a flatten drops them behind the quantizer, which must follow
+        # the pool.
         last = pooled if quantized is None else quantized
         pooled.meta["val"] = _with_kept_axes(shape, source.meta["val"].ndim)
         last.meta["val"] = pooled.meta["val"]

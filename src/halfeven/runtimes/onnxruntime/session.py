@@ -123,6 +123,7 @@ class ONNXRuntimeFile(ONNXFile):
     def executed_layers(self, layers: Sequence[str]) -> list[LayerExecution]:
         found = {}
         for node in self._optimized():
+            # The optimizer makes the name of a new operator unique by _token_ and a number.
             name = re.sub(r"_token_\d+$", "", node.name)
             if name in layers and node.op_type != "DequantizeLinear":
                 found[name] = _described(name, node)

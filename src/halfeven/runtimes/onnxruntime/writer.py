@@ -59,6 +59,7 @@ def _fuse_pair(model: Any, node: Any, pair: Any) -> None:
     graph = model.graph
     integers = pair.inputs[0].const_value
     bits = 4 if integers.dtype == onnx_ir.DataType.INT4 else 8
+    # MatMul has its weights as [inputs, outputs], MatMulNBits as [outputs, inputs].
     weight = integers.numpy().astype(np.int16).T  # [outputs, inputs]
     scale = np.broadcast_to(pair.inputs[1].const_value.numpy().astype(np.float32), weight.shape[:1])
     block = block_of(weight.shape[1])
@@ -111,6 +112,7 @@ def packed_blocks(weight: Any, bits: int, block: int) -> Any:
     blocks = -(-inputs // block)
     padded = np.zeros((outputs, blocks * block), np.int16)
     padded[:, :inputs] = weight
+    # Without zero points, MatMulNBits takes the middle of the codes for 0: 8 of 4 bits, 128 of 8.
     codes = (padded + (1 << (bits - 1))).astype(np.uint8).reshape(outputs, blocks, block)
     return codes if bits == 8 else codes[..., ::2] | codes[..., 1::2] << 4
 

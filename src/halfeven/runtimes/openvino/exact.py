@@ -105,6 +105,7 @@ class OpenVINOInterpreter(fx.Interpreter):
     def _multiply_tensors(self, node: fx.Node, args: Any, kwargs: Any) -> Accumulator | None:
         if not all(isinstance(x, Codes) for x in args[:2]):
             return None
+        # Products of codes are exact in float64, and the sum is rounded to float32 once.
         sums = self._run_on(node, tuple(x.values.double() - x.limits.zero_code for x in args[:2]), {})
         first, second = (x.limits.scale for x in args[:2])
         return Accumulator(sums.float(), first * second, (first, second))

@@ -112,9 +112,11 @@ def _write_layers(graph: fx.Graph, node: fx.Node) -> None:
     sequence, first_states, weights, biased, layers, _, _, bidirectional, batch_first = given
     kind = CELL_NAMES.index(CELLS[node.target])
     is_lstm = CELL_NAMES[kind] == "lstm"
+    # An LSTM has two states, hidden and cell; for other cells the hidden state stands in both places.
     states: Any = first_states if is_lstm else [first_states, first_states]
     directions = 2 if bidirectional else 1
     size = int(states[0].meta["val"].shape[-1])
+    # The operator's results: 0 is the sequence, 1 the last hidden states, 2 the last cell states.
     read = {reader.args[1] for reader in node.users if reader.users}
     with graph.inserting_before(node):
         last: list[list[fx.Node]] = [[], []]
