@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import halfeven as he
 from halfeven.errors import PlacementError
 from halfeven.graph.view import Op, tensor_names
-from halfeven.placement.graph_edits import apply_changes, clipped_relus, give_bias, record_changes
+from halfeven.placement.graph_edits import apply_changes, give_bias, record_changes
+from halfeven.placement.make_plan import named_nodes
 from halfeven.placement.plan import GraphChanges, Plan
 from halfeven.quantization.model_quantizers import set_mode
 from halfeven.quantization.quantizer import Mode
@@ -37,6 +38,12 @@ class Clipped(nn.Module):
 
 def clips(model):
     return {name: Op(node).bounds for name, node in tensor_names(model.graph).items() if Op(node).bounds}
+
+
+def clipped_relus(model):
+    """Return the names of the ReLUs with an upper bound: ReLU6, and hardtanh and clamp from 0."""
+    bounds = {name: Op(node).bounds for name, (_, node) in named_nodes(model).items()}
+    return tuple(name for name, b in bounds.items() if b is not None and b[0] == 0 and 0 < b[1] < float("inf"))
 
 
 def test_clips_are_found_with_their_bounds():

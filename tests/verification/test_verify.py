@@ -24,6 +24,7 @@ from halfeven.runtimes import deploy
 from halfeven.runtimes.exact_model import ExactModel
 from halfeven.runtimes.openvino.session import OpenVINOFile, compile_model, read, request_with
 from halfeven.runtimes.runtime import load_deployed
+from halfeven.verification.circumstances import file_bytes
 from halfeven.verification.report import Report, TensorParity
 from processes import run
 from runtimes.parity import SCHEME, quantized
@@ -90,6 +91,13 @@ def test_a_good_file(deployed):
     assert "EXECUTION_MODE_HINT=ACCURACY" in text
     assert all(tensor.name in str(report.table()) for tensor in report.tensors)
     assert report._repr_html_().count("<pre") == 2
+
+
+@pytest.mark.parametrize(("name", "beside"), [("m.xml", "m.bin"), ("m.onnx", "m.onnx.data")])
+def test_the_size_of_a_file_counts_the_tensors_beside_it(tmp_path, name, beside):
+    for path, size in ((name, 3), (beside, 4), ("other.bin", 5)):
+        (tmp_path / path).write_bytes(b"x" * size)
+    assert file_bytes(tmp_path / name) == 7
 
 
 def test_a_report_of_many_layers_in_float_is_short_and_its_table_whole():

@@ -20,12 +20,6 @@ from halfeven.placement.tied_weights import tied_parameters, untie
 aten = torch.ops.aten
 
 
-def clipped_relus(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the ReLUs with an upper bound: ReLU6, and hardtanh and clamp from 0."""
-    bounds = {name: Op(node).bounds for name, (_, node) in named_nodes(model).items()}
-    return tuple(name for name, b in bounds.items() if b is not None and b[0] == 0 and 0 < b[1] < float("inf"))
-
-
 def apply_changes(model: nn.Module, changes: GraphChanges) -> nn.Module:
     """Make the changes in a captured or quantized model, in place; changes that were made before have no effect.
 
