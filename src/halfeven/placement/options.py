@@ -90,9 +90,10 @@ class QuantizationOptions(Options):
     """
 
     target: str = "openvino"
-    """Runtime whose rules place the quantizers."""
+    """Runtime whose rules place the quantizers: "openvino", "onnxruntime" or "tensorrt"."""
     scheme: str = "w8a8"
-    """Bits of weights and activations, for every layer that no rule excepts."""
+    """Bits of weights and activations, such as "w4a8", of every layer that no rule excepts; "w8a16" and "w4a16" leave
+    activations in float."""
     ranges: Annotated[Ranges | RangesByPaper | Auto, also_spelled(lsq="learned", pact="clipped")] = "auto"
     """In training: "observed": ranges follow the data; "learned" or "lsq": scales are parameters, trained with the
     weights (LSQ); "clipped" or "pact": the same, except that activations learn from clipped values alone (PACT);

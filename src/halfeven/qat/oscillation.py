@@ -35,9 +35,9 @@ class OscillationOptions(Options):
     """Follow and log oscillations even where nothing is done about them, at the cost of a pass over the weights in
     each step."""
     freeze: bool = False
-    """Freeze weights that oscillate too often (section 4.3)."""
+    """Freeze weights that oscillate too often (Nagel et al., arXiv:2203.11086, section 4.3)."""
     dampening: NonNegativeFloat = 0.0
-    """Weight of the dampening term at the end of the run (section 4.2); 0: none."""
+    """Weight of the dampening term at the end of the run (the same, section 4.2); 0: none."""
     bits: Bits = 4
     """Weights with more bits are not followed: their steps are too small to matter."""
     momentum: Annotated[float, above(0), below(1)] = 0.01

@@ -72,7 +72,7 @@ class DataOptions(Options):
     workers: NonNegativeInt = 2
     """Processes that load samples; 0 to load them in the main process."""
     evaluation_batch_size: PositiveInt = 128
-    """Samples at a time in validation and calibration."""
+    """Samples of a batch in validation and calibration."""
 
     def __post_init__(self) -> None:
         if self.source == "image_folder" and self.image_size > self.resize:
