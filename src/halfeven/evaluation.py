@@ -88,6 +88,8 @@ def evaluation_loader(
         collate: makes a batch of a list of samples.
     """
     if shared and world_size() > 1:
+        # Each sample once; torch's DistributedSampler repeats some, to give all processes as many.
         items = Subset(items, range(rank(), len(items), world_size()))
+    # Copies to a GPU run beside its work only from pinned memory.
     pinned = torch.cuda.is_available()
     return DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=collate, pin_memory=pinned)

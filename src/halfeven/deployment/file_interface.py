@@ -129,6 +129,8 @@ def _output_names(program: torch.export.ExportedProgram) -> list[str]:
     form = program.call_spec.out_spec
     assert form is not None
     tree = pytree.tree_unflatten(list(range(form.num_leaves)), form)
+    # Buffers that the program changes come first, the model's own outputs last. Outputs that are constants, not
+    # tensors, have a value.
     constants = [spec.arg for spec in program.graph_signature.output_specs]
     kept = [hasattr(arg, "name") and not hasattr(arg, "value") for arg in constants[-form.num_leaves :]]
     return [name for name, tensor in zip(path_names(tree, OUTPUT), kept, strict=True) if tensor]

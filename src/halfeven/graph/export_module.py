@@ -96,6 +96,7 @@ def export_program(
     try:
         with attributes_restored(module), leaf_markers(module), kept_markers(module, kept) as calls, quiet():
             with SizedPools(), watching or nullcontext():
+                # Not strict: the model's Python code runs, and its operators on tensors are recorded.
                 program = torch.export.export(
                     module, args, kwargs, dynamic_shapes=_arguments_by_parameter(module, *given), strict=False
                 )

@@ -141,6 +141,7 @@ class _Listener(logging.Handler):
         arguments = record.args
         if not str(record.msg).startswith("set_replacement") or not isinstance(arguments, tuple):
             return
+        # The arguments are a symbol and what replaces it: a number where it becomes a constant.
         frames = traceback.extract_stack()
         start = max((i for i, frame in enumerate(frames) if "/torch/export/" in frame.filename), default=0)
         own = [frame for frame in frames[start:] if not any(part in frame.filename for part in NOT_THE_MODEL)]

@@ -122,6 +122,7 @@ class SessionSteps:
         """
         self.before_validation()
         found = self.models()
+        # Without an average there is no choice, so no evaluation is paid for.
         scores = {name: evaluate(model.eval()) for name, model in found.items()} if len(found) > 1 else {"weights": 0.0}
         return found[max(scores, key=lambda name: scores[name])].eval()
 

@@ -120,6 +120,7 @@ def _accepted_arguments(batch: Mapping[str, Any], parameters: Iterable[inspect.P
 def _leading_inputs(model: nn.Module, batch: Sequence[Any], parameters: Iterable[inspect.Parameter]) -> tuple[Any, ...]:
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = max(sum(p.default is p.empty for p in positional), 1)
+    # Parameters that default to None may take further tensors of the batch, up to the first label.
     possible = required
     for parameter, entry in zip(positional[required:], batch[required:], strict=False):
         if parameter.default is not None or is_label(parameter) or not isinstance(entry, Tensor):

@@ -64,6 +64,7 @@ def decide(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) ->
         ConfigError: `options.equalize` is "on" and BatchNorm is not folded.
     """
     found = quantizers(qmodel).values()
+    # The fewest bits decide, since they make the largest steps.
     weight_bits = min((q.scheme.bits for q in found if q.weight), default=8)
     bits = min((q.scheme.bits for q in found), default=8)
     progress = _decide_progress(options, bits)

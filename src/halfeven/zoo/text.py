@@ -75,6 +75,7 @@ def _read_rows(path: Path, options: DataOptions) -> list[dict[str, str]]:
             f"There is no file {path}, so there are no texts. Set data.root to a folder with train.tsv and dev.tsv."
         )
     with path.open(encoding="utf-8", newline="") as file:
+        # GLUE's files do not quote: a quotation mark is a character of the text.
         reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         rows = list(reader)
     wanted = (*options.text.columns, options.text.label_column)
@@ -83,6 +84,7 @@ def _read_rows(path: Path, options: DataOptions) -> list[dict[str, str]]:
             f"{path} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ())}. Set "
             "data.text.columns and data.text.label_column to columns that it has."
         )
+    # Line 1 has the names of the columns.
     short = [number for number, row in enumerate(rows, 2) if any(row[name] is None for name in wanted)]
     if short:
         raise ConfigError(
@@ -98,4 +100,5 @@ def _encode_texts(rows: list[dict[str, str]], classes: list[str], tokenizer: Any
     tokens = tokenizer(*columns, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     number = {label: index for index, label in enumerate(classes)}
     labels = torch.tensor([number[row[options.text.label_column]] for row in rows], dtype=torch.int64)
+    # Half the memory; items become int64, which models take, where they are read.
     return Texts({name: ids.to(torch.int32) for name, ids in tokens.items()}, labels)

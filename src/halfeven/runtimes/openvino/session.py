@@ -98,6 +98,7 @@ def run_compiled(compiled: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
     """
     request = compiled.create_infer_request()
     try:
+        # Inputs are read where they lie. Outputs lie in the request's memory, so they are copied below.
         result = request.infer([np.ascontiguousarray(x.detach().cpu().numpy()) for x in inputs], share_inputs=True)
     except (RuntimeError, TypeError, ValueError) as error:
         given = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in inputs)
@@ -203,6 +204,7 @@ def _described(name: str, info: dict[str, str]) -> LayerExecution:
     precision = info["runtimePrecision"]
     kernel = info["primitiveType"]
     reads_integers = precision in INTEGER_TYPES
+    # oneDNN's names of integer kernels contain I8 or i8.
     computes = "i8" in kernel.lower()
     return LayerExecution(name, precision, kernel, integer=reads_integers and computes, stored=reads_integers)
 
@@ -217,6 +219,7 @@ def kernel_times(compiled: Any, inputs: Sequence[Tensor], runs: int) -> list[Ker
         request.infer()
     found = []
     for info, _ in _executed(compiled):
+        # In microseconds, and no number for what was not run.
         if (counted := info.get("execTimeMcs", "")).isdigit():
             execution = _described(info["originalLayersNames"], info)
             found.append(
@@ -265,6 +268,8 @@ def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
         layer = next((name for name in names if name in layers), node.get_friendly_name())
         if source.get_type_name() == "Constant" and source.get_element_type().is_integral_number():
             integers = torch.from_numpy(_integers(source))
+            # A MatMul has its weight as [inputs, outputs] unless it transposes it; the model's layers have [outputs,
+            # inputs].
             turned = node.get_type_name() == "MatMul" and not node.get_attributes()["transpose_b"]
             found[layer] = integers.t() if turned and integers.ndim == 2 else integers
     return found
@@ -274,6 +279,7 @@ def _integers(constant: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Return the values of a constant of integers; two of 4 bits lie in a byte, the first in its lower half."""
     values = np.array(constant.get_data())
     if constant.get_element_type().get_type_name() == "i4":
+        # To the left and back: the shift to the right repeats the sign of the lower half.
         halves = np.stack([values.view(np.int8) << 4 >> 4, values.view(np.int8) >> 4], axis=-1)
         values = halves.reshape(-1)[: int(np.prod(constant.shape))].reshape(tuple(constant.shape))
     return values.astype(np.float32)
