@@ -187,16 +187,13 @@ def by_nncf(model: nn.Module, bench: Bench, python: Path, target: str, folder: P
     source, goal, data = (folder / f"{stem}{TARGETS[target]}" for stem in ("float", "nncf", "images"))
     with torch.no_grad():
         names = list(_named(model(images)))
-    flat = _Flat(model)
+    exported = torch.export.export(_Flat(model), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     if target == "openvino":
         import openvino
 
-        converted = openvino.convert_model(flat, example_input=images)
-        converted.reshape(openvino.PartialShape([-1, *images.shape[1:]]))
-        openvino.save_model(converted, source, compress_to_fp16=False)
+        openvino.save_model(openvino.convert_model(exported), source, compress_to_fp16=False)
     else:
-        free = ({0: torch.export.Dim("batch")},)
-        torch.onnx.export(flat, (images,), source, dynamo=True, dynamic_shapes=free, verbose=False, external_data=False)
+        torch.onnx.export(exported, (), source, dynamo=True, verbose=False, external_data=False)
     np.savez(data.with_suffix(".npz"), images=torch.stack(bench.calibration).numpy())
     subprocess.run(
         [str(python), "-c", NNCF, str(source), str(goal), str(data.with_suffix(".npz"))],

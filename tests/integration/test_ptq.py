@@ -116,6 +116,12 @@ def test_killed_and_resumed_equals_uninterrupted(config, float_weights, tmp_path
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
+    # Killed once more, after the checkpoint and before the state was removed.
+    (cut / "ptq_state").mkdir()
+    done = ptq(config, cut, float_weights, *RECONSTRUCTION, iterations, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (cut / "ptq_state").exists()
+
 
 def stored(folder):
     """Whether the reconstruction has stored a layer."""

@@ -1,6 +1,5 @@
 """`halfeven ptq`: post-training quantization, from the float model to verified files."""
 
-import shutil
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from halfeven.cli.arguments import RunArguments
 from halfeven.cli.deliver import deliver, write_plan
 from halfeven.cli.quantization_run import claimed_run, open_quantization
 from halfeven.cli.run import RunContext
-from halfeven.cli.work_folder import BEST_FILE, PTQ_STATE
+from halfeven.cli.work_folder import BEST_FILE, PTQ_STATE, remove_state
 from halfeven.pipelines import quantize_prepared
 
 
@@ -29,6 +28,7 @@ def run_ptq(arguments: PtqArguments) -> None:
         if prepared is not None:
             facts = _quantize_and_save(run.context, run.model, prepared)
         assert facts is not None
+        remove_state(run.context.folder, PTQ_STATE)  # the checkpoint has it all now
         further = {"quantization_seconds": facts["quantization_seconds"]}
         deliver(run.context, run.model, facts["float"], further, json=arguments.json)
 
@@ -43,18 +43,16 @@ def _facts_of_finished_run(context: RunContext, *, resume: bool) -> dict[str, An
 def _quantize_and_save(context: RunContext, model: nn.Module, prepared: nn.Module) -> dict[str, Any]:
     """Quantize and write the checkpoint. Returns the facts in it: the float accuracy, and the seconds it took."""
     start = time.perf_counter()
-    resume_dir = context.folder / PTQ_STATE
     qmodel = quantize_prepared(
         prepared.to(context.accelerator.device),
         list(context.loader(context.datasets.calibration)),
         context.experiment.ptq,
         log=context.log,
-        resume_dir=resume_dir,
+        resume_dir=context.folder / PTQ_STATE,
     )
     seconds = time.perf_counter() - start
     context.log(f"Quantized in {seconds:.0f} s.\n")
     write_plan(context, qmodel)
     facts = {"float": context.accuracy(model), "quantization_seconds": round(seconds, 3)}
     save(qmodel, context.folder / BEST_FILE, facts)
-    shutil.rmtree(resume_dir, ignore_errors=True)  # the checkpoint has it all now
     return facts

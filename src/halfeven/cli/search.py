@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from halfeven.cli.quantization_run import claimed_run, open_quantization
 from halfeven.cli.results import write_json
 from halfeven.cli.run import RunContext
 from halfeven.cli.train import train_and_deliver
-from halfeven.cli.work_folder import BEST_FILE, SEARCH_RESULT_FILE, SEARCH_STATE
+from halfeven.cli.work_folder import BEST_FILE, SEARCH_RESULT_FILE, SEARCH_STATE, remove_state
 from halfeven.errors import CheckpointError
 from halfeven.evaluation import evaluating
 from halfeven.graph.capture import as_arguments
@@ -50,6 +49,7 @@ def run_search(arguments: SearchArguments) -> None:
         if prepared is not None:
             facts = _search_and_save(context, model, prepared)
         assert facts is not None
+        remove_state(context.folder, SEARCH_STATE)
         if not arguments.no_train and not facts["search"]["reached"] and experiment.search.max_drop is not None:
             _train_from_plan(context, model, facts["search"], resume=training, json_file=arguments.json)
         else:
@@ -78,7 +78,6 @@ def _facts_of_finished_search(context: RunContext) -> dict[str, Any] | None:
 def _search_and_save(context: RunContext, model: nn.Module, prepared: nn.Module) -> dict[str, Any]:
     """Search, and write the checkpoint. Returns the facts in it: the float accuracy, and the result."""
     experiment = context.experiment
-    resume_dir = context.folder / SEARCH_STATE
     context.log(f"Plans are judged on the {context.selection}.")
     found = search_prepared(
         prepared.to(context.accelerator.device),
@@ -89,14 +88,13 @@ def _search_and_save(context: RunContext, model: nn.Module, prepared: nn.Module)
         experiment.search,
         candidates=usual_candidates(experiment.quantization),
         log=context.log,
-        resume_dir=resume_dir,
+        resume_dir=context.folder / SEARCH_STATE,
     )
     context.log(f"\n{found}\n")
     write_plan(context, found.qmodel)
     facts = {"float": context.accuracy(model), "search": {**found.to_dict(), "judged_on": context.selection}}
     save(found.qmodel, context.folder / BEST_FILE, facts)
     write_json(context.folder / SEARCH_RESULT_FILE, facts["search"])
-    shutil.rmtree(resume_dir, ignore_errors=True)
     return facts
 
 

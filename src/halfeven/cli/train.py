@@ -23,6 +23,7 @@ from halfeven.cli.work_folder import (
     claimed_folder,
     default_folder,
     is_continued,
+    remove_state,
 )
 from halfeven.distributed import world_size
 from halfeven.errors import CheckpointError, HalfevenError
@@ -101,6 +102,7 @@ def train_and_deliver(
     main = context.accelerator.is_main_process
     context.accelerator.end_training()  # what follows is the first process's alone
     if main:
+        remove_state(context.folder, PTQ_STATE)
         deliver(context, model, header["float"], facts, calibrated=header.get("calibrated"), json=json_file)
 
 

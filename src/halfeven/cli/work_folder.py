@@ -1,6 +1,7 @@
 """The work folder of a run: which files it holds, whether a run in it is continued, and the lock on it."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,11 @@ def _not_shared_error(folder: Path) -> ConfigError:
         "could not go on from the same state. With several machines, --work-dir must name a folder on a disk that all "
         "of them share."
     )
+
+
+def remove_state(folder: Path, name: str) -> None:
+    """Remove the state of a step that has finished. A run killed meanwhile removes the rest when it is resumed."""
+    shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def check_folder(context: RunContext, command: str, *, resume: bool, overwrite: bool) -> None:

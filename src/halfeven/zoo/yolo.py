@@ -78,7 +78,7 @@ class Yolo(nn.Module):
         bins = torch.cat([head(x).flatten(2) for head, x in zip(self.boxes, levels, strict=True)], 2)
         scores = torch.cat([head(x).flatten(2) for head, x in zip(self.scores, levels, strict=True)], 2)
         # A distance is the expectation of its bins (Generalized Focal Loss, section 3.2).
-        distances = (bins.reshape(len(bins), 4, BINS, -1).softmax(2) * self.bins).sum(2)
+        distances = (bins.reshape(bins.shape[0], 4, BINS, -1).softmax(2) * self.bins).sum(2)
         centres, strides = place_centres(images.shape[-2], images.shape[-1], images)
         near, far = distances.chunk(2, 1)
         corners = torch.cat([(centres - near) * strides, (centres + far) * strides], 1)
