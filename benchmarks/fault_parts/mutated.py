@@ -98,7 +98,8 @@ def deployed(campaign: Campaign) -> Row:
         place.mkdir()
         said = place / "said.txt"
         ended = waited(forked(lambda: _verify_batch(place, campaign.seed, numbers), said, place / "tmp"), said)  # noqa: B023
-        outcomes = (place / "outcomes.txt").read_text().splitlines()
+        written = place / "outcomes.txt"
+        outcomes = written.read_text().splitlines() if written.is_file() else []
         for number, outcome in zip(numbers, outcomes, strict=False):
             counts.update({outcome: counts.get(outcome, 0) + 1} if outcome in counts else {})
             row.count(str(number), [] if outcome in counts else [outcome])

@@ -6,6 +6,7 @@ import resource
 import shutil
 import stat
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ import halfeven as he
 from halfeven.cli.lock import locked
 from halfeven.errors import CheckpointError, StorageError
 from halfeven.files import storage_error, write_atomically
+from halfeven.training.progress import RunLog, plain_console
 from integration.running import halfeven
 from processes import forked
 
@@ -136,6 +138,24 @@ def test_a_link_in_the_place_of_the_partial_file_is_not_followed(tmp_path):
         assert not (tmp_path / ".file.partial").is_symlink()
     assert (victim / "file").read_text() == "precious"
     assert stat.S_IMODE(victim.stat().st_mode) == 0o700
+
+
+def write_curves(log):
+    for step in range(10_000):
+        log.histograms(step, {"scale": torch.rand(1000)})
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_curves_on_a_full_disk_are_a_message_alone(tmp_path):
+    """TensorBoard writes in a thread of its own, whose error Python would print."""
+    hook = threading.excepthook
+    log = RunLog(tmp_path, "run", total=1, step=0, resumed=False, console=plain_console(quiet=True), main=True)
+    with full_disk():
+        with pytest.raises(StorageError, match="tensorboard"):
+            write_curves(log)
+        with pytest.raises(StorageError, match="tensorboard"):
+            log.close()
+    assert threading.excepthook is hook
 
 
 @pytest.mark.parametrize("command", ["train", "ptq"])

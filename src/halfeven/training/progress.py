@@ -2,8 +2,10 @@
 
 import json
 import re
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,12 @@ class JSONLinesTracker(GeneralTracker):  # type: ignore[misc]
         self.lines.close()
 
 
+def _hide_kept_error(shown_by: Callable[[threading.ExceptHookArgs], Any], args: threading.ExceptHookArgs) -> None:
+    """Show the error that ended a thread, unless the thread keeps it: TensorBoard raises it at the next curve."""
+    if getattr(args.thread, "exception", None) is not args.exc_value:
+        shown_by(args)
+
+
 class RunLog:
     """The bar and the log files of a run. Only the main process writes.
 
@@ -131,7 +139,10 @@ class RunLog:
         purge_step = step + 1 if resumed else 0
         self._lines = JSONLinesTracker(folder, purge_step=purge_step)
         self._named_curves = TensorBoardTracker("tensorboard", folder, purge_step=purge_step)
+        self._curves_folder = folder / "tensorboard"
+        self._hook_before = threading.excepthook
         if main:
+            threading.excepthook = partial(_hide_kept_error, self._hook_before)
             self._lines.start()
             with extra("train", "Training"):  # TensorBoard is imported here
                 self._named_curves.start()
@@ -189,8 +200,9 @@ class RunLog:
 
     def histograms(self, step: int, found: Mapping[str, Tensor]) -> None:
         """Log the distributions of values, by name."""
-        for name, values in found.items() if self.main else ():
-            self._named_curves.tracker.add_histogram(f"quantizers/{name}", values, step)
+        with storing(self._curves_folder):
+            for name, values in found.items() if self.main else ():
+                self._named_curves.tracker.add_histogram(f"quantizers/{name}", values, step)
 
     def _draw_in_one_chart(self, metrics: Mapping[str, float]) -> None:
         """Declare one chart of TensorBoard for each metric, with the curves of all models, float and quantized."""
@@ -203,10 +215,15 @@ class RunLog:
         """Stop the bar and close the files."""
         self._progress.stop()
         if self.main:
-            self._lines.finish()
-            self._named_curves.finish()
+            try:
+                self._lines.finish()
+                with storing(self._curves_folder):
+                    self._named_curves.finish()
+            finally:
+                threading.excepthook = self._hook_before
 
     def _record_line(self, step: int, line: dict[str, Any], curves: dict[str, float]) -> None:
         if self.main:
             self._lines.log(line, step)
-            self._named_curves.log(curves, step)
+            with storing(self._curves_folder):
+                self._named_curves.log(curves, step)
