@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 AVERAGES = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 MAXIMA = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d)
+POOLS = frozenset((*AVERAGES, *MAXIMA))
 DEFAULTS = {"dilation": 1, "return_indices": False, "divisor_override": None}
 """Arguments under which a pool is a mean or a maximum, where they are given."""
 
@@ -23,7 +24,7 @@ class SizedPools(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (*AVERAGES, *MAXIMA) and (axes := _axes_of_whole_window(*args, **kwargs)):
+        if func in POOLS and (axes := _axes_of_whole_window(*args, **kwargs)):
             pooled = args[0] if args else kwargs["input"]
             return pooled.mean(axes, keepdim=True) if func in AVERAGES else pooled.amax(axes, keepdim=True)
         return func(*args, **kwargs)

@@ -299,7 +299,8 @@ def left_in_eval(model: nn.Module) -> tuple[str, ...]:
 
 def _random_states() -> Any:
     states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-    return [state.tolist() for state in states], random.getstate(), str(np.random.get_state())
+    kind, keys, *rest = np.random.get_state()
+    return [state.numpy().tobytes() for state in states], random.getstate(), (kind, np.asarray(keys).tobytes(), *rest)
 
 
 @contextmanager

@@ -34,13 +34,21 @@ def needs_runtime_kernel(node: fx.Node) -> bool:
     return Op(node).has_kernel_rounding
 
 
+MAX_FUNCTIONS = 64
+"""Largest number of functions that are kept for later simulations."""
+
+_kept: dict[object, Function] = {}
+
+
 class FloatOperators:
     """The operators that a runtime computes for the simulation.
+
+    Equal operators share a function, those of another model too: it takes longer to make than to run.
 
     Args:
         function_of: makes a function that the runtime computes of a program.
         constants_are_inputs: True where such a function can be given other constants than its program had. Operators
-            that differ in their constants alone then share a function, as equal operators always do.
+            that differ in their constants alone then share a function.
     """
 
     def __init__(
@@ -48,7 +56,6 @@ class FloatOperators:
     ) -> None:
         self.function_of = function_of
         self.constants_are_inputs = constants_are_inputs
-        self.functions: dict[object, Function] = {}
         self.modules: dict[object, tuple[fx.GraphModule, object]] = {}
 
     def compute_results(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -82,17 +89,21 @@ class FloatOperators:
             self.modules[nodes[-1], numbers] = module, (description, constants)
         module, computed = self.modules[nodes[-1], numbers]
         shape = read[0].shape
-        shapes = tuple(tuple(x.shape) for x in read)
+        shapes = tuple((tuple(x.shape), x.dtype) for x in read)
         elementwise = len(read) == len(nodes) == 1 and kind_of(nodes[0]) is K.ACTIVATION and shape.numel() > 1
         if elementwise:  # one function for all shapes
             read = [read[0].flatten()]
-            shapes = ()
+            shapes = (read[0].dtype,)
             free = [(0,)]
-        key = (computed, shapes)
-        if key not in self.functions:
+        key = (self.function_of, computed, shapes, tuple(free))
+        function = _kept.get(key)
+        if function is None:
             with forgetting_graphs():
-                self.functions[key] = self.function_of(exported_program(module, tuple(read), {}, free))
-        result = self.functions[key](read, module.state_dict())
+                function = self.function_of(exported_program(module, tuple(read), {}, free))
+            if len(_kept) >= MAX_FUNCTIONS:
+                _kept.pop(next(iter(_kept)), None)  # the oldest
+            _kept[key] = function
+        result = function(read, module.state_dict())
         return result.reshape(shape) if elementwise else result
 
 
@@ -133,8 +144,12 @@ def _operators_alone(nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) ->
         made[node] = graph.create_node(node.op, target, args, kwargs, f"operator_{index}")
     graph.output(made[nodes[-1]])
     module = fx.GraphModule(parts, graph).eval()
-    kept = [f"{name}: {part if isinstance(part, nn.Module) else tuple(part.shape)}" for name, part in parts.items()]
+    kept = [f"{name}: {_description(part)}" for name, part in parts.items()]
     return module, "\n".join((module.code, *kept))
+
+
+def _description(part: nn.Module | Tensor) -> str:
+    return f"{type(part)} {part}" if isinstance(part, nn.Module) else f"{part.dtype} {tuple(part.shape)}"
 
 
 def _digest_of_values(constants: Mapping[str, Tensor]) -> bytes:
