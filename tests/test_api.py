@@ -64,6 +64,7 @@ def test_every_error_is_a_halfeven_error():
         assert error.__doc__
 
 
+@pytest.mark.usefixtures("fused")
 def test_the_designs_example(tmp_path):
     """Section 2 of the design, as it stands there."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()

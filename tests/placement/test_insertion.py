@@ -177,6 +177,7 @@ def test_layers_know_the_quantizer_of_their_input_through_what_keeps_the_scale()
     assert copied is other.get_submodule("quantizers.1_relu")
 
 
+@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_integers_stay_exact_under_half_precision(dtype):
     """The products are of integers, which half precision holds; rounding is left to the accumulator and the result."""

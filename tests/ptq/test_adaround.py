@@ -15,6 +15,8 @@ from halfeven.ptq.reconstruction.adaround import (
 )
 from halfeven.quantization.scheme import Scheme
 
+pytestmark = pytest.mark.usefixtures("fused")
+
 S4 = Scheme(bits=4, signed=True, symmetric=True, narrow=True, axis=0)
 
 

@@ -1,8 +1,11 @@
 """Elements by a mask: the numbers of torch.where, and its gradients."""
 
+import pytest
 import torch
 
 from halfeven.ptq.reconstruction.mixing import mix_by_mask
+
+pytestmark = pytest.mark.usefixtures("fused")
 
 
 def test_values_and_gradients_are_those_of_where():

@@ -11,6 +11,8 @@ from halfeven.deployment.deployed import deployed_form
 from halfeven.errors import CheckpointError, ConfigError
 from halfeven.qat.oscillation import OscillationOptions, Oscillations
 
+pytestmark = pytest.mark.usefixtures("fused")
+
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
 

@@ -11,6 +11,9 @@ from halfeven.quantization.arithmetic import SMALLEST_SCALE, dequantize, quantiz
 from halfeven.quantization.fake_quantize import UNCLIPPED, effective_scale, fake_quantize, stored_scale
 from halfeven.quantization.scheme import Scheme
 from quantization.grids import SIGNED4, int32, schemes, seeds, sizes, spread
+from sweeps import crossed
+
+pytestmark = pytest.mark.usefixtures("fused")
 
 INF = math.inf
 
@@ -147,6 +150,7 @@ def results(x, scale, zero_point, scheme, **options):
     return y.detach(), *(tensor.grad for tensor in given if tensor.requires_grad)
 
 
+@pytest.mark.usefixtures("unfused")  # one kernel for each clip
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("grid", sorted(GRIDS))
 @given(seeds, st.floats(0.02, 1))
@@ -208,6 +212,7 @@ def test_the_used_scale_of_a_logarithm_passes_its_slope_on():
     torch.testing.assert_close(stored.grad, used.detach() * math.log(2))
 
 
+@pytest.mark.usefixtures("unfused")  # one kernel for each clip and domain
 @pytest.mark.parametrize("clip", [UNCLIPPED, (0.0, 6.0)])
 @given(schemes(), seeds, sizes)
 def test_a_logarithm_gives_the_values_and_the_gradient_times_its_slope(clip, scheme, seed, size):
@@ -314,6 +319,7 @@ def composed(x, scale, zero_point, scheme, domain, clip, rounding_gradient):
     return torch.where(integers == bounded, passed, (bounded - zero) * scale)
 
 
+@pytest.mark.usefixtures("unfused")  # a kernel for each combination would take minutes to build
 @given(
     seeds,
     st.sampled_from(["linear", "log"]),
@@ -325,9 +331,7 @@ def composed(x, scale, zero_point, scheme, domain, clip, rounding_gradient):
 def test_all_options_together_are_the_definition(seed, domain, clip, rounding_gradient, scheme, learns_zero_point):
     x, scale = spread(seed, 120, 3.0), stored_scale(snap(torch.tensor(0.3)), domain)
     zero_point = torch.tensor(2.3) if learns_zero_point else int32(2)
-    with pytest.MonkeyPatch.context() as patch:  # a kernel for each combination would take minutes to build
-        patch.setattr("halfeven.quantization.compile._works", False)
-        found = results(x, scale, zero_point, scheme, domain=domain, clip=clip, rounding_gradient=rounding_gradient)
+    found = results(x, scale, zero_point, scheme, domain=domain, clip=clip, rounding_gradient=rounding_gradient)
     given = [x.clone().requires_grad_(), scale.clone().requires_grad_(), zero_point.float().requires_grad_()]
     y = composed(*given, scheme, domain, clip, rounding_gradient)
     y.backward(upstream(x.shape))
@@ -339,11 +343,11 @@ def test_all_options_together_are_the_definition(seed, domain, clip, rounding_gr
 # A known result
 
 
-@pytest.mark.parametrize("axis", [None, 1])
-@pytest.mark.parametrize("zero_point", [int32(3), torch.tensor(2.8)], ids=["fixed", "learned"])
+@pytest.mark.parametrize(("axis", "zero_point"), crossed([None, 1], ["fixed", "learned"]))
 def test_a_known_result_is_returned_and_has_the_gradients_of_the_computed_one(axis, zero_point):
     x = spread(4, 60, 2.0).reshape(5, 3, 4)
     scheme, channels = Scheme(bits=4, axis=axis), () if axis is None else (3,)
+    zero_point = int32(3) if zero_point == "fixed" else torch.tensor(2.8)
     scale, zero_point = torch.full(channels, 0.25), zero_point.expand(channels).clone()
     known = torch.full(x.shape, 7.0)
     y, *found = results(x, scale, zero_point, scheme, clip=(-1.0, 2.0), precomputed=known)
@@ -368,8 +372,9 @@ def forward_and_backward(x, scheme, channels):
     return y.detach(), x.grad, scale.grad
 
 
-@pytest.mark.parametrize("axis", [None, 0, 1, 3])
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "strided", "expanded"])
+@pytest.mark.parametrize(
+    ("axis", "layout"), crossed([None, 0, 1, 3], ["channels_last", "transposed", "strided", "expanded"])
+)
 def test_any_memory_layout_gives_the_same(layout, axis):
     plain = torch.randn(4, 5, 6, 7)
     if layout == "expanded":

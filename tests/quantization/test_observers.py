@@ -22,6 +22,8 @@ from halfeven.quantization.scheme import Scheme
 from processes import forked
 from sweeps import crossed
 
+pytestmark = pytest.mark.usefixtures("fused")
+
 HISTOGRAMS = ("percentile", "mse", "lp", "entropy")
 BY_CHANNEL = sorted(set(OBSERVERS) - {"cross_entropy"})
 PER_TENSOR = Scheme()

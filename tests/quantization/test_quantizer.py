@@ -14,6 +14,8 @@ from halfeven.quantization.observers import OBSERVERS
 from halfeven.quantization.quantizer import RANGE_MOMENTUM, Mode, Quantizer, RangeState
 from halfeven.quantization.scheme import Scheme
 
+pytestmark = pytest.mark.usefixtures("fused")
+
 ACTIVATION = Scheme()
 WEIGHT = Scheme(signed=True, symmetric=True, narrow=True)
 PER_CHANNEL = Scheme(signed=True, symmetric=True, narrow=True, axis=0)
