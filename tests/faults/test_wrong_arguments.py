@@ -133,7 +133,7 @@ def wrong_values(qmodel, tmp_path):
     }
 
 
-FEW = 5
+FEW = 3
 """Faults of each parameter in the suite; all of them with --exhaustive."""
 SLOW = ("diagnose", "sensitivities", "setup_qat", "verify", "quantize")
 """Functions of which the suite tries one fault of each parameter."""

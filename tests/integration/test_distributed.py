@@ -23,8 +23,8 @@ from processes import forked, run
 from .running import environment
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "qat"
-MODEL = "resnet10t"
-"""The recipes' ResNet-18 takes twice as long."""
+MODEL = "test_resnet"
+"""The recipes' ResNet-18 takes several times as long."""
 
 
 def train_and_keep(folder, *arguments):
@@ -116,6 +116,7 @@ def test_both_processes_end_with_the_same_model(config, start, images, weights, 
         "training.batch-size": 3,
         "training.epochs": 1,
         "training.learning-rate": 0.01,
+        "device.threads": 1,
         "export.verify-samples": 4,
         "export.timed": False,
         "work-dir": tmp_path / "work",

@@ -143,7 +143,14 @@ def images(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("name", "model"),
-    sweep((("resnet18", "resnet18"), ("resnet50", "resnet50"), ("mbv2", "mobilenetv2_100")), ("resnet18", "resnet18")),
+    sweep(
+        (
+            *(("resnet18", model) for model in ("test_resnet", "resnet18")),
+            ("resnet50", "resnet50"),
+            ("mbv2", "mobilenetv2_100"),
+        ),
+        ("resnet18", "test_resnet"),
+    ),
 )
 def test_recipes_on_a_folder_of_images(name, model, images, tmp_path):
     torch.manual_seed(0)
@@ -154,6 +161,7 @@ def test_recipes_on_a_folder_of_images(name, model, images, tmp_path):
         "data.resize": 40,
         "data.image-size": 32,
         "data.calibration-samples": 8,
+        "model.name": model,
         "model.weights": tmp_path / "float.safetensors",
         "model.num-classes": 2,
         "quantization.scheme": SCHEME,

@@ -1,6 +1,8 @@
 """Reconstruction gains, keeps to the grid, stays as it was decided, and goes on after an interruption."""
 
+import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from halfeven.quantization.arithmetic import quantize
 from halfeven.quantization.model_quantizers import quantizers
 
 OPTIONS = PTQOptions(iterations=100, batch_size=16, rounding_rate=0.05)
+QUICK = dataclasses.replace(OPTIONS, iterations=8)
+"""Where what is learned need not be better."""
 
 
 class Net(nn.Module):
@@ -38,10 +42,15 @@ def images(count=128, seed=1):
     return F.interpolate(low, size=(8, 8), mode="bilinear")  # neighbours are alike, as in photographs
 
 
-def calibrated(scheme="w4a8", model=None, **options):
+@functools.cache
+def calibrated_once(scheme, net):
     torch.manual_seed(0)
-    qmodel = he.prepare((model or Net()).eval(), images(2), scheme=scheme, batchnorm="fold", **options)
+    qmodel = he.prepare(net().eval(), images(2), scheme=scheme, batchnorm="fold")
     return he.calibrate(qmodel, images().split(16)).eval()
+
+
+def calibrated(scheme="w4a8", net=Net):
+    return copy.deepcopy(calibrated_once(scheme, net))
 
 
 def float_reference(scheme):
@@ -66,7 +75,7 @@ def test_it_gains_on_images_that_it_has_not_seen(algorithm, scheme):
 
 def test_weights_lie_on_their_grids_and_a_later_calibration_leaves_them():
     qmodel = calibrated()
-    adaround(qmodel, images().split(16), options=OPTIONS)
+    adaround(qmodel, images().split(16), options=QUICK)
     weights = {name: p.detach().clone() for name, p in qmodel.named_parameters()}
     he.calibrate(qmodel, images(seed=3).split(16))
     for name, module in qmodel.named_modules():
@@ -80,7 +89,7 @@ def test_weights_lie_on_their_grids_and_a_later_calibration_leaves_them():
 
 def test_a_loaded_checkpoint_keeps_its_rounding_too(tmp_path):
     qmodel = calibrated()
-    adaround(qmodel, images().split(16), options=OPTIONS)
+    adaround(qmodel, images().split(16), options=QUICK)
     he.save(qmodel, tmp_path / "q.safetensors")
     loaded = he.load(tmp_path / "q.safetensors", Net(), images(2))
     he.calibrate(loaded, images(seed=3).split(16))
@@ -95,7 +104,7 @@ def test_a_loaded_checkpoint_keeps_its_rounding_too(tmp_path):
 
 def test_adaround_learns_the_rounding_alone():
     qmodel, other = calibrated(), calibrated()
-    adaround(qmodel, images().split(16), options=OPTIONS)
+    adaround(qmodel, images().split(16), options=QUICK)
     for name, quantizer in quantizers(qmodel).items():
         assert torch.equal(quantizer.scale, quantizers(other)[name].scale)
     for name, parameter in other.named_parameters():
@@ -111,7 +120,7 @@ def test_adaround_learns_the_rounding_alone():
 def test_the_model_comes_back_as_it_was_but_for_what_was_learned():
     qmodel = calibrated().train()
     asked = {name: p.requires_grad for name, p in qmodel.named_parameters()}
-    reconstruct(qmodel, images().split(16), options=OPTIONS)
+    reconstruct(qmodel, images().split(16), options=QUICK)
     assert all(module.training for module in qmodel.modules())
     assert asked == {name: p.requires_grad for name, p in qmodel.named_parameters()}
     qmodel(images(4)).sum().backward()
@@ -131,7 +140,7 @@ def test_it_is_the_same_every_time_whatever_the_memory():
     runs = []
     for memory in (4.0, 4.0, 1e-6):
         qmodel = calibrated("w4a4")
-        reconstruct(qmodel, images().split(16), options=dataclasses.replace(OPTIONS, memory=memory))
+        reconstruct(qmodel, images().split(16), options=dataclasses.replace(QUICK, memory=memory))
         runs.append(qmodel.state_dict())
     assert all(torch.equal(runs[0][key], other[key]) for other in runs[1:] for key in runs[0])
 
@@ -139,7 +148,7 @@ def test_it_is_the_same_every_time_whatever_the_memory():
 @pytest.mark.parametrize("algorithm", [adaround, reconstruct])
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(algorithm, tmp_path):
     whole = calibrated("w4a4")
-    algorithm(whole, images().split(16), options=OPTIONS)
+    algorithm(whole, images().split(16), options=QUICK)
     killed = []
 
     def kill(text):
@@ -148,11 +157,11 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(algorithm, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        algorithm(calibrated("w4a4"), images().split(16), options=OPTIONS, resume_dir=tmp_path / "state", log=kill)
+        algorithm(calibrated("w4a4"), images().split(16), options=QUICK, resume_dir=tmp_path / "state", log=kill)
     resumed, said = calibrated("w4a4"), []
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "state").glob("*.safetensors")}
     assert len(times) == 2
-    report = algorithm(resumed, images().split(16), options=OPTIONS, resume_dir=tmp_path / "state", log=said.append)
+    report = algorithm(resumed, images().split(16), options=QUICK, resume_dir=tmp_path / "state", log=said.append)
     assert all(path.stat().st_mtime_ns == time for path, time in times.items()), "finished blocks were learned again"
     assert len(said) == len(report.blocks) > 2
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in whole.state_dict().items())
@@ -160,36 +169,43 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(algorithm, tmp_path):
     assert torch.equal(resumed.get_parameter("stem.weight"), whole.get_parameter("stem.weight"))
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder with the state of a reconstruction."""
+    folder = tmp_path_factory.mktemp("state")
+    reconstruct(calibrated(), images().split(16), options=QUICK, resume_dir=folder)
+    return folder
+
+
 @pytest.mark.parametrize("change", ["options", "images", "weights"])
-def test_the_state_of_another_run_is_refused(change, tmp_path):
-    reconstruct(calibrated(), images().split(16), options=OPTIONS, resume_dir=tmp_path)
-    qmodel, options, x = calibrated(), OPTIONS, images()
+def test_the_state_of_another_run_is_refused(change, finished):
+    qmodel, options, x = calibrated(), QUICK, images()
     if change == "options":
-        options = dataclasses.replace(OPTIONS, seed=1)
+        options = dataclasses.replace(QUICK, seed=1)
     elif change == "images":
         x = images(seed=9)
     else:
         qmodel.get_parameter("fc.weight").data[0, 0] += 1
     with pytest.raises(CheckpointError, match="another reconstruction"):
-        reconstruct(qmodel, x.split(16), options=options, resume_dir=tmp_path)
+        reconstruct(qmodel, x.split(16), options=options, resume_dir=finished)
 
 
 def test_a_rounding_is_learned_once():
     qmodel = calibrated()
-    adaround(qmodel, images().split(16), options=OPTIONS)
+    adaround(qmodel, images().split(16), options=QUICK)
     with pytest.raises(AlgorithmError, match="float weights"):
-        reconstruct(qmodel, images().split(16), options=OPTIONS)
+        reconstruct(qmodel, images().split(16), options=QUICK)
 
 
 def test_ranges_must_be_set():
     qmodel = he.prepare(Net().eval(), images(2))
     with pytest.raises(CalibrationError, match="no range yet"):
-        reconstruct(qmodel, images().split(16), options=OPTIONS)
+        reconstruct(qmodel, images().split(16), options=QUICK)
 
 
 def test_the_deployed_file_holds_the_learned_rounding(tmp_path):
     qmodel = calibrated()
-    reconstruct(qmodel, images().split(16), options=OPTIONS)
+    reconstruct(qmodel, images().split(16), options=QUICK)
     path = he.export(qmodel, tmp_path / "model.xml")
     report = he.verify(qmodel, path, images(32, seed=2).split(16), timed=False)
     assert report.integer_match == 1
@@ -211,8 +227,8 @@ class Twice(nn.Module):
 
 
 def test_a_layer_that_is_used_twice_is_decided_once():
-    qmodel = calibrated("w4a8", Twice())
-    report = adaround(qmodel, images().split(16), options=OPTIONS)
+    qmodel = calibrated("w4a8", Twice)
+    report = adaround(qmodel, images().split(16), options=QUICK)
     weight, quantizer = qmodel.conv.weight, qmodel.conv.weight_quantizer
     assert torch.equal(quantizer(weight), weight)
     assert len(report.blocks) == 4

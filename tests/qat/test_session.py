@@ -26,7 +26,7 @@ def made(scheme="w4a4", model=None, **options):
     torch.manual_seed(0)
     model = model or Residual()
     qmodel = he.calibrate(he.prepare(model, X, scheme=scheme, ranges="learned"), [X]).train()
-    return model, qmodel, setup_qat(qmodel, model, [X], QATOptions(**OFF | options))
+    return model, qmodel, setup_qat(qmodel, model, [X], QATOptions(**OFF | options), ptq=PTQOptions(iterations=20))
 
 
 def train(qmodel, session, first, last, steps=8):
