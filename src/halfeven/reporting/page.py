@@ -9,6 +9,7 @@ import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,12 @@ def charting_library() -> str:
     """
     with extra("train", "A report with charts"):
         bundler: Any = importlib.import_module("vl_convert")
-    script: str = bundler.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return _bundle(bundler)
+
+
+@cache
+def _bundle(bundler: Any) -> str:
+    script: str = bundler.javascript_bundle("window.vegaEmbed = vegaEmbed;")  # 2 s each time
     return script
 
 
