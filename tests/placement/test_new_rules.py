@@ -1,6 +1,7 @@
 """A plan is made without a model being changed, edited, and set; a quantized model takes further rules."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -57,10 +58,13 @@ def made(net, seed=0):
     return net().eval()
 
 
+@functools.cache
+def calibrated_once(net, *rules, **options):
+    return he.calibrate(he.prepare(made(net), X, rules=rules, **options).eval(), [X])
+
+
 def calibrated(net, *rules, **options):
-    qmodel = he.prepare(made(net), X, rules=rules, **options).eval()
-    he.calibrate(qmodel, [X])
-    return qmodel
+    return copy.deepcopy(calibrated_once(net, *rules, **options))
 
 
 def assert_alike(found, expected):
@@ -100,9 +104,13 @@ def test_a_plan_is_what_prepare_would_do_and_the_model_stays():
     assert str(plan).startswith("Plan for openvino, w4a8")
 
 
+@pytest.fixture(scope="module")
+def plan():
+    return he.plan(made(Net), X)
+
+
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
-def test_a_plan_with_rules_is_the_plan_of_options_with_them(rules):
-    plan = he.plan(made(Net), X)
+def test_a_plan_with_rules_is_the_plan_of_options_with_them(plan, rules):
     assert plan.with_rules(*rules) == he.plan(made(Net), X, rules=rules)
     assert plan.options.rules == (), "the plan itself stays"
 

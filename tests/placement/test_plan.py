@@ -79,10 +79,14 @@ class Deep(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.fixture(scope="module")
+def large():
+    return plan(Deep(), rules=tuple(Rule(pattern=f"*backbone_{i}.2", weight_bits=2 + i % 6) for i in range(20)))
+
+
 @pytest.mark.parametrize("notes", [0, 2, 40])
-def test_a_large_model_has_a_summary_that_fits_a_screen(notes):
-    planned = plan(Deep(), rules=tuple(Rule(pattern=f"*backbone_{i}.2", weight_bits=2 + i % 6) for i in range(20)))
-    planned = dataclasses.replace(planned, notes=tuple(f"Note {i}: {'a long reason ' * 9}" for i in range(notes)))
+def test_a_large_model_has_a_summary_that_fits_a_screen(large, notes):
+    planned = dataclasses.replace(large, notes=tuple(f"Note {i}: {'a long reason ' * 9}" for i in range(notes)))
     lines = str(planned).splitlines()
     assert 10 < len(lines) <= 25
     assert max(map(len, lines)) <= 80
