@@ -5,18 +5,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, default_collate
 
 from halfeven.checked_arguments import checked_arguments
 from halfeven.distributed import rank, world_size
-from halfeven.errors import InputError
+from halfeven.errors import ConfigError, HalfevenError, InputError, last_line
 from halfeven.imports import extra
+from halfeven.quantization.model_quantizers import weights_quantized_once
 from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
 
 Model = Callable[..., Any]
 """A module, or any function from a batch of inputs to outputs."""
+Evaluate = Callable[[nn.Module], Any]
+"""A user's metric of a model, more being better: returns a number, or a number for each sample."""
 
 
 @checked_arguments(InputError)
@@ -55,6 +58,38 @@ def evaluate(
             if on_batch is not None:
                 on_batch(find_batch_size(inputs))
     return task.figures(metrics.compute())
+
+
+def metric_values(evaluate: Evaluate, model: nn.Module) -> Tensor:
+    """Return a user's metric of a model in eval mode: [samples], or [1] where it is one number.
+
+    Raises:
+        ConfigError: the function fails, or the metric is no finite number, or several.
+    """
+    with torch.no_grad(), evaluating(model), weights_quantized_once(model):
+        try:
+            found = evaluate(model)
+        except (HalfevenError, Warning):
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"evaluate, the function that was given, ended with {type(error).__name__}: {last_line(error)}. It is "
+                f"called with a model in eval mode, here a {type(model).__name__}, and must return its metric."
+            ) from error
+    try:
+        values = torch.as_tensor(found, dtype=torch.float64).flatten().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _unusable_error(found) from error
+    if not values.numel() or not bool(values.isfinite().all()):
+        raise _unusable_error(found)
+    return values
+
+
+def _unusable_error(found: object) -> ConfigError:
+    return ConfigError(
+        f"evaluate returned {str(found)[:60]}, which is no metric, so models could not be compared. Return a finite "
+        "number, more being better, or a sequence with a number for each sample."
+    )
 
 
 @contextmanager

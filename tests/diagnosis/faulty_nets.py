@@ -193,11 +193,43 @@ def narrow_range() -> Faulty:
     return Faulty(Spikes(), list(x.split(16)), {"rules": (rule,)})
 
 
+def channel_made_up_for() -> Faulty:
+    """A channel is 400 times the others, and the next layer's weights for it are as small: they vanish."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, 2, 1), nn.GELU(), nn.Conv2d(12, 12, 3, 1, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5),
+    )  # fmt: skip
+    with torch.no_grad():
+        model[0].weight[2] *= 400
+        model[2].weight[:, 2] /= 400
+    return Faulty(model, list(torch.randn(64, 3, 12, 12).split(16)))
+
+
+def unlike_rows() -> Faulty:
+    """A channel of a transposed convolution is 300 times the others: its weight, its result and the next weight."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
+    with torch.no_grad():
+        model[2].weight[:, 3] *= 300
+        model[2].bias[3] *= 300
+        model[4].weight[:, 3] /= 300
+    return Faulty(model, list(torch.randn(64, 3, 8, 8).split(16)), {"per_channel": False})
+
+
+def narrow_ranges() -> Faulty:
+    """A rule gives all tensors an estimator that clips the values that decide."""
+    model = nn.Sequential(nn.Conv1d(1, 8, 5), nn.ReLU(), nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.Linear(8, 6))
+    x = 0.02 * torch.randn(64, 1, 100)
+    x[torch.arange(64), 0, torch.randint(5, 90, (64,))] += 4 * torch.randn(64).abs() + 2
+    return Faulty(model, list(x.split(16)), {"rules": (he.Rule(pattern="*", observer="entropy"),)})
+
+
 FAULTS: dict[str, Callable[[], Faulty]] = {
     function.__name__: function
     for function in (
         *(front_end, additive_mask, scaled_depthwise_channel, outlier_channel, unsettled_batchnorm, shared_range),
-        *(unlike_inputs, few_bits, narrow_range),
+        *(unlike_inputs, few_bits, narrow_range, channel_made_up_for, unlike_rows, narrow_ranges),
     )
 }
 

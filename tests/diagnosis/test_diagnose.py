@@ -1,4 +1,4 @@
-"""Nine planted faults, and the first finding of each: it names the cause, and what it says to paste repairs it."""
+"""Planted faults, and the first finding of each: it names the cause, and what it says to paste repairs it."""
 
 import json
 
@@ -8,14 +8,28 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
+from halfeven.diagnosis.checks import unsettled_batchnorm
 from halfeven.diagnosis.diagnosis import MAX_LINES, TEXT_WIDTH
 from halfeven.diagnosis.remedies import equalization
 from halfeven.diagnosis.sensitivity import divergence_of, reference_of
+from halfeven.errors import CalibrationError, ConfigError, HalfevenError
 from halfeven.layerwise.re_estimate import re_estimate
 from halfeven.ptq.options import PTQOptions
 from sweeps import sweep
 
 from .faulty_nets import FAULTS, Faulty, Mixer, faulty
+
+
+class Classes(nn.Module):
+    """Returns the numbers of classes alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.scores = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.scores(x).argmax(1)
+
 
 CAUSES = {
     "front_end": "front end",
@@ -27,9 +41,12 @@ CAUSES = {
     "unlike_inputs": "share one range",
     "few_bits": "2 bits are too few",
     "narrow_range": "clips",
+    "channel_made_up_for": "outlier channel",
+    "unlike_rows": "badly scaled channels",
+    "narrow_ranges": "badly estimated",
 }
 """Fault -> words of the cause."""
-SLOW = {"front_end", "narrow_range", "unlike_inputs"}
+SLOW = {"front_end", "narrow_range", "unlike_inputs", "unlike_rows", "narrow_ranges"}
 """They run with --exhaustive."""
 
 
@@ -81,6 +98,58 @@ def test_ranges_of_other_data_and_weights_of_another_model_are_told():
     with torch.no_grad():
         qmodel.get_submodule("8").weight.mul_(-1)
     assert "without its quantizers" in diagnosed(qmodel, fault).findings[0].cause
+
+
+@pytest.mark.parametrize("batch_size", [16, 2])
+def test_statistics_set_by_hand_in_a_frozen_model_are_unsettled(batch_size):
+    """The counter of batches is 0, as in weights converted from another framework, and no parameter is trained."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    model[1].running_mean.fill_(3)
+    x = torch.randn(32, 6)
+    assert unsettled_batchnorm(model.requires_grad_(False), [((row,), {}) for row in x.split(batch_size)])
+    model[1].reset_running_stats()
+    found = he.diagnose(quantized(Faulty(model, list((4 * x + 3).split(batch_size)))), model, [4 * x + 3])
+    assert "the model is not trained" in found.findings[-1].evidence
+
+
+def test_a_wrong_metric_is_refused_before_the_work_and_a_right_one_sees_eval_mode():
+    fault = Faulty(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), list(torch.randn(32, 6).split(16)))
+    qmodel = quantized(fault)
+    for wrong in (lambda model: float("nan"), lambda model: None, lambda model: {"top1": 1.0}):
+        with pytest.raises(ConfigError, match="which is no metric"):
+            diagnosed(qmodel, fault, evaluate=wrong)
+    with pytest.raises(ConfigError, match="ended with ZeroDivisionError"):
+        diagnosed(qmodel, fault, evaluate=lambda model: 1 / 0)
+    seen = diagnosed(qmodel.train(), fault, evaluate=lambda model: torch.full((4,), float(model.training)))
+    assert seen.accuracy == {"float": 0.0, "quantized": 0.0}
+    assert qmodel.training
+
+
+def test_weights_with_learned_rounding_are_not_taken_for_those_of_another_model():
+    torch.manual_seed(0)
+    fault = Faulty(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), [torch.randn(32, 6)])
+    qmodel = he.quantize(fault.model, fault.batches, scheme="w2a8", reconstruct="layers", iterations=5)
+    first = diagnosed(qmodel, fault).findings[0]
+    assert "2 bits are too few for weights" in first.cause
+    assert eval(f"dict({first.paste})", {"Rule": he.Rule}) == {"rules": first.rules}
+
+
+def test_models_that_cannot_be_compared_are_refused():
+    fault = Faulty(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), list(torch.randn(32, 6).split(16)))
+    qmodel = quantized(fault)
+    for other, message in (
+        (qmodel, "is a quantized model"),
+        (nn.Linear(6, 4), "shapes"),
+        (nn.Linear(5, 3), "cannot be"),
+    ):
+        with pytest.raises(HalfevenError, match=message):
+            he.diagnose(qmodel, other, fault.batches)
+    with pytest.raises(ConfigError, match="samples"):
+        diagnosed(qmodel, fault, samples=0)
+    classes = Faulty(Classes(), fault.batches)
+    with pytest.raises(CalibrationError, match="argmax"):
+        diagnosed(quantized(classes), classes)
 
 
 def test_a_healthy_model_has_no_finding_and_is_not_changed():

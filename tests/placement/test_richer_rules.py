@@ -251,6 +251,17 @@ class Scalar(Third):
 def test_classes_that_set_no_range_are_refused():
     with pytest.raises(CalibrationError, match="1 range for 8 channels"):
         made(he.Rule(pattern="depth", observer=Scalar))
+    for wrong in ((1.0, -1.0), None, (1.0,), (torch.ones(8), -torch.ones(8))):
+        with pytest.raises(CalibrationError, match="which is no range"):
+            made(he.Rule(pattern="depth", observer=type("Wrong", (Third,), {"range": lambda self, w=wrong: w})))
+    with pytest.raises(CalibrationError, match="ended with ZeroDivisionError"):
+        made(he.Rule(pattern="depth", observer=type("Raising", (Third,), {"range": lambda self: 1 / 0})))
+    for methods in ({"__init__": lambda self: None}, {"update": lambda self: None}):
+        with pytest.raises(ConfigError, match="cannot be called as"):
+            he.Rule(observer=type("Narrow", (Third,), methods))
+    for methods in ({"__init__": lambda self, scheme: None}, {"forward": lambda self, x: x}):
+        with pytest.raises(ConfigError, match="cannot be called as"):
+            he.Rule(quantizer=type("Narrow", (he.Quantizer,), methods))
     with pytest.raises(ConfigError, match="no method range"):
         he.Rule(observer=type("Half", (), {"update": lambda self, values: None}))
     with pytest.raises(ConfigError, match=r"no subclass of halfeven\.Quantizer"):

@@ -181,6 +181,10 @@ def test_short_runs_have_finite_rates(schedule, total):
     assert max(found) > 0
 
 
+def test_onecycle_reaches_the_highest_rate_where_it_rises_in_a_single_step():
+    assert rates(TrainingOptions(schedule="onecycle", onecycle_rise=0.5, learning_rate=1.0), total=2)[0] == 1.0
+
+
 def test_a_rate_that_moves_between_epochs_alone():
     found = rates(TrainingOptions(schedule="cosine", schedule_by="epoch", learning_rate=1.0))
     assert found == pytest.approx([0.5 * (1 + math.cos(math.pi * (step // 10) / 10)) for step in range(100)])

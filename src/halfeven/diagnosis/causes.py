@@ -1,13 +1,13 @@
 """Name the cause of a harmful tensor, from what was measured of it and from the remedies that helped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from halfeven.diagnosis.operator_groups import integer_operators
 from halfeven.diagnosis.statistics import TensorStatistics
-from halfeven.graph.operators import WEIGHTED, OperatorKind
+from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.view import Op
 from halfeven.placement.make_plan import named_nodes
 from halfeven.placement.plan import PlannedTensor, PlannedWeight
@@ -19,6 +19,10 @@ QUIET_SAMPLE_RATIO = 30.0
 FEW_CHANNELS = 0.1
 """Largest share of channels that are outliers among the rest."""
 FRONT_END = "a front end inside of the model"
+NORMALIZATIONS = {"rms_norm": "RMSNorm", "instance_norm": "InstanceNorm"}
+"""Names of normalizations that are no modules, by the names of their operators."""
+NORMALIZING_FACTORS = ("rsqrt", "reciprocal")
+"""Operators whose results a normalization that is written out multiplies by."""
 LOGARITHMS = ("log", "log2", "log10", "log1p")
 """Operators that make errors of small values as large as those of large ones."""
 
@@ -32,6 +36,25 @@ class Suspect:
     found: TensorStatistics
     observer_helps: str = ""
     """The estimator that repairs it; "" if none does."""
+    read: "Suspect | None" = None
+    """Of a weight: the activation that its layer reads, if that is quantized."""
+
+    @property
+    def input_channel_spread(self) -> float:
+        """Return the largest weight for any channel of the layer's input over the largest for the least channel.
+
+        1 for an activation, and for a layer whose channels are grouped.
+        """
+        if not isinstance(self.planned, PlannedWeight):
+            return 1.0
+        _, node = named_nodes(self.qmodel)[self.planned.name]
+        layer = Op(node).module
+        if layer is None or getattr(layer, "groups", 1) != 1 or layer.weight.ndim < 2:
+            return 1.0
+        axis = 0 if getattr(layer, "transposed", False) else 1
+        largest = layer.weight.detach().transpose(0, axis).flatten(1).abs().amax(1)
+        live = largest[largest > 1e-8 * largest.max()]
+        return float(live.max() / live.min()) if len(live) > 1 else 1.0
 
     @property
     def tensor(self) -> str:
@@ -52,6 +75,12 @@ class Cause:
 def cause_of(suspect: Suspect) -> Cause:
     """Return the first cause that the numbers show."""
     return next(cause for find in KNOWN_CAUSES if (cause := find(suspect)) is not None)
+
+
+def shared_cause_of(suspects: Sequence[Suspect]) -> Cause | None:
+    """Return the first cause that the numbers of any of several tensors show, other than too few bits; None if none."""
+    finds = [find for find in KNOWN_CAUSES if find not in CAUSES_OF_ANY_TENSOR]
+    return next((cause for find in finds for suspect in suspects if (cause := find(suspect)) is not None), None)
 
 
 def _unlike_tensors_share_range(suspect: Suspect) -> Cause | None:
@@ -102,6 +131,26 @@ def _unlike_weight_channels(suspect: Suspect) -> Cause | None:
     )
 
 
+def _unlike_input_channels(suspect: Suspect) -> Cause | None:
+    """Return why a layer's weights for some channels of its input are far smaller than for the rest.
+
+    They make up for the sizes of what the layer reads, so the cause is sought there.
+    """
+    ratio = suspect.input_channel_spread
+    if ratio < UNLIKE_RANGE_RATIO:
+        return None
+    finds = (_unlike_tensors_share_range, _mask_widens_range, _outlier_channel)
+    causes = (find(suspect.read) for find in finds) if suspect.read is not None else ()
+    cause = next((cause for cause in causes if cause is not None), None)
+    weights = f"its weights for some channels of its input are {ratio:.3g} times smaller than for the largest"
+    if cause is None or suspect.read is None:
+        vanished = f"{suspect.found.vanished_share:.0%} of them become 0"
+        return Cause(
+            "badly scaled input channels share one scale", f"The layer scales its inputs: {weights}; {vanished}."
+        )
+    return Cause(cause.name, f"{suspect.read.tensor}: {cause.evidence} The layer behind makes up for it: {weights}.")
+
+
 def _outlier_channel(suspect: Suspect) -> Cause | None:
     outlier = suspect.found.channel_outlier()
     if suspect.found.quantizer.weight or outlier is None or outlier[2] < UNLIKE_RANGE_RATIO:
@@ -111,6 +160,12 @@ def _outlier_channel(suspect: Suspect) -> Cause | None:
     # A single channel always counts as few, however few channels there are.
     if float((largest > 0.5 * largest.max()).double().mean()) > max(FEW_CHANNELS, 1.5 / len(largest)):
         return None
+    if maker := _maker_with_unlike_rows(suspect, channel):
+        return Cause(
+            "badly scaled channels share one scale",
+            f"Channel {channel} reaches ±{float(largest.max()):.3g}, {ratio:.0f} times the median channel, as in the "
+            f"weight of {maker}, which makes it and has one scale for all.",
+        )
     behind = _normalization_before(suspect)
     return Cause(
         f"an outlier channel{f' after {behind}' if behind else ''}",
@@ -126,6 +181,8 @@ def _unfit_observer(suspect: Suspect) -> Cause | None:
     seen = max(place.largest for place in suspect.found.places)
     # A range that ends well below the largest value clips; any other was widened by rare values.
     narrow = max(abs(low), abs(high)) < 0.8 * seen
+    if suspect.found.quantizer.weight and (far := suspect.found.far_share()):
+        return Cause("a few extreme weights set the range", f"{far:.2%} of the weights are far larger than the rest.")
     if suspect.found.quantizer.weight:
         better = f'The estimator "{suspect.observer_helps}" fits it better.'
         return Cause("the weight's range is badly estimated", better)
@@ -184,12 +241,15 @@ KNOWN_CAUSES: tuple[Callable[[Suspect], Cause | None], ...] = (
     _unlike_weight_channels,
     _untrained_front_end,
     _outlier_channel,
+    _unlike_input_channels,
     _unfit_observer,
     _wide_dynamic_range,
     _few_bits,
     _more_than_8_bits_needed,
 )
 """The causes, in the order in which they are looked for."""
+CAUSES_OF_ANY_TENSOR = (_unfit_observer, _wide_dynamic_range, _few_bits, _more_than_8_bits_needed)
+"""The causes that numbers of almost any tensor show, where it is known to do the damage."""
 
 
 def _reader_names(planned: PlannedTensor | PlannedWeight) -> list[str]:
@@ -199,9 +259,32 @@ def _reader_names(planned: PlannedTensor | PlannedWeight) -> list[str]:
 def _normalization_before(suspect: Suspect) -> str:
     """Return the name of the normalization that makes the tensor; "" if another operator does."""
     assert isinstance(suspect.planned, PlannedTensor)
-    _, node = named_nodes(suspect.qmodel)[suspect.planned.places[0]]
-    op = Op(node)
-    return op.name if op.kind is OperatorKind.NORMALIZATION else ""
+    op = Op(named_nodes(suspect.qmodel)[suspect.planned.places[0]][1])
+    while True:
+        if op.kind is OperatorKind.NORMALIZATION or op.name in NORMALIZATIONS:
+            return NORMALIZATIONS.get(op.name, op.name)
+        computed = [read for read in op.inputs if not read.is_constant]
+        if op.kind is OperatorKind.MULTIPLY and any(read.name in NORMALIZING_FACTORS for read in computed):
+            return "a normalization"
+        if op.kind not in (OperatorKind.MULTIPLY, OperatorKind.AVERAGE, *TRANSPARENT) or len(computed) != 1:
+            return ""
+        op = computed[0]
+
+
+def _maker_with_unlike_rows(suspect: Suspect, channel: int) -> str:
+    """Return the layer that makes a channel far larger than the rest by a weight with one scale; "" if none does."""
+    assert isinstance(suspect.planned, PlannedTensor)
+    op = Op(named_nodes(suspect.qmodel)[suspect.planned.places[0]][1])
+    while op.kind in (OperatorKind.ACTIVATION, OperatorKind.BATCH_NORM, *TRANSPARENT) and op.inputs:
+        op = op.inputs[0]
+    if op.kind not in WEIGHTED or not op.is_module:
+        return ""
+    quantizer = getattr(op.module, "weight_quantizer", None)
+    rows = op.module.weight.detach().transpose(0, 1 if getattr(op.module, "transposed", False) else 0)
+    largest = rows.flatten(1).abs().amax(1)
+    if quantizer is None or quantizer.scheme.axis is not None or channel >= len(largest):
+        return ""
+    return op.path if float(largest[channel]) >= UNLIKE_RANGE_RATIO * float(largest.median()) else ""
 
 
 def _has_untrained_weight(qmodel: nn.Module, name: str) -> bool:

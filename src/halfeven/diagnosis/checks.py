@@ -2,27 +2,33 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halfeven.diagnosis.diagnosis import Finding
 from halfeven.diagnosis.divergence import divergence
+from halfeven.diagnosis.exchanged_ranges import planned_quantizers
 from halfeven.diagnosis.restarted import float_tensors
 from halfeven.diagnosis.sensitivity import Reference
+from halfeven.diagnosis.trials import rules_argument
 from halfeven.errors import HalfevenError
 from halfeven.evaluation import evaluating
 from halfeven.graph.batches import Inputs
 from halfeven.graph.copying import copy_model
 from halfeven.graph.operators import WEIGHTED, OperatorKind
+from halfeven.graph.torch_private import pytree
 from halfeven.graph.view import kind_of
 from halfeven.layerwise.batchnorm_statistics import batchnorms
 from halfeven.layerwise.clipping import clipping_sentence, counting_clipped
 from halfeven.layerwise.re_estimate import re_estimate
 from halfeven.layerwise.sqnr import sqnr
-from halfeven.layerwise.training_mode import normalizing_by_batch, trained_batchnorms
+from halfeven.layerwise.training_mode import at_start, normalizing_by_batch, trained_batchnorms, unfrozen_batchnorms
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.make_plan import named_nodes
+from halfeven.placement.options import Rule
+from halfeven.placement.plan import PlannedTensor, PlannedWeight
 from halfeven.runtimes.exact_model import exact
 
 FEWEST_SAMPLES = 8
@@ -45,14 +51,12 @@ def unsettled_batchnorm(model: nn.Module, inputs: Sequence[Inputs]) -> Finding |
         model: the float model.
         inputs: calibration batches, as arguments of the model.
     """
-    norms = trained_batchnorms(model)
-    given = [(args, kwargs) for args, kwargs in inputs if _batch_size((args, kwargs)) >= FEWEST_SAMPLES]
+    norms = unfrozen_batchnorms(model)
+    given = [row for row in joined_batches(inputs, FEWEST_SAMPLES) if _batch_size(row) >= FEWEST_SAMPLES]
     if not norms or not given:
         return None
     settled = copy_model(model)
-    re_estimate(
-        settled, [kwargs or (args,) for args, kwargs in inputs]
-    )  # without labels, of which a batch may hold some
+    re_estimate(settled, [kwargs or (args,) for args, kwargs in given])  # without labels, which a batch may hold
     distances = _statistics_distances(model, settled)
     name, worst = max(distances.items(), key=lambda row: row[1])
     if worst < UNSETTLED_DISTANCE:
@@ -61,16 +65,52 @@ def unsettled_batchnorm(model: nn.Module, inputs: Sequence[Inputs]) -> Finding |
     if after >= before:
         return None
     unsettled = sum(distance >= UNSETTLED_DISTANCE for distance in distances.values())
+    untrained = " No batch has moved them: the model is not trained." if all(map(at_start, norms)) else ""
     return Finding(
         cause="BatchNorm's running statistics do not describe the batches",
         where=name,
         evidence=f"{unsettled} of {len(distances)} BatchNorms differ from their batches by more than a standard "
         "deviation or a factor of 2; the float model's own answers in eval mode "
-        f"and with the batches' statistics differ by {before:.2g}.",
+        f"and with the batches' statistics differ by {before:.2g}.{untrained}",
         remedy="re-estimated statistics, before the model is quantized",
         paste="halfeven.layerwise.re_estimate.re_estimate(model, batches)",
         recovered=1 - after / before,
     )
+
+
+def untrained(model: nn.Module) -> bool:
+    """Return True for a model whose BatchNorms all have the statistics of new modules."""
+    norms = unfrozen_batchnorms(model)
+    return bool(norms) and all(map(at_start, norms))
+
+
+def joined_batches(inputs: Sequence[Inputs], samples: int) -> list[Inputs]:
+    """Return batches of at least so many samples, where neighbours can be joined; else the batches as they are."""
+    found: list[Inputs] = []
+    for row in inputs:
+        joined = _joined(found[-1], row) if found and _batch_size(found[-1]) < samples else None
+        if joined is None:
+            found.append(row)
+        else:
+            found[-1] = joined
+    return found
+
+
+def _joined(first: Inputs, second: Inputs) -> Inputs | None:
+    """Return two batches as a single one; None where an argument does not have the samples on its first axis."""
+    before, form = pytree.tree_flatten(first)
+    after, other = pytree.tree_flatten(second)
+    sizes = _batch_size(first), _batch_size(second)
+    if form != other or not all(_can_join(a, b, sizes) for a, b in zip(before, after, strict=True)):
+        return None
+    joined: Inputs = pytree.tree_unflatten([torch.cat(pair) for pair in zip(before, after, strict=True)], form)
+    return joined
+
+
+def _can_join(first: Any, second: Any, sizes: tuple[int, int]) -> bool:
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor) and first.ndim and second.ndim):
+        return False
+    return (len(first), len(second)) == sizes and first.shape[1:] == second.shape[1:]
 
 
 def _batch_size(inputs: Inputs) -> int:
@@ -104,6 +144,39 @@ def _eval_against_batch(model: nn.Module, inputs: Sequence[Inputs]) -> float:
                 expected = float_tensors(model(*args, **kwargs))
             total += divergence(found, expected)
     return total / len(inputs)
+
+
+def finding_without_quantizers(qmodel: nn.Module, without: float, whole: float) -> Finding:
+    """Return the finding that the model does not compute what the float model does, activations aside."""
+    rounded = [planned for q, planned in planned_quantizers(qmodel) if q.weight and q.state.fixed]
+    if rounded:
+        return _finding_of_rounded_weights(rounded, without, whole)
+    return Finding(
+        cause="without its quantizers, the model does not compute what the float model does",
+        where="the weights",
+        evidence=f"With all quantizers off, the answers differ by {without:.3g}; quantized, by {whole:.3g}. Training "
+        "or an algorithm has changed the weights, or the model was made from another float model.",
+        remedy="prepare the model again from this float model, or compare it with its own",
+        paste="",
+    )
+
+
+def _finding_of_rounded_weights(
+    rounded: Sequence[PlannedTensor | PlannedWeight], without: float, whole: float
+) -> Finding:
+    """Return the finding that weights whose rounding was learned do the damage: there are no float weights to try."""
+    bits = min(planned.scheme.bits for planned in rounded)
+    rule = Rule(weight_bits=8)
+    return Finding(
+        cause=f"{bits} bits are too few for weights, even with learned rounding" if bits < 8 else "rounded weights",
+        where=f"{rounded[0].name}" + (f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""),
+        evidence=f"Weights stay rounded with all quantizers off. The answers differ by {without:.3g} then, and by "
+        f"{whole:.3g} with quantized activations. Or another float model was given than the model's own.",
+        remedy="8 bits for weights, in a model quantized anew (not tried: the float weights are gone)",
+        paste=rules_argument([rule]) if bits < 8 else "",
+        rules=(rule,) if bits < 8 else (),
+        further="halfeven.search(model, batches, max_drop=...) finds the layers that need them: docs/search.md",
+    )
 
 
 def notes(qmodel: nn.Module, reference: Reference, *, runtime: bool) -> list[str]:

@@ -5,7 +5,7 @@ or the activations do the damage? Which tensor? What is wrong with it? A measure
 remedy is tried before it is named.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from halfeven.checked_arguments import checked_arguments
-from halfeven.diagnosis.checks import notes, unsettled_batchnorm
-from halfeven.diagnosis.culprits import Patient, find_culprit
+from halfeven.diagnosis.checks import finding_without_quantizers, notes, unsettled_batchnorm, untrained
+from halfeven.diagnosis.culprits import find_culprit
 from halfeven.diagnosis.diagnosis import Diagnosis, Finding, TensorDiagnosis
 from halfeven.diagnosis.divergence import error_share
 from halfeven.diagnosis.exchanged_ranges import planned_quantizers, raising_bits
+from halfeven.diagnosis.patient import Patient
 from halfeven.diagnosis.restarted import float_tensors
 from halfeven.diagnosis.sensitivity import (
     RANKING_SAMPLES,
@@ -30,13 +31,14 @@ from halfeven.diagnosis.sensitivity import (
     sensitivities,
 )
 from halfeven.diagnosis.statistics import TensorStatistics, tensor_statistics
-from halfeven.errors import AlgorithmError
-from halfeven.evaluation import evaluating
+from halfeven.errors import AlgorithmError, PlacementError
+from halfeven.evaluation import Evaluate, evaluating, metric_values
 from halfeven.graph.wrappers import unwrapped
 from halfeven.layerwise.float_equivalence import float_function
 from halfeven.layerwise.outputs import first_samples
 from halfeven.layerwise.sqnr import sqnr, top1_agreement
-from halfeven.placement.insertion import plan_of
+from halfeven.options import PositiveInt
+from halfeven.placement.insertion import is_quantized, plan_of
 from halfeven.placement.make_plan import named_nodes
 
 WORTH_NAMING = 0.1
@@ -59,8 +61,8 @@ def diagnose(
     float_model: nn.Module,
     batches: Iterable[Any],
     *,
-    evaluate: Callable[[nn.Module], float] | None = None,
-    samples: int = RANKING_SAMPLES,
+    evaluate: Evaluate | None = None,
+    samples: PositiveInt = RANKING_SAMPLES,
     runtime: bool = True,
     log: Callable[[str], None] | None = None,
 ) -> Diagnosis:
@@ -73,8 +75,8 @@ def diagnose(
         qmodel: a calibrated model, from `prepare` and `calibrate`, `quantize`, `load` or a training.
         float_model: the float model that it was made from.
         batches: calibration batches, as `calibrate` takes them.
-        evaluate: gives a model's accuracy, a larger number where it is better, for the float, the quantized and the
-            repaired model; None: accuracy is not measured.
+        evaluate: gives a model's accuracy, more being better, for the float, the quantized and the repaired model: a
+            number, or a number for each sample; None: accuracy is not measured.
         samples: number of samples; whole batches are taken.
         runtime: simulate the runtime's own integer arithmetic on the first batch, too, and say where it parts from the
             quantized model; batches of more than 32 samples are not simulated.
@@ -82,14 +84,23 @@ def diagnose(
 
     Raises:
         CalibrationError: there is no batch, a batch does not fit the example, or a range is not set.
-        PlacementError: the first model is not a quantized model.
+        ConfigError: the result of `evaluate` is no finite number.
+        PlacementError: the first model is not a quantized model, or the second is one or returns other shapes.
     """
     qmodel = unwrapped(qmodel)
     float_model = unwrapped(float_model)
     log = log or (lambda text: None)
     plan_of(qmodel)
+    if is_quantized(float_model):
+        raise PlacementError(
+            "The second model is a quantized model, so a comparison with its answers would show nothing. Give the "
+            "float model that the first was made from."
+        )
     chosen = first_samples(batches, samples)
+    models = {"float": float_model, "quantized": qmodel}
+    accuracy = {} if evaluate is None else _measure_accuracies(evaluate, models)  # a wrong metric shows at once
     reference = reference_of(qmodel, chosen, float_model=float_model, samples=samples)
+    _check_same_shapes(qmodel, reference)
     patient = _examine(qmodel, chosen, reference)
     parts = _measure_parts(qmodel, reference)
     log(
@@ -100,10 +111,28 @@ def diagnose(
     found, repaired = _find_and_repair(patient, float_model, log)
     agreement = _measure_agreement(qmodel, reference)
     if parts.without >= CAPTURE_DAMAGE_SHARE * patient.divergence and agreement.error_share > HEALTHY_ERROR_SHARE:
-        found.insert(0, _finding_without_quantizers(parts.without, patient.divergence))
-    accuracy = {} if evaluate is None else _measure_accuracies(evaluate, float_model, qmodel, repaired)
+        found.insert(0, finding_without_quantizers(qmodel, parts.without, patient.divergence))
+    if evaluate is not None and repaired is not qmodel:
+        accuracy |= _measure_accuracies(evaluate, {"repaired": repaired})
     further = tuple(notes(qmodel, reference, runtime=runtime))
     return _make_diagnosis(patient, parts, agreement, tuple(found), accuracy, further)
+
+
+def _check_same_shapes(qmodel: nn.Module, reference: Reference) -> None:
+    """Refuse a float model whose outputs have other shapes than the quantized model's.
+
+    Raises:
+        PlacementError: they have.
+    """
+    args, kwargs = reference.inputs[0]
+    with torch.no_grad(), evaluating(qmodel):
+        found = [list(x.shape) for x in float_tensors(qmodel(*args, **kwargs))]
+    expected = [list(x.shape) for x in reference.outputs[0]]
+    if found != expected:
+        raise PlacementError(
+            f"The outputs of the first batch have the shapes {found} from the quantized model and {expected} from the "
+            "float model, so they cannot be compared. Give the float model that the quantized model was made from."
+        )
 
 
 def _make_diagnosis(
@@ -130,18 +159,6 @@ def _make_diagnosis(
         notes=further,
         order=_graph_order(patient.qmodel),
         plan=plan_of(patient.qmodel).to_dict(),
-    )
-
-
-def _finding_without_quantizers(without: float, whole: float) -> Finding:
-    """Return the finding that the model does not compute what the float model does, quantization aside."""
-    return Finding(
-        cause="without its quantizers, the model does not compute what the float model does",
-        where="the weights",
-        evidence=f"With all quantizers off, the answers differ by {without:.3g}; quantized, by {whole:.3g}. Training "
-        "or an algorithm has changed the weights, or the model was made from another float model.",
-        remedy="prepare the model again from this float model, or compare it with its own",
-        paste="",
     )
 
 
@@ -176,7 +193,7 @@ def _find_and_repair(
     found: list[Finding] = []
     whole = patient.divergence
     settled = unsettled_batchnorm(float_model, patient.reference.inputs)
-    if settled is not None:
+    if settled is not None and not untrained(float_model):
         found.append(settled)
     repaired = patient.qmodel
     for turn in range(MAX_CAUSES):
@@ -192,6 +209,8 @@ def _find_and_repair(
             break
         # The next cause is sought in the repaired model: a tensor that the first one hid may show.
         patient = _examine(repaired, list(patient.batches), patient.reference, alone=False)
+    if settled is not None and untrained(float_model):
+        found.append(settled)  # of an untrained model, what quantization does to it is asked first
     return found, repaired
 
 
@@ -216,15 +235,12 @@ def _measure_agreement(qmodel: nn.Module, reference: Reference) -> Agreement:
         sqnr=sqnr([f for f, _ in pairs], [e for _, e in pairs]),
         error_share=sum(w * share for w, share in zip(reference.weights, shares, strict=True)),
         top1=top1_agreement(*firsts),
-        samples=sum(max((len(x) for x in outputs if x.ndim), default=1) for outputs in reference.outputs),
+        samples=sum(reference.counts),
     )
 
 
-def _measure_accuracies(
-    evaluate: Callable[[nn.Module], float], float_model: nn.Module, qmodel: nn.Module, repaired: nn.Module
-) -> dict[str, float]:
-    found = {"float": float(evaluate(float_model)), "quantized": float(evaluate(qmodel))}
-    return found if repaired is qmodel else found | {"repaired": float(evaluate(repaired))}
+def _measure_accuracies(evaluate: Evaluate, models: Mapping[str, nn.Module]) -> dict[str, float]:
+    return {name: float(metric_values(evaluate, model).mean()) for name, model in models.items()}
 
 
 def _verdict(findings: Sequence[Finding], agreement: Agreement) -> str:

@@ -5,8 +5,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from halfeven.checked_arguments import checked_arguments
+from halfeven.errors import ConfigError
 from halfeven.files import json_value
 from halfeven.placement.options import Rule
+from halfeven.ptq.options import PTQOptions
 from halfeven.reporting.page import PageContents, save_page
 
 TEXT_WIDTH = 80
@@ -134,6 +137,7 @@ class Diagnosis:
         values: dict[str, Any] = json_value(asdict(self))
         return values
 
+    @checked_arguments(ConfigError)
     def save(self, path: str | Path) -> Path:
         """Write the diagnosis as one HTML page with charts, which loads nothing from elsewhere, and return its path.
 
@@ -210,7 +214,8 @@ def _finding_lines(number: int, finding: Finding) -> list[str]:
     brought = "" if finding.recovered is None else f" (takes away {finding.recovered:.0%} of the damage)"
     lines += _wrapped_lines(f"   Remedy: {finding.remedy}{brought}.", indent=3)[:2]
     if finding.paste:
-        lines += _wrapped_lines(f"   {finding.paste}", indent=5)[:3]
+        of_quantize = any(hasattr(PTQOptions, name) for name in finding.options)
+        lines += _wrapped_lines(f"   {finding.paste}{' in halfeven.quantize' if of_quantize else ''}", indent=5)[:3]
     if finding.further:
         lines += _wrapped_lines(f"   {finding.further}.", indent=3)[:2]
     other = [t for t in finding.tried if t.recovered is not None and t.paste != finding.paste]

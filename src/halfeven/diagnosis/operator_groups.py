@@ -15,6 +15,9 @@ from halfeven.quantization.quantizer import Quantizer
 
 LARGEST_SHARE = 0.6
 """Largest share of a model's integer operators in a group: more is no exception."""
+NEIGHBOURS = (2, 3)
+"""Numbers of operators in a row that make a group, anywhere in a model of at most `MAX_WINDOWED` operators."""
+MAX_WINDOWED = 40
 GROUP_NAME_DEPTH = 3
 """Number of leading parts of a name, "layers.0.attention", that make a group."""
 
@@ -42,7 +45,8 @@ def integer_operators(qmodel: nn.Module) -> list[str]:
 
 
 def operator_groups(qmodel: nn.Module) -> list[OperatorGroup]:
-    """Return groups of neighbours: the first 2, 3, 4, 6, ... operators, and the operators of each submodule."""
+    """Return groups of neighbours: the first 2, 3, 4, 6, ... operators, the operators of each submodule, and in small
+    models any 2 or 3 in a row."""
     operators = integer_operators(qmodel)
     largest = int(LARGEST_SHARE * len(operators))
     # About half as large again each time: a front end has some length, and every length would cost a measurement.
@@ -51,6 +55,10 @@ def operator_groups(qmodel: nn.Module) -> list[OperatorGroup]:
     for name, members in _by_module(operators).items():
         if 2 <= len(members) <= max(largest, 1):
             found.setdefault(tuple(members), name)
+    for size in NEIGHBOURS if len(operators) <= MAX_WINDOWED else ():
+        for start in range(len(operators) - size + 1 if size <= largest else 0):
+            members = operators[start : start + size]
+            found.setdefault(tuple(members), " and ".join(members))
     return [group_of(qmodel, operators, members, name) for members, name in found.items()]
 
 

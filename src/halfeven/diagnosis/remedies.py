@@ -7,7 +7,15 @@ from typing import get_args
 from torch import nn
 
 from halfeven.diagnosis.operator_groups import float_rules, integer_operators
-from halfeven.diagnosis.trials import EQUALIZE, EQUALIZE_ACROSS_CLIPS, REPARAMETRIZE, SMOOTH, Remedy, remedy_by_rules
+from halfeven.diagnosis.trials import (
+    EQUALIZE,
+    EQUALIZE_ACROSS_CLIPS,
+    REPARAMETRIZE,
+    SMOOTH,
+    Remedy,
+    remedy_by_option,
+    remedy_by_rules,
+)
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.make_plan import named_nodes
 from halfeven.placement.options import Rule
@@ -21,20 +29,24 @@ UNEQUAL_CHANNEL_RATIO = 4.0
 """Channels whose magnitudes differ by less than this factor need no remedy of their own."""
 
 
-def remedies(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight, spread: float) -> list[Remedy]:
+def remedies(
+    qmodel: nn.Module, planned: PlannedTensor | PlannedWeight, spread: float, input_spread: float = 1.0
+) -> list[Remedy]:
     """Return the remedies to try for a tensor: another estimator, channels, more bits, float.
 
     Args:
         qmodel: the model.
         planned: the tensor's entry in the plan.
         spread: the largest channel's magnitude over the smallest's.
+        input_spread: the same of the channels of a weight's input.
     """
     found = [*_observer_remedies(planned)]
-    if spread >= UNEQUAL_CHANNEL_RATIO:
-        if isinstance(planned, PlannedWeight) and planned.scheme.axis is None:
-            rule = Rule(pattern=glob.escape(planned.name), per_channel=True)
-            found += [remedy_by_rules("a scale per channel of this weight", [rule]), equalization(qmodel)]
-        found += [SMOOTH, REPARAMETRIZE, equalization(qmodel)] if isinstance(planned, PlannedTensor) else []
+    weight = isinstance(planned, PlannedWeight)
+    if weight and planned.scheme.axis is None and spread >= UNEQUAL_CHANNEL_RATIO:
+        rule = Rule(pattern=glob.escape(planned.name), per_channel=True)
+        found += [remedy_by_rules("a scale per channel of this weight", [rule]), equalization(qmodel)]
+    if (input_spread if weight else spread) >= UNEQUAL_CHANNEL_RATIO:
+        found += [SMOOTH, REPARAMETRIZE, equalization(qmodel)]
     found += _bit_remedies(qmodel, planned)
     return [*found, *float_remedies(qmodel, planned)]
 
@@ -51,6 +63,22 @@ def _observer_remedies(planned: PlannedTensor | PlannedWeight) -> list[Remedy]:
     names = [name for name in get_args(ObserverName) if name not in (planned.observer, "moving_average")]
     place = planned.places[0] if isinstance(planned, PlannedTensor) else planned.name
     return [remedy_by_rules(f'estimator "{name}"', [Rule(pattern=glob.escape(place), observer=name)]) for name in names]
+
+
+def estimators_everywhere(qmodel: nn.Module) -> list[Remedy]:
+    """Return the remedies that give all activations the range of another estimator, the robust and the plain one."""
+    plan = plan_of(qmodel)
+    free = [tensor for tensor in plan.tensors if tensor.fixed_range is None]
+    found = []
+    for name in ("mse", "minmax"):
+        others = [tensor for tensor in free if tensor.observer != name]
+        ruled = any(tensor.observer != plan.options.activation_observer for tensor in free)
+        if others and ruled:
+            rules = [Rule(pattern=glob.escape(tensor.places[0]), observer=name) for tensor in others]
+            found.append(remedy_by_rules(f'estimator "{name}" for all activations', rules))
+        elif others:
+            found.append(remedy_by_option(f'estimator "{name}" for all activations', activation_observer=name))
+    return found
 
 
 def _bit_remedies(qmodel: nn.Module, planned: PlannedTensor | PlannedWeight) -> list[Remedy]:

@@ -25,7 +25,7 @@ from halfeven.diagnosis.exchanged_ranges import (
     switched_on,
 )
 from halfeven.diagnosis.restarted import Stop, float_tensors, forward_of
-from halfeven.errors import AlgorithmError, CalibrationError
+from halfeven.errors import AlgorithmError, CalibrationError, HalfevenError, last_line
 from halfeven.evaluation import evaluating
 from halfeven.graph.batches import Inputs
 from halfeven.graph.wrappers import unwrapped
@@ -33,6 +33,7 @@ from halfeven.layerwise.batches import on_device, read_inputs
 from halfeven.layerwise.float_equivalence import float_function
 from halfeven.layerwise.outputs import first_samples
 from halfeven.layerwise.sqnr import decibels
+from halfeven.options import PositiveInt
 from halfeven.quantization.model_quantizers import weights_quantized_once
 from halfeven.quantization.quantizer import Quantizer
 
@@ -64,16 +65,21 @@ class Reference:
     """The float model's outputs, batch by batch."""
 
     @property
+    def counts(self) -> list[int]:
+        """Return the number of samples of each batch."""
+        return [max((len(x) for x in outputs if x.ndim), default=1) for outputs in self.outputs]
+
+    @property
     def weights(self) -> list[float]:
         """Return the share of all samples that each batch has."""
-        counts = [max((len(x) for x in outputs if x.ndim), default=1) for outputs in self.outputs]
+        counts = self.counts
         return [count / sum(counts) for count in counts]
 
     def first(self, samples: int) -> "Reference":
         """Return the first batches that have so many samples together; itself where these are all."""
         seen = 0
-        for count, outputs in enumerate(self.outputs, 1):
-            seen += max((len(x) for x in outputs if x.ndim), default=1)
+        for count, batch in enumerate(self.counts, 1):
+            seen += batch
             if seen >= samples and count < len(self.outputs):
                 return Reference(self.inputs[:count], self.outputs[:count])
         return self
@@ -124,7 +130,7 @@ def reference_of(
         samples: number of samples; whole batches are taken.
 
     Raises:
-        CalibrationError: there is no batch, or a batch does not fit the example.
+        CalibrationError: there is no batch, a batch does not fit the example, or no output is floating-point.
     """
     inputs = [on_device(qmodel, given) for given in read_inputs(qmodel, first_samples(batches, samples))]
     if not inputs:
@@ -134,7 +140,32 @@ def reference_of(
         )
     with torch.no_grad(), float_function(qmodel) if float_model is None else evaluating(float_model):
         model = float_model or qmodel
-        return Reference(inputs, [float_tensors(model(*args, **kwargs)) for args, kwargs in inputs])
+        outputs = [_float_answers(model, given) for given in inputs]
+    if not all(outputs):
+        raise CalibrationError(
+            "The model returns no tensor of floating-point numbers, so the quantized answers cannot be compared "
+            "with the float ones. Let it return its scores, and take the argmax of them outside."
+        )
+    return Reference(inputs, outputs)
+
+
+def _float_answers(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Return the floating-point outputs of the float model.
+
+    Raises:
+        CalibrationError: the model cannot be run on these inputs.
+    """
+    args, kwargs = inputs
+    try:
+        return float_tensors(model(*args, **kwargs))
+    except (HalfevenError, Warning):
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"The float model, a {type(model).__name__}, cannot be run on the first batches: it ended with "
+            f"{type(error).__name__}: {last_line(error)}. Give the model that the quantized model was made from, on "
+            "the same device, and batches as it takes them."
+        ) from error
 
 
 @torch.no_grad()
@@ -155,7 +186,7 @@ def sensitivities(
     groups: Mapping[str, Group] | None = None,
     raised_bits: int | None = 8,
     alone: bool = True,
-    samples: int = RANKING_SAMPLES,
+    samples: PositiveInt = RANKING_SAMPLES,
     reference: Reference | None = None,
     ranked_by: int | None = None,
 ) -> Sensitivities:

@@ -1,19 +1,22 @@
 """Statistics of each quantized tensor, from the float model's values: what its grid does to them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from halfeven.diagnosis.exchanged_ranges import planned_quantizers
 from halfeven.graph.batches import Inputs
+from halfeven.graph.operators import OperatorKind
+from halfeven.graph.view import kind_of
 from halfeven.layerwise.float_equivalence import float_function
 from halfeven.layerwise.sqnr import decibels
 from halfeven.placement.execution_graph import as_planned
-from halfeven.placement.plan import PlannedWeight
+from halfeven.placement.make_plan import named_nodes
+from halfeven.placement.plan import PlannedTensor, PlannedWeight
 from halfeven.quantization.arithmetic import per_channel
 from halfeven.quantization.quantizer import Mode, Quantizer
 
@@ -61,6 +64,8 @@ class TensorStatistics:
     """The scale in use, [] or [channels]."""
     ragged: set[int] = field(default_factory=set)
     """Axes of several sizes, such as tokens."""
+    axes: tuple[int, ...] = (1, -1)
+    """Axes of an activation on which the layers that read it have channels; both ends where that is not known."""
     sample_largest: list[Tensor] = field(default_factory=list)
     """Largest magnitude of each sample; empty for a weight."""
 
@@ -102,6 +107,18 @@ class TensorStatistics:
         codes = (torch.round(self.sample / scale) + zero).clamp(scheme.quant_min, scheme.quant_max)
         # A sample of n values reaches n levels at most.
         return 1 - len(torch.unique(codes)) / min(scheme.levels, len(codes))
+
+    @property
+    def extremes(self) -> tuple[float, float]:
+        """Return the smallest and the largest value of all places."""
+        return min(place.low for place in self.places), max(place.high for place in self.places)
+
+    def range_misfit(self) -> float:
+        """Return how far the range and the values differ: the ratio of their sizes, at least 1."""
+        low, high = self.bounds
+        least, largest = self.extremes
+        given, seen = max(abs(low), abs(high)), max(abs(least), abs(largest))
+        return max(given / seen, seen / given) if given > 0 and seen > 0 else 1.0
 
     def far_share(self) -> float:
         """Return the share of values that lie far outside, alone: 0 where the values between are not empty."""
@@ -168,15 +185,25 @@ def tensor_statistics(qmodel: nn.Module, inputs: Sequence[Inputs]) -> dict[tuple
         inputs: arguments of the model, batch by batch.
     """
     found: dict[tuple[str, bool], TensorStatistics] = {}
+    known = named_nodes(qmodel)
     with float_function(qmodel), as_planned(qmodel), ExitStack() as hooks:
         for quantizer, planned in planned_quantizers(qmodel):
             places = 1 if isinstance(planned, PlannedWeight) else len(planned.places)
-            kept = TensorStatistics(quantizer, [Place() for _ in range(places)])
+            kept = TensorStatistics(quantizer, [Place() for _ in range(places)], axes=_channel_axes(planned, known))
             found[planned.name, quantizer.weight] = kept
             hooks.callback(quantizer.register_forward_pre_hook(_statistics_hook(kept)).remove)
         for args, kwargs in inputs:
             qmodel(*args, **kwargs)
     return found
+
+
+def _channel_axes(planned: PlannedTensor | PlannedWeight, known: Mapping[str, tuple[Any, fx.Node]]) -> tuple[int, ...]:
+    """Return the axes of an activation on which its readers have channels."""
+    readers = planned.consumers if isinstance(planned, PlannedTensor) else ()
+    kinds = {kind_of(known[name][1]) for name in readers if name in known}
+    if kinds and kinds <= {OperatorKind.CONVOLUTION, OperatorKind.TRANSPOSED_CONVOLUTION}:
+        return (1,)
+    return (-1,) if kinds == {OperatorKind.LINEAR} else (1, -1)
 
 
 def _statistics_hook(found: TensorStatistics) -> Any:
@@ -217,7 +244,8 @@ def _add_values(found: TensorStatistics, place: Place, x: Tensor, error: Tensor)
     found.values.append(x.flatten()[::stride].float().cpu())
     if not quantizer.weight and x.ndim > 1:
         found.sample_largest.append(x.flatten(1).abs().amax(1).float().cpu())
-    for axis in {1, x.ndim - 1} if not quantizer.weight else {quantizer.scheme.axis or 0}:
+    axes = {axis % x.ndim for axis in found.axes} if x.ndim > 1 else set()
+    for axis in axes if not quantizer.weight else {quantizer.scheme.axis or 0}:
         if 0 <= axis < x.ndim and x.ndim > 1 and axis not in found.ragged and len(found.places) == 1:
             _add_channels(found, axis, x, error)
 

@@ -1,10 +1,11 @@
 """Export a module by `torch.export`, as a graph whose layers are modules again."""
 
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from typing import Any
 
@@ -28,12 +29,13 @@ from halfeven.graph.training_run import left_in_eval
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress the warnings and log lines of `torch.export` about its internals; its errors are raised as usual."""
+    """Suppress the warnings, log lines and graphs that `torch.export` prints; its errors are raised as usual."""
     chatty = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = chatty.level
     chatty.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        # It prints what it has of a graph to stderr where the code asks for values.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -72,8 +72,8 @@ def computing_batch(number: int, inputs: Inputs) -> Iterator[None]:
         told = ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in tensors_of(inputs))
         raise CalibrationError(
             f"The model cannot compute batch {number} (counted from 0) of the loader, whose inputs are {told}: "
-            f"{type(error).__name__}: {last_line(error)} So nothing is known about its tensors. Give batches that the "
-            "float model computes, with the values of real data."
+            f"{type(error).__name__}: {last_line(error).rstrip('.')}. So nothing is known about its tensors. Give "
+            "batches that the float model computes, with the values of real data."
         ) from error
 
 

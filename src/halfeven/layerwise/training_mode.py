@@ -10,21 +10,38 @@ from halfeven.layerwise.batchnorm_statistics import batchnorms
 
 
 def trained_batchnorms(model: nn.Module) -> list[Any]:
-    """Return the BatchNorm modules that training normalizes by the batch, and that have seen a batch before.
+    """Return the BatchNorm modules that training normalizes by the batch, and whose statistics have left their start.
+
+    Frozen ones are left out (`unfrozen_batchnorms`). Statistics at their start are not unsettled: the model is
+    untrained.
+    """
+    return [norm for norm in unfrozen_batchnorms(model) if not at_start(norm)]
+
+
+def unfrozen_batchnorms(model: nn.Module) -> list[Any]:
+    """Return the BatchNorm modules that training normalizes by the batch.
 
     Frozen ones are left out: those in eval mode in a model that is in training mode, and those whose scale and shift
-    are not trained. Statistics that no batch has moved are not unsettled: the model is untrained.
+    are not trained while other parameters are.
     """
-    return [module for module in batchnorms(model).values() if _is_trained(module, model)]
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    return [norm for norm in batchnorms(model).values() if not _is_frozen(norm, model.training, trained)]
 
 
-def _is_trained(norm: Any, model: nn.Module) -> bool:
-    frozen = (model.training and not norm.training) or (norm.weight is not None and not norm.weight.requires_grad)
-    on_cpu = norm.running_mean.device.type == "cpu"
+def at_start(norm: Any) -> bool:
+    """Return True where running statistics are those of a new module: means of 0, variances of 1.
+
+    The counter of batches does not tell: weights converted from other frameworks have statistics, and a counter of 0.
+    """
+    return not bool(norm.running_mean.any()) and bool((norm.running_var == 1).all())
+
+
+def _is_frozen(norm: Any, training: bool, trained: bool) -> bool:
+    mean = norm.running_mean
+    kept = (training and not norm.training) or (trained and norm.weight is not None and not norm.weight.requires_grad)
     # In a distributed run SyncBatchNorm refuses to train on a CPU.
-    on_gpus_alone = isinstance(norm, nn.SyncBatchNorm) and on_cpu
-    tracked = norm.num_batches_tracked
-    return not frozen and not on_gpus_alone and tracked is not None and int(tracked) > 0
+    on_gpus_alone = isinstance(norm, nn.SyncBatchNorm) and mean.device.type == "cpu"
+    return kept or on_gpus_alone or norm.num_batches_tracked is None
 
 
 @contextmanager

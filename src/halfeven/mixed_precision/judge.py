@@ -1,9 +1,8 @@
 """Judge a model against the float model: by a metric with its confidence interval, or by its answers."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +11,8 @@ from halfeven.diagnosis.divergence import divergence
 from halfeven.diagnosis.restarted import float_tensors
 from halfeven.diagnosis.sensitivity import Reference
 from halfeven.errors import ConfigError
-from halfeven.evaluation import evaluating
+from halfeven.evaluation import Evaluate, evaluating, metric_values
 from halfeven.quantization.model_quantizers import weights_quantized_once
-
-Evaluate = Callable[[nn.Module], Any]
-"""Returns a model's metric, more is better: a number, or a number for each sample."""
 
 CONFIDENCE = 1.96
 """Standard deviations on each side of an interval that holds in 95 % of cases."""
@@ -48,7 +44,7 @@ class Judge:
     def __init__(self, float_model: nn.Module, evaluate: Evaluate | None, reference: Reference) -> None:
         self.evaluate = evaluate
         self.reference = reference
-        self.expected = None if evaluate is None else self._metric_values(float_model)
+        self.expected = None if evaluate is None else metric_values(evaluate, float_model)
 
     @property
     def unit(self) -> str:
@@ -61,28 +57,15 @@ class Judge:
         Raises:
             ConfigError: the metric is no finite number, or has another number of samples than for the float model.
         """
-        if self.expected is None:
+        if self.expected is None or self.evaluate is None:
             return self._judge_answers(model)
-        scores = self._metric_values(model)
+        scores = metric_values(self.evaluate, model)
         if scores.shape != self.expected.shape:
             raise ConfigError(
                 f"evaluate returned {scores.numel()} values for a quantized model and {self.expected.numel()} for the "
                 "float model, so they cannot be compared. Return the same samples for both."
             )
         return _mean_difference(self.expected - scores)
-
-    def _metric_values(self, model: nn.Module) -> Tensor:
-        """Return the metric of a model, [samples] or [1]; a ConfigError if it is no finite number."""
-        assert self.evaluate is not None
-        with torch.no_grad(), evaluating(model), weights_quantized_once(model):
-            found = self.evaluate(model)
-        try:
-            scores = torch.as_tensor(found, dtype=torch.float64).flatten().cpu()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise _unusable_error(found) from error
-        if not scores.numel() or not bool(scores.isfinite().all()):
-            raise _unusable_error(found)
-        return scores
 
     @torch.no_grad()
     def _judge_answers(self, model: nn.Module) -> Judgement:
@@ -109,10 +92,3 @@ def _mean_difference(differences: Tensor) -> Judgement:
         return Judgement(drop, None)
     # Differences are paired, sample by sample, so what both models get wrong does not widen the interval.
     return Judgement(drop, CONFIDENCE * float(differences.std()) / math.sqrt(count))
-
-
-def _unusable_error(found: object) -> ConfigError:
-    return ConfigError(
-        f"evaluate returned {str(found)[:60]}, which is no metric, so plans could not be compared. Return a finite "
-        "number, more being better, or a sequence with a number for each sample."
-    )

@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 
 from halfeven.diagnosis.sensitivity import Reference, reference_of
+from halfeven.evaluation import Evaluate
 from halfeven.graph.batches import Inputs
 from halfeven.layerwise.outputs import first_samples
 from halfeven.mixed_precision.cost import workload_of, works_of
 from halfeven.mixed_precision.final_rules import final_rules
-from halfeven.mixed_precision.judge import Evaluate, Judge, Judgement
+from halfeven.mixed_precision.judge import Judge, Judgement
 from halfeven.mixed_precision.moves import moves_of
 from halfeven.mixed_precision.options import SearchOptions
 from halfeven.mixed_precision.result import SearchResult

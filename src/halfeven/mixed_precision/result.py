@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from halfeven.checked_arguments import checked_arguments
+from halfeven.errors import ConfigError
 from halfeven.files import json_value
 from halfeven.mixed_precision.judge import Judgement
 from halfeven.mixed_precision.result_page import search_contents
@@ -66,6 +68,7 @@ class SearchResult:
             "notes": list(self.notes),
         }
 
+    @checked_arguments(ConfigError)
     def save(self, path: str | Path) -> Path:
         """Write the result as one HTML page with charts, and return its path.
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import AlgorithmError, ConfigError
+from halfeven.evaluation import Evaluate
 from halfeven.graph.capture import Example
 from halfeven.graph.copying import copy_model
-from halfeven.mixed_precision.judge import Evaluate
 from halfeven.mixed_precision.moves import check_candidates, usual_candidates
 from halfeven.mixed_precision.options import SearchFields, SearchOptions
 from halfeven.mixed_precision.plan_search import search_plan

@@ -214,7 +214,7 @@ def rank_moves(state: Walk) -> None:
     state.ranked_after = len(state.taken)
     state.useless.clear()
     open_moves = {number: move for number, move in enumerate(state.moves) if _can_be_taken(state, move)}
-    state.log(f"  ranking {len(open_moves)} steps on {sum(len(x[0]) for x in state.reference.outputs)} samples ...")
+    state.log(f"  ranking {len(open_moves)} steps on {sum(state.reference.counts)} samples ...")
     present = state.steps[-1].divergence
     name = f"ranking after {len(state.taken)}"
     for number, after in state.store.measured(name, lambda: _measure_moves(state, open_moves)).items():

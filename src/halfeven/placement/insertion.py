@@ -89,6 +89,11 @@ def plan_of(model: nn.Module) -> Plan:
     return plan
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Return True for a model that `prepare` or `load` returned."""
+    return any(region.halfeven_plan is not None for region in regions(unwrapped(model)).values())
+
+
 def recorded_inputs(model: nn.Module) -> Inputs:
     """Return the description of a quantized model's inputs: arguments with a `ModelInput` for each tensor.
 

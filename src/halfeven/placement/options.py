@@ -1,5 +1,6 @@
 """Define the options of `halfeven.prepare`, and the user's rules."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypedDict
@@ -26,6 +27,10 @@ def rule_text(fields: Mapping[str, Any]) -> str:
     return f"Rule({given})".replace("'", '"')
 
 
+MADE_WITH = tuple(name for name in inspect.signature(Quantizer.__init__).parameters if name != "self")
+"""The arguments that a quantizer is made with: its scheme, and the others by name."""
+
+
 def own_quantizer(value: Any) -> Any:
     """Return the description of a user's quantizer class; any other value as it is.
 
@@ -37,7 +42,7 @@ def own_quantizer(value: Any) -> Any:
             f"The quantizer {value.__name__} is no subclass of halfeven.Quantizer, so no file could hold its range. "
             "Derive it from halfeven.Quantizer and override forward."
         )
-    return own_class(value, ("forward",))
+    return own_class(value, {"forward": ("x", "clip")}, MADE_WITH)
 
 
 QuantizerChoice = Annotated[type[Quantizer] | OwnClass, converted(own_quantizer, OwnClass)]

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from halfeven.errors import CalibrationError
+from halfeven.errors import CalibrationError, last_line
 from halfeven.quantization.arithmetic import on_grid, scale_and_zero_point
 from halfeven.quantization.compile import fused
 from halfeven.quantization.fake_quantize import UNCLIPPED, Clip, Domain, effective_scale, fake_quantize, stored_scale
 from halfeven.quantization.observers import Observer, check_finite, common_extremes, extremes, make_observer, rows
-from halfeven.quantization.own_class import OwnClass, check_count
+from halfeven.quantization.own_class import OwnClass, check_count, checked_range
 from halfeven.quantization.range_state import RangeState, state_of
 from halfeven.quantization.scheme import Scheme
 from halfeven.renamed import renamed_attributes
@@ -279,7 +279,11 @@ class Quantizer(nn.Module):
         self.mode = Mode.QUANTIZE
         self.observer = None
         with self._naming_the_quantizer():
-            self.set_range(*observer.range())
+            self.set_range(*self._proposed_range(observer))
+
+    def _proposed_range(self, observer: Observer) -> tuple[Tensor, Tensor]:
+        own = self.observer_name
+        return checked_range(own, observer.range()) if isinstance(own, OwnClass) else observer.range()
 
     def _observe(self, x: Tensor) -> bool:
         """Collect statistics. Returns True for a tensor to quantize at once: a weight, whose range is known then."""
@@ -289,7 +293,7 @@ class Quantizer(nn.Module):
         with self._naming_the_quantizer():
             self.observer.update(self._channels_first(x))
             if self.weight:
-                self.set_range(*self.observer.range())
+                self.set_range(*self._proposed_range(self.observer))
         return self.weight
 
     @torch.no_grad()
@@ -329,13 +333,19 @@ class Quantizer(nn.Module):
         try:
             yield
         except CalibrationError as error:
-            where = (
-                "float model's weights" if self.weight else "calibration data and at the float model's outputs on it"
-            )
-            raise CalibrationError(
-                f"No range can be set for {self.name or 'a tensor'}: {error}. A scale made of it would make all "
-                f"results wrong. Look at the {where}."
-            ) from error
+            raise self._range_error(str(error)) from error
+        except Exception as error:
+            if not isinstance(self.observer_name, OwnClass) or isinstance(error, Warning):
+                raise
+            told = f"the observer {self.observer_name} ended with {type(error).__name__}: {last_line(error)}"
+            raise self._range_error(told) from error
+
+    def _range_error(self, told: str) -> CalibrationError:
+        where = "float model's weights" if self.weight else "calibration data and at the float model's outputs on it"
+        return CalibrationError(
+            f"No range can be set for {self.name or 'a tensor'}: {told.rstrip('.')}. A scale made of it would make "
+            f"all results wrong. Look at the {where}."
+        )
 
     def extra_repr(self) -> str:
         return f"{self.scheme}, {'learned' if self.learned else self.observer_name}"

@@ -146,7 +146,7 @@ def _onecycle(step: int, total_steps: int, rise: float) -> float:
     top = rise * total_steps - 1
     last = total_steps - 1
     if step <= top:
-        return _half_cosine(ONECYCLE_START, 1.0, step / top)
+        return _half_cosine(ONECYCLE_START, 1.0, step / top if top > 0 else 1.0)
     return _half_cosine(1.0, ONECYCLE_END, (step - top) / (last - top) if last > top else 1.0)
 
 

@@ -78,7 +78,7 @@ def own_observer(value: Any) -> Any:
     Raises:
         ConfigError: the class lacks `update` or `range`.
     """
-    return own_class(value, ("update", "range"))
+    return own_class(value, {"update": ("values",), "range": ()})
 
 
 ObserverChoice = Annotated[ObserverName | type[Observer] | OwnClass, converted(own_observer, OwnClass)]
