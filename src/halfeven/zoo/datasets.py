@@ -8,6 +8,7 @@ import dataclasses
 import gzip
 import struct
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +70,21 @@ def load_datasets(options: DataOptions) -> Datasets:
     )
 
 
-def digits(options: DataOptions) -> Datasets:
-    """Open scikit-learn's 1,797 handwritten digits of 8x8 pixels, enlarged to 32x32."""
+@cache
+def _digits() -> tuple[Tensor, Tensor]:
+    """Return all images of the digits, enlarged, and their labels."""
     with extra("train", 'data.source="digits"'):
         from sklearn.datasets import load_digits
 
     data = load_digits()
     images = torch.tensor(data.images / 16.0, dtype=torch.float32).unsqueeze(1)
     images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
-    images = (images - DIGITS_MEAN) / DIGITS_STD
-    labels = torch.tensor(data.target, dtype=torch.int64)
+    return (images - DIGITS_MEAN) / DIGITS_STD, torch.tensor(data.target, dtype=torch.int64)
+
+
+def digits(options: DataOptions) -> Datasets:
+    """Open scikit-learn's 1,797 handwritten digits of 8x8 pixels, enlarged to 32x32."""
+    images, labels = _digits()
     order = torch.tensor(np.random.default_rng(0).permutation(len(labels)))
     validation = order[:DIGITS_VALIDATION]
     train = order[DIGITS_VALIDATION:]
