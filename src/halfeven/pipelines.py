@@ -1,7 +1,7 @@
 """Run the steps that make a quantized model, in their order."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -16,7 +16,6 @@ from halfeven.graph.capture import Example
 from halfeven.graph.wrappers import unwrapped
 from halfeven.layerwise.batches import inputs_in, read_inputs
 from halfeven.layerwise.calibrate import calibrate
-from halfeven.nearest import did_you_mean
 from halfeven.placement.captured_model import capture_for_quantization, float_copy
 from halfeven.placement.graph_edits import apply_changes
 from halfeven.placement.insertion import check_scales, insert, plan_of
@@ -24,7 +23,7 @@ from halfeven.placement.make_plan import make_plan, skeleton
 from halfeven.placement.options import BatchNormHandling, QuantizationFields, QuantizationOptions, Rule
 from halfeven.placement.plan import Plan
 from halfeven.placement.requantization import apply_rules
-from halfeven.ptq.options import PTQFields, PTQOptions
+from halfeven.ptq.options import PTQFields, PTQOptions, split_fields
 from halfeven.ptq.pipeline import EQUALIZATION, StepContext, run_steps
 from halfeven.ptq.recipe import decide
 from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
@@ -364,20 +363,6 @@ def batches_in_memory(loader: Iterable[Any], batches: int | None) -> list[Any]:
 def _input_arguments(qmodel: nn.Module, batches: Iterable[Any]) -> list[Any]:
     """Return the model's arguments of batches, without labels: a tuple or a dict for each."""
     return [kwargs or args for args, kwargs in read_inputs(qmodel, batches)]
-
-
-def split_fields(
-    options: QuantizationOptions, ptq: PTQOptions, changes: Mapping[str, Any]
-) -> tuple[QuantizationOptions, PTQOptions]:
-    """Return both option objects, each with its part of the changes."""
-    placing = {field.name for field in dataclasses.fields(options)}
-    steps = {field.name for field in dataclasses.fields(ptq)}
-    if unknown := [name for name in changes if name not in placing | steps]:
-        told = " ".join(f'quantize has no option "{name}". {did_you_mean(name, placing | steps)}' for name in unknown)
-        raise ConfigError(f"An option would have no effect, so nothing was started: {told}")
-    placed = {name: value for name, value in changes.items() if name in placing}
-    stepped = {name: value for name, value in changes.items() if name in steps}
-    return dataclasses.replace(options, **placed), dataclasses.replace(ptq, **stepped)
 
 
 def check_folds(options: QuantizationOptions) -> None:

@@ -205,6 +205,26 @@ def channel_made_up_for() -> Faulty:
     return Faulty(model, list(torch.randn(64, 3, 12, 12).split(16)))
 
 
+class Projected(nn.Module):
+    """A layer whose weight is a parameter of the model, as in `nn.MultiheadAttention`, behind a LayerNorm."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(6, width), nn.LayerNorm(width), nn.Linear(width, 4)
+        self.projection = nn.Parameter(nn.Linear(width, width).weight.detach())
+        with torch.no_grad():
+            self.norm.bias[5] = 200
+            self.projection[:, 5] /= 200
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(F.linear(self.norm(self.embed(x)), self.projection)).mean(1))
+
+
+def projection_made_up_for() -> Faulty:
+    """A channel that LayerNorm shifts far away, and small weights that make up for it."""
+    return Faulty(Projected(), list(torch.randn(64, 5, 6).split(16)))
+
+
 def unlike_rows() -> Faulty:
     """A channel of a transposed convolution is 300 times the others: its weight, its result and the next weight."""
     model = nn.Sequential(
@@ -229,7 +249,8 @@ FAULTS: dict[str, Callable[[], Faulty]] = {
     function.__name__: function
     for function in (
         *(front_end, additive_mask, scaled_depthwise_channel, outlier_channel, unsettled_batchnorm, shared_range),
-        *(unlike_inputs, few_bits, narrow_range, channel_made_up_for, unlike_rows, narrow_ranges),
+        *(unlike_inputs, few_bits, narrow_range, channel_made_up_for, projection_made_up_for),
+        *(unlike_rows, narrow_ranges),
     )
 }
 

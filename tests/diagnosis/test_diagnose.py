@@ -42,11 +42,12 @@ CAUSES = {
     "few_bits": "2 bits are too few",
     "narrow_range": "clips",
     "channel_made_up_for": "outlier channel",
+    "projection_made_up_for": "outlier channel after LayerNorm",
     "unlike_rows": "badly scaled channels",
-    "narrow_ranges": "badly estimated",
+    "narrow_ranges": "clips",
 }
 """Fault -> words of the cause."""
-SLOW = {"front_end", "narrow_range", "unlike_inputs", "unlike_rows", "narrow_ranges"}
+SLOW = {"front_end", "narrow_range", "unlike_inputs", "unlike_rows", "narrow_ranges", "projection_made_up_for"}
 """They run with --exhaustive."""
 
 

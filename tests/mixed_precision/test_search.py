@@ -226,6 +226,7 @@ def test_an_interrupted_search_goes_on_from_its_measurements(subject, tmp_path):
         ({"max_drop": 1.0, "candidates": (he.Rule(ranges="learned"),)}, "cannot be tried"),
         ({"latency": 0.5, "target": "tensorrt", "scheme": "w8a8"}, "not run here"),
         ({"max_drop": 1.0, "iteration": 3}, "has no option"),
+        ({"max_dorp": 1.0}, r'search has no option "max_dorp". Did you mean max_drop'),
     ],
 )
 def test_what_cannot_be_searched_is_refused_before_any_work(options, said):

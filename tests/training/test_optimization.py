@@ -216,6 +216,8 @@ def test_a_step_schedule_lowers_the_rate_at_its_epochs():
         (dict(schedule="onecycle", warmup_steps=5), "rises by itself"),
         (dict(optimizer="adam", nesterov=True), "nesterov=True would have no effect"),
         (dict(nesterov=True, momentum=0.0), "looks ahead"),
+        (dict(optimizer="adam", momentum=0.5), "momentum=0.5 would have no effect"),
+        (dict(step_factor=0.5), 'or set schedule="step"'),
         (dict(label_smoothing=1.0), "label_smoothing=1.0"),
     ],
 )

@@ -34,10 +34,13 @@ def test_the_file_is_compared_with_the_precision_that_it_replaces():
 
 
 def test_the_estimate_exchanges_integer_layers_alone():
-    times = LayerTimes(9.0, 10.0, 10.0, LAYERS)
-    assert times.ratio_with(()) == pytest.approx(0.9)
-    assert times.ratio_with(("slower", "in float")) == pytest.approx(0.7)
-    assert times.ratio_with(("fast",)) == pytest.approx(0.98)
+    times = LayerTimes(11.0, 10.0, 10.0, LAYERS)
+    assert times.ratio_with(()) == pytest.approx(1.1)
+    assert times.ratio_with(("slower", "in float")) == pytest.approx(0.9)
+    assert times.ratio_with(("fast",)) == pytest.approx(1.18)
+    profiled = [layer.name for layer in LAYERS if layer.integer]
+    short = LayerTimes(0.9, 1.0, 1.0, LAYERS)  # the profile adds up to more than the run takes
+    assert all(0 < short.ratio_with(names, moved) < 2 for names in ((), profiled) for moved in (0.0, 1.0))
 
 
 class Net(nn.Module):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from halfeven.diagnosis.operator_groups import integer_operators
 from halfeven.diagnosis.statistics import TensorStatistics
@@ -47,12 +47,12 @@ class Suspect:
         """
         if not isinstance(self.planned, PlannedWeight):
             return 1.0
-        _, node = named_nodes(self.qmodel)[self.planned.name]
-        layer = Op(node).module
-        if layer is None or getattr(layer, "groups", 1) != 1 or layer.weight.ndim < 2:
+        op = Op(named_nodes(self.qmodel)[self.planned.name][1])
+        weight = _weight_of(op)
+        if weight is None or weight.ndim < 2 or getattr(op.module, "groups", 1) != 1:
             return 1.0
-        axis = 0 if getattr(layer, "transposed", False) else 1
-        largest = layer.weight.detach().transpose(0, axis).flatten(1).abs().amax(1)
+        axis = 0 if getattr(op.module, "transposed", False) else 1
+        largest = weight.detach().transpose(0, axis).flatten(1).abs().amax(1)
         live = largest[largest > 1e-8 * largest.max()]
         return float(live.max() / live.min()) if len(live) > 1 else 1.0
 
@@ -107,6 +107,8 @@ def _mask_widens_range(suspect: Suspect) -> Cause | None:
     share = suspect.found.far_share()
     if suspect.found.quantizer.weight or not share or not suspect.found.far_is_constant():
         return None
+    if _maker(suspect).kind in (OperatorKind.NORMALIZATION, *WEIGHTED):
+        return None  # a large bias of a channel, which nothing is added to
     values = suspect.found.sample
     far = values.abs() >= 0.5 * values.abs().max()
     return Cause(
@@ -271,12 +273,18 @@ def _normalization_before(suspect: Suspect) -> str:
         op = computed[0]
 
 
-def _maker_with_unlike_rows(suspect: Suspect, channel: int) -> str:
-    """Return the layer that makes a channel far larger than the rest by a weight with one scale; "" if none does."""
+def _maker(suspect: Suspect) -> Op:
+    """Return the operator that computes an activation, before BatchNorm, activation functions and moves."""
     assert isinstance(suspect.planned, PlannedTensor)
     op = Op(named_nodes(suspect.qmodel)[suspect.planned.places[0]][1])
     while op.kind in (OperatorKind.ACTIVATION, OperatorKind.BATCH_NORM, *TRANSPARENT) and op.inputs:
         op = op.inputs[0]
+    return op
+
+
+def _maker_with_unlike_rows(suspect: Suspect, channel: int) -> str:
+    """Return the layer that makes a channel far larger than the rest by a weight with one scale; "" if none does."""
+    op = _maker(suspect)
     if op.kind not in WEIGHTED or not op.is_module:
         return ""
     quantizer = getattr(op.module, "weight_quantizer", None)
@@ -289,15 +297,21 @@ def _maker_with_unlike_rows(suspect: Suspect, channel: int) -> str:
 
 def _has_untrained_weight(qmodel: nn.Module, name: str) -> bool:
     """Return True for a layer whose weight is no trained parameter: a buffer, or frozen."""
-    _, node = named_nodes(qmodel)[name]
-    op = Op(node)
+    op = Op(named_nodes(qmodel)[name][1])
     if op.kind not in WEIGHTED or not any(p.requires_grad for p in qmodel.parameters()):
         return False
+    weight = _weight_of(op)
+    return weight is not None and not weight.requires_grad
+
+
+def _weight_of(op: Op) -> Tensor | None:
+    """Return the weight of a layer, also where it is a function of a parameter; None if it is computed."""
     if op.is_module:
-        return not op.module.weight.requires_grad
-    weights = [read for read in op.inputs[1:2] if read.is_constant or read.is_module]
-    sources = [read if read.is_constant else read.inputs[0] for read in weights]
-    return any(read.is_constant and not read.constant.requires_grad for read in sources)
+        weight: Tensor | None = getattr(op.module, "weight", None)
+        return weight
+    read = next((read for read in op.inputs[1:2]), None)
+    source = read.inputs[0] if read is not None and read.is_module and read.inputs else read
+    return source.constant if source is not None and source.is_constant else None
 
 
 def _nonlinear_behind(qmodel: nn.Module, names: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from halfeven.mixed_precision.options import SearchOptions
 from halfeven.mixed_precision.result import SearchResult
 from halfeven.mixed_precision.store import MeasurementStore
 from halfeven.mixed_precision.units import units_of
-from halfeven.mixed_precision.walk import SearchStep, Walk, walk
+from halfeven.mixed_precision.walk import NEGLIGIBLE_DIVERGENCE, SearchStep, Walk, walk
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.options import Rule
 from halfeven.quantization.own_class import plain_values
@@ -186,6 +186,11 @@ def _search_notes(result: SearchResult, state: Walk, *, held_out: bool, evaluate
     options = state.options
     cost = state.steps[result.chosen].cost
     found = []
+    if not result.chosen and result.reached and state.steps[0].divergence <= NEGLIGIBLE_DIVERGENCE:
+        found.append(
+            f"The scheme's divergence of {state.steps[0].divergence:.2g} is below {NEGLIGIBLE_DIVERGENCE:g}, which no "
+            "answer shows, so no step was taken."
+        )
     if options.max_drop is not None and result.judgement is not None:
         if result.judgement.drop > options.max_drop:
             found.append(

@@ -23,10 +23,9 @@ from halfeven.pipelines import (
     prepare_folded,
     quantize_prepared,
     set_rules,
-    split_fields,
 )
 from halfeven.placement.options import QuantizationOptions, Rule
-from halfeven.ptq.options import PTQOptions
+from halfeven.ptq.options import PTQOptions, split_fields
 from halfeven.runtimes.runtime import runtime_named
 
 
@@ -79,7 +78,9 @@ def search(
     given: dict[str, Any] = {name: value for name, value in changes.items() if name in named}
     budgets = dataclasses.replace(budgets or SearchOptions(), **given)
     rest = {name: value for name, value in changes.items() if name not in named}
-    options, ptq = split_fields(options or QuantizationOptions(), ptq or PTQOptions(), rest)
+    options, ptq = split_fields(
+        options or QuantizationOptions(), ptq or PTQOptions(), rest, verb="search", further=named
+    )
     check_folds(options)
     tried = check_search(budgets, options, candidates)
     data = batches_in_memory(batches, None)
@@ -152,7 +153,7 @@ def check_search(
     if all(getattr(options, name) is None for name in budgets):
         raise ConfigError(
             f"A search needs a budget, or every plan would do. Give at least one of {', '.join(budgets)}, for example "
-            "max_drop=0.5."
+            "max_drop=0.5 (on the command line --search.max-drop 0.5)."
         )
     runtime = runtime_named(quantization.target)
     if (options.latency is not None or options.cost == "latency") and runtime.exact is None:

@@ -1,8 +1,12 @@
 """The steps of post-training quantization and their options."""
 
+import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
+from halfeven.errors import ConfigError
+from halfeven.nearest import did_you_mean
 from halfeven.options import (
     Auto,
     NonNegativeFloat,
@@ -16,6 +20,7 @@ from halfeven.options import (
     below,
     formerly,
 )
+from halfeven.placement.options import QuantizationOptions
 
 ReLU6Choice = Literal["auto", "keep", "replace", "per_channel"]
 
@@ -106,3 +111,34 @@ class PTQFields(TypedDict, total=False):
     memory: float
     cache_folder: str
     seed: int
+
+
+def split_fields(
+    options: QuantizationOptions,
+    ptq: PTQOptions,
+    changes: Mapping[str, Any],
+    *,
+    verb: str = "quantize",
+    further: Collection[str] = (),
+) -> tuple[QuantizationOptions, PTQOptions]:
+    """Return both option objects, each with its part of the changes.
+
+    Args:
+        options: how to quantize.
+        ptq: the steps.
+        changes: fields of both.
+        verb: the function that was given the changes.
+        further: names of the options that it takes beside them.
+
+    Raises:
+        ConfigError: a field that does not exist.
+    """
+    placing = {field.name for field in dataclasses.fields(options)}
+    steps = {field.name for field in dataclasses.fields(ptq)}
+    if unknown := [name for name in changes if name not in placing | steps]:
+        known = {*placing, *steps, *further}
+        told = " ".join(f'{verb} has no option "{name}". {did_you_mean(name, known)}' for name in unknown)
+        raise ConfigError(f"An option would have no effect, so nothing was started: {told}")
+    placed = {name: value for name, value in changes.items() if name in placing}
+    stepped = {name: value for name, value in changes.items() if name in steps}
+    return dataclasses.replace(options, **placed), dataclasses.replace(ptq, **stepped)

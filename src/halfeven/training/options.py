@@ -39,7 +39,7 @@ class TrainingOptions(Options):
     """Optimizer of torch: SGD, Adam (weight decay as part of the gradient), AdamW (apart from it) or RMSprop."""
     learning_rate: NonNegativeFloat = 1e-3
     """Highest learning rate."""
-    momentum: NonNegativeFloat = 0.9
+    momentum: Annotated[float, at_least(0), below(1)] = 0.9
     """Momentum of SGD and RMSprop."""
     nesterov: bool = False
     """Nesterov's momentum in SGD."""
@@ -105,11 +105,13 @@ class TrainingOptions(Options):
         optimizers = (self.optimizer, self.scale_optimizer)
         for name, effective, wanted in (
             ("step_epochs", self.schedule == "step", 'schedule="step"'),
+            ("step_factor", self.schedule == "step", 'schedule="step"'),
             ("schedule_by", self.schedule in falls, 'schedule="cosine", "linear" or "polynomial"'),
             ("end_rate", self.schedule in falls, 'schedule="cosine", "linear" or "polynomial"'),
             ("polynomial_power", self.schedule == "polynomial", 'schedule="polynomial"'),
             ("onecycle_rise", self.schedule == "onecycle", 'schedule="onecycle"'),
             ("warmup_steps", self.schedule != "onecycle", 'another schedule: "onecycle" rises by itself'),
+            ("momentum", "sgd" in optimizers or "rmsprop" in optimizers, 'optimizer="sgd" or "rmsprop"'),
             ("nesterov", "sgd" in optimizers, 'optimizer="sgd"'),
         ):
             value = getattr(self, name)

@@ -49,12 +49,16 @@ class LayerTimes:
                 layers goes from the deployed file's to the float file's with this share.
         """
         chosen = [layer for layer in self.layers if layer.integer and layer.name in in_float]
+        deployed = sum(layer.deployed for layer in self.layers)
+        floating = sum(layer.floating for layer in self.layers)
+        # Profiled kernels may add up to more than an unprofiled run takes: then each has its share of that run.
+        share = min(1.0, self.deployed / deployed) if deployed else 1.0
+        float_share = min(1.0, self.float32 / floating) if floating else 1.0
         # Each chosen layer exchanges its time in integers for its time in float.
-        added = sum(layer.floating - layer.deployed for layer in chosen)
-        # The time outside of layers: elementwise operators, conversions, copies. Profiled kernels may add up to more
-        # than an unprofiled run, hence the 0.
-        rest = max(self.deployed - sum(layer.deployed for layer in self.layers), 0.0)
-        floating_rest = max(self.float32 - sum(layer.floating for layer in self.layers), 0.0)
+        added = sum(float_share * layer.floating - share * layer.deployed for layer in chosen)
+        # The time outside of layers: elementwise operators, conversions, copies.
+        rest = self.deployed - share * deployed
+        floating_rest = self.float32 - float_share * floating
         return (self.deployed + added + moved_in_float * (floating_rest - rest)) / self.float_default
 
     def slower(self) -> list[LayerTime]:
