@@ -104,7 +104,7 @@ def deployed(campaign: Campaign) -> Row:
             counts.update({outcome: counts.get(outcome, 0) + 1} if outcome in counts else {})
             row.count(str(number), [] if outcome in counts else [outcome])
         for number in numbers[len(outcomes) :][:1]:
-            row.count(str(number), [f"the process ended with {ended.code}: {ended.said[-500:]}"])
+            row.count(str(number), [f"the process ended with {ended.code}: {ended.said[:2000]}"])
     row.notes.append(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     return row
 

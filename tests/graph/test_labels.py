@@ -126,7 +126,7 @@ def test_a_trainers_loop_with_labels_from_calibration_to_the_file(tmp_path):
 def test_a_model_prepared_without_labels_says_how_to_give_them():
     build, batch, _ = MODELS["classifier"]
     qmodel = he.prepare(build().eval(), {"input_ids": IDS})
-    with pytest.raises(CaptureError, match=r"called with attention_mask, labels, .* takes input_ids alone"):
+    with pytest.raises(CaptureError, match=r"called with attention_mask, labels, .* takes only input_ids"):
         qmodel(**batch)
 
 

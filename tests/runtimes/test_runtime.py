@@ -29,6 +29,7 @@ class EvaluatedFile:
     runtime = "onnx's evaluator"
     settings = ()
     float_precision = "f32"
+    threads = 0
 
     def __init__(self, path, tensors=()):
         self.model = onnx.load(path)

@@ -145,12 +145,16 @@ def test_differences_of_values_that_are_no_numbers_count():
     assert sums.result().equal == pytest.approx(4 / 6)
     assert sums.result().difference == float("inf")
 
+    overflowing, one = OutputSums("y"), torch.ones(1)
+    overflowing.add(torch.tensor([float("inf")]), one, one, one, one)
+    assert overflowing.result().difference == float("inf")
+
 
 def test_outputs_of_another_number_or_shape_are_an_error():
     expected = {"a": torch.zeros(2, 3), "b": torch.zeros(2)}
     with pytest.raises(VerificationError, match=r"has 1 outputs and the model 2 \(a, b\).*Export the model again"):
         in_form_of(expected, [torch.zeros(2, 3)], "model.xml")
-    with pytest.raises(VerificationError, match=r'"b" of model.xml is \[4\].*\[2\].*Export the model again'):
+    with pytest.raises(VerificationError, match=r'"b" of model.xml has shape \[4\].*\[2\].*Export the model again'):
         in_form_of(expected, [torch.zeros(2, 3), torch.zeros(4)], "model.xml")
 
 

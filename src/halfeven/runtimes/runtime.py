@@ -56,6 +56,11 @@ class DeployedFile(Protocol):
     """The precision, of what stays float, that the file was written for and is run with."""
 
     @property
+    def threads(self) -> int:
+        """The number of threads that compute a sample; 0 where the runtime does not say."""
+        ...
+
+    @property
     def input_names(self) -> list[str]:
         """The names of the model's inputs, in their order."""
         ...

@@ -8,7 +8,7 @@ from halfeven.runtimes.runtime import DeployedFile
 
 def circumstances(file: DeployedFile, path: Path) -> dict[str, Any]:
     """Return the report's fields about the file and the session that it ran in."""
-    return {"file_bytes": file_bytes(path), "threads": threads_of(file), "settings": list(file.settings)}
+    return {"file_bytes": file_bytes(path), "threads": file.threads, "settings": list(file.settings)}
 
 
 def file_bytes(path: Path) -> int:
@@ -16,8 +16,3 @@ def file_bytes(path: Path) -> int:
     # IR keeps its tensors in a .bin; an ONNX model beyond 2 GB keeps them in a .data file.
     beside = [path.with_suffix(".bin")] if path.suffix == ".xml" else [path.with_name(f"{path.name}.data")]
     return sum(each.stat().st_size for each in (path, *beside) if each.is_file())
-
-
-def threads_of(file: DeployedFile) -> int:
-    """Return the number of threads that a runtime computes a sample with; 0 where it does not say."""
-    return int(getattr(file, "threads", 0))

@@ -126,7 +126,7 @@ def _differences(a: Tensor, b: Tensor) -> Tensor:
     a = a.cpu().double()
     b = b.cpu().double()
     same = (a == b) | (a.isnan() & b.isnan())
-    return torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=math.inf))
+    return torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf))
 
 
 def _finite_double(x: Tensor) -> Tensor:
