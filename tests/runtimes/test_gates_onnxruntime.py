@@ -107,6 +107,21 @@ def test_checkpoints_keep_gates_and_targets_without_them_refuse(tmp_path):
         he.plan(perceptron, torch.randn(4, 8), quantize_gates=True, target="onnxruntime")
 
 
+def test_targets_that_gain_nothing_by_gates_refuse_the_model(tmp_path):
+    torch.manual_seed(0)
+    qmodel, batches = quantized(Gated(), IMAGE, target="onnxruntime", quantize_gates=True)
+    own = he.export(qmodel, tmp_path / "own.onnx")
+    refusal = 'quantize_gates=True for onnxruntime, and {0} computes .*Prepare the model with target="{0}" and without'
+    for target, name in (("openvino", "model.xml"), ("openvino", "model.onnx"), ("tensorrt", "model.onnx")):
+        with pytest.raises(PlacementError, match=refusal.format(target)):
+            he.export(qmodel, tmp_path / name, target=target)
+        assert not (tmp_path / name).exists()
+        with pytest.raises(PlacementError, match=refusal.format(target)):
+            he.verify(qmodel, own, batches, target=target)
+    with pytest.raises(PlacementError, match=refusal.format("openvino")):
+        he.exact(qmodel, "openvino")
+
+
 def test_only_activations_behind_a_convolution_are_written_out():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SiLU(), nn.Flatten(), nn.Linear(1024, 8), nn.SiLU(), nn.Linear(8, 4))
     plan = he.plan(net, torch.randn(IMAGE), quantize_gates=True, target="onnxruntime")

@@ -17,6 +17,7 @@ from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, kind_of, tensor_names
 from halfeven.placement.decoding import reason_for_float
+from halfeven.placement.gates import check_gates
 from halfeven.placement.grids import activation_scheme, check_power_of_two, kinds_behind, simulated_alone
 from halfeven.placement.options import QuantizationOptions, Rule
 from halfeven.placement.plan import NOTHING_FOUND, FoundInCapture, LeftInFloat, Plan, PlannedTensor, PlannedWeight
@@ -79,7 +80,7 @@ def make_plan(
     left: list[LeftInFloat] = []
     known: list[str] = []
     _check_outputs(model, options)
-    _check_gates(target, options, activation_bits)
+    check_gates(options, target, activation_bits)
     for prefix, module in regions(model).items():
         names = {node: qualified(prefix, name) for name, node in tensor_names(module.graph).items()}
         region = Region(prefix, module.graph, names)
@@ -109,20 +110,6 @@ def make_plan(
         kept=found.kept,
         simulated=simulated_alone(tensors, target),
         decide=lambda other: make_plan(model, other, target, found),
-    )
-
-
-def _check_gates(target: Target, options: QuantizationOptions, activation_bits: int) -> None:
-    if not options.quantize_gates or (target.multiplies_gates and activation_bits != BITS_NAMED_FOR_FLOAT):
-        return
-    why = (
-        f"the scheme {options.scheme} leaves activations in float"
-        if activation_bits == BITS_NAMED_FOR_FLOAT
-        else f"{target.name} computes SiLU and hard-swish with the layer before them"
-    )
-    raise PlacementError(
-        f"quantize_gates=True computes SiLU and hard-swish as products of integers, and {why}, so it would only cost "
-        "accuracy. Leave it out."
     )
 
 

@@ -5,6 +5,7 @@ from torch import nn
 from halfeven.deployment.channel_clips import write_channel_clips
 from halfeven.deployment.deployed import Deployed, deployed_form
 from halfeven.deployment.quantize_op import with_exported_quantizers
+from halfeven.placement.gates import check_gates_deployable
 from halfeven.placement.grids import check_deployable
 from halfeven.placement.insertion import plan_of
 from halfeven.quantization.scheme import BITS_NAMED_FOR_FLOAT, parse_bits
@@ -16,8 +17,9 @@ def deploy(qmodel: nn.Module, runtime: Runtime) -> Deployed:
 
     Raises:
         CalibrationError: a quantizer has no range yet.
-        PlacementError: the runtime cannot carry the model's integers.
+        PlacementError: the runtime cannot carry the model's integers, or gains nothing by its quantized gates.
     """
+    check_gates_deployable(plan_of(qmodel).options, runtime.target)
     check_deployable(plan_of(qmodel).tensors, runtime.target)
     model = deployed_form(qmodel)
     weights_alone = parse_bits(plan_of(qmodel).options.scheme)[1] == BITS_NAMED_FOR_FLOAT

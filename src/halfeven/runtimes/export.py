@@ -53,7 +53,7 @@ def export(
     Raises:
         ConfigError: a file ending that the target does not read, names that are too many, too few or equal, `metadata`
             that halfeven writes itself, or a `float_precision` that the runtime does not have.
-        PlacementError: a target that cannot carry the model's integers.
+        PlacementError: a target that cannot carry the model's integers, or that gains nothing by its quantized gates.
         CalibrationError: a range is not set yet.
         ExportError: the exporter of the format cannot write an operator of the model.
         StorageError: the disk cannot take the file; a file that was there is whole still.
