@@ -88,8 +88,8 @@ def options():
     return {name.replace("_", "-") for name in names}
 
 
-FOREIGN = ("pip", "accelerate", "torchrun", "mkdocs", "mypy", "opt_in_out", "pytest", "ruff")
-"""Programs of others whose options the pages name."""
+FOREIGN = ("pip", "accelerate", "torchrun", "mkdocs", "mypy", "opt_in_out", "pytest", "python benchmarks/", "ruff", "trtexec")
+"""Programs whose options the pages name, besides halfeven's own."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
