@@ -184,7 +184,7 @@ def _decide_correct_biases(situation: Situation, earlier: Earlier) -> Decision:
     if earlier[RECONSTRUCT].enabled:
         return Decision(False, "reconstruction leaves no mean shift to correct")
     if situation.per_channel:
-        return Decision(False, "8-bit weights with a scale per channel shift no mean that counts")
+        return Decision(False, "weights with a scale per channel shift no mean that counts")
     return Decision(True, "tried, and kept if the quantized model gains, see below")
 
 

@@ -149,10 +149,17 @@ def _executed_rows(report: Any, most: int) -> list[Row]:
 
 def _file_rows(report: Any) -> list[Row]:
     size = [("file size", f"{report.file_bytes / 1e6:.2f} MB")] if report.file_bytes else []
-    settings = [("settings of the session", ", ".join(report.settings))] if report.settings else []
     own = report.float_precision == "runtime"
     precision = [("precision of float operators", "the runtime's choice")] if own else []
-    return size + precision + settings
+    return size + precision + _setting_rows(report.settings)
+
+
+def _setting_rows(settings: Sequence[str]) -> list[Row]:
+    """Return a single setting as a row, and several as a row each: their names are long."""
+    if len(settings) < 2:
+        return [("settings of the session", setting) for setting in settings]
+    halves = (setting.partition("=") for setting in settings)
+    return [("settings of the session", ""), *((f"  {name}", value) for name, _, value in halves)]
 
 
 def _latency_rows(report: Any, most: int) -> list[Row]:
