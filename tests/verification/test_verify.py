@@ -106,12 +106,13 @@ def test_a_report_of_many_layers_in_float_is_short_and_its_table_whole():
         path="m.onnx", runtime="a runtime", weights_match=True, quantizable_layers=61, float_layers=names, accuracy={},
         float_macs={name: 0.01 for name in names}, output_difference=0.0, latency_ms={}, unseen=names,
         first_difference="", tensors=[TensorParity("x", count=3)], findings=["The file is another model's."],
-        settings=["disabled=WeightBiasQuantization", "session.qdq_matmulnbits_accuracy_level=1"], **values,
+        settings=[f"long={'abcdefghij' * 8}", "session.qdq_matmulnbits_accuracy_level=1"], **values,
     )  # fmt: skip
     lines = str(report).splitlines()
     assert len(lines) <= 25 + 2
     assert max(map(len, lines)) <= 80
     assert ["session.qdq_matmulnbits_accuracy_level", "1"] in [line.split() for line in lines]
+    assert "long" + "abcdefghij" * 8 in "".join(str(report).split())
     assert lines[-1].strip() == "The file is another model's."
     joined = "".join(str(report.table()).split())
     assert all("".join(name.split()) in joined for name in names)

@@ -76,9 +76,11 @@ def _report_rows(report: Any, most: int) -> RenderableType:
     ]
     found = table("", "")
     found.show_header = False
-    found.columns[0].max_width = NAME_WIDTH
-    # Names keep their line: what gives way is the text of a kernel.
-    found.columns[0].min_width = min(NAME_WIDTH, max(len(name) for name, _ in rows) + 2)
+    # Names keep their line: what gives way is the text of a kernel. rich cuts what two columns have beyond the width.
+    names, values = found.columns
+    names.max_width = NAME_WIDTH
+    names.min_width = min(NAME_WIDTH, max(len(name) for name, _ in rows) + 2)
+    values.max_width = WIDTH - names.min_width - 2
     for name, value in rows:
         found.add_row(f"  {name}", value)
     where = f" in {report.runtime}, {report.samples} samples"
