@@ -88,7 +88,18 @@ def options():
     return {name.replace("_", "-") for name in names}
 
 
-FOREIGN = ("pip", "accelerate", "torchrun", "mkdocs", "mypy", "opt_in_out", "pytest", "python benchmarks/", "ruff", "trtexec")
+FOREIGN = (
+    "pip",
+    "accelerate",
+    "torchrun",
+    "mkdocs",
+    "mypy",
+    "opt_in_out",
+    "pytest",
+    "python benchmarks/",
+    "ruff",
+    "trtexec",
+)
 """Programs whose options the pages name, besides halfeven's own."""
 
 
