@@ -1,6 +1,7 @@
 """Batches: the example says which entries are inputs, and what does not fit it is an error that names it."""
 
 from collections import UserDict, namedtuple
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -13,6 +14,16 @@ from halfeven.graph.batches import input_form, inputs_of, label_of
 X = torch.randn(2, 3)
 Y = torch.zeros(2, dtype=torch.long)
 Pair = namedtuple("Pair", "left right label")
+Turned = namedtuple("Turned", "label right left")
+
+
+@dataclass
+class Fields:
+    """A batch as a collate function of one's own makes it."""
+
+    right: torch.Tensor
+    left: torch.Tensor
+    labels: torch.Tensor | None = None
 
 
 class Two(nn.Module):
@@ -41,7 +52,18 @@ Z = torch.randn(2, 3)
 
 @pytest.mark.parametrize(
     "batch",
-    [(X, Z), [X, Z], (X, Z, Y), Pair(X, Z, Y), ((X, Z), Y), [[X, Z], Y], {"right": Z, "left": X, "labels": Y}],
+    [
+        (X, Z),
+        [X, Z],
+        (X, Z, Y),
+        Pair(X, Z, Y),
+        Turned(Y, Z, X),
+        Fields(Z, X),
+        (Fields(Z, X), Y),
+        ((X, Z), Y),
+        [[X, Z], Y],
+        {"right": Z, "left": X, "labels": Y},
+    ],
     ids=lambda batch: type(batch).__name__,
 )
 def test_as_many_inputs_as_the_example_has(batch):
@@ -55,6 +77,8 @@ def test_as_many_inputs_as_the_example_has(batch):
         {"left": X, "right": Z, "labels": Y, "names": ["a", "b"]},
         ({"left": X, "right": Z}, Y),
         UserDict(left=X, right=Z, label=Y),
+        Turned(Y, Z, X),
+        Fields(Z, X, Y),
     ],
     ids=lambda batch: type(batch).__name__,
 )
@@ -82,8 +106,12 @@ def test_an_argument_may_be_a_list_of_tensors():
         ((X, Z), None),
         (X, None),
         ((), None),
+        (Pair(X, Z, Y), Y),
+        (Turned(Y, Z, X), Y),
+        (Fields(Z, X, Y), Y),
+        (Fields(Z, X), None),
     ],
-    ids=range(6),
+    ids=range(10),
 )
 def test_the_label_follows_the_inputs(batch, expected):
     assert label_of(batch, form(X, Z)) is expected

@@ -184,6 +184,11 @@ class InHalves(nn.BatchNorm2d):
         return torch.cat([super(InHalves, self).forward(half) for half in x.chunk(2)])
 
 
+def in_halves(m, x):
+    """Of two samples a half is one, which a BatchNorm without positions refuses in training."""
+    return torch.cat([m.norm(half) for half in x.chunk(2 if m.training else 1)])
+
+
 def blocks(count=4):
     return [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()) for _ in range(count)]
 
@@ -211,6 +216,10 @@ KEPT = {
         {"1"},
     ),
     "own BatchNorm": (lambda: around(InHalves(4)), {"1"}),
+    "BatchNorm of halves": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(108, 8), Does(in_halves, norm=nn.BatchNorm1d(8))),
+        {"2"},
+    ),
     "own stochastic depth": (lambda: around(Does(drop_branches, branch=conv(4))), {"1"}),
     "noise": (
         lambda: around(nn.Sequential(Does(lambda m, x: x + torch.randn_like(x) if m.training else x))),
@@ -327,6 +336,15 @@ def test_the_modules_around_a_small_kept_module_stay_captured():
     assert isinstance(captured, CapturedModule)
     assert report.kept[0].whole
     assert "centre" in str(report.kept[0])
+
+
+@pytest.mark.parametrize("drop", [nn.AlphaDropout(0.3), nn.FeatureAlphaDropout(0.3)], ids=lambda m: type(m).__name__)
+def test_every_dropout_follows_the_mode(drop):
+    functional = {nn.AlphaDropout: F.alpha_dropout, nn.FeatureAlphaDropout: F.feature_alpha_dropout}[type(drop)]
+    model = nn.Sequential(conv(), drop, Does(lambda m, x: functional(x, 0.2, m.training)), nn.Conv2d(4, 2, 1))
+    captured, report = capture(model, x := torch.randn(4, 3, 6, 6))
+    assert not report.kept
+    assert_same_step(model, captured, x)
 
 
 def test_checkpointed_blocks_are_computed_twice():

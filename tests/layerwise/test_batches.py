@@ -1,5 +1,7 @@
 """Loaders of several inputs: from calibration to the verified file, and what a first batch says without an example."""
 
+from collections import namedtuple
+
 import pytest
 import torch
 from torch import nn
@@ -111,7 +113,9 @@ def test_a_label_that_no_optional_input_can_be_is_a_label():
 
 def test_a_dict_gives_what_forward_takes():
     x, c, y = loader(1)[0]
-    assert list(inputs_in(Two(), {"condition": c, "x": x, "labels": y, "ids": y})[1]) == ["condition", "x"]
+    named = {"condition": c, "x": x, "labels": y, "ids": y}
+    for batch in (named, namedtuple("Batch", named)(**named)):
+        assert list(inputs_in(Two(), batch)[1]) == ["condition", "x"]
 
 
 def test_the_batch_that_does_not_fit_is_named_and_ranges_stay():

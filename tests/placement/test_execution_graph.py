@@ -378,3 +378,43 @@ def test_as_planned_hooks_see_the_tensors_of_the_plan():
     assert torch.equal(inside, outside)
     assert [output.shape[-1] for output in seen] == [8, 4]
     assert torch.equal(torch.nn.functional.max_pool2d(seen[0], 2), seen[1])
+
+
+class Recurrent(nn.Module):
+    """Two layers of cells with dropout between them."""
+
+    def __init__(self, cells):
+        super().__init__()
+        self.cells = cells(8, 8, 2, batch_first=True, dropout=0.5)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.cells(x)[0])
+
+
+@pytest.mark.parametrize("cells", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_cells_follow_the_mode(cells):
+    """Their operators were recorded in eval mode, where cuDNN computes no gradients and nothing is dropped."""
+    model, x = Recurrent(cells), torch.randn(4, 5, 8)
+    qmodel = he.calibrate(he.prepare(model, x), [x])
+    set_mode(qmodel, Mode.FLOAT)
+    for training in (True, False):
+        results = []
+        for network in (model.train(training), qmodel.train(training), copy.deepcopy(qmodel)):
+            torch.manual_seed(0)
+            results.append(network(x))
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+
+def test_frozen_cells_drop_nothing():
+    class Frozen(Recurrent):
+        def train(self, mode=True):
+            super().train(mode)
+            self.cells.eval()
+            return self
+
+    model, x = Frozen(nn.LSTM), torch.randn(4, 5, 8)
+    qmodel = he.calibrate(he.prepare(model, x), [x])
+    set_mode(qmodel, Mode.FLOAT)
+    assert torch.equal(model.train()(x), qmodel.train()(x))

@@ -93,6 +93,20 @@ def leveled():
     return net
 
 
+def by_hand(m, x):
+    """A normalization in arithmetic with constants of each channel, and a bias between a convolution and its norm."""
+    y = ((m.first(x) - m.mean) / m.spread * m.gain + m.shift).relu()
+    return m.last(m.norm(m.second(y) + m.shift).relu())
+
+
+def normalized_by_hand():
+    net = Net(by_hand, first=nn.Conv2d(3, 6, 3, bias=False), second=nn.Conv2d(6, 6, 3), last=nn.Conv2d(6, 4, 1))
+    net.norm = batchnorm_of(6)
+    for name in ("mean", "spread", "gain", "shift"):
+        setattr(net, name, nn.Parameter(torch.rand(6, 1, 1) + 0.5))
+    return net
+
+
 def batchnorm_of(features, factory=nn.BatchNorm2d, **options):
     norm = factory(features, **options)
     if norm.affine:
@@ -120,6 +134,7 @@ SHARED = {
         (2, 3, 8, 8),
         2,
     ),
+    "normalization by hand": (normalized_by_hand, (2, 3, 8, 8), 3),
     "a norm, a factor, a norm": (
         lambda: Net(
             lambda m, x: m.last(m.outer(m.inner(m.first(x)) * 0.7).relu()),

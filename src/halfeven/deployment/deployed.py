@@ -129,7 +129,7 @@ def _remove_identities(region: CapturedModule) -> None:
 
 
 def _deploy_weight(region: CapturedModule, calls: list[fx.Node]) -> None:
-    """Put a layer's weight on its grid, and take in the BatchNorms and multiplications that follow each call of it."""
+    """Put a layer's weight on its grid, and take in the BatchNorms and the arithmetic that follow each call of it."""
     node = calls[0]
     layer: Any = module_of(node)
     quantizer: Quantizer = layer.weight_quantizer

@@ -1,6 +1,7 @@
-"""The BatchNorms and multiplications behind a layer that its weight takes in when it is deployed.
+"""The BatchNorms, multiplications and additions behind a layer that its weight and bias take in when it is deployed.
 
-Runtimes would fold them too, and lose the layer's integers or its name. A layer that is called several times is copied
+Runtimes would fold them too, and lose the layer's integers or its name. A normalization written out by hand is a
+subtraction and a division. A layer that is called several times is copied
 where its calls end in different ones: EfficientDet's heads share a convolution between levels and have a BatchNorm for
 each, FCOS' heads a learned factor.
 """
@@ -20,22 +21,27 @@ from halfeven.graph.view import Op, kind_of, module_of
 
 aten = torch.ops.aten
 
+MULTIPLICATIONS = (aten.mul.Tensor, aten.div.Tensor)
+ADDITIONS = (aten.add.Tensor, aten.sub.Tensor)
+
 
 def epilogue(layer: fx.Node) -> list[fx.Node]:
-    """Return the BatchNorms, and the multiplications and divisions by constants, behind the call of a layer.
+    """Return the BatchNorms, and the arithmetic with constants, behind the call of a layer.
 
-    They are in their order; each is the only reader of the operator before it, and has a factor of each of the layer's
-    channels.
+    They are in their order; each is the only reader of the operator before it, and has a number for each of the layer's
+    channels. The last of them multiplies: an addition that ends the chain stays an operator.
     """
     found: list[fx.Node] = []
     last = layer
     while scales_by_channel(layer) or kind_of(layer) is OperatorKind.LINEAR:
         behind = norm_behind(last) if scales_by_channel(layer) else None
-        behind = behind or _multiplication_behind(last, layer)
+        behind = behind or _arithmetic_behind(last, layer)
         if behind is None:
             break
         found.append(behind)
         last = behind
+    while found and Op(found[-1]).function in ADDITIONS:
+        found.pop()
     return found
 
 
@@ -70,18 +76,23 @@ def folded_epilogue(nodes: list[fx.Node], layer: fx.Node, bias: Tensor | None) -
     for node in nodes:
         if Op(node).is_module:
             factor, bias = folding(module_of(node), bias)
+            total = total * factor.double()
+        elif Op(node).function in ADDITIONS:
+            term = _channel_constant(node, layer)
+            bias = term if bias is None else bias + term
         else:
-            factor = _channel_factor(node, layer)
+            factor = _channel_constant(node, layer)
             bias = None if bias is None else bias * factor
-        total = total * factor.double()
+            total = total * factor.double()
     return total, bias
 
 
-def _multiplication_behind(node: fx.Node, layer: fx.Node) -> fx.Node | None:
+def _arithmetic_behind(node: fx.Node, layer: fx.Node) -> fx.Node | None:
+    """Return the only reader of a node if it multiplies by constants of each channel, or adds them; else None."""
     reader = Op(node).only_reader
-    if reader is None or reader.function not in (aten.mul.Tensor, aten.div.Tensor):
+    if reader is None or reader.function not in (*MULTIPLICATIONS, *ADDITIONS) or reader.node.kwargs:
         return None
-    values = _constant_factor(reader.node, node)
+    values = _constant_of(reader.node, node)
     if values is None:
         return None
     ndim = Op(layer).ndim
@@ -91,11 +102,14 @@ def _multiplication_behind(node: fx.Node, layer: fx.Node) -> fx.Node | None:
     return reader.node if fits else None
 
 
-def _constant_factor(multiplication: fx.Node, of: fx.Node) -> Tensor | None:
-    """Return the numbers that a tensor is multiplied by; None where they are computed, or the tensor is the divisor."""
-    (first, second) = multiplication.args
-    divides = multiplication.target is aten.div.Tensor
-    if first is second or (divides and first is not of):
+def _constant_of(arithmetic: fx.Node, of: fx.Node) -> Tensor | None:
+    """Return the numbers that a tensor is multiplied by, or that are added to it.
+
+    None where they are computed, or where the tensor is the divisor or is subtracted.
+    """
+    (first, second) = arithmetic.args
+    inverts = arithmetic.target in (aten.div.Tensor, aten.sub.Tensor)
+    if first is second or (inverts and first is not of):
         return None
     other = second if first is of else first
     if isinstance(other, int | float):
@@ -104,12 +118,14 @@ def _constant_factor(multiplication: fx.Node, of: fx.Node) -> Tensor | None:
         values = Op(other).constant.detach().float()
     else:
         return None
-    return 1 / values if divides else values
+    if not inverts:
+        return values
+    return 1 / values if arithmetic.target is aten.div.Tensor else -values
 
 
-def _channel_factor(multiplication: fx.Node, layer: fx.Node) -> Tensor:
-    (source,) = [operand for operand in multiplication.all_input_nodes if not Op(operand).is_constant]
-    values = _constant_factor(multiplication, source)
+def _channel_constant(arithmetic: fx.Node, layer: fx.Node) -> Tensor:
+    (source,) = [operand for operand in arithmetic.all_input_nodes if not Op(operand).is_constant]
+    values = _constant_of(arithmetic, source)
     assert values is not None
     return values.flatten().expand(Op(layer).shape[channel_axis(layer, layer)])
 

@@ -1,9 +1,10 @@
 """Read the batches of a loader: which entries are a model's inputs, which the label, and whether they fit the example.
 
 The example that a model was prepared with decides. A sequence gives as many inputs as the example has, then the label;
-a dict gives the inputs that the example names, and may hold other keys.
+a dict, a dataclass or a named tuple gives the inputs that the example names, and may hold others.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,10 +37,24 @@ class InputForm:
     """The type of a model whose weights are no longer in float32, such as after `model.bfloat16()`."""
 
     @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Return the names of the inputs that hold tensors."""
+        inputs = (*zip(self.names, self.args, strict=True), *self.kwargs.items())
+        return tuple(name for name, like in inputs if _holds_tensors(like))
+
+    @property
     def expected(self) -> str:
         """Return the inputs for a message."""
         names = [*self.names, *self.kwargs]
         return f"{len(names)} input{'s' * (len(names) != 1)} ({', '.join(names)})"
+
+
+def by_name(batch: Any, names: Iterable[str]) -> Any:
+    """Return a dataclass as the dict of its fields, a named tuple too if it has all these names; else the batch."""
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type | Mapping):
+        return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    fields = getattr(batch, "_fields", ()) if isinstance(batch, tuple) else ()
+    return dict(zip(fields, batch, strict=True)) if fields and {*names} <= {*fields} else batch
 
 
 def given_batches(loader: Iterable[Any], batches: int | None = None, name: str = "loader") -> Iterator[Any]:
@@ -110,7 +125,8 @@ def inputs_of(batch: Any, form: InputForm, number: int = 0) -> Inputs:
 
     Args:
         batch: a tensor; a sequence of as many inputs as the example has, then anything; a sequence whose first item is
-            a sequence or dict of all inputs; or a dict, whose keys that name no input are ignored.
+            a sequence or dict of all inputs; or a dict, whose keys that name no input are ignored. A dataclass is taken
+            for the dict of its fields, and so is a named tuple that has a field for each input.
         form: how the model takes its inputs.
         number: the batch's place in the loader, for messages.
 
@@ -118,6 +134,7 @@ def inputs_of(batch: Any, form: InputForm, number: int = 0) -> Inputs:
         CalibrationError: an input is missing, no tensor, empty, or of another type or number of axes than the
             example's; the message names the batch and the input.
     """
+    batch = by_name(batch, form.tensor_names)
     if isinstance(batch, Mapping):
         args, kwargs = _inputs_of_mapping(batch, form, number)
     elif is_sequence(batch) and batch and _is_nested(batch[0], form):
@@ -133,9 +150,11 @@ def inputs_of(batch: Any, form: InputForm, number: int = 0) -> Inputs:
 
 def label_of(batch: Any, form: InputForm) -> Any:
     """Return the label of a batch: the entry behind the inputs, or a dict's "labels" or "label"; None without any."""
-    if isinstance(batch, Mapping):
-        spare = [key for key in ("labels", "label") if key in batch and key not in (*form.kwargs, *form.names)]
-        return batch[spare[0]] if spare else None
+    named = by_name(batch, form.tensor_names)
+    if isinstance(named, Mapping):
+        spare = [key for key in named if key not in (*form.kwargs, *form.names)]
+        labels = [key for key in ("labels", "label") if key in spare] or (spare if is_sequence(batch) else [])
+        return named[labels[0]] if labels else None
     if not is_sequence(batch) or not batch:
         return None
     nested = _is_nested(batch[0], form)
@@ -167,7 +186,7 @@ def is_sequence(value: Any) -> bool:
 
 def _is_nested(first: Any, form: InputForm) -> bool:
     """Return True if the first item of a batch holds all inputs."""
-    if isinstance(first, Mapping):
+    if isinstance(by_name(first, form.tensor_names), Mapping):
         return not (form.args and isinstance(form.args[0], Mapping))
     return is_sequence(first) and not (form.args and is_sequence(form.args[0]))
 

@@ -133,15 +133,17 @@ class _Comparison:
 
     @staticmethod
     def of(model: nn.Module, args: Any, kwargs: Any, captured: nn.Module) -> "_Comparison":
-        """Return the comparison on two samples, or on all where the captured model takes their number alone."""
+        """Return the comparison on two samples, or on all where one of the models does not run on two."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         a, k = _two_samples(args, kwargs)
         try:
             with torch.no_grad():
                 captured(*a, **k)
+            run = run_in_training(model, a, k, parameters)  # BatchNorm of parts of a batch takes no part of one sample
         except Exception:  # whatever it is: where two samples are not the reason, the run on all raises it again
             a, k = args, kwargs
-        return _Comparison(model, a, k, run_in_training(model, a, k, parameters), parameters)
+            run = run_in_training(model, a, k, parameters)
+        return _Comparison(model, a, k, run, parameters)
 
     def differences(self, captured: nn.Module) -> list[str]:
         """Return the differences of a captured model from the original in training, a phrase each."""

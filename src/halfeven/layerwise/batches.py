@@ -13,6 +13,7 @@ from halfeven.evaluation import evaluating
 from halfeven.graph.batches import (
     InputForm,
     Inputs,
+    by_name,
     given_batches,
     input_form,
     inputs_of,
@@ -92,18 +93,21 @@ def form_of(model: nn.Module, batch: Any) -> InputForm:
 def inputs_in(model: nn.Module, batch: Any) -> Inputs:
     """Return the arguments in a batch for a model without an example, judged by the parameters of its forward.
 
-    A dict gives the parameters of its names, without labels that may be left out. A sequence gives as many inputs as
-    the model requires. Where it could give optional ones too, the model is run with and without them.
+    A dict gives the parameters of its names, without labels that may be left out; so do a dataclass, and a named tuple
+    with all names that the model requires. A sequence gives as many inputs as the model requires. Where it could give
+    optional ones too, the model is run with and without them.
 
     Raises:
         ConfigError: the model runs with and without the optional inputs.
     """
     parameters = inspect.signature(model.forward).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    batch = by_name(batch, required)
     if isinstance(batch, Mapping):
         return (), _accepted_arguments(batch, parameters)
     if not is_sequence(batch):
         return (batch,), {}
-    if batch and isinstance(batch[0], Mapping):
+    if batch and isinstance(by_name(batch[0], required), Mapping):
         return inputs_in(model, batch[0])
     if batch and is_sequence(batch[0]):
         return tuple(batch[0]), {}

@@ -1,7 +1,8 @@
 """Reorder the operators of a quantized graph for faster execution.
 
-The graph that algorithms, plans and exporters read stays as it is; only the generated code differs. All values are
-equal bit for bit: rounding is monotonic, so quantizing commutes with a maximum and with a clip.
+The graph that algorithms, plans and exporters read stays as it is; only the generated code differs. In eval mode all
+values are equal bit for bit: rounding is monotonic, so quantizing commutes with a maximum and with a clip. In training
+recurrent cells drop out what the float model's do.
 """
 
 import copy
@@ -10,7 +11,9 @@ from contextlib import contextmanager
 
 from torch import fx, nn
 
+from halfeven.graph.operators.layers import RECURRENT
 from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.torch_private import parameters_of
 from halfeven.graph.view import Op
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.quantizer import Quantizer
@@ -21,12 +24,15 @@ def fused_graph(region: CapturedModule) -> fx.Graph:
 
     A quantizer whose only reader is a max pool runs after the pool, on a fraction of the elements; so does the
     activation before the quantizer. A clipping activation whose only reader is a quantizer becomes the quantizer's
-    clip, so that its result is neither written nor kept for the backward pass.
+    clip, so that its result is neither written nor kept for the backward pass. Recurrent cells, whose operators were
+    recorded in eval mode, follow the region's mode.
     """
     graph = copy.deepcopy(region.graph)
     # deepcopy leaves the owner out, through which `Op` finds the modules that nodes call.
     graph.owning_module = region
     for node in list(graph.nodes):
+        if Op(node).is_function and Op(node).row in RECURRENT:
+            _follow_mode(node, region)
         if _is_quantizer(node):
             _sink_below_pools(node)
             _fuse_clip(node)
@@ -48,6 +54,20 @@ def _set_execution_graph(fused: Iterable[CapturedModule], graph: Callable[[Captu
     for region in fused:
         region.execution_graph = graph
         region.recompile()
+
+
+def _follow_mode(cells: fx.Node, region: CapturedModule) -> None:
+    """Let recurrent cells read the region's mode: for dropout between layers, and for cuDNN's backward pass.
+
+    cuDNN refuses a backward pass through cells that ran in eval mode.
+    """
+    path = Op(cells).path
+    if any(path == frozen or path.startswith(f"{frozen}.") for frozen in region.stays_in_eval):
+        return
+    place = [parameter.name for parameter in parameters_of(cells.target)].index("train")
+    with cells.graph.inserting_before(cells):
+        mode = cells.graph.create_node("get_attr", "training")
+    cells.update_arg(place, mode)
 
 
 def _is_quantizer(node: fx.Node) -> bool:

@@ -51,6 +51,8 @@ FUNCTIONS = (
     Operator(target=aten.rms_norm.default, kind=K.FLOAT, kernel_rounded=True),
     Operator(target=aten.dropout.default, kind=K.IDENTITY, module=nn.Dropout),
     Operator(target=aten.feature_dropout.default, kind=K.IDENTITY, module=nn.Dropout2d),
+    Operator(target=aten.alpha_dropout.default, kind=K.IDENTITY, module=nn.AlphaDropout),
+    Operator(target=aten.feature_alpha_dropout.default, kind=K.IDENTITY, module=nn.FeatureAlphaDropout),
 )
 
 _CELLS = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
