@@ -13,6 +13,7 @@ from halfeven.tasks import Classification, Segmentation
 from halfeven.tasks.efficientdet import EfficientDetDetection
 from halfeven.tasks.options import TaskOptions
 from halfeven.tasks.torchvision_detection import TorchvisionDetection
+from halfeven.zoo import small_detectors
 from halfeven.zoo.models import ModelOptions, create_model, effdet_model, torchvision_model
 from halfeven.zoo.tensor_part import TensorPart
 
@@ -147,6 +148,15 @@ def test_efficientdet_is_that_of_effdets_own_benches():
     assert {int(label) for one in found for label in one["labels"]} <= {1, 2, 3}
     with pytest.raises(ConfigError, match="EfficientDet has anchors for images of 128 x 128"):
         EfficientDetDetection(effdet_model(options), torch.randn(2, 3, 64, 64))
+
+
+def test_efficientdet_judges_images_with_few_anchors():
+    """effdet looks for the 5,000 likeliest pairs of an anchor and a class, and 64 pixels have 252."""
+    torch.manual_seed(0)
+    detector, images = small_detectors.efficientdet(4), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        found, _ = EfficientDetDetection(detector, images).judged(detector.eval()(images), TARGETS)
+    assert all(0 < len(one["scores"]) <= 252 for one in found)
 
 
 def test_mean_average_precision_of_a_detector_that_is_always_right():

@@ -58,6 +58,9 @@ class EfficientDetDetection(Detection):
     def judged(self, outputs: Any, targets: Targets) -> tuple[Any, Any]:
         """Return boxes with scores and labels, after non-maximum suppression, and the targets."""
         images = self._set_outputs(outputs)
+        # effdet takes the 5,000 likeliest pairs of an anchor and a class; small images have fewer.
+        pairs = sum(level[0].numel() for level in self.given.outputs[0])
+        self.predicting.max_detection_points = min(self.given.config.max_detection_points, pairs)
         rows = self.predicting.to(images.device).eval()(images)
         found = [row[row[:, 4] > 0] for row in rows]  # effdet pads with zeros
         return [{"boxes": r[:, :4], "scores": r[:, 4], "labels": r[:, 5].long()} for r in found], list(targets)
