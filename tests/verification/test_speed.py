@@ -1,5 +1,7 @@
 """The guard for speed: files and layers that are slower in integers than in float."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -76,3 +78,5 @@ def test_every_layer_is_timed_in_both_files(target, name, tmp_path, monkeypatch)
     said = str(report)
     assert f"(default type {report.latency_ratio_default:.2f})" in said
     assert said.index("SLOWER THAN FLOAT:") > said.index("latency deployed / float")
+    assert "LAYERS SLOWER" in str(dataclasses.replace(report, latency_ratio_default=0.9))
+    assert "LAYERS SLOWER" not in str(dataclasses.replace(report, latency_ratio_default=1.2))

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from halfeven.tables import WIDTH, as_text, table
+from halfeven.verification.speed import SLOWER_FILE
 
 OVERFLOW = 'this processor has no VNNI, so sums of 8-bit products overflow; with scheme="w7a8" layers do not overflow'
 
@@ -50,7 +51,9 @@ def _parity_row(tensor: Any) -> Sequence[str]:
 
 
 def _finding_texts(report: Any) -> list[Text]:
-    titled = (("SLOWER THAN FLOAT:", report.slower), ("FOUND:", report.findings))
+    whole = report.latency_ratio_default > SLOWER_FILE
+    slower = "SLOWER THAN FLOAT:" if whole else "LAYERS SLOWER THAN FLOAT:"
+    titled = ((slower, report.slower), ("FOUND:", report.findings))
     return [
         text
         for title, sentences in titled
