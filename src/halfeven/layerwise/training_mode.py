@@ -12,9 +12,11 @@ from halfeven.layerwise.batchnorm_statistics import batchnorms
 def trained_batchnorms(model: nn.Module) -> list[Any]:
     """Return the BatchNorm modules that training normalizes by the batch, and whose statistics have left their start.
 
-    Frozen ones are left out (`unfrozen_batchnorms`). Statistics at their start are not unsettled: the model is
-    untrained.
+    Frozen ones are left out (`unfrozen_batchnorms`), and a model without trained parameters has none. Statistics at
+    their start are not unsettled: the model is untrained.
     """
+    if not _has_trained_parameters(model):
+        return []
     return [norm for norm in unfrozen_batchnorms(model) if not at_start(norm)]
 
 
@@ -24,8 +26,12 @@ def unfrozen_batchnorms(model: nn.Module) -> list[Any]:
     Frozen ones are left out: those in eval mode in a model that is in training mode, and those whose scale and shift
     are not trained while other parameters are.
     """
-    trained = any(parameter.requires_grad for parameter in model.parameters())
+    trained = _has_trained_parameters(model)
     return [norm for norm in batchnorms(model).values() if not _is_frozen(norm, model.training, trained)]
+
+
+def _has_trained_parameters(model: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in model.parameters())
 
 
 def at_start(norm: Any) -> bool:
