@@ -310,3 +310,23 @@ def test_a_part_that_is_called_at_several_sizes_takes_them_all():
     assert report.regions == ["head"]
     x = torch.randn(3, 3, 16, 16)
     assert all(map(torch.equal, captured(x), model(x)))
+
+
+class EachSample(nn.Module):
+    """Stays Python, and makes the batch a constant of whatever is traced through it."""
+
+    def forward(self, x):
+        return torch.stack([sample * 2 for sample in x])
+
+
+def test_a_loop_between_parts_fixes_the_batch_of_the_file_alone(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), EachSample(), nn.Conv2d(4, 2, 3)).eval()
+    x = torch.randn(5, 3, 8, 8)
+    qmodel = he.calibrate(he.prepare(model, x, scheme="w7a8", leave_out=("2",)), [x]).eval()
+    (note,) = (note for note in he.plan_of(qmodel).notes if "batch" in note)
+    assert "The batch of the file is fixed at 5" in note
+    assert "for sample in x" in note
+    assert qmodel(x[:3]).shape == (3, 2, 4, 4)
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), [x], timed=False)
+    assert report.integer_match == 1.0

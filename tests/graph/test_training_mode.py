@@ -331,6 +331,27 @@ def test_what_the_captured_graph_does_as_well_is_not_kept(name):
         assert_same_step(model, captured, x)
 
 
+class DropsOut(nn.Module):
+    """The usual form of a functional dropout: its probability has the name of the function."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = 0.5
+
+    def forward(self, x):
+        return F.dropout(x, self.dropout, self.training)
+
+
+@pytest.mark.parametrize("place", ["inside", "whole"])
+def test_a_dropout_and_its_probability_may_have_one_name(place):
+    x = torch.randn(4, 3, 6, 6)
+    captured, _ = capture(around(DropsOut()) if place == "inside" else DropsOut(), x)
+    assert isinstance(captured, CapturedModule), "captured whole"
+    assert captured.get_submodule("1" if place == "inside" else "").dropout == 0.5
+    assert torch.equal(captured.eval()(x), captured(x))
+    assert not torch.equal(captured.train()(x), captured(x))
+
+
 def test_the_modules_around_a_small_kept_module_stay_captured():
     captured, report = capture(KEPT["centre"][0](), torch.randn(4, 3, 6, 6))
     assert isinstance(captured, CapturedModule)

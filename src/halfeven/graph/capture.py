@@ -18,7 +18,7 @@ from halfeven.graph.batches import Inputs, batched, own_tensors
 from halfeven.graph.capture_parts import PartsCapture, record_inputs
 from halfeven.graph.capture_report import CaptureReport
 from halfeven.graph.dynamic_shapes import DynamicShapes, FreeAxes, batch_axes, export_shapes, free_axes
-from halfeven.graph.export_module import export_module, export_program
+from halfeven.graph.export_module import export_module, export_program, reason_of_fixed_batch_between_parts
 from halfeven.graph.inline import plain_forward
 from halfeven.graph.kept_in_python import KeptInPython
 from halfeven.graph.labels import add_loss, without_labels
@@ -162,9 +162,12 @@ def _capture_whole_or_parts(
         captured, report = found.model, replace(reports[-1], notes=found.notes)
     report.fixed_batch = next((part.fixed_batch for part in _captured_regions(captured) if part.fixed_batch), "")
     free = _still_free(captured, free)
+    if not isinstance(captured, CapturedModule) and not report.fixed_batch:
+        report.fixed_batch_of_file = reason_of_fixed_batch_between_parts(captured, inputs, free)
+    example = two_samples(inputs, [{} for _ in free] if report.fixed_batch_of_file else free)
     for part in _captured_regions(captured):
         part.halfeven_inputs = model_inputs(model, inputs, free)
-        part.halfeven_example = two_samples(inputs, free)
+        part.halfeven_example = example
     return captured, report
 
 

@@ -28,6 +28,8 @@ class CaptureReport:
     """Properties that could not be compared, as sentences."""
     fixed_batch: str = ""
     """Why the batch is a constant, with the line of the model's code; "" where it is free."""
+    fixed_batch_of_file: str = ""
+    """Why the batch is a constant in files alone: the parts keep it free, and the code between them does not."""
     samples: int = 0
     """The batch of the example that was captured."""
     in_float32: list[str] = field(default_factory=list)

@@ -74,6 +74,24 @@ def export_module(
     return result
 
 
+def reason_of_fixed_batch_between_parts(captured: nn.Module, inputs: Inputs, free: FreeAxes) -> str:
+    """Return why code that stays Python makes the batch a constant in a file; "" where it is free, or no file possible.
+
+    Args:
+        captured: a model that is captured in parts.
+        inputs: its arguments.
+        free: the free axes of each leaf of the arguments.
+    """
+    described = model_inputs(captured, inputs, free)
+    export = partial(export_program, captured, inputs, ())
+    try:
+        _, unlifted, _ = export(export_shapes(free))
+    except Exception:  # deployment exports once more, and tells the error
+        return ""
+    fixed = is_batch_fixed(described, region_inputs(unlifted.graph, described))
+    return reason_of_fixed_batch(export, free) if fixed else ""
+
+
 def export_program(
     module: nn.Module,
     inputs: Inputs,

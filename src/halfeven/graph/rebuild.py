@@ -346,7 +346,11 @@ def _build_dropout(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
     if isinstance(was, AnyDropout):
         return op.path, type(was)(was.p)
     build: Any = op.row.module
-    return f"{op.path}.{node.name}" if op.path else node.name, build(a["p"])
+    # `F.dropout(x, self.dropout)`: the module around it may have the probability under the node's name.
+    name = node.name
+    while hasattr(was, name):
+        name += "_"
+    return f"{op.path}.{name}" if op.path else name, build(a["p"])
 
 
 Builder = Callable[[fx.Node, Arguments, nn.Module], Built]

@@ -65,6 +65,9 @@ def capture_for_quantization(
     notes += report.notes
     if report.fixed_batch:
         notes.append(f"The batch is fixed at {report.samples}, in training and in the file: {report.fixed_batch}.")
+    if report.fixed_batch_of_file:
+        why = report.fixed_batch_of_file
+        notes.append(f"The batch of the file is fixed at {report.samples}, that of the example: {why}.")
     if report.in_float32:
         notes.append(
             "Blocks of automatic mixed precision run in float32, in training too; to train in mixed precision, put the "
