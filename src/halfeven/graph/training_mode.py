@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from halfeven.errors import CaptureError
 from halfeven.graph.kept_in_python import KeptInPython, can_be_whole
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.graph.torch_private import pytree
+from halfeven.graph.torch_private import AnyDropout, pytree
 from halfeven.graph.training_run import TrainingRun, differences, map_tensors, run_in_training
 from halfeven.graph.training_suspects import Export, suspects, training_inputs
+from halfeven.graph.view import operations
 
 Kept = dict[str, KeptInPython]
 
@@ -62,7 +63,7 @@ def capture_as_trained(model: nn.Module, args: Any, kwargs: Any, how: Capture) -
     kept: Kept = {}
     said = comparison.differences(captured)
     if not said:
-        return TrainingCapture(captured)
+        return TrainingCapture(captured, notes=_lost_dropouts(comparison, captured))
     candidates = comparison.suspects(how.export)
     while said:
         # From the least to the most that stays Python: suspected modules, then those modules with their children
@@ -77,6 +78,27 @@ def capture_as_trained(model: nn.Module, args: Any, kwargs: Any, how: Capture) -
         captured, kept = _capture_with_kept(model, kept | new, how)
         said = comparison.differences(captured)
     return TrainingCapture(captured, tuple(kept.values()))
+
+
+def _lost_dropouts(comparison: "_Comparison", captured: nn.Module) -> tuple[str, ...]:
+    """Return a note on dropouts that the captured graph lost, because the code calls them with 0 in eval mode.
+
+    `F.dropout(x, self.p if self.training else 0.0)` is the form of transformers' attention. Only a model that is
+    captured whole is judged: its graph has all calls.
+    """
+    if not isinstance(captured, CapturedModule):
+        return ()
+    modules = dict(comparison.model.named_modules())
+    called = [op for op in operations(captured.graph) if isinstance(op.module, AnyDropout) and op.module.p > 0]
+    kept = sum(not isinstance(modules.get(str(op.node.target)), AnyDropout) for op in called)
+    lost = comparison.run.dropouts - kept
+    if lost <= 0:
+        return ()
+    return (
+        f"{lost} dropout{'s have' if lost > 1 else ' has'} no effect in training: the code calls F.dropout with a "
+        "probability of 0 in eval mode, in which the model is captured. Call F.dropout(x, p, self.training), or use "
+        "nn.Dropout, to keep it.",
+    )
 
 
 def _capture_with_kept(model: nn.Module, kept: Kept, how: Capture) -> tuple[nn.Module, Kept]:

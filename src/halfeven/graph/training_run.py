@@ -51,6 +51,8 @@ class TrainingRun:
     """Modules that the forward pass called."""
     recomputed: set[str] = field(default_factory=set)
     """Modules that the backward pass called again, to save memory."""
+    dropouts: int = 0
+    """The number of calls, in the forward pass, of functions that would have dropped out."""
     random: Any = None
     """The random states after the forward pass: they show that it drew numbers, even where these changed nothing."""
 
@@ -79,15 +81,17 @@ def run_as_is(
     before = {name: tensor.detach().clone() for name, tensor in _tensors_by_name(model).items()}
     attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
     run = TrainingRun()
+    probabilities: list[float] = []
     (args, kwargs), leaves = _with_gradients(args, kwargs)
     with (
         _random_state(),
         _recording_calls(model, run),
-        _functions_without_dropout(),
-        _WithoutDropout(),
+        _functions_without_dropout(probabilities),
+        _WithoutDropout(probabilities),
         torch.enable_grad(),
     ):
         outputs = model(*args, **kwargs)
+        run.dropouts = sum(p > 0 for p in probabilities)
         run.random = _random_states()
         run.outputs, run.structure = pytree.tree_flatten(outputs)
         run.losses = _modules_with_losses(model, attributes)
@@ -329,8 +333,8 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 
 @contextmanager
-def _functions_without_dropout() -> Iterator[None]:
-    """Replace torch's functions by their form without dropout, within the context.
+def _functions_without_dropout(probabilities: list[float]) -> Iterator[None]:
+    """Replace torch's functions by their form without dropout, within the context, and note their probabilities.
 
     A mode of torch does not reach what checkpointing computes again in the backward pass.
     """
@@ -341,17 +345,18 @@ def _functions_without_dropout() -> Iterator[None]:
     }
     try:
         for name, value in found.items():
-            setattr(functional, name, partial(_without_dropout, value))
+            setattr(functional, name, partial(_without_dropout, probabilities, value))
         yield
     finally:
         for name, value in found.items():
             setattr(functional, name, value)
 
 
-def _without_dropout(func: Any, *args: Any, **kwargs: Any) -> Any:
+def _without_dropout(probabilities: list[float], func: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the input of a dropout, and the result of a function with `dropout_p` for 0."""
     name = getattr(func, "__name__", "")
     if "dropout" in name and not isinstance(func, type):
+        probabilities.append(_dropout_probability(name, args, kwargs))
         return args[0] if args else kwargs["input"]
     place = DROPOUT_ARGUMENT.get(name)
     if place is not None and len(args) > place:
@@ -361,8 +366,20 @@ def _without_dropout(func: Any, *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
+def _dropout_probability(name: str, args: Any, kwargs: Any) -> float:
+    """Return the probability that a function for dropout was called with, 0 outside of training."""
+    given = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
+    # torch.dropout's own mode is called "train", and functions for alpha dropout are those of eval mode by default.
+    training = given.get("training", given.get("train", "alpha" not in name))
+    return float(given.get("p", 0.5)) if training else 0.0
+
+
 class _WithoutDropout(TorchFunctionMode):
     """Makes functions for dropout return their input, and attention compute without dropout."""
 
+    def __init__(self, probabilities: list[float]) -> None:
+        super().__init__()
+        self.probabilities = probabilities
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _without_dropout(func, *args, **(kwargs or {}))
+        return _without_dropout(self.probabilities, func, *args, **(kwargs or {}))
