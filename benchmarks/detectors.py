@@ -45,10 +45,10 @@ from halfeven.zoo.tensor_part import tensor_part
 
 TRAININGS = {
     "yolo": (10, 4e-3),
-    "retinanet": (6, 3e-3),
-    "fcos": (6, 3e-3),
+    "retinanet": (20, 3e-3),
+    "fcos": (20, 3e-3),
     "ssdlite": (10, 4e-3),
-    "efficientdet": (8, 3e-3),
+    "efficientdet": (20, 3e-3),
     "rt_detr": (12, 1e-3),
     "yolos": (20, 1e-3),
     "detr": (20, 1e-3),

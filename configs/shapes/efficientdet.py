@@ -18,7 +18,7 @@ experiment = Experiment(
     ),
     data=DataOptions(source="shapes", image_size=64, calibration_samples=256, evaluation_batch_size=40, workers=0),
     pretraining=TrainingOptions(
-        epochs=8,
+        epochs=20,
         batch_size=16,
         optimizer="adamw",
         learning_rate=0.003,

@@ -16,7 +16,7 @@ experiment = Experiment(
     model=ModelOptions(source="callable", name="halfeven.zoo.small_detectors:fcos", arguments={"num_classes": 5}),
     data=DataOptions(source="shapes", image_size=64, calibration_samples=256, evaluation_batch_size=40, workers=0),
     pretraining=TrainingOptions(
-        epochs=6,
+        epochs=20,
         batch_size=16,
         optimizer="adamw",
         learning_rate=0.003,

@@ -65,7 +65,7 @@ def test_what_was_quantized_is_what_is_stored_and_read(target, bits, tmp_path):
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["integer_match"] is None
     assert report.output_difference < 1e-5
     assert report.top1_agreement == 1.0
-    assert "layers that read integer weights    3 of 3, in floating point" in str(report)
+    assert "layers that read integer weights 3 of 3, in floating point" in words(report)
     assert "integers equal" not in str(report)
     expected = model(batches[0])
     noise = (load_deployed(path, target)(batches[0]) - expected).norm() / expected.norm()
@@ -110,6 +110,10 @@ def test_types_in_the_files(tmp_path):
     assert len(stored) == 3, "OpenVINO reads ONNX's own integers of 4 bits"
 
 
+def words(report):
+    return " ".join(str(report).split())
+
+
 def test_the_default_session_computes_what_was_verified(tmp_path):
     """Its precision stands in the file. In a file that leaves it to the session, the default rounds the inputs."""
     _, qmodel, batches = quantized("onnxruntime", "w8a16", reconstruct="off")
@@ -123,7 +127,7 @@ def test_the_default_session_computes_what_was_verified(tmp_path):
     assert report.weight_layers == 3
     assert report.default_session.difference > 1e-4
     assert report.default_session.settings == [ACCURACY_LEVEL]
-    assert ACCURACY_LEVEL in str(report)
+    assert ACCURACY_LEVEL.replace("=", " ") in words(report)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
