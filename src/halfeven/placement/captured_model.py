@@ -10,6 +10,7 @@ from torch import nn
 from halfeven.errors import ConfigError
 from halfeven.graph.batchnorm import fold
 from halfeven.graph.capture import Example, capture
+from halfeven.graph.capture_report import CaptureReport
 from halfeven.graph.copying import copy_model
 from halfeven.graph.kept_in_python import KeptInPython
 from halfeven.graph.rebuild import CapturedModule
@@ -37,6 +38,24 @@ def float_copy(model: nn.Module) -> nn.Module:
     return copy_model(model)
 
 
+def _notes_of(report: CaptureReport) -> list[str]:
+    """Return the sentences of a plan about the capture."""
+    notes = [f"Stays Python, in float: {left}" for left in report.left]
+    notes += [f"Its own code stays Python, so that it trains as in float: {kept}" for kept in report.kept]
+    notes += report.notes
+    if report.fixed_batch:
+        notes.append(f"The batch is fixed at {report.samples}, in training and in the file: {report.fixed_batch}.")
+    if report.fixed_batch_of_file:
+        why = report.fixed_batch_of_file
+        notes.append(f"The batch of the file is fixed at {report.samples}, that of the example: {why}.")
+    if report.in_float32:
+        notes.append(
+            "Blocks of automatic mixed precision run in float32, in training too; to train in mixed precision, put the "
+            f"whole step under torch.autocast: {', '.join(report.in_float32)}."
+        )
+    return notes
+
+
 @forgetting_graphs()
 def capture_for_quantization(
     model: nn.Module,
@@ -60,19 +79,7 @@ def capture_for_quantization(
         ConfigError: `dynamic_shapes` names an input or axis that the model does not have.
     """
     captured, report = capture(model, example, options.leave_out, kept, options.dynamic_shapes)
-    notes = [f"Stays Python, in float: {left}" for left in report.left]
-    notes += [f"Its own code stays Python, so that it trains as in float: {kept}" for kept in report.kept]
-    notes += report.notes
-    if report.fixed_batch:
-        notes.append(f"The batch is fixed at {report.samples}, in training and in the file: {report.fixed_batch}.")
-    if report.fixed_batch_of_file:
-        why = report.fixed_batch_of_file
-        notes.append(f"The batch of the file is fixed at {report.samples}, that of the example: {why}.")
-    if report.in_float32:
-        notes.append(
-            "Blocks of automatic mixed precision run in float32, in training too; to train in mixed precision, put the "
-            f"whole step under torch.autocast: {', '.join(report.in_float32)}."
-        )
+    notes = _notes_of(report)
     lowered = sum(lower_attention(region) for region in regions(captured).values())
     if lowered:
         notes.append(
