@@ -99,6 +99,28 @@ def test_names_of_quantized_outputs(target, tmp_path):
     assert report.unseen == []
 
 
+class Told(nn.Module):
+    """Returns what a file cannot hold beside its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return {"map": self.conv(x), "stride": 4, "layout": "NCHW", "mean": self.conv(x).mean((2, 3)), "none": None}
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+def test_outputs_that_are_no_tensors_are_left_out(target, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    qmodel = he.calibrate(he.prepare(Told(), x, scheme="w7a8", target=target), [x]).eval()
+    assert qmodel(x)["stride"] == 4
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / FILES[target]), [x], timed=False)
+    assert [output.name for output in report.outputs] == ["map", "mean"]
+    assert report.integer_match == 1.0
+
+
 @pytest.mark.parametrize("target", FILES)
 def test_names_that_the_user_gives(target, tmp_path):
     x = torch.randn(2, 3, 4, 4)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from halfeven.errors import CaptureError, ConfigError, InputError
+from halfeven.errors import CaptureError, ConfigError, ExportError, InputError
 from halfeven.graph.capture import capture
 from halfeven.placement.plan import Plan
 
@@ -330,3 +330,50 @@ def test_a_loop_between_parts_fixes_the_batch_of_the_file_alone(tmp_path):
     assert qmodel(x[:3]).shape == (3, 2, 4, 4)
     report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), [x], timed=False)
     assert report.integer_match == 1.0
+
+
+class Enlarged(nn.Module):
+    """Its sizes are computed in floats, so that conditions on them need functions of `math`."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 3, padding=1)
+
+    def forward(self, x):
+        return F.pixel_shuffle(self.conv(x), 2) + F.interpolate(x, scale_factor=2, mode="bicubic")
+
+
+def test_bicubic_upsampling_of_a_free_size():
+    model, sizes = Enlarged().eval(), {"x": {2: "height", 3: "width"}}
+    captured, _ = capture(model, torch.randn(2, 3, 16, 16), dynamic_shapes=sizes)
+    for shape in ((2, 3, 17, 23), (3, 3, 8, 32)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(captured(x), model(x))
+
+
+class Pyramid(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(24, 4, 1)
+
+    def forward(self, x):
+        y = torch.relu(self.conv(x))
+        pools = [F.adaptive_avg_pool2d(y, positions) for positions in (1, 2)]
+        return self.last(torch.cat([y, *(F.interpolate(p, y.shape[2:], mode="bilinear") for p in pools)], 1))
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+def test_adaptive_pools_of_free_sizes_are_right_or_refused(target, tmp_path):
+    """OpenVINO has the operator; ONNX has not, and the windows of the example's size would be wrong at others."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 12, 12)
+    options = {"scheme": "w7a8", "target": target, "dynamic_shapes": {"x": {2: "height", 3: "width"}}}
+    qmodel = he.calibrate(he.prepare(Pyramid().eval(), x, **options), [x]).eval()
+    if target == "onnxruntime":
+        with pytest.raises(ExportError, match=r"A pool to 2 x 2 positions .* ONNX has no operator for it"):
+            he.export(qmodel, tmp_path / "model.onnx")
+        return
+    exact, run = he.exact(qmodel), he.load_deployed(he.export(qmodel, tmp_path / "model.xml"), target)
+    for size in ((12, 12), (18, 24), (13, 17)):
+        y = torch.randn(2, 3, *size)
+        assert torch.equal(exact(y), run(y)), size

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import ConstantArgument
 
 from halfeven.errors import ExportError
 from halfeven.graph.batches import Inputs
@@ -83,4 +84,15 @@ def program_of(model: nn.Module, example: Inputs, described: Inputs) -> torch.ex
 def _export_program(model: nn.Module, example: Inputs, shapes: Inputs) -> torch.export.ExportedProgram:
     args, kwargs = example
     with quiet():
-        return untracked(torch.export.export(model, args, kwargs, dynamic_shapes=shapes[1] or shapes[0], strict=False))
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes[1] or shapes[0], strict=False)
+    _leave_out_constants(program)
+    return untracked(program)
+
+
+def _leave_out_constants(program: torch.export.ExportedProgram) -> None:
+    """Put None in the place of outputs that are numbers or texts: no runtime's file has those, and converters fail."""
+    output = program.graph.output_node()
+    output.args = (tuple(value if isinstance(value, fx.Node) else None for value in output.args[0]),)
+    for spec in program.graph_signature.output_specs:
+        if isinstance(spec.arg, ConstantArgument):
+            spec.arg = ConstantArgument(spec.arg.name, None)

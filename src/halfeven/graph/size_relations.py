@@ -4,6 +4,7 @@ Where a model's code decides by a size, torch.export takes the decision of the e
 that is a multiple of 8, a text no longer than the table of positions, a height that equals the width.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def check_relations(relations: Sequence[SizeRelation], values: Sequence[Any]) ->
         # torch.export treats a size of 1 as a case of its own, and a symbol is not known yet.
         if 1 in here or any(type(size) is not int for size in here):
             continue
-        if not eval(_compiled_expression(relation.expression), {"sizes": sizes, "torch": torch}):
+        if not eval(_compiled_expression(relation.expression), {"sizes": sizes, "torch": torch, "math": math}):
             told = ", ".join(f"{label} is {size}" for (_, _, label), size in zip(relation.axes, here, strict=True))
             raise InputError(
                 f"The captured graph is right only where {relation.words}, because the model's code decides by these "

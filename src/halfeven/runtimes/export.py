@@ -102,7 +102,9 @@ def _write(
 def _reason(error: Exception) -> str:
     """Return the line of an exporter's message that tells the reason.
 
-    It is the last line, or the first where torch's own advice follows.
+    It is that of the error behind all others: its last line, or its first where torch's own advice follows.
     """
+    while error.__cause__ is not None:
+        error = error.__cause__  # type: ignore[assignment]
     lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     return lines[0] if "tlparse" in lines[-1] else lines[-1]

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.quantize_op import PER_TENSOR, ExportedQuantizer
+from halfeven.errors import ExportError
 from halfeven.files import write_atomically
+from halfeven.graph.model_inputs import constant_size
+from halfeven.graph.view import operations
 from halfeven.runtimes.onnx import external_data
 from halfeven.runtimes.onnx.interface import write_interface
 from halfeven.runtimes.onnx.rewrite import four_bits, name_and_fold
@@ -25,6 +29,12 @@ WHOLE_RANGES = ((0, 255), (-128, 127), (-127, 127), (-7, 7))
 """Grids whose integers need no clip: QuantizeLinear saturates, and the narrow grids are those of weights, which lie on
 them."""
 
+
+aten = torch.ops.aten
+ADAPTIVE_POOLS = (
+    *(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default),
+    *(aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default),
+)
 
 Translations = Mapping[Callable[..., Any], Callable[..., Any]]
 """Operator -> the function that writes it as operators of ONNX."""
@@ -124,6 +134,7 @@ def translated(
         quantizers: those whose operators it has.
         translations: of operators that a runtime has a form of its own for.
     """
+    _refuse_pools_of_free_sizes(program.graph)
     weights_alone = bool(quantizers) and all(quantizer.weight for quantizer in quantizers)
     exported = torch.onnx.export(
         program,
@@ -141,6 +152,28 @@ def translated(
     )
     assert exported is not None
     return exported.model
+
+
+def _refuse_pools_of_free_sizes(graph: fx.Graph) -> None:
+    """Refuse adaptive pools to several positions of an axis whose size is free.
+
+    ONNX has no operator for them: the translation would keep the windows of the example's size.
+
+    Raises:
+        ExportError: there is such a pool.
+    """
+    for op in operations(graph):
+        if op.function not in ADAPTIVE_POOLS:
+            continue
+        positions = op.argument("output_size")
+        sizes = op.inputs[0].shape[-len(positions) :]
+        if any(wanted != 1 and constant_size(size) is None for wanted, size in zip(positions, sizes, strict=True)):
+            raise ExportError(
+                f"A pool to {' x '.join(map(str, positions))} positions ({op.node.name}) reads an axis whose size is "
+                "free, and ONNX has no operator for it: the file would keep the windows of the example's size, and its results "
+                "would be wrong at other sizes. Leave the axis out of dynamic_shapes, pool to one position or over "
+                "windows of a fixed size, or deploy for OpenVINO as .xml."
+            )
 
 
 def _fake_quantize_translation(signed: list[bool]) -> Any:

@@ -241,4 +241,8 @@ def _region_program(region: CapturedModule, inputs: Sequence[Tensor]) -> torch.e
     graph = fx.Graph()
     result = graph.graph_copy(region.graph, {})
     graph.output(tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, fx.Node)))
-    return exported_program(fx.GraphModule(region, graph).eval(), tuple(inputs), {})
+    # The sizes that are free in the file: the same kernels run at all of them, and the parts serve later batches.
+    free = [tuple(known.free) for known in region.region_inputs if known is not None]
+    return exported_program(
+        fx.GraphModule(region, graph).eval(), tuple(inputs), {}, free if len(free) == len(inputs) else None
+    )
