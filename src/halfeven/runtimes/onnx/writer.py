@@ -170,9 +170,9 @@ def _refuse_pools_of_free_sizes(graph: fx.Graph) -> None:
         if any(wanted != 1 and constant_size(size) is None for wanted, size in zip(positions, sizes, strict=True)):
             raise ExportError(
                 f"A pool to {' x '.join(map(str, positions))} positions ({op.node.name}) reads an axis whose size is "
-                "free, and ONNX has no operator for it: the file would keep the windows of the example's size, and its results "
-                "would be wrong at other sizes. Leave the axis out of dynamic_shapes, pool to one position or over "
-                "windows of a fixed size, or deploy for OpenVINO as .xml."
+                "free, and ONNX has no operator for it: the file would keep the windows of the example's size, and "
+                "its results would be wrong at other sizes. Leave the axis out of dynamic_shapes, pool to one position "
+                "or over windows of a fixed size, or deploy for OpenVINO as .xml."
             )
 
 
