@@ -210,6 +210,14 @@ def by_nncf(model: nn.Module, bench: Bench, python: Path, target: str, folder: P
     return {"file": bench.score(outputs), "agreement of the file": agreement(bench.boxes(model), bench.boxes(outputs))}
 
 
+def _tried(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Return what is measured, or the reason for which it could not be: the other rows are of use without it."""
+    try:
+        return measure(*arguments)
+    except Exception as error:  # converters raise many kinds
+        return {"failed": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"}
+
+
 def _named(outputs: Any) -> dict[str, Tensor]:
     """Return the tensors of a detector's outputs by name: a tensor, a dict, or effdet's two lists."""
     if isinstance(outputs, Tensor):
@@ -257,7 +265,7 @@ def row(name: str, data: Datasets, options: argparse.Namespace) -> dict[str, Any
                 qat = measured(qmodel, bench, floats, target, folder, files=True)
                 found[target][f"QAT {options.file_scheme}"] = qat
             if options.nncf is not None:
-                found[target]["NNCF"] = by_nncf(model, bench, options.nncf, target, folder)
+                found[target]["NNCF"] = _tried(by_nncf, model, bench, options.nncf, target, folder)
         print(name, target, json.dumps(found[target]), flush=True)
     return found
 

@@ -130,3 +130,18 @@ def test_a_float_model_has_nothing_to_calibrate():
         he.calibrate(compiled(net()), [X])
     with pytest.raises(PlacementError, match="This Sequential has no plan"):
         he.plan_of(compiled(net()))
+
+
+def test_models_without_code_or_values_are_refused():
+    with pytest.raises(CaptureError, match=r"the model itself, 0, .* TorchScript.*Give the Python model"):
+        he.prepare(torch.jit.trace(net(), X), X)
+    with pytest.raises(CaptureError, match=r"0\.weight, 0\.bias.* on the meta device.*Load the weights first"):
+        he.prepare(net().to("meta"), X)
+
+
+def test_mixed_precision_around_every_verb_changes_no_file(tmp_path):
+    with torch.autocast("cpu", torch.bfloat16):
+        qmodel = he.calibrate(he.prepare(net(), X, scheme="w7a8"), [X]).eval()
+        path = he.export(qmodel, tmp_path / "model.xml")
+        assert he.verify(qmodel, path, [X], timed=False).integer_match == 1.0
+    assert he.verify(qmodel, path, [X], timed=False).integer_match == 1.0

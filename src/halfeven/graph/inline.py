@@ -23,6 +23,15 @@ aten = torch.ops.aten
 
 
 @contextmanager
+def without_autocast() -> Iterator[None]:
+    """Switch off, within the context, the automatic mixed precision that the caller may have switched on."""
+    with ExitStack() as stack:
+        for device in {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
 def plain_forward(model: nn.Module) -> Iterator[list[str]]:
     """Run a model within the context in float32, and let `len(tensor)` in its code be the free size of the first axis.
 
@@ -49,8 +58,7 @@ def plain_forward(model: nn.Module) -> Iterator[list[str]]:
     # An autocast around the capture is switched off; those in the model's code meet `enter` and `leave` in place of
     # their own.
     with ExitStack() as stack:
-        for device in {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}:
-            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(without_autocast())
         stack.enter_context(patch.object(torch.autocast, "__enter__", enter))
         stack.enter_context(patch.object(torch.autocast, "__exit__", leave))
         stack.enter_context(_symbolic_len(model))

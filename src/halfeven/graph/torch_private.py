@@ -255,7 +255,8 @@ def set_contents(module: nn.Module, state: dict[str, Any]) -> None:
 
 def compiled_module(module: nn.Module) -> nn.Module | None:
     """Return the module that `torch.compile` was given, of the module that it returned; None for any other."""
-    return module._modules.get("_orig_mod")
+    # The modules of TorchScript have a mapping without `get`.
+    return dict(module._modules.items()).get("_orig_mod")
 
 
 def is_persistent(module: nn.Module, buffer: str) -> bool:

@@ -5,9 +5,10 @@ The order matters: duplicates show only once operators are written out, and Batc
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
-from halfeven.errors import ConfigError
+from halfeven.errors import CaptureError, ConfigError, named
 from halfeven.graph.batchnorm import fold
 from halfeven.graph.capture import Example, capture
 from halfeven.graph.capture_report import CaptureReport
@@ -27,15 +28,38 @@ def float_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a float model, without wrappers such as `torch.compile`, for capture to change.
 
     Raises:
-        CaptureError: the model cannot be copied.
+        CaptureError: the model cannot be copied, or has nothing to capture: TorchScript, tensors without values.
         ConfigError: the model is quantized already.
     """
+    _check_can_be_captured(model)
     if any(isinstance(m, CapturedModule) and m.halfeven_plan is not None for m in model.modules()):
         raise ConfigError(
             "This model is quantized already, and a second layer of quantizers could not be deployed. Give the float "
             "model; to change bits of a quantized model, use halfeven.set_rules(qmodel, rules)."
         )
     return copy_model(model)
+
+
+def _check_can_be_captured(model: nn.Module) -> None:
+    """Refuse a model that has no Python code to trace, or no values.
+
+    Raises:
+        CaptureError: a module is TorchScript's, or a tensor is on the meta device.
+    """
+    scripted = [
+        name or "the model itself" for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)
+    ]
+    if scripted:
+        raise CaptureError(
+            f"{named(scripted)} is TorchScript, which torch.export cannot trace, so nothing of it could be quantized. "
+            "Give the Python model that it was made from, with the weights of its state_dict()."
+        )
+    empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise CaptureError(
+            f"{named(empty)} is on the meta device and has no values, so there is nothing to quantize. Load the "
+            "weights first, for example with model.to_empty(device='cpu') and load_state_dict."
+        )
 
 
 def _notes_of(report: CaptureReport) -> list[str]:

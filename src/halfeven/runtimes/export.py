@@ -11,6 +11,7 @@ from halfeven.deployment.exported_program import example_of, program_of
 from halfeven.deployment.file_interface import FLOAT_PRECISION, FloatPrecision, facts_of, interface_of
 from halfeven.errors import ExportError, HalfevenError
 from halfeven.files import storage_error
+from halfeven.graph.inline import without_autocast
 from halfeven.graph.torch_private import forgetting_graphs
 from halfeven.graph.wrappers import unwrapped
 from halfeven.placement.insertion import plan_of, recorded_inputs
@@ -80,6 +81,7 @@ def export(
     return path
 
 
+@without_autocast()  # converters trace too
 @forgetting_graphs()
 def _write(
     qmodel: nn.Module,

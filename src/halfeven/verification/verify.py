@@ -15,6 +15,7 @@ from halfeven.errors import HalfevenError, VerificationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.batches import Inputs, given_batches, inputs_of, label_of, tensors_of
 from halfeven.graph.copying import float32_model
+from halfeven.graph.inline import without_autocast
 from halfeven.layerwise.batches import form_of, naming_batch
 from halfeven.placement.execution_graph import as_planned
 from halfeven.progress_bar import advancing, progress
@@ -36,6 +37,7 @@ from halfeven.verification.speed import slower_than_float
 
 
 @checked_arguments(VerificationError)
+@without_autocast()  # both simulations compute in float32, as the file does
 def verify(
     qmodel: nn.Module,
     path: str | Path,
