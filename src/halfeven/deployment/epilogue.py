@@ -1,9 +1,8 @@
 """The BatchNorms, multiplications and additions behind a layer that its weight and bias take in when it is deployed.
 
 Runtimes would fold them too, and lose the layer's integers or its name. A normalization written out by hand is a
-subtraction and a division. A layer that is called several times is copied
-where its calls end in different ones: EfficientDet's heads share a convolution between levels and have a BatchNorm for
-each, FCOS' heads a learned factor.
+subtraction and a division. A layer that is called several times is copied where its calls end in different ones:
+EfficientDet's heads share a convolution between levels and have a BatchNorm for each, FCOS' heads a learned factor.
 """
 
 import copy

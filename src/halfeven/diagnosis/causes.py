@@ -37,7 +37,7 @@ class Suspect:
     observer_helps: str = ""
     """The estimator that repairs it; "" if none does."""
     read: "Suspect | None" = None
-    """Of a weight: the activation that its layer reads, if that is quantized."""
+    """The activation that a weight's layer reads, if it is quantized."""
 
     @property
     def input_channel_spread(self) -> float:

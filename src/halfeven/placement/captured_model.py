@@ -51,13 +51,13 @@ def _check_can_be_captured(model: nn.Module) -> None:
     ]
     if scripted:
         raise CaptureError(
-            f"{named(scripted)} is TorchScript, which torch.export cannot trace, so nothing of it could be quantized. "
-            "Give the Python model that it was made from, with the weights of its state_dict()."
+            f"torch.export cannot trace TorchScript, so nothing of it could be quantized: {named(scripted)}. Give the "
+            "Python model that it was made from, with the weights of its state_dict()."
         )
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
         raise CaptureError(
-            f"{named(empty)} is on the meta device and has no values, so there is nothing to quantize. Load the "
+            f"Tensors on the meta device have no values, so there is nothing to quantize: {named(empty)}. Load the "
             "weights first, for example with model.to_empty(device='cpu') and load_state_dict."
         )
 

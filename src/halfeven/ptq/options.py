@@ -42,7 +42,7 @@ class PTQOptions(Options):
     equalize: Switch = "auto"
     """Cross-layer equalization: the channels of consecutive layers get equal weight ranges."""
     relu6: ReLU6Choice = "auto"
-    """How equalization passes ReLU6: not at all ("keep"), as ReLU ("replace"), or with a bound for each channel
+    """Treatment of ReLU6 by equalization: none ("keep"), as ReLU ("replace"), or with a bound for each channel
     ("per_channel"), which preserves the float model and adds an operator; "auto": as the quantized model gains most."""
     absorb: Switch = "auto"
     """Bias absorption: large biases move into the next layer."""

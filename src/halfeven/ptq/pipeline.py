@@ -62,7 +62,7 @@ class StepContext:
     resume_dir: Path | None = None
     """Folder for the finished blocks of a reconstruction."""
     relu6: ReLU6Choice = "keep"
-    """How equalization passes ReLU6."""
+    """The treatment of ReLU6 by equalization."""
     float_weights: nn.Module | None = None
     """Copy of the calibrated model from before its rounding was learned, for steps that need the float weights."""
 

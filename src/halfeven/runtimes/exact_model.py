@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from halfeven.checked_arguments import checked_arguments
 from halfeven.deployment.deployed import Deployed
 from halfeven.errors import InputError, PlacementError
+from halfeven.graph.inline import without_autocast
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.size_relations import check_call
 from halfeven.graph.torch_private import pytree
@@ -91,6 +92,7 @@ class ExactModel(nn.Module):
         return self.codes
 
     @checked_arguments(InputError)
+    @without_autocast()  # it computes in float32, as the file does
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.simulation.begin(pytree.tree_leaves((args, kwargs)))

@@ -67,7 +67,7 @@ class DataOptions(Options):
     holdout_seed: NonNegativeInt = 0
     """Seed of the draw of held-out samples."""
     on_bad_sample: Literal["error", "skip"] = "error"
-    """What becomes of a sample that cannot be read or has an impossible label: "error" ends the run; "skip" takes the
+    """Treatment of a sample that cannot be read or has an impossible label: "error" ends the run; "skip" takes the
     next good sample in its place, and counts it."""
     workers: NonNegativeInt = 2
     """Processes that load samples; 0 to load them in the main process."""
