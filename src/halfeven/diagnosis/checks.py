@@ -171,7 +171,7 @@ def _finding_of_rounded_weights(
         cause=f"{bits} bits are too few for weights, even with learned rounding" if bits < 8 else "rounded weights",
         where=f"{rounded[0].name}" + (f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""),
         evidence=f"Weights stay rounded with all quantizers off. The answers differ by {without:.3g} then, and by "
-        f"{whole:.3g} with quantized activations. Or another float model was given than the model's own.",
+        f"{whole:.3g} with quantized activations. A float model that is not the model's own would look the same.",
         remedy="8 bits for weights, in a model quantized anew (not tried: the float weights are gone)",
         paste=rules_argument([rule]) if bits < 8 else "",
         rules=(rule,) if bits < 8 else (),
