@@ -225,6 +225,31 @@ def test_stochastic_depth_comes_back(drop_path):
     assert "drop_path" in dict(captured.named_modules())
 
 
+class ChangedResult(nn.Module):
+    """A block as torchvision's EfficientNet has it: the skip connection is added in place."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.last = last
+
+    def forward(self, x):
+        result = self.last(self.conv(x))
+        result += x
+        return result
+
+
+@pytest.mark.parametrize(
+    "last",
+    [*drop_paths(), nn.Dropout(0.5), nn.Dropout2d(0.5), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.Identity(), nn.ReLU6()],
+    ids=lambda module: type(module).__name__,
+)
+def test_changes_in_place_of_what_a_module_returned(last):
+    model = settle(ChangedResult(last))
+    captured = whole(model, image())
+    assert_same(model, captured, (image(8),))
+
+
 def test_sync_batchnorm_conversion():
     model = settle(Net())
     captured = whole(model, image()).eval()
