@@ -5,6 +5,7 @@ tests. Operators that the plugin computes in float are computed by the plugin it
 """
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -163,13 +164,20 @@ class OpenVINOInterpreter(fx.Interpreter):
             return None
         # Of integers: float64 rounds once, as their quotient does.
         values = self._run_on(node, (args[0].bytes.double(), *args[1:]), kwargs).float()
-        return Average(torch.round(values) if OPENVINO.rounds_average(node) else values, args[0].limits)
+        row = Op(node).row
+        of_window = bool(row.window) and not row.adaptive
+        return Average(torch.round(values) if OPENVINO.rounds_average(node) else values, args[0].limits, of_window)
 
     def _activate(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """Apply a leaky ReLU in units of a sum; or a clip, unless the quantizer that reads it clips as much or more."""
         bounds = Op(node).bounds
+        x = args[0]
+        if isinstance(x, Average) and x.of_window and (bounds or Op(node).row.homogeneous):
+            return _activate_average(node, x, lambda real: self._run_on(node, (real, *args[1:]), kwargs))
         if Op(node).row.homogeneous and bounds is None and isinstance(args[0], ScaledSum):
             return dataclasses.replace(args[0], values=self._run_on(node, (args[0].values, *args[1:]), kwargs))
+        if isinstance(x, Codes | Scaled) and _is_finite(bounds):
+            return _clip_in_units(x, bounds)
         if bounds is None or not isinstance(args[0], ScaledSum | Accumulator):
             return None
         readers = [module_of(user) if user.op == "call_module" else None for user in node.users]
@@ -257,6 +265,23 @@ def _is_computed_between(quantizer: fx.Node, x: Any) -> bool:
     if isinstance(x, ScaledSum):
         return not x.from_layer
     return isinstance(x, Accumulator) and x.scales is not None
+
+
+def _activate_average(node: fx.Node, average: Average, activate: Callable[[Tensor], Tensor]) -> Average | Tensor:
+    """Return a piecewise linear function of an average.
+
+    A clip joins the quantizer that reads it, and both run in the pool's kernel. Any other function reads bytes, so that
+    the average is rounded first.
+    """
+    readers = [quantizer_at(user) for user in node.users]
+    joins = Op(node).bounds is not None and len(readers) == 1 and readers[0] is not None and readers[0].bounds is None
+    read = average if joins else average.rounded()
+    return read.clipped(Op(node).bounds) if _is_finite(Op(node).bounds) else activate(read.real())
+
+
+def _is_finite(bounds: tuple[float, float] | None) -> bool:
+    """Return True for a clip at both ends, which is one operator in the file."""
+    return bounds is not None and all(map(math.isfinite, bounds))
 
 
 def _clip_in_units(x: Any, bounds: tuple[float, float]) -> Any:

@@ -212,6 +212,8 @@ class Average(Simulated):
 
     values: Tensor
     limits: FakeQuantizeRange
+    of_window: bool
+    """True for a pool with a window, whose result the plugin takes for bytes where it clips them; a mean is float32."""
 
     def real(self) -> Tensor:
         return (self.values - self.limits.zero_byte) * self.limits.scale
@@ -220,9 +222,15 @@ class Average(Simulated):
         """Return codes with the limits moved to the bytes: with the same scale before and after, ties stay ties."""
         return limits.moved(self.limits.scale, self.limits.zero_byte).codes(self.values)
 
+    def rounded(self) -> "Average":
+        """Return the averages as a kernel reads them that takes bytes."""
+        return replace(self, values=torch.round(self.values))
+
     def clipped(self, bounds: tuple[float, float]) -> "Average":
-        """Clip averages of bytes to the bounds, in bytes."""
+        """Clip averages to the bounds, in bytes; where they count as bytes, to the bytes between the bounds."""
         low, high = (_byte_of(bound, self.limits.scale, self.limits) for bound in bounds)
+        if self.of_window:
+            low, high = low.ceil(), high.floor()
         return replace(self, values=self.values.clamp(low, high))
 
 

@@ -43,6 +43,8 @@ class _Extent:
     """The quantizers before."""
     inputs: tuple[str, ...]
     """The inputs of the model that are read."""
+    shared: tuple[str, ...]
+    """The quantizers before that are read by more of the file than the part."""
     others: tuple[str, ...]
     """Operators whose results are read by more of the file than the part: they are outputs too, since the plugin fuses
     no operator with several readers."""
@@ -197,7 +199,9 @@ def _extent_before(nodes: Mapping[str, _Node], quantizers: set[str], end: str, k
                 ends.add(reader)
             waiting.append((reader, True))
     others |= ends - {end}
-    return _Extent(end, tuple(sorted(reads)), tuple(sorted(inputs)), tuple(sorted(others)))
+    part = {name for name, _ in seen}
+    shared = {name for name in reads if not part.issuperset(nodes[name].readers)}
+    return _Extent(end, *(tuple(sorted(names)) for names in (reads, inputs, shared, others)))
 
 
 def _cut_out(nodes: Mapping[str, _Node], extent: _Extent, watched: bool) -> Any:
@@ -220,8 +224,8 @@ def _cut_out(nodes: Mapping[str, _Node], extent: _Extent, watched: bool) -> Any:
         moved += [(port, operator.output(0)) for port in operator.output(0).get_target_inputs()]
         for port in operator.output(0).get_target_inputs():
             port.replace_source_output(again[-1].output(0))
-    if watched:
-        ends += [operator.output(0) for operator in again]
+    # The plugin brings that operand of a sum to the other's scale which has no other reader.
+    ends += [new.output(0) for name, new in zip(extent.reads, again, strict=True) if watched or name in extent.shared]
     inputs = [nodes[name].operator for name in extent.inputs]
     # The part is cloned, so that the file's graph can be put together again for the next part.
     part = openvino.Model([opset.result(end) for end in ends], [*parameters, *inputs], "part").clone()
