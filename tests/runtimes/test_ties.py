@@ -62,6 +62,37 @@ def test_averages_are_those_of_integers(ratio, zero_point, tmp_path):
     assert int((means % 1 == 0.5).sum()) > 500, "no ties were made"
 
 
+class Clipped(nn.Module):
+    """Functions of tensors that have integers already: their other reader has them quantized before the clip."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.other = conv(3), conv(8, 4, 1)
+        self.befores = nn.ModuleList([nn.Identity(), nn.MaxPool2d(2), nn.Upsample(scale_factor=2)])
+        self.pools = nn.ModuleList([nn.AvgPool2d(2), nn.AvgPool2d(3, 2, 1, count_include_pad=False)])
+        self.means = nn.ModuleList([nn.AdaptiveAvgPool2d(1)])
+        self.readers = nn.ModuleList(conv(8, 2, 1) for _ in range(2 * len(self.befores) + 5 * 2 + 5))
+
+    def forward(self, x):
+        x = self.stem(x)
+        clips = [nn.Hardtanh(-0.23, 0.31), nn.ReLU6()]
+        others = [nn.Identity(), nn.ReLU(), nn.LeakyReLU(0.1)]
+        found = [clip(before(x) * 1.7) for before in self.befores for clip in clips]
+        found += [act(pool(x)) for pool in (*self.pools, *self.means) for act in (*clips, *others)]
+        return self.other(x), [read(y) for read, y in zip(self.readers, found, strict=True)]
+
+
+@pytest.mark.parametrize("scheme", ["w7a8", "w7a7"])
+def test_clips_and_averages_of_integers_stop_at_bytes(scheme, tmp_path):
+    torch.manual_seed(0)
+    qmodel, batches = quantized(Clipped(), (4, 3, 24, 24), scheme=scheme)
+    batches = [2 * batch for batch in batches]
+    he.export(qmodel, tmp_path / "model.xml")
+    report = he.verify(qmodel, tmp_path / "model.xml", batches, timed=False)
+    assert report.integer_match == 1.0, report.first_difference
+    assert sum(tensor.count for tensor in report.tensors) > 50_000
+
+
 def without_bias(activation):
     layers = [conv(3, bias=False), activation, conv(kernel=1, bias=False), activation, conv(groups=8, bias=False)]
     return nn.Sequential(*layers, activation, conv(bias=False), activation, conv(8, 4, bias=False))

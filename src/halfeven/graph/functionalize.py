@@ -37,8 +37,8 @@ def _write_as_expansion(node: fx.Node, changed: fx.Node) -> None:
 
 
 def _write_back(result: fx.Node, view: fx.Node, later: set[fx.Node]) -> None:
-    # Each turn goes from a view (`x[:, 1:]`) to the tensor that it is a view of, until a tensor with its own memory. What
-    # a restored module returns is no view, and the module itself is not in place yet.
+    # Each turn goes from a view (`x[:, 1:]`) to the tensor that it is a view of, until a tensor with its own memory.
+    # What a restored module returns is no view, and the module itself is not in place yet.
     while Op(view).is_function and (scatter := Op(view).row.scatter) is not None:
         base = view.args[0]
         assert isinstance(base, fx.Node)

@@ -176,8 +176,8 @@ class OpenVINOInterpreter(fx.Interpreter):
             return _activate_average(node, x, lambda real: self._run_on(node, (real, *args[1:]), kwargs))
         if Op(node).row.homogeneous and bounds is None and isinstance(args[0], ScaledSum):
             return dataclasses.replace(args[0], values=self._run_on(node, (args[0].values, *args[1:]), kwargs))
-        if isinstance(x, Codes | Scaled) and _is_finite(bounds):
-            return _clip_in_units(x, bounds)
+        if isinstance(x, Codes | Scaled) and (ends := _both_ends(node)):
+            return _clip_in_units(x, ends)
         if bounds is None or not isinstance(args[0], ScaledSum | Accumulator):
             return None
         readers = [module_of(user) if user.op == "call_module" else None for user in node.users]
@@ -276,12 +276,14 @@ def _activate_average(node: fx.Node, average: Average, activate: Callable[[Tenso
     readers = [quantizer_at(user) for user in node.users]
     joins = Op(node).bounds is not None and len(readers) == 1 and readers[0] is not None and readers[0].bounds is None
     read = average if joins else average.rounded()
-    return read.clipped(Op(node).bounds) if _is_finite(Op(node).bounds) else activate(read.real())
+    ends = _both_ends(node)
+    return activate(read.real()) if ends is None else read.clipped(ends)
 
 
-def _is_finite(bounds: tuple[float, float] | None) -> bool:
-    """Return True for a clip at both ends, which is one operator in the file."""
-    return bounds is not None and all(map(math.isfinite, bounds))
+def _both_ends(node: fx.Node) -> tuple[float, float] | None:
+    """Return the bounds of a clip at both ends, which is a single operator in the file and clips bytes as such."""
+    bounds = Op(node).bounds
+    return bounds if bounds is not None and all(map(math.isfinite, bounds)) else None
 
 
 def _clip_in_units(x: Any, bounds: tuple[float, float]) -> Any:
