@@ -11,10 +11,6 @@ from halfeven.graph.operators import OperatorKind
 from halfeven.graph.view import Op, kind_of
 from halfeven.runtimes.openvino.exact_values import Accumulator, Codes, ScaledSum
 
-ADDED_IN_UNITS = (OperatorKind.CONVOLUTION, OperatorKind.LINEAR)
-"""Layers whose result is added to a quantized skip connection in units of its scale."""
-
-
 def sum_of_integers(node: fx.Node, args: Sequence[Codes]) -> ScaledSum | None:
     """Return the sum of two tensors of integers: one is brought to the scale of the other, less both zero points."""
     if args[0].values.shape != args[1].values.shape or len(node.all_input_nodes) != 2:
@@ -31,22 +27,29 @@ def sum_of_integers(node: fx.Node, args: Sequence[Codes]) -> ScaledSum | None:
 def _first_is_moved(node: fx.Node) -> bool:
     """Return True if the first operand of a sum of integers is brought to the scale of the second.
 
-    So it is, unless the second alone comes from a quantizer and not from an operator behind it. (Of two quantizers, one
-    that only the sum reads would come before one that is read elsewhere too; but `verify` reads all of them.)
+    So it is, unless the second alone comes from a quantizer and not from an operator behind it; the quantizer of a
+    model's input counts for none. (Of two quantizers, one that only the sum reads would come before one that is read
+    elsewhere too; but `verify` reads all of them.)
     """
-    first, second = (quantizer_at(operand) is not None for operand in node.all_input_nodes)
+    first, second = (
+        quantizer_at(operand) is not None and kind_of(operand.all_input_nodes[0]) is not OperatorKind.INPUT
+        for operand in node.all_input_nodes
+    )
     return first or not second
 
 
 def fused_sum(node: fx.Node, args: Any) -> ScaledSum | None:
-    """Return the sum of a layer and a quantized skip connection: the plugin adds in units of the skip's scale."""
+    """Return the sum of a tensor in float and a quantized skip connection, in units of the skip's scale.
+
+    The plugin moves the scale behind the sum. A LayerNorm there cancels it, and its epsilon counts in these units.
+    """
     for branch, skip, source in ((args[0], args[1], node.args[0]), (args[1], args[0], node.args[1])):
         if not (isinstance(branch, Tensor | Accumulator) and isinstance(skip, Codes) and isinstance(source, fx.Node)):
             continue
         if source.target is torch.ops.halfeven.branch_of_sum.default:  # in a format that has no form for it
             (source,) = source.all_input_nodes
         values = branch if isinstance(branch, Tensor) else branch.values
-        if kind_of(source) in ADDED_IN_UNITS and values.shape == skip.values.shape:
+        if not _is_constant(source):
             unit = skip.limits.scale
             zero = skip.limits.zero_byte * unit
             if isinstance(branch, Tensor):
@@ -54,8 +57,16 @@ def fused_sum(node: fx.Node, args: Any) -> ScaledSum | None:
                 values = (values - zero) * (torch.ones_like(unit) / unit)
             else:  # the scales that a layer without a bias leaves are merged with the skip's
                 values = (values - zero / branch.unit) * (branch.unit / unit)
-            return ScaledSum(values + skip.bytes, unit, from_layer=kind_of(source) is OperatorKind.CONVOLUTION)
+            in_kernel = kind_of(source) is OperatorKind.CONVOLUTION and values.shape == skip.values.shape
+            return ScaledSum(values + skip.bytes, unit, from_layer=in_kernel)
     return None
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Return True for a constant, and for its copies along an axis, which the plugin makes in the sum itself."""
+    while node.target is torch.ops.aten.expand.default:
+        node = node.all_input_nodes[0]
+    return Op(node).is_constant
 
 
 def sum_in_kernel(args: Sequence[Codes]) -> ScaledSum | None:
