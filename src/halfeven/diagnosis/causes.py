@@ -51,8 +51,10 @@ class Suspect:
         weight = _weight_of(op)
         if weight is None or weight.ndim < 2 or getattr(op.module, "groups", 1) != 1:
             return 1.0
+        # A transposed convolution's weight is [inputs, outputs, ...], any other layer's [outputs, inputs, ...].
         axis = 0 if getattr(op.module, "transposed", False) else 1
         largest = weight.detach().transpose(0, axis).flatten(1).abs().amax(1)
+        # Weights of a dead input say nothing about scales.
         live = largest[largest > 1e-8 * largest.max()]
         return float(live.max() / live.min()) if len(live) > 1 else 1.0
 
@@ -74,6 +76,7 @@ class Cause:
 
 def cause_of(suspect: Suspect) -> Cause:
     """Return the first cause that the numbers show."""
+    # The last of them is found of any tensor, so that there always is a cause.
     return next(cause for find in KNOWN_CAUSES if (cause := find(suspect)) is not None)
 
 
@@ -110,6 +113,7 @@ def _mask_widens_range(suspect: Suspect) -> Cause | None:
     if _maker(suspect).kind in (OperatorKind.NORMALIZATION, *WEIGHTED):
         return None  # a large bias of a channel, which nothing is added to
     values = suspect.found.sample
+    # The same half of the largest magnitude as `FAR_SHARE` of the statistics.
     far = values.abs() >= 0.5 * values.abs().max()
     return Cause(
         "an additive mask sets the range",
@@ -124,6 +128,7 @@ def _unlike_weight_channels(suspect: Suspect) -> Cause | None:
         return None
     if spread[1] < UNLIKE_RANGE_RATIO:
         return None
+    # With two channels or fewer there is no median to compare with, and so no outlier.
     _, channel, ratio = suspect.found.channel_outlier() or (0, 0, 1.0)
     worst = ", ".join(f"{channel} ({sqnr:.0f} dB)" for channel, sqnr in suspect.found.worst_channels())
     return Cause(
@@ -198,6 +203,7 @@ def _unfit_observer(suspect: Suspect) -> Cause | None:
 def _untrained_front_end(suspect: Suspect) -> Cause | None:
     readers = _reader_names(suspect.planned)
     operators = integer_operators(suspect.qmodel)
+    # A front end stands at the beginning: the same numbers further back have other causes.
     early = operators[: max(len(operators) // 3, 1)]
     if not any(reader in early for reader in readers):
         return None
@@ -288,6 +294,7 @@ def _maker_with_unlike_rows(suspect: Suspect, channel: int) -> str:
     if op.kind not in WEIGHTED or not op.is_module:
         return ""
     quantizer = getattr(op.module, "weight_quantizer", None)
+    # Outputs first, also of a transposed convolution.
     rows = op.module.weight.detach().transpose(0, 1 if getattr(op.module, "transposed", False) else 0)
     largest = rows.flatten(1).abs().amax(1)
     if quantizer is None or quantizer.scheme.axis is not None or channel >= len(largest):
@@ -298,6 +305,7 @@ def _maker_with_unlike_rows(suspect: Suspect, channel: int) -> str:
 def _has_untrained_weight(qmodel: nn.Module, name: str) -> bool:
     """Return True for a layer whose weight is no trained parameter: a buffer, or frozen."""
     op = Op(named_nodes(qmodel)[name][1])
+    # A model for inference has all its parameters frozen, which tells nothing about a single one.
     if op.kind not in WEIGHTED or not any(p.requires_grad for p in qmodel.parameters()):
         return False
     weight = _weight_of(op)
@@ -310,6 +318,7 @@ def _weight_of(op: Op) -> Tensor | None:
         weight: Tensor | None = getattr(op.module, "weight", None)
         return weight
     read = next((read for read in op.inputs[1:2]), None)
+    # The weight of a function may be read through its quantizer.
     source = read.inputs[0] if read is not None and read.is_module and read.inputs else read
     return source.constant if source is not None and source.is_constant else None
 

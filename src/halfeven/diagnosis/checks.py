@@ -55,12 +55,15 @@ def unsettled_batchnorm(model: nn.Module, inputs: Sequence[Inputs]) -> Finding |
     given = [row for row in joined_batches(inputs, FEWEST_SAMPLES) if _batch_size(row) >= FEWEST_SAMPLES]
     if not norms or not given:
         return None
+    # First the statistics are compared, then what they do to the answers: other statistics may still give the same
+    # ones.
     settled = copy_model(model)
     re_estimate(settled, [kwargs or (args,) for args, kwargs in given])  # without labels, which a batch may hold
     distances = _statistics_distances(model, settled)
     name, worst = max(distances.items(), key=lambda row: row[1])
     if worst < UNSETTLED_DISTANCE:
         return None
+    # Where the statistics describe the batches, eval mode and the batches' own statistics give about the same answers.
     before, after = _eval_against_batch(model, given), _eval_against_batch(settled, given)
     if after >= before:
         return None
@@ -191,6 +194,7 @@ def notes(qmodel: nn.Module, reference: Reference, *, runtime: bool) -> list[str
     found = [*_clipped_in_training(qmodel, reference)]
     found += [f"In Python for training: {kept}" for kept in plan.kept]
     quantized = {weight.name for weight in plan.weights}
+    # Only layers and matrix products are worth a note: they do nearly all of the work.
     heavy = [left for left in plan.left if _is_product(qmodel, left.name) and left.name not in quantized]
     alike: dict[tuple[str, str], list[str]] = {}
     for left in heavy:

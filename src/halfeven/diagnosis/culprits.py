@@ -74,9 +74,11 @@ def _finding_of_tensor(patient: Patient, tensor: Sensitivity) -> tuple[Finding, 
     planned = planned_entry(patient, tensor)
     suspect = suspect_of(patient, planned)
     chosen, trials, repaired = try_remedies(patient, _remedies_of(suspect))
+    # What helped is part of the evidence, so the cause is named after the trials.
     suspect = dataclasses.replace(suspect, observer_helps=_helping_observer(patient, trials))
     cause = cause_of(suspect)
     if cause.name == FRONT_END:
+        # The other layers of a front end have no finding of their own: all of it in float is tried too.
         leading = _leading_in_float(patient, planned)
         whole, model = try_remedy(patient.qmodel, leading, patient.batches, patient.reference)
         trials.append(whole)
@@ -113,6 +115,7 @@ def _layer_at_fault(patient: Patient) -> tuple[Finding, nn.Module] | None:
     }
     part = patient.reference.first(SCREENING_SAMPLES)
     whole = divergence_of(patient.qmodel, part)
+    # Raised to float: `raising_bits` without ranges switches the members off.
     left = divergences(patient.qmodel, part, layers, lambda group: raising_bits(group, {}))
     worst = min(left, key=lambda name: left[name], default=None)
     if worst is None or left[worst] > (1 - OUTSTANDING_SHARE) * whole:
@@ -123,6 +126,7 @@ def _layer_at_fault(patient: Patient) -> tuple[Finding, nn.Module] | None:
     cause = shared_cause_of(suspects)
     if cause is None:
         return None
+    # By what they would paste, since the suspects share remedies of the whole model.
     given = {remedy.paste: remedy for suspect in suspects for remedy in _remedies_of(suspect)}
     chosen, trials, repaired = try_remedies(patient, list(given.values()))
     where = " and ".join(suspect.tensor for suspect in suspects)
@@ -152,6 +156,7 @@ def _best_group(patient: Patient) -> OperatorGroup | None:
         for group, gain in gains.items()
         if gain >= max(OUTSTANDING_SHARE, SUFFICIENT_SHARE * max(gains.values(), default=0.0))
     ]
+    # Of the groups that take nearly as much away, the fewest operators in float are the finding.
     best = min(good, key=lambda group: len(group.operators), default=None)
     # A group that takes away no more than its share of the operators is no cause.
     total = len(patient.sensitivities.tensors)

@@ -96,6 +96,7 @@ def diagnose(
             "The second model is a quantized model, so a comparison with its answers would show nothing. Give the "
             "float model that the first was made from."
         )
+    # All measurements are of the same samples, so the batches are read once.
     chosen = first_samples(batches, samples)
     models = {"float": float_model, "quantized": qmodel}
     accuracy = {} if evaluate is None else _measure_accuracies(evaluate, models)  # a wrong metric shows at once
@@ -110,6 +111,7 @@ def diagnose(
     )
     found, repaired = _find_and_repair(patient, float_model, log)
     agreement = _measure_agreement(qmodel, reference)
+    # This question stands first in the white paper's figure 9, so its finding comes before all others.
     if parts.without >= CAPTURE_DAMAGE_SHARE * patient.divergence and agreement.error_share > HEALTHY_ERROR_SHARE:
         found.insert(0, finding_without_quantizers(qmodel, parts.without, patient.divergence))
     if evaluate is not None and repaired is not qmodel:
@@ -192,6 +194,7 @@ def _find_and_repair(
     """Return the findings, and the model that their remedies have made."""
     found: list[Finding] = []
     whole = patient.divergence
+    # Asked of the float model: with such statistics its answers, which all else is compared with, are wrong.
     settled = unsettled_batchnorm(float_model, patient.reference.inputs)
     if settled is not None and not untrained(float_model):
         found.append(settled)
@@ -205,6 +208,7 @@ def _find_and_repair(
         finding, repaired = result
         found.append(finding)
         log(f"{finding.cause}: {finding.where}; {finding.remedy} takes away {finding.recovered:.0%}.")
+        # Nine tenths of the damage are gone: what is left is not worth another finding.
         if divergence_of(repaired, patient.reference) < whole / 10 or turn == MAX_CAUSES - 1:
             break
         # The next cause is sought in the repaired model: a tensor that the first one hid may show.
@@ -262,6 +266,7 @@ def _graph_order(qmodel: nn.Module) -> tuple[tuple[str, bool], ...]:
     rows = []
     for q, planned in planned_quantizers(qmodel):
         place = planned.name if q.weight else planned.places[0]  # type: ignore[union-attr]
+        # False sorts before True: the weight of a layer comes before the tensor that it puts out.
         rows.append((position.get(place, 0), not q.weight, (planned.name, q.weight)))
     return tuple(name for _, _, name in sorted(rows))
 

@@ -54,6 +54,7 @@ def _probability_axis(expected: Tensor) -> int | None:
     """Return the axis over which all values sum to 1; None if there is none."""
     if expected.ndim < 2 or bool((expected < 0).any()):
         return None
+    # The last axis first, as of tokens; axis 1 as of the pixels of a segmentation.
     for axis in (expected.ndim - 1, 1):
         sums = expected.sum(axis)
         if expected.shape[axis] > 1 and bool(((sums - 1).abs() < SUM_TOLERANCE).all()):
@@ -71,6 +72,7 @@ def _relative_error(found: Tensor, expected: Tensor) -> float:
 def _feature_divergence(found: Tensor, expected: Tensor, axis: int) -> float:
     others = [other for other in range(expected.ndim) if other != axis]
     error = (found - expected).square().mean(others)
+    # Over the samples alone: what is the same for all of them carries no answer.
     centred = expected - expected.mean(0, keepdim=True) if len(expected) > 1 else expected
     # Where all samples have the same answer, there is no variance to compare with.
     spread = centred.square().mean(others)

@@ -46,6 +46,7 @@ def set_grid_range(quantizer: Quantizer, given: GridRange) -> None:
     """Give a quantizer a grid and a range, in place."""
     quantizer.scheme = given.scheme
     quantizer.load_state_dict(dict(given.state))
+    # The weight that `weights_quantized_once` keeps was quantized with the grid it goes with.
     quantizer.cached = given.cached
 
 
@@ -63,6 +64,7 @@ def ranges_at(qmodel: nn.Module, batches: Sequence[Any], bits: int) -> dict[Quan
     lower = [(q, p) for q, p in planned_quantizers(qmodel) if q.scheme.bits < bits and not (q.weight and q.state.fixed)]
     if not lower:
         return {}
+    # Of all quantizers, since the calibration below sets the ranges of those with enough bits anew too.
     before = {quantizer: grid_range(quantizer) for quantizer in quantizers(qmodel).values()}
     raised: list[Quantizer] = []
     try:

@@ -75,8 +75,10 @@ def worst_fit(patient: Patient) -> tuple[str, str]:
 def try_remedies(patient: Patient, given: Sequence[Remedy]) -> tuple[Trial, list[Trial], nn.Module]:
     """Try all remedies. Returns the first that is nearly as good as the best, all trials, and the repaired model."""
     tried = [try_remedy(patient.qmodel, remedy, patient.batches, patient.reference) for remedy in given]
+    # A remedy that cannot be applied has an infinite divergence, and so the least gain.
     gains = [patient.divergence - trial.divergence for trial, _ in tried]
     best = max(gains)
+    # Remedies come cheapest first. Where none gains, the best one is still returned: its caller judges it.
     first = next(number for number, gain in enumerate(gains) if gain >= NEARLY_AS_GOOD * best or gain == best)
     return tried[first][0], [trial for trial, _ in tried], tried[first][1]
 

@@ -40,6 +40,8 @@ def remedies(
         spread: the largest channel's magnitude over the smallest's.
         input_spread: the same of the channels of a weight's input.
     """
+    # In the order of their cost: the range, channels, bits, float. `try_remedies` takes the first that is nearly the
+    # best.
     found = [*_observer_remedies(planned)]
     weight = isinstance(planned, PlannedWeight)
     if weight and planned.scheme.axis is None and spread >= UNEQUAL_CHANNEL_RATIO:
@@ -72,6 +74,7 @@ def estimators_everywhere(qmodel: nn.Module) -> list[Remedy]:
     found = []
     for name in ("mse", "minmax"):
         others = [tensor for tensor in free if tensor.observer != name]
+        # A rule wins over the option, so that the option would not reach the tensors whose observers rules have set.
         ruled = any(tensor.observer != plan.options.activation_observer for tensor in free)
         if others and ruled:
             rules = [Rule(pattern=glob.escape(tensor.places[0]), observer=name) for tensor in others]

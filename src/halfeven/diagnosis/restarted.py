@@ -47,6 +47,7 @@ class RestartedForward:
         graph = fused_graph(region)  # the order that the model runs in: fewer values are quantized
         self.operations = operations(graph)
         self.graph = graph
+        # Later positions overwrite earlier ones, so that a node's last reader is left.
         self.last_read = {
             node: position for position, op in enumerate(self.operations) for node in op.node.all_input_nodes
         }
@@ -73,6 +74,7 @@ class RestartedForward:
 
     def outputs(self, stop: Stop) -> list[Tensor]:
         """Run the rest of a forward pass, which itself stays where it is, and return the outputs."""
+        # A copy of the table and not of the tensors: the run below removes what it has read for the last time.
         rest = Stop(stop.position, dict(stop.values))
         last = len(self.operations) - 1
         self.advance(rest, last)
@@ -82,6 +84,7 @@ class RestartedForward:
 
     def _run_operation(self, number: int, values: dict[fx.Node, Any]) -> None:
         op = self.operations[number]
+        # The values of inputs are there from the start, and constants are read where they are used.
         if op.is_input or op.is_constant:
             return
         stop = Stop(number, values)

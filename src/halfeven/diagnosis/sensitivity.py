@@ -215,6 +215,7 @@ def sensitivities(
     ranges: dict[Quantizer, GridRange] = {} if raised_bits is None else ranges_at(qmodel, chosen, raised_bits)
     members = _quantizer_groups(qmodel, groups)
     part = reference if ranked_by is None else reference.first(ranked_by)
+    # In context: the others stay quantized. Then alone, if wanted: the others are off.
     harm = _measure_harm(qmodel, part, members, ranges)
     if part is not reference:
         # The rank of the harmless does not matter, so only the worst are measured on all samples.
@@ -287,6 +288,7 @@ def measure_changes(
     with evaluating(qmodel), weights_quantized_once(qmodel):
         for weight, inputs, expected in zip(reference.weights, reference.inputs, reference.outputs, strict=True):
             stop: Stop = forward.start(inputs)
+            # Invariant: `stop` is the unchanged forward pass before `position`; each change runs the rest on a copy.
             for position, name in order:
                 forward.advance(stop, position)
                 with change(groups[name]):

@@ -17,6 +17,7 @@ from halfeven.placement.plan import PlannedTensor, PlannedWeight
 
 def finding_of_many(patient: Patient, *, first: bool) -> tuple[Finding, nn.Module] | None:
     """Return the finding where the damage is spread: the remedies of the whole model, and its worst tensors raised."""
+    # `try_remedies` prefers what comes first: changes of the whole model before single tensors with more bits.
     given: list[Remedy] = [equalization(patient.qmodel)] if first else []
     if first and any(q.weight and q.scheme.axis is None for q, _ in planned_quantizers(patient.qmodel)):
         given.insert(0, PER_CHANNEL)

@@ -186,6 +186,8 @@ def tensor_statistics(qmodel: nn.Module, inputs: Sequence[Inputs]) -> dict[tuple
     """
     found: dict[tuple[str, bool], TensorStatistics] = {}
     known = named_nodes(qmodel)
+    # Float values, from graphs in the plan's order: fused graphs move quantizers behind pools, where they see other
+    # tensors.
     with float_function(qmodel), as_planned(qmodel), ExitStack() as hooks:
         for quantizer, planned in planned_quantizers(qmodel):
             places = 1 if isinstance(planned, PlannedWeight) else len(planned.places)
@@ -211,6 +213,7 @@ def _statistics_hook(found: TensorStatistics) -> Any:
 
     def watch(quantizer: Quantizer, given: tuple[Any, ...]) -> None:
         nonlocal calls
+        # A quantizer that several tensors share is called for each of them in the order of the plan, batch after batch.
         place = found.places[calls % len(found.places)]
         calls += 1
         if quantizer.weight and calls > 1:  # the same weight in every call
@@ -245,6 +248,8 @@ def _add_values(found: TensorStatistics, place: Place, x: Tensor, error: Tensor)
     if not quantizer.weight and x.ndim > 1:
         found.sample_largest.append(x.flatten(1).abs().amax(1).float().cpu())
     axes = {axis % x.ndim for axis in found.axes} if x.ndim > 1 else set()
+    # A weight has the channels of its scales, or else those of axis 0. Several tensors that share a quantizer have no
+    # channels in common.
     for axis in axes if not quantizer.weight else {quantizer.scheme.axis or 0}:
         if 0 <= axis < x.ndim and x.ndim > 1 and axis not in found.ragged and len(found.places) == 1:
             _add_channels(found, axis, x, error)

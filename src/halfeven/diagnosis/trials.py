@@ -120,6 +120,7 @@ def _recalibrate(qmodel: nn.Module, batches: Batches) -> None:
 
 
 def _learn_rounding(qmodel: nn.Module, batches: Batches) -> None:
+    # `try_remedy` switches gradients off, and AdaRound learns by them.
     with torch.enable_grad():
         adaround(qmodel, batches, options=PTQOptions(iterations=TRIAL_STEPS))
 
@@ -138,6 +139,7 @@ def calibrate_missing(qmodel: nn.Module, batches: Batches) -> None:
     others = [q for q in quantizers(qmodel).values() if not q.weight and q not in missing]
     for quantizer in missing:
         quantizer.start_calibration()
+    # Passing floats, they do not hide from the new observers what their own ranges clip.
     for quantizer in others:
         quantizer.mode = Mode.FLOAT
     with evaluating(qmodel):

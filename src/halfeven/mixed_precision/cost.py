@@ -146,7 +146,9 @@ def cost_of(workload: Workload, widths: Widths, scheme: Widths, times: LayerTime
     works = workload.works
     total = sum(work.multiply_accumulates for work in works) or 1
     pairs = [(work, *work.bits(widths)) for work in works]
+    # A quantizer that is off has None for bits: its tensor is stored in float.
     weights = [(work.elements, widths.get(work.weight) or FLOAT_BITS) for work in works if work.weight is not None]
+    # `PlannedWeight.quantizer_name` begins so.
     activations = {name for name in scheme if not name.startswith("the weight of ")}
     floats = [work.name for work, first, _ in pairs if first == FLOAT_BITS]
     # The time outside of layers follows the traffic, from all at the scheme's bits to all in float.

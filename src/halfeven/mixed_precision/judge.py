@@ -79,6 +79,8 @@ class Judge:
 
 
 def _changed_answers(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
+    # Class scores, [samples, classes], give a number for each sample, and so an interval; other outputs one for each
+    # batch.
     if expected and expected[0].ndim == 2 and expected[0].shape[1] > 1:
         return (found[0].argmax(1) != expected[0].argmax(1)).double().cpu()
     return torch.tensor([divergence(found, expected)], dtype=torch.float64)

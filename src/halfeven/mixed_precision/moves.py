@@ -65,8 +65,10 @@ class Move:
         # A quantizer that is off, in float, cannot be raised further.
         if any(bits is None and setting is not None for bits, setting in pairs):
             return False
+        # A later move must not take back the bits that an earlier one has given.
         if any(bits is not None and setting is not None and setting.scheme.bits < bits for bits, setting in pairs):
             return False
+        # It has something to gain where a quantizer goes to float, or gets another grid or range than it has.
         return any(setting is None and bits is not None for bits, setting in pairs) or any(
             setting is not None and not self._has_setting(quantizer, setting)
             for quantizer, setting in self.settings.items()
@@ -196,6 +198,7 @@ def _changed_settings(
         quantizer = known.get(name)
         if quantizer is None or (quantizer.weight and quantizer.state.fixed):
             continue  # learned rounding: its float weights are gone
+        # A plan has no quantizer for a tensor that its rules leave in float.
         if name not in new:
             found[quantizer] = None
         elif (new[name].scheme, new[name].observer) != (entry.scheme, entry.observer) and name in ranges:

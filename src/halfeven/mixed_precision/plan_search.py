@@ -66,6 +66,7 @@ def search_plan(
     # The samples that rank the steps flatter the plan that they choose, so others judge it.
     held_out = batches[len(ranking) :]
     judge = Judge(float_model, evaluate, _held_out_reference(qmodel, held_out, reference, options))
+    # Timing writes and runs files, so it is done only where time is a budget or the price.
     timed = options.latency is not None or options.cost == "latency"
     first = reference.inputs[0]
     times = _time_layers(qmodel, runtime, first) if timed else None
@@ -76,11 +77,14 @@ def search_plan(
     chosen = walk(state)
     finish = _Finish(state, runtime, quantized, first)
     result = finish.at(chosen)
+    # The walk compared estimates: of the time, and of models without learned rounding. Where the real model is slower,
+    # an earlier plan may be fast enough; where it loses more, one more step may help.
     for _ in range(FURTHER_TRIES):
         other = _fast_enough_plan(result, state.steps, options)
         if other is not None:
             took = f"{result.latency:.3f} of the float file's time"
             log(f"  the file takes {took}, more than estimated; step {other} ...")
+        # Only while no earlier plan was taken for its speed: the two would undo each other.
         elif _loses_too_much(result, options) and chosen == result.chosen < len(state.taken):
             other = chosen = chosen + 1
             log(f"  the model made of the rules loses {result.judgement}; step {other} ...")
@@ -99,6 +103,7 @@ def _identifying_facts(
         "plan": plan_of(qmodel).to_dict()["options"],
         "candidates": [plain_values(candidate) for candidate in candidates],
         "options": plain_values(options),
+        # The sum changes with the float weights and with the samples, so it stands for both.
         "answers": float(sum(output.double().sum() for outputs in reference.outputs for output in outputs)),
     }
 

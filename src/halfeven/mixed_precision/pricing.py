@@ -22,6 +22,8 @@ def is_worth_its_work(options: SearchOptions, before: Cost, cost: Cost, gain: fl
 
 def price(options: SearchOptions, cost: Cost) -> float:
     """Return the cost that steps are weighed by."""
+    # The user's `cost` comes first. Under "auto" it is the cost with a budget: latency before tensors before bits, and
+    # work where only the drop has one.
     if options.cost == "auto" and options.tensors is not None and options.latency is None:
         return cost.tensors
     if options.cost == "size":

@@ -42,6 +42,7 @@ def units_of(qmodel: nn.Module) -> tuple[Unit, ...]:
         readers = tuple(dict.fromkeys(name for tensor in members for name in tensor.consumers if name in known))
         layers = tuple(name for name in weights if name in readers)
         found.append(Unit(_unit_name(members), tensors, layers, readers))
+    # Layers that read no quantized activation, with a quantized weight all the same, are units by themselves.
     covered = {name for unit in found for name in unit.layers}
     return (*found, *(Unit(name, (), (name,), (name,)) for name in weights if name not in covered))
 

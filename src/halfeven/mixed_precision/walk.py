@@ -67,6 +67,7 @@ class Walk:
     options: SearchOptions
     store: MeasurementStore
     log: Callable[[str], None]
+    # `steps[n]` is the plan after the first n moves of `taken`; `steps[0]` is the scheme's, so it has one more entry.
     steps: list[SearchStep] = field(default_factory=list)
     taken: list[Move] = field(default_factory=list)
     ranked_after: int = -1
@@ -117,6 +118,8 @@ class Walk:
         """Return the drop after the first steps, measured once."""
         step = self.steps[count]
         if step.judgement is None:
+            # A resumed search takes the same steps, because every choice rests on a stored measurement: the number of
+            # steps names the plan.
             values = self.store.measured(f"drop after {count}", lambda: self._judge_step(count))
             step = dataclasses.replace(step, judgement=Judgement(**values))
             self.steps[count] = step
@@ -143,12 +146,16 @@ def walk(state: Walk) -> int:
     if state.good_enough(0):
         return 0
     rank_moves(state)
+    # Numbers of steps: before the next ranking, at the last judgement, and of the longest plan that was not good
+    # enough.
     rescored = FIRST_RESCORING
     judged = failed = 0
     while True:
         step = _take_best_move(state)
         if step is None and _rank_again(state):
             continue
+        # Neither the last ranking nor a new one has a step that gains: the least harmful one, where a drop is still to
+        # be met.
         step = step or _take_best_move(state, gaining=False)
         if step is None:
             break
@@ -161,6 +168,7 @@ def walk(state: Walk) -> int:
             if state.good_enough(count):
                 return _first_within_drop(state, failed, count)
             failed = count
+        # Ranked anew after 4, 8, 16, ... steps, `rescorings` times at most.
         if count == rescored and rescored < FIRST_RESCORING * 2**state.options.rescorings:
             rescored *= 2
             rank_moves(state)
@@ -271,6 +279,7 @@ def _take_best_move(state: Walk, *, gaining: bool = True) -> SearchStep | None:
         state.taken.append(move)
         name = f"divergence after {len(state.taken)}: {move.unit.name}, {move}"
         after = state.store.measured(name, lambda: divergence_of(state.qmodel, state.reference))
+        # The ranking measured the move in an earlier plan: what counts is the divergence of the present plan with it.
         needed = not state.within(before.cost) and is_cheaper(state.options, before.cost, cost)
         # Above a budget a cheaper plan is worth a step even where it gains nothing.
         if after < before.divergence or needed or not gaining:
@@ -306,6 +315,7 @@ def _best_move(state: Walk, before: SearchStep, *, gaining: bool) -> tuple[Move,
         for move, cost in costs.items()
         if move.unit is best.unit and gains[move] >= enough and price(state.options, cost) <= highest
     ]
+    # The price may count one cost only, such as the number of tensors: among equals the least work is taken.
     chosen = min(as_good, key=lambda move: costs[move].work)
     return chosen, costs[chosen]
 

@@ -100,9 +100,12 @@ def correct_biases(
             float_blocks = find_blocks(regions(float_model)[prefix], "layers")
             blocks = find_blocks(region, "layers")
             for index, (float_block, block) in enumerate(zip(float_blocks, blocks, strict=True)):
+                # The float stream goes first: where `reference` is None both streams share the layer, whose bias is
+                # corrected next.
                 expected = _float_means(float_block, floats)
                 if expected is not None:
                     shifts[qualified(prefix, block.name)] = _correct_layer(qmodel, prefix, block, expected, quantized)
+                # Run once more, now that the bias is corrected: the next layer reads these outputs.
                 quantized.advance(block)
                 floats.release(float_blocks[: index + 1])
                 quantized.release(blocks[: index + 1])

@@ -126,6 +126,7 @@ def _best_relu6_choice(context: StepContext) -> ReLU6Choice:
         run_steps(copied, EQUALIZATION)
         calibrate(copied.qmodel, trial)
         found[way] = sqnr(quantized_outputs(copied.qmodel, trial), expected)
+        # This way alone changes the float model itself, so it is also told how many of its answers stay.
         if way == "replace":
             agreement = top1_agreement(float_outputs(copied.qmodel, trial), expected)
     best: ReLU6Choice = "replace" if found["replace"] > found["keep"] else "keep"
@@ -216,6 +217,7 @@ def _gains_by_correction(context: StepContext, corrected: nn.Module) -> bool:
     trial = first_samples(context.batches, BIAS_CORRECTION_TRIAL_SAMPLES)
     reference = context.qmodel if context.float_weights is None else context.float_weights
     expected = float_outputs(reference, trial)
+    # After a reconstruction the model's own weights are rounded, so that its copy from before gives the float outputs.
     sqnr_without = sqnr(quantized_outputs(context.qmodel, trial), expected)
     sqnr_with = sqnr(quantized_outputs(corrected, trial), expected)
     context.log(

@@ -84,6 +84,7 @@ def decide(
     """
     plan = plan_of(qmodel)
     weight_bits, activation_bits = parse_bits(plan.options.scheme)
+    # The bits of the scheme: rules may give single tensors others, which decide nothing here.
     situation = Situation(
         qmodel=qmodel,
         options=options,

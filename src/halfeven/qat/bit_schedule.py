@@ -61,6 +61,8 @@ class BitSchedule:
     def before_step(self, model: nn.Module, done: float) -> None:
         """Set the bits of the stage that is due, and calibrate where the stage is new."""
         stages = len(self.options.bits)
+        # The stages share `share` of the run in equal parts; from its end on the number is `stages`, for the plan's own
+        # bits.
         stage = min(int(done / self.options.share * stages), stages)
         if stage != self.stage:
             self._set_stage(stage)

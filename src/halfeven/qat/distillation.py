@@ -161,6 +161,7 @@ class Distillation:
                 wanted = self.logits(expected)
                 _check_shape("logits", given, wanted)
                 soft = soft_label_loss(given, wanted, options.temperature)
+                # At weight 1 the task's loss is left out rather than multiplied by 0: 0 times infinity would be NaN.
                 total = soft if weight == 1 else (1 - weight) * task_loss + weight * soft
             if options.features:
                 total = total + options.feature_weight * self._feature_error()
@@ -177,6 +178,7 @@ class Distillation:
     def _feature_error(self) -> Tensor:
         student = self._student_features.take()
         teacher = self._teacher_features.take()
+        # Both were filled by the last forward passes: the student's before `loss`, the teacher's in `_teacher_outputs`.
         errors = []
         for name, given, wanted in zip(self.options.features, student, teacher, strict=True):
             _check_shape(f'feature "{name}"', given, wanted)
@@ -197,6 +199,7 @@ class Distillation:
 
 def _captured_as(qmodel: nn.Module, teacher: nn.Module) -> nn.Module:
     """Capture a float model as a quantized model was, so that both call the same layers under the same names."""
+    # The same options leave out the same modules and fold the same BatchNorms, so that names mean the same layers.
     options = plan_of(qmodel).options
     example = recorded_example(qmodel)
     if example is None:

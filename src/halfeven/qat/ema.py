@@ -98,6 +98,7 @@ class WeightEMA:
         self._raw = qmodel
         self.model = copy_model(qmodel).eval().requires_grad_(False)
         own = quantizers(self.model)
+        # The copy has the same names, by which each quantizer finds its counterpart.
         self._quantizers = [(quantizer, own[name]) for name, quantizer in quantizers(qmodel).items()]
         self._started = False
         # By owner and name: to move a model to a device, or to load into it, may replace its tensors.
@@ -170,6 +171,7 @@ class WeightEMA:
             ) from error
         for name, quantizer in quantizers(self.model).items():
             quantizer.scheme = dataclasses.replace(quantizer.scheme, bits=state["bits"][name])
+        # Without it the first update after the resumption would copy the weights and forget the average.
         self._started = state["started"]
 
 

@@ -137,6 +137,7 @@ class _Weight:
             chosen = (self.frequency > threshold) & ~self.frozen
             # Section 4.3: a frozen element stays on the integer nearest to its moving average.
             self.average = torch.where(chosen, torch.round(self.average), self.average)
+            # The jump to the frozen integer is ours: it must not count as a change in the next step.
             self.before = torch.where(chosen, self.average, self.before).to(torch.int8)
             self.frozen |= chosen
             self._restore_frozen()
@@ -152,6 +153,7 @@ class _Weight:
         axis = self.quantizer.scheme.axis
         weight = self.layer.weight
         rows, scale, _ = self._weight_on_grid()
+        # The rows are those of `_as_rows`: the channels first, which `movedim` puts back in their place below.
         shape = weight.shape if axis is None else weight.movedim(axis, 0).shape
         held = torch.where(self.frozen, self.average * scale, rows).reshape(shape)
         # Section 4.3 freezes the integer and not the weight: with a scale that still learns, the latent weight moves
@@ -226,6 +228,8 @@ class Oscillations:
 
     def _cosine_rise(self, done: float) -> float:
         """Return a number that rises from 0, at `options.start`, to 1, at the end of the run, by a cosine."""
+        # Sections 4.2 and 4.3 anneal both along a cosine: the weight of the dampening up, the threshold of the freezing
+        # down.
         return 0.5 * (1 - math.cos(math.pi * (done - self.options.start) / (1 - self.options.start)))
 
     @torch.no_grad()

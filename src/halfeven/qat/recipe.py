@@ -67,6 +67,7 @@ def decide(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) ->
     # The fewest bits decide, since they make the largest steps.
     weight_bits = min((q.scheme.bits for q in found if q.weight), default=8)
     bits = min((q.scheme.bits for q in found), default=8)
+    # Before the start of training, which depends on it: progressive bits leave no rounding to learn.
     progress = _decide_progress(options, bits)
     return QATRecipe(
         equalize=_decide_equalize(options, plan_of(qmodel).options),

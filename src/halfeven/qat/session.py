@@ -70,6 +70,7 @@ class QATSession(TrainerCallback):
         self.inputs = inputs or (lambda: loader)
         self.schedule_options = schedule_options
         until = frozen_after(qmodel, schedule_options)  # by the plan's bits: a bit schedule starts with more
+        # With a number for "auto", the schedule does not look at the bits that its first step finds.
         self._schedule = schedule(dataclasses.replace(schedule_options, freeze_batchnorm_after=until))
         self.distillation = _make_distillation(qmodel, float_model, recipe, options, logits)
         self.average = WeightEMA(qmodel, options.averaging) if recipe.average.enabled else None

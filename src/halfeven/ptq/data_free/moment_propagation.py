@@ -71,6 +71,7 @@ def propagated(
     found: dict[fx.Node, Distribution] = {}
     walk = _Propagation(found, alpha, inputs)
     for op in operations(region.graph):
+        # Nodes come in the order of execution, so the operands of each are known by now, or stay unknown.
         if op.is_float_tensor and (known := walk.distribution(op)) is not None:
             found[op.node] = known
     return found
@@ -118,6 +119,7 @@ class _Propagation:
             return self._after_normalization(op, module)
         if kind not in WEIGHTED or x is None:
             return None
+        # No BatchNorm tells the moments of this layer: they are estimated from its weights.
         mean, std = layer_moments(module, *input_moments(op.node, x))
         return gaussian(mean, std, self.alpha, channel_axis(op.node, op.node), False)
 
@@ -176,6 +178,8 @@ class _Propagation:
         if len(parts) < len(tensors):
             return None
         axis = op.argument("dim") % op.ndim
+        # Channels are appended where the parts are joined along their channels. Joined along another axis, they are
+        # mixed.
         if all(part.axis == axis for part in parts):
             return after_concatenation(parts, axis)
         return collapsed(after_concatenation([collapsed(part) for part in parts], None))

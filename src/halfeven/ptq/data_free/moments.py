@@ -100,13 +100,13 @@ def after_clip(x: Distribution, low: Bound, high: Bound) -> Distribution:
 def after_function(x: Distribution, function: Callable[[Tensor], Tensor]) -> Distribution:
     """Return the distribution after an elementwise function of [points, channels], by quadrature."""
     reach = QUADRATURE_DEVIATIONS
-    z = torch.linspace(-reach, reach, QUADRATURE_POINTS, dtype=torch.float64)[:, None]
+    z = torch.linspace(-reach, reach, QUADRATURE_POINTS, dtype=torch.float64)[:, None]  # [points, 1]
     # Divided by their sum, the weights are those of a distribution, so that constants are integrated exactly.
     weight = _normal_density(z) / _normal_density(z).sum()
-    y = function(x.mean + x.std * z)
+    y = function(x.mean + x.std * z)  # [points, channels]
     mean = (weight * y).sum(0)
     std = (weight * (y - mean) ** 2).sum(0).sqrt()
-    fraction = torch.linspace(0, 1, QUADRATURE_POINTS, dtype=torch.float64)[:, None]
+    fraction = torch.linspace(0, 1, QUADRATURE_POINTS, dtype=torch.float64)[:, None]  # [points, 1]
     # A function such as SiLU has its minimum inside of the range, so both ends are not enough.
     extent = function(x.low + (x.high - x.low) * fraction)
     return replace(x, mean=mean, std=std, low=extent.amin(0), high=extent.amax(0))
@@ -125,6 +125,7 @@ def after_sum(a: Distribution, b: Distribution, alpha: float) -> Distribution:
     std = torch.hypot(a.std, b.std)
     below = torch.maximum(alpha * std, torch.hypot(a.mean - a.low, b.mean - b.low))
     above = torch.maximum(alpha * std, torch.hypot(a.high - a.mean, b.high - b.mean))
+    # No sum leaves the interval between the sums of the ends.
     low = torch.maximum(mean - below, a.low + b.low)
     high = torch.minimum(mean + above, a.high + b.high)
     return Distribution(mean, std, low, high, _common_axis(a, b), a.measured and b.measured)
@@ -138,6 +139,7 @@ def multiplied(a: Distribution, b: Distribution) -> Distribution:
     a, b = aligned(a, b)
     # Var[a b] of independent factors
     variance = a.std**2 * b.std**2 + a.std**2 * b.mean**2 + b.std**2 * a.mean**2
+    # Of two intervals, the product has its extremes at the corners, whatever the signs.
     corners = torch.stack([a.low * b.low, a.low * b.high, a.high * b.low, a.high * b.high])
     return Distribution(
         a.mean * b.mean,

@@ -137,12 +137,15 @@ def absorb_biases(
     pairs = find_layer_pairs(layers)
     obstacles = {pair: _obstacle_to_absorption(pair, loader is None, across_padding) for pair in pairs}
     suitable = [pair for pair in pairs if obstacles[pair] is None]
+    # All constants are found before any moves. That is right for chains of pairs too: what a layer takes over makes up
+    # for what its input lost, and leaves its own outputs as they were.
     before = example_outputs(qmodel)
     if loader is None:
         constants = _constants_by_batchnorm(suitable, deviations)
     else:
         constants = _constants_by_data(qmodel, suitable, loader, batches)
     for pair, constant in constants.items():
+        # Where nothing moves, no layer gets a bias, which the plan would have to record.
         if constant.any():
             give_bias(qmodel, names[pair.producer])
             give_bias(qmodel, names[pair.consumer])
@@ -169,6 +172,7 @@ def _has_padding_between(pair: LayerPair) -> bool:
     """Return True where zeros come in between the layers: by the consumer's padding or an operator between them."""
     if any(Op(node).pads_zeros for node in pair.between):
         return True
+    # torch gives the padding of a convolution as numbers or as "valid" or "same".
     layer: Any = module_of(pair.consumer)
     if isinstance(layer, nn.Linear) or layer.padding == "valid":
         return False

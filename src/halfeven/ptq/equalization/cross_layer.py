@@ -71,6 +71,7 @@ def divide_outputs(layer: Any, factor: Tensor) -> None:
     weight = weight_by_channel(layer)
     factor = factor.to(weight)
     weight.div_(broadcast_along(factor, weight, 1))
+    # Bias, mean and standard deviation of an output have its unit, so they are divided with the weights.
     if layer.bias is not None:
         layer.bias.div_(factor)
     if (kept := kept_statistics(layer)) is not None:
@@ -204,6 +205,8 @@ def equalize(
     while not converged and sweeps < max_sweeps:
         converged = _equalize_chains_once([[scaled[layer] for layer in chain.layers] for chain in chains]) <= tolerance
         sweeps += 1
+    # All channels of these clips start with the common bounds, so the float function is still the same before the
+    # factors are applied.
     clips = _give_bounds_by_channel(qmodel, layers) if across_clips else {}
     with preserving_the_float_function(qmodel, "Equalization"):
         for scaled_layer in scaled.values():
@@ -250,6 +253,8 @@ def find_chains(layers: dict[str, fx.Node], *, across_clips: bool = False) -> li
     for node in linked:
         if node in consumers and is_depthwise(module_of(node)):
             continue  # inside a chain
+        # A depthwise layer has one factor for what it reads and writes, so that a chain goes on through it; any other
+        # layer ends one chain and may begin the next.
         chain = [node, linked[node].consumer]
         while chain[-1] in linked and is_depthwise(module_of(chain[-1])):
             chain.append(linked[chain[-1]].consumer)

@@ -34,7 +34,7 @@ def weight_by_channel(layer: Any, inputs: int | None = None, *, weight: Tensor |
     """
     weight = layer.weight if weight is None else weight
     if isinstance(layer, nn.Linear):
-        return _split_axis(weight, 1, inputs or layer.in_features)[None]
+        return _split_axis(weight, 1, inputs or layer.in_features)[None]  # [1, outputs, inputs, features]
     # A convolution's weight is [outputs, inputs / groups, ...] and a transposed convolution's is [inputs, outputs /
     # groups, ...]: axis 0 has the groups in both.
     grouped = _split_axis(weight, 0, layer.groups)
@@ -49,6 +49,8 @@ def _split_axis(weight: Tensor, axis: int, parts: int) -> Tensor:
 
 def output_ranges(weight: Tensor) -> Tensor:
     """Return the largest |weight| of each output channel, [outputs], of a weight by channel."""
+    # Groups are runs of consecutive channels, so that [groups, outputs of a group], flattened, are the channels in
+    # order.
     return weight.abs().amax(dim=(2, *range(3, weight.ndim))).flatten()
 
 
@@ -151,6 +153,7 @@ def find_layer_pairs(layers: Mapping[str, fx.Node], *, through_clips: bool = Fal
 
 def _pair_from(producer: fx.Node, layers: set[fx.Node], through_clips: bool) -> LayerPair | None:
     """Return the pair that starts with a layer; None if no layer alone reads its output channel by channel."""
+    # Invariant: `node` carries the producer's channels on `axis`, and all operators so far are in `between`.
     node = producer
     axis = channel_axis(producer, producer)
     between: list[fx.Node] = []

@@ -44,6 +44,8 @@ def inverse_soft_step(step: Tensor) -> Tensor:
 
 def regularizer_sharpness(progress: float) -> float:
     """Return beta after a fraction in [0, 1] of the regularizer's steps: from 20 to 2 along a cosine."""
+    # AdaRound, section 3.2: with a high beta the term is flat except next to 0 and 1, so that the error decides; a low
+    # beta then pulls what is left to 0 or 1.
     return LAST_SHARPNESS + 0.5 * (FIRST_SHARPNESS - LAST_SHARPNESS) * (1 + math.cos(math.pi * progress))
 
 
@@ -94,6 +96,7 @@ def _adam_step(
     if regularized:
         # d/dh (1 - |2h - 1|^beta) = -2 beta sign(2h - 1) |2h - 1|^(beta - 1)
         decided = 2 * step - 1
+        # At h = 1/2 the sign is 0, and with it the whole term: the clamp only keeps the logarithm finite.
         power = torch.exp((beta - 1) * torch.log(decided.abs().clamp(min=1e-12)))
         total = total - 2 * weight * beta * torch.sign(decided) * power
     total = total * slope
@@ -141,13 +144,15 @@ class Rounding:
         low = scheme.quant_min
         high = scheme.quant_max
         column = scale.detach().reshape(-1, 1).clone()
-        ratio = _as_rows(weight.detach(), scheme.axis) / column
+        ratio = _as_rows(weight.detach(), scheme.axis) / column  # [rows, elements]
         floor = torch.floor(ratio)
         # The fractional part. float32 rounds that of a tiny negative quotient to 1, where h has no slope.
         v = inverse_soft_step((ratio - floor).clamp(0.0, 1 - 1e-6))
         # Clamped to one below the grid, from where h(V) cannot bring a clipped weight back inside. Grids of weights are
         # narrow, so that low - 1 is at least -128 and fits in int8.
         floor = floor.clamp(low - 1, high).to(torch.int8)
+        # `soft` is a view of `rows`, in another shape: the fused step writes the rows, and the layer reads the new
+        # weight.
         rows = soft_weight(v, floor, column, low, high)
         soft = _from_rows(rows, weight.shape, scheme.axis).detach().requires_grad_()
         return Rounding(scheme, column, floor, v, torch.zeros_like(v), torch.zeros_like(v), rows, soft)
@@ -169,6 +174,7 @@ class Rounding:
         state = (self.v, self.first, self.second, self.rows, grad, self.floor, self.scale.detach(), numbers)
         with torch.no_grad():
             fused(_adam_step)(*state, (self.scheme.quant_min, self.scheme.quant_max), weight > 0)
+        # The leaf is in no optimizer, whose zero_grad would clear it, and gradients add up.
         self.soft.grad = None
 
     def set_scale_gradient(self) -> None:
@@ -183,6 +189,7 @@ class Rounding:
     @property
     def integers(self) -> Tensor:
         """The decided integers, in the weight's shape."""
+        # h(V) >= 1/2 is V >= 0, since 1.2 * sigmoid(0) - 0.1 = 1/2.
         hard = torch.clamp(self.floor + (self.v >= 0), self.scheme.quant_min, self.scheme.quant_max)
         return _from_rows(hard, self.soft.shape, self.scheme.axis)
 
@@ -200,5 +207,6 @@ def _as_rows(x: Tensor, axis: int | None) -> Tensor:
 def _from_rows(rows: Tensor, shape: torch.Size, axis: int | None) -> Tensor:
     if axis is None:
         return rows.reshape(shape)
+    # The shape that `_as_rows` has flattened: the channels first, then the other axes in their order.
     moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
     return rows.reshape(moved).movedim(0, axis)

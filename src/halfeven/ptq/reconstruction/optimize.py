@@ -56,15 +56,19 @@ def optimize_block(
         options: number of steps, rates, regularization; a rate of 0 leaves scales or biases as they are.
         seed: seed of the order of batches and of dropped activations.
     """
+    # The error is measured with the block as it came: weights rounded to nearest, scales as calibrated.
     powers = _output_powers(block, floats)
     before = relative_error(block, floats, quantized, powers)
     parameters = _Parameters(block, options)
+    # Taken now, because the descent changes scales and biases in place.
     restore_nearest = parameters.rounded_to_nearest()
     if before > 0 and (parameters.roundings or parameters.groups):
         # The loss is 1 at the start, so that one weight of the regularizer suits blocks of any error.
         loss_powers = {node: power * before for node, power in powers.items()}
         _minimize_error(block, floats, quantized, options, parameters, loss_powers, seed)
     undecided = max((rounding.undecided for rounding in parameters.roundings.values()), default=0.0)
+    # Where nothing was learned, this rounds to nearest as well: V starts at the fractional part of W / s, and
+    # `Rounding.integers` rounds up from 1/2 on.
     parameters.fix()
     after = relative_error(block, floats, quantized, powers)
     # The loss is that of soft weights on single batches; rounded weights on all batches may come out worse.
@@ -121,6 +125,7 @@ class _Parameters:
             layer: Rounding.of(layer.weight, quantizer.used_scale(layer.weight), quantizer.scheme)
             for layer, quantizer in self.quantizers.items()
         }
+        # A group of Adam's for each tensor, because each has a learning rate of its own.
         self.groups: list[dict[str, Any]] = []
         self.scales: dict[Quantizer, Tensor] = {}
         if options.scale_rate:
@@ -249,6 +254,8 @@ def _minimize_error(
         for step, batch in enumerate(_shuffled_batches(len(quantized.batches), steps, generator)):
             in_float = floats.inputs(block, batch) if options.drop else {}
             stored = (quantized.inputs(block, batch), in_float, floats.outputs(block, batch))
+            # Inputs and target are cut alike: the same samples of the quantized inputs, the float inputs and the float
+            # outputs.
             values, in_float, expected = cut_samples(stored, samples, generator)
             if options.drop:
                 # QDrop: each element of the block's input comes from the quantized or the float model at random, so
@@ -293,6 +300,8 @@ class _QDrop:
 
     def call(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         """Run a module of the block; an activation quantizer gets its learned scale, and drops at random."""
+        # `run` calls the modules of the graph alone. The quantizer of a weight is called inside of its layer, where
+        # `_SoftWeight` stands in for it.
         if module in self.roundings and has_few_positions(module, args[0]):
             return conv_as_matmul(module, args[0], self.roundings[module].soft)
         if not isinstance(module, Quantizer):
@@ -313,6 +322,7 @@ class _QDrop:
 
     def _random_mask(self, x: Tensor) -> Tensor:
         count = x.numel()
+        # At least twice the tensor, so that a mask can be cut at as many places as the tensor has elements.
         if 2 * count > len(self.decisions):
             drawn = torch.rand(max(MIN_RANDOM_DECISIONS, 4 * count), generator=self.generator)
             self.decisions = (drawn < self.probability).to(x.device)

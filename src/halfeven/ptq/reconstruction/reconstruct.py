@@ -153,6 +153,7 @@ def _reconstruct(
     count = sum(len(blocks) for _, blocks in found)
     with evaluating(qmodel), _parameters_without_gradients(qmodel), _progress_bar(count) as advance:
         inputs = store_inputs(qmodel, loader, options.batch_size, cache, batches)
+        # Opened before the first block changes: the hash of the weights and ranges tells runs apart.
         finished = BlockStore.open(resume_dir, qmodel, inputs, options, granularity)
         for prefix, blocks in found:
             for report in _reconstruct_region(qmodel, prefix, blocks, inputs, cache, options, finished):
@@ -173,6 +174,8 @@ def _reconstruct_region(
     finished: BlockStore,
 ) -> Iterator[BlockReport]:
     """Reconstruct the blocks of a region in order, each on the outputs of the finished blocks before it."""
+    # Two streams through the same blocks: each block is the float model's while `floats` advances, and is final when
+    # `quantized` does.
     floats, quantized = activation_caches(qmodel, prefix, inputs, cache)
     for index, block in enumerate(blocks):
         begin = time.perf_counter()
@@ -186,10 +189,12 @@ def _reconstruct_region(
             result = BlockResult(0, 0, 0)
             # A region without a quantized weight is a single block without layers: its activations only pass on.
             if block.layers:
+                # A seed for each block: a resumed run draws for its first block what an uninterrupted run draws there.
                 result = optimize_block(block, floats, quantized, options, options.seed + index)
             finished.save(name, block, result)
         # A restored block is run as well, so that a resumed run gives the next block the same activations.
         quantized.advance(block)
+        # Only what later blocks read stays, so that memory is bounded by one place of the graph.
         for cached in (floats, quantized):
             cached.release(blocks[: index + 1])
         yield BlockReport(

@@ -118,6 +118,7 @@ def _identifying_facts(
     return {
         "granularity": granularity,
         "options": dataclasses.asdict(kept),
+        # Ranges are buffers in the state dict, so that another calibration is another run.
         "plan": _sha256_of([json.dumps(plan_of(qmodel).to_dict(), sort_keys=True).encode()]),
         "model": _sha256_of(_tensor_bytes(tensor) for tensor in qmodel.state_dict().values()),
         "inputs": _sha256_of(_tensor_bytes(tensor) for stored in inputs for tensor in _tensor_leaves(stored.load())),
