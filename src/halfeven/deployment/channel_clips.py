@@ -49,6 +49,7 @@ def _write_clip(
         # First the whole tensor, to the widest bounds of any channel: such a clip is fused into the layer's kernel.
         clipped = region.graph.call_function(aten.clamp.default, (source, *map(_clamp_bound, ends)))
     clipped.meta = dict(node.meta)
+    # Then what the channels' own bounds clip further, behind the quantizer where there is one.
     low, high = clip.low.detach(), clip.high.detach()
     if quantizer is not None:
         twin = twin_of(quantizer, f"{prefix}{path}", exported)

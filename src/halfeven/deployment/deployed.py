@@ -97,6 +97,9 @@ def deployed_form(qmodel: nn.Module) -> nn.Module:
     for region in regions(model).values():
         remove_loss(region)
         region.execution_graph = None  # exporters trace what runs, and shall see the graph as it is
+        # In this order: BatchNorms that are folded live are part of the weights first; identities and constants give
+        # way, so that the arithmetic behind a layer is seen as such; layers become modules, whose epilogues are then
+        # taken in.
         settle_live(region)
         _remove_identities(region)
         # A weight's quantizer stays: the layer that reads it is quantized.
@@ -110,6 +113,7 @@ def deployed_form(qmodel: nn.Module) -> nn.Module:
                 _deploy_weight(region, calls)
         region.recompile()
     for quantizer in quantizers(model).values():
+        # A weight that is computed, and observed, has its range from `forward` alone: there is nothing to fix.
         if not (quantizer.weight and quantizer.state.observing):
             quantizer.fix()
     return model
@@ -130,10 +134,12 @@ def _remove_identities(region: CapturedModule) -> None:
 
 def _deploy_weight(region: CapturedModule, calls: list[fx.Node]) -> None:
     """Put a layer's weight on its grid, and take in the BatchNorms and the arithmetic that follow each call of it."""
+    # The weight and the scale are those of all calls; so are the epilogues, after `split_by_epilogue`.
     node = calls[0]
     layer: Any = module_of(node)
     quantizer: Quantizer = layer.weight_quantizer
     scale = quantizer.used_scale(layer.weight)
+    # The integers that were trained. From here on only their scale changes, and their sign where gamma is negative.
     integers = quantize(layer.weight, scale, torch.zeros_like(scale), quantizer.scheme)
     scheme = quantizer.scheme
     # White paper, section 4.2 (c): a factor of each output channel multiplies the scales and leaves the integers.
@@ -188,6 +194,7 @@ def _make_layer_module(region: CapturedModule, node: fx.Node, quantizer: Quantiz
     holder = nn.Module()
     place(region, path, holder)
     with region.graph.inserting_before(node):
+        # Parameters under the names of a module's, by which `build_module` knows a layer, as it does in capture.
         for name, part in parts.items():
             holder.register_parameter(name, nn.Parameter(Op(part).constant.detach(), requires_grad=False))
             node.update_arg(("input", "weight", "bias").index(name), region.graph.get_attr(f"{path}.{name}"))
@@ -225,6 +232,7 @@ def _scale_integers(scale: Tensor, integers: Tensor, factor: Tensor, axis: int) 
     """
     shape = [1] * integers.ndim
     shape[axis] = -1
+    # A scale is positive: the sign of the factor goes to the integers, whose narrow grid has the negative of each.
     folded = recoverable((scale.double() * factor.abs()).float())
     dead = folded < torch.finfo(torch.float32).tiny
     # A channel that gamma = 0 silences has no integers left; any positive scale represents it.

@@ -89,12 +89,14 @@ def folded_epilogue(nodes: list[fx.Node], layer: fx.Node, bias: Tensor | None) -
 def _arithmetic_behind(node: fx.Node, layer: fx.Node) -> fx.Node | None:
     """Return the only reader of a node if it multiplies by constants of each channel, or adds them; else None."""
     reader = Op(node).only_reader
+    # Keyword arguments are `alpha` of an addition, a factor on its second operand.
     if reader is None or reader.function not in (*MULTIPLICATIONS, *ADDITIONS) or reader.node.kwargs:
         return None
     values = _constant_of(reader.node, node)
     if values is None:
         return None
     ndim = Op(layer).ndim
+    # As torch broadcasts: missing axes stand first. Only the axis of the channels may have another size than 1.
     wide = (1,) * (ndim - values.ndim) + tuple(values.shape)
     axis = channel_axis(layer, layer)
     fits = len(wide) == ndim and all(size == 1 for place, size in enumerate(wide) if place != axis)

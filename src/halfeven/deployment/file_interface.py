@@ -121,6 +121,7 @@ def input_values(program: torch.export.ExportedProgram) -> list[Tensor]:
 def _keyword_order(program: torch.export.ExportedProgram) -> list[str]:
     form = program.call_spec.in_spec
     assert form is not None
+    # The form is that of (positional, keyword) arguments: the second part has the names in the program's order.
     places = pytree.tree_unflatten(list(range(form.num_leaves)), form)
     return list(places[1])
 

@@ -19,6 +19,8 @@ PER_TENSOR = -1
 """`axis` of an operator with one scale."""
 
 
+# Operators of halfeven's own: torch.export and the converters leave them whole, and each writer has a translation for
+# them. The fake form of each, which the tracer calls, gives the shape of the result alone.
 @torch.library.custom_op("halfeven::fake_quantize", mutates_args=())
 def fake_quantize_operator(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int, number: int
@@ -147,6 +149,7 @@ def with_exported_quantizers(
     """Exchange all quantizers of a deployed model, in place; return them in the order of their numbers."""
     exported: list[ExportedQuantizer] = []
     for path, module in list(model.named_modules()):
+        # Numbers count from 0 without a gap, so that a number is also the quantizer's place in the list.
         for attribute, child in list(module.named_children()):
             if isinstance(child, Quantizer):
                 name = f"{path}.{attribute}" if path else attribute

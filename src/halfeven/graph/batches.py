@@ -200,6 +200,7 @@ def _inputs_of_mapping(batch: Mapping[str, Any], form: InputForm, number: int) -
             f"has no {' and no '.join(missing)} (its keys: {', '.join(map(str, batch)) or 'none'})",
             f"Give a dict with {form.expected}, or prepare the model with an example like the batch.",
         )
+    # An input without tensors, such as a switch, may be missing: it is then that of the example.
     values = {name: batch.get(name, like) for name, like in examples.items()}
     return tuple(values[name] for name in form.names), {name: values[name] for name in form.kwargs}
 

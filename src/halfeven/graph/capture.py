@@ -115,6 +115,7 @@ def _capture_loss(
     captured: CapturedModule, model: nn.Module, inputs: Inputs, labels: tuple[str, ...], shapes: DynamicShapes
 ) -> None:
     """Add the loss to a captured model, from captures of the model with labels and without."""
+    # Both graphs are traced on the same inputs, but for the labels, so that their common operators can be told.
     plain, _ = without_labels(model, inputs)
     own_shapes = {name: axes for name, axes in shapes.items() if name not in labels}
     free = free_axes(model, *inputs, shapes)

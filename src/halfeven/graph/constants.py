@@ -24,6 +24,7 @@ def fold_constants(region: CapturedModule, stays: Callable[[nn.Module], bool]) -
         stays: returns True for a module that is kept although its inputs are constant.
     """
     values: dict[fx.Node, Any] = {}
+    # Forwards: what depends on constants alone is computed, operands before their readers.
     for node in region.graph.nodes:
         if Op(node).is_constant:
             values[node] = Op(node).constant

@@ -144,6 +144,7 @@ class _Listener(logging.Handler):
         # The arguments are a symbol and what replaces it: a number where it becomes a constant.
         frames = traceback.extract_stack()
         start = max((i for i, frame in enumerate(frames) if "/torch/export/" in frame.filename), default=0)
+        # The model's own line is the innermost behind torch.export that is neither torch's nor halfeven's.
         own = [frame for frame in frames[start:] if not any(part in frame.filename for part in NOT_THE_MODEL)]
         if str(arguments[1]).isdigit() and own:
             self.lines.append(f"{own[-1].filename}:{own[-1].lineno}: `{(own[-1].line or '').strip()}`")

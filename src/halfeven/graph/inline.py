@@ -122,6 +122,8 @@ def inline_grad_blocks(module: fx.GraphModule) -> None:
     for node in list(graph.nodes):
         if node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
             continue
+        # The operator takes the mode, the block's graph and its operands, and returns a tuple, which `getitem` takes
+        # apart.
         enabled, block, *operands = node.args
         inner = module.get_submodule(block.target)
         assert isinstance(inner, fx.GraphModule)

@@ -139,6 +139,7 @@ def _replace_by_call(graph: fx.Graph, call: _Call, marks: list[fx.Node]) -> None
         called = graph.create_node("call_module", call.name, tuple(args), dict(kwargs))
         called.meta = {"nn_module_stack": first.meta.get("nn_module_stack")}
         paths = _result_paths(call.results)
+        # The module returns a single tensor: the call itself is the result, with what was recorded of it.
         if paths == [()]:
             called.meta = dict(first.meta)
         for mark in marks:

@@ -34,6 +34,7 @@ def without_labels(model: nn.Module, inputs: Inputs) -> tuple[Inputs, tuple[str,
     except TypeError:  # the model's own call says what is wrong
         return inputs, ()
     labels = [name for name in given if is_label(signature.parameters[name])]
+    # A label leaves a gap among the positional arguments, so those behind it become keyword arguments.
     names = list(given)[: len(args)]
     first = next((i for i, name in enumerate(names) if name in labels), len(args))
     moved = {name: value for name, value in zip(names[first:], args[first:], strict=False) if name not in labels}
@@ -232,6 +233,7 @@ class _Copier:
 
     def _input_node(self, source: Source) -> fx.Node:
         if source not in self.sources:
+            # Inputs of a graph come before all other nodes, and in the order of `sources`.
             before = next(iter(self.graph.nodes), None) if not self.sources else list(self.sources.values())[-1].next
             with self.graph.inserting_before(before):
                 self.sources[source] = self.graph.placeholder(f"value_{len(self.sources)}")

@@ -80,9 +80,11 @@ def inner_free_axes(
         free: the free axes of the model's inputs.
     """
     found = {name: batch_axes(calls[0]) for name, calls in recorded.items()}
+    # A size that differs between two calls of the example is free without a further run.
     for name, (first, *later) in recorded.items():
         for call in later:
             _free_changed_axes(found[name], first, call, BATCH)
+    # Further sizes change with those of the model's inputs, which runs at other sizes show.
     for other in other_sizes(inputs, free):
         try:
             seen = record(*other.inputs)

@@ -83,6 +83,7 @@ class Part(nn.Module):
         return f"{self.halfeven_original.kind.__name__}, in the graph"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Part":
+        # Without this method `copy.deepcopy` would call `__reduce_ex__`, which leaves out what a pickle cannot hold.
         result = type(self).__new__(type(self))
         memo[id(self)] = result
         vars(result).update(copy.deepcopy(vars(self), memo))
@@ -135,6 +136,7 @@ def arrange(root: nn.Module, original: nn.Module) -> None:
         name = path.rpartition(".")[2]
         if owner is None or not name:
             continue
+        # Taken out and put in again, one after the other, so that the children have the float model's order.
         children = own_modules(owner)
         child = children.pop(name, None)
         if child is None and not (owner is root or isinstance(owner, Part)):

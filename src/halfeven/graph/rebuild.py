@@ -134,6 +134,7 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule, calls: Calls) -> Cap
         calls: the traced calls of the modules that are kept in Python.
     """
     graph = unlifted.graph
+    # First what needs the graph as torch.export made it: the names of parameters, and the marks of kept modules.
     name_readers(graph, original)
     rows = restore_kept(graph, original, calls)
     modules: dict[str, nn.Module] = {name: original.get_submodule(name) for name in rows}

@@ -275,6 +275,7 @@ def convolution_of(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tens
 
 def in_backward_pass() -> bool:
     """Return True while a backward pass runs: a module that is called then is computed again, to save memory."""
+    # -1 is the number of no task: no backward pass runs.
     return torch._C._current_graph_task_id() != -1
 
 

@@ -135,6 +135,7 @@ def activation_caches(
     """
     region: Any = qmodel.get_submodule(prefix)
     device = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
+    # Before its first layer, a whole model has the same arguments in both forms: they are stored once.
     of_float: Sequence[Stored] = inputs
     of_quantized: Sequence[Stored] = inputs
     if prefix:  # inside the model: the region's arguments depend on the form of the modules before it
@@ -186,6 +187,7 @@ def check_float_weights(qmodel: nn.Module, algorithm: str) -> None:
 def block_in_float(block: Block) -> Iterator[None]:
     """Switch the quantizers of a block off; restore their modes at the end."""
     modules = [op.module for op in map(Op, block.nodes) if op.module is not None]
+    # Quantizers of activations are nodes of the block themselves; those of weights are inside of its layers.
     found = [q for module in modules for q in module.modules() if isinstance(q, Quantizer)]
     modes = [q.mode for q in found]
     for quantizer in found:

@@ -107,6 +107,7 @@ def inputs_in(model: nn.Module, batch: Any) -> Inputs:
         return (), _accepted_arguments(batch, parameters)
     if not is_sequence(batch):
         return (batch,), {}
+    # (inputs, label): the inputs are a dict, a dataclass or a sequence of their own.
     if batch and isinstance(by_name(batch[0], required), Mapping):
         return inputs_in(model, batch[0])
     if batch and is_sequence(batch[0]):
@@ -117,6 +118,7 @@ def inputs_in(model: nn.Module, batch: Any) -> Inputs:
 def _accepted_arguments(batch: Mapping[str, Any], parameters: Iterable[inspect.Parameter]) -> dict[str, Any]:
     known = {p.name: p for p in parameters if p.kind is not p.VAR_KEYWORD}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    # A forward that takes any keyword would take labels for inputs, too, unless it names them.
     labels = {name for name, p in known.items() if is_label(p)} | ({"label", "labels"} - known.keys())
     return {name: value for name, value in batch.items() if name not in labels and (takes_any or name in known)}
 
@@ -131,6 +133,8 @@ def _leading_inputs(model: nn.Module, batch: Sequence[Any], parameters: Iterable
             break
         possible += 1
     counts = range(min(required, len(batch)), min(possible, len(batch)) + 1)
+    # A single possibility needs no run. Of several, the model itself tells which it takes; where it takes more than
+    # one, the batch does not say what it means.
     runs = [count for count in counts if len(counts) == 1 or _runs_with(model, batch[:count])]
     if len(runs) > 1:
         names = [p.name for p in positional[: runs[-1]]]

@@ -116,6 +116,7 @@ def _possible_cuts(nodes: Sequence[fx.Node]) -> list[int]:
     # A tensor that the graph's output reads is live to the end: the output is none of `nodes`.
     last_read = {n: max((index_of.get(user, len(nodes)) for user in n.users), default=-1) for n in computed}
     cuts = []
+    # An input that is added to a layer's result is live from the start.
     live = {node for node in computed if Op(node).is_input}
     for index, node in enumerate(nodes):
         live = {tensor for tensor in live if last_read[tensor] >= index}
@@ -135,6 +136,8 @@ def _behind_layers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
         if is_quantized_layer(node) or any(read in found for read in inputs):
             found.add(node)
             if _joins_branches(node):
+                # A skip connection that starts before the first layer, at an embedding for example, is live beside its
+                # branch. Masks and tables have other shapes: they broadcast.
                 found.update(read for read in inputs if _recorded_shape(read) == _recorded_shape(node))
     return found
 
@@ -157,6 +160,8 @@ def _joined_chains(nodes: Sequence[fx.Node], starts: Sequence[int]) -> list[int]
 def _is_one_chain(nodes: Sequence[fx.Node], all_layers: Sequence[fx.Node]) -> bool:
     if any(_joins_branches(node) for node in nodes):
         return False
+    # The smallest module around the chain decides: if it has many layers, it is a stage or the whole network, and no
+    # unit.
     shared = _shared_path([node for node in nodes if is_quantized_layer(node)])
     within = [layer for layer in all_layers if Op(layer).path.startswith(f"{shared}.")]
     return bool(shared) and len(within) <= MAX_CHAIN_LAYERS

@@ -58,6 +58,8 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
     try:
         with evaluating(inside), progress("Calibrating", count_of(loader, batches)) as advance:
             given = advancing(read_inputs(inside, loader, batches), advance)
+            # An iterator gives its first batch once: it is kept for the comparison of both modes, and calibrates
+            # afterwards.
             first = list(islice(given, 1))
             clipped = _clipped_in_training(inside, found, first, norms) if norms and first else {}
             _set_ranges(inside, found, chain(first, given), norms if clipped else [])
@@ -99,6 +101,7 @@ def _clipped_in_training(
     """
     if min((len(x) for x in tensors_of(first[0]) if x.ndim), default=0) < 2:
         return {}
+    # Ranges of this batch alone, for the comparison; `calibrate` then sets them anew from all batches.
     _set_ranges(qmodel, found, first, [])
     with normalizing_by_batch(norms), counting_clipped(qmodel) as counts:
         _run_batches(qmodel, first)

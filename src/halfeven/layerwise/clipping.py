@@ -122,6 +122,7 @@ class ClippingWatch:
     def before_step(self) -> None:
         """Start to count, where it is due."""
         if self.due and self._context is None:
+            # Entered by hand, since a step of training lies between two calls of this object.
             self._context = counting_clipped(self.qmodel)
             self._counts = self._context.__enter__()
 

@@ -55,6 +55,7 @@ def insert_rescaling(region: CapturedModule, node: fx.Node, name: str) -> None:
     affine = ChannelAffine(norm.normalized_shape[-1]).to(norm.weight)
     path = f"rescaling.{name.replace('.', '_').replace(':', '_')}"
     place(region, path, affine.train(region.training))
+    # Looked for before the new node is inserted, which reads the tensor too.
     additions = [reader for reader in readers(node) if kind_of(reader) is OperatorKind.ADD]
     with region.graph.inserting_after(node):
         rescaled = region.graph.call_module(path, (node,))

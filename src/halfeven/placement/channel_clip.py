@@ -82,6 +82,8 @@ def _axis_of_channels(node: fx.Node) -> int | None:
         return channel_axis(node, node)
     if not op.inputs:
         return None
+    # Up to the layer by recursion, and from there down again: each operator maps the axis before it to the axis behind
+    # it.
     axis = _axis_of_channels(op.inputs[0].node)
     if axis is None or op.bounds is not None or channel_clip_at(node) is not None or _passes_whole(node):
         return axis

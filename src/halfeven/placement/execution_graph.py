@@ -64,6 +64,7 @@ def _follow_mode(cells: fx.Node, region: CapturedModule) -> None:
     path = Op(cells).path
     if any(path == frozen or path.startswith(f"{frozen}.") for frozen in region.stays_in_eval):
         return
+    # The schema of recurrent operators has the mode as the argument "train", which capture has recorded as False.
     place = [parameter.name for parameter in parameters_of(cells.target)].index("train")
     with cells.graph.inserting_before(cells):
         mode = cells.graph.create_node("get_attr", "training")
@@ -86,6 +87,8 @@ def _sink_below_pools(quantizer: fx.Node) -> None:
         if Op(source).bounds is not None and _only_reader(source) is quantizer:
             moved = [source, quantizer]
         before = moved[0].all_input_nodes[0]
+        # The quantizer gets the pool's readers, the pool reads what stood before both, and the quantizer, or its clip,
+        # reads the pool.
         pool.replace_all_uses_with(quantizer)
         pool.replace_input_with(quantizer, before)
         moved[0].replace_input_with(before, pool)

@@ -59,6 +59,7 @@ class _LiveFolded:
 
     def _correction(self: Any, variance: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Return running / batch standard deviation and the mask of channels with a usable factor, each [channels]."""
+        # Where gamma is almost 0, z is almost 0 whatever x is: its statistics say nothing about those of x.
         used = factor.detach().abs() > SMALLEST_FACTOR
         # z = factor * x, so Var[x] = Var[z] / factor^2; running / batch sigma, each with eps, as BatchNorm has it.
         before = variance / torch.where(used, factor, 1.0).square()
@@ -70,7 +71,10 @@ class _LiveFolded:
     ) -> None:
         """Update the running statistics, which describe the layer's outputs without the factor, with its bias."""
         self.num_batches_tracked += 1
+        # As in `nn.BatchNorm2d`: without momentum, the plain mean over all batches.
         momentum = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
+        # The mean of x is that of z over the factor, plus the layer's bias, which z lacks; a bias does not change the
+        # variance.
         safe = torch.where(used, factor, 1.0)
         mean = mean / safe if bias is None else mean / safe + bias
         unbiased = variance / safe.square() * (count / max(count - 1, 1))  # as BatchNorm keeps the variance

@@ -120,6 +120,7 @@ def _replace_by_relu(name: str, node: fx.Node) -> None:
             f"{name} is a {Op(node).name}, not a ReLU with an upper bound, so it cannot become a ReLU. Name ReLU6 "
             "operators and clamps from 0 only."
         )
+    # The change was made before.
     if bounds[1] == float("inf"):
         return
     # A checkpoint names this tensor as it was called before the change.

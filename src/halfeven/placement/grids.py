@@ -40,6 +40,8 @@ def activation_scheme(
     no_zero_point = any(region.requests[node].grid is GridRequirement.NO_ZERO_POINT for node in places)
     usual = _usual_grid(target, non_negative=non_negative, no_zero_point=no_zero_point)
     symmetric = rules.chosen("symmetric", fused, usual.symmetric)
+    # The usual sign belongs to the usual zero point. Where a rule changes the zero point, the values decide on the
+    # sign.
     if symmetric == usual.symmetric:
         signed = rules.chosen("signed", fused, usual.signed)
     else:  # an unsigned grid without a zero point has no negative numbers
@@ -65,6 +67,8 @@ def _usual_grid(target: Target, *, non_negative: bool, no_zero_point: bool) -> S
     if non_negative:
         # White paper, section 2.2: an unsigned symmetric grid suits one-tailed values, such as those after a ReLU.
         return Scheme(signed=False, symmetric=True)
+    # Values of both signs: unsigned with a zero point, so that the grid is exactly the range, unless a reader takes no
+    # zero point.
     return Scheme(signed=no_zero_point, symmetric=no_zero_point)
 
 

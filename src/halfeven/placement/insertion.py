@@ -48,8 +48,10 @@ def insert(model: nn.Module, plan: Plan, target: Target) -> nn.Module:
     new = [insert_weight(*found[weight.name], weight, plan.options) for weight in plan.weights]
     for tensor in plan.tensors:
         new.append(insert_tensor([found[name] for name in tensor.places], tensor, plan.options))
+    # The graph that runs, and the links from layers to quantizers, need all quantizers in their places.
     settle_regions(model, plan, target)
     for region in regions(model).values():
+        # After live BatchNorms are linked to their layers, since their parameters count among a weight's.
         freeze_scales(region, new)
     return model
 

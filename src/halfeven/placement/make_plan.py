@@ -74,6 +74,7 @@ def make_plan(
         _check_weights_alone(target, options, weight_bits)
     else:
         _check_bits(target, options, weight_bits, activation_bits)
+    # The kinds of layers whose weights are integers: with activations in float, those with a kernel that unpacks them.
     kinds = frozenset(target.stored_weights if activation_bits == BITS_NAMED_FOR_FLOAT else target.inputs)
     tensors: list[PlannedTensor] = []
     weights: list[PlannedWeight] = []
@@ -193,6 +194,7 @@ def _planned_tensors(
     for node in region.graph.nodes:
         if node not in region.requests or node in done:
             continue
+        # Tensors that are concatenated have a single quantizer, and so a single entry.
         group = _sharing_scale_with(region, node)
         done |= group
         # In the order of the graph: a set has none, and the first place gives the quantizer its name.
@@ -285,6 +287,7 @@ def _planned_weights(
         power_of_two = rules.chosen("power_of_two", own, False)
         if power_of_two:
             check_power_of_two(region.names[node], kinds_behind(node), options)
+        # PACT learns the range of an activation. Weights learn their scales beside it, as in LSQ.
         ranges = rules.chosen("ranges", own, ranges_in_training(options, asked))
         yield PlannedWeight(
             name=region.names[node],
@@ -313,6 +316,7 @@ def _left_in_float(
     """Yield the operators that could compute in integers, or have integer results, and do not, with their reasons."""
     for node in region.graph.nodes:
         kind = kind_of(node)
+        # Layers that the target cannot run in integers, whatever the rules say.
         if kind in WEIGHTED and kind not in kinds:
             lacks = "has no integer kernel for it" if kinds == set(target.inputs) else "reads no integer weights here"
             yield LeftInFloat(name=region.names[node], operator=Op(node).name, reason=f"{target.name} {lacks}")
@@ -326,6 +330,7 @@ def _left_in_float(
             continue  # nothing is computed, or the same for every sample
         if Op(node).takes_result or not (Op(node).yields_floats or Op(node).is_kept):
             continue
+        # What could run in integers, and by a rule or by its readers does not.
         if (reason := _reason_for_float(region, node, rules)) is not None:
             yield LeftInFloat(name=region.names[node], operator=Op(node).name, reason=reason)
 

@@ -96,6 +96,7 @@ class Plan:
     @checked_arguments(PlacementError)
     def from_dict(values: dict[str, Any]) -> "Plan":
         """Return the plan that `to_dict` wrote; lists may stand for tuples, as after a round trip through JSON."""
+        # What earlier versions did not write has a default below.
         options = dict(values["options"])
         options["rules"] = tuple(Rule(**rule) for rule in options["rules"])
         options["leave_out"] = tuple(options["leave_out"])

@@ -52,6 +52,8 @@ def run_quantized(layer: Any, x: Tensor) -> Tensor:
     scale_x = quantizer.used_scale(x)
     scale_w = layer.weight_quantizer.used_scale(real_weight)
     headroom = FP16_HEADROOM if _compute_dtype(x) is torch.float16 else 1.0
+    # Both tensors lie on their grids, so the quotients are integers but for float32's rounding, which the conversion to
+    # a narrower type takes away.
     integer_weight = weight / per_channel(scale_w, layer.weight_quantizer.scheme.axis, weight.ndim) * headroom
     axis = -1 if isinstance(layer, nn.Linear) else 1
     dtype = _compute_dtype(x)

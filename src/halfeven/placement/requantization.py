@@ -61,6 +61,8 @@ def apply_plan(qmodel: nn.Module, after: Plan, target: Target) -> tuple[str, ...
     Returns:
         Names of the new quantizers without a range.
     """
+    # Entries of both plans are compared by what they quantize: the name of a layer, or the places that share a
+    # quantizer.
     before = plan_of(qmodel)
     change = _Change(named_nodes(qmodel), after.options)
     weights = _replace_quantizers(

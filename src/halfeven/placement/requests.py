@@ -103,6 +103,7 @@ def _integer_operands(region: Region, node: fx.Node, target: Target) -> list[fx.
         return _elementwise_operands(node, target, region)
     if wanted_grid(target, node) is None or multiplies_in_float(node, region.computed):
         return []
+    # Both factors of a product are activations. Of a layer, the first argument alone is: weight and bias follow it.
     operands = node.all_input_nodes if kind is K.MATMUL else node.args[:1]
     return [operand for operand in operands if isinstance(operand, fx.Node)]
 
@@ -124,6 +125,7 @@ def _add_request(region: Region, operand: fx.Node, grid: GridRequirement, reader
     makers = [node for node in sources(operand) if Op(node).is_float_tensor and kind_of(node) is not K.CONSTANT]
     for maker in makers:
         request = region.requests.setdefault(maker, QuantizationRequest())
+        # Several makers are the operands of a concatenation, which has a single scale.
         request.tied_to.update(makers)
         if (name := region.names.get(reader, OUTPUT)) not in request.consumers:
             request.consumers.append(name)

@@ -68,6 +68,8 @@ class RuleBook:
 
     def _values_given(self, part: str, operators: Mapping[str, OperatorKind]) -> Iterator[Any]:
         for index, rule in enumerate(self.rules):
+            # `matched` is for the message of `check_all_used` alone: a rule may hold for an operator that lacks the
+            # part which its fields set.
             names = [name for name, kind in operators.items() if _rule_holds(rule, name, kind)]
             if names:
                 self.matched.setdefault(index, names[0])

@@ -91,6 +91,8 @@ def on_grid(zero_point: Tensor, quant_min: int, quant_max: int, even: bool) -> T
     """
     if not even:
         return torch.clamp(torch.round(zero_point), quant_min, quant_max)
+    # The ends must be even as well: quant_max is odd on every grid, quant_min on narrow grids alone, which have no zero
+    # point.
     return torch.clamp(2 * torch.round(zero_point / 2), quant_min, quant_max - quant_max % 2)
 
 

@@ -84,6 +84,8 @@ def fake_quantize(
     settings = _Kernel(*pair, axis, domain, clip, rounding_gradient, scheme.power_of_two)
     # An unsigned symmetric grid starts at 0: it is the lower bound of a ReLU already.
     ends_at_zero = scheme.symmetric and not scheme.signed and clip[0] == 0
+    # The backward pass keeps the bound: a negative number that rounds to 0 lies inside of the grid, and the ReLU passes
+    # it no gradient.
     forward = settings._replace(clip=(-math.inf, clip[1])) if ends_at_zero else settings
     result = _FakeQuantize.apply(x, scale, zero_point, scheme.axis, forward, settings, gradient_factor, precomputed)
     assert isinstance(result, Tensor)
@@ -215,11 +217,14 @@ class _FakeQuantize(torch.autograd.Function):
         # elements.
         grad = _view_as_rows(_laid_out_like(gradients[0], x), ctx.axis)[0]
         _, for_scale, for_zero_point, *_ = ctx.needs_input_grad
+        # The smallest kernel that yields what is needed: an observed range needs no sums.
         compute = _backward_all if for_zero_point else _backward_scale if for_scale else _backward_input
         passed, *sums = fused(compute)(grad, rows, scale, zero_point, ctx.settings)
         # LSQ, section 2.2: the gradient scale g. Outside of the kernel, into which a number that differs for each
         # quantizer would be compiled.
         found = [total * ctx.gradient_factor for total in sums]
+        # `forward` has eight arguments: a gradient for x and, where they were computed, for scale and zero point; None
+        # for the rest.
         return restore(passed), *found, *(None,) * (7 - len(found))
 
 
@@ -248,6 +253,7 @@ def _view_as_rows(x: Tensor, axis: int | None) -> tuple[Tensor, Callable[[Tensor
     """
     if torch.compiler.is_compiling():
         return x, lambda rows: rows
+    # The output channels of a transposed convolution's weight lie on axis 1.
     if axis not in (None, 0):
         rows, restore = _view_as_rows(x.movedim(axis, 0), 0)
         return rows, lambda rows: restore(rows).movedim(0, axis)

@@ -89,6 +89,7 @@ class Quantizer(nn.Module):
         self.scales_gradient = scales_gradient
         self.domain: Domain = domain
         self.ranges: Ranges = ranges
+        # Placement sets both after construction: a user's class is made with the arguments of `Quantizer` alone.
         self.name = ""
         self.own_class: OwnClass | None = None
         self.mode = Mode.QUANTIZE
@@ -96,11 +97,14 @@ class Quantizer(nn.Module):
         self.is_recomputation: Callable[[], bool] | None = None
         self.caches_output = False
         self.cached: Tensor | None = None
+        # NaN stands for a range that is not set, also in files: `_read_state` takes a finite scale for a range.
         unset = torch.full(shape, float("nan"))
         if learned:
             self.scale = nn.Parameter(unset)
         else:
             self.register_buffer("scale", unset)
+        # A step of the optimizer is much smaller than 1, so a learned zero point is stored as a real number;
+        # `fake_quantize` rounds it in each call.
         if learned and learns_zero_point and not scheme.symmetric:
             self.zero_point = nn.Parameter(torch.zeros(shape))
         else:
@@ -110,9 +114,11 @@ class Quantizer(nn.Module):
         # The buffer holds the state in the file; the attribute is read in each step, without waiting for a device.
         self.state = RangeState.STARTING if self._observable else RangeState.UNSET
         self.register_buffer("observing", torch.tensor(self.state.code, dtype=torch.uint8))
+        # The ends of the moving average: scale and zero point are made of them anew at each batch.
         if not learned and not weight:
             self.register_buffer("low", unset.clone())
             self.register_buffer("high", unset.clone())
+        # Loading changes the tensors alone; the attribute `state` is then read from them.
         hook_after_load: Callable[..., Any] = self.register_load_state_dict_post_hook
         hook_after_load(_read_state)
 
@@ -130,8 +136,11 @@ class Quantizer(nn.Module):
             # An observer must see the tensor that is quantized, which is the clipped one.
             x = torch.clamp(x, *clip)
             clip = UNCLIPPED
+        # A weight in calibration goes on below, with the range that it has just got: the activations behind it are then
+        # those of quantized weights.
         if self.mode is Mode.FLOAT or (self.mode is Mode.CALIBRATE and not self._observe(x)):
             return x
+        # In eval mode, too, the range is that of the present weight; but only training writes to the state dict.
         if self.state.observing and self.weight:
             scale, zero_point = self._present_range(x)
             if self.training:
@@ -148,6 +157,7 @@ class Quantizer(nn.Module):
                 "Run halfeven.calibrate(qmodel, loader) first, or load a checkpoint."
             )
         factor = self._gradient_factor(x) if self.learned and self.scales_gradient else 1.0
+        # A scale that `fix` has made a buffer is the scale in use, also where it was stored as a logarithm before.
         domain = self.domain if self.learned else None
         rounding = self.ranges != "clipped"
         # A quantizer that several tensors share moves its range at each of them; the backward pass of the tensors
@@ -220,6 +230,7 @@ class Quantizer(nn.Module):
 
     def fix(self) -> None:
         """Keep the range in use for good, and a learned scale as a buffer: nothing moves it any more."""
+        # The scale in use takes the place of the stored one: what is not learned is read as it is.
         scale = self._effective_scale().detach() if self.learned else self.scale
         if self.learned:
             del self.scale
@@ -334,6 +345,7 @@ class Quantizer(nn.Module):
             yield
         except CalibrationError as error:
             raise self._range_error(str(error)) from error
+        # An observer of the user's may raise anything; an error of halfeven's own stays what it is.
         except Exception as error:
             if not isinstance(self.observer_name, OwnClass) or isinstance(error, Warning):
                 raise
@@ -360,6 +372,7 @@ def _moved_range(
     low: Tensor, high: Tensor, batch_low: Tensor, batch_high: Tensor, scheme: Scheme
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return a range that was moved towards that of a batch, with its scale and zero point."""
+    # The ends are averaged, and scale and zero point made of them: so both belong to the same range.
     low = torch.lerp(low, batch_low, RANGE_MOMENTUM)
     high = torch.lerp(high, batch_high, RANGE_MOMENTUM)
     return low, high, *scale_and_zero_point(low, high, scheme)

@@ -29,6 +29,7 @@ def _range_problems(quantizer: Quantizer) -> Iterator[str]:
     if int(quantizer.observing) not in {state.code for state in RangeState}:
         yield f"the state {int(quantizer.observing)} does not exist"
     ends = [getattr(quantizer, end) for end in ("low", "high") if hasattr(quantizer, end)]
+    # A range that is fixed has been set, so that NaN is a fault there.
     if not quantizer.state.fixed and all(bool(tensor.isnan().all()) for tensor in (quantizer.scale, *ends)):
         return  # no range is set
     scale = _scale_in_use(quantizer)

@@ -30,9 +30,10 @@ def cross_entropies(logits: Tensor, low: Tensor, high: Tensor, scheme: Scheme) -
     Returns:
         -sum(softmax(v) * log softmax(v')) in nats, over classes and samples, [candidates].
     """
+    # The candidates take the place of channels: a single call quantizes with all of them.
     by_candidate = dataclasses.replace(scheme, axis=0)
     scale, zero_point = scale_and_zero_point(low, high, by_candidate)
-    copies = logits.expand(len(low), -1, -1)
+    copies = logits.expand(len(low), -1, -1)  # [candidates, samples, classes]
     quantized = dequantize(quantize(copies, scale, zero_point, by_candidate), scale, zero_point, by_candidate)
     # -sum(p log softmax(v')) = sum(logsumexp(v') - sum(p v')): the probabilities of a sample add up to 1.
     expected = torch.einsum("csk,sk->cs", quantized, torch.softmax(logits, -1))
@@ -70,7 +71,7 @@ class CrossEntropyObserver:
         self.high = high if self.high is None else torch.maximum(self.high, high)
         while values.ndim > 2 and values.shape[-1] == 1:  # the output of a pool
             values = values.squeeze(-1)
-        new = values.detach().float().flatten(0, -2)
+        new = values.detach().float().flatten(0, -2)  # [samples, classes]
         # Each sample draws a ticket, and those with the smallest stay: every subset of the samples is equally likely.
         tickets = torch.rand(len(new), generator=self.generator, dtype=torch.float64)
         self.tickets = torch.cat([self.tickets, tickets])

@@ -47,6 +47,7 @@ class HistogramObserver:
     def update(self, values: Tensor) -> None:
         """Count a batch, [channels or 1, ...]."""
         low, high = finite_extremes(values)
+        # The bins have to cover the values seen before and the new ones.
         if self.counts.numel():
             low = torch.minimum(self.smallest, low)
             high = torch.maximum(self.largest, high)
@@ -54,6 +55,7 @@ class HistogramObserver:
         if self.counts.numel():
             self._widen_bins(first, exponent)
         else:
+            # In float64, which counts exactly up to 2^53: the batches of an activation pass float32's 2^24.
             self.counts = torch.zeros(len(low), BINS, dtype=torch.float64, device=low.device)
         self.first = first
         self.exponent = exponent
@@ -66,6 +68,8 @@ class HistogramObserver:
         self.counts += torch.bincount(bins.flatten(), minlength=self.counts.numel()).view_as(self.counts)
 
     def _widen_bins(self, first: Tensor, exponent: Tensor) -> None:
+        # Indices are below 2^25, so that a shift by 62 leaves 0 or -1 of all of them. The bins of a tensor of zeros may
+        # widen by more, and a shift by 64 bits is not defined.
         old = self.first[:, None] + torch.arange(BINS, device=first.device)
         # Doubling the width k times takes bin i to floor(i / 2^k): an arithmetic shift, for negative i too.
         new = (old >> (exponent - self.exponent).clamp(max=62)[:, None]) - first[:, None]
@@ -131,6 +135,7 @@ def percentile_range(histogram: HistogramObserver, percentile: float = 99.99) ->
     first = torch.searchsorted(cumulative, share * total, right=True).clamp(max=BINS - 1)[:, 0]
     last = torch.searchsorted(cumulative, (1 - share) * total).clamp(max=BINS - 1)[:, 0]
     low = histogram.low + first * histogram.width
+    # The right edge of the last bin, whose values all stay; but not beyond the values that were seen.
     high = histogram.low + (last + 1) * histogram.width
     return torch.maximum(low, histogram.smallest), torch.minimum(high, histogram.largest)
 
@@ -141,12 +146,13 @@ def mse_range(histogram: HistogramObserver, power: float = 2.0) -> tuple[Tensor,
     White paper, section 3.1, equation 16. A higher power weighs the large errors of clipping more against the small
     errors of rounding.
     """
+    # Rows and candidates take the place of channels: a single call computes all scales.
     scheme = dataclasses.replace(histogram.scheme, axis=0)
     centers, counts = _occupied_bins(histogram)
 
     def errors(lows: Tensor, highs: Tensor) -> Tensor:
         scale, zero_point = scale_and_zero_point(lows.flatten(), highs.flatten(), scheme)
-        grids = scale.view(*lows.shape, 1), zero_point.view(*lows.shape, 1)
+        grids = scale.view(*lows.shape, 1), zero_point.view(*lows.shape, 1)  # [candidates, rows, 1]
         found: Tensor = fused(_quantization_errors)(centers, counts, *grids, scheme.quant_min, scheme.quant_max, power)
         return found
 
@@ -194,6 +200,8 @@ def entropy_range(histogram: HistogramObserver) -> tuple[Tensor, Tensor]:
 
     def divergences(lows: Tensor, highs: Tensor) -> Tensor:
         scale, zero_point = scale_and_zero_point(lows.flatten(), highs.flatten(), scheme)
+        # The integer that the middle of each bin is quantized to, [candidates * rows, bins]; `inside` is False where it
+        # is clipped.
         level = torch.round(histogram.centers.repeat(len(lows), 1) / scale[:, None]) + zero_point[:, None]
         inside = (level >= scheme.quant_min) & (level <= scheme.quant_max)
         level = level.clamp_(scheme.quant_min, scheme.quant_max).long() - scheme.quant_min

@@ -41,5 +41,6 @@ class LSQObserver:
             return (-scale if scheme.signed else 0 * scale) * scheme.quant_max, scale * scheme.quant_max
         low = low.clamp(max=0.0)
         extent = (high.clamp(min=0.0) - low).clamp(min=torch.finfo(torch.float32).tiny)
+        # All steps of the grid at LSQ's scale, divided at zero in the proportion of the extremes.
         width = scale * (scheme.quant_max - scheme.quant_min)
         return width * (low / extent), width * (1 + low / extent)

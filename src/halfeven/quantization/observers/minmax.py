@@ -61,6 +61,7 @@ def common_extremes(values: Tensor, bounds: tuple[float, float] = (-math.inf, ma
     # Every process must get the same range, so it is that of the values of all processes. A reduction may drop NaN but
     # never infinity: all processes must raise together, or one waits for the others for ever.
     ends = torch.where(torch.isfinite(ends), torch.stack((-ends[0], ends[1])), torch.inf)
+    # The smallest value was negated, so that a single reduction to the largest serves both ends.
     low, high = all_reduce(ends, dist.ReduceOp.MAX).unbind()
     return -low, high
 
