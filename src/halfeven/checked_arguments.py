@@ -81,6 +81,7 @@ def _check_arguments(function: Callable[..., Any], signature: inspect.Signature,
     variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     for name, value in given.items():
         several = signature.parameters[name].kind in variable
+        # Keywords of `**changes` are left to the option classes, which check each field.
         values = [] if signature.parameters[name].kind is variable[0] else value if several else [value]
         for one in values:
             if name in hints and not argument_fits(hints[name], one):
@@ -99,6 +100,7 @@ def argument_fits(kind: Any, value: Any) -> bool:
     """Return True where a value satisfies an annotation: its type, choices and bounds, or the use it must allow."""
     origin = get_origin(kind)
     arguments = get_args(kind)
+    # What a type variable or a name in quotes stands for is not known here.
     if kind is Any or isinstance(kind, TypeVar | str):
         return True
     if origin in (Union, types.UnionType):
@@ -115,11 +117,13 @@ def argument_fits(kind: Any, value: Any) -> bool:
     if origin is collections.abc.Iterable:
         if isinstance(value, str | bytes | Mapping | nn.Module):
             return False
+        # Python also iterates over what can only be indexed, such as a data set.
         return isinstance(value, Iterable) or hasattr(value, "__getitem__")
     if origin is tuple and arguments[-1] is Ellipsis and arguments[0] is Any:
         return isinstance(value, tuple | list)  # an example's arguments
     if kind is Path:
         return isinstance(value, os.PathLike)
+    # numpy's scalars are numbers too, and options know Python's alone.
     if type(value).__module__ == "numpy" and isinstance(value, numbers.Number):
         return options.fits(kind, value.item())  # type: ignore[attr-defined]
     if isinstance(origin, type) and origin not in ORIGINS_OF_OPTIONS:

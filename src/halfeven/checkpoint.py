@@ -115,6 +115,7 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | Path) 
             f"{path} is not a checkpoint of this model:\n{problem}\nLoading a part of its weights would make another "
             "model. Give the float model, number of classes and example input that it was trained with."
         )
+    # `load_state_dict` would convert dtypes without a word.
     dtypes = [(key, tensor.dtype, wanted[key].dtype) for key, tensor in state.items()]
     if others := [f"{key} is {found} instead of {right}" for key, found, right in dtypes if found != right]:
         raise CheckpointError(
@@ -158,11 +159,13 @@ def write_tensors(state: dict[str, Tensor], path: Path, facts: dict[str, str]) -
     tensors: dict[str, Tensor] = {}
     same: dict[str, str] = {}
     for name, tensor in state.items():
+        # Tensors in the same memory, with the same layout, are one tensor under two names.
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and place in names:
             same[name] = names[place]
         else:
             names[place] = name
+            # A contiguous copy: safetensors refuses tensors that share memory, as the parts of one weight do.
             tensors[name] = tensor.detach().clone(memory_format=torch.contiguous_format).cpu()
     versions = {"format": FORMAT, "halfeven": version("halfeven"), "torch": str(torch.__version__)}
     metadata = sealed(tensors, versions | {"same": json.dumps(same)} | facts)
@@ -188,6 +191,7 @@ def read_metadata(path: Path) -> dict[str, str]:
             f"{path} is not a whole safetensors file, so it cannot be loaded: {error}. Give a best.safetensors or "
             "last.safetensors (state.pt is for --resume alone)."
         ) from error
+    # Other libraries write "pt" or nothing there.
     if metadata.get("format") not in (FORMAT, "pt", None):
         raise CheckpointError(
             f"{path} has format {metadata['format']}, written by halfeven {metadata.get('halfeven', '?')}; this "

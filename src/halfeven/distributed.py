@@ -56,6 +56,7 @@ def differing(model: nn.Module) -> list[str]:
         return []
     state = model.state_dict()
     sums = torch.stack([_checksum(tensor) for tensor in state.values()])
+    # The smallest and the largest sum are equal only where all processes have the same.
     low = sums.clone()
     high = sums.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN)

@@ -74,6 +74,8 @@ def replacing(*paths: Path) -> Iterator[Path]:
         try:
             with _raising_disk_errors(folder):
                 yield folder
+            # All are on the disk before the first one is moved: a full disk must show while the old files are still
+            # there.
             for path in paths:
                 _flush_to_disk(folder / path.name)
             for path in paths:

@@ -32,6 +32,7 @@ def check_facts(metadata: Mapping[str, str], path: Path) -> None:
     content = {key: text for key, text in metadata.items() if key != FACTS_DIGEST}
     if metadata.get(FACTS_DIGEST, _digest_of_facts(content)) != _digest_of_facts(content):
         raise _changed_error(path, "metadata (its plan or its results)")
+    # They are written together, so that one alone was changed afterwards.
     if (FACTS_DIGEST in metadata) != (TENSORS_DIGEST in metadata):
         raise _changed_error(path, "digests")
 
@@ -60,6 +61,7 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}\n{tensor.dtype}\n{tuple(tensor.shape)}\n".encode())
+        # As bytes, since numpy has no bfloat16.
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

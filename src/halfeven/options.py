@@ -174,6 +174,7 @@ def mistakes(kind: type, values: Mapping[str, Any], path: str, *, partial: bool 
     found = []
     for name, value in values.items():
         if name in new_names(kind):
+            # `up_to_date` has renamed all old names except those whose new names are given too.
             found.append(given_twice(f"{prefix}{name}", f"{prefix}{new_names(kind)[name]}"))
         elif name not in fields:
             found.append(f'{path or kind.__name__} has no option "{name}". {did_you_mean(name, fields)}')
@@ -272,6 +273,7 @@ def fits(kind: Any, value: Any) -> bool:
     if origin is dict:
         key, item = arguments
         return isinstance(value, dict) and all(fits(key, k) and fits(item, v) for k, v in value.items())
+    # An integer is a number too; NaN and infinity are no setting of anything.
     if kind is float:
         return _is_number(value) and math.isfinite(value)
     if kind is int:

@@ -270,6 +270,7 @@ def quantize_prepared(
     qmodel.eval()
     recipe = decide(qmodel, ptq, data=batches is not None)
     log(f"{plan_of(qmodel)}\n\n{recipe}\n")
+    # The labels are taken off once: the steps read arguments of the model.
     inputs = _input_arguments(qmodel, batches or ())
     context = StepContext(qmodel=qmodel, batches=inputs, recipe=recipe, options=ptq, log=log, resume_dir=resume_dir)
     return run_steps(context).eval()

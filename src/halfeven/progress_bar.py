@@ -36,6 +36,7 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[], None]
     Yields:
         A function to call after each step.
     """
+    # Not blocking: a function inside of another finds the lock taken, and shows nothing.
     if not _is_watched() or not _one_bar.acquire(blocking=False):
         yield lambda: None
         return
@@ -49,6 +50,7 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[], None]
     try:
         yield lambda: bar.advance(task)
     finally:
+        # Joined before the bar is stopped: the timer may be starting it at this moment.
         later.cancel()
         later.join()
         bar.stop()

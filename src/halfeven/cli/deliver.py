@@ -47,6 +47,7 @@ def deliver(
         json: a further file to write the results to; "" for none.
     """
     best = context.folder / BEST_FILE
+    # Read from the file, so that the checkpoint as it is on the disk is exported and verified.
     qmodel = load(best, model.cpu(), context.datasets.example())
     reports = export_verified(context, qmodel, context.folder, model)
     before = {"calibrated": calibrated} if calibrated is not None else {}

@@ -85,6 +85,7 @@ def help_text(command: str, arguments: Any, *, from_config: bool) -> str:
         return "\n".join(lines)
     parts = _options_by_part("", experiment, _first_paragraph(type(experiment)))
     options = {option.name: option for group in parts.values() for option in group}
+    # Taken out, so that they are not listed once more with their part.
     first = [options.pop(name) for name in FIRST_OPTIONS[command]]
     values = "the config's values" if from_config else "the defaults"
     lines += ["", *_wrapped_lines(f"The options that matter first (in brackets: {values}):"), *_option_lines(first)]

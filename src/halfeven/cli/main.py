@@ -130,6 +130,7 @@ def run(arguments: list[str]) -> int:
         print(f"halfeven {halfeven.__version__}")
         return 0
     with extra("train", "The command line"):
+        # Looked for rather than imported, which would take seconds before the help.
         for package in ("tyro", "accelerate"):
             if importlib.util.find_spec(package) is None:
                 raise ModuleNotFoundError(f"No module named '{package}'")

@@ -96,6 +96,7 @@ def open_run(experiment: Experiment, folder: Path) -> RunContext:
     task = make_task(experiment, datasets)
     with seeded(experiment.seed):
         check_targets(datasets, task.wrong_target, one_size=type(task).collate is Task.collate)
+    # For the random weights of the model, which is made next.
     torch.manual_seed(experiment.seed)
     context = RunContext(experiment, folder, accelerator, console, datasets, task)
     if datasets.holdout is not None and datasets.train_as_evaluated is None:

@@ -176,6 +176,7 @@ def _set_up_training(
     float_metrics = context.accuracy(model)
     loader, inputs = _calibration_loaders(context)
     scheme = context.selected_name(experiment.quantization.scheme)
+    # The best checkpoint is chosen on the selection, so the model to beat is judged on it too.
     start = context.selection_accuracy(calibrate(qmodel.to(context.accelerator.device), loader))
     known = {"float": float_metrics, f"{scheme}, calibrated": start}
     # The table of results is of the validation samples; an accuracy on held-out samples has no place in it.

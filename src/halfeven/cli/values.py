@@ -50,6 +50,7 @@ def unchecked() -> ConstructorRegistry:
         if takes_class(info.type):
             return _NAME
         with usual():
+            # Without choices, which tyro would check in words of its own.
             spec = ConstructorRegistry.get_primitive_spec(info)
         if not isinstance(spec, PrimitiveConstructorSpec):
             return None

@@ -104,6 +104,7 @@ def check_folder(context: RunContext, command: str, *, resume: bool, overwrite: 
             samples are validation samples too.
         CheckpointError: the record of the run's options is damaged.
     """
+    # Ranges fitted to validation samples would flatter every accuracy of the run.
     check_apart(context.datasets)
     record = context.folder / RECORD_FILE
     recorded = record.is_file()
@@ -143,6 +144,7 @@ def claimed_folder(context: RunContext, command: str, *, resume: bool) -> Iterat
             try:
                 with storing(context.folder):
                     context.folder.mkdir(parents=True, exist_ok=True)
+                # The lock comes before the record: the files of a run that is still going on must not be removed.
                 held.enter_context(locked(context.folder, context.log))
                 _begin_record(context, command, resume=resume)
             except StorageError as error:

@@ -35,5 +35,6 @@ class QATCallback(SessionSteps, Callback):  # type: ignore[misc]
         self.after_step(trainer.global_step)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        # Lightning validates a few batches before the training begins, as a test of the code.
         if not trainer.sanity_checking:
             self.before_validation()

@@ -93,6 +93,7 @@ class SessionSteps:
                 "without callback.loss(outputs, inputs, targets, loss). Call it where the loss is computed, or set "
                 'qat.distill="off" and qat.dampen_oscillations="off".'
             )
+        # The session numbers the steps from 0; `step` counts those that are taken.
         self.session.after_step(step - 1, self._share(step))
         self.step = step
 

@@ -33,6 +33,7 @@ def best_boxes(boxes: Tensor, scores: Tensor) -> dict[str, Tensor]:
         "boxes", [found, 4], "scores" and "labels", [found], from 0; a box may be found with several labels.
     """
     classes = scores.shape[1]
+    # [boxes * classes]: the quotient of an index by `classes` is the box, the remainder the label.
     best, index = scores.flatten().topk(min(MOST_FOUND, scores.numel()))
     return {"boxes": boxes[index // classes], "scores": best, "labels": index % classes}
 

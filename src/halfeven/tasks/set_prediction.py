@@ -59,6 +59,7 @@ class SetPrediction(Detection):
         """Return the boxes with the largest scores, their scores and labels, and the targets."""
         logits, boxes = outputs["logits"].float(), outputs["pred_boxes"].float()
         has_no_object = logits.shape[-1] == self.config.num_labels + 1
+        # DETR's last logit is "no object", whose probability is no box's score; RT-DETR has a sigmoid for each class.
         scores = logits.softmax(-1)[..., :-1] if has_no_object else logits.sigmoid()
         corners = _corners(boxes) * self.size.to(boxes.device)
         return [best_boxes(*pair) for pair in zip(corners, scores, strict=True)], list(targets)

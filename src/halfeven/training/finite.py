@@ -106,6 +106,7 @@ def first_not_finite(objective: nn.Module, inputs: Any, targets: Any) -> str:
         if not_finite({"loss": loss}):
             return "the loss"
         loss.backward()
+        # Backward goes from the output to the input: of the parameters at fault, the last was met first.
         bad = not_finite({name: p.grad for name, p in objective.named_parameters() if p.grad is not None})
         return f"the gradient of {bad[-1].removeprefix('model.')}" if bad else ""
     except HalfevenError:  # a quantizer has refused the tensor that the layer before it computed

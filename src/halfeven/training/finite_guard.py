@@ -116,6 +116,7 @@ class FiniteGuard:
         return f"{what}; all weights after it would be NaN. {began} {self._saved_text()}"
 
     def _position_text(self, place: int) -> str:
+        # A place counts `accumulation` batches for every step, also where the last step of an epoch had fewer.
         step, batch = divmod(place, self.accumulation)
         epoch, within = divmod(step, self.steps_per_epoch)
         number = within * self.accumulation + batch + 1
@@ -133,6 +134,7 @@ class FiniteGuard:
                 f"The first tensor that holds NaN or infinity is the batch itself, by training sample {named(bad)} "
                 "(counted from 0). Mend it in the data."
             )
+        # The present weights may be NaN by now. Those of the last saved state were finite.
         if self.state.is_file():
             self.model.load_state_dict(load_state(self.state).model)
         device = self.accelerator.device

@@ -23,6 +23,7 @@ class JoinedOptimizers(torch.optim.Optimizer):
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
+        # No defaults, since each group has all settings of its part already.
         super().__init__([group for part in parts for group in part.param_groups], {})
         self._share_state()
 
@@ -31,6 +32,7 @@ class JoinedOptimizers(torch.optim.Optimizer):
         start = 0
         for part in self.parts:
             end = start + len(part.param_groups)
+            # One state serves all parts: its keys are parameters, of which no two parts have the same.
             part.param_groups = self.param_groups[start:end]
             part.state = self.state
             start = end

@@ -118,6 +118,7 @@ def learning_rate(step: int, total_steps: int, steps_per_epoch: int, options: Tr
         return options.learning_rate * (step + 1) / (options.warmup_steps + 1)
     if options.schedule == "onecycle":
         return options.learning_rate * _onecycle(step, total_steps, options.onecycle_rise)
+    # Schedules by epochs move between epochs alone; the others follow each step.
     epoch = step // steps_per_epoch
     if options.schedule == "step":
         passed = sum(epoch >= milestone for milestone in options.step_epochs)
@@ -135,6 +136,7 @@ def learning_rate(step: int, total_steps: int, steps_per_epoch: int, options: Tr
 def _decay_left(done: float, options: TrainingOptions) -> float:
     """Return the share of the decay that is left after the share `done` of the run."""
     if options.schedule == "cosine":
+        # Half a cosine from 1 to 0 (Loshchilov and Hutter, arXiv:1608.03983, without restarts).
         return 0.5 * (1 + math.cos(math.pi * done))
     power = options.polynomial_power if options.schedule == "polynomial" else 1.0
     return float((1 - done) ** power)

@@ -140,6 +140,8 @@ class RunLog:
         self._lines = JSONLinesTracker(folder, purge_step=purge_step)
         self._named_curves = TensorBoardTracker("tensorboard", folder, purge_step=purge_step)
         self._curves_folder = folder / "tensorboard"
+        # TensorBoard writes in a thread. It keeps the error that ends it and raises it at the next curve, so that
+        # Python need not print it too.
         self._hook_before = threading.excepthook
         if main:
             threading.excepthook = partial(_hide_kept_error, self._hook_before)

@@ -56,6 +56,7 @@ class SeededSamples(Dataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         """Return the sample `index` as it is augmented in `epoch`."""
         epoch, index = key
+        # In a worker process, too: its own generators have no part in the sample.
         with seeded(self.seed, epoch, index):
             return self.samples[index]
 
@@ -161,6 +162,8 @@ class TrainingBatches:
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Any]:
         """Return the batches of an epoch, from batch `start` on."""
+        # The sampler is in this process alone, and workers get (epoch, index) from it: those that outlive an epoch read
+        # the next one's order.
         self.sampler.epoch = number
         self.sampler.start = start
         return iter(self.loader)

@@ -180,6 +180,7 @@ class Trainer:
                 if self.start is not None:
                     # A run that never beats its start keeps it as the best.
                     self._write_best(self.model, self.start, 0, self.where.name, trained=False)
+                # Saved before the first step too, so that a resumed run need not calibrate and learn rounding again.
                 self._save_state()
             with deferred() as self.safe_points:
                 while self.step < self.total_steps:
@@ -209,8 +210,10 @@ class Trainer:
             ends = self.step == self.total_steps or self.step % self.steps_per_epoch == 0
             # The state is saved after a validation, which a resumed run must not skip.
             if ends or self._is_validation_due():
+                # Before anything is written: NaN must not replace a good checkpoint or state.
                 self.guard.check(self.step, self.rate)
                 self._finish_epoch(epoch)
+                # `max_steps` may end the run in the middle of an epoch, whose other batches are not read.
                 if ends:
                     break
                 self.model.train()
@@ -251,6 +254,7 @@ class Trainer:
         # batch.
         with weights_quantized_once(self.model) if len(group) > 1 else contextlib.nullcontext():
             total = self._accumulate(group)
+        # Behind the exchange of gradients, so that all processes shorten the same gradient by the same factor.
         if self.options.clip_norm > 0:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self.optimizer.step()
@@ -385,10 +389,12 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(state.scaler)
             for name, kept in self.callback.stateful.items():
                 kept.load_state_dict(state.others[name])
+            # The order in which `own_statistics` has listed them when the state was saved.
             models = (self.model, *self.callback.other_models.values())
             set_own_statistics(models, state.others.get(_statistics_of(rank()), {}))
         self.step = state.step
         self.best = state.best
+        # Files of earlier versions do not say it: another best than the start is a trained one.
         self.trained = state.best != (self.start or {}) if state.trained is None else state.trained
         self.last = state.last
         self.where.console.print(f"Resumed {path} at step {self.step} of {self.total_steps}.", highlight=False)

@@ -49,6 +49,7 @@ class Squared:
         """Return the normalized image, [3, side, side], and its target, scaled and padded likewise."""
         image, target = self.transform(image, target)
         height, width = image.shape[-2:]
+        # Left, right, top, bottom, as `F.pad` takes them: boxes stay where they are.
         margin = (0, self.side - width, 0, self.side - height)
         pixels = F.pad(image.as_subclass(Tensor), margin)  # 0 is the mean colour
         if isinstance(target, dict):

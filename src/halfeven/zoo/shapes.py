@@ -58,6 +58,7 @@ class Shapes(Dataset[Any]):
         return image, {"boxes": torch.from_numpy(boxes.copy()), "labels": torch.from_numpy(labels.copy())}
 
     def __getstate__(self) -> dict[str, Any]:
+        # The cache cannot be pickled, as for a worker process, which begins with an empty one.
         return {name: value for name, value in vars(self).items() if name != "scene"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -106,6 +107,7 @@ def _free_place(generator: np.random.Generator, side: int, boxes: list[list[floa
 
 def _shape_mask(shape: str, size: int) -> Any:
     """Return the pixels of a shape that touches all four sides of its box, [size, size]."""
+    # Centres of the pixels, from -1 to 1 across the box.
     y, x = (np.mgrid[:size, :size] + 0.5) / size * 2 - 1
     if shape == "disc":
         return x**2 + y**2 <= 1

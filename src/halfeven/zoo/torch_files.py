@@ -51,6 +51,7 @@ def read_torch_file(path: Path) -> tuple[Any, tuple[str, ...]]:
             ) from error
     names = _unknown_names(path) if is_zip else ()
     stand_ins = {name: type(f"StandIn{number}", (StandIn,), {}) for number, name in enumerate(names)}
+    # Each pass that fails makes one more stand-in fillable, or ends the loop.
     while True:
         try:
             with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in stand_ins.items()]):
@@ -78,6 +79,7 @@ def _unknown_names(path: Path) -> tuple[str, ...]:
 
 def _make_fillable(message: str, stand_ins: list[type[StandIn]]) -> bool:
     """Make the stand-in at which reading failed a list or a dict. Return False where that was not the reason."""
+    # torch's message has the pickle instruction that failed, SETITEM(S) or APPEND(S), and the class of the object.
     found = re.search(r"Can only (\w+).*StandIn(\d+)'", message, re.DOTALL)
     if found is None or stand_ins[int(found[2])].fills is not None:
         return False

@@ -181,6 +181,7 @@ def load_weights(model: nn.Module, path: str | Path, entry: str = "auto") -> Non
     wanted = model.state_dict()
     # A detector has a "backbone" of its own, so the names may be right as they were written.
     candidates = [written, *({rename(key): one for key, one in found.items()} for rename in RENAMINGS.values())]
+    # The names with the fewest differences are the right ones, or make the shortest message.
     best = min(candidates, key=lambda state: len(state.keys() ^ wanted.keys()))
     # Checkpoints from before BatchNorm counted its batches lack the counter, which has no effect on the model.
     for key in wanted.keys() - best.keys():

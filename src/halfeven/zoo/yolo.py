@@ -75,11 +75,13 @@ class Yolo(nn.Module):
         deep = self.deep(middle)
         features = (self.join(torch.cat([self.up(deep), middle], 1)), deep)
         levels = [level(feature) for level, feature in zip(self.levels, features, strict=True)]
+        # [samples, 4 * BINS, places] and [samples, classes, places]: the places of one level after those of the other.
         bins = torch.cat([head(x).flatten(2) for head, x in zip(self.boxes, levels, strict=True)], 2)
         scores = torch.cat([head(x).flatten(2) for head, x in zip(self.scores, levels, strict=True)], 2)
         # A distance is the expectation of its bins (Generalized Focal Loss, section 3.2).
         distances = (bins.reshape(bins.shape[0], 4, BINS, -1).softmax(2) * self.bins).sum(2)
         centres, strides = place_centres(images.shape[-2], images.shape[-1], images)
+        # Distances in strides, [samples, 2, places] each: to the left and top sides, and to the right and bottom ones.
         near, far = distances.chunk(2, 1)
         corners = torch.cat([(centres - near) * strides, (centres + far) * strides], 1)
         return torch.cat([corners, scores.sigmoid()], 1)
@@ -144,6 +146,7 @@ def assign(boxes: Tensor, scores: Tensor, objects: Tensor, labels: Tensor) -> tu
 def generalized_overlap(a: Tensor, b: Tensor) -> Tensor:
     """Return the generalized intersection over union of boxes, -1 to 1 (GIoU, algorithm 1)."""
     common = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    # The smallest box around both: how much of it neither covers tells how far apart they are.
     hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=1e-6).prod(-1)
     areas = [(box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1) for box in (a, b)]
     union = (areas[0] + areas[1] - common).clamp(min=1e-6)
