@@ -67,6 +67,7 @@ def capture(
             f"leave_out names {', '.join(missing)}, and the model has no such submodule, so nothing would be left out. "
             "Choose from the names that `[name for name, _ in model.named_modules()]` lists."
         )
+    # The graph to deploy is that of the inputs alone, for two samples, so that the batch stays free.
     whole = own_tensors(model, as_arguments(example))
     given, labels = without_labels(model, whole)
     doubled = batched(*given)
@@ -142,6 +143,7 @@ def _capture_whole_or_parts(
             inner.update(inner_free_axes(lambda *other: record_inputs(model, *other), recorded, inputs, free))
         return inner[name] if name else free
 
+    # The recorded calls are those of submodules; "" is the model itself.
     parts = PartsCapture(model, {**recorded, "": [inputs]}, free_axes_of, leave_out)
 
     def with_kept(kept: dict[str, KeptInPython]) -> nn.Module:
@@ -161,6 +163,7 @@ def _capture_whole_or_parts(
     else:
         found = capture_as_trained(model, *inputs, Capture(with_kept, check, alone))
         captured, report = found.model, replace(reports[-1], notes=found.notes)
+    # The batch may be fixed in a graph, or only in a file, by the Python code between graphs.
     report.fixed_batch = next((part.fixed_batch for part in _captured_regions(captured) if part.fixed_batch), "")
     free = _still_free(captured, free)
     if not isinstance(captured, CapturedModule) and not report.fixed_batch:

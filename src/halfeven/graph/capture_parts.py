@@ -78,6 +78,8 @@ class PartsCapture:
         if not any(called == name or called.startswith(prefix) for called in self.recorded):
             report.left.append(LeftInPython(name, "the example input does not lead to it"))
             return
+        # A module whose own forward stays Python, or that is left out, divides the graph: what holds it cannot be one
+        # part.
         shells = [k.name for k in kept.values() if not k.whole]
         broken_by = [inner for inner in (*self.leave_out, *shells) if inner.startswith(prefix)]
         if name in self.recorded and name not in kept and not broken_by:
@@ -87,6 +89,7 @@ class PartsCapture:
                 parts[name] = part
                 report.regions.append(name)
                 return
+        # Else the largest parts inside. A child without parameters has no layers: it stays with the code that calls it.
         for child_name, child in module.named_children():
             if any(True for _ in child.parameters()):
                 self._capture_in(child, prefix + child_name, kept, report, parts)

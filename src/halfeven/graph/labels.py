@@ -188,6 +188,8 @@ class _Copier:
 
         for node in module.graph.nodes:
             target = self._constant_key(module, node.target) if node.op == "get_attr" else node.target
+            # Operands come before their readers in a graph, so that equal computations get equal numbers from the
+            # inputs on.
             whole = (node.op, target, key(node.args), key(node.kwargs))
             found[node] = numbers.setdefault(whole, len(numbers))
         return found

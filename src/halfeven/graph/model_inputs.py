@@ -71,6 +71,8 @@ def leaf_names(model: nn.Module, args: Any, kwargs: Any) -> list[str]:
     several leaves: "images_0", "state_mask".
     """
     leaves, form = pytree.tree_flatten((args, kwargs))
+    # Numbers stand for the leaves, so that the place of each is known after the arguments are bound to their
+    # parameters.
     placed_args, placed_kwargs = pytree.tree_unflatten(list(range(len(leaves))), form)
     signature = inspect.signature(model.forward)
     bound = dict(signature.bind(*placed_args, **placed_kwargs).arguments)

@@ -66,6 +66,7 @@ def suspects(model: nn.Module, args: Any, kwargs: Any, export: Export) -> Iterat
     for node, name in trace.functions.items():
         function = _function_name(node)
         module = model.get_submodule(name)
+        # Modules of one class that apply the same function are judged by the first of them.
         kind = (type(module), function)
         if name and kind not in judged:
             judged[kind] = bool(_differences_alone(module, trace.inputs[name], export))

@@ -158,6 +158,7 @@ class Op:
     @property
     def arguments(self) -> dict[str, Any]:
         """Return all arguments of an operator by the names of ATen's schema, defaults filled in."""
+        # Defaults first, then what is given by position and by name.
         parameters = parameters_of(self.node.target)
         values = {p.name: p.default for p in parameters if p.has_default}
         values |= {p.name: value for p, value in zip(parameters, self.node.args, strict=False)}

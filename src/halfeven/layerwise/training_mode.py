@@ -58,6 +58,7 @@ def normalizing_by_batch(norms: list[Any]) -> Iterator[None]:
         for norm in norms:
             norm.train()
             norm.momentum = 0.0  # the running statistics do not move
+            # The forward pass counts in place, so the counter is a copy.
             norm.num_batches_tracked = norm.num_batches_tracked.clone()
         yield
     finally:

@@ -170,6 +170,7 @@ def _end_layer_rules(model: nn.Module, options: QuantizationOptions) -> tuple[Ru
     # A layer's input has the bits of the operator that makes it, so the rules for activations name that operator.
     read = {name for name, (_, node) in named_nodes(model).items() for end in (first_node, last_node)
             if node in [head(source) for source in sources(end.all_input_nodes[0])]}  # fmt: skip
+    # Escaped, because a pattern has wildcards, and a name stands for itself.
     weights = [Rule(pattern=glob.escape(name), weight_bits=bits) for name in dict.fromkeys((first, last))]
     return (*weights, *(Rule(pattern=glob.escape(name), activation_bits=bits) for name in sorted(read)))
 

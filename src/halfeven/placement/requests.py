@@ -91,6 +91,7 @@ def collect_outputs(region: Region, rules: RuleBook) -> None:
     """Collect requests for the model's outputs, in place, because the user wants them quantized."""
     (output,) = [op.node for op in operations(region.graph) if op.is_output]
     for result in output.all_input_nodes:
+        # A rule that leaves the layer before an output in float holds for the output too.
         made_by = [head(source) for source in sources(result)]
         if all(rules.quantizes(region.names.get(node, ""), kind_of(node)) for node in made_by):
             _add_request(region, result, GridRequirement.ANY, output)

@@ -59,6 +59,7 @@ def untie(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     if not wanted:
         return ()
     for name, region, node in _first_calls(model):
+        # Looked up anew for each layer: with a copy of its own, a layer is no longer a reader of the original.
         for parameter in list(_shared_names(region, Op(node).path, _parameter_readers(model))):
             if f"{name}.{parameter}" in wanted:
                 _give_copy(region, Op(node).path, parameter)
@@ -116,6 +117,7 @@ def _give_copy(region: CapturedModule, path: str, name: str) -> None:
     original = own_parameters(layer)[name]
     assert original is not None
     setattr(layer, name, nn.Parameter(original.detach().clone(), requires_grad=original.requires_grad))
+    # Operators that read the layer's attribute without a call of the layer keep the original, under a name of its own.
     reads = [op.node for op in operations(region.graph) if op.is_constant and op.path == f"{path}.{name}"]
     if reads:
         layer.register_parameter(f"{name}{OWN_SUFFIX}", original)

@@ -118,5 +118,6 @@ class _ExactRegion(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         flat = self.region.flat_inputs(*args, **kwargs)
         check_call(self.region, flat)
+        # The values are those of the placeholders already: torch.fx must not flatten them once more.
         result = self.interpreter[0].run(*flat, enable_io_processing=False)
         return self.region.graph.process_outputs(result)

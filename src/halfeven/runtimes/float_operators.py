@@ -95,6 +95,8 @@ class FloatOperators:
             read = [read[0].flatten()]
             shapes = (read[0].dtype,)
             free = [(0,)]
+        # A function depends on the runtime, the operators with their numbers, the sizes and types of what they read,
+        # and the axes that are free.
         key = (self.function_of, computed, shapes, tuple(free))
         function = _kept.get(key)
         if function is None:

@@ -66,6 +66,7 @@ class IntegerLayer:
 
     def sums(self, codes: Tensor) -> Tensor:
         """Return the exact sums of integer products; float64 where float32 could not hold them."""
+        # Codes count from 0. Less the code of 0 they are the integers that the weights multiply.
         x = codes - self.zero_code
         if len(self.pieces) == 1:
             weight = self.pieces[0].weight

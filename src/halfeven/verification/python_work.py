@@ -38,6 +38,7 @@ def python_work(qmodel: nn.Module) -> PythonWork:
         direct = [other for other in inside if not any(_is_inside(other, outer) for outer in inside if outer != other)]
         return counts.get(name, 0) - sum(counts.get(other, 0) for other in direct)
 
+    # A region without the modules that stay Python inside of it, and these without regions inside of them.
     in_regions = {name: own(name, kept) for name in captured}
     in_python = {name: own(name, captured) for name in kept}
     if "" not in captured:

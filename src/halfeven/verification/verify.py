@@ -70,6 +70,7 @@ def verify(
         ConfigError: there is no such runtime, or it does not read files with this ending.
     """
     qmodel = float32_model(qmodel)
+    # A list, since a file in the runtime's own precision may be compared twice.
     inputs, labels = _inputs_and_labels(qmodel, list(given_batches(batches, name="batches")))
     runtime = runtime_of(qmodel, target)
     runtime.check_ending(Path(path))
@@ -162,6 +163,8 @@ def _compare_batches(
 ) -> None:
     """Compare all batches of inputs and labels."""
     with ExitStack() as stack:
+        # Hooks on quantizers must see the tensors of the plan, and the graph that runs otherwise has some behind their
+        # pools.
         stack.enter_context(as_planned(comparison.qmodel))
         stack.enter_context(evaluating(comparison.qmodel))
         stack.enter_context(weights_quantized_once(comparison.qmodel))

@@ -139,6 +139,7 @@ def reduced_axis(call: Call, axis: int) -> int | None:
     dims = {dim % ndim for dim in call.arguments["dim"] or range(ndim)}
     if axis in dims:
         return None
+    # Without `keepdim` the reduced axes before the channels' are gone.
     return axis if call.arguments["keepdim"] else axis - sum(dim < axis for dim in dims)
 
 

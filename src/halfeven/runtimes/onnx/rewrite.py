@@ -35,12 +35,14 @@ def name_and_fold(graph: Any, deployed: Deployed) -> None:
         layer = quantizer.name.removesuffix(WEIGHT_SUFFIX)
         _fold_weight(graph, node, dequantize, quantizer)
         for reader in list(_layers_reading(dequantize)):
+            # Calls of a layer are numbered in the order of the graph, as `named_calls` numbers them.
             taken[layer] += 1
             reader.name = call_name(layer, taken[layer])
             if getattr(modules.get(layer), "bias", reader) is None:
                 reader.resize_inputs(2)  # zeros in float, which the exporter writes where there is no bias
             if layer in deployed.int32_biases:
                 _fold_bias(graph, reader, layer, deployed.int32_biases[layer])
+    # What the replaced nodes alone have read.
     for name in [name for name, value in graph.initializers.items() if not (value.uses() or value.is_graph_output())]:
         del graph.initializers[name]
 

@@ -70,6 +70,8 @@ class _Sums:
         integers = torch.round(Op(constant).constant / self.grid.scale) + self.grid.zero_point
         # The end of the type that the first sum saturates at, moved to the bound.
         end = self.high if self.node.target is aten.minimum.default else self.low
+        # For a minimum the shift is positive, and x + shift stops at the largest integer; for a maximum it is negative,
+        # and the sum stops at the smallest. The second sum takes the shift back.
         shift = end - integers
         moved = self._insert_quantizer(self._add_steps(x, shift, "there"), "moved", self.grid.zero_point)
         result = self._add_steps(moved, -shift, "back")
@@ -90,6 +92,8 @@ class _Sums:
 
     def _add_steps(self, x: fx.Node, shift: Tensor, name: str) -> fx.Node:
         """Add a whole number of steps to each channel, as a constant of the same type with a zero point of its own."""
+        # All shifts have one sign: with the zero point at the end that they lead away from, shift + zero is an integer
+        # of the type.
         zero = self.low if float(shift.min()) >= 0 else self.high
         buffer = f"{self.node.name}_{name}"
         value = shift * self.grid.scale

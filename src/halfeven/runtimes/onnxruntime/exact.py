@@ -156,6 +156,8 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
             return pytree.tree_map(real_values, args[0], is_leaf=is_simulated)
         if n.op == "call_module" and isinstance(quantizer := module_of(n), ExportedQuantizer):
             return self._run_quantizer(quantizer, args[0])
+        # On integers where the runtime has a kernel; else by its own float kernel, where the last bits depend on that;
+        # else as torch computes.
         found = self._computed_on_integers(n, args, kwargs)
         if found is not None:
             return found
@@ -170,6 +172,7 @@ class ONNXRuntimeInterpreter(fx.Interpreter):
         source = n.all_input_nodes[0]
         nodes = [n]
         values = {operand: real_values(self.env[operand]) for operand in n.all_input_nodes if operand is not source}
+        # The runtime makes one kernel of the sum and the normalization, so both are in one file here.
         if isinstance(read := self.env[source], Added):
             nodes = [source, n]
             values |= zip(source.all_input_nodes, (read.a, read.b), strict=True)

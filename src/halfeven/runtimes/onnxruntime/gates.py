@@ -68,6 +68,7 @@ def _write_sum(graph: Any, node: Any, pair: Any) -> None:
     ]
     for value in values:
         graph.register_initializer(value)
+    # x / 6: the input's integers with a sixth of their scale. 1 / 2: the integer 255 with a scale of its own.
     sixth = onnx_ir.node("DequantizeLinear", [pair.inputs[0], values[0], pair.inputs[2]], name=f"{name}.sixth")
     offset = onnx_ir.node("DequantizeLinear", values[1:], name=f"{name}.offset")
     total = onnx_ir.node("Add", [sixth.outputs[0], offset.outputs[0]], name=name)

@@ -186,6 +186,7 @@ def _repeat_quantizers(region: CapturedModule, exported: list[ExportedQuantizer]
     for node in list(region.graph.nodes):
         if kind_of(node) not in (*TRANSPARENT, OperatorKind.CONCAT) or not Op(node).is_float_tensor:
             continue
+        # A tensor that is returned, and not read, needs no integers.
         if (quantizer := grid_of(node)) is None or all(user.op == "output" for user in node.users):
             continue
         count += 1

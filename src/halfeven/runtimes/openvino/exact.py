@@ -133,6 +133,8 @@ class OpenVINOInterpreter(fx.Interpreter):
         """Return a sum that the plugin takes in units of an operand's scale."""
         if len(args) < 2 or node.target is not torch.ops.aten.add.Tensor or kwargs:
             return None
+        # In this order: a branch that is marked, a layer's result and integers, integers that the plugin does not
+        # round, two tensors of integers.
         for branch, skip, source in ((*args, node.args[1]), (*args[::-1], node.args[0])):
             if isinstance(branch, Branch) and isinstance(skip, Codes):
                 return self._add_in_kernel(branch, skip, source)
@@ -174,6 +176,7 @@ class OpenVINOInterpreter(fx.Interpreter):
         x = args[0]
         if isinstance(x, Average) and x.of_window and (bounds or Op(node).row.homogeneous):
             return _activate_average(node, x, lambda real: self._run_on(node, (real, *args[1:]), kwargs))
+        # A unit is positive, so a leaky ReLU commutes with it.
         if Op(node).row.homogeneous and bounds is None and isinstance(args[0], ScaledSum):
             return dataclasses.replace(args[0], values=self._run_on(node, (args[0].values, *args[1:]), kwargs))
         if isinstance(x, Codes | Scaled) and (ends := _both_ends(node)):
@@ -191,11 +194,14 @@ class OpenVINOInterpreter(fx.Interpreter):
         if quantizer.weight:
             return quantizer(x)
         limits = self._limits_of(node, quantizer)
+        # The clamp of a grid narrower than 8 bits, which stands before its quantizer in the file.
         if quantizer.bounds is not None:
             x = _clip_in_units(x, quantizer.bounds)
+        # Where the kernel of a convolution takes in the sum behind, the file as users run it does not round.
         unrounded = None
         if quantizer.bounds is None and is_unrounded(node, (float(limits.low), float(limits.high))):
             unrounded = real_values(x).clamp(limits.low, limits.high)
+        # Signed bytes are rounded before 128 is added in a layer's kernel, and after it elsewhere.
         kernel = limits.in_kernel() if _is_in_kernel(node) else limits
         codes = self._codes_from(node, kernel, x)
         if _is_computed_between(node, x):
@@ -226,8 +232,10 @@ class OpenVINOInterpreter(fx.Interpreter):
         if isinstance(x, Tensor):
             return limits.codes(x, from_layer=kind_of(_before_activations(quantizer)) in WEIGHTED)
         watched: Tensor = x.codes(limits)
+        # With AVX-512 an attention is a single operator, unless its tensors are watched.
         if isinstance(x, Accumulator) and has_avx512_vnni() and _ends_attention(quantizer):
             return self.simulation.choose(watched, limits.moved(x.unit).codes_in_attention(x.values))
+        # The destination scale of the layer's kernel applies to its sum too, unless a tensor between is watched.
         if isinstance(x, ScaledSum) and x.from_layer:
             return self.simulation.choose(watched, limits.moved(x.unit).codes(x.values, from_layer=True))
         return watched
@@ -294,6 +302,8 @@ def _clip_in_units(x: Any, bounds: tuple[float, float]) -> Any:
         return x.clipped(bounds)
     if not isinstance(x, ScaledSum | Accumulator):
         return real_values(x).clamp(*bounds)
+    # A unit is positive: the clip at a bound is the clip of the values at the bound over the unit. Bounds of 0 and
+    # infinity are the same in all units.
     if x.unit.numel() == 1:
         low, high = (bound / float(x.unit) for bound in bounds)
     elif all(bound in (0.0, float("-inf"), float("inf")) for bound in bounds):

@@ -44,6 +44,8 @@ class FakeQuantizeRange:
         steps = quantizer.quant_max - quantizer.quant_min
         # 128 of 256 codes: only there do signed bytes have a zero point of 0.
         symmetric = steps == 255 and int(zero_point) - quantizer.quant_min == 128
+        # The limits as the file has them. A scale of 16 significant bits times an integer of 8 bits is exact in
+        # float32.
         low = (quantizer.quant_min - zero_point) * scale
         high = (quantizer.quant_max - zero_point) * scale
         loses = steps == 255 and signed_readers and bool((low < 0) & (low > -LOST_ZERO_POINT))
@@ -271,6 +273,7 @@ class Accumulator(Simulated):
     def codes(self, limits: FakeQuantizeRange) -> Tensor:
         moved = limits.moved(self.unit)
         slope = moved.slope.flatten()
+        # Scales that differ by channel make a range for each, with which the plugin rounds the product before it adds.
         if not bool((slope == slope[0]).all()):
             return moved.codes_by_channel(self.values)
         one = replace(limits, low=moved.low.flatten()[0], high=moved.high.flatten()[0])

@@ -95,6 +95,7 @@ class KernelsBetween:
         part = self.parts[quantizer, watched]
         if part is None:
             return None
+        # The whole model's file reads the inputs of the model, the region's own file those of the region.
         given = [x for x in (self.simulation.inputs if self.whole else inputs) if isinstance(x, Tensor)]
         read = [self._before_permutation(name, self._real_values(name)) for name in part.tensors]
         result = run_compiled(part.compiled, [*read, *(given[index] for index in part.inputs)])[0]
@@ -120,6 +121,8 @@ class KernelsBetween:
         for node in operators:
             if not node.get_output_size():
                 continue
+            # The front end may move a transposition from before a FakeQuantize to behind it. The tensor's name is then
+            # that of the transposition's result.
             source = node.input_value(0).get_node() if node.get_type_name() == "Transpose" else node
             if source.get_type_name() != "FakeQuantize":
                 continue

@@ -68,6 +68,7 @@ def recurrence(
     """
     both = ((w_ih, w_hh, b_ih, b_hh), (w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse))
     weights = [weight for own in both[:directions] for weight in own[: 4 if biased else 2]]
+    # A single layer, without dropout, in eval mode.
     common = (weights, biased, 1, 0.0, False, directions == 2, batch_first)
     states: Any = [hidden, cell] if CELL_NAMES[kind] == "lstm" else hidden
     layer: Any = next(target for target, name in CELLS.items() if name == CELL_NAMES[kind])
@@ -102,6 +103,8 @@ def keep_recurrences_whole(program: torch.export.ExportedProgram) -> None:
 def _has_projection(node: fx.Node) -> bool:
     """Return True for an LSTM whose outputs are projected, which OpenVINO has no operator for."""
     given: Any = node.args
+    # Each layer has two weights for each direction, and two biases where it has any; a projection would be a weight
+    # more.
     directions = 2 if given[7] else 1
     return bool(len(given[2]) != given[4] * directions * (4 if given[3] else 2))
 
@@ -206,9 +209,11 @@ def _sequence_operator(name: str, values: Sequence[Any], weights: list[list[Any]
     x, hidden, cell = values
     directions = len(weights)
     x = x if batch_first else opset.transpose(x, STEPS_AND_SAMPLES).output(0)
+    # OpenVINO's states are [samples, directions, features].
     hidden, cell = (opset.transpose(state, STEPS_AND_SAMPLES).output(0) for state in (hidden, cell))
     shape = opset.shape_of(x, "i64")
     samples, steps = (opset.gather(shape, np.array([axis]), np.int64(0)) for axis in (0, 1))
+    # Every sample has all steps.
     lengths = opset.broadcast(steps, samples)
     matrices = [opset.concat([_reordered_gates(own[place], name) for own in weights], 0) for place in (0, 1)]
     size = int(weights[0][1].get_partial_shape()[1].get_length())

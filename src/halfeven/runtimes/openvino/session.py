@@ -139,6 +139,7 @@ def with_outputs(model: Any, names: Sequence[str]) -> dict[str, int]:
     """
     ports = [port for node in model.get_ordered_ops() for port in node.outputs()]
     found = {port.get_node().get_friendly_name(): port for port in ports}
+    # Where a tensor and an operator have the same name, the tensor is meant.
     found |= {name: port for port in ports for name in port.get_names()}
     return {name: _output_of(model, found[name]) for name in names if name in found}
 

@@ -153,6 +153,7 @@ def write_out_means(model: Any) -> None:
         if rank.is_dynamic or rank.get_length() != 3 or axes.get_type_name() != "Constant" or axes.get_data().size != 1:
             continue
         axis = int(axes.get_data().item()) % 3
+        # A further axis of size 1 makes an image of the sequence; the mean over both axes is the same.
         image = opset.unsqueeze(node.input_value(0), np.int64(axis))
         mean = opset.reduce_mean(image, np.array([axis, axis + 1]), keep_dims=True)
         kept = node.get_attributes()["keep_dims"]
@@ -176,6 +177,8 @@ def write_out_extremes(model: Any) -> None:
         value = node.input_value(0)
         axes = node.input_value(1)
         kept = node.get_attributes()["keep_dims"]
+        # Axes that the result has are dropped and put back, axes that it lacks are kept and then dropped: a reshape
+        # stands behind the reduction in any case.
         reduced = reduce(value, axes, keep_dims=not kept)
         reshaped = opset.unsqueeze(reduced, axes) if kept else opset.squeeze(reduced, axes)
         reduced.set_friendly_name(node.get_friendly_name())
@@ -274,6 +277,7 @@ def name_moved_tensors(model: Any, traced: Mapping[str, str]) -> None:
     for node in nodes:
         for port in node.outputs():
             found = {traced[name] for name in port.get_names() if name in traced}
+            # The tracer calls the result of a quantizer by the name of another: in this file its names say nothing.
             if found and node.get_friendly_name() in in_place - found:
                 return
             if lost := found - in_place:
@@ -306,6 +310,7 @@ def name_layers(model: Any, quantizers: set[str]) -> None:
         if not name.endswith(WEIGHT_SUFFIX):
             continue
         layer = name.removesuffix(WEIGHT_SUFFIX)
+        # Calls of a layer are numbered in the order of the graph, as `named_calls` numbers them.
         for reader in sorted(_layers_reading(node), key=lambda reader: place[reader.get_name()]):
             count = used[layer] = used.get(layer, 0) + 1
             _name_layer(reader, call_name(layer, count))
@@ -329,6 +334,7 @@ def _layers_reading(node: Any) -> Iterator[Any]:
         reader = port.get_node()
         if reader.get_type_name() in LAYER_TYPES:
             yield reader
+        # Operators that the front end may put between a weight and its layer.
         elif reader.get_type_name() in ("Reshape", "Transpose", "Convert", "Multiply", "FakeQuantize"):
             yield from _layers_reading(reader)
 
