@@ -53,6 +53,7 @@ def restore(path: str | Path, rebuild: Callable[[Plan], nn.Module]) -> nn.Module
         CheckpointError: the file is no such checkpoint, is damaged, or belongs to another model; the message lists the
             differences.
     """
+    # First what is in the file, then the model that its plan describes, then whether both fit.
     state, facts = read_tensors(Path(path))
     if "plan" not in facts:
         raise CheckpointError(

@@ -49,6 +49,7 @@ def evaluate(
     with extra("train", "Evaluation"):
         from accelerate.utils import find_batch_size, send_to_device
 
+    # torchmetrics adds up the processes' counts in `compute`, so each one judges its own samples alone.
     metrics = task.metrics().to(device)
     with torch.no_grad(), evaluating(model):
         for batch in loader:

@@ -51,6 +51,7 @@ def deliver(
     qmodel = load(best, model.cpu(), context.datasets.example())
     reports = export_verified(context, qmodel, context.folder, model)
     before = {"calibrated": calibrated} if calibrated is not None else {}
+    # A row for each model that there is, from float to deployed; the first metric of each goes on the page.
     rows = {"float": float_metrics, **before, "simulated": context.accuracy(qmodel)}
     files = {"simulated": best}
     last = context.folder / LAST_FILE

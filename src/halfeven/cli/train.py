@@ -94,6 +94,7 @@ def train_and_deliver(
         facts: further entries of `results.json`.
         json_file: a further file to write the results to; "" for none.
     """
+    # An interrupted training goes on from its state; all others begin with calibration and the recipe.
     if prepared is None:
         qmodel, session, header = _rebuild_interrupted(context, model)
     else:
@@ -169,6 +170,7 @@ def _set_up_training(
     experiment = context.experiment
     context.log(f"{plan_of(qmodel)}\n")
     write_plan(context, qmodel)
+    # The float model is trained first; the model prepared before was for the checks and the plan alone.
     if context.experiment.pretraining.epochs:
         train_float(context, model, resume=resume)
         qmodel = prepare(model, context.datasets.example(), experiment.quantization)

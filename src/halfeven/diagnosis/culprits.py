@@ -106,6 +106,7 @@ def _layer_at_fault(patient: Patient) -> tuple[Finding, nn.Module] | None:
 
     An outlier channel, for example, spoils the input of a layer and, where small weights make up for it, the weight.
     """
+    # A layer has its own name, and its output may have it too: the flag tells a weight from an activation.
     named = {(planned.name, q.weight): q for q, planned in planned_quantizers(patient.qmodel)}
     layers = {
         weight.name: [named[weight.name, True], *(named[name, False] for name in reads)]
@@ -113,6 +114,7 @@ def _layer_at_fault(patient: Patient) -> tuple[Finding, nn.Module] | None:
         if (weight.name, True) in named
         and (reads := [t.name for t in activations_read_by(patient, weight.name) if (t.name, False) in named])
     }
+    # Each layer's weight and the activations that it reads, raised together.
     part = patient.reference.first(SCREENING_SAMPLES)
     whole = divergence_of(patient.qmodel, part)
     # Raised to float: `raising_bits` without ranges switches the members off.

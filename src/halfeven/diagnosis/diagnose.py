@@ -100,6 +100,7 @@ def diagnose(
     chosen = first_samples(batches, samples)
     models = {"float": float_model, "quantized": qmodel}
     accuracy = {} if evaluate is None else _measure_accuracies(evaluate, models)  # a wrong metric shows at once
+    # Measure: the float answers, the harm of each tensor, and what weights and activations do alone.
     reference = reference_of(qmodel, chosen, float_model=float_model, samples=samples)
     _check_same_shapes(qmodel, reference)
     patient = _examine(qmodel, chosen, reference)
@@ -109,6 +110,7 @@ def diagnose(
         f"{parts.without:.3g}, with weights alone quantized by {parts.weights:.3g}, with activations alone by "
         f"{parts.activations:.3g}."
     )
+    # Find causes, each in the model that the remedies before it have repaired.
     found, repaired = _find_and_repair(patient, float_model, log)
     agreement = _measure_agreement(qmodel, reference)
     # This question stands first in the white paper's figure 9, so its finding comes before all others.

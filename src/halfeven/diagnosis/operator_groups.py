@@ -72,6 +72,7 @@ def group_of(qmodel: nn.Module, operators: Sequence[str], members: Sequence[str]
         name: of the group.
     """
     inside = set(members)
+    # An activation stays quantized while any operator outside of the group reads it.
     taken = [
         q
         for q, planned in planned_quantizers(qmodel)

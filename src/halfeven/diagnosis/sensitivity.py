@@ -212,6 +212,7 @@ def sensitivities(
     qmodel = unwrapped(qmodel)
     chosen = first_samples(batches, samples)
     reference = reference or reference_of(qmodel, chosen, float_model=float_model, samples=samples)
+    # Tensors with as many bits already have no entry, and are raised to float.
     ranges: dict[Quantizer, GridRange] = {} if raised_bits is None else ranges_at(qmodel, chosen, raised_bits)
     members = _quantizer_groups(qmodel, groups)
     part = reference if ranked_by is None else reference.first(ranked_by)

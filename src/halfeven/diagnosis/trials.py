@@ -60,6 +60,7 @@ class Trial:
 
 def try_remedy(qmodel: nn.Module, remedy: Remedy, batches: Batches, reference: Reference) -> tuple[Trial, nn.Module]:
     """Apply a remedy to a copy of a model. Returns the trial and the copy."""
+    # A remedy that cannot be applied may stop half-way, so its copy is not used further.
     copied = copy_model(qmodel)
     try:
         with warnings.catch_warnings(), torch.no_grad():

@@ -44,6 +44,7 @@ class Judge:
     def __init__(self, float_model: nn.Module, evaluate: Evaluate | None, reference: Reference) -> None:
         self.evaluate = evaluate
         self.reference = reference
+        # Measured once: all drops are from the same numbers.
         self.expected = None if evaluate is None else metric_values(evaluate, float_model)
 
     @property

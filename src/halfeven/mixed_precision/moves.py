@@ -175,6 +175,8 @@ def _unit_rules(unit: Unit, candidate: Rule) -> Iterator[Rule]:
         for name in unit.readers:
             yield dataclasses.replace(candidate, pattern=glob.escape(name))
         return
+    # Each field goes to the operators that it concerns: those of activations to the tensors, those of weights to the
+    # layers.
     for names, fields in ((unit.tensors, TENSOR_FIELDS), (unit.layers, WEIGHT_FIELDS)):
         given: dict[str, Any] = {name: value for name, value in _fields_set(candidate).items() if name in fields}
         for name in names if given else ():

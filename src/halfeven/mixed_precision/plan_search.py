@@ -59,6 +59,7 @@ def search_plan(
         log: called with each step.
         resume_dir: folder that keeps measurements.
     """
+    # The start: the scheme with ranges alone, and the samples and the judge that all plans meet.
     qmodel = quantized((), False)
     runtime = runtime_named(plan_of(qmodel).options.target)
     ranking = first_samples(batches, options.samples)
@@ -70,11 +71,13 @@ def search_plan(
     timed = options.latency is not None or options.cost == "latency"
     first = reference.inputs[0]
     times = _time_layers(qmodel, runtime, first) if timed else None
+    # The walk: all steps that there are, measured in the context of the present plan and taken one by one.
     moves = moves_of(qmodel, units_of(qmodel), candidates, batches, runtime.target)
     log(f"Searching {len(moves)} steps in {len(units_of(qmodel))} groups of tensors.")
     store = MeasurementStore(resume_dir, _identifying_facts(qmodel, candidates, options, reference))
     state = Walk(qmodel, moves, workload_of(qmodel), times, reference, judge, options, store, log)
     chosen = walk(state)
+    # The end: the rules of the chosen plan make a model from scratch, which is judged and timed itself.
     finish = _Finish(state, runtime, quantized, first)
     result = finish.at(chosen)
     # The walk compared estimates: of the time, and of models without learned rounding. Where the real model is slower,

@@ -119,6 +119,7 @@ def search_prepared(
     ranges_alone, final = _compared_and_final_steps(ptq)
 
     def quantized(rules: tuple[Rule, ...], last: bool) -> nn.Module:
+        # A copy for each plan, since the steps change the model in place.
         qmodel = copy_model(prepared)
         if rules:
             set_rules(qmodel, rules)

@@ -55,6 +55,7 @@ def _tied_tensors(plan: Plan, nodes: dict[str, fx.Node]) -> list[list[PlannedTen
     """Return the tensors in groups that share a reader."""
     groups: list[tuple[set[str], list[PlannedTensor]]] = []
     for tensor in plan.tensors:
+        # Operators that read a tensor tie it to the others that they read: a sum, a concatenation, a product.
         readers = {name for name in tensor.consumers if name in nodes}
         if tensor.fixed_range is not None:  # a softmax, whose logits are a product of tensors of the same attention
             readers |= {name for place in tensor.places for name in _products_before(nodes[place], nodes)}

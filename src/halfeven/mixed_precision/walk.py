@@ -151,6 +151,7 @@ def walk(state: Walk) -> int:
     rescored = FIRST_RESCORING
     judged = failed = 0
     while True:
+        # A step that gains by the last ranking, or else by a new one.
         step = _take_best_move(state)
         if step is None and _rank_again(state):
             continue
@@ -187,6 +188,7 @@ def _first_within_drop(state: Walk, failed: int, good: int) -> int:
             good = middle
         else:
             failed = middle
+    # The model ends in the state of the plan that is returned.
     state.go_to(good)
     return good
 

@@ -122,6 +122,7 @@ def _best_relu6_choice(context: StepContext) -> ReLU6Choice:
     found: dict[ReLU6Choice, float] = {}
     agreement = None
     for way in RELU6_WAYS:
+        # The same steps as the pipeline takes, up to the ranges: what differs is the treatment of ReLU6 alone.
         copied = _trial_copy(context, way)
         run_steps(copied, EQUALIZATION)
         calibrate(copied.qmodel, trial)
@@ -129,6 +130,7 @@ def _best_relu6_choice(context: StepContext) -> ReLU6Choice:
         # This way alone changes the float model itself, so it is also told how many of its answers stay.
         if way == "replace":
             agreement = top1_agreement(float_outputs(copied.qmodel, trial), expected)
+    # The two ways with fast files first; bounds by channel must beat the better of them by a margin.
     best: ReLU6Choice = "replace" if found["replace"] > found["keep"] else "keep"
     if found["per_channel"] >= found[best] + MIN_GAIN_BY_CHANNEL:
         best = "per_channel"

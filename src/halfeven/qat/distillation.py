@@ -155,6 +155,7 @@ class Distillation:
         weight = options.weight
         total = task_loss
         if weight > 0 or options.features:
+            # The teacher computes the same batch, augmented alike, under the autocast of the caller.
             expected = self._teacher_outputs(inputs, first_tensor(outputs).device)
             if weight > 0:
                 given = self.logits(outputs)

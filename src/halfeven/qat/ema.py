@@ -96,6 +96,7 @@ class WeightEMA:
         self.options = options
         qmodel = unwrapped(qmodel)
         self._raw = qmodel
+        # A whole model, so that it can be validated, saved and exported like the one in training.
         self.model = copy_model(qmodel).eval().requires_grad_(False)
         own = quantizers(self.model)
         # The copy has the same names, by which each quantizer finds its counterpart.
@@ -133,11 +134,13 @@ class WeightEMA:
             # These steer the average's own forward pass, and they are no tensors that `blend` could copy.
             for name in PYTHON_STATE:
                 setattr(mine, name, getattr(raw, name))
+        # Decay 0 copies: the first update is where the average begins.
         blend(*self._tensors_at(self._averaged), warmed_up(self.options.decay, step) if self._started else 0.0)
         blend(*self._tensors_at(self._copied), 0.0)
         self._started = True
 
     def _follow_device(self) -> None:
+        # The model in training may be moved after the average was made; one tensor tells where it is.
         tensors = self._averaged or self._copied
         if tensors:
             mine, raw, name = tensors[0]

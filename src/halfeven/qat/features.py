@@ -22,6 +22,7 @@ class Features:
         self.whose = whose
         self.with_gradients = with_gradients
         self.names = [_resolve_layer(name, layers, whose) for name in wanted]
+        # A container and its last layer are two names of one tensor.
         if len(set(self.names)) < len(self.names):
             raise ConfigError(
                 f"distillation.features={list(wanted)} are the layers {self.names} of the {whose}, one of them twice, "

@@ -133,6 +133,7 @@ class _Weight:
         self._follow_device()
         state = (self.before, self.direction, self.frequency, self.average, self.frozen)
         fused(_follow_integers)(*self._weight_on_grid(), *state, momentum)
+        # Frozen after they are followed: an element that has just gone over the threshold is held from this step on.
         if threshold is not None:
             chosen = (self.frequency > threshold) & ~self.frozen
             # Section 4.3: a frozen element stays on the integer nearest to its moving average.

@@ -88,6 +88,7 @@ class JSONLinesTracker(GeneralTracker):  # type: ignore[misc]
         """Write a line."""
         with storing(self.path):
             self.lines.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
+            # An interruption then loses the line that is being written at most.
             self.lines.flush()
 
     def finish(self) -> None:

@@ -202,6 +202,7 @@ class Trainer:
         # A resumed run begins in the middle of an epoch, at the batch where it was interrupted.
         start = self.step % self.steps_per_epoch * self.options.accumulation
         for group in self._batches_by_step(self.batches.epoch(epoch, start)):
+            # Train a step, log it, then validate and save where that is due.
             loss, self.rate = self._take_step(group)
             self.step += 1
             self.log.advance(self.step, sum(find_batch_size(inputs) for inputs, _ in group) * world_size())

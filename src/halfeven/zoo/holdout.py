@@ -40,6 +40,7 @@ def hold_out(datasets: Datasets, options: DataOptions) -> Datasets:
             'Lower it, or set data.selection="validation".'
         )
     order = np.random.default_rng((options.holdout_seed, len(train))).permutation(len(train))
+    # Drawn at random, and kept in the order of the data.
     held = sorted(order[:count].tolist())
     rest = sorted(order[count:].tolist())
     holdout = subset(evaluated, held)

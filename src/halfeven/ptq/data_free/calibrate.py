@@ -160,12 +160,14 @@ def correct_biases_analytically(
     for region_name, region in regions(qmodel).items():
         # The inputs of a region inside of the model are not the model's, so nothing is assumed of them.
         known |= propagated(region, inputs=None if region_name else inputs)
+    # The moments above are those of float weights. Ranges are needed for the rounded weights, whose shift is sought.
     set_weight_ranges(qmodel, missing_only=True)
     shifts = {}
     unknown: list[str] = []
     for name, node in layers.items():
         op = Op(node)
         layer: Any = op.module
+        # A layer in float shifts nothing.
         if not hasattr(layer, "weight_quantizer"):
             continue
         if (x := known.get(op.inputs[0].node)) is None:

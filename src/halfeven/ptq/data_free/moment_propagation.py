@@ -150,6 +150,7 @@ class _Propagation:
         An operand is a tensor, a number, or a constant of the model.
         """
         operands = [self._operand_distribution(op, operand) for operand in op.node.args[:2]]
+        # One unknown operand makes the result unknown: a guess would set a wrong range.
         if any(operand is None for operand in operands) or len(operands) < 2:
             return None
         a, b = operands

@@ -63,7 +63,7 @@ class _ChannelStatistics:
     def update(self, layer: Any, output: Tensor) -> None:
         # The output of a convolution may lack the batch axis, so its channels are counted from the end.
         axis = -1 if isinstance(layer, nn.Linear) else output.ndim - layer.weight.ndim + 1
-        rows = output.movedim(axis, 0).flatten(1)
+        rows = output.movedim(axis, 0).flatten(1)  # [channels, samples * positions]
         smallest = rows.amin(1)
         self.smallest = smallest if self.smallest is None else torch.minimum(self.smallest, smallest)
         self.total = self.total + rows.double().sum(1)

@@ -109,6 +109,7 @@ class _ScaledLayer:
     """
 
     def __init__(self, layer: Any, inputs: int | None) -> None:
+        # [groups, outputs of a group, inputs of a group, *window]; below, the largest of each window.
         weight = weight_by_channel(layer, inputs).abs()
         self.layer = layer
         self.largest = weight.flatten(3).amax(3) if weight.ndim > 3 else weight
@@ -193,9 +194,11 @@ def equalize(
     Raises:
         AlgorithmError: the float function was not preserved; the weights are restored.
     """
+    # What takes part: chains of layers that alone read each other.
     layers, left = rewritable_layers(qmodel)
     chains = find_chains(layers, across_clips=across_clips)
     members = {name: layer for chain in chains for name, layer in zip(chain.names, chain.layers, strict=True)}
+    # The spread of the ranges now, for the report; then the factors; then weights and bounds, all at once.
     before = {name: _range_spread(layer) for name, layer in members.items()}
     scaled = _scaled_layers(chains)
     sweeps = 0
@@ -247,6 +250,7 @@ def find_chains(layers: dict[str, fx.Node], *, across_clips: bool = False) -> li
     """
     pairs = find_layer_pairs(layers, through_clips=across_clips)
     linked: dict[fx.Node, LayerPair] = {pair.producer: pair for pair in pairs}
+    # A depthwise layer that reads a linked layer is found on the way of the chain before it, and begins none.
     consumers = {pair.consumer for pair in linked.values()}
     names = {node: name for name, node in layers.items()}
     chains = []

@@ -93,6 +93,7 @@ def rewritable_layers(model: nn.Module) -> tuple[dict[str, fx.Node], tuple[str, 
     left: list[str] = []
     for prefix, region in regions(model).items():
         calls = Counter(op.path for op in module_calls(region.graph))
+        # A parameter may also be a tensor of the graph, read by an operator beside its layer.
         constants = {id(op.constant) for op in operations(region.graph) if op.is_constant}
         for name, node in tensor_names(region.graph).items():
             op = Op(node)

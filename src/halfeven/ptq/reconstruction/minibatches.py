@@ -25,6 +25,7 @@ MIN_SAMPLES = 2
 
 def samples_of_a_step(block: Block) -> int:
     """Return the largest number of samples that a step of a block needs."""
+    # The layer of the block with the most positions decides.
     return max(MIN_SAMPLES, POSITIONS_OF_A_STEP // max(map(_weight_positions, map(Op, block.layers)), default=1))
 
 

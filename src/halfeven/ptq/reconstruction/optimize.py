@@ -248,11 +248,14 @@ def _minimize_error(
     # AdaRound's warm start: first the error alone moves the soft weights, then the regularizer decides them.
     warm = round(options.warm_start * steps)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if optimizer else None
+    # What a step needs to know of the block: how many samples carry enough positions, and how many roundings share the
+    # regularizer.
     samples = samples_of_a_step(block)
     weights = sum(rounding.v.numel() for rounding in parameters.roundings.values())
     with parameters.soft_weights(), torch.enable_grad():
         for step, batch in enumerate(_shuffled_batches(len(quantized.batches), steps, generator)):
             in_float = floats.inputs(block, batch) if options.drop else {}
+            # One batch of the block's quantized inputs, float inputs (for QDrop alone) and float outputs.
             stored = (quantized.inputs(block, batch), in_float, floats.outputs(block, batch))
             # Inputs and target are cut alike: the same samples of the quantized inputs, the float inputs and the float
             # outputs.
@@ -261,6 +264,7 @@ def _minimize_error(
                 # QDrop: each element of the block's input comes from the quantized or the float model at random, so
                 # that the block learns no answer to one fixed noise.
                 values = qdrop.mix(values, in_float)
+            # The gradient reaches the soft weights as leaves, the learned scales through `qdrop.call`, and the biases.
             _relative_error(run(block, values, qdrop.call), expected, powers).backward()  # type: ignore[no-untyped-call]
             if optimizer and decay:
                 for rounding in parameters.roundings.values():

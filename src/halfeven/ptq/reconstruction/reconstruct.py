@@ -144,6 +144,8 @@ def _reconstruct(
     qmodel = unwrapped(qmodel)
     # The number that "auto" stands for is written out, so that a resumed run compares numbers.
     options = dataclasses.replace(options, iterations=options.steps)
+    # The target is the float model's output, so its weights must still be there, and no layer may share one with
+    # another.
     check_float_weights(qmodel, "Reconstruction")
     untie_layers(qmodel)
     _check_calibrated(qmodel)
@@ -219,6 +221,7 @@ def _check_calibrated(qmodel: nn.Module) -> None:
 @contextmanager
 def _parameters_without_gradients(model: nn.Module) -> Iterator[None]:
     """Switch the gradients of all parameters off, except those that a block learns; restore the flags at the end."""
+    # Backward would else compute gradients of all weights of a block, which the soft weights stand in for.
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     try:

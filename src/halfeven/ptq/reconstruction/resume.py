@@ -76,6 +76,7 @@ class BlockStore:
                 check_facts(facts, path)
                 result = BlockResult(**json.loads(facts["outcome"]))
                 found = {key: file.get_tensor(key) for key in _block_state(block)}
+            # The digest is checked before anything is copied into the block.
             check_tensors(found, facts, path)
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged_error(path, error) from error

@@ -95,6 +95,7 @@ def layernorm_groups(qmodel: nn.Module) -> tuple[list[LayerNormGroup], tuple[str
     rewritable, _ = rewritable_layers(qmodel)
     layers = {Op(node): name for name, node in rewritable.items()}
     ops = {name: Op(node) for name, (_, node) in named_nodes(qmodel).items()}
+    # By identity: a module may be called from several places, and a parameter have several names.
     calls = Counter(id(op.module) for op in ops.values() if op.is_module)
     owners = Counter(id(p) for _, p in qmodel.named_parameters(remove_duplicate=False))
     groups: list[LayerNormGroup] = []
@@ -120,6 +121,7 @@ def _obstacle_to_moving(
 ) -> str | None:
     """Return why nothing can move out of a normalization; None where nothing stands in the way."""
     norm = op.module
+    # Over several axes there is a factor for each element, and a linear layer has one for each input channel.
     if not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
         return "no LayerNorm over the last axis with a factor of its own"
     if others and not (linears and _are_additions(op, others)):
@@ -193,6 +195,7 @@ def give_rescalings(qmodel: nn.Module, groups: list[LayerNormGroup]) -> list[Cha
     Returns:
         An entry for each group; None where no addition reads its LayerNorm.
     """
+    # Through the plan, so that a loaded checkpoint has the same rescalings; then each is found in its graph.
     record_changes(qmodel, rescaled=tuple(group.name for group in groups if group.read_by_additions))
     nodes = named_nodes(qmodel)
     return [channel_affine.rescaling_of(nodes[group.name][1]) for group in groups]

@@ -90,7 +90,7 @@ def smooth(
         for group, rescaling, (low, high) in zip(groups, rescalings, ranges, strict=True):
             activations = torch.maximum(-low, high)
             # All layers that read the tensor get the same factor, so the largest weight of any of them counts.
-            weights = torch.stack([layer.weight.abs().amax(0) for layer in group.linears]).amax(0)
+            weights = torch.stack([layer.weight.abs().amax(0) for layer in group.linears]).amax(0)  # [inputs]
             r = smoothing_factors(activations, weights, strength)
             move_affine(group.norm, group.linears, rescaling, r, torch.zeros_like(r))
             spreads[group.name] = (range_spread(high - low), range_spread((high - low) / r))
