@@ -33,6 +33,8 @@ def epilogue(layer: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
     last = layer
     while scales_by_channel(layer) or kind_of(layer) is OperatorKind.LINEAR:
+        # Axis 1 of tokens is not that of a linear layer's channels: a BatchNorm there is no part of the epilogue, while
+        # arithmetic on the last axis may be.
         behind = norm_behind(last) if scales_by_channel(layer) else None
         behind = behind or _arithmetic_behind(last, layer)
         if behind is None:

@@ -65,6 +65,7 @@ def interface_of(
     """
     args, kwargs = described
     order = _keyword_order(program)
+    # In the program's order, which is that of the file's inputs.
     leaves = pytree.tree_leaves((args, {name: kwargs[name] for name in order}))
     known = [leaf for leaf in leaves if isinstance(leaf, ModelInput)]
     inputs = _chosen_names("input", [one.name for one in known], input_names)

@@ -153,6 +153,7 @@ def label_of(batch: Any, form: InputForm) -> Any:
     named = by_name(batch, form.tensor_names)
     if isinstance(named, Mapping):
         spare = [key for key in named if key not in (*form.kwargs, *form.names)]
+        # A named tuple may give its label any name: it is then the first field that is no input.
         labels = [key for key in ("labels", "label") if key in spare] or (spare if is_sequence(batch) else [])
         return named[labels[0]] if labels else None
     if not is_sequence(batch) or not batch:
@@ -257,6 +258,7 @@ def _check_input(name: str, value: Any, like: Any, converted: torch.dtype | None
     if value.numel() == 0:
         remedy = "Leave out empty batches, for example with drop_last=True."
         raise _mismatch_error(number, f"{what}an empty tensor of shape {list(value.shape)}", remedy)
+    # A model that was converted, to bfloat16 for example, takes floating inputs of its own type.
     expected = converted if converted and like.is_floating_point() else like.dtype
     if value.dtype != expected:
         told = f"The model was converted to {converted}." if expected != like.dtype else _example_sentence(like)

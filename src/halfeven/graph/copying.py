@@ -32,6 +32,7 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         for value in pytree.tree_leaves([dict(vars(module)), dict(own_buffers(module))])
         if isinstance(value, Tensor) and not value.is_leaf
     }
+    # `deepcopy` returns what is in its memo in place of a copy.
     known = {**computed, **(memo or {})}
     try:
         # From the innermost wrapper outwards: each copy is in the memo when the module around it is copied.

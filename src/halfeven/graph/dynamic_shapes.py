@@ -40,6 +40,7 @@ def free_axes(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: DynamicS
     tensors = {name: leaf for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)}
     named = {name: _axes_from_front(name, tensors, axes) for name, axes in dynamic_shapes.items()}
     _check_equal_sizes(tensors, named)
+    # Where the user names the first axis of an input, that is the name of the batch in all of them.
     label = next((axes[0] for axes in named.values() if 0 in axes), BATCH)
     return [batch | named.get(name, {}) for name, batch in zip(names, batch_axes((args, kwargs), label), strict=True)]
 

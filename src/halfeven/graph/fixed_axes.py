@@ -143,6 +143,7 @@ class _Listener(logging.Handler):
             return
         # The arguments are a symbol and what replaces it: a number where it becomes a constant.
         frames = traceback.extract_stack()
+        # Frames before torch.export's are those of whoever prepares the model.
         start = max((i for i, frame in enumerate(frames) if "/torch/export/" in frame.filename), default=0)
         # The model's own line is the innermost behind torch.export that is neither torch's nor halfeven's.
         own = [frame for frame in frames[start:] if not any(part in frame.filename for part in NOT_THE_MODEL)]

@@ -71,6 +71,7 @@ def kept_markers(model: nn.Module, names: Sequence[str]) -> Iterator[Calls]:
     calls: Calls = {}
     modules = [(name, model.get_submodule(name)) for name in names]
     for name, module in modules:
+        # An attribute of the instance hides the class's method; `del` in the end makes the method visible again.
         module.forward = _marking_forward(name, module.forward, calls)
     try:
         yield calls
@@ -88,6 +89,7 @@ def _marking_forward(name: str, forward: Any, calls: Calls) -> Any:
         call = f"{name} {len(calls)}"
         constants = tuple(None if tensor else x for x, tensor in zip(given, tensors, strict=True))
         calls[call] = _Call(name, constants, tensors, nesting, outputs)
+        # A mark reads the inputs too, although it returns a result: so the graph keeps them for the call.
         inputs = [x for x in given if isinstance(x, Tensor)]
         marks = [
             torch.ops.halfeven.kept(x, inputs, call, index) if isinstance(x, Tensor) else x
@@ -120,6 +122,7 @@ def restore_kept(graph: fx.Graph, original: nn.Module, calls: Calls) -> dict[str
         # In eval mode, which is traced, it returns its input: quantized readers may then look through it.
         identity = len(nodes) == 1 and call.results.is_leaf() and result is next(iter(inputs), None)
         kind = OperatorKind.IDENTITY if identity else OperatorKind.FLOAT
+        # A module that returns its input in some calls alone is no identity.
         if call.name in rows and rows[call.name].kind is not kind:
             kind = OperatorKind.FLOAT
         rows[call.name] = Operator(target=type(original.get_submodule(call.name)), kind=kind)

@@ -188,6 +188,7 @@ def remember(result: nn.Module, module: nn.Module, path: str) -> None:
 
 def _is_plain_value(value: Any) -> bool:
     """Return True unless a value holds a module of the float model, or a trace of its forward pass, such as a size."""
+    # A bound method holds its module.
     leaves = [getattr(leaf, "__self__", leaf) for leaf in pytree.tree_leaves(value)]
     return not any(isinstance(leaf, nn.Module | SymInt | SymFloat | SymBool) or _is_computed(leaf) for leaf in leaves)
 
@@ -205,6 +206,7 @@ def give_methods(cls: type[nn.Module], kind: type[nn.Module]) -> None:
             _give_children(cls, dict_like=base is nn.ModuleDict)
             break
         for name, value in vars(base).items():
+            # Indexing is the float class's; all other special methods stay torch's.
             is_special = name.startswith("__") and name not in INDEXING
             if not is_special and not hasattr(cls, name):
                 setattr(cls, name, _with_explanation(value, kind) if isinstance(value, types.FunctionType) else value)
@@ -245,6 +247,7 @@ def _get_by_index(self: Any, index: int | slice) -> nn.Module:
         return children[index]
     chosen = children[index]
     start, _, step = index.indices(len(children))
+    # A slice is a container of its own, whose children count from 0.
     result = part_class(self.halfeven_original.kind)()
     for number, child in enumerate(chosen):
         result.add_module(str(number), child)

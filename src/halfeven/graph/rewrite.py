@@ -105,6 +105,7 @@ def lower_stacked_sums(region: CapturedModule) -> int:
             continue
         given = Op(stack).arguments
         ndim = Op(stack).ndim
+        # Only the stacked axis may be summed.
         if [axis % ndim for axis in values["dim"]] != [given["dim"] % ndim]:
             continue
         call = _calls_before(node)

@@ -39,6 +39,8 @@ def _axes_of_whole_window(
     if any(others.get(name, usual) != usual for name, usual in DEFAULTS.items()):
         return []
     axes = list(range(-len(kernel_size), 0))
+    # Sizes are compared as texts: of two symbols torch.export would decide whether they are equal, and note a
+    # condition.
     free = any(isinstance(size, SymInt) for size in kernel_size)
     same = [str(size) for size in kernel_size] == [str(input.shape[axis]) for axis in axes]
     padded = any(padding) if isinstance(padding, tuple | list) else bool(padding)

@@ -24,6 +24,7 @@ def name_readers(graph: fx.Graph, original: nn.Module) -> None:
         if not Op(node).is_constant or Op(node).path not in tied:
             continue
         for reader in list(node.users):
+            # An operator's path is that of the module whose code calls it.
             own = _own_name(tied[Op(node).path], Op(reader).path if Op(reader).is_function else "")
             if own is not None and own != Op(node).path:
                 with graph.inserting_before(node):

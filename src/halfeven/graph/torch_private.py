@@ -173,6 +173,7 @@ def forgetting_graphs() -> Iterator[None]:
     try:
         yield
     finally:
+        # Sources of graphs that are still in use stay: the finalizer of each module has their names.
         owned = [finalizer.peek() for finalizer in list(_sources.values())]
         kept = before.union(*(found[2][0] for found in owned if found))
         _forget_sources([name for name in list(sources.eval_cache) if name not in kept])

@@ -119,6 +119,8 @@ def _capture_with_kept(model: nn.Module, kept: Kept, how: Capture) -> tuple[nn.M
                     f"that were captured: {_first_line(error)}. Leave the submodules that it reads out with "
                     "leave_out=[...]."
                 ) from error
+            # The code needs the region as it was, so that stays Python too. Each turn adds a region, until none is
+            # left.
             kept = kept | {name: KeptInPython(name, f"code that stays Python reads its {error.name}")}
 
 

@@ -78,6 +78,7 @@ def run_as_is(
     """Run a model as `run_in_training` does, in the mode that its modules have, and restore nothing of the model."""
     switch_off_dropout(model)
     given = parameters or dict(model.named_parameters(remove_duplicate=False))
+    # What is compared after the run: the values of tensors, and attributes by identity.
     before = {name: tensor.detach().clone() for name, tensor in _tensors_by_name(model).items()}
     attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
     run = TrainingRun()
@@ -115,6 +116,7 @@ def differences(expected: TrainingRun, found: TrainingRun) -> list[str]:
         said.append(f"it changes {named(moved)} in training")
     if unset := expected.losses - found.losses:
         said.append(f"it sets {named(sorted(unset))} to a loss")
+    # Modules that the captured model calls too: what else was computed again has become a part of its graph.
     if lost := sorted((expected.recomputed & found.called) - found.recomputed):
         said.append(f"it computes {named(lost)} again in the backward pass, to save memory")
     # What follows may be a consequence of the former.
@@ -150,6 +152,7 @@ def _other_gradients(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
         e = expected.get(name)
         f = found.get(name)
         if e is None or f is None:
+            # A gradient of zeros is as good as none.
             present = f if e is None else e
             if present is not None and bool(present.any()):
                 names.append(name)
@@ -279,6 +282,8 @@ def restored(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, requires_grad in trained:
             parameter.requires_grad = requires_grad
+        # A forward pass may have put another tensor in a buffer's place: first the tensors are put back, then their
+        # values.
         for module, held in zip(modules, buffers, strict=True):
             put_back(own_buffers(module), held)
         with torch.no_grad():

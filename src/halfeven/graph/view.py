@@ -123,6 +123,7 @@ class Op:
         """
         if not self.is_function:
             return str(self.node.target)
+        # From the model inwards: the last entry is the module whose own code was running.
         stack = list((self.node.meta.get("nn_module_stack") or {}).values())
         return str(stack[-1][0]) if stack else ""
 

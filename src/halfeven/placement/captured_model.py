@@ -120,6 +120,7 @@ def capture_for_quantization(
     if gates:
         notes.append(f"{gates} SiLU and hard-swish are written out as the product of their input and its gate.")
     for region in regions(captured).values():
+        # Runtimes merge equal operators. Merged here, they have a single quantizer.
         merge_duplicates(region)
         lower_stacked_sums(region)
     if options.batchnorm == "fold":

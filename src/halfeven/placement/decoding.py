@@ -51,6 +51,7 @@ def _leads_to_layer(node: fx.Node) -> bool:
         if reader in seen:
             continue
         seen.add(reader)
+        # A layer that decodes, such as an expectation over bins, is not one that follows.
         computes = kind_of(reader) in (*WEIGHTED, K.MATMUL, K.AVERAGE) and reason_for_float(reader) is None
         if computes or Op(reader).is_kept:  # what is kept in Python may have layers
             return True

@@ -64,6 +64,7 @@ def record_changes(
         rescaled=rescaled,
         untied=untied,
     )
+    # First the change, which is refused where it does not apply: then the plan stays as it was.
     apply_changes(qmodel, made)
     changes = plan.changes.joined(made)
     record_plan(qmodel, dataclasses.replace(plan, changes=changes))

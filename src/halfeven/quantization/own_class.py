@@ -59,6 +59,7 @@ def own_class(value: Any, methods: Mapping[str, tuple[str, ...]], made_with: Seq
         )
     _check_call(name, value, made_with[:1], made_with[1:])
     for method, arguments in methods.items():
+        # Looked up on the class, a method takes `self` as an argument.
         _check_call(f"{name}.{method}", getattr(value, method), ("self", *arguments))
     return OwnClass(name, str(getattr(value, "version", UNVERSIONED)), value)
 

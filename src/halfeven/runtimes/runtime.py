@@ -270,6 +270,7 @@ def load_deployed(path: str | Path, target: str = "openvino", qmodel: nn.Module 
         outputs, _ = opened.run(_in_order(inputs, named, taken, path))
         if form is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        # A file has the tensors alone: what else the model returns is that of the example.
         given = iter(outputs)
         return pytree.tree_unflatten([next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
 

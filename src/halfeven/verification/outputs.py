@@ -66,6 +66,7 @@ class OutputSums:
             alone: the same, computed from the file's own integers.
             floating: that of the model with its quantizers off.
         """
+        # Indices and masks have no size of error: their share of equal values is reported.
         self.continuous = self.continuous and exact.is_floating_point()
         differences = _differences(found, exact)
         self.count += found.numel()

@@ -33,6 +33,7 @@ def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Ten
     model = onnx_ir.to_proto(translated(program, [], TRANSLATIONS))
     graph = model.graph
     own = [found.name for found in graph.input]
+    # Constants become inputs, so that operators share a session that differ in them alone.
     constants = [tensor.name for tensor in graph.initializer]
     for tensor in graph.initializer:
         graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
@@ -131,6 +132,7 @@ class ONNXRuntimeFile(ONNXFile):
 
     def executed_products(self) -> list[LayerExecution]:
         weights = {tensor.name for tensor in self.model.graph.initializer}
+        # A product with a constant is a layer's.
         nodes = [node for node in self._optimized() if node.op_type in (*INTEGER_PRODUCTS, *FLOAT_PRODUCTS)]
         return [_described(node.name, node) for node in nodes if not weights.intersection(_operands(node))]
 
