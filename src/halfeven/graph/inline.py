@@ -43,6 +43,7 @@ def plain_forward(model: nn.Module) -> Iterator[list[str]]:
     modes: list[ExitStack] = []
 
     def enter(block: torch.autocast) -> torch.autocast:
+        # A stack, since blocks may lie inside of each other; a block that is switched off adds no mode.
         modes.append(ExitStack())
         if (dtype := autocast_dtype(block)) is not None:
             modes[-1].enter_context(_InFloat32(dtype))

@@ -88,6 +88,7 @@ class CapturedModule(KeepsTypes, fx.GraphModule):
 
     def flat_inputs(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Return the values of the graph's placeholders, in order, for a call with these arguments."""
+        # A graph that was pickled has no keyword arguments: its inputs are taken by their own names.
         names = input_keywords(self.graph) or [op.path for op in operations(self.graph) if op.is_input]
         keywords = {name: kwargs[name] for name in names if name in kwargs}
         return pytree.tree_leaves((args, keywords))
@@ -296,6 +297,7 @@ def _build_linear(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
 
 def _build_batch_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
     path = _parameter_owner(a["running_mean"], "running_mean")
+    # A call that normalizes by the batch in eval mode, too, stays a function: a module would follow the mode.
     if path is None or a["training"] or _parameter_owner(a["running_var"], "running_var") != path:
         return None
     weight = a["weight"]

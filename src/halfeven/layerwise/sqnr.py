@@ -32,6 +32,7 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     """Return the largest difference relative to the largest expected magnitude; infinite for NaN and infinities."""
     if not expected.numel():
         return 0.0
+    # Where all that is expected is 0, the difference itself is returned.
     scale = float(expected.abs().max()) or 1.0
     worst = float((found - expected).abs().max()) / scale
     # NaN is the one number that is not equal to itself.

@@ -53,6 +53,7 @@ def _problems(plan: Plan) -> Iterator[str]:
     for entry in entries:
         yield from _problems_of(entry)
         what = "weight" if isinstance(entry, PlannedWeight) else "activation"
+        # Scheme, ends and rules are all that a width can come from.
         asked = _widths_named(plan, f"{what}_bits", 0 if what == "weight" else 1)
         if entry.scheme.bits not in asked:
             yield f"{what} {entry.name} has {entry.scheme.bits} bits, and the options of the plan name {sorted(asked)}"

@@ -127,6 +127,7 @@ class _Change:
             _remove_calls(region, quantizer_path(f"{planned.name}_weight"))
             return
         layer = Op(node).module
+        # First, while the layer still has its links to the BatchNorm that is folded into it.
         unfold_live(layer)
         del layer.weight_quantizer
         layer.input_quantizers = ()

@@ -74,6 +74,7 @@ def _argument_kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def compiler_works() -> bool:
     """Return True where torch.compile can build kernels: tried once, on a small tensor. HALFEVEN_COMPILE=0 is False."""
+    # The lock is held while the compiler is tried: other threads wait for the answer.
     global _works
     with _lock:
         if _works is None:

@@ -29,6 +29,7 @@ def default_session(file: DeployedFile, inputs: Sequence[Tensor], verified: Sequ
     """
     if not file.settings:
         return None
+    # First without any setting: where that makes no difference, single settings are not tried.
     difference = _largest_difference(file.run_with((), inputs), verified)
     if not difference:
         return DefaultSession(0.0, [])

@@ -72,6 +72,7 @@ def work_of(
         for node, count in counts.items():
             integer = of_products if node in of_activations else float(ran.get(calls.get(node, ""), False))
             work.add(calls.get(node, names[node]), count * calls_of_region, integer)
+    # What stayed Python runs in float.
     for name, count in beside.in_python.items():
         work.add(name, count, 0.0)
     return work

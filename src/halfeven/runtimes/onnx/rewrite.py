@@ -22,6 +22,7 @@ def name_and_fold(graph: Any, deployed: Deployed) -> None:
         graph: the `onnx_ir.Graph` of a deployed model's program.
         deployed: the model.
     """
+    # By path, under which its buffers lie in the model; the name in the file may be another.
     quantizers = {quantizer.path: quantizer for quantizer in deployed.quantizers}
     modules = dict(deployed.model.named_modules())
     taken = Counter[str]()

@@ -120,6 +120,7 @@ def _write_slices(region: CapturedModule) -> None:
         if not all(isinstance(size, int) for size in sizes):
             continue  # along the free batch
         for part in list(node.users):
+            # The parts lie one behind the other along the axis.
             start = sum(sizes[: part.args[1]])
             with region.graph.inserting_before(part):
                 cut = region.graph.call_function(aten.slice.Tensor, (source, dim, start, start + sizes[part.args[1]]))
@@ -222,6 +223,7 @@ def _copy_layer_of_call(
     path = f"{node.target}_on_{node.all_input_nodes[0].name}"
     copied = copy.deepcopy(layer)
     copied.weight_quantizer = twin_of(layer.weight_quantizer, f"{prefix}{path}.weight_quantizer", deployed.quantizers)
+    # The bias as it was before it was rounded to the grid of the first call.
     copied.bias = nn.Parameter(bias, requires_grad=False)
     place(region, path, copied)
     node.target = path

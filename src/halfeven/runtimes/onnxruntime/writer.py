@@ -64,6 +64,7 @@ def _fuse_pair(model: Any, node: Any, pair: Any) -> None:
     scale = np.broadcast_to(pair.inputs[1].const_value.numpy().astype(np.float32), weight.shape[:1])
     block = block_of(weight.shape[1])
     packed = packed_blocks(weight, bits, block)
+    # The kernel wants a scale for each block, and all blocks of an output have the same: [outputs * blocks].
     scales = np.repeat(scale, packed.shape[1])
     names = {"integers": packed, "scale": scales}
     constants = []

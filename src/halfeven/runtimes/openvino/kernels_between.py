@@ -134,6 +134,7 @@ class KernelsBetween:
     def _part_before(self, quantizer: str, watched: bool) -> _Part | None:
         if quantizer not in self.quantizers:
             return None
+        # Quantizers whose integers are simulated already, by name, with their operators in the file.
         known = {name: node for name, node in self.quantizers.items() if name in self.simulation.tensors}
         extent = _extent_before(
             self.nodes, set(self.quantizers.values()), self.quantizers[quantizer], set(known.values())
@@ -201,6 +202,8 @@ def _extent_before(nodes: Mapping[str, _Node], quantizers: set[str], end: str, k
             if reader in quantizers:
                 ends.add(reader)
             waiting.append((reader, True))
+    # Quantizers at which other readers end have to be computed too: without them their tensors would have fewer
+    # readers.
     others |= ends - {end}
     part = {name for name, _ in seen}
     shared = {name for name in reads if not part.issuperset(nodes[name].readers)}

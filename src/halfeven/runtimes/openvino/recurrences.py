@@ -125,6 +125,8 @@ def _write_layers(graph: fx.Graph, node: fx.Node) -> None:
         last: list[list[fx.Node]] = [[], []]
         count = len(weights) // layers
         for layer in range(layers):
+            # PyTorch lists the weights of a layer before those of the next: for each direction w_ih, w_hh and, with
+            # biases, b_ih and b_hh.
             own = _at_their_places(weights[layer * count : (layer + 1) * count], biased, sequence)
             hidden, cell = (_state_of_layer(graph, state, layer, directions) for state in states)
             values = (sequence, hidden, cell, *own)
@@ -133,6 +135,7 @@ def _write_layers(graph: fx.Graph, node: fx.Node) -> None:
             if 1 in read:
                 last[0].append(_last_hidden(graph, sequence, directions, batch_first, size))
             if 2 in read:
+                # The last state of the cells is no part of the output: a second call of the same layer returns it.
                 last[1].append(graph.call_function(torch.ops.halfeven.recurrence.default, (*call, True, *values)))
         results = [sequence, *(graph.call_function(aten.cat.default, (found, 0)) if found else None for found in last)]
     for reader in list(node.users):

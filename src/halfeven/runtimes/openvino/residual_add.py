@@ -44,6 +44,7 @@ def fused_sum(node: fx.Node, args: Any) -> ScaledSum | None:
     The plugin moves the scale behind the sum. A LayerNorm there cancels it, and its epsilon counts in these units.
     """
     for branch, skip, source in ((args[0], args[1], node.args[0]), (args[1], args[0], node.args[1])):
+        # Either operand may come from the layer.
         if not (isinstance(branch, Tensor | Accumulator) and isinstance(skip, Codes) and isinstance(source, fx.Node)):
             continue
         if source.target is torch.ops.halfeven.branch_of_sum.default:  # in a format that has no form for it

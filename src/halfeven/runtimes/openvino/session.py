@@ -147,6 +147,7 @@ def with_outputs(model: Any, names: Sequence[str]) -> dict[str, int]:
 def _output_of(model: Any, port: Any) -> int:
     """Return the number of a model's output of this tensor, which is added where there is none."""
     readers = [reader.get_node() for reader in port.get_target_inputs()]
+    # A tensor that the model returns is an output already.
     own = [reader.get_name() for reader in readers if reader.get_type_name() == "Result"]
     if not own:
         model.add_outputs(port)

@@ -48,6 +48,7 @@ def round_to_half(deployed: Deployed) -> None:
     for name, module in deployed.model.named_modules():
         if isinstance(module, ExportedQuantizer):
             continue
+        # Weights first, on the rounded scales: below, the products of scales and integers are rounded themselves.
         if isinstance(own_quantizer := getattr(module, "weight_quantizer", None), ExportedQuantizer):
             _put_on_grid(module, own_quantizer)
         for own, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
