@@ -45,6 +45,7 @@ class Int32Bias:
     @staticmethod
     def of(bias: Tensor, scale: Tensor) -> "Int32Bias":
         """Round a bias [outputs] to a grid."""
+        # In float64: an integer of 32 bits does not fit in float32's 24.
         return Int32Bias(torch.round(bias.double() / scale.double()), scale)
 
     def real(self) -> Tensor:

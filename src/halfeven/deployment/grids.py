@@ -23,6 +23,7 @@ def grid_of(node: fx.Node) -> ExportedQuantizer | None:
         return found
     kind = kind_of(node)
     if kind is OperatorKind.CONCAT:
+        # The result lies on a grid where all operands lie on the same.
         grids = [grid_of(operand) for operand in node.all_input_nodes]
         alike = {None if grid is None else grid.grid_number for grid in grids}
         return grids[0] if len(alike) == 1 else None

@@ -58,6 +58,7 @@ def _twice(x: Tensor, axis: int) -> Tensor:
 
 
 def _half(x: Tensor, axis: int) -> Tensor:
+    # At least 2 where the axis has as many: 0 and 1 are special cases for torch.export.
     return x.narrow(axis, 0, max(min(2, x.shape[axis]), x.shape[axis] // 2))
 
 

@@ -82,6 +82,7 @@ def _set_ranges(qmodel: nn.Module, found: list[Quantizer], batches: Iterable[Inp
     # A weight's quantizer sets its range at its first call and quantizes from then on (`Quantizer._observe`), so the
     # activations that observers see are those of quantized weights.
     if norms:
+        # Batch by batch in both modes, since an iterator gives each batch once.
         for inputs in batches:
             _run_batches(qmodel, [inputs])
             with normalizing_by_batch(norms):

@@ -47,6 +47,7 @@ class _LiveFolded:
         (layer,) = self.layers
         factor = factor_of(self)
         if not self.training:
+            # The weights have the whole factor of eval mode in them: only the shift is left.
             return z + per_channel(_eval_shift(self, layer, factor), 1, z.ndim)
         # z = factor * x, x without the layer's bias, and factor = gamma / running sigma. BatchNorm divides by the batch
         # sigma instead: y = (z - mean(z)) * running sigma / batch sigma + beta.

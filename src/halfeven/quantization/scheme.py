@@ -43,6 +43,7 @@ class Scheme(Options):
     @property
     def quant_min(self) -> int:
         """Smallest integer of the grid."""
+        # A bool counts as 0 or 1: the narrow grid begins a step later.
         return -(2 ** (self.bits - 1)) + self.narrow if self.signed else 0
 
     @property

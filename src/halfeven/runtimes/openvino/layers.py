@@ -31,6 +31,8 @@ class ZeroShare:
 
     def taken(self, sums: Tensor) -> Tensor:
         """Return exact sums [..., outputs] as the plugin finds them."""
+        # The layer's sums are of codes less the zero code. With the exact share they are sums of bytes again, which the
+        # plugin rounds to float32 before it subtracts the share that it has found.
         return (sums.double() + self.exact).float() - self.found
 
 
