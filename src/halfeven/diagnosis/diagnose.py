@@ -90,12 +90,7 @@ def diagnose(
     qmodel = unwrapped(qmodel)
     float_model = unwrapped(float_model)
     log = log or (lambda text: None)
-    plan_of(qmodel)
-    if is_quantized(float_model):
-        raise PlacementError(
-            "The second model is a quantized model, so a comparison with its answers would show nothing. Give the "
-            "float model that the first was made from."
-        )
+    _check_models(qmodel, float_model)
     # All measurements are of the same samples, so the batches are read once.
     chosen = first_samples(batches, samples)
     models = {"float": float_model, "quantized": qmodel}
@@ -120,6 +115,15 @@ def diagnose(
         accuracy |= _measure_accuracies(evaluate, {"repaired": repaired})
     further = tuple(notes(qmodel, reference, runtime=runtime))
     return _make_diagnosis(patient, parts, agreement, tuple(found), accuracy, further)
+
+
+def _check_models(qmodel: nn.Module, float_model: nn.Module) -> None:
+    plan_of(qmodel)
+    if is_quantized(float_model):
+        raise PlacementError(
+            "The second model is a quantized model, so a comparison with its answers would show nothing. Give the "
+            "float model that the first was made from."
+        )
 
 
 def _check_same_shapes(qmodel: nn.Module, reference: Reference) -> None:

@@ -212,11 +212,9 @@ def sensitivities(
     qmodel = unwrapped(qmodel)
     chosen = first_samples(batches, samples)
     reference = reference or reference_of(qmodel, chosen, float_model=float_model, samples=samples)
-    # Tensors with as many bits already have no entry, and are raised to float.
     ranges: dict[Quantizer, GridRange] = {} if raised_bits is None else ranges_at(qmodel, chosen, raised_bits)
     members = _quantizer_groups(qmodel, groups)
     part = reference if ranked_by is None else reference.first(ranked_by)
-    # In context: the others stay quantized. Then alone, if wanted: the others are off.
     harm = _measure_harm(qmodel, part, members, ranges)
     if part is not reference:
         # The rank of the harmless does not matter, so only the worst are measured on all samples.

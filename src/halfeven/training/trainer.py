@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from halfeven.distributed import differing, is_distributed, rank, world_size
 from halfeven.errors import CheckpointError, named
 from halfeven.files import write_atomically
-from halfeven.graph.capture import as_arguments
 from halfeven.layerwise.batchnorm_statistics import average_batchnorm, own_statistics, set_own_statistics
 from halfeven.quantization.model_quantizers import weights_quantized_once
 from halfeven.tasks import Task
@@ -25,6 +24,7 @@ from halfeven.tasks.task import Metrics
 from halfeven.training.callback import TrainerCallback
 from halfeven.training.finite import damage_in
 from halfeven.training.finite_guard import FiniteGuard
+from halfeven.training.objective import Objective
 from halfeven.training.optimization import learning_rate, make_optimizer
 from halfeven.training.options import TrainingOptions
 from halfeven.training.progress import RunLog, plain_console
@@ -58,23 +58,6 @@ class TrainingResult:
     best: Metrics
     last: Metrics
     steps: int
-
-
-class _Objective(nn.Module):
-    """Model and loss together: Accelerate wraps this module for mixed precision and DDP, and never the model itself."""
-
-    def __init__(self, model: nn.Module, task: Task, label_smoothing: float, callback: TrainerCallback) -> None:
-        super().__init__()
-        self.model = model
-        self.task = task
-        self.label_smoothing = label_smoothing
-        self.callback = callback
-
-    def forward(self, inputs: Any, targets: Any) -> Tensor:
-        args, kwargs = as_arguments(inputs)
-        outputs = self.model(*args, **kwargs)
-        task_loss = self.task.loss(outputs, targets, self.label_smoothing)
-        return self.callback.loss(outputs, inputs, targets, task_loss)
 
 
 class Trainer:
@@ -157,7 +140,7 @@ class Trainer:
         """
         if resume:
             self._resume_state()
-        objective = _Objective(self.model, self.task, self.options.label_smoothing, self.callback)
+        objective = Objective(self.model, self.task, self.options.label_smoothing, self.callback)
         state_file = self.where.folder / STATE_FILE
         self.guard = FiniteGuard(
             objective, self.optimizer, self.batches, self.options.accumulation, state_file, self.accelerator

@@ -11,6 +11,7 @@ from halfeven.graph.operators import OperatorKind
 from halfeven.graph.view import Op, kind_of
 from halfeven.runtimes.openvino.exact_values import Accumulator, Codes, ScaledSum
 
+
 def sum_of_integers(node: fx.Node, args: Sequence[Codes]) -> ScaledSum | None:
     """Return the sum of two tensors of integers: one is brought to the scale of the other, less both zero points."""
     if args[0].values.shape != args[1].values.shape or len(node.all_input_nodes) != 2:

@@ -1,0 +1,26 @@
+"""What Accelerate wraps and runs in a training step: the model and its loss."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from halfeven.graph.capture import as_arguments
+from halfeven.tasks import Task
+from halfeven.training.callback import TrainerCallback
+
+
+class Objective(nn.Module):
+    """Model and loss together: Accelerate wraps this module for mixed precision and DDP, and never the model itself."""
+
+    def __init__(self, model: nn.Module, task: Task, label_smoothing: float, callback: TrainerCallback) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.label_smoothing = label_smoothing
+        self.callback = callback
+
+    def forward(self, inputs: Any, targets: Any) -> Tensor:
+        args, kwargs = as_arguments(inputs)
+        outputs = self.model(*args, **kwargs)
+        task_loss = self.task.loss(outputs, targets, self.label_smoothing)
+        return self.callback.loss(outputs, inputs, targets, task_loss)
