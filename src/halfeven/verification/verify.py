@@ -70,7 +70,6 @@ def verify(
         ConfigError: there is no such runtime, or it does not read files with this ending.
     """
     qmodel = float32_model(qmodel)
-    # A list, since a file in the runtime's own precision may be compared twice.
     inputs, labels = _inputs_and_labels(qmodel, list(given_batches(batches, name="batches")))
     runtime = runtime_of(qmodel, target)
     runtime.check_ending(Path(path))
