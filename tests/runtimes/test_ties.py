@@ -70,8 +70,9 @@ class Clipped(nn.Module):
         self.stem, self.other = conv(3), conv(8, 4, 1)
         self.befores = nn.ModuleList([nn.Identity(), nn.MaxPool2d(2), nn.Upsample(scale_factor=2)])
         self.pools = nn.ModuleList([nn.AvgPool2d(2), nn.AvgPool2d(3, 2, 1, count_include_pad=False)])
+        self.ceil = nn.AvgPool2d(2, ceil_mode=True)
         self.means = nn.ModuleList([nn.AdaptiveAvgPool2d(1)])
-        self.readers = nn.ModuleList(conv(8, 2, 1) for _ in range(2 * len(self.befores) + 5 * 2 + 5))
+        self.readers = nn.ModuleList(conv(8, 2, 1) for _ in range(2 * len(self.befores) + 5 * 2 + 5 + 1))
 
     def forward(self, x):
         x = self.stem(x)
@@ -79,6 +80,7 @@ class Clipped(nn.Module):
         others = [nn.Identity(), nn.ReLU(), nn.LeakyReLU(0.1)]
         found = [clip(before(x) * 1.7) for before in self.befores for clip in clips]
         found += [act(pool(x)) for pool in (*self.pools, *self.means) for act in (*clips, *others)]
+        found.append(self.ceil(x))
         return self.other(x), [read(y) for read, y in zip(self.readers, found, strict=True)]
 
 
@@ -91,6 +93,43 @@ def test_clips_and_averages_of_integers_stop_at_bytes(scheme, tmp_path):
     report = he.verify(qmodel, tmp_path / "model.xml", batches, timed=False)
     assert report.integer_match == 1.0, report.first_difference
     assert sum(tensor.count for tensor in report.tensors) > 50_000
+
+
+class Streams(nn.Module):
+    """Sums of integers and of tensors in float, as transformers have them before a LayerNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(16, 16) for _ in range(3))
+        self.token = nn.Parameter(torch.randn(1, 1, 16) * 0.02)
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(6))
+        self.readers = nn.ModuleList(nn.Linear(16, 4) for _ in range(6))
+        for layer in (self.first, self.second, self.third):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.normal_(layer.bias, std=0.01)
+
+    def forward(self, x):
+        y = self.first(x)
+        z = self.second(y)
+        parts = [
+            torch.cat([self.token.expand(len(x), -1, -1), self.third(y)[:, 1:]], 1),
+            F.gelu(z),
+            z * torch.sigmoid(z),
+            torch.tanh(z.mean(1, keepdim=True)),
+            self.token.expand(len(x), x.shape[1], -1),
+        ]
+        sums = [part + y if index % 2 else y + part for index, part in enumerate(parts)]
+        return [read(norm(total)) for total, norm, read in zip([*sums, x + y], self.norms, self.readers, strict=True)]
+
+
+def test_a_layer_norm_reads_a_sum_in_units_of_its_integers(tmp_path):
+    """Where the variance is small its epsilon shows in which units the runtime adds."""
+    torch.manual_seed(0)
+    qmodel, batches = quantized(Streams(), (64, 6, 16))
+    batches = [batch * torch.logspace(-2, 0, 64).reshape(64, 1, 1) for batch in batches]
+    he.export(qmodel, tmp_path / "model.xml")
+    report = he.verify(qmodel, tmp_path / "model.xml", batches, timed=False)
+    assert report.integer_match > 0.9999, report.first_difference
 
 
 def without_bias(activation):

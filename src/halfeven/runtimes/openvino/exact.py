@@ -166,8 +166,8 @@ class OpenVINOInterpreter(fx.Interpreter):
             return None
         # Of integers: float64 rounds once, as their quotient does.
         values = self._run_on(node, (args[0].bytes.double(), *args[1:]), kwargs).float()
-        row = Op(node).row
-        of_window = bool(row.window) and not row.adaptive
+        # A pool with `ceil_mode` is an operator that the plugin knows in float alone.
+        of_window = bool(Op(node).row.window) and not Op(node).row.adaptive and not Op(node).argument("ceil_mode")
         return Average(torch.round(values) if OPENVINO.rounds_average(node) else values, args[0].limits, of_window)
 
     def _activate(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
