@@ -254,6 +254,25 @@ def test_layers_that_are_slower_in_integers_go_to_float(subject, monkeypatch):
     assert found.steps[1].cost.latency == pytest.approx(0.6)
 
 
+def test_a_plan_that_keeps_its_drop_goes_on_until_it_keeps_the_other_budgets(subject, monkeypatch):
+    from halfeven.mixed_precision import plan_search
+
+    layers = (LayerTime("uneven", 1.0, 0.2, True),)
+    times = iter([1.4, 0.6])
+    monkeypatch.setattr(plan_search, "_time_layers", lambda *given: LayerTimes(next(times), 2.0, 2.0, layers))
+    # Work is the price that the user names: in float the layer has more of it, so only the missed budget is a reason.
+    found = searched(subject, subject[2], max_drop=100.0, latency=0.5, bits=20.0, cost="bops")
+    assert found.reached
+    assert (found.chosen, found.latency) == (1, 0.3)
+    before, after = found.steps
+    assert before.cost.latency == pytest.approx(0.7)
+    assert before.judgement is None, "a plan that is too slow needs no pass over the held-out part"
+    assert after.cost.latency < 0.5
+    assert before.cost.work < after.cost.work
+    assert "is cheaper" in after.reason
+    assert after.judgement.drop <= 100.0
+
+
 def test_a_file_that_takes_longer_than_estimated_gives_way_to_a_faster_plan(subject, monkeypatch):
     from halfeven.mixed_precision import plan_search
 

@@ -9,6 +9,7 @@ import pytest
 import halfeven as he
 from faults.tiny_run import write_configs
 from halfeven import pipelines
+from halfeven.cli import search
 from halfeven.cli.main import main
 from halfeven.mixed_precision.result_page import search_contents
 
@@ -43,6 +44,11 @@ def test_plans_are_judged_on_held_out_training_samples_and_reported_on_the_other
     assert [plan["number"] for plan in shown["plans"]] == [step["number"] for step in results["search"]["steps"]]
     assert len(shown["tables"]["Plans of the search"]) == 1 + len(shown["plans"])
     assert shown["accuracy"].keys() == {"float", "simulated", "deployed"}
+
+
+@pytest.mark.parametrize(("max_drop", "trains"), [(1.0, True), (2.0, False), (None, False)])
+def test_training_follows_where_the_drop_is_too_large_and_not_where_another_budget_is_missed(max_drop, trains):
+    assert search._loses_too_much({"reached": False, "drop": {"drop": 1.5, "interval": None}}, max_drop) == trains
 
 
 def test_a_page_shows_which_plan_was_chosen_and_its_lines_to_paste():

@@ -50,10 +50,15 @@ def run_search(arguments: SearchArguments) -> None:
             facts = _search_and_save(context, model, prepared)
         assert facts is not None
         remove_state(context.folder, SEARCH_STATE)
-        if not arguments.no_train and not facts["search"]["reached"] and experiment.search.max_drop is not None:
+        if not arguments.no_train and _loses_too_much(facts["search"], experiment.search.max_drop):
             _train_from_plan(context, model, facts["search"], resume=training, json_file=arguments.json)
         else:
             deliver(context, model, facts["float"], {"search": facts["search"]}, json=arguments.json)
+
+
+def _loses_too_much(found: dict[str, Any], max_drop: float | None) -> bool:
+    """Return True if the best plan misses the budget of the drop: training cannot mend the others."""
+    return max_drop is not None and bool(found["drop"]["drop"] > max_drop)
 
 
 def _facts_of_finished_search(context: RunContext) -> dict[str, Any] | None:

@@ -13,7 +13,15 @@ from halfeven.mixed_precision.cost import Cost, Workload, cost_of, widths_of
 from halfeven.mixed_precision.judge import Judge, Judgement
 from halfeven.mixed_precision.moves import Move
 from halfeven.mixed_precision.options import SearchOptions
-from halfeven.mixed_precision.pricing import NEXT_TO_NOTHING, is_cheaper, is_worth_its_work, price, reason, worth
+from halfeven.mixed_precision.pricing import (
+    NEXT_TO_NOTHING,
+    added_price,
+    is_cheaper,
+    is_worth_its_work,
+    missed_budgets,
+    reason,
+    worth,
+)
 from halfeven.mixed_precision.store import MeasurementStore
 from halfeven.quantization.model_quantizers import quantizers
 from halfeven.quantization.quantizer import Mode, Quantizer
@@ -93,13 +101,8 @@ class Walk:
             cost: of a plan.
             before: of the plan that a step starts from: the step may come nearer to a budget that neither keeps.
         """
-        for name in ("bits", "tensors", "latency"):
-            value, budget = getattr(cost, name), getattr(self.options, name)
-            if value is None or budget is None or value <= budget:
-                continue
-            if before is None or value >= getattr(before, name):
-                return False
-        return True
+        missed = missed_budgets(self.options, cost)
+        return not missed or (before is not None and all(getattr(cost, n) < getattr(before, n) for n in missed))
 
     def share(self, move: Move) -> float:
         """Return the share of the damage at the start that a move is expected to take away."""
@@ -134,12 +137,19 @@ class Walk:
         return values
 
     def good_enough(self, count: int) -> bool:
-        """Return True if the drop after the first steps keeps its budget."""
-        return self.options.max_drop is not None and self.judged(count).drop <= self.options.max_drop
+        """Return True if the plan after the first steps keeps the budget of the drop, and all others."""
+        # The other budgets first: they cost no pass over the held-out part.
+        if self.options.max_drop is None or not self.within(self.steps[count].cost):
+            return False
+        return self.judged(count).drop <= self.options.max_drop
 
 
 def walk(state: Walk) -> int:
-    """Take steps until the drop is within its budget, or none is left; return the number of steps of the best plan."""
+    """Take steps until the drop and all other budgets are kept, or none is left.
+
+    Returns:
+        Number of steps of the best plan.
+    """
     damage = state.store.measured("divergence", lambda: divergence_of(state.qmodel, state.reference))
     state.steps.append(SearchStep(0, "", "", "the scheme", damage, state.cost()))
     state.log(_step_line(state.steps[0], state.judge.unit))
@@ -167,7 +177,7 @@ def walk(state: Walk) -> int:
         if state.options.max_drop is not None and count >= max(2 * judged, 1):
             judged = count
             if state.good_enough(count):
-                return _first_within_drop(state, failed, count)
+                return _first_good_enough(state, failed, count)
             failed = count
         # Ranked anew after 4, 8, 16, ... steps, `rescorings` times at most.
         if count == rescored and rescored < FIRST_RESCORING * 2**state.options.rescorings:
@@ -176,12 +186,12 @@ def walk(state: Walk) -> int:
     last = len(state.taken)
     if state.options.max_drop is None:
         return last
-    return _first_within_drop(state, failed, last) if last > failed and state.good_enough(last) else last
+    return _first_good_enough(state, failed, last) if last > failed and state.good_enough(last) else last
 
 
-def _first_within_drop(state: Walk, failed: int, good: int) -> int:
-    """Return the first number of steps whose drop keeps the budget, between one that does not and one that does."""
-    # Bisection: the drop is taken to fall from step to step.
+def _first_good_enough(state: Walk, failed: int, good: int) -> int:
+    """Return the first number of steps whose plan keeps all budgets, between one that does not and one that does."""
+    # Bisection: the drop is taken to fall from step to step, and no step leaves a budget that is kept.
     while good - failed > 1:
         middle = (failed + good) // 2
         if state.good_enough(middle):
@@ -307,15 +317,14 @@ def _best_move(state: Walk, before: SearchStep, *, gaining: bool) -> tuple[Move,
     if not gaining:
         least = max(costs, key=lambda move: gains[move])
         return least, costs[least]
-    over = not state.within(before.cost)
-    best = max(costs, key=lambda move: worth(state.options, before.cost, costs[move], gains[move], over=over))
-    highest = price(state.options, costs[best])
+    best = max(costs, key=lambda move: worth(state.options, before.cost, costs[move], gains[move]))
+    highest = added_price(state.options, before.cost, costs[best])
     # Less by a tenth of its size, whatever its sign.
     enough = gains[best] - (1 - EQUIVALENT_GAIN_SHARE) * abs(gains[best])
     as_good = [
         move
         for move, cost in costs.items()
-        if move.unit is best.unit and gains[move] >= enough and price(state.options, cost) <= highest
+        if move.unit is best.unit and gains[move] >= enough and added_price(state.options, before.cost, cost) <= highest
     ]
     # The price may count one cost only, such as the number of tensors: among equals the least work is taken.
     chosen = min(as_good, key=lambda move: costs[move].work)
