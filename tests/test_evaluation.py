@@ -1,5 +1,7 @@
 """Accuracy of modules and functions; the model's modes are given back."""
 
+from collections import UserDict
+
 import pytest
 import torch
 from torch import nn
@@ -60,3 +62,29 @@ def test_no_gradients_and_progress():
 
     evaluate(call, evaluation_loader(pairs(), 4), Classification(10), on_batch=seen.append)
     assert seen == [4, 4, 2]
+
+
+class TwoInputs(nn.Module):
+    """Logits that are the sum of two inputs."""
+
+    def forward(self, left, right):
+        return left + right
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda left, right: (left, right),
+        lambda left, right: [left, right],
+        lambda left, right: {"right": right, "left": left},
+        lambda left, right: UserDict(left=left, right=right),
+    ],
+)
+def test_several_inputs_reach_the_model_as_in_training(form):
+    loader = [(form(rows - 1.0, torch.ones(5, 10)), labels) for rows, labels in evaluation_loader(pairs(), 5)]
+    assert evaluate(TwoInputs(), loader, Classification(10)) == {"top1": 10.0, "top5": 50.0}
+
+
+def test_samples_of_two_inputs_are_collated_and_validated():
+    samples = [((row - 1.0, torch.ones(10)), label) for row, label in pairs()]
+    assert evaluate(TwoInputs(), evaluation_loader(samples, 3), Classification(10)) == {"top1": 10.0, "top5": 50.0}

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from halfeven.checked_arguments import checked_arguments
 from halfeven.distributed import rank, world_size
 from halfeven.errors import ConfigError, HalfevenError, InputError, last_line
+from halfeven.graph.batches import run_on
 from halfeven.imports import extra
 from halfeven.quantization.model_quantizers import weights_quantized_once
 from halfeven.tasks import Task
@@ -38,7 +39,8 @@ def evaluate(
 
     Args:
         model: a module, or any function from a batch of inputs to outputs.
-        loader: batches of inputs and targets; inputs are a tensor, or a dict of keyword arguments.
+        loader: batches of inputs and targets; inputs are a tensor, a tuple or list of positional arguments, or a dict
+            of keyword arguments.
         task: computes the metrics.
         device: where the model is.
         on_batch: called with the number of samples after each batch.
@@ -54,8 +56,7 @@ def evaluate(
     with torch.no_grad(), evaluating(model):
         for batch in loader:
             inputs, targets = send_to_device(batch, device, non_blocking=True)
-            outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-            metrics.update(*task.judged(outputs, targets))
+            metrics.update(*task.judged(run_on(model, inputs), targets))
             if on_batch is not None:
                 on_batch(find_batch_size(inputs))
     return task.figures(metrics.compute())

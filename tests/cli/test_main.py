@@ -13,12 +13,16 @@ import pytest
 import torch
 import tyro
 from torch import nn
+from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
 
 import halfeven
 from halfeven.cli import main as cli
 from halfeven.cli.help import FIRST_OPTIONS, POSITIONALS
+from halfeven.cli.run_record import check_same_run
+from halfeven.cli.values import unchecked
 from halfeven.cli.verify import problems_of
 from halfeven.config import as_dict, load_experiment
+from halfeven.errors import ConfigError
 from halfeven.ptq.options import PTQOptions
 from halfeven.zoo.models import ModelOptions
 from processes import run
@@ -124,6 +128,69 @@ def test_an_old_name_on_the_command_line(config, old, joined):
     with pytest.warns(DeprecationWarning, match=f"{old} is now --data.calibration-samples; the next version"):
         parsed = cli.parse("train", [config, *words])
     assert parsed.experiment.data.calibration_samples == 8
+
+
+@pytest.mark.parametrize(
+    ("option", "read"),
+    [
+        ("--training.nesterov", lambda e: e.training.nesterov),
+        ("--schedule.re-estimate", lambda e: e.schedule.re_estimate),
+        ("--export.timed", lambda e: e.export.timed),
+        ("--quantization.rules.0.per-channel", lambda e: e.quantization.rules[0].per_channel),
+    ],
+)
+def test_booleans_may_be_spelt_as_elsewhere(config, option, read):
+    path = Path(config)
+    rule = "    quantization=QuantizationOptions(rules=(Rule(pattern='fc', weight_bits=8),)),\n    device"
+    path.write_text(path.read_text().replace("    device", rule))
+    for value, words in ((True, ("true", "TRUE", "True", "yes", "1")), (False, ("false", "no", "No", "0"))):
+        for word in words:
+            assert read(cli.parse("train", [config, option, word]).experiment) is value, word
+    assert read(cli.parse("train", [config, f"{option}=yes"]).experiment) is True
+
+
+def test_words_that_are_no_booleans(refused, config):
+    assert "training.nesterov='maybe'" in refused("train", config, "--training.nesterov", "maybe").replace('"', "'")
+    given = cli.parse("train", [config, "--model.arguments", "pretrained", "false", "name", "no", "depth", "1"])
+    assert given.experiment.model.arguments == {"pretrained": False, "name": "no", "depth": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "resume", "overwrite"),
+    [
+        (["--resume", "true"], True, False),
+        (["--resume=yes", "--overwrite", "False"], True, False),
+        (["--resume=0", "--overwrite"], False, True),
+        (["--auto_resume", "no", "--overwrite", "YES"], False, True),
+    ],
+)
+def test_switches_may_have_values(config, words, resume, overwrite):
+    parsed = cli.parse("train", [*words, config])
+    assert (parsed.resume, parsed.overwrite, parsed.auto_resume) == (resume, overwrite, False)
+
+
+def test_an_error_of_the_parser_leaves_the_rules_as_they_were(monkeypatch):
+    registry = unchecked()
+    kept = ConstructorRegistry.get_primitive_spec
+    monkeypatch.setattr(ConstructorRegistry, "get_primitive_spec", classmethod(lambda *a: {}["broken"]))
+    info = PrimitiveTypeInfo.make(bool, set())
+    rule = registry._primitive_rules[-1]
+    with pytest.raises(KeyError):
+        rule(info)
+    monkeypatch.setattr(ConstructorRegistry, "get_primitive_spec", kept)
+    assert rule(info) is not None
+
+
+def test_what_changes_no_result_may_differ_when_a_run_is_resumed(config, tmp_path):
+    experiment = load_experiment(config)
+    recorded = {"command": "train", **as_dict(experiment)}
+    for part in ("pretraining", "training"):
+        changed = dataclasses.replace(getattr(experiment, part), log_every=3, save_every=7)
+        experiment = dataclasses.replace(experiment, **{part: changed})
+    check_same_run(recorded, {"command": "train", **as_dict(experiment)}, tmp_path)
+    other = dataclasses.replace(experiment, pretraining=dataclasses.replace(experiment.pretraining, batch_size=7))
+    with pytest.raises(ConfigError, match=r"options: pretraining\.batch_size was 32 and is 7\. Resumed"):
+        check_same_run(recorded, {"command": "train", **as_dict(other)}, tmp_path)
 
 
 def test_an_old_and_a_new_name_on_the_command_line_are_refused(refused, config):

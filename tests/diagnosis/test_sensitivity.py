@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.diagnosis import sensitivity
+from halfeven.diagnosis.causes import Suspect, cause_of
 from halfeven.diagnosis.divergence import divergence
 from halfeven.diagnosis.exchanged_ranges import (
     planned_quantizers,
@@ -19,7 +20,9 @@ from halfeven.diagnosis.exchanged_ranges import (
 )
 from halfeven.diagnosis.restarted import RestartedForward, WholeForward, forward_of
 from halfeven.diagnosis.sensitivity import divergence_of, divergences, reference_of, sensitivities
+from halfeven.diagnosis.statistics import tensor_statistics
 from halfeven.errors import CalibrationError
+from halfeven.placement.insertion import plan_of
 
 
 class Branching(nn.Module):
@@ -131,6 +134,25 @@ def test_groups_are_raised_together_and_8_bits_to_float(quantized):
     assert found.kl_in_context == pytest.approx(sensitivities(qmodel, batches, alone=False).divergence)
     with pytest.raises(CalibrationError, match="no batch"):
         sensitivities(qmodel, [])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "evidence"),
+    [
+        ((1, 100), "Channel 1 has 100 times the range of the smallest channel that is not dead"),
+        ((1, 100, 100, 100), "Channel 1 has 100 times the range of the smallest channel that is not dead"),
+        ((1, 0, 0, 0, 100), "Channel 4 has 100 times the range of the smallest channel that is not dead"),
+        ((1, 1, 1, 100), "Channel 3 has 100 times the range of the median channel"),
+    ],
+)
+def test_unlike_channels_are_compared_with_a_channel_that_shows_it(sizes, evidence):
+    layer, x = nn.Linear(4, len(sizes)), torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(sizes).float()[:, None] * torch.tensor([0.5, -1, 0.25, 1]))
+    qmodel = he.calibrate(he.prepare(nn.Sequential(layer), x, per_channel=False), [x])
+    (weight,) = plan_of(qmodel).weights
+    found = tensor_statistics(qmodel, [((x,), {})])[weight.name, True]
+    assert cause_of(Suspect(qmodel, weight, found)).evidence.startswith(evidence)
 
 
 def test_answers_are_compared_as_what_they_are():

@@ -95,7 +95,6 @@ experiment = dataclasses.replace(
     ptq=PTQOptions(iterations=4, batch_size=8, memory=1e-6),
     qat=QATOptions(
         equalize="on",
-        start="blocks",
         distill="on",
         average="on",
         freeze_oscillations="on",

@@ -89,9 +89,17 @@ def test_channels_are_equalized_where_one_scale_serves_them_and_batchnorm_is_fol
 
 
 def test_a_progression_starts_from_ranges():
-    found = recipe("w4a4", progress="on", start="blocks")
+    found = recipe("w3a4", progress="on")
     assert not found.reconstruct.enabled
     assert "means nothing for the first" in str(found)
+    assert not recipe("w3a4", progress="on", start="ranges").reconstruct.enabled
+    assert recipe("w3a4", progress="off", start="blocks").reconstruct.enabled
+
+
+@pytest.mark.parametrize("start", ["layers", "blocks"])
+def test_a_start_that_a_progression_would_ignore_is_refused(start):
+    with pytest.raises(ConfigError, match=f'qat.start="{start}" would have no effect'):
+        QATOptions(progress="on", start=start)
 
 
 def test_batchnorm_is_re_estimated_as_asked_and_never_where_it_is_folded():

@@ -1,5 +1,6 @@
 """Weights under timm's, torchvision's and OpenMMLab's names give the same outputs; anything else is refused."""
 
+import copy
 import pickle
 from collections import OrderedDict
 
@@ -8,6 +9,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from torch import nn
 
 from halfeven.errors import CheckpointError
 from halfeven.zoo.weights import key_differences, load_weights, read_weights
@@ -86,6 +88,75 @@ def test_weights_of_openmmlabs_mobilenet_load(tmp_path, images):
     for model in (timm.create_model("mobilenetv2_100", num_classes=7), torchvision.models.mobilenet_v2(num_classes=7)):
         load_weights(model.eval(), tmp_path / "m.pth")
         torch.testing.assert_close(model(images), source(images))
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
+
+
+class Module(nn.Module):
+    """A training module that holds the network under a name of its own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.network = model
+
+
+def averaged(model):
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    return average
+
+
+def compiled_inside(model):
+    model = copy.deepcopy(model)
+    model.conv = torch.compile(model.conv)
+    return model
+
+
+WRAPPED = {
+    "compile(DDP)": lambda m: torch.compile(nn.DataParallel(m)).state_dict(),
+    "DDP(compile)": lambda m: nn.DataParallel(torch.compile(m)).state_dict(),
+    "DDP(average(compile))": lambda m: nn.DataParallel(averaged(torch.compile(m))).state_dict(),
+    "a compiled layer": lambda m: compiled_inside(m).state_dict(),
+    "Lightning": lambda m: {"state_dict": Module(torch.compile(m)).state_dict(), "epoch": 3},
+    "Lightning, of a DDP model": lambda m: {"state_dict": {f"model.{k}": v for k, v in wrapped(m).items()}},
+    "an average's entry": lambda m: {"ema": {"module": m.state_dict(), "updates": 4}, "optimizer": {}},
+    "a prefix twice": lambda m: {"ema": {f"ema.module.module.{k}": v for k, v in m.state_dict().items()}},
+    "torch's tutorial": lambda m: {"model_state_dict": wrapped(m), "loss": 0.5},
+}
+
+
+def wrapped(model):
+    return nn.DataParallel(model).state_dict()
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_weights_of_wrapped_models_load(tmp_path, name):
+    source = trained_like(Tiny())
+    torch.save(WRAPPED[name](source), tmp_path / "m.pth")
+    model = Tiny()
+    load_weights(model, tmp_path / "m.pth")
+    for key, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_a_wrapped_module_of_the_models_own_stays(tmp_path):
+    source = trained_like(Module(Module(Tiny())))
+    torch.save(torch.compile(nn.DataParallel(source)).state_dict(), tmp_path / "m.pth")
+    model = Module(Module(Tiny()))
+    load_weights(model, tmp_path / "m.pth")
+    assert torch.equal(model.network.network.conv.weight, source.network.network.conv.weight)
+
+
+def test_of_two_sets_of_weights_in_a_state_dict_none_is_taken(tmp_path):
+    state = trained_like(Tiny()).state_dict()
+    both = {f"{part}.{key}": value for part in ("model", "ema") for key, value in state.items()}
+    torch.save({"state_dict": both}, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError, match=r"model\.conv\.weight"):
+        load_weights(Tiny(), tmp_path / "m.pth")
 
 
 def test_old_checkpoint_without_batch_counters(tmp_path):

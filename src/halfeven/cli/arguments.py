@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from halfeven.cli.boolean_words import without_switch_values
 from halfeven.cli.help import help_text
 from halfeven.cli.values import by_new_names, construct_checked, unchecked
 from halfeven.config import Experiment, load_experiment
@@ -79,6 +80,8 @@ def parsed(command: str, kind: type[Any], arguments: list[str]) -> Any:
     if wants_help:
         print(help_text(command, default, from_config=path is not None))
         raise SystemExit(0)
+    switches = {f"--{name.replace('_', '-')}" for name, field in fields.items() if field.type is bool}
+    arguments = without_switch_values(arguments, switches)
     found: Any = tyro.cli(
         kind,
         prog=f"halfeven {command}",

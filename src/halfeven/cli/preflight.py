@@ -13,7 +13,7 @@ from halfeven.cli.run import RunContext
 from halfeven.config import Experiment
 from halfeven.errors import ConfigError, HalfevenError
 from halfeven.evaluation import evaluate, evaluating, evaluation_loader
-from halfeven.graph.capture import as_arguments
+from halfeven.graph.batches import run_on
 from halfeven.pipelines import prepare, without_training
 from halfeven.placement.grids import check_deployable
 from halfeven.placement.insertion import plan_of
@@ -78,8 +78,7 @@ def _check_data(context: RunContext, model: nn.Module, trainings: list[TrainingO
                     _check_training_batch(context, model, options, device)
         with _naming_the_part("calibration"), torch.no_grad(), evaluating(model):
             inputs, _ = next(iter(_in_this_process(context, context.datasets.calibration, shared=False)))
-            args, kwargs = as_arguments(send_to_device(inputs, device))
-            model(*args, **kwargs)
+            run_on(model, send_to_device(inputs, device))
         with _naming_the_part("validation"):
             batches = islice(_in_this_process(context, context.datasets.validation, shared=True), 1)
             evaluate(model, batches, context.task, device=device)
@@ -97,9 +96,8 @@ def _check_training_batch(
     seed = context.experiment.seed
     batches = TrainingBatches(context.datasets.train, options, seed=seed, workers=0, collate=context.task.collate)
     inputs, targets = send_to_device(next(batches.epoch(0)), device)
-    args, kwargs = as_arguments(inputs)
     with torch.no_grad(), evaluating(model):
-        context.task.loss(model(*args, **kwargs), targets, options.label_smoothing)
+        context.task.loss(run_on(model, inputs), targets, options.label_smoothing)
 
 
 @contextmanager

@@ -20,6 +20,8 @@ MAY_CHANGE = (
     "data.workers",
     "data.on_bad_sample",
     "data.root",
+    "pretraining.log_every",
+    "pretraining.save_every",
     "training.log_every",
     "training.save_every",
     "ptq.memory",
@@ -59,13 +61,17 @@ def check_same_run(recorded: dict[str, Any], present: dict[str, Any], folder: Pa
     differing = [
         f"{name} was {json.dumps(was)} and is {json.dumps(now)}"
         for name, was, now in _differences("", past, as_json(present))
-        if not name.startswith(MAY_CHANGE)
+        if not _may_change(name)
     ]
     if differing:
         raise ConfigError(
             f"The run in {folder} was started with other options: {'; '.join(differing)}. Resumed with these, "
             "the result would match neither run. Give the options it was started with, or --overwrite to start anew."
         )
+
+
+def _may_change(name: str) -> bool:
+    return any(name == field or name.startswith(f"{field}.") for field in MAY_CHANGE)
 
 
 def _in_current_spelling(kind: Any, recorded: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from halfeven.checkpoint import read_facts, save
@@ -19,8 +20,7 @@ from halfeven.cli.train import train_and_deliver
 from halfeven.cli.work_folder import BEST_FILE, SEARCH_RESULT_FILE, SEARCH_STATE, remove_state
 from halfeven.errors import CheckpointError
 from halfeven.evaluation import evaluating
-from halfeven.graph.capture import as_arguments
-from halfeven.layerwise.batches import on_device
+from halfeven.graph.batches import run_on
 from halfeven.mixed_precision.moves import usual_candidates
 from halfeven.mixed_precision.search import check_search, search_prepared
 from halfeven.pipelines import prepare
@@ -118,8 +118,8 @@ def _right_answers(context: RunContext, model: nn.Module) -> Tensor:
     # Samples that only come augmented are augmented alike each time, or chance would choose.
     with torch.no_grad(), evaluating(model), seeded(context.experiment.seed):
         for inputs, targets in context.loader(context.datasets.selection):
-            args, kwargs = on_device(model, as_arguments(inputs))
-            logits, labels = context.task.judged(model(*args, **kwargs), targets.to(device))
+            outputs = run_on(model, send_to_device(inputs, device))
+            logits, labels = context.task.judged(outputs, targets.to(device))
             found.append(100.0 * (logits.argmax(1) == labels).double().cpu())
     return torch.cat(found)
 

@@ -20,6 +20,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from halfeven.cli.boolean_words import boolean_words
 from halfeven.options import Options, given_twice, mistakes, new_names, report, up_to_date, warn_of_old
 
 
@@ -41,8 +42,10 @@ def unchecked() -> ConstructorRegistry:
     @contextlib.contextmanager
     def usual() -> Iterator[None]:
         inside.append(True)
-        yield
-        inside.pop()
+        try:
+            yield
+        finally:
+            inside.pop()
 
     def primitive(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         if inside:
@@ -54,7 +57,7 @@ def unchecked() -> ConstructorRegistry:
             spec = ConstructorRegistry.get_primitive_spec(info)
         if not isinstance(spec, PrimitiveConstructorSpec):
             return None
-        return dataclasses.replace(spec, instance_from_str=_read_or_keep_text(spec), choices=None)
+        return dataclasses.replace(spec, instance_from_str=_read_or_keep_text(spec, info.type), choices=None)
 
     def struct(info: StructTypeInfo) -> StructConstructorSpec | None:
         if not inside and is_nested_dict(info.type):  # it is set in the config alone
@@ -178,13 +181,15 @@ def _holds_options(value: Any) -> bool:
     return isinstance(value, Given) or (isinstance(value, tuple) and any(map(_holds_options, value)))
 
 
-def _read_or_keep_text(spec: PrimitiveConstructorSpec[Any]) -> Callable[[list[str]], Any]:
+def _read_or_keep_text(spec: PrimitiveConstructorSpec[Any], kind: Any) -> Callable[[list[str]], Any]:
     """Return the reader of a type; it returns a text that it cannot read as it is."""
+    booleans = boolean_words(kind)
 
-    def read(words: list[str]) -> Any:
+    def read(given: list[str]) -> Any:
+        words = [booleans.get(word.lower(), word) for word in given]
         if spec.choices is None or all(word in spec.choices for word in words):
             with contextlib.suppress(ValueError, TypeError):
                 return spec.instance_from_str(words)
-        return words[0] if len(words) == 1 else tuple(words)
+        return given[0] if len(given) == 1 else tuple(given)
 
     return read

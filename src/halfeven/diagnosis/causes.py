@@ -128,14 +128,23 @@ def _unlike_weight_channels(suspect: Suspect) -> Cause | None:
         return None
     if spread[1] < UNLIKE_RANGE_RATIO:
         return None
-    # With two channels or fewer there is no median to compare with, and so no outlier.
-    _, channel, ratio = suspect.found.channel_outlier() or (0, 0, 1.0)
     worst = ", ".join(f"{channel} ({sqnr:.0f} dB)" for channel, sqnr in suspect.found.worst_channels())
     return Cause(
         "badly scaled channels share one scale",
-        f"Channel {channel} has {ratio:.3g} times the range of the median channel, and the weight has one scale "
-        f"for all. Worst channels: {worst}.",
+        f"{_channel_sizes(suspect.found, spread)}, and the weight has one scale for all. Worst channels: {worst}.",
     )
+
+
+def _channel_sizes(found: TensorStatistics, spread: tuple[int, float]) -> str:
+    """Say how unlike the channels of a tensor are; `spread` is its `channel_spread()`."""
+    outlier = found.channel_outlier()
+    if outlier is not None and outlier[2] >= UNLIKE_RANGE_RATIO:
+        _, channel, ratio = outlier
+        return f"Channel {channel} has {ratio:.3g} times the range of the median channel"
+    # Two channels have no median, where most are dead it is 0, and where a few are small it is as the largest.
+    axis, ratio = spread
+    channel = int(found.channel_largest[axis].argmax())
+    return f"Channel {channel} has {ratio:.3g} times the range of the smallest channel that is not dead"
 
 
 def _unlike_input_channels(suspect: Suspect) -> Cause | None:

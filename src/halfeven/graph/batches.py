@@ -6,7 +6,7 @@ a dict, a dataclass or a named tuple gives the inputs that the example names, an
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -19,6 +19,9 @@ from halfeven.graph.torch_private import pytree
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a model."""
+
+Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""Inputs of a model in the form that users give: one tensor, positional arguments, or keyword arguments."""
 
 LABEL_NAMES = ("target", "targets", "start_positions", "end_positions")
 
@@ -85,6 +88,19 @@ def given_batches(loader: Iterable[Any], batches: int | None = None, name: str =
             f"The {name} could not give batch {number} (counted from 0): {type(error).__name__}: {last_line(error)}. "
             "So the work stopped there. Mend the data, or leave out the samples that cannot be read."
         ) from error
+
+
+def as_arguments(inputs: Example | list[Any]) -> Inputs:
+    """Return the positional and keyword arguments that an example, or a batch without its labels, stands for."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs), {}) if isinstance(inputs, list | tuple) else ((inputs,), {})
+
+
+def run_on(model: Callable[..., Any], inputs: Any) -> Any:
+    """Return a model's outputs for a batch without its labels, of the model's device: all parts of a run call it so."""
+    args, kwargs = as_arguments(inputs)
+    return model(*args, **kwargs)
 
 
 def batched(args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ float model's state dict, and any batch size. Where a model cannot be exported w
 are, and the rest stays Python.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.errors import CaptureError
-from halfeven.graph.batches import Inputs, batched, own_tensors
+from halfeven.graph.batches import Example, Inputs, as_arguments, batched, own_tensors
 from halfeven.graph.capture_parts import PartsCapture, record_inputs
 from halfeven.graph.capture_report import CaptureReport
 from halfeven.graph.dynamic_shapes import DynamicShapes, FreeAxes, batch_axes, export_shapes, free_axes
@@ -29,8 +29,6 @@ from halfeven.graph.same_outputs import check_same
 from halfeven.graph.torch_private import pytree
 from halfeven.graph.training_mode import Capture, capture_as_trained
 from halfeven.graph.training_run import left_in_eval
-
-Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 def capture(
@@ -197,10 +195,3 @@ def two_samples(inputs: Inputs, free: FreeAxes) -> Inputs:
             leaves[place] = (leaves[place][:2] if 0 in axes else leaves[place]).detach().cpu()
     cut: Inputs = pytree.tree_unflatten(leaves, form)
     return cut
-
-
-def as_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and keyword arguments of an example input."""
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (tuple(example), {}) if isinstance(example, list | tuple) else ((example,), {})

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halfeven.errors import ConfigError
-from halfeven.graph.capture import as_arguments
+from halfeven.graph.batches import run_on
 from halfeven.graph.copying import copy_model
 from halfeven.options import Options, PositiveFloat, Share
 from halfeven.placement.captured_model import capture_for_quantization
@@ -173,8 +173,7 @@ class Distillation:
         tensor = next(chain(self.teacher.parameters(), self.teacher.buffers()), None)
         if tensor is not None and tensor.device != device:
             self.teacher.to(device)
-        args, kwargs = as_arguments(inputs)
-        return self.teacher(*args, **kwargs)
+        return run_on(self.teacher, inputs)
 
     def _feature_error(self) -> Tensor:
         student = self._student_features.take()

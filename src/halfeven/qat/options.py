@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from halfeven.errors import ConfigError
 from halfeven.options import Options, Switch
 from halfeven.qat.bit_schedule import ProgressionOptions
 from halfeven.qat.distillation import DistillationOptions
@@ -39,3 +40,11 @@ class QATOptions(Options):
     """Options for finding, freezing and dampening oscillations."""
     progression: ProgressionOptions = field(default_factory=ProgressionOptions)
     """Options of the stages with more bits that training starts with."""
+
+    def __post_init__(self) -> None:
+        if self.progress == "on" and self.start in ("layers", "blocks"):
+            raise ConfigError(
+                f'qat.start="{self.start}" would have no effect: with qat.progress="on" training starts with more '
+                "bits, for which a rounding that is learned for the last bits means nothing. Leave qat.start out, or "
+                'set qat.progress="off".'
+            )

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from halfeven.graph.capture import as_arguments
+from halfeven.graph.batches import run_on
 from halfeven.tasks import Task
 from halfeven.training.callback import TrainerCallback
 
@@ -20,7 +20,6 @@ class Objective(nn.Module):
         self.callback = callback
 
     def forward(self, inputs: Any, targets: Any) -> Tensor:
-        args, kwargs = as_arguments(inputs)
-        outputs = self.model(*args, **kwargs)
+        outputs = run_on(self.model, inputs)
         task_loss = self.task.loss(outputs, targets, self.label_smoothing)
         return self.callback.loss(outputs, inputs, targets, task_loss)

@@ -10,7 +10,7 @@ from torch.utils.data import Subset, default_collate
 from halfeven.errors import ConfigError
 from halfeven.zoo.options import DataOptions
 
-ExampleBatch = Tensor | dict[str, Tensor]
+ExampleBatch = Tensor | dict[str, Tensor] | tuple[Tensor, ...]
 
 
 class Samples(Protocol):
@@ -52,7 +52,7 @@ class Datasets:
         except (RuntimeError, TypeError) as error:
             raise ConfigError(
                 f"The first two validation inputs make no batch ({next(iter(str(error).splitlines()), '')}), so the "
-                "model cannot be captured. Give tensors of one size, or dicts of them."
+                "model cannot be captured. Give tensors of one size, or dicts or tuples of them."
             ) from error
         return found
 

@@ -67,11 +67,21 @@ RENAMINGS: dict[str, Callable[[str], str]] = {
 """Functions from a tensor's name in one library to its name in another. ResNets have the same names everywhere, once
 OpenMMLab's two prefixes are removed."""
 
-WRAPPERS = (("module.", ""), ("_orig_mod.", ""), ("backbone.", ""), ("head.fc.", "fc."))
-"""Prefixes that DDP, torch.compile and OpenMMLab put before a model's own names -> their replacements."""
+WRAPPERS = (("module.", ""), ("model.", ""), ("ema.", ""), ("backbone.", ""), ("head.fc.", "fc."))
+"""Prefixes that DDP, Lightning, averages and OpenMMLab put before a model's own names -> their replacements."""
+INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""Parts of names of torch.compile, FSDP and activation checkpointing, which may wrap any module of a model."""
 
-
-ENTRIES = ("state_dict", "model", "state_dict_ema", "model_ema", "ema_state_dict")
+ENTRIES = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "module",
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema",
+)
 """Keys of the weights in files of several libraries, the first of which is read if the user names none."""
 STEP_COUNTERS = ("steps", "n_averaged")
 """Numbers of steps that mmengine and torch keep beside averaged weights, which are named "module.NAME" there."""
@@ -145,7 +155,7 @@ def _state_dict_of(content: Any, path: Path, entry: str, left_out: tuple[str, ..
             stacklevel=2,
         )
     if isinstance(content, dict) and (found or entry != "auto"):
-        content = content[found[0] if entry == "auto" else entry]
+        content = _innermost(content[found[0] if entry == "auto" else entry])
     if not isinstance(content, dict) or not content or not any(isinstance(v, Tensor) for v in content.values()):
         objects = f" It holds objects of {named(left_out)}, which only code can read." if left_out else ""
         raise CheckpointError(
@@ -153,9 +163,7 @@ def _state_dict_of(content: Any, path: Path, entry: str, left_out: tuple[str, ..
             f'tensors by name, nor has it one under "state_dict" or "model".{objects} Save model.state_dict() with '
             "torch.save."
         )
-    kept = [key for key in content if key not in STEP_COUNTERS]
-    if all(str(key).startswith("module.") for key in kept):
-        content = {key: content[key] for key in kept}
+    content = {key: value for key, value in content.items() if not _is_step_counter(key, content)}
     # A tensor that code would have to make is none here.
     strange = [str(key) for key, one in content.items() if not (isinstance(key, str) and isinstance(one, Tensor))]
     if strange:
@@ -164,6 +172,24 @@ def _state_dict_of(content: Any, path: Path, entry: str, left_out: tuple[str, ..
             "the weights are not whole. Convert them to tensors where the file was made."
         )
     return dict(content)
+
+
+def _innermost(content: Any) -> Any:
+    """Return the weights in an entry of a file: the average of some libraries holds them in an entry of its own."""
+    while inner := [key for key in ENTRIES if isinstance(content, dict) and isinstance(content.get(key), dict)]:
+        content = content[inner[0]]
+    return content
+
+
+def _is_step_counter(key: Any, content: dict[Any, Any]) -> bool:
+    """Return True for a number of steps beside averaged weights, all of which are under "module." there."""
+    before, _, last = str(key).rpartition(".")
+    if last not in STEP_COUNTERS:
+        return False
+    beside = f"{before}." if before else ""
+    others = [str(name) for name in content if str(name).startswith(beside) and name != key]
+    counters = tuple(f"{beside}{name}" for name in STEP_COUNTERS)
+    return all(name.startswith(f"{beside}module.") for name in others if name not in counters)
 
 
 def _quoted_keys(keys: list[str]) -> str:
@@ -177,10 +203,13 @@ def load_weights(model: nn.Module, path: str | Path, entry: str = "auto") -> Non
         CheckpointError: the file cannot be read, or its tensors are not the model's; the message lists the differences.
     """
     written = read_weights(path, entry)
-    found = {_without_wrapper(key): tensor for key, tensor in written.items()}
     wanted = model.state_dict()
-    # A detector has a "backbone" of its own, so the names may be right as they were written.
-    candidates = [written, *({rename(key): one for key, one in found.items()} for rename in RENAMINGS.values())]
+    # A detector has a "backbone" of its own, and its names may be in wrappers: each level is a candidate.
+    candidates = [
+        {rename(key): one for key, one in level.items()}
+        for level in _unwrapped_levels(written)
+        for rename in RENAMINGS.values()
+    ]
     # The names with the fewest differences are the right ones, or make the shortest message.
     best = min(candidates, key=lambda state: len(state.keys() ^ wanted.keys()))
     # Checkpoints from before BatchNorm counted its batches lack the counter, which has no effect on the model.
@@ -201,11 +230,34 @@ def load_weights(model: nn.Module, path: str | Path, entry: str = "auto") -> Non
     model.load_state_dict(best)
 
 
-def _without_wrapper(key: str) -> str:
-    for prefix, instead in WRAPPERS:
-        if key.startswith(prefix):
-            key = instead + key.removeprefix(prefix)
+def _unwrapped_levels(written: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return weights under the names as they were written, and without each of the wrappers that they were saved in."""
+    plain = {_without_inner_wrappers(key): tensor for key, tensor in written.items()}
+    levels = [written, plain]
+    while True:
+        peeled = _without_outermost(levels[-1])
+        # Of two sets of weights, in wrappers of their own, neither may hide the other.
+        if peeled.keys() == levels[-1].keys() or len(peeled) < len(written):
+            return levels
+        levels.append(peeled)
+
+
+def _without_inner_wrappers(key: str) -> str:
+    for part in INNER_WRAPPERS:
+        key = key.replace(part, "")
     return key
+
+
+def _without_outermost(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights without the module that all of them are in, or else without a library's prefix each."""
+    outermost = {key.partition(".")[0] for key in state}
+    if len(outermost) == 1 and all("." in key for key in state):
+        return {key.partition(".")[2]: tensor for key, tensor in state.items()}
+    return {_without_prefix(key): tensor for key, tensor in state.items()}
+
+
+def _without_prefix(key: str) -> str:
+    return next((instead + key.removeprefix(prefix) for prefix, instead in WRAPPERS if key.startswith(prefix)), key)
 
 
 def key_differences(found: dict[str, Tensor], wanted: dict[str, Tensor], shown: int = MAX_SHOWN_NAMES) -> str:
