@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from halfeven.checked_arguments import checked_arguments
 from halfeven.checkpoint import restore
 from halfeven.errors import AlgorithmError, CalibrationError, CaptureError, CheckpointError, ConfigError, PlacementError
-from halfeven.graph.batches import given_batches
+from halfeven.graph.batches import Example, given_batches
 from halfeven.graph.batchnorm import forget_statistics
-from halfeven.graph.capture import Example
 from halfeven.graph.wrappers import unwrapped
 from halfeven.layerwise.batches import inputs_in, read_inputs
 from halfeven.layerwise.calibrate import calibrate

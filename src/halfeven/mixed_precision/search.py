@@ -10,7 +10,7 @@ from torch import nn
 from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import AlgorithmError, ConfigError
 from halfeven.evaluation import Evaluate
-from halfeven.graph.capture import Example
+from halfeven.graph.batches import Example
 from halfeven.graph.copying import copy_model
 from halfeven.mixed_precision.moves import check_candidates, usual_candidates
 from halfeven.mixed_precision.options import SearchFields, SearchOptions

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from halfeven.errors import CaptureError, ConfigError, named
+from halfeven.graph.batches import Example
 from halfeven.graph.batchnorm import fold
-from halfeven.graph.capture import Example, capture
+from halfeven.graph.capture import capture
 from halfeven.graph.capture_report import CaptureReport
 from halfeven.graph.copying import copy_model
 from halfeven.graph.kept_in_python import KeptInPython
