@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -124,6 +125,18 @@ def test_methods_and_properties_are_the_float_models(pair, which):
     assert found.freeze_backbone() == model.freeze_backbone() + 2 * (found.blocks[0][0].weight_quantizer.learned)
     assert not found.blocks[0][0].weight.requires_grad
     assert model.loss(X, torch.tensor([0, 1])).ndim == 0
+
+
+def test_slices_name_their_children_as_torch_does(pair):
+    model, qmodel = pair
+    layers = OrderedDict(stem=nn.Conv2d(3, 4, 1), act=nn.ReLU(), head=nn.Conv2d(4, 2, 1))
+    named = nn.Sequential(layers).eval()
+    captured = he.prepare(named, X)
+    for chosen in (slice(1, None), slice(None, None, 2), slice(None, 1)):
+        assert list(captured[chosen]._modules) == list(named[chosen]._modules)
+        assert list(qmodel.blocks.inner[chosen]._modules) == list(model.blocks.inner[chosen]._modules)
+    assert captured[1:].head is captured.head
+    assert list(captured[1:][1:]._modules) == ["head"]
 
 
 def test_the_whole_model_may_be_a_container():

@@ -8,6 +8,7 @@ from torch import nn
 
 import halfeven as he
 from halfeven.errors import CalibrationError
+from halfeven.layerwise.calibrate import set_weight_ranges
 from halfeven.quantization.model_quantizers import quantizers
 from halfeven.quantization.quantizer import Mode
 
@@ -189,6 +190,22 @@ def test_a_weight_of_nan_names_its_layer():
         qmodel.get_submodule("4").weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(CalibrationError, match="the weight of 4"):
         he.calibrate(qmodel, batches())
+
+
+@pytest.mark.parametrize("ranges", ["observed", "learned"])
+def test_weights_keep_their_ranges_where_new_ones_cannot_be_set(ranges):
+    qmodel = he.calibrate(prepared(ranges=ranges), batches()).eval()
+    expected = qmodel(batches()[0])
+    states = {name: q.state for name, q in quantizers(qmodel).items()}
+    layer = next(module for module in qmodel.modules() if isinstance(module, nn.Conv2d))
+    good = layer.weight.detach().clone()
+    layer.weight.data[0] = float("nan")
+    with pytest.raises(CalibrationError, match="NaN"):
+        set_weight_ranges(qmodel)
+    layer.weight.data.copy_(good)
+    assert {name: q.state for name, q in quantizers(qmodel).items()} == states
+    assert all(q.observer is None and q.mode is Mode.QUANTIZE for q in quantizers(qmodel).values())
+    assert torch.equal(qmodel(batches()[0]), expected)
 
 
 def test_a_failure_of_the_first_time_leaves_no_ranges():

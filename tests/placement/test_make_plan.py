@@ -558,6 +558,21 @@ def test_a_rules_widths_are_checked_too():
         plan(net(), target="tensorrt", rules=(Rule(pattern="0", activation_bits=4),))
 
 
+@pytest.mark.parametrize(("target", "scheme", "ends"), [
+    ("openvino", "w8a8", 16), ("onnxruntime", "w4a8", 9), ("tensorrt", "w8a8", 4), ("openvino", "w4a16", 6),
+    ("onnxruntime", "w8a16", 16),
+])  # fmt: skip
+def test_the_widths_of_the_first_and_the_last_layer_are_checked_too(target, scheme, ends):
+    with pytest.raises(PlacementError, match=rf"{target} cannot run weights of {ends} bits"):
+        plan(net(), target=target, scheme=scheme, first_and_last_bits=ends)
+
+
+def test_the_ends_of_a_scheme_of_weights_alone_may_have_another_width():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    planned = plan(model, (2, 8), scheme="w4a16", first_and_last_bits=8)
+    assert list(bits(planned).values()) == [8, 4, 8]
+
+
 def test_an_unreadable_scheme_is_refused():
     with pytest.raises(ConfigError, match="cannot be read"):
         plan(net(), scheme="int8")

@@ -361,3 +361,17 @@ def test_a_learned_scale_that_is_fixed_is_the_buffer_in_use():
     quantizer.fix()
     assert list(quantizer.parameters()) == []
     assert torch.equal(quantizer(x), expected)
+
+
+@pytest.mark.parametrize(("learned", "used"), [(2.7, 3), (-9.4, 0), (300.0, 255)])
+def test_a_learned_zero_point_that_is_fixed_is_the_integer_in_use(learned, used):
+    quantizer = calibrated(activation(ranges="learned", learns_zero_point=True))
+    with torch.no_grad():
+        quantizer.zero_point.fill_(learned)
+    x = torch.linspace(-1, 2, 50)
+    expected = quantizer(x).detach()
+    quantizer.fix()
+    assert list(quantizer.parameters()) == []
+    assert quantizer.zero_point.dtype == torch.int32
+    assert int(quantizer.zero_point) == used
+    assert torch.equal(quantizer(x), expected)

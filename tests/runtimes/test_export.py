@@ -13,6 +13,7 @@ from torch import nn
 import halfeven as he
 from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.errors import CalibrationError, ConfigError, ExportError, StorageError
+from halfeven.quantization.model_quantizers import quantizers
 from halfeven.runtimes.runtime import load_deployed
 from processes import run
 from runtimes.parity import SCHEME, quantized, trained
@@ -226,3 +227,19 @@ def test_several_inputs_and_outputs(tmp_path):
         expected = qmodel(**example)
         torch.testing.assert_close(found[0], expected["sum"], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found[1], expected["a"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".xml", ".onnx"])
+def test_learned_zero_points_are_integers_of_the_grid(suffix, tmp_path):
+    target = "openvino" if suffix == ".xml" else "onnxruntime"
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1))
+    qmodel, batches = quantized(model, IMAGE, target=target, ranges="learned", learn_zero_points=True)
+    points = [q.zero_point for q in quantizers(qmodel).values() if q.zero_point.is_floating_point()]
+    assert len(points) >= 2
+    with torch.no_grad():
+        points[0] -= 1.4
+        points[1].fill_(-2.3)  # beyond the grid, as a large step of an optimizer makes it
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / f"model{suffix}"), batches, timed=False)
+    assert report.integer_match == report.alone_match == 1.0
+    assert report.float_simulation_match > 0.999
+    assert not report.findings

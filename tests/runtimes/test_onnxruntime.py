@@ -143,12 +143,13 @@ def test_a_softmax_of_integers(scheme, tmp_path):
     assert report.alone_match == 1.0 or report.overflows
 
 
-def test_a_bias_without_a_place_on_its_grid_gets_one(tmp_path):
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_bias_without_a_place_on_its_grid_gets_one(per_channel, tmp_path):
     model = trained(nn.Sequential(conv(3), nn.ReLU(), conv(8, 4)))
     with torch.no_grad():
-        model[0].weight[2] *= 1e-9
+        model[0].weight[2 if per_channel else slice(None)] *= 1e-9
         model[0].bias[2] = 1.0
-    report = report_of(model, IMAGE, tmp_path / "model.onnx")
+    report = report_of(model, IMAGE, tmp_path / "model.onnx", per_channel=per_channel)
     assert report.integer_match == 1.0
     assert report.float_simulation_match > 0.99
 

@@ -192,10 +192,22 @@ def widen(path):
     onnx.save(model, path)
 
 
-@pytest.mark.parametrize(("scheme", "expected"), [("w8a8", True), ("w7a8", False)])
-def test_only_weights_of_8_bits_overflow(scheme, expected, tmp_path, monkeypatch):
+SIGNED = (he.Rule(kind="convolution", signed=True, symmetric=True),)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rules", "expected"),
+    [
+        ("w8a8", (), True),
+        ("w7a8", (), False),
+        ("w8a7", (), False),
+        ("w8a7", SIGNED, True),  # signed integers are written around 128, and reach 191
+        ("w7a7", SIGNED, False),
+    ],
+)
+def test_only_weights_of_8_bits_overflow(scheme, rules, expected, tmp_path, monkeypatch):
     """Other integers on a processor without VNNI have another reason where no weight needs more than 7 bits."""
-    qmodel, batches = quantized(net(), IMAGE, scheme=scheme)
+    qmodel, batches = quantized(net(), IMAGE, scheme=scheme, rules=rules)
     path = he.export(qmodel, tmp_path / "model.onnx")
     widen(path)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"}, raising=False)

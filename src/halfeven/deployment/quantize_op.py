@@ -121,13 +121,13 @@ class ExportedQuantizer(nn.Module):
         self.quant_max = scheme.quant_max
         self.signed = scheme.signed
         self.register_buffer("scale", quantizer.scale)
-        self.register_buffer("zero_point", quantizer.zero_point)
+        self.register_buffer("zero_point", quantizer.used_zero_point())
         self.bounds: tuple[float, float] | None = None
         if scheme.bits == 8 or (clips_integers and not self.weight) or (narrow_weights and self.weight):
             return
         if not quantizer.weight:
             # The ends of the own grid as real numbers: the clamp takes the place of the grid's, which has 8 bits now.
-            steps = torch.tensor([scheme.quant_min, scheme.quant_max]) - quantizer.zero_point
+            steps = torch.tensor([scheme.quant_min, scheme.quant_max]) - self.zero_point
             low, high = (steps * quantizer.scale).tolist()
             self.bounds = (low, high)
         smallest = -127 if scheme.narrow else -128

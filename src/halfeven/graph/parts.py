@@ -247,11 +247,13 @@ def _get_by_index(self: Any, index: int | slice) -> nn.Module:
         return children[index]
     chosen = children[index]
     start, _, step = index.indices(len(children))
-    # A slice is a container of its own, whose children count from 0.
+    # A slice is a container of its own. As in torch, that of a Sequential keeps the names of its children, and any
+    # other counts them from 0.
+    keeps_names = issubclass(self.halfeven_original.kind, nn.Sequential)
+    names = self.halfeven_original.children[index] if keeps_names else tuple(map(str, range(len(chosen))))
     result = part_class(self.halfeven_original.kind)()
-    for number, child in enumerate(chosen):
-        result.add_module(str(number), child)
-    names = tuple(str(number) for number in range(len(chosen)))
+    for name, child in zip(names, chosen, strict=True):
+        result.add_module(name, child)
     path = f"{self.halfeven_original.path}[{start}:{start + len(chosen) * step}:{step}]"
     vars(result)["halfeven_original"] = Original(self.halfeven_original.kind, path, names)
     return result

@@ -1,6 +1,7 @@
 """Calibration: run samples through the model and set the range of every quantizer (white paper, section 3.1)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
@@ -52,10 +53,8 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
             "halfeven.prepare(model, example) first."
         )
     found = [q for q in quantizers(inside).values() if not q.state.fixed]
-    # Only quantizers change here, so that their tensors are all there is to restore.
-    before = {q: {k: v.clone() for k, v in q.state_dict().items()} for q in found}
     norms = trained_batchnorms(inside)
-    try:
+    with _ranges_restored_after_errors(found):
         with evaluating(inside), progress("Calibrating", count_of(loader, batches)) as advance:
             given = advancing(read_inputs(inside, loader, batches), advance)
             # An iterator gives its first batch once: it is kept for the comparison of both modes, and calibrates
@@ -63,6 +62,18 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
             first = list(islice(given, 1))
             clipped = _clipped_in_training(inside, found, first, norms) if norms and first else {}
             _set_ranges(inside, found, chain(first, given), norms if clipped else [])
+    if clipped:
+        warn_of_unsettled(clipped, len([q for q in quantizers(inside).values() if not q.weight]))
+    return qmodel
+
+
+@contextmanager
+def _ranges_restored_after_errors(found: list[Quantizer]) -> Iterator[None]:
+    """Give quantizers that are being calibrated their earlier ranges again where an error ends the calibration."""
+    # Only quantizers change in a calibration, so that their tensors are all there is to restore.
+    before = {q: {k: v.clone() for k, v in q.state_dict().items()} for q in found}
+    try:
+        yield
     # Ctrl-C too: an interrupted calibration must not leave observers behind.
     except BaseException:
         for quantizer in found:
@@ -70,9 +81,6 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
             quantizer.observer = None
             quantizer.load_state_dict(before[quantizer])
         raise
-    if clipped:
-        warn_of_unsettled(clipped, len([q for q in quantizers(inside).values() if not q.weight]))
-    return qmodel
 
 
 def _set_ranges(qmodel: nn.Module, found: list[Quantizer], batches: Iterable[Inputs], norms: list[Any]) -> None:
@@ -142,18 +150,15 @@ def set_weight_ranges(qmodel: nn.Module, *, missing_only: bool = False) -> None:
         missing_only: keep ranges that are set already.
 
     Raises:
-        CalibrationError: a weight holds NaN or infinity, or is not used; the message names it.
+        CalibrationError: a weight holds NaN or infinity, or is not used; the message names it. Earlier ranges are
+            restored.
     """
     found = [q for q in quantizers(qmodel).values() if q.weight and not q.state.fixed]
     found = [q for q in found if not (missing_only and q.state.has_range)]
-    with float_function(qmodel):
-        try:
-            for quantizer in found:
-                quantizer.start_calibration()
-            # Quantizers see the weights when the layers are called; the numbers of the example do not matter.
-            run_example(qmodel)
-            for quantizer in found:
-                quantizer.finish_calibration()
-        finally:
-            for quantizer in found:
-                quantizer.observer = None
+    with float_function(qmodel), _ranges_restored_after_errors(found):
+        for quantizer in found:
+            quantizer.start_calibration()
+        # Quantizers see the weights when the layers are called; the numbers of the example do not matter.
+        run_example(qmodel)
+        for quantizer in found:
+            quantizer.finish_calibration()

@@ -68,12 +68,13 @@ def make_plan(
     Raises:
         PlacementError: the target cannot do the scheme, or a rule held for nothing.
     """
-    rules = RuleBook(options.rules, _end_layer_rules(model, options))
+    ends = _end_layer_rules(model, options)
+    rules = RuleBook(options.rules, ends)
     weight_bits, activation_bits = parse_bits(options.scheme)
     if activation_bits == BITS_NAMED_FOR_FLOAT:
-        _check_weights_alone(target, options, weight_bits)
+        _check_weights_alone(target, options, weight_bits, ends)
     else:
-        _check_bits(target, options, weight_bits, activation_bits)
+        _check_bits(target, (*ends, *options.rules), weight_bits, activation_bits)
     # The kinds of layers whose weights are integers: with activations in float, those with a kernel that unpacks them.
     kinds = frozenset(target.stored_weights if activation_bits == BITS_NAMED_FOR_FLOAT else target.inputs)
     tensors: list[PlannedTensor] = []
@@ -124,13 +125,20 @@ def skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, empty)
 
 
-def _check_bits(target: Target, options: QuantizationOptions, weight_bits: int, activation_bits: int) -> None:
-    """Refuse bits that the target cannot run, with a PlacementError."""
+def _check_bits(target: Target, rules: tuple[Rule, ...], weight_bits: int, activation_bits: int) -> None:
+    """Refuse bits that the target cannot run, with a PlacementError.
+
+    Args:
+        target: the runtime.
+        rules: those for the first and the last layer, and the user's.
+        weight_bits: the scheme's bits of weights.
+        activation_bits: the scheme's bits of activations.
+    """
     # A rule may give an activation more bits than the target runs: it is simulated alone, and the plan says so.
     simulated = range(max(target.activation_bits) + 1, MAX_BITS + 1)
-    in_rules = {rule.activation_bits for rule in options.rules} - {*simulated}
+    in_rules = {rule.activation_bits for rule in rules} - {*simulated}
     for what, allowed, asked in (
-        ("weights", target.weight_bits, {weight_bits, *(rule.weight_bits for rule in options.rules)}),
+        ("weights", target.weight_bits, {weight_bits, *(rule.weight_bits for rule in rules)}),
         ("activations", target.activation_bits, {activation_bits, *in_rules}),
     ):
         if refused := asked - {None, *allowed}:
@@ -140,9 +148,12 @@ def _check_bits(target: Target, options: QuantizationOptions, weight_bits: int, 
             )
 
 
-def _check_weights_alone(target: Target, options: QuantizationOptions, weight_bits: int) -> None:
+def _check_weights_alone(
+    target: Target, options: QuantizationOptions, weight_bits: int, ends: tuple[Rule, ...]
+) -> None:
     """Refuse options that a scheme of weights alone cannot follow, with a PlacementError."""
-    asked = {weight_bits, *(r.weight_bits for r in options.rules if r.weight_bits is not None)}
+    # Of the rules for the first and the last layer the bits of weights alone matter: what these read stays in float.
+    asked = {weight_bits, *(r.weight_bits for r in (*ends, *options.rules) if r.weight_bits is not None)}
     allowed = sorted({bits for kind in target.stored_weights.values() for bits in kind})
     if not asked <= set(allowed):
         widths = " or ".join(str(bits) for bits in allowed)

@@ -229,13 +229,19 @@ class Quantizer(nn.Module):
         self.observing.fill_(state.code)
 
     def fix(self) -> None:
-        """Keep the range in use for good, and a learned scale as a buffer: nothing moves it any more."""
+        """Keep the range in use for good, a learned scale and zero point as buffers: nothing moves it any more."""
         # The scale in use takes the place of the stored one: what is not learned is read as it is.
         scale = self._effective_scale().detach() if self.learned else self.scale
         if self.learned:
             del self.scale
             self.register_buffer("scale", scale.clone())
             self.learned = False
+        # A learned zero point is a real number, and may lie beyond the grid; integers are made with the nearest integer
+        # of the grid.
+        if self.zero_point.is_floating_point():
+            used = self.used_zero_point()
+            del self.zero_point
+            self.register_buffer("zero_point", used)
         self._set_state(RangeState.FIXED)
 
     def fix_range(self, bounds: tuple[float, float] | None) -> None:

@@ -175,14 +175,18 @@ class Comparison:
         """Return True where a pair of products of an executed kernel can be too large for the 16 bits that hold it."""
         if not self.runtime.sums_in_16_bits():
             return False
-        # Kernels see activations as codes from 0 to `steps`. Weights are symmetric, so quant_max bounds them.
         found = list(quantizers(self.qmodel).values())
-        steps = max((q.scheme.quant_max - q.scheme.quant_min for q in found if not q.weight), default=0)
+        activations = [q.scheme for q in found if not q.weight]
+        # Kernels see activations as unsigned bytes. A signed integer has 128 added to it, on grids of fewer than 8 bits
+        # too, whose codes then lie around 128.
+        code = max((scheme.quant_max + 128 * scheme.signed for scheme in activations), default=0)
+        # Weights are symmetric, so quant_max bounds them.
         largest = max((q.scheme.quant_max for q in found if q.weight), default=0)
         if any(product.integer for product in self.file.executed_products()):
             # In a product of two activations, signed bytes, up to 128 of 255 steps, take the place of the weights.
+            steps = max((scheme.quant_max - scheme.quant_min for scheme in activations), default=0)
             largest = max(largest, (steps + 1) // 2)
-        return not pair_fits(steps, largest)
+        return not pair_fits(code, largest)
 
     def weights_match(self) -> bool:
         """Return True if the file holds all integer weights of the model."""

@@ -235,7 +235,9 @@ def _round_bias(layer: Any, input_scale: Tensor) -> Int32Bias:
     quantizer: ExportedQuantizer = layer.weight_quantizer
     # The smallest weight scale s_w for which bias / (s_x s_w) stays below the bound.
     needed = layer.bias.abs() / (input_scale * LARGEST_BIAS)
-    if bool((needed > quantizer.scale).any()) and quantizer.scale.ndim:
+    if not quantizer.scale.ndim:
+        needed = needed.max()  # one scale for all channels, so that the largest bias decides
+    if bool((needed > quantizer.scale).any()):
         # Weights so small that the bias has no place on their grid: a coarser grid is theirs, of fewer integers.
         scale = torch.maximum(quantizer.scale, needed)
         axis = quantizer.axis
