@@ -54,14 +54,16 @@ def calibrate(qmodel: nn.Module, loader: Iterable[Any], batches: int | None = No
         )
     found = [q for q in quantizers(inside).values() if not q.state.fixed]
     norms = trained_batchnorms(inside)
-    with _ranges_restored_after_errors(found):
-        with evaluating(inside), progress("Calibrating", count_of(loader, batches)) as advance:
-            given = advancing(read_inputs(inside, loader, batches), advance)
-            # An iterator gives its first batch once: it is kept for the comparison of both modes, and calibrates
-            # afterwards.
-            first = list(islice(given, 1))
-            clipped = _clipped_in_training(inside, found, first, norms) if norms and first else {}
-            _set_ranges(inside, found, chain(first, given), norms if clipped else [])
+    with (
+        _ranges_restored_after_errors(found),
+        evaluating(inside),
+        progress("Calibrating", count_of(loader, batches)) as advance,
+    ):
+        given = advancing(read_inputs(inside, loader, batches), advance)
+        # An iterator gives its first batch once: it is kept for the comparison of both modes, and calibrates after it.
+        first = list(islice(given, 1))
+        clipped = _clipped_in_training(inside, found, first, norms) if norms and first else {}
+        _set_ranges(inside, found, chain(first, given), norms if clipped else [])
     if clipped:
         warn_of_unsettled(clipped, len([q for q in quantizers(inside).values() if not q.weight]))
     return qmodel

@@ -230,18 +230,14 @@ class Quantizer(nn.Module):
 
     def fix(self) -> None:
         """Keep the range in use for good, a learned scale and zero point as buffers: nothing moves it any more."""
-        # The scale in use takes the place of the stored one: what is not learned is read as it is.
-        scale = self._effective_scale().detach() if self.learned else self.scale
         if self.learned:
-            del self.scale
-            self.register_buffer("scale", scale.clone())
+            # What is in use takes the place of what is stored: what is not learned is read as it is, and a learned zero
+            # point is a real number, which may lie beyond the grid.
+            used = {"scale": self._effective_scale().detach().clone(), "zero_point": self.used_zero_point().clone()}
+            for name, value in used.items():
+                delattr(self, name)
+                self.register_buffer(name, value)
             self.learned = False
-        # A learned zero point is a real number, and may lie beyond the grid; integers are made with the nearest integer
-        # of the grid.
-        if self.zero_point.is_floating_point():
-            used = self.used_zero_point()
-            del self.zero_point
-            self.register_buffer("zero_point", used)
         self._set_state(RangeState.FIXED)
 
     def fix_range(self, bounds: tuple[float, float] | None) -> None:
