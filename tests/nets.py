@@ -60,6 +60,20 @@ class Residual(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Halves(nn.Module):
+    """Two captured regions with Python between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(4, 2, 3))
+
+    def forward(self, x):
+        x = self.first(x)
+        if float(x.detach().sum()) == 12345.0:  # what torch.export cannot follow
+            x = x + 1
+        return self.second(x)
+
+
 class Branches(nn.Module):
     """A concatenation, and an output that is read again; only last -> c are linked."""
 

@@ -14,7 +14,7 @@ from halfeven.layerwise.blocks import find_blocks
 from halfeven.layerwise.cache import BoundedCache, store_inputs
 from halfeven.layerwise.float_equivalence import float_function
 from halfeven.placement.make_plan import regions
-from nets import Residual, prepared
+from nets import Halves, Residual, prepared
 
 PLENTY = 1e9
 
@@ -126,20 +126,6 @@ def test_inputs_are_cut_to_size():
     ]  # fmt: skip
     with pytest.raises(CalibrationError, match="no batch"):
         store_inputs(Scaled(), iter(()), 2, BoundedCache(PLENTY))
-
-
-class Halves(nn.Module):
-    """Two captured regions with Python between them."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(4, 2, 3))
-
-    def forward(self, x):
-        x = self.first(x)
-        if float(x.detach().sum()) == 12345.0:  # what torch.export cannot follow
-            x = x + 1
-        return self.second(x)
 
 
 def test_regions_get_what_the_python_between_them_makes():

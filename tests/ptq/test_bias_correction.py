@@ -13,7 +13,7 @@ from halfeven.layerwise.float_equivalence import float_function
 from halfeven.ptq.bias_correction import channel_means, correct_biases
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.reconstruction.reconstruct import adaround
-from nets import Residual, prepared
+from nets import Halves, Residual, prepared
 
 
 def data(seed=1):
@@ -62,6 +62,41 @@ def test_every_layer_has_the_mean_of_its_float_form(scheme):
     assert set(report.shifts) == set(wanted)
     assert all(1e-5 < share < 1 for share in report.shifts.values())
     assert "largest shift" in str(report)
+
+
+class Levels(nn.Module):
+    """A head that reads two levels, with a layer of each level's own between its calls, as detectors have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1)
+        self.own = nn.ModuleList(nn.Conv2d(6, 4, 1) for _ in range(2))
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        levels = (x, nn.functional.max_pool2d(x, 2))
+        return [own(torch.relu(self.head(y))) for own, y in zip(self.own, levels, strict=True)]
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_layer_that_is_called_twice_gets_one_shift_for_both(learned):
+    qmodel = calibrated(Levels(), scheme="w3a8")
+    reference = copy.deepcopy(qmodel) if learned else None
+    wanted, before = output_means(qmodel, floats=True), output_means(qmodel)
+    report = correct_biases(qmodel, data(), reference=reference)
+    after = output_means(qmodel)
+    assert report.shifts.keys() == wanted.keys() == {"stem", "head", "own.0", "own.1"}
+    assert (before["head"] - wanted["head"]).abs().max() > 1e-3
+    for name, mean in wanted.items():
+        torch.testing.assert_close(after[name], mean, atol=2e-6, rtol=0)
+
+
+def test_a_later_region_gets_the_means_of_the_float_model():
+    qmodel = calibrated(Halves(), scheme="w3a8")
+    wanted = output_means(qmodel, floats=True)
+    correct_biases(qmodel, data())
+    for name, mean in output_means(qmodel).items():
+        torch.testing.assert_close(mean, wanted[name], atol=2e-6, rtol=0)
 
 
 def test_layers_without_a_bias_are_given_one_that_is_saved(tmp_path):

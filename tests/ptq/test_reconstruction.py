@@ -14,9 +14,12 @@ from halfeven.errors import AlgorithmError, CalibrationError, CheckpointError
 from halfeven.layerwise.float_equivalence import float_function
 from halfeven.layerwise.sqnr import sqnr
 from halfeven.ptq.options import PTQOptions
+from halfeven.ptq.reconstruction import reconstruct as reconstructing
+from halfeven.ptq.reconstruction.optimize import optimize_block
 from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
 from halfeven.quantization.arithmetic import quantize
 from halfeven.quantization.model_quantizers import quantizers
+from nets import Halves
 
 OPTIONS = PTQOptions(iterations=100, batch_size=16, rounding_rate=0.05)
 QUICK = dataclasses.replace(OPTIONS, iterations=8)
@@ -232,6 +235,29 @@ def test_a_layer_that_is_used_twice_is_decided_once():
     weight, quantizer = qmodel.conv.weight, qmodel.conv.weight_quantizer
     assert torch.equal(quantizer(weight), weight)
     assert len(report.blocks) == 4
+
+
+@pytest.mark.parametrize("net", [Twice, Halves])
+def test_the_target_of_a_later_call_and_of_a_later_region_is_the_float_models(monkeypatch, net):
+    qmodel = calibrated("w4a8", net)
+    x = images(16)
+    with torch.no_grad(), float_function(qmodel):
+        wanted = qmodel(x)
+    targets = []
+
+    def seen(block, floats, quantized, options, seed):
+        targets.append(list(floats.outputs(block, 0).values()))
+        return optimize_block(block, floats, quantized, options, seed)
+
+    monkeypatch.setattr(reconstructing, "optimize_block", seen)
+    options = dataclasses.replace(QUICK, bias_rate=0.1)
+    reconstructing._reconstruct(qmodel, [x], "layers", options, None, None, None)
+    torch.testing.assert_close(targets[-1], [wanted])
+
+
+def test_the_regularizer_takes_part_however_long_the_warm_start_is():
+    options = dataclasses.replace(QUICK, iterations=4, warm_start=0.9)
+    assert adaround(calibrated(), [images(16)], options=options).iterations == 4
 
 
 class Heads(nn.Module):

@@ -133,15 +133,23 @@ def activation_caches(
         inputs: arguments of the model, batch by batch, from `store_inputs`.
         store: receives the tensors of both.
     """
+    floats = activation_cache(qmodel, prefix, inputs, store, Mode.FLOAT)
+    return floats, activation_cache(qmodel, prefix, inputs, store, Mode.QUANTIZE)
+
+
+def activation_cache(
+    qmodel: nn.Module, prefix: str, inputs: Sequence[Stored], store: BoundedCache, mode: Mode
+) -> ActivationCache:
+    """Return the cache of a region in one form, before its first block; the arguments are those of `activation_caches`.
+
+    The float form is to be had before an algorithm changes any weight or bias of the model: inside of a model, the
+    arguments of a region come out of the modules before it.
+    """
     region: Any = qmodel.get_submodule(prefix)
     device = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
     # Before its first layer, a whole model has the same arguments in both forms: they are stored once.
-    of_float: Sequence[Stored] = inputs
-    of_quantized: Sequence[Stored] = inputs
-    if prefix:  # inside the model: the region's arguments depend on the form of the modules before it
-        of_float = _region_arguments(qmodel, region, inputs, store, Mode.FLOAT)
-        of_quantized = _region_arguments(qmodel, region, inputs, store, Mode.QUANTIZE)
-    return ActivationCache(region, of_float, store, device), ActivationCache(region, of_quantized, store, device)
+    arguments = _region_arguments(qmodel, region, inputs, store, mode) if prefix else inputs
+    return ActivationCache(region, arguments, store, device)
 
 
 def _region_arguments(

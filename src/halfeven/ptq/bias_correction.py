@@ -5,8 +5,9 @@ the quantized and already corrected layers before. It costs nothing at run time.
 `halfeven.ptq.data_free.calibrate`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from halfeven.graph.view import Op
 from halfeven.graph.wrappers import unwrapped
 from halfeven.layerwise.activations import (
     ActivationCache,
-    activation_caches,
+    activation_cache,
     block_in_float,
     check_float_weights,
     run_module,
@@ -30,6 +31,7 @@ from halfeven.layerwise.cache import BoundedCache, store_inputs
 from halfeven.placement.graph_edits import give_bias, untie_layers
 from halfeven.placement.make_plan import qualified, regions
 from halfeven.ptq.options import PTQOptions
+from halfeven.quantization.quantizer import Mode
 
 
 def channel_means(x: Tensor, axis: int) -> Tensor:
@@ -66,8 +68,9 @@ def correct_biases(
 ) -> BiasCorrectionReport:
     """Correct the bias of every layer with a quantized weight, in place.
 
-    Layers without a bias get one, which is recorded in the plan. All ranges must be set before; those of activations
-    should be set again afterwards.
+    Layers without a bias get one, which is recorded in the plan. A layer that is called several times has one bias, and
+    gets one shift: the mean over its calls. All ranges must be set before; those of activations should be set again
+    afterwards.
 
     Args:
         qmodel: a calibrated model.
@@ -91,44 +94,81 @@ def correct_biases(
     shifts: dict[str, float] = {}
     float_model = qmodel if reference is None else reference
     with evaluating(qmodel), evaluating(float_model):
-        for prefix, region in regions(qmodel).items():
-            # Two streams of activations through the same blocks: the float one for E[W x], the quantized one for E[W^
-            # x^]. The latter runs through blocks that are corrected already, so each layer makes up only for what is
-            # left.
-            floats, _ = activation_caches(float_model, prefix, inputs, cache)
-            _, quantized = activation_caches(qmodel, prefix, inputs, cache)
+        # The float arguments of all regions first: where `reference` is None, a corrected bias would change them.
+        float_caches = {
+            prefix: activation_cache(float_model, prefix, inputs, cache, Mode.FLOAT) for prefix in regions(qmodel)
+        }
+        for prefix in list(float_caches):
+            quantized = activation_cache(qmodel, prefix, inputs, cache, Mode.QUANTIZE)
             float_blocks = find_blocks(regions(float_model)[prefix], "layers")
-            blocks = find_blocks(region, "layers")
-            for index, (float_block, block) in enumerate(zip(float_blocks, blocks, strict=True)):
-                # The float stream goes first: where `reference` is None both streams share the layer, whose bias is
-                # corrected next.
-                expected = _float_means(float_block, floats)
-                if expected is not None:
-                    shifts[qualified(prefix, block.name)] = _correct_layer(qmodel, prefix, block, expected, quantized)
-                # Run once more, now that the bias is corrected: the next layer reads these outputs.
-                quantized.advance(block)
-                floats.release(float_blocks[: index + 1])
-                quantized.release(blocks[: index + 1])
+            means = _float_means(float_blocks, float_caches.pop(prefix))
+            shifts |= _correct_region(qmodel, prefix, means, quantized)
     return BiasCorrectionReport(shifts)
 
 
-def _float_means(block: Block, floats: ActivationCache) -> "_OutputMeans | None":
-    """Run a block in float, and return the means of its layer's outputs; None where it has no layer."""
-    means = _OutputMeans(block) if block.layers else None
-    with block_in_float(block):
-        floats.advance(block, means or run_module)
-    return means
+def _correct_region(
+    qmodel: nn.Module, prefix: str, float_means: Iterator["_OutputMeans | None"], quantized: ActivationCache
+) -> dict[str, float]:
+    """Correct the layers of a region in order, and return the shift of each relative to its outputs."""
+    # Two streams of activations through the same blocks: the float one for E[W x], the quantized one for E[W^ x^]. The
+    # latter runs through blocks that are corrected already, so each layer makes up only for what is left.
+    blocks = find_blocks(quantized.region, "layers")
+    last_calls = {layer: index for index, block in enumerate(blocks) if (layer := _layer_of(block)) is not None}
+    expected: list[_OutputMeans | None] = []
+    shifts: dict[str, float] = {}
+    for index, block in enumerate(blocks):
+        layer = _layer_of(block)
+        last = index if layer is None else last_calls[layer]
+        # The float stream goes first, and through all calls of the layer: where there is no reference, both streams
+        # share the layer, whose bias is corrected next.
+        expected += islice(float_means, max(0, last + 1 - len(expected)))
+        name = qualified(prefix, block.name)
+        wanted = expected[last]
+        if wanted is not None and name not in shifts:
+            shifts[name] = _correct_layer(qmodel, prefix, blocks[index : last + 1], wanted, quantized)
+        # Run once more, now that the bias is corrected: the next layer reads these outputs.
+        quantized.advance(block)
+        quantized.release(blocks[: index + 1])
+    return shifts
+
+
+def _layer_of(block: Block) -> Any:
+    """Return the layer of a block; None where it has none."""
+    return Op(block.layers[0]).module if block.layers else None
+
+
+def _float_means(blocks: Sequence[Block], floats: ActivationCache) -> Iterator["_OutputMeans | None"]:
+    """Run blocks in float, one at a time, and yield the means of its layer over all calls so far; None without one."""
+    means: dict[Any, _OutputMeans] = {}
+    for index, block in enumerate(blocks):
+        layer = _layer_of(block)
+        if layer is not None and layer not in means:
+            means[layer] = _OutputMeans(block)
+        with block_in_float(block):
+            floats.advance(block, run_module if layer is None else means[layer])
+        floats.release(blocks[: index + 1])
+        yield means.get(layer)
 
 
 def _correct_layer(
-    qmodel: nn.Module, prefix: str, block: Block, expected: "_OutputMeans", quantized: ActivationCache
+    qmodel: nn.Module, prefix: str, blocks: Sequence[Block], expected: "_OutputMeans", quantized: ActivationCache
 ) -> float:
-    """Correct the layer of a block, and return the shift relative to the outputs; the block is not advanced."""
-    found = _OutputMeans(block)
-    quantized.visit(block, found)
+    """Correct the layer of a block, and return the shift relative to the outputs.
+
+    Args:
+        qmodel: the model.
+        prefix: path of the region.
+        blocks: the block of the layer's first call, to that of its last.
+        expected: means of the float layer, over all calls.
+        quantized: cache before the first of the blocks; it runs ahead to the last, and has to run through them again.
+    """
+    found = _OutputMeans(blocks[0])
+    for block in blocks[:-1]:
+        quantized.advance(block, found)
+    quantized.visit(blocks[-1], found)
     # White paper, section 3.3: the expected change of each output channel, which the bias takes back.
     shift = expected.mean - found.mean  # E[W x] - E[W^ x^]
-    (node,) = block.layers
+    (node,) = blocks[0].layers
     layer = Op(node)
     bias = give_bias(qmodel, qualified(prefix, layer.path))
     bias.add_(shift.to(bias))
@@ -136,7 +176,7 @@ def _correct_layer(
 
 
 class _OutputMeans:
-    """Runs the modules of a block, and collects the mean of its layer's outputs, channel by channel."""
+    """Runs modules, and collects the mean of the outputs of a block's layer over all its calls, channel by channel."""
 
     def __init__(self, block: Block) -> None:
         (node,) = block.layers
@@ -150,7 +190,8 @@ class _OutputMeans:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         result = module(*args)
         if module is self.layer:
-            # Batches may differ in size, so each mean counts with its number of samples.
+            # Batches may differ in size, so each mean counts with its number of samples. Calls count alike: a level of
+            # few positions is no less to a detector than a large level.
             self.total = self.total + channel_means(result, self.axis) * result.shape[0]
             self.squares = self.squares + result.double().square().mean() * result.shape[0]
             self.samples += result.shape[0]

@@ -245,8 +245,9 @@ def _minimize_error(
     # For scales and biases alone: the roundings have a fused Adam of their own (`Rounding.step`).
     optimizer = torch.optim.Adam(parameters.groups) if parameters.groups else None
     steps = options.steps
-    # AdaRound's warm start: first the error alone moves the soft weights, then the regularizer decides them.
-    warm = round(options.warm_start * steps)
+    # AdaRound's warm start: first the error alone moves the soft weights, then the regularizer decides them, in the
+    # last step at least.
+    warm = min(round(options.warm_start * steps), steps - 1)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if optimizer else None
     # What a step needs to know of the block: how many samples carry enough positions, and how many roundings share the
     # regularizer.

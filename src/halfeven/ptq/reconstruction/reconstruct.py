@@ -8,7 +8,7 @@ it; the target is the output of the float block at the same place. Only inputs a
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +16,29 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 
 from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import AlgorithmError, CalibrationError
 from halfeven.evaluation import evaluating
 from halfeven.graph.wrappers import unwrapped
-from halfeven.layerwise.activations import activation_caches, block_in_float, check_float_weights
+from halfeven.layerwise.activations import (
+    ActivationCache,
+    activation_cache,
+    block_in_float,
+    check_float_weights,
+)
 from halfeven.layerwise.blocks import Block, Granularity, find_blocks
-from halfeven.layerwise.cache import BoundedCache, Stored, store_inputs
+from halfeven.layerwise.cache import BoundedCache, store_inputs
 from halfeven.layerwise.sqnr import decibels
 from halfeven.placement.graph_edits import untie_layers
 from halfeven.placement.make_plan import qualified, regions
 from halfeven.ptq.options import PTQOptions
+from halfeven.ptq.reconstruction.float_parameters import shared_parameters, with_values
 from halfeven.ptq.reconstruction.optimize import BlockResult, optimize_block
 from halfeven.ptq.reconstruction.resume import BlockStore
 from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Mode
 from halfeven.renamed import renamed_parameters
 
 Log = Callable[[str], None]
@@ -157,8 +164,14 @@ def _reconstruct(
         inputs = store_inputs(qmodel, loader, options.batch_size, cache, batches)
         # Opened before the first block changes: the hash of the weights and ranges tells runs apart.
         finished = BlockStore.open(resume_dir, qmodel, inputs, options, granularity)
+        # All that the float stream needs of the model is taken before the first weight changes: the arguments of its
+        # regions, and the parameters of layers that it meets again.
+        float_caches = [activation_cache(qmodel, prefix, inputs, cache, Mode.FLOAT) for prefix, _ in found]
+        kept = shared_parameters(block for _, blocks in found for block in blocks)
         for prefix, blocks in found:
-            for report in _reconstruct_region(qmodel, prefix, blocks, inputs, cache, options, finished):
+            floats = float_caches.pop(0)
+            quantized = activation_cache(qmodel, prefix, inputs, cache, Mode.QUANTIZE)
+            for report in _reconstruct_region(prefix, blocks, floats, quantized, kept, options, finished):
                 reports.append(report)
                 advance(report)
                 if log is not None:
@@ -167,24 +180,32 @@ def _reconstruct(
 
 
 def _reconstruct_region(
-    qmodel: nn.Module,
     prefix: str,
     blocks: list[Block],
-    inputs: list[Stored],
-    cache: BoundedCache,
+    floats: ActivationCache,
+    quantized: ActivationCache,
+    kept: Mapping[Tensor, Tensor],
     options: PTQOptions,
     finished: BlockStore,
 ) -> Iterator[BlockReport]:
-    """Reconstruct the blocks of a region in order, each on the outputs of the finished blocks before it."""
+    """Reconstruct the blocks of a region in order, each on the outputs of the finished blocks before it.
+
+    Args:
+        prefix: path of the region.
+        blocks: its blocks.
+        floats, quantized: caches of both forms, before the first block.
+        kept: float values of the parameters that an earlier call of their layer has changed.
+        options: of each block.
+        finished: blocks of an interrupted run.
+    """
     # Two streams through the same blocks: each block is the float model's while `floats` advances, and is final when
     # `quantized` does.
-    floats, quantized = activation_caches(qmodel, prefix, inputs, cache)
     for index, block in enumerate(blocks):
         begin = time.perf_counter()
         name = qualified(prefix, block.name)
         # The target is the float model's output on float inputs, the input is the quantized model's: AdaRound's
         # asymmetric reconstruction, which lets a block make up for the errors before it.
-        with block_in_float(block):
+        with block_in_float(block), with_values(kept):
             floats.advance(block)
         result = finished.restore(name, block)
         if result is None:
