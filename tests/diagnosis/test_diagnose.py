@@ -197,3 +197,67 @@ def test_equalization_is_tried_across_relu6(act, line):
     before = F.mse_loss(qmodel(images), expected)
     remedy.apply(qmodel, [images])
     assert F.mse_loss(qmodel(images), expected) < 0.5 * before
+
+
+class AtZero(nn.Module):
+    """Logarithms and quotients of a tensor that a layer reads too: quantized, small values are 0."""
+
+    def __init__(self, at_zero):
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv, self.mid, self.head = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 3)
+        self.at_zero = at_zero
+
+    def forward(self, x):
+        y = F.softplus(6 * self.conv(x))
+        return self.at_zero(self.head(F.relu(self.mid(y)).mean((2, 3))), y[:, :3, 2, 2])
+
+
+@pytest.fixture(scope="module")
+def images():
+    return list(torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(0)).split(4))
+
+
+@pytest.mark.parametrize(
+    ("at_zero", "operator"),
+    [(lambda z, y: z + y.log(), "log"), pytest.param(lambda z, y: z / y, "div", marks=pytest.mark.exhaustive)],
+    ids=["log", "div"],
+)
+def test_answers_that_quantization_makes_infinite(images, at_zero, operator):
+    model = AtZero(at_zero).eval()
+    qmodel = he.calibrate(he.prepare(model, images[0], scheme="w4a4"), images)
+    assert not all(qmodel(x).isfinite().all() for x in images)
+    found = he.diagnose(qmodel, model, images, runtime=False)
+    first = found.findings[0]
+    assert first.cause == f"{operator} makes NaN or infinity of quantized values"
+    assert operator in first.where
+    assert "softplus" in first.evidence
+    assert "% is 0" in first.evidence
+    assert first.recovered > 0.99
+    repaired = he.calibrate(he.prepare(model, images[0], scheme="w4a4", rules=first.rules), images)
+    assert all(repaired(x).isfinite().all() for x in images)
+
+
+def test_weights_that_are_not_finite_are_named(images):
+    model = AtZero(lambda z, y: z).eval()
+    qmodel = he.calibrate(he.prepare(model, images[0]), images)
+    with torch.no_grad():
+        qmodel.mid.weight[0, 0] = float("nan")
+    found = he.diagnose(qmodel, model, images, runtime=False)
+    assert [(finding.cause, finding.where) for finding in found.findings] == [
+        ("weights are NaN or infinite", "mid.weight")
+    ]
+    assert found.agreement == 0
+
+
+def test_answers_that_the_float_model_masks_are_not_compared(images):
+    model = AtZero(lambda z, y: z + torch.tensor([0.0, float("-inf"), 0.0])).eval()
+    qmodel = he.calibrate(he.prepare(model, images[0]), images)
+    damaged = [images[0].clone(), *images[1:]]
+    damaged[0][1] = float("nan")
+    found = he.diagnose(qmodel, model, damaged, runtime=False)
+    assert not found.findings
+    assert found.sqnr > 30
+    assert any("The float model itself answers NaN, first in batch 0" in note for note in found.notes)
+    with pytest.raises(CalibrationError, match="All answers of the float model are NaN or infinite"):
+        he.diagnose(qmodel, model, [images[0] * float("nan")], runtime=False)

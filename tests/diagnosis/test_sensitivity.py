@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import halfeven as he
 from halfeven.diagnosis import sensitivity
 from halfeven.diagnosis.causes import Suspect, cause_of
-from halfeven.diagnosis.divergence import divergence
+from halfeven.diagnosis.divergence import NOT_FINITE, divergence, error_share
 from halfeven.diagnosis.exchanged_ranges import (
     planned_quantizers,
     quantized_alone,
@@ -169,4 +169,16 @@ def test_answers_are_compared_as_what_they_are():
     # A constant part of the output, here 100, is no measure of it.
     assert divergence([image + 100.1], [image + 100]) == pytest.approx(0.01 / (0.01 + spread), rel=0.1)
     assert divergence([image, other], [image, logits]) == pytest.approx(float(kl), rel=1e-5)
-    assert divergence([torch.full_like(logits, float("nan"))], [logits]) == float("inf")
+
+
+def test_answers_that_are_not_finite_count_by_the_sample():
+    logits = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    assert divergence([torch.full_like(logits, float("nan"))], [logits]) == NOT_FINITE
+    one = logits.clone()
+    one[2, 3] = float("-inf")
+    assert divergence([one], [logits]) == NOT_FINITE / 4
+    assert error_share([one], [logits]) == 1.0
+    # A class that the float model masks is no damage, and the other classes are compared.
+    assert divergence([one], [one]) == 0 == error_share([one], [one])
+    assert 0 < divergence([one + torch.arange(10.0) / 10], [one]) < 1
+    assert divergence([torch.tensor(float("nan"))], [torch.tensor(1.0)]) == NOT_FINITE

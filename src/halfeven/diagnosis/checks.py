@@ -191,7 +191,7 @@ def notes(qmodel: nn.Module, reference: Reference, *, runtime: bool) -> list[str
         runtime: compare with the runtime's own arithmetic, too.
     """
     plan = plan_of(qmodel)
-    found = [*_clipped_in_training(qmodel, reference)]
+    found = [*_float_answers_not_finite(reference), *_clipped_in_training(qmodel, reference)]
     found += [f"In Python for training: {kept}" for kept in plan.kept]
     quantized = {weight.name for weight in plan.weights}
     # Only layers and matrix products are worth a note: they do nearly all of the work.
@@ -204,6 +204,18 @@ def notes(qmodel: nn.Module, reference: Reference, *, runtime: bool) -> list[str
         for (operator, reason), names in alike.items()
     ]
     return found + (_against_the_runtime(qmodel, reference) if runtime else [])
+
+
+def _float_answers_not_finite(reference: Reference) -> list[str]:
+    """Return a note where the float model itself answers NaN."""
+    counts = [max((int(x.isnan().sum()) for x in batch), default=0) for batch in reference.outputs]
+    if not any(counts):
+        return []
+    first = next(number for number, count in enumerate(counts) if count)
+    return [
+        f"The float model itself answers NaN, first in batch {first} (counted from 0); such answers are not compared. "
+        "Look for inputs or weights that are not finite."
+    ]
 
 
 @torch.no_grad()

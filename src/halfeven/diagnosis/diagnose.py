@@ -16,8 +16,15 @@ from halfeven.checked_arguments import checked_arguments
 from halfeven.diagnosis.checks import finding_without_quantizers, notes, unsettled_batchnorm, untrained
 from halfeven.diagnosis.culprits import find_culprit
 from halfeven.diagnosis.diagnosis import Diagnosis, Finding, TensorDiagnosis
-from halfeven.diagnosis.divergence import error_share
+from halfeven.diagnosis.divergence import comparable, error_share
 from halfeven.diagnosis.exchanged_ranges import planned_quantizers, raising_bits
+from halfeven.diagnosis.not_finite import (
+    WEIGHTS_NOT_FINITE,
+    finding_of_operator,
+    finding_of_weights,
+    first_broken_batch,
+    with_operator,
+)
 from halfeven.diagnosis.patient import Patient
 from halfeven.diagnosis.restarted import float_tensors
 from halfeven.diagnosis.sensitivity import (
@@ -109,7 +116,8 @@ def diagnose(
     found, repaired = _find_and_repair(patient, float_model, log)
     agreement = _measure_agreement(qmodel, reference)
     # This question stands first in the white paper's figure 9, so its finding comes before all others.
-    if parts.without >= CAPTURE_DAMAGE_SHARE * patient.divergence and agreement.error_share > HEALTHY_ERROR_SHARE:
+    ruined = parts.without >= CAPTURE_DAMAGE_SHARE * patient.divergence and agreement.error_share > HEALTHY_ERROR_SHARE
+    if ruined and not any(finding.cause == WEIGHTS_NOT_FINITE for finding in found):
         found.insert(0, finding_without_quantizers(qmodel, parts.without, patient.divergence))
     if evaluate is not None and repaired is not qmodel:
         accuracy |= _measure_accuracies(evaluate, {"repaired": repaired})
@@ -205,18 +213,29 @@ def _find_and_repair(
     if settled is not None and not untrained(float_model):
         found.append(settled)
     repaired = patient.qmodel
+    broken = first_broken_batch(repaired, patient.reference)
+    if broken is not None and (weights := finding_of_weights(repaired)) is not None:
+        return [*found, weights], repaired
     for turn in range(MAX_CAUSES):
         if _measure_agreement(patient.qmodel, patient.reference).error_share <= HEALTHY_ERROR_SHARE:
             break
         result = find_culprit(patient, first=turn == 0)
         if result is None or (result[0].recovered or 0.0) <= WORTH_NAMING:
+            # That answers are not finite is a finding, also where no remedy helps.
+            found += [] if broken is None else [finding_of_operator(patient.qmodel, broken)]
             break
         finding, repaired = result
+        if broken is not None:
+            finding = with_operator(finding, patient.qmodel, broken)
         found.append(finding)
         log(f"{finding.cause}: {finding.where}; {finding.remedy} takes away {finding.recovered:.0%}.")
         # Nine tenths of the damage are gone: what is left is not worth another finding.
-        if divergence_of(repaired, patient.reference) < whole / 10 or turn == MAX_CAUSES - 1:
+        left = divergence_of(repaired, patient.reference)
+        if (left < whole / 10 and broken is None) or turn == MAX_CAUSES - 1:
             break
+        # Answers that are not finite hide all other damage, which is looked for once they are mended.
+        if broken is not None and (broken := first_broken_batch(repaired, patient.reference)) is None:
+            whole = left
         # The next cause is sought in the repaired model: a tensor that the first one hid may show.
         patient = _examine(repaired, list(patient.batches), patient.reference, alone=False)
     if settled is not None and untrained(float_model):
@@ -238,7 +257,8 @@ class Agreement:
 def _measure_agreement(qmodel: nn.Module, reference: Reference) -> Agreement:
     with evaluating(qmodel):
         found = [float_tensors(qmodel(*args, **kwargs)) for args, kwargs in reference.inputs]
-    pairs = [(f, e) for fs, es in zip(found, reference.outputs, strict=True) for f, e in zip(fs, es, strict=True)]
+    batches = zip(found, reference.outputs, strict=True)
+    pairs = [comparable(f, e) for fs, es in batches for f, e in zip(fs, es, strict=True)]
     firsts = [fs[0] for fs in found], [es[0] for es in reference.outputs]
     shares = [error_share(fs, es) for fs, es in zip(found, reference.outputs, strict=True)]
     return Agreement(

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+NOT_FINITE = 1e3
+"""Divergence of a sample whose answer is NaN or infinite and the float model's is not. A finite number, so that what
+mends some of the samples shows."""
 SUM_TOLERANCE = 1e-3
 """Largest distance from 1 of a sum of probabilities."""
 
@@ -15,7 +18,8 @@ def divergence(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
     Class scores, [samples, classes], and probabilities are compared by the Kullback-Leibler divergence in nats, mean
     over the samples: it counts what changes the answer, and nothing else. All other outputs are compared by the mean
-    squared error over the variance between the samples, in which a constant part of the output does not count.
+    squared error over the variance between the samples, in which a constant part of the output does not count. A
+    sample that is NaN or infinite counts `NOT_FINITE`; where the float model is not finite, nothing is compared.
 
     Args:
         found: outputs of the model, with the shapes of `expected`.
@@ -27,14 +31,36 @@ def divergence(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 def error_share(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the share of error in the outputs' variation between the samples, from 0 to 1, of the output with most."""
     pairs = [(f.double(), e.double()) for f, e in zip(found, expected, strict=True) if e.numel()]
-    return max((_relative_error(f, e) if torch.isfinite(f).all() else 1.0 for f, e in pairs), default=0.0)
+    shares = (1.0 if bool(broken_samples(f, e).any()) else _relative_error(*comparable(f, e)) for f, e in pairs)
+    return max(shares, default=0.0)
+
+
+def broken_samples(found: Tensor, expected: Tensor) -> Tensor:
+    """Return True for each sample that is NaN or infinite anywhere where the float model is not, [samples]."""
+    broken = ~found.isfinite() & expected.isfinite()
+    return broken.flatten(1).any(1) if broken.ndim > 1 else broken.reshape(-1)
+
+
+def comparable(found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """Return outputs with the same number in both where the float model's is NaN or infinite, as by a mask of -inf."""
+    finite = expected.isfinite()
+    if bool(finite.all()):
+        return found, expected
+    # The smallest score hardly counts in a softmax, as that of a masked class does not.
+    neutral = expected[finite].min() if bool(finite.any()) else expected.new_zeros(())
+    return torch.where(finite, found, neutral), torch.where(finite, expected, neutral)
 
 
 def _output_divergence(found: Tensor, expected: Tensor) -> float:
     if not expected.numel():
         return 0.0
-    if not torch.isfinite(found).all():
-        return float("inf")
+    found, expected = comparable(found, expected)
+    broken = broken_samples(found, expected)
+    if bool(broken.any()):
+        share = float(broken.double().mean())
+        whole = ~broken if expected.ndim else broken.new_zeros(0)
+        rest = _output_divergence(found[whole], expected[whole]) if bool(whole.any()) else 0.0
+        return share * NOT_FINITE + (1 - share) * rest
     axis = _probability_axis(expected)
     if axis is not None:
         # A probability of 0 has no logarithm; the smallest normal number stands for it.

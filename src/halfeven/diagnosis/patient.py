@@ -1,5 +1,6 @@
 """The model under diagnosis: what was measured of it, its remedies tried on it, and a finding made of both."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from torch import nn
 from halfeven.diagnosis.causes import Cause, Suspect
 from halfeven.diagnosis.diagnosis import Finding, TriedRemedy
 from halfeven.diagnosis.exchanged_ranges import planned_quantizers
+from halfeven.diagnosis.not_finite import first_broken_batch
 from halfeven.diagnosis.sensitivity import Reference, Sensitivities, Sensitivity
 from halfeven.diagnosis.statistics import TensorStatistics
 from halfeven.diagnosis.trials import Remedy, Trial, try_remedy
@@ -75,8 +77,12 @@ def worst_fit(patient: Patient) -> tuple[str, str]:
 def try_remedies(patient: Patient, given: Sequence[Remedy]) -> tuple[Trial, list[Trial], nn.Module]:
     """Try all remedies. Returns the first that is nearly as good as the best, all trials, and the repaired model."""
     tried = [try_remedy(patient.qmodel, remedy, patient.batches, patient.reference) for remedy in given]
-    # A remedy that cannot be applied has an infinite divergence, and so the least gain.
-    gains = [patient.divergence - trial.divergence for trial, _ in tried]
+    # A remedy that cannot be applied has the least gain.
+    gains = [-math.inf if trial.failed else patient.divergence - trial.divergence for trial, _ in tried]
+    if first_broken_batch(patient.qmodel, patient.reference) is not None:
+        whole = [first_broken_batch(model, patient.reference) is None for _, model in tried]
+        # No remedy that leaves NaN or infinity is nearly as good as a remedy that leaves none.
+        gains = [gain if kept else -math.inf for gain, kept in zip(gains, whole, strict=True)] if any(whole) else gains
     best = max(gains)
     # Remedies come cheapest first. Where none gains, the best one is still returned: its caller judges it.
     first = next(number for number, gain in enumerate(gains) if gain >= NEARLY_AS_GOOD * best or gain == best)

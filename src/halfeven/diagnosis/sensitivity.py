@@ -6,6 +6,7 @@ take the squared error: in a MobileNetV2 with 4 bits, 8 tensors raised by diverg
 more than 17 by the error (`benchmarks/sensitivity.py`).
 """
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.checked_arguments import checked_arguments
-from halfeven.diagnosis.divergence import divergence
+from halfeven.diagnosis.divergence import comparable, divergence
 from halfeven.diagnosis.exchanged_ranges import (
     GridRange,
     planned_quantizers,
@@ -145,6 +146,11 @@ def reference_of(
         raise CalibrationError(
             "The model returns no tensor of floating-point numbers, so the quantized answers cannot be compared "
             "with the float ones. Let it return its scores, and take the argmax of them outside."
+        )
+    if not any(bool(x.isfinite().any()) for batch in outputs for x in batch):
+        raise CalibrationError(
+            "All answers of the float model are NaN or infinite, so there is nothing to compare the quantized answers "
+            "with. Look for weights or inputs that are not finite."
         )
     return Reference(inputs, outputs)
 
@@ -299,8 +305,11 @@ def measure_changes(
 
 def relative_noise(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the squared difference of all outputs from the float model's, over their squares."""
-    noise = sum(float((f - e).double().square().sum()) for f, e in zip(found, expected, strict=True))
-    signal = sum(float(e.double().square().sum()) for e in expected)
+    pairs = [comparable(f, e) for f, e in zip(found, expected, strict=True)]
+    noise = sum(float((f - e).double().square().sum()) for f, e in pairs)
+    signal = sum(float(e.double().square().sum()) for _, e in pairs)
+    if not math.isfinite(noise):
+        return float("inf")
     return noise / signal if signal else float(noise > 0)
 
 

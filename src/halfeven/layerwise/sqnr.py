@@ -10,8 +10,9 @@ from torch import Tensor
 def sqnr(found: Iterable[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the signal-to-quantization-noise ratio of tensors in dB.
 
-    10 log10(sum expected^2 / sum (found - expected)^2), summed over all elements of all tensors; infinite where they
-    are equal (white paper, section 3.7 and figure 9, arXiv:2106.08295, debugs with it).
+    10 log10(sum expected^2 / sum (found - expected)^2), summed over all elements of all tensors (white paper, section
+    3.7 and figure 9, arXiv:2106.08295, debugs with it). Infinite where they are equal, and minus infinity where what
+    was found is NaN or infinite.
 
     Args:
         found: tensors of the quantized model, in the order and with the shapes of `expected`.
@@ -20,6 +21,8 @@ def sqnr(found: Iterable[Tensor], expected: Sequence[Tensor]) -> float:
     # In float64: squares of millions of small errors would vanish beside a large sum in float32.
     signal = sum(float(e.double().square().sum()) for e in expected)
     noise = sum(float((f - e).double().square().sum()) for f, e in zip(found, expected, strict=True))
+    if math.isnan(noise) and math.isfinite(signal):
+        return float("-inf")
     return float(10 * torch.log10(torch.tensor(signal / noise))) if noise else float("inf")
 
 
@@ -50,5 +53,7 @@ def top1_agreement(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
     """
     if any(x.ndim != 2 or x.shape[1] < 2 for x in expected):
         return None
-    same = torch.cat([f.argmax(1) == e.argmax(1) for f, e in zip(found, expected, strict=True)])
+    pairs = list(zip(found, expected, strict=True))
+    # Scores of NaN are no answer; `argmax` takes NaN for the largest.
+    same = torch.cat([(f.argmax(1) == e.argmax(1)) & ~(f.isnan() & ~e.isnan()).any(1) for f, e in pairs])
     return float(same.float().mean())

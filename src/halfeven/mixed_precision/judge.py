@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from halfeven.diagnosis.divergence import divergence
+from halfeven.diagnosis.divergence import broken_samples, divergence
 from halfeven.diagnosis.restarted import float_tensors
 from halfeven.diagnosis.sensitivity import Reference
 from halfeven.errors import ConfigError
@@ -83,7 +83,8 @@ def _changed_answers(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Ten
     # Class scores, [samples, classes], give a number for each sample, and so an interval; other outputs one for each
     # batch.
     if expected and expected[0].ndim == 2 and expected[0].shape[1] > 1:
-        return (found[0].argmax(1) != expected[0].argmax(1)).double().cpu()
+        changed = found[0].argmax(1) != expected[0].argmax(1)
+        return (changed | broken_samples(found[0], expected[0])).double().cpu()
     return torch.tensor([divergence(found, expected)], dtype=torch.float64)
 
 
