@@ -30,14 +30,17 @@ def net(act=nn.ReLU6, gain=1):
 
 
 class Tokens(nn.Module):
-    """LayerNorm that a linear layer reads."""
+    """LayerNorm that a linear layer reads, and one more layer."""
 
     def __init__(self):
         super().__init__()
-        self.norm, self.fc = nn.LayerNorm(8), nn.Linear(8, 4)
+        self.norm, self.fc, self.last = nn.LayerNorm(8), nn.Linear(8, 4), nn.Linear(4, 4)
 
     def forward(self, x):
-        return self.fc(self.norm(x))
+        return self.last(torch.relu(self.fc(self.norm(x))))
+
+
+TOKENS = {"model": Tokens().eval(), "shape": (2, 5, 8)}
 
 
 def steps(model=None, shape=(2, 3, 8, 8), data=True, ptq=None, **options):
@@ -54,6 +57,11 @@ def steps(model=None, shape=(2, 3, 8, 8), data=True, ptq=None, **options):
         ({"scheme": "w6a8"}, {"reconstruct"}),
         ({"scheme": "w4a8"}, {"reconstruct"}),
         ({"scheme": "w8a4"}, {"reconstruct"}),
+        ({"rules": (he.Rule(pattern="4", weight_bits=4),)}, {"reconstruct"}),
+        ({"rules": (he.Rule(pattern="2", activation_bits=4),)}, {"reconstruct"}),
+        ({"scheme": "w4a8", "rules": (he.Rule(weight_bits=8),)}, set()),
+        ({"rules": (he.Rule(pattern="2", per_channel=False),)}, {"equalize", "relu6", "absorb", "correct_biases"}),
+        ({"per_channel": False, "rules": (he.Rule(per_channel=True),)}, set()),
         ({"per_channel": False}, {"equalize", "relu6", "absorb", "correct_biases"}),
         ({"per_channel": False, "scheme": "w4a8"}, {"equalize", "relu6", "absorb", "reconstruct"}),
         ({"scheme": "w4a8", "data": False}, {"correct_biases"}),
@@ -63,10 +71,12 @@ def steps(model=None, shape=(2, 3, 8, 8), data=True, ptq=None, **options):
             {"equalize", "relu6", "absorb", "correct_biases"},
         ),
         ({"per_channel": False, "model": net(nn.ReLU)}, {"equalize", "absorb", "correct_biases"}),
-        ({"model": Tokens().eval(), "shape": (2, 5, 8)}, {"smooth"}),
-        ({"model": Tokens().eval(), "shape": (2, 5, 8), "scheme": "w4a4"}, {"reconstruct"}),
-        ({"model": Tokens().eval(), "shape": (2, 5, 8), "scheme": "w8a4"}, {"smooth", "reparametrize", "reconstruct"}),
-        ({"model": Tokens().eval(), "shape": (2, 5, 8), "data": False}, {"correct_biases"}),
+        (TOKENS, {"smooth"}),
+        ({**TOKENS, "scheme": "w4a4"}, {"reconstruct"}),
+        ({**TOKENS, "scheme": "w8a4"}, {"smooth", "reparametrize", "reconstruct"}),
+        ({**TOKENS, "rules": (he.Rule(pattern="fc", weight_bits=4),)}, {"reconstruct"}),
+        ({**TOKENS, "rules": (he.Rule(pattern="last", weight_bits=4),)}, {"smooth", "reconstruct"}),
+        ({**TOKENS, "data": False}, {"correct_biases"}),
     ],
 )
 def test_the_steps_that_options_lead_to(options, expected):

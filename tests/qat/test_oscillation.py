@@ -132,6 +132,15 @@ def test_dampening_is_the_squared_distance_to_the_integers():
     assert bool((torch.sign(pull) == torch.sign(towards))[towards.abs() > 1e-6].all())
 
 
+def test_dampening_is_a_mean_over_the_outputs_of_transposed_convolutions_too():
+    x = torch.randn(2, 2, 5, 5)
+    qmodel = he.calibrate(he.prepare(nn.Sequential(nn.ConvTranspose2d(2, 6, 2)), x, scheme="w4a8"), [x])
+    quantized = getattr(qmodel, "0")
+    oscillations = Oscillations(qmodel, OscillationOptions(dampening=1.0, start=0.0))
+    distance = (quantized.weight - quantized.weight_quantizer(quantized.weight)).detach().square().sum()
+    torch.testing.assert_close(oscillations.dampening(1.0).detach(), distance / 6)
+
+
 def test_weights_on_their_integers_are_not_pulled():
     _, layer, oscillations = followed(dampening=1.0, start=0.0)
     with torch.no_grad():

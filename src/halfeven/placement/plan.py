@@ -126,6 +126,14 @@ class Plan:
         ways = {*movable, *(weight.ranges for weight in self.weights)}
         return " and ".join(sorted(ways - {"calibrated"}, reverse=True))
 
+    @property
+    def per_channel(self) -> bool:
+        """Return True if options and rules give each output channel of every weight a scale of its own."""
+        # The weights decide only where rules do: a transposed convolution in groups has one scale in any case.
+        if all(rule.per_channel is None for rule in self.options.rules):
+            return self.options.per_channel
+        return all(weight.scheme.axis is not None for weight in self.weights)
+
     def __str__(self) -> str:
         """Return a summary of at most 25 lines: layers by kind, by bits and by block, and what is in float, and why."""
         return as_text(summary(self))

@@ -29,6 +29,11 @@ def operation(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     )
 
 
+def output_channels(layer: Any) -> int:
+    """Return the number of a layer's output channels."""
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
+
+
 def run_quantized(layer: Any, x: Tensor) -> Tensor:
     """Run a layer of `QUANTIZED_LAYERS` with its quantized weight.
 

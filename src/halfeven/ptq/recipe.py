@@ -5,18 +5,22 @@ which is printed before anything is done. A new step is a new line of `DECISIONS
 `halfeven.ptq.pipeline`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from halfeven.decision import Decision, decision_of_switch, table
 from halfeven.layerwise.blocks import Granularity
 from halfeven.placement.insertion import plan_of
+from halfeven.placement.quantized_layers import QuantizedLayer
 from halfeven.ptq.equalization.cross_layer import clips_between_layers, find_chains, unclipping_sqnr
 from halfeven.ptq.equalization.layer_pairs import rewritable_layers
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.transformers.layernorms import layernorm_groups
+from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.quantizer import Quantizer
 from halfeven.quantization.scheme import parse_bits
 from halfeven.renamed import renamed_attributes
 
@@ -40,9 +44,11 @@ class Situation:
     qmodel: nn.Module
     options: PTQOptions
     weight_bits: int
+    """Fewest bits of a weight, by the scheme and the rules."""
     activation_bits: int
+    """Fewest bits of an activation."""
     per_channel: bool
-    """Each output channel of a weight has a scale of its own."""
+    """Each output channel of every weight has a scale of its own."""
     data: bool
     """Calibration data is at hand."""
 
@@ -83,20 +89,26 @@ def decide(
         decisions: step -> function that decides it; None: `DECISIONS`.
     """
     plan = plan_of(qmodel)
-    weight_bits, activation_bits = parse_bits(plan.options.scheme)
-    # The bits of the scheme: rules may give single tensors others, which decide nothing here.
+    # The fewest bits decide, as in training: rules may give single tensors fewer than the scheme.
+    weight_bits, activation_bits = _fewest_bits(quantizers(qmodel).values(), parse_bits(plan.options.scheme))
     situation = Situation(
         qmodel=qmodel,
         options=options,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
-        per_channel=plan.options.per_channel,
+        per_channel=plan.per_channel,
         data=data,
     )
     made: dict[str, Decision] = {}
     for step, decision in (DECISIONS if decisions is None else decisions).items():
         made[step] = decision(situation, made)
     return PTQRecipe(made, "layers" if options.reconstruct == "layers" else "blocks", data)
+
+
+def _fewest_bits(found: Collection[Quantizer], default: tuple[int, int]) -> tuple[int, int]:
+    """Return the fewest bits of the weights and of the activations; the defaults where there are none."""
+    weights, activations = ([q.scheme.bits for q in found if q.weight is kind] for kind in (True, False))
+    return min(weights, default=default[0]), min(activations, default=default[1])
 
 
 def _decide_equalize(situation: Situation, earlier: Earlier) -> Decision:
@@ -143,7 +155,7 @@ def _decide_smooth(situation: Situation, earlier: Earlier) -> Decision:
         return Decision(False, reason)
     if chosen := decision_of_switch(situation.options.smooth):
         return chosen
-    if situation.weight_bits < 8:
+    if _bits_after_layernorm(situation)[0] < 8:
         return Decision(False, "weights below 8 bits cannot take over the outliers of activations")
     return Decision(True, "outliers after LayerNorm spoil a scale per tensor")
 
@@ -153,9 +165,10 @@ def _decide_reparametrize(situation: Situation, earlier: Earlier) -> Decision:
         return Decision(False, reason)
     if chosen := decision_of_switch(situation.options.reparametrize):
         return chosen
-    if situation.weight_bits < 8:
+    weight_bits, activation_bits = _bits_after_layernorm(situation)
+    if weight_bits < 8:
         return Decision(False, "weights below 8 bits cannot take over the outliers of activations")
-    if situation.activation_bits < 8:
+    if activation_bits < 8:
         return Decision(True, "below 8 bits each channel after LayerNorm needs a range of its own")
     return Decision(False, "smoothing serves 8-bit activations")
 
@@ -165,6 +178,14 @@ def _obstacle_after_layernorm(situation: Situation) -> str:
     if not layernorm_groups(situation.qmodel)[0]:
         return "no LayerNorm is read by linear layers and additions alone"
     return "" if situation.data else "it needs data"
+
+
+def _bits_after_layernorm(situation: Situation) -> tuple[int, int]:
+    """Return the fewest bits of the weights that read LayerNorms, and of the activations that they read."""
+    linears: list[Any] = [linear for group in layernorm_groups(situation.qmodel)[0] for linear in group.linears]
+    quantized = [linear for linear in linears if isinstance(linear, QuantizedLayer)]
+    found = [quantizer for linear in quantized for quantizer in (linear.weight_quantizer, *linear.input_quantizers)]
+    return _fewest_bits(found, (situation.weight_bits, situation.activation_bits))
 
 
 def _decide_reconstruct(situation: Situation, earlier: Earlier) -> Decision:

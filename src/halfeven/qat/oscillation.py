@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from halfeven.errors import CheckpointError, ConfigError
 from halfeven.options import NonNegativeFloat, Options, above, at_least, at_most, below
+from halfeven.placement.quantized_layers import output_channels
 from halfeven.quantization.arithmetic import per_channel, quantize
 from halfeven.quantization.compile import fused
 from halfeven.quantization.quantizer import Quantizer
@@ -173,7 +174,7 @@ class _Weight:
         inside = torch.minimum(torch.maximum(weight, scheme.quant_min * column), scheme.quant_max * column)
         zero = self.quantizer.used_zero_point()
         target = quantize(weight.detach(), scale, zero, scheme) * column
-        total: Tensor = (target - inside).square().sum() / weight.shape[0]
+        total: Tensor = (target - inside).square().sum() / output_channels(self.layer)
         return total
 
 

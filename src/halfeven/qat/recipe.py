@@ -10,7 +10,7 @@ from torch import nn
 from halfeven.decision import Decision, decision_of_switch, table
 from halfeven.errors import ConfigError
 from halfeven.placement.insertion import plan_of
-from halfeven.placement.options import QuantizationOptions
+from halfeven.placement.plan import Plan
 from halfeven.qat.batchnorm_schedule import ScheduleOptions, frozen_after
 from halfeven.qat.options import QATOptions
 from halfeven.quantization.model_quantizers import quantizers
@@ -70,7 +70,7 @@ def decide(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) ->
     # Before the start of training, which depends on it: progressive bits leave no rounding to learn.
     progress = _decide_progress(options, bits)
     return QATRecipe(
-        equalize=_decide_equalize(options, plan_of(qmodel).options),
+        equalize=_decide_equalize(options, plan_of(qmodel)),
         reconstruct=_decide_start(options, bits, progress),
         blocks=options.start != "layers",
         progress=progress,
@@ -109,13 +109,13 @@ def check_equalize(options: QATOptions, batchnorm: str) -> None:
         )
 
 
-def _decide_equalize(options: QATOptions, quantization: QuantizationOptions) -> Decision:
-    check_equalize(options, quantization.batchnorm)
+def _decide_equalize(options: QATOptions, plan: Plan) -> Decision:
+    check_equalize(options, plan.options.batchnorm)
     if chosen := decision_of_switch(options.equalize):
         return chosen
-    if quantization.per_channel:
+    if plan.per_channel:
         return Decision(False, "each weight channel has a scale of its own")
-    if quantization.batchnorm != "fold":
+    if plan.options.batchnorm != "fold":
         return Decision(False, "a BatchNorm between the layers would undo it")
     return Decision(True, "one scale serves all channels of a weight, so they need equal ranges")
 

@@ -21,6 +21,7 @@ from halfeven.layerwise.float_equivalence import preserving_the_float_function
 from halfeven.placement.channel_clip import ChannelClip, channel_clip_at
 from halfeven.placement.graph_edits import record_changes
 from halfeven.placement.make_plan import named_nodes, regions
+from halfeven.placement.quantized_layers import output_channels
 from halfeven.ptq.data_free.moment_propagation import propagated
 from halfeven.ptq.data_free.moments import Distribution, after_clip, after_function
 from halfeven.ptq.equalization.layer_pairs import (
@@ -28,7 +29,6 @@ from halfeven.ptq.equalization.layer_pairs import (
     find_layer_pairs,
     input_ranges,
     is_depthwise,
-    output_channels,
     output_ranges,
     rewritable_layers,
     weight_by_channel,

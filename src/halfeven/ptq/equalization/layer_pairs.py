@@ -74,11 +74,6 @@ def is_depthwise(layer: Any) -> bool:
     return not isinstance(layer, nn.Linear) and bool(layer.groups == layer.in_channels == layer.out_channels)
 
 
-def output_channels(layer: Any) -> int:
-    """Return the number of a layer's output channels."""
-    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
-
-
 # Layers that may be rewritten
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from halfeven.graph.view import Op, module_of
 from halfeven.layerwise.activations import ActivationCache, Values, run
 from halfeven.layerwise.blocks import Block
+from halfeven.ptq.equalization.layer_pairs import weight_by_channel
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.reconstruction.adaround import Rounding, regularizer_sharpness
 from halfeven.ptq.reconstruction.conv_as_matmul import conv_as_matmul, has_few_positions
@@ -146,7 +147,8 @@ class _Parameters:
     def _add_biases(self, rate: float) -> None:
         for layer in self.layers:
             if layer.bias is not None:
-                size = float(layer.weight.detach().flatten(1).norm(dim=1).mean())
+                # By output channel: a transposed convolution's weight has its inputs on the first axis.
+                size = float(weight_by_channel(layer).detach().transpose(0, 1).flatten(2).norm(dim=2).mean())
                 self._add_group(layer.bias, rate * size)
 
     def _add_group(self, tensor: Tensor, rate: float) -> None:
