@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import halfeven as he
-from halfeven.errors import CaptureError
+from halfeven.errors import CalibrationError, CaptureError, InputError
 
 pytestmark = pytest.mark.usefixtures("unfused")
 
@@ -153,3 +153,46 @@ def test_labels_of_free_sizes():
     ids = torch.randint(20, (3, 9))
     assert qmodel(ids, labels=ids)[0].ndim == 0
     assert qmodel(ids)[0].shape == (3, 9, 20)
+
+
+class Masked(nn.Module):
+    """Labels between the inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x, labels=None, mask=None, scaled=True):
+        y = self.out(self.mix(x).relu() * mask)
+        y = y * 2 if scaled else y
+        return y if labels is None else (F.cross_entropy(y, labels), y)
+
+
+@pytest.mark.parametrize("example", ["labels", "no labels", "a switch"])
+def test_labels_between_the_inputs(example, tmp_path):
+    model = Masked().eval()
+    x, mask = torch.randn(4, 6), torch.rand(4, 8)
+    given = {
+        "labels": (x, LABELS, mask), "no labels": (x, None, mask), "a switch": (x, None, mask, False),
+    }[example]  # fmt: skip
+    qmodel = he.prepare(model, given, scheme="w7a8")
+    for batch in (given, (x, LABELS, mask), {"x": x, "mask": mask}):
+        he.calibrate(qmodel, [batch])
+    with pytest.raises(
+        CalibrationError, match=r"holds 2 of the example's . entries \(x, labels, mask.*None for labels"
+    ):
+        he.calibrate(qmodel, [(x, mask)])
+    if example == "labels":
+        assert_close(qmodel(x, LABELS, mask)[1], qmodel(x, None, mask))
+        assert_close(pickle.loads(pickle.dumps(qmodel))(x, LABELS, mask), qmodel(x=x, mask=mask, labels=LABELS))
+    path = he.export(qmodel.eval(), tmp_path / ("m.onnx" if example == "labels" else "m.xml"))
+    report = he.verify(qmodel, path, [(x, LABELS, mask)], model, timed=False)
+    assert report.integer_match == report.alone_match == 1.0
+    assert set(report.accuracy) == {"float", "simulated", "deployed"}
+
+
+def test_an_input_behind_the_labels_is_not_left_out():
+    x, mask = torch.randn(4, 6), torch.rand(4, 8)
+    qmodel = he.prepare(Masked().eval(), (x, LABELS, mask))
+    with pytest.raises(InputError, match="The input mask is None"):
+        qmodel(x, LABELS)

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument
 
 from halfeven.errors import ExportError
-from halfeven.graph.batches import Inputs
+from halfeven.graph.batches import Inputs, argument_names
 from halfeven.graph.export_module import quiet
 from halfeven.graph.fixed_axes import fixed_axes
 from halfeven.graph.model_inputs import BATCH
@@ -84,9 +84,17 @@ def program_of(model: nn.Module, example: Inputs, described: Inputs) -> torch.ex
 def _export_program(model: nn.Module, example: Inputs, shapes: Inputs) -> torch.export.ExportedProgram:
     args, kwargs = example
     with quiet():
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes[1] or shapes[0], strict=False)
+        program = torch.export.export(
+            model, args, kwargs, dynamic_shapes=_shapes_by_parameter(model, shapes), strict=False
+        )
     _leave_out_constants(program)
     return untracked(program)
+
+
+def _shapes_by_parameter(model: nn.Module, shapes: Inputs) -> Any:
+    """Return the shapes of all arguments in one tree: in their order, or by parameter where some have keywords."""
+    args, kwargs = shapes
+    return dict(zip(argument_names(model, len(args)), args, strict=True)) | kwargs if kwargs else args
 
 
 def _leave_out_constants(program: torch.export.ExportedProgram) -> None:

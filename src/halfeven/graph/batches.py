@@ -38,6 +38,9 @@ class InputForm:
     """Names of the positional arguments."""
     converted: torch.dtype | None = None
     """The type of a model whose weights are no longer in float32, such as after `model.bfloat16()`."""
+    entries: tuple[str, ...] = ()
+    """Names of the entries of a sequence, in their order, where labels stand between the inputs, which are then keyword
+    arguments; () elsewhere."""
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -122,11 +125,12 @@ def own_tensors(model: nn.Module, inputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda x: x.detach().to(device, copy=True), inputs)
 
 
-def input_form(model: nn.Module, inputs: Inputs) -> InputForm:
-    """Return how a model takes inputs like those of an example."""
+def input_form(model: nn.Module, inputs: Inputs, entries: tuple[str, ...] = ()) -> InputForm:
+    """Return how a model takes inputs like those of an example; `entries` is the field of `InputForm`."""
     args, kwargs = inputs
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return InputForm(args, kwargs, argument_names(model, len(args)), None if dtype == torch.float32 else dtype)
+    converted = None if dtype == torch.float32 else dtype
+    return InputForm(args, kwargs, argument_names(model, len(args)), converted, entries)
 
 
 def argument_names(model: nn.Module, count: int) -> tuple[str, ...]:
@@ -177,8 +181,12 @@ def label_of(batch: Any, form: InputForm) -> Any:
     nested = _is_nested(batch[0], form)
     if nested and len(batch) == 1:
         return label_of(batch[0], form)
+    if form.entries and not nested:
+        spare = [entry for name, entry in zip(form.entries, batch, strict=False) if name not in form.kwargs]
+        if labels := [entry for entry in spare if entry is not None]:
+            return labels[0]
     # A sequence gives the inputs one by one, or all of them in its first item.
-    taken = 1 if nested else len(form.args) or len(form.kwargs)
+    taken = 1 if nested else len(form.entries) or len(form.args) or len(form.kwargs)
     return batch[taken] if len(batch) > taken else None
 
 
@@ -203,9 +211,10 @@ def is_sequence(value: Any) -> bool:
 
 def _is_nested(first: Any, form: InputForm) -> bool:
     """Return True if the first item of a batch holds all inputs."""
+    like = form.args[0] if form.args else form.kwargs.get(form.entries[0]) if form.entries else None
     if isinstance(by_name(first, form.tensor_names), Mapping):
-        return not (form.args and isinstance(form.args[0], Mapping))
-    return is_sequence(first) and not (form.args and is_sequence(form.args[0]))
+        return not isinstance(like, Mapping)
+    return is_sequence(first) and not is_sequence(like)
 
 
 def _inputs_of_mapping(batch: Mapping[str, Any], form: InputForm, number: int) -> Inputs:
@@ -223,6 +232,8 @@ def _inputs_of_mapping(batch: Mapping[str, Any], form: InputForm, number: int) -
 
 
 def _inputs_of_sequence(entries: list[Any], form: InputForm, number: int) -> Inputs:
+    if form.entries:
+        return _inputs_between_labels(entries, form, number)
     if form.kwargs:
         return _inputs_for_keyword(entries, form, number)
     count = len(form.args)
@@ -234,6 +245,19 @@ def _inputs_of_sequence(entries: list[Any], form: InputForm, number: int) -> Inp
             "with an example like the batch.",
         )
     return (*entries[:count], *form.args[len(entries) :]), {}
+
+
+def _inputs_between_labels(entries: list[Any], form: InputForm, number: int) -> Inputs:
+    """Return the arguments of a batch that is like an example with labels between its inputs."""
+    given = dict(zip(form.entries, entries, strict=False))
+    if any(name not in given and _holds_tensors(like) for name, like in form.kwargs.items()):
+        raise _mismatch_error(
+            number,
+            f"holds {len(entries)} of the example's {len(form.entries)} entries ({', '.join(form.entries)})",
+            "Let the loader give all of them in this order, with None for labels that are left out; or give dicts with "
+            f"{form.expected}.",
+        )
+    return (), {name: given.get(name, like) for name, like in form.kwargs.items()}
 
 
 def _inputs_for_keyword(entries: list[Any], form: InputForm, number: int) -> Inputs:

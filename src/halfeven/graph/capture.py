@@ -21,7 +21,7 @@ from halfeven.graph.dynamic_shapes import DynamicShapes, FreeAxes, batch_axes, e
 from halfeven.graph.export_module import export_module, export_program, reason_of_fixed_batch_between_parts
 from halfeven.graph.inline import plain_forward
 from halfeven.graph.kept_in_python import KeptInPython
-from halfeven.graph.labels import add_loss, without_labels
+from halfeven.graph.labels import add_loss, entries_with_labels, without_labels
 from halfeven.graph.model_inputs import BATCH, model_inputs
 from halfeven.graph.other_sizes import inner_free_axes
 from halfeven.graph.rebuild import CapturedModule
@@ -59,12 +59,7 @@ def capture(
             training does.
         ConfigError: `dynamic_shapes` names an input or an axis that the model does not have.
     """
-    missing = [name for name in leave_out if name not in dict(model.named_modules())]
-    if missing:
-        raise CaptureError(
-            f"leave_out names {', '.join(missing)}, and the model has no such submodule, so nothing would be left out. "
-            "Choose from the names that `[name for name, _ in model.named_modules()]` lists."
-        )
+    _check_leave_out(model, leave_out)
     # The graph to deploy is that of the inputs alone, for two samples, so that the batch stays free.
     whole = own_tensors(model, as_arguments(example))
     given, labels = without_labels(model, whole)
@@ -89,8 +84,19 @@ def capture(
     finally:
         for module, training in was_training.items():
             module.training = training
+    for part in _captured_regions(found):
+        part.halfeven_entries = entries_with_labels(model, whole)
     report.in_float32 = in_float32
     return found, report
+
+
+def _check_leave_out(model: nn.Module, leave_out: Sequence[str]) -> None:
+    missing = [name for name in leave_out if name not in dict(model.named_modules())]
+    if missing:
+        raise CaptureError(
+            f"leave_out names {', '.join(missing)}, and the model has no such submodule, so nothing would be left out. "
+            "Choose from the names that `[name for name, _ in model.named_modules()]` lists."
+        )
 
 
 def _captured_batch(

@@ -26,7 +26,10 @@ Source = tuple[str, Any]
 
 
 def without_labels(model: nn.Module, inputs: Inputs) -> tuple[Inputs, tuple[str, ...]]:
-    """Return the arguments without those that are labels, and the names of the labels among them."""
+    """Return the arguments without those that are labels, and the names of the labels among them.
+
+    Positional arguments stay positional where no label stands before an input, and become keyword arguments elsewhere.
+    """
     args, kwargs = inputs
     signature = inspect.signature(model.forward)
     try:
@@ -34,12 +37,27 @@ def without_labels(model: nn.Module, inputs: Inputs) -> tuple[Inputs, tuple[str,
     except TypeError:  # the model's own call says what is wrong
         return inputs, ()
     labels = [name for name in given if is_label(signature.parameters[name])]
-    # A label leaves a gap among the positional arguments, so those behind it become keyword arguments.
     names = list(given)[: len(args)]
-    first = next((i for i, name in enumerate(names) if name in labels), len(args))
-    moved = {name: value for name, value in zip(names[first:], args[first:], strict=False) if name not in labels}
     kept = {name: value for name, value in kwargs.items() if name not in labels}
-    return (args[:first], moved | kept), tuple(name for name in labels if given[name] is not None)
+    if entries_with_labels(model, inputs):
+        # A label leaves a gap among the positional arguments. They become keyword arguments, all of them: a captured
+        # graph takes either kind, and no mix.
+        kept = {name: value for name, value in zip(names, args, strict=True) if name not in labels} | kept
+        args = ()
+    else:
+        first = next((i for i, name in enumerate(names) if name in labels), len(args))
+        args = args[:first]
+    return (args, kept), tuple(name for name in labels if given[name] is not None)
+
+
+def entries_with_labels(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
+    """Return the names of a model's positional arguments where a label stands before an input; else ()."""
+    args, kwargs = inputs
+    parameters = inspect.signature(model.forward).parameters
+    names = list(inspect.signature(model.forward).bind(*args, **kwargs).arguments)[: len(args)]
+    are_labels = [is_label(parameters[name]) for name in names]
+    by_name = all(parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for name in names)
+    return tuple(names) if by_name and are_labels != sorted(are_labels) else ()
 
 
 class Loss(nn.Module):
@@ -114,8 +132,7 @@ def with_labels(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
     names = [name for name in plain.parameters if name != "self"]
     if loss is None:
         return _checking_keywords(forward, names)
-    more = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in loss.labels]
-    signature = plain.replace(parameters=[*plain.parameters.values(), *more])
+    signature = plain.replace(parameters=_parameters_with_labels(list(plain.parameters.values()), loss))
 
     @wraps(forward)
     def labelled(*args: Any, **kwargs: Any) -> Any:
@@ -131,6 +148,18 @@ def with_labels(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
 
     labelled.__signature__ = signature  # type: ignore[attr-defined]
     return labelled
+
+
+def _parameters_with_labels(plain: list[inspect.Parameter], loss: Loss) -> list[inspect.Parameter]:
+    """Return the parameters of a captured model's forward with its labels in the places of the float model's."""
+    inputs = {parameter.name: parameter for parameter in plain}
+    first = next((place for place, name in enumerate(loss.names) if name in loss.labels), 0)
+    found = [parameter for parameter in plain if parameter.name not in loss.names[first:]]
+    # Labels may be left out, so that Python wants a default of all that follow. An input that is None then is refused.
+    for name in loss.names[first:]:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        found.append(inputs.get(name, inspect.Parameter(name, kind)).replace(default=None))
+    return found
 
 
 def _checking_keywords(forward: Callable[..., Any], names: list[str]) -> Callable[..., Any]:

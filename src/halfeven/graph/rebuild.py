@@ -29,7 +29,8 @@ from halfeven.graph.view import Op, operations, replace_call
 BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 CHECK_OPERATORS = ("_assert", "sym_constrain", "_guards")
 KEPT_FIELDS = (
-    *("halfeven_plan", "halfeven_example", "halfeven_inputs", "region_inputs", "region_name", "size_relations"),
+    *("halfeven_plan", "halfeven_example", "halfeven_entries", "halfeven_inputs"),
+    *("region_inputs", "region_name", "size_relations"),
     *("fixed_batch", "execution_graph", "kept_rows", "stays_in_eval"),
 )
 """Fields of a captured module that its copies have too."""
@@ -52,6 +53,8 @@ class CapturedModule(KeepsTypes, fx.GraphModule):
     """The modules that the original's own `train()` leaves in eval mode, by path."""
     halfeven_example: Any = None
     """Two samples of the whole model's inputs: (positional, keyword) arguments."""
+    halfeven_entries: tuple[str, ...] = ()
+    """Names of the entries of an example in which labels stand between the inputs; () for any other example."""
     halfeven_inputs: Any = None
     """The whole model's inputs: (positional, keyword) arguments with a `ModelInput` for each tensor."""
     region_inputs: tuple[ModelInput | None, ...] = ()

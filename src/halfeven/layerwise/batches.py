@@ -22,7 +22,7 @@ from halfeven.graph.batches import (
     tensors_of,
 )
 from halfeven.graph.torch_private import pytree
-from halfeven.placement.insertion import recorded_example
+from halfeven.placement.insertion import recorded_entries, recorded_example
 
 
 def read_inputs(model: nn.Module, loader: Iterable[Any], batches: int | None = None) -> Iterator[Inputs]:
@@ -87,7 +87,7 @@ def on_device(model: nn.Module, inputs: Inputs) -> Inputs:
 
 def form_of(model: nn.Module, batch: Any) -> InputForm:
     """Return how a model takes its inputs: as in the example that it was prepared with, or else as in a batch."""
-    return input_form(model, recorded_example(model) or inputs_in(model, batch))
+    return input_form(model, recorded_example(model) or inputs_in(model, batch), recorded_entries(model))
 
 
 def inputs_in(model: nn.Module, batch: Any) -> Inputs:

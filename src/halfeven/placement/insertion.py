@@ -112,6 +112,11 @@ def recorded_example(model: nn.Module) -> Inputs | None:
     return next((region.halfeven_example for region in regions(unwrapped(model)).values()), None)
 
 
+def recorded_entries(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the entries of the example, where labels stood between the inputs; else ()."""
+    return next((region.halfeven_entries for region in regions(unwrapped(model)).values()), ())
+
+
 def _check_fits(plan: Plan, found: Mapping[str, tuple[CapturedModule, fx.Node]]) -> None:
     """Raise PlacementError for a plan with tensors or layers that the model does not have."""
     names = [weight.name for weight in plan.weights] + [name for tensor in plan.tensors for name in tensor.places]
