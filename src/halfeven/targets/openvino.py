@@ -18,7 +18,7 @@ def _average_grid(node: fx.Node) -> GridRequirement:
 def _rounds_average(average: fx.Node) -> bool:
     """Return True where an average of integers is rounded to an integer for a reader that computes with bytes.
 
-    Such readers are a BatchNorm, and a sum or product with another tensor or with itself.
+    Such readers are a BatchNorm, a leaky ReLU, and a sum or product with another tensor or with itself.
 
     A BatchNorm that alone reads the average becomes a part of the quantizer behind, and nothing is rounded; but not one
     behind a pool of sequences, which is a pool of images and a reshape there.
@@ -28,7 +28,17 @@ def _rounds_average(average: fx.Node) -> bool:
     of_sequences = row.window == 1 and not row.adaptive
     if normalized and not of_sequences:
         return False
-    return _read_as_bytes(average)
+    return _read_as_bytes(average) or (is_integer_pool(average) and any(map(_is_leaky, average.users)))
+
+
+def is_integer_pool(average: fx.Node) -> bool:
+    """Return True for a pool with a window: a mean has no kernel for integers, nor has a pool with `ceil_mode`."""
+    row = Op(average).row
+    return bool(row.window) and not row.adaptive and not Op(average).argument("ceil_mode")
+
+
+def _is_leaky(node: fx.Node) -> bool:
+    return kind_of(node) is K.ACTIVATION and Op(node).row.homogeneous and Op(node).bounds is None
 
 
 def _read_as_bytes(node: fx.Node) -> bool:

@@ -28,7 +28,7 @@ from halfeven.runtimes.openvino.residual_add import fused_sum, is_unrounded, sum
 from halfeven.runtimes.openvino.session import function_of
 from halfeven.runtimes.openvino.sums_in_kernels import Branch
 from halfeven.runtimes.simulation import Simulation, is_simulated, real_values
-from halfeven.targets.openvino import OPENVINO
+from halfeven.targets.openvino import OPENVINO, is_integer_pool
 
 NEAR_A_TIE = 2.0**-12
 """Distance, in steps, from the middle between two integers below which the order of float32 operations can matter."""
@@ -166,9 +166,8 @@ class OpenVINOInterpreter(fx.Interpreter):
             return None
         # Of integers: float64 rounds once, as their quotient does.
         values = self._run_on(node, (args[0].bytes.double(), *args[1:]), kwargs).float()
-        # A pool with `ceil_mode` is an operator that the plugin knows in float alone.
-        of_window = bool(Op(node).row.window) and not Op(node).row.adaptive and not Op(node).argument("ceil_mode")
-        return Average(torch.round(values) if OPENVINO.rounds_average(node) else values, args[0].limits, of_window)
+        rounded = torch.round(values) if OPENVINO.rounds_average(node) else values
+        return Average(rounded, args[0].limits, is_integer_pool(node))
 
     def _activate(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """Apply a leaky ReLU in units of a sum; or a clip, unless the quantizer that reads it clips as much or more."""
