@@ -174,7 +174,6 @@ def mistakes(kind: type, values: Mapping[str, Any], path: str, *, partial: bool 
     found = []
     for name, value in values.items():
         if name in new_names(kind):
-            # `up_to_date` has renamed all old names except those whose new names are given too.
             found.append(given_twice(f"{prefix}{name}", f"{prefix}{new_names(kind)[name]}"))
         elif name not in fields:
             found.append(f'{path or kind.__name__} has no option "{name}". {did_you_mean(name, fields)}')

@@ -1,4 +1,4 @@
-"""What Accelerate wraps and runs in a training step: the model and its loss."""
+"""The model and its loss as a single module, which Accelerate wraps and each training step runs."""
 
 from typing import Any
 

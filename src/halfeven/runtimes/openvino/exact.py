@@ -170,24 +170,26 @@ class OpenVINOInterpreter(fx.Interpreter):
         return Average(rounded, args[0].limits, is_integer_pool(node))
 
     def _activate(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        """Apply a leaky ReLU in units of a sum; or a clip, unless the quantizer that reads it clips as much or more."""
+        """Apply a leaky ReLU or a clip in the units of a sum, a layer's result, integers or an average."""
         bounds = Op(node).bounds
         x = args[0]
-        if isinstance(x, Average) and x.of_window and (bounds or Op(node).row.homogeneous):
-            return _activate_average(node, x, lambda real: self._run_on(node, (real, *args[1:]), kwargs))
-        # A unit is positive, so a leaky ReLU commutes with it.
-        if Op(node).row.homogeneous and bounds is None and isinstance(args[0], ScaledSum):
-            return dataclasses.replace(args[0], values=self._run_on(node, (args[0].values, *args[1:]), kwargs))
-        if isinstance(x, Codes | Scaled) and (ends := _both_ends(node)):
-            return _clip_in_units(x, ends)
-        if bounds is None or not isinstance(args[0], ScaledSum | Accumulator):
+        if bounds is None:
+            # A unit is positive, so a leaky ReLU commutes with it.
+            if Op(node).row.homogeneous and isinstance(x, ScaledSum):
+                return dataclasses.replace(x, values=self._run_on(node, (x.values, *args[1:]), kwargs))
             return None
-        readers = [module_of(user) if user.op == "call_module" else None for user in node.users]
-        if len(readers) == 1 and isinstance(quantizer := readers[0], ExportedQuantizer) and quantizer.bounds is None:
+        if isinstance(x, Average) and x.of_window:
+            return _clip_average(node, x, bounds)
+        if isinstance(x, Codes | Scaled) and _has_both_ends(bounds):
+            return _clip_in_units(x, bounds)
+        if not isinstance(x, ScaledSum | Accumulator):
+            return None
+        # No clip is left of it where the quantizer that reads it clips as much or more.
+        if (quantizer := _joined_quantizer(node)) is not None:
             limits = self._limits_of(next(iter(node.users)), quantizer)
             if bounds[0] <= float(limits.low) and float(limits.high) <= bounds[1]:
-                return args[0]
-        return _clip_in_units(args[0], bounds)
+                return x
+        return _clip_in_units(x, bounds)
 
     def _run_quantizer(self, node: fx.Node, quantizer: ExportedQuantizer, x: Any) -> Any:
         if quantizer.weight:
@@ -274,23 +276,24 @@ def _is_computed_between(quantizer: fx.Node, x: Any) -> bool:
     return isinstance(x, Accumulator) and x.scales is not None
 
 
-def _activate_average(node: fx.Node, average: Average, activate: Callable[[Tensor], Tensor]) -> Average | Tensor:
-    """Return a piecewise linear function of an average.
+def _clip_average(node: fx.Node, average: Average, bounds: tuple[float, float]) -> Average | Tensor:
+    """Clip an average: in the pool's kernel where the next quantizer joins the clip, else in a kernel of bytes.
 
-    A clip joins the quantizer that reads it, and both run in the pool's kernel. Any other function reads bytes, so that
-    the average is rounded first.
+    Such a kernel reads rounded averages.
     """
-    readers = [quantizer_at(user) for user in node.users]
-    joins = Op(node).bounds is not None and len(readers) == 1 and readers[0] is not None and readers[0].bounds is None
-    read = average if joins else average.rounded()
-    ends = _both_ends(node)
-    return activate(read.real()) if ends is None else read.clipped(ends)
+    read = average.rounded() if _joined_quantizer(node) is None else average
+    return read.clipped(bounds) if _has_both_ends(bounds) else read.real().clamp(*bounds)
 
 
-def _both_ends(node: fx.Node) -> tuple[float, float] | None:
-    """Return the bounds of a clip at both ends, which is a single operator in the file and clips bytes as such."""
-    bounds = Op(node).bounds
-    return bounds if bounds is not None and all(map(math.isfinite, bounds)) else None
+def _joined_quantizer(clip: fx.Node) -> ExportedQuantizer | None:
+    """Return the quantizer that alone reads a clip, if it has no clip of its own between them; else None."""
+    quantizer = quantizer_at(next(iter(clip.users))) if len(clip.users) == 1 else None
+    return None if quantizer is None or quantizer.bounds is not None else quantizer
+
+
+def _has_both_ends(bounds: tuple[float, float]) -> bool:
+    """Return True for a clip at both ends, which is a single operator in the file and clips bytes as such."""
+    return all(map(math.isfinite, bounds))
 
 
 def _clip_in_units(x: Any, bounds: tuple[float, float]) -> Any:
