@@ -41,6 +41,29 @@ def test_quantizers_are_those_of_the_plan():
         assert quantizer.scale.shape == (weight.channels,)
 
 
+class Numbered(nn.Module):
+    """Layers "blocks.1" and "blocks_1", of very different ranges."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.blocks_1, self.last = nn.Sequential(conv(3), conv()), conv(), conv(8, 4)
+        self.blocks_1.weight.data *= 100
+
+    def forward(self, x):
+        return self.last(self.blocks_1(self.blocks(x)))
+
+
+def test_tensors_whose_names_differ_in_a_dot_have_quantizers_of_their_own():
+    qmodel = he.calibrate(prepared(Numbered()), [torch.randn(IMAGE)])
+    names = {tensor.places[0]: tensor.name for tensor in plan_of(qmodel).tensors}
+    assert len({*names.values()}) == len(names)
+    scales = {place: qmodel.get_submodule(f"quantizers.{name}").scale for place, name in names.items()}
+    assert scales["blocks_1"] > 10 * scales["blocks.1"]
+    assert "blocks_1" in he.set_rules(qmodel, Rule(pattern="blocks_1", activation_bits=4))
+    assert qmodel.get_submodule(f"quantizers.{names['blocks_1']}").scheme.bits == 4
+    assert qmodel.get_submodule(f"quantizers.{names['blocks.1']}").scheme.bits == 8
+
+
 def test_each_quantizer_stands_after_its_tensor_and_all_read_it():
     qmodel = prepared(Residual())
     nodes = {node.target: node for node in qmodel.graph.nodes if node.op == "call_module"}

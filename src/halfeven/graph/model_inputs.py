@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from halfeven.errors import InputError
 from halfeven.graph.batches import Inputs
 from halfeven.graph.torch_private import input_keywords, pytree
+from halfeven.graph.view import unique_name
 
 BATCH = "batch"
 """Name of a free first axis that the user gives no name."""
@@ -96,22 +97,13 @@ def path_names(tree: Any, alone: str = "") -> list[str]:
     for path, _ in pytree.tree_flatten_with_path(tree)[0]:
         words = [str(_tree_key(entry)) for entry in path]
         name = "_".join(([alone] if alone and not (words and not words[0].isdigit()) else []) + words)
-        names.append(_unique_name(name, names))
+        names.append(unique_name(name, names))
     return names
 
 
 def _tree_key(entry: Any) -> Any:
     """Return the key, index or field of one step into a tree."""
     return next(getattr(entry, name) for name in ("key", "idx", "name") if hasattr(entry, name))
-
-
-def _unique_name(name: str, taken: Sequence[str]) -> str:
-    number = 1
-    unique = name
-    while unique in taken:
-        unique = f"{name}_{number}"
-        number += 1
-    return unique
 
 
 def check_sizes(inputs: Sequence[ModelInput | None], values: Sequence[Any], part: str = "") -> None:

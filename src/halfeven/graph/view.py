@@ -6,7 +6,7 @@ interprets them.
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -366,14 +366,18 @@ def tensor_names(graph: fx.Graph) -> dict[str, fx.Node]:
     for op in operations(graph):
         if op.is_output or op.is_constant:
             continue
-        name = op.tensor_name
-        unique = name
-        number = 1
-        while unique in names:
-            unique = f"{name}_{number}"
-            number += 1
-        names[unique] = op.node
+        names[unique_name(op.tensor_name, names)] = op.node
     return names
+
+
+def unique_name(name: str, taken: Container[str]) -> str:
+    """Return a name that is not taken: with the first number behind it that makes it so."""
+    unique = name
+    number = 1
+    while unique in taken:
+        unique = f"{name}_{number}"
+        number += 1
+    return unique
 
 
 def keep_tensor_name(node: fx.Node, name: str) -> None:

@@ -217,7 +217,7 @@ def _planned_tensors(
         # Probabilities lie between 0 and 1 whatever the data, so their range needs no calibration.
         fixed = (0.0, 1.0) if all(kind_of(n) is K.SOFTMAX for n in places) else None
         yield PlannedTensor(
-            name=region.names[node].replace(".", "_").replace(":", "_"),
+            name=region.quantizer_names[node],
             places=tuple(region.names[n] for n in places),
             scheme=scheme,
             ranges="calibrated"

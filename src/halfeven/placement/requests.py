@@ -11,7 +11,7 @@ from torch import fx
 
 from halfeven.graph.cost import multiply_accumulates
 from halfeven.graph.operators import OperatorKind
-from halfeven.graph.view import Op, kind_of, operations
+from halfeven.graph.view import Op, kind_of, operations, unique_name
 from halfeven.placement.decoding import reason_for_float
 from halfeven.placement.feature_maps import computed_tensors, feature_maps
 from halfeven.placement.rules import RuleBook
@@ -48,6 +48,18 @@ class Region:
     names: dict[fx.Node, str]
     requests: dict[fx.Node, QuantizationRequest] = field(default_factory=dict)
     branches: set[fx.Node] = field(default_factory=set)
+
+    @functools.cached_property
+    def quantizer_names(self) -> dict[fx.Node, str]:
+        """The name of each tensor's quantizer among the submodules: that of the tensor, without dots, made unique.
+
+        The tensors "conv.1" and "conv_1" would share one otherwise. All tensors count, quantized or not, so that a rule
+        changes no names.
+        """
+        nodes: dict[str, fx.Node] = {}
+        for node, name in self.names.items():
+            nodes[unique_name(name.replace(".", "_").replace(":", "_"), nodes)] = node
+        return {node: name for name, node in nodes.items()}
 
     @functools.cached_property
     def features(self) -> set[fx.Node]:
