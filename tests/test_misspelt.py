@@ -54,7 +54,7 @@ CASES = [
     ("qat.distillation.weight", 1.5, "1"),
     ("qat.distillation.temperature", 0.0, "above 0"),
     ("qat.averaging.decay", 1.0, "below 1"),
-    ("qat.oscillation.freeze", "off", "False"),
+    ("qat.oscillation.freeze", "of", "False"),
     ("qat.oscillation.bits", 1, "2"),
     ("qat.progression.share", 0.0, "above 0"),
     ("schedule.freeze_batchnorm_after", 66.0, "1"),

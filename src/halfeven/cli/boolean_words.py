@@ -4,7 +4,7 @@ import types
 from typing import Annotated, Any, Union, get_args, get_origin
 
 NAMED = {"true": "True", "false": "False"}
-WORDS = {**NAMED, "yes": "True", "no": "False", "1": "True", "0": "False"}
+WORDS = {**NAMED, "yes": "True", "no": "False", "on": "True", "off": "False", "1": "True", "0": "False"}
 """Words in small letters -> as Python, and so tyro, spells them."""
 
 
@@ -43,7 +43,7 @@ def without_switch_values(arguments: list[str], switches: set[str]) -> list[str]
         name, equals, value = argument.partition("=")
         dashed = name.replace("_", "-")
         # A 1 behind a switch may be the name of a folder, and so it is none of the words.
-        if after_switch and argument.lower() in {*NAMED, "yes", "no"}:
+        if after_switch and argument.lower() in WORDS.keys() - {"0", "1"}:
             if WORDS[argument.lower()] == "False":
                 found.pop()
             after_switch = False
