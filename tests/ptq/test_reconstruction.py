@@ -280,3 +280,26 @@ def test_a_head_that_is_called_twice_is_kept_once_for_each_call(learn, tmp_path)
     qmodel = he.calibrate(he.prepare(Heads().eval(), batches[0], scheme="w4a8", batchnorm="fold"), batches)
     report = learn(qmodel, batches, options=PTQOptions(iterations=4), resume_dir=tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == len(report.blocks)
+
+
+class Scaled(nn.Module):
+    """Kept in Python, since it does something else in training."""
+
+    def forward(self, x, *, factor):
+        return x * factor + (torch.randn_like(x) if self.training else 0.0)
+
+
+class WithKeyword(Net):
+    def __init__(self):
+        super().__init__()
+        self.scaled = Scaled()
+
+    def forward(self, x):
+        return super().forward(self.scaled(x, factor=2.0))
+
+
+def test_a_module_in_python_may_be_called_by_keywords():
+    qmodel = calibrated(net=WithKeyword)
+    assert qmodel.graph.find_nodes(op="call_module", target="scaled")[0].kwargs == {"factor": 2.0}
+    report = adaround(qmodel, images().split(16), options=QUICK)
+    assert all(block.before > 10 for block in report.blocks)

@@ -118,7 +118,11 @@ def run(block: Block, values: Values, call: RunModule = run_module) -> Values:
         args = fx.node.map_arg(op.node.args, look_up)
         kwargs = fx.node.map_arg(op.node.kwargs, look_up)
         module = op.module
-        known[op.node] = op.function(*args, **kwargs) if module is None else call(module, args)
+        if module is None:
+            known[op.node] = op.function(*args, **kwargs)
+        else:
+            # Only modules that stay Python take keywords; no caller replaces or watches these.
+            known[op.node] = module(*args, **kwargs) if kwargs else call(module, args)
     return {node: known[node] for node in block.outputs}
 
 
