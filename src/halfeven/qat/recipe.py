@@ -146,6 +146,8 @@ def _decide_freeze(options: QATOptions, weight_bits: int) -> Decision:
 def _decide_average(options: QATOptions, bits: int) -> Decision:
     if chosen := decision_of_switch(options.average):
         return chosen
+    if not options.averaging.decay:
+        return Decision(False, "qat.averaging.decay is 0")
     if bits <= LOW_BITS:
         return Decision(True, "low-bit training is noisy; the better of average and last is kept")
     return Decision(False, f"at {bits} bits the last weights are as good")
