@@ -1,7 +1,7 @@
 """Run the steps that make a quantized model, in their order."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -296,7 +296,8 @@ def setup_qat(
         qmodel: a model from `prepare`, calibrated. Its channels are equalized and its rounding is learned, in place,
             if the recipe contains these steps.
         float_model: the float model that `qmodel` was made from, for distillation; it is not changed.
-        loader: calibration batches, as `calibrate` takes them; iterated several times.
+        loader: calibration batches, as `calibrate` takes them; iterated several times, and kept in memory if it is an
+            iterator.
         options: the steps to take, and their settings.
         schedule: the shares of the run after which ranges and BatchNorm's statistics stop changing.
         ptq: settings of equalization and of learned rounding.
@@ -317,15 +318,17 @@ def setup_qat(
     options = options or QATOptions()
     schedule = schedule or ScheduleOptions()
     log = log or (lambda text: None)
+    if isinstance(loader, Iterator):  # it gives its batches once
+        loader = batches_in_memory(loader, None)
     recipe = decide_qat(qmodel, options, schedule)
     log(f"{recipe}\n")
     ptq = ptq or PTQOptions()
     if recipe.equalize.enabled:
         # White paper, figure 11: equalization comes before the ranges, which are therefore set again.
         batches = _input_arguments(qmodel, batches_in_memory(loader, None))
-        ptq = dataclasses.replace(ptq, equalize="on")
-        ptq_recipe = decide(qmodel, ptq, data=True)
-        context = StepContext(qmodel=qmodel, batches=batches, recipe=ptq_recipe, options=ptq, log=log)
+        steps = PTQOptions(equalize="on", relu6=ptq.relu6, absorb=ptq.absorb)  # no others are taken
+        ptq_recipe = decide(qmodel, steps, data=True)
+        context = StepContext(qmodel=qmodel, batches=batches, recipe=ptq_recipe, options=steps, log=log)
         run_steps(context, EQUALIZATION)
         calibrate(qmodel, batches)
     if recipe.reconstruct.enabled:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import halfeven as he
+from halfeven.errors import ConfigError
 from halfeven.ptq import recipe as r
 from halfeven.ptq.options import PTQOptions
 from halfeven.ptq.recipe import decide
@@ -96,6 +97,20 @@ def test_every_step_can_be_switched(ptq, options, expected):
     found, recipe = steps(ptq=PTQOptions(**ptq), **options)
     assert found == expected
     assert recipe.granularity == ("layers" if ptq.get("reconstruct") == "layers" else "blocks")
+
+
+@pytest.mark.parametrize(
+    ("ptq", "options"),
+    [
+        ({"smooth": "on"}, {}),
+        ({"reparametrize": "on"}, {}),
+        ({"smooth": "on"}, {**TOKENS, "data": False}),
+        ({"reconstruct": "layers"}, {"data": False}),
+    ],
+)
+def test_a_step_that_cannot_be_taken_is_an_error_where_it_is_insisted_on(ptq, options):
+    with pytest.raises(ConfigError, match=r"would have no effect: (it needs data|no LayerNorm)"):
+        steps(ptq=PTQOptions(**ptq), **options)
 
 
 def test_every_choice_is_printed_with_its_reason():

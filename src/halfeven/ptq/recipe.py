@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from halfeven.decision import Decision, decision_of_switch, table
+from halfeven.errors import ConfigError
 from halfeven.layerwise.blocks import Granularity
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.quantized_layers import QuantizedLayer
@@ -87,6 +88,9 @@ def decide(
         options: the user's switches.
         data: True if calibration data is at hand.
         decisions: step -> function that decides it; None: `DECISIONS`.
+
+    Raises:
+        ConfigError: the options insist on a step that cannot be taken.
     """
     plan = plan_of(qmodel)
     # The fewest bits decide, as in training: rules may give single tensors fewer than the scheme.
@@ -152,7 +156,7 @@ def _decide_absorb(situation: Situation, earlier: Earlier) -> Decision:
 
 def _decide_smooth(situation: Situation, earlier: Earlier) -> Decision:
     if reason := _obstacle_after_layernorm(situation):
-        return Decision(False, reason)
+        return _left_out(situation, "smooth", reason)
     if chosen := decision_of_switch(situation.options.smooth):
         return chosen
     if _bits_after_layernorm(situation)[0] < 8:
@@ -162,7 +166,7 @@ def _decide_smooth(situation: Situation, earlier: Earlier) -> Decision:
 
 def _decide_reparametrize(situation: Situation, earlier: Earlier) -> Decision:
     if reason := _obstacle_after_layernorm(situation):
-        return Decision(False, reason)
+        return _left_out(situation, "reparametrize", reason)
     if chosen := decision_of_switch(situation.options.reparametrize):
         return chosen
     weight_bits, activation_bits = _bits_after_layernorm(situation)
@@ -171,6 +175,21 @@ def _decide_reparametrize(situation: Situation, earlier: Earlier) -> Decision:
     if activation_bits < 8:
         return Decision(True, "below 8 bits each channel after LayerNorm needs a range of its own")
     return Decision(False, "smoothing serves 8-bit activations")
+
+
+def _left_out(situation: Situation, option: str, reason: str) -> Decision:
+    """Return the decision against a step that cannot be taken.
+
+    Raises:
+        ConfigError: the option insists on it.
+    """
+    value = getattr(situation.options, option)
+    if value not in ("auto", "off"):
+        raise ConfigError(
+            f'{option}="{value}" of the steps of post-training quantization would have no effect: {reason}. Leave it '
+            'at "auto", or give what the step needs.'
+        )
+    return Decision(False, reason)
 
 
 def _obstacle_after_layernorm(situation: Situation) -> str:
@@ -190,7 +209,7 @@ def _bits_after_layernorm(situation: Situation) -> tuple[int, int]:
 
 def _decide_reconstruct(situation: Situation, earlier: Earlier) -> Decision:
     if not situation.data:
-        return Decision(False, "it needs data")
+        return _left_out(situation, "reconstruct", "it needs data")
     if situation.options.reconstruct != "auto":
         return Decision(situation.options.reconstruct != "off", "as the options say")
     if situation.weight_bits < 7 or situation.activation_bits < 8:
