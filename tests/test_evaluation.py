@@ -88,3 +88,13 @@ def test_several_inputs_reach_the_model_as_in_training(form):
 def test_samples_of_two_inputs_are_collated_and_validated():
     samples = [((row - 1.0, torch.ones(10)), label) for row, label in pairs()]
     assert evaluate(TwoInputs(), evaluation_loader(samples, 3), Classification(10)) == {"top1": 10.0, "top5": 50.0}
+
+
+def test_a_task_may_have_a_single_metric():
+    class Top1(Classification):
+        def metrics(self):
+            from torchmetrics.classification import MulticlassAccuracy
+
+            return MulticlassAccuracy(self.num_classes, average="micro")
+
+    assert evaluate(Table(), evaluation_loader(pairs(), 3), Top1(10)) == {"top1": 10.0}

@@ -59,7 +59,9 @@ def evaluate(
             metrics.update(*task.judged(run_on(model, inputs), targets))
             if on_batch is not None:
                 on_batch(find_batch_size(inputs))
-    return task.figures(metrics.compute())
+    computed = metrics.compute()
+    # A single metric gives a tensor, a collection a dict.
+    return task.figures({task.key: computed} if isinstance(computed, Tensor) else computed)
 
 
 def metric_values(evaluate: Evaluate, model: nn.Module) -> Tensor:

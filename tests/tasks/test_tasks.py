@@ -187,10 +187,24 @@ def test_smoothed_labels_are_refused_where_the_losses_do_not_know_them():
         task.loss({}, TARGETS, 0.1)
 
 
+def test_a_batch_in_which_no_pixel_counts_has_a_loss_of_0():
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    masks = torch.randint(3, (2, 4, 4)).masked_fill(torch.rand(2, 4, 4) < 0.3, 255)
+    for smoothing in (0.0, 0.1):
+        expected = F.cross_entropy(logits, masks, ignore_index=255, label_smoothing=smoothing)
+        torch.testing.assert_close(Segmentation(3).loss(logits, masks, smoothing), expected)
+    loss = Segmentation(3).loss(logits, torch.full((2, 4, 4), 255))
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (dict(kind="callable"), "no task.function"),
+        (dict(function="my_tasks:depth"), r"task.function=.*no effect with task.kind=.classification"),
+        (dict(kind="detection", ignore_index=0), "set task.kind=.segmentation"),
         (dict(kind="segmentation", auxiliary_weight=-1.0), "auxiliary_weight=-1.0"),
     ],
 )

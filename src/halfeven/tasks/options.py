@@ -26,3 +26,13 @@ class TaskOptions(Options):
                 'task.kind="callable" and no task.function: nothing says what the loss is. Write '
                 '"package.module:function", a function that returns a halfeven.tasks.Task.'
             )
+        for name, kind in (
+            ("function", "callable"),
+            ("ignore_index", "segmentation"),
+            ("auxiliary_weight", "segmentation"),
+        ):
+            if self.kind != kind and getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(
+                    f'task.{name}={getattr(self, name)!r} would have no effect with task.kind="{self.kind}". Leave it '
+                    f'out, or set task.kind="{kind}".'
+                )

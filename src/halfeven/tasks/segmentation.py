@@ -38,7 +38,10 @@ class Segmentation(Task):
 
         def cross_entropy(logits: Tensor) -> Tensor:
             scaled = _at_size_of(logits.float(), targets)
-            return F.cross_entropy(scaled, targets, ignore_index=self.ignore_index, label_smoothing=label_smoothing)
+            options: dict[str, Any] = {"ignore_index": self.ignore_index, "label_smoothing": label_smoothing}
+            # Not "mean", which is NaN for a batch in which no pixel counts.
+            counted = (targets != self.ignore_index).sum().clamp(min=1)
+            return F.cross_entropy(scaled, targets, reduction="sum", **options) / counted
 
         total = cross_entropy(_main_output(outputs))
         if isinstance(outputs, Mapping) and "aux" in outputs:
