@@ -36,10 +36,27 @@ def save(qmodel: nn.Module, path: str | Path, extra: dict[str, Any] | None = Non
             or DistributedDataParallel.
         path: the file; an existing file is replaced atomically, when the new file is complete.
         extra: further JSON-able facts, for example the accuracy reached; `read_facts` returns them.
+
+    Raises:
+        CheckpointError: a bit schedule has not come down to the bits of the plan yet.
     """
     qmodel = unwrapped(qmodel)
-    facts = {"plan": json.dumps(plan_of(qmodel).to_dict()), "extra": json.dumps(extra or {})}
+    plan = plan_of(qmodel)
+    _check_bits(qmodel, plan)
+    facts = {"plan": json.dumps(plan.to_dict()), "extra": json.dumps(extra or {})}
     write_tensors(qmodel.state_dict(), Path(path), facts)
+
+
+def _check_bits(qmodel: nn.Module, plan: Plan) -> None:
+    planned = {entry.quantizer_name: entry.scheme.bits for entry in (*plan.weights, *plan.tensors)}
+    for quantizer in quantizers(qmodel).values():
+        bits = planned.get(quantizer.name, quantizer.scheme.bits)
+        if bits != quantizer.scheme.bits:
+            raise CheckpointError(
+                f"{quantizer.name} has {quantizer.scheme.bits} bits at present, and {bits} in the plan, by "
+                "which the file would be read: its scales would belong to another grid. Save the model when the stages with more bits "
+                "(qat.progress) are over."
+            )
 
 
 def restore(path: str | Path, rebuild: Callable[[Plan], nn.Module]) -> nn.Module:

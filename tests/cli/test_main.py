@@ -76,6 +76,16 @@ def refused(capsys):
     return run
 
 
+KEYLESS = """
+from halfeven.tasks import Classification
+
+class Keyless(Classification):
+    key = "top2"
+
+def task(classes):
+    return Keyless(classes)
+"""
+
 SAME_IMAGES = """
 from halfeven.zoo import datasets
 
@@ -143,7 +153,10 @@ def test_booleans_may_be_spelt_as_elsewhere(config, option, read):
     path = Path(config)
     rule = "    quantization=QuantizationOptions(rules=(Rule(pattern='fc', weight_bits=8),)),\n    device"
     path.write_text(path.read_text().replace("    device", rule))
-    for value, words in ((True, ("true", "TRUE", "True", "yes", "1")), (False, ("false", "no", "No", "0"))):
+    for value, words in (
+        (True, ("true", "TRUE", "True", "yes", "on", "1")),
+        (False, ("false", "no", "No", "OFF", "0")),
+    ):
         for word in words:
             assert read(cli.parse("train", [config, option, word]).experiment) is value, word
     assert read(cli.parse("train", [config, f"{option}=yes"]).experiment) is True
@@ -161,6 +174,7 @@ def test_words_that_are_no_booleans(refused, config):
         (["--resume", "true"], True, False),
         (["--resume=yes", "--overwrite", "False"], True, False),
         (["--resume=0", "--overwrite"], False, True),
+        (["--resume", "on", "--overwrite=off"], True, False),
         (["--auto_resume", "no", "--overwrite", "YES"], False, True),
     ],
 )
@@ -274,6 +288,20 @@ def test_a_scheme_that_cannot_be(refused, config, tmp_path):
 def test_an_equalization_that_batchnorm_would_undo(refused, config, tmp_path):
     said = refused("train", config, "--qat.equalize", "on", "--work-dir", tmp_path / "w")
     assert 'Set quantization.batchnorm="fold"' in said
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_optimizer_for_scales_that_are_not_learned(refused, config, tmp_path):
+    options = ["--model.name", "test_resnet", "--training.scale-optimizer", "adam", "--work-dir", tmp_path / "w"]
+    assert "this model has none" in refused("train", config, *options)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_task_whose_key_is_no_metric(refused, config, tmp_path):
+    (tmp_path / "keyless.py").write_text(KEYLESS)
+    options = ["--model.name", "test_resnet", "--task.kind", "callable", "--task.function", "keyless:task"]
+    said = refused("train", config, *options, "--work-dir", tmp_path / "w")
+    assert "The key of the task, 'top2', is none of its metrics (top1, top5)" in said
     assert not (tmp_path / "w").exists()
 
 

@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from halfeven.errors import ConfigError, HalfevenWarning
+from halfeven.errors import CheckpointError, ConfigError, HalfevenWarning
 from halfeven.pipelines import setup_qat
 from halfeven.ptq.options import PTQOptions
 from halfeven.qat.batchnorm_schedule import ScheduleOptions
+from halfeven.qat.bit_schedule import ProgressionOptions
 from halfeven.qat.options import QATOptions
 from halfeven.quantization.model_quantizers import quantizers
 from placement.parts import Residual
@@ -22,11 +23,12 @@ Y = torch.randint(4, (8, 8, 8), generator=torch.Generator().manual_seed(1))
 OFF = {"start": "ranges", "distill": "off", "average": "off"}
 
 
-def made(scheme="w4a4", model=None, **options):
+def made(scheme="w4a4", model=None, loader=None, **options):
     torch.manual_seed(0)
     model = model or Residual()
     qmodel = he.calibrate(he.prepare(model, X, scheme=scheme, ranges="learned"), [X]).train()
-    return model, qmodel, setup_qat(qmodel, model, [X], QATOptions(**OFF | options), ptq=PTQOptions(iterations=20))
+    recipe = QATOptions(**OFF | options)
+    return model, qmodel, setup_qat(qmodel, model, loader or [X], recipe, ptq=PTQOptions(iterations=20))
 
 
 def train(qmodel, session, first, last, steps=8):
@@ -132,6 +134,20 @@ def test_shares_are_logged():
     assert len(found["clipped share of activations, %"]) == len(found["log2 of the scales of activations"])
 
 
+def test_an_iterator_of_batches_lasts_for_the_whole_training():
+    _, qmodel, session = made("w4a8", loader=iter([X]), progress="on")
+    train(qmodel, session, 0, 8)  # each stage calibrates
+    session.before_validation(qmodel)
+
+
+def test_a_model_with_more_bits_than_its_plan_is_not_saved(tmp_path):
+    _, qmodel, session = made("w4a8", progress="on")
+    he.save(qmodel, tmp_path / "start.safetensors")
+    session.before_step(qmodel, 0.0)
+    with pytest.raises(CheckpointError, match="the weight of stem has 8 bits at present, and 4 in the plan"):
+        he.save(qmodel, tmp_path / "stage.safetensors")
+
+
 def test_a_resumed_course_goes_on_the_same():
     options = {"average": "on", "freeze_oscillations": "on", "dampen_oscillations": "on"}
     _, whole, session = made(**options)
@@ -149,6 +165,15 @@ def test_a_resumed_course_goes_on_the_same():
         assert torch.equal(resumed.state_dict()[name], value), name
     for name, value in session.average.model.state_dict().items():
         assert torch.equal(other.average.model.state_dict()[name], value), name
+
+
+def test_weights_of_other_bits_than_the_plans_are_not_averaged():
+    options = {"average": "on", "progress": "on", "progression": ProgressionOptions(bits=(8,), share=0.5)}
+    _, qmodel, session = made(**options)
+    train(qmodel, session, 0, 4)  # the last of these steps ends at half of the run
+    assert not session.average.state_dict()["started"]
+    train(qmodel, session, 4, 5)
+    assert session.average.state_dict()["started"]
 
 
 def test_a_step_that_clips_much_is_told_with_names_once_after_each_validation():

@@ -259,6 +259,22 @@ def test_float16_on_the_cpu_is_refused():
         make_accelerator(DeviceOptions(kind="cpu", precision="float16"))
 
 
+def test_a_model_that_cannot_be_compiled_is_refused(monkeypatch):
+    monkeypatch.setattr("halfeven.training.accelerator.compiler_works", lambda: False)
+    with pytest.raises(ConfigError, match=r"device\.compile=True"):
+        make_accelerator(DeviceOptions(compile=True))
+
+
+def test_tf32_is_switched_for_products_and_convolutions():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        for on in (True, False):
+            make_accelerator(DeviceOptions(kind="cpu", tf32=on))
+            assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (on, on)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
 def test_a_gpu_that_is_insisted_on_and_not_there_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r'device\.kind="cuda" asks for a GPU, and PyTorch .* finds none'):
@@ -341,6 +357,30 @@ def test_a_validation_before_the_model_is_what_it_shall_be_does_not_count(tmp_pa
     one = trainer(tmp_path, calls=calls, hooks={"counts_from": 0.5})
     assert one.run().best == {"top1": 80.0}
     assert {epoch for _, epoch in kept} == {2, 3}
+
+
+def test_a_validation_at_the_very_step_that_brings_the_final_form_is_of_the_form_before(tmp_path):
+    values = iter([90.0, 80.0, 70.0])
+    kept = []
+    calls = {
+        "validate": lambda model: {"top1": next(values)},
+        "save": lambda m, path, facts: (kept.append((path.name, facts["epoch"])), path.touch()),
+    }
+    # The first epoch ends at a third of the run; the model changes before the next step.
+    one = trainer(tmp_path, calls=calls, hooks={"counts_from": 1 / 3})
+    assert one.run().best == {"top1": 80.0}
+    assert {epoch for _, epoch in kept} == {2, 3}
+
+
+def test_a_run_whose_model_never_gets_its_final_form_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"final form after 95%.*none of its 18 steps"):
+        trainer(tmp_path, hooks={"counts_from": 0.95})
+
+
+def test_any_number_is_better_than_none(tmp_path):
+    values = iter([float("nan"), 40.0, float("nan")])
+    calls = {"validate": lambda model: {"top1": next(values)}, "start": {"top1": float("nan")}}
+    assert trainer(tmp_path, calls=calls).run().best == {"top1": 40.0}
 
 
 def test_the_loss_of_the_callback_and_its_penalty_are_what_is_minimized(tmp_path):

@@ -11,7 +11,7 @@ from halfeven.cli.work_folder import BEST_FILE, FLOAT_FOLDER
 from halfeven.config import Experiment
 from halfeven.errors import ConfigError
 from halfeven.training.state import STATE_FILE
-from halfeven.training.trainer import Run, Trainer
+from halfeven.training.trainer import Trainer
 from halfeven.zoo.models import PRETRAINED, create_model
 from halfeven.zoo.weights import load_weights
 
@@ -35,14 +35,7 @@ def train_float(context: RunContext, model: nn.Module, *, resume: bool) -> None:
         resume: continue its training, if it has begun.
     """
     folder = context.folder / FLOAT_FOLDER
-    run = Run(
-        folder=folder,
-        accelerator=context.accelerator,
-        console=context.console,
-        seed=context.experiment.seed,
-        workers=context.experiment.data.workers,
-        name=context.selected_name("float"),
-    )
+    run = context.place(folder, "float")
     trainer = Trainer(
         model,
         context.datasets.train,

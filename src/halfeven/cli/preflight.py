@@ -21,6 +21,9 @@ from halfeven.ptq.recipe import decide as decide_ptq
 from halfeven.qat.distillation import Distillation
 from halfeven.qat.recipe import decide as decide_qat
 from halfeven.runtimes.runtime import runtime_named
+from halfeven.tasks import Task
+from halfeven.tasks.task import Metrics
+from halfeven.training.optimization import make_optimizer
 from halfeven.training.options import TrainingOptions
 from halfeven.training.sampling import TrainingBatches, seeded
 
@@ -37,6 +40,7 @@ def check_training(context: RunContext, model: nn.Module) -> nn.Module:
     recipe = decide_qat(qmodel, experiment.qat, experiment.schedule)
     if recipe.distill.enabled:  # its options may name layers that do not exist
         Distillation(model, qmodel, experiment.qat.distillation, context.task.logits).close()
+    make_optimizer(qmodel, experiment.training)  # its options may name an optimizer for scales that are not learned
     _check_data(context, model, [experiment.pretraining, experiment.training])
     return qmodel
 
@@ -81,7 +85,19 @@ def _check_data(context: RunContext, model: nn.Module, trainings: list[TrainingO
             run_on(model, send_to_device(inputs, device))
         with _naming_the_part("validation"):
             batches = islice(_in_this_process(context, context.datasets.validation, shared=True), 1)
-            evaluate(model, batches, context.task, device=device)
+            metrics = evaluate(model, batches, context.task, device=device)
+            if any(options.epochs for options in trainings):
+                _check_key(context.task, metrics)
+
+
+def _check_key(task: Task, metrics: Metrics) -> None:
+    """Check that the metric that decides on the best model is among a task's metrics."""
+    key = getattr(task, "key", None)
+    if key not in metrics:
+        raise ConfigError(
+            f"The key of the task, {key!r}, is none of its metrics ({', '.join(metrics)}), so that nothing says which "
+            f"model is the best. Set the attribute `key` of {type(task).__name__} to one of them."
+        )
 
 
 def _in_this_process(context: RunContext, items: Any, *, shared: bool) -> Any:

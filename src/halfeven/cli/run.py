@@ -18,6 +18,7 @@ from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
 from halfeven.training.accelerator import make_accelerator
 from halfeven.training.progress import plain_console
+from halfeven.training.run import Run
 from halfeven.training.sampling import seeded
 from halfeven.zoo.checked_samples import check_targets, with_checks
 from halfeven.zoo.datasets import Datasets, load_datasets
@@ -73,6 +74,27 @@ class RunContext:
     def selected_name(self, model: str) -> str:
         """Return the name, in logs, of a model's accuracy on the samples that choose the best checkpoint."""
         return model if self.datasets.holdout is None else f"{model}, holdout"
+
+    def place(self, folder: Path, name: str) -> Run:
+        """Return where and how a training of this run takes place.
+
+        Args:
+            folder: for its state, checkpoints and logs.
+            name: of the trained model's accuracy in the logs.
+        """
+        device = self.experiment.device
+        data = self.experiment.data
+        return Run(
+            folder=folder,
+            accelerator=self.accelerator,
+            console=self.console,
+            seed=self.experiment.seed,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            channels_last=device.channels_last,
+            compiled=device.compile,
+            name=self.selected_name(name),
+        )
 
     def log(self, text: str) -> None:
         """Print a line, from the first process alone."""

@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "device.threads",
     "export",
     "data.workers",
+    "data.prefetch",
     "data.on_bad_sample",
     "data.root",
     "pretraining.log_every",

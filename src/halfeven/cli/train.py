@@ -36,7 +36,7 @@ from halfeven.qat.session import QATSession
 from halfeven.training.accelerator import described_processes, mixed_precision
 from halfeven.training.options import TrainingOptions
 from halfeven.training.state import NO_RESUME, STATE_FILE, load_state
-from halfeven.training.trainer import Run, Trainer
+from halfeven.training.trainer import Trainer
 from halfeven.zoo.models import create_model
 from halfeven.zoo.weights import load_weights
 
@@ -218,14 +218,7 @@ def _train_quantized(
 ) -> None:
     """Train the quantized model; its checkpoints and training state go to the work folder."""
     experiment = context.experiment
-    run = Run(
-        folder=context.folder,
-        accelerator=context.accelerator,
-        console=context.console,
-        seed=experiment.seed,
-        workers=experiment.data.workers,
-        name=context.selected_name(experiment.quantization.scheme),
-    )
+    run = context.place(context.folder, experiment.quantization.scheme)
     known = {"float": header["float"], "selection": experiment.data.selection}
     trainer = Trainer(
         qmodel,

@@ -119,6 +119,11 @@ class ClippingWatch:
         """Clipped share of each activation in the step that was counted last, by name."""
         self._context: Any = None
 
+    @property
+    def counting(self) -> bool:
+        """Return True in a step that counts."""
+        return self._context is not None
+
     def before_step(self) -> None:
         """Start to count, where it is due."""
         if self.due and self._context is None:

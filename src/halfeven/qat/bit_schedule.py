@@ -63,11 +63,17 @@ class BitSchedule:
         stages = len(self.options.bits)
         # The stages share `share` of the run in equal parts; from its end on the number is `stages`, for the plan's own
         # bits.
-        stage = min(int(done / self.options.share * stages), stages)
+        early = done < self.options.share
+        stage = min(int(done / self.options.share * stages), stages - 1) if early else stages
         if stage != self.stage:
             self._set_stage(stage)
             # A grid with fewer integers needs a larger scale for the same range. This happens once for each stage.
             calibrate(self.qmodel, self.loader)
+
+    @property
+    def is_over(self) -> bool:
+        """Return True where all quantizers have the plan's bits."""
+        return self.stage == len(self.options.bits)
 
     def _set_stage(self, stage: int) -> None:
         self.stage = stage

@@ -104,7 +104,7 @@ class QATSession(TrainerCallback):
             done: fraction of the run that is done with this step.
         """
         self.clipping.after_step()
-        if done < self.counts_from:
+        if self.bit_schedule is not None and not self.bit_schedule.is_over:
             return  # weights and integers under other bits than the plan's do not count
         if self.oscillations is not None:
             self.oscillations.after_step(done)
@@ -116,6 +116,11 @@ class QATSession(TrainerCallback):
         self.clipping.due = True  # training goes on with other weights
         if self.recipe.re_estimate.enabled:
             re_estimate(model, self.inputs(), self.schedule_options.re_estimate_batches)
+
+    @property
+    def has_passing_hooks(self) -> bool:
+        """Return True in a step whose clipped values are counted."""
+        return self.clipping.counting
 
     @property
     def other_models(self) -> Mapping[str, nn.Module]:

@@ -11,6 +11,7 @@ from halfeven.distributed import world_size
 from halfeven.errors import ConfigError
 from halfeven.imports import extra
 from halfeven.options import Auto, Options, PositiveInt, formerly
+from halfeven.quantization.compile import compiler_works
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,6 +27,12 @@ class DeviceOptions(Options):
     """"auto": the accelerator of this process if there is one, else the CPU. "cuda": a GPU, or an error."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """The precision of matrix products in training; --amp chooses the mixed precision that the device can do."""
+    channels_last: bool = False
+    """Give the model images with the channels last in memory in training steps, as convolutions of GPUs prefer."""
+    compile: bool = False
+    """Run training steps with the whole model compiled by `torch.compile`, which takes minutes at first."""
+    tf32: bool | Auto = "auto"
+    """Multiply in TF32 on NVIDIA GPUs that have it, which rounds float32; "auto": as PyTorch does by itself."""
     threads: Annotated[PositiveInt | Auto, formerly(0)] = "auto"
     """CPU threads of each process; "auto": as PyTorch decides."""
 
@@ -42,6 +49,9 @@ def make_accelerator(options: DeviceOptions) -> "Accelerator":
 
     if options.threads != "auto":
         torch.set_num_threads(options.threads)
+    if options.tf32 != "auto":
+        torch.backends.cuda.matmul.allow_tf32 = options.tf32
+        torch.backends.cudnn.allow_tf32 = options.tf32
     # Each process keeps its own BatchNorm statistics between averages: sending them at every step would slow all down.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
@@ -74,11 +84,16 @@ def described_processes(device: torch.device) -> str:
 
 
 def check_device(options: DeviceOptions) -> None:
-    """Refuse a device that this process does not have, or a precision that the device cannot do.
+    """Refuse what this process cannot do: a device, a precision of the device, or compilation.
 
     Raises:
-        ConfigError: there is no GPU for "cuda", or "float16" is asked of a CPU.
+        ConfigError: there is no GPU for "cuda", "float16" is asked of a CPU, or nothing can be compiled.
     """
+    if options.compile and not compiler_works():
+        raise ConfigError(
+            "device.compile=True compiles the model by torch.compile, and that cannot build a kernel here (there is no "
+            "C++ compiler, or HALFEVEN_COMPILE is 0). Install a compiler, or leave the option out."
+        )
     if options.kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f'device.kind="cuda" asks for a GPU, and PyTorch {torch.__version__} finds none in this process, so '

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from halfeven.errors import ConfigError
 from halfeven.tasks.task import Metrics
 
 
@@ -23,7 +24,13 @@ class TrainerCallback:
     """
 
     counts_from: float = 0.0
-    """Fraction of the run from which a validation may be the best: before it the model has not its final form."""
+    """Fraction of the run at which the model gets its final form: only a validation after a step that began there, or
+    later, may be the best."""
+
+    @property
+    def has_passing_hooks(self) -> bool:
+        """Return True in a step for which hooks were put on the model that go again: it is not run compiled."""
+        return False
 
     def before_step(self, model: nn.Module, done: float) -> None:
         """Prepare the model for an optimizer step, after `model.train()`; for example, freeze layers."""
@@ -64,3 +71,23 @@ class TrainerCallback:
     def histograms(self) -> Mapping[str, Tensor]:
         """Return values whose distribution is logged at each validation, by name."""
         return {}
+
+
+def is_in_final_form(callback: TrainerCallback, step: int, total: int) -> bool:
+    """Return True where a model has its final form after so many of all steps of a run."""
+    # A model has the form in which its last step has trained it: that of the fraction at which this step began.
+    return (step - 1) / total >= callback.counts_from
+
+
+def check_final_form(callback: TrainerCallback, total: int) -> None:
+    """Check that a run of so many steps trains the model in its final form.
+
+    Raises:
+        ConfigError: all steps come before it.
+    """
+    if total and not is_in_final_form(callback, total, total):
+        raise ConfigError(
+            f"The model gets its final form after {callback.counts_from:.0%} of the run, and none of its {total} steps "
+            "begins there, so no validation could be the best. Train longer (training.epochs, training.max_steps), or "
+            "shorten what comes before (qat.progression.share)."
+        )

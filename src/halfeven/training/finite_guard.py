@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfeven.distributed import is_distributed, smallest
 from halfeven.errors import CalibrationError, ConfigError, named
@@ -20,6 +20,7 @@ from halfeven.training.finite import (
     not_finite,
     tensors_of,
 )
+from halfeven.training.objective import Objective
 from halfeven.training.sampling import TrainingBatches
 from halfeven.training.state import load_state
 
@@ -40,7 +41,7 @@ class FiniteGuard:
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         optimizer: Any,
         batches: TrainingBatches,
         accumulation: int,
@@ -48,7 +49,7 @@ class FiniteGuard:
         accelerator: Accelerator,
     ) -> None:
         self.objective = objective
-        self.model = objective.get_submodule("model")
+        self.model = objective.model
         self.optimizer = optimizer
         self.batches = batches
         self.accumulation = accumulation
@@ -139,6 +140,7 @@ class FiniteGuard:
             self.model.load_state_dict(load_state(self.state).model)
         device = self.accelerator.device
         inputs, targets = send_to_device(self.batches.collate(items), device)
+        self.objective.run_uncompiled()  # the layers are watched by hooks
         # Layers that exchange statistics in training mode would wait for processes that are not here.
         self.objective.train(not is_distributed())
         with torch.enable_grad(), self.accelerator.autocast():

@@ -132,6 +132,7 @@ class TrainingBatches:
         options: batch size, and what becomes of an epoch's last batch.
         seed: decides on order and augmentation.
         workers: number of processes that read samples.
+        prefetch: batches that each of them reads ahead.
         collate: makes a batch of a list of samples.
     """
 
@@ -142,6 +143,7 @@ class TrainingBatches:
         *,
         seed: int,
         workers: int,
+        prefetch: int = 2,
         collate: Callable[[Any], Any] = default_collate,
     ) -> None:
         self.sampler = EpochBatches(len(samples), options.batch_size, seed=seed, drop_last=options.drop_last)
@@ -152,6 +154,7 @@ class TrainingBatches:
             batch_sampler=self.sampler,
             collate_fn=collate,
             num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
             worker_init_fn=init_worker,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -4,14 +4,11 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import find_batch_size, gather_object, send_to_device
-from rich.console import Console
 from torch import Tensor, nn
 
 from halfeven.distributed import differing, is_distributed, rank, world_size
@@ -21,43 +18,21 @@ from halfeven.layerwise.batchnorm_statistics import average_batchnorm, own_stati
 from halfeven.quantization.model_quantizers import weights_quantized_once
 from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
-from halfeven.training.callback import TrainerCallback
+from halfeven.training.callback import TrainerCallback, check_final_form, is_in_final_form
 from halfeven.training.finite import damage_in
 from halfeven.training.finite_guard import FiniteGuard
 from halfeven.training.objective import Objective
 from halfeven.training.optimization import learning_rate, make_optimizer
 from halfeven.training.options import TrainingOptions
-from halfeven.training.progress import RunLog, plain_console
+from halfeven.training.progress import RunLog
+from halfeven.training.run import Run as Run
+from halfeven.training.run import TrainingResult
 from halfeven.training.sampling import TrainingBatches, mix
 from halfeven.training.state import STATE_FILE, TrainingState, check_position, explaining_misfit, load_state, save_state
 from halfeven.training.stopping import StopRequested, deferred
 
 PERFECT_METRIC = 100.0
 """Largest value of a metric, in percent: no advice helps beyond it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """The place of a run: folder, device, processes and seed."""
-
-    folder: Path
-    """Folder for state, checkpoints and logs."""
-    accelerator: Accelerator
-    console: Console = field(default_factory=plain_console)
-    seed: int = 0
-    workers: int = 0
-    """Number of processes that read samples."""
-    name: str = "quantized"
-    """Name of the trained model's accuracy in the logs, for example "w8a8"."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingResult:
-    """Metrics of the best and of the last validation, and the number of optimizer steps taken."""
-
-    best: Metrics
-    last: Metrics
-    steps: int
 
 
 class Trainer:
@@ -104,11 +79,14 @@ class Trainer:
         self.measured = measured or {}
         self.start = start
         self.header = json.dumps(header or {})
-        self.batches = TrainingBatches(samples, options, seed=run.seed, workers=run.workers, collate=task.collate)
+        self.batches = TrainingBatches(
+            samples, options, seed=run.seed, workers=run.workers, prefetch=run.prefetch, collate=task.collate
+        )
         # Rounded up: the last group of an epoch may have fewer batches.
         self.steps_per_epoch = -(-len(self.batches) // options.accumulation)
         whole = options.epochs * self.steps_per_epoch
         self.total_steps = whole if options.max_steps == "auto" else min(options.max_steps, whole)
+        check_final_form(self.callback, self.total_steps)
         self.step = 0
         self.rate = 0.0
         self.best = Metrics()
@@ -140,7 +118,14 @@ class Trainer:
         """
         if resume:
             self._resume_state()
-        objective = Objective(self.model, self.task, self.options.label_smoothing, self.callback)
+        objective = Objective(
+            self.model,
+            self.task,
+            self.options.label_smoothing,
+            self.callback,
+            channels_last=self.where.channels_last,
+            compiled=self.where.compiled,
+        )
         state_file = self.where.folder / STATE_FILE
         self.guard = FiniteGuard(
             objective, self.optimizer, self.batches, self.options.accumulation, state_file, self.accelerator
@@ -291,7 +276,7 @@ class Trainer:
         self.callback.before_validation(model)
         metrics = self.validate(model)
         self.log.validation(self.step, epoch + 1, name, metrics)
-        counts = self.step >= self.callback.counts_from * self.total_steps
+        counts = is_in_final_form(self.callback, self.step, self.total_steps)
         if counts and self._is_best(metrics):
             self._write_best(model, metrics, epoch + 1, name)
         if counts and file:
@@ -304,7 +289,8 @@ class Trainer:
             return True
         reached = metrics[self.task.key]
         best = self.best[self.task.key]
-        return reached > best or (reached == best and not self.trained)
+        # Any number is better than NaN, such as the metric of classes that no sample has.
+        return reached > best or math.isnan(best) or (reached == best and not self.trained)
 
     def _write_best(self, model: nn.Module, metrics: Metrics, epoch: int, name: str, *, trained: bool = True) -> None:
         self.best = metrics

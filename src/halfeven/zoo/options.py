@@ -71,6 +71,8 @@ class DataOptions(Options):
     next good sample in its place, and counts it."""
     workers: NonNegativeInt = 2
     """Processes that load samples; 0 to load them in the main process."""
+    prefetch: PositiveInt = 2
+    """Training batches that each of these processes reads ahead."""
     evaluation_batch_size: PositiveInt = 128
     """Samples of a batch in validation and calibration."""
 
