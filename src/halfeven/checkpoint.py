@@ -53,9 +53,9 @@ def _check_bits(qmodel: nn.Module, plan: Plan) -> None:
         bits = planned.get(quantizer.name, quantizer.scheme.bits)
         if bits != quantizer.scheme.bits:
             raise CheckpointError(
-                f"{quantizer.name} has {quantizer.scheme.bits} bits at present, and {bits} in the plan, by "
-                "which the file would be read: its scales would belong to another grid. Save the model when the stages with more bits "
-                "(qat.progress) are over."
+                f"{quantizer.name} has {quantizer.scheme.bits} bits at present, and {bits} in the plan, by which the "
+                "file would be read: its scales would belong to another grid. Save the model when the stages with more "
+                "bits (qat.progress) are over."
             )
 
 
