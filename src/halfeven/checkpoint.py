@@ -48,7 +48,8 @@ def save(qmodel: nn.Module, path: str | Path, extra: dict[str, Any] | None = Non
 
 
 def _check_bits(qmodel: nn.Module, plan: Plan) -> None:
-    planned = {entry.quantizer_name: entry.scheme.bits for entry in (*plan.weights, *plan.tensors)}
+    planned = {weight.quantizer_name: weight.scheme.bits for weight in plan.weights}
+    planned |= {tensor.quantizer_name: tensor.scheme.bits for tensor in plan.tensors}
     for quantizer in quantizers(qmodel).values():
         bits = planned.get(quantizer.name, quantizer.scheme.bits)
         if bits != quantizer.scheme.bits:
