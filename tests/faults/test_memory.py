@@ -9,6 +9,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import halfeven as he
 from faults.mutations import IMAGES, Net
+from sweeps import crossed
 
 
 def kept():
@@ -28,8 +29,7 @@ class Tokens(nn.Module):
         return self.head(nn.functional.gelu(self.norm(self.conv(x).flatten(2).transpose(1, 2))))
 
 
-@pytest.mark.parametrize("net", [Net, Tokens])
-@pytest.mark.parametrize("ending", [".xml", ".onnx"])
+@pytest.mark.parametrize(("net", "ending"), crossed([Net, Tokens], [".xml", ".onnx"]))
 def test_nothing_is_kept_of_models_that_are_gone(tmp_path, ending, net):
     def quantize():
         target = "openvino" if ending == ".xml" else "onnxruntime"

@@ -40,7 +40,7 @@ class Pools(nn.Module):
 
 @pytest.mark.parametrize(
     ("ratio", "zero_point"),
-    sweep(itertools.product([1.0, 0.5, 0.75, 0.6113], [0, 101, 128]), (0.5, 0), (1.0, 101), (0.6113, 128)),
+    sweep(itertools.product([1.0, 0.5, 0.75, 0.6113], [0, 101, 128]), (0.5, 0), (1.0, 101)),
 )
 def test_averages_are_those_of_integers(ratio, zero_point, tmp_path):
     """With one scale before and after, every fourth average of 2x2 integers is a tie: half to even decides."""
