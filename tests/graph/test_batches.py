@@ -90,6 +90,10 @@ def test_what_is_no_tensor_may_be_left_out():
     assert_inputs(inputs_of({"left": X}, form(left=X, right=None)), (), {"left": X, "right": None})
     assert_inputs(inputs_of(X, form(X, None)), (X, None))
     assert_inputs(inputs_of((X, Y), form(left=X, right=True)), (), {"left": X, "right": True})
+    # A label in the place of a switch is a label.
+    assert_inputs(inputs_of((X, Y), form(X, True)), (X, True))
+    assert label_of((X, Y), form(X, True)) is label_of((X, True, Y), form(X, True)) is Y
+    assert label_of((X, Y), form(left=X, right=True)) is Y
 
 
 def test_an_argument_may_be_a_list_of_tensors():
@@ -110,8 +114,9 @@ def test_an_argument_may_be_a_list_of_tensors():
         (Turned(Y, Z, X), Y),
         (Fields(Z, X, Y), Y),
         (Fields(Z, X), None),
+        ({"left": X, "right": Z, "target": Y, "index": X}, Y),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_the_label_follows_the_inputs(batch, expected):
     assert label_of(batch, form(X, Z)) is expected

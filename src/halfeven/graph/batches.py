@@ -24,6 +24,8 @@ Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """Inputs of a model in the form that users give: one tensor, positional arguments, or keyword arguments."""
 
 LABEL_NAMES = ("target", "targets", "start_positions", "end_positions")
+LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+"""Keys of a dict under which a batch may have its label, the likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +171,12 @@ def inputs_of(batch: Any, form: InputForm, number: int = 0) -> Inputs:
 
 
 def label_of(batch: Any, form: InputForm) -> Any:
-    """Return the label of a batch: the entry behind the inputs, or a dict's "labels" or "label"; None without any."""
+    """Return the label of a batch: the entry behind the inputs, or a dict's of `LABEL_KEYS`; None without any."""
     named = by_name(batch, form.tensor_names)
     if isinstance(named, Mapping):
         spare = [key for key in named if key not in (*form.kwargs, *form.names)]
         # A named tuple may give its label any name: it is then the first field that is no input.
-        labels = [key for key in ("labels", "label") if key in spare] or (spare if is_sequence(batch) else [])
+        labels = [key for key in LABEL_KEYS if key in spare] or (spare if is_sequence(batch) else [])
         return named[labels[0]] if labels else None
     if not is_sequence(batch) or not batch:
         return None
@@ -186,7 +188,7 @@ def label_of(batch: Any, form: InputForm) -> Any:
         if labels := [entry for entry in spare if entry is not None]:
             return labels[0]
     # A sequence gives the inputs one by one, or all of them in its first item.
-    taken = 1 if nested else len(form.entries) or len(form.args) or len(form.kwargs)
+    taken = 1 if nested else len(form.entries) or (_leading_entries(list(batch), form)[1] if form.args else 1)
     return batch[taken] if len(batch) > taken else None
 
 
@@ -236,15 +238,36 @@ def _inputs_of_sequence(entries: list[Any], form: InputForm, number: int) -> Inp
         return _inputs_between_labels(entries, form, number)
     if form.kwargs:
         return _inputs_for_keyword(entries, form, number)
-    count = len(form.args)
-    if len(entries) < count and any(_holds_tensors(like) for like in form.args[len(entries) :]):
+    args, _ = _leading_entries(entries, form)
+    if len(args) < len(form.args):
         raise _mismatch_error(
             number,
             f"holds {len(entries)} of the model's {form.expected}",
             "Let the loader give as many inputs as the example has, and the label after them; or prepare the model "
             "with an example like the batch.",
         )
-    return (*entries[:count], *form.args[len(entries) :]), {}
+    return args, {}
+
+
+def _leading_entries(entries: list[Any], form: InputForm) -> tuple[tuple[Any, ...], int]:
+    """Return the positional arguments that the first entries of a batch give, and the number of these entries.
+
+    A switch of the example, such as True, may be missing in the batch, where a label then takes its place. The
+    arguments end before a tensor that is missing.
+    """
+    args: list[Any] = []
+    taken = 0
+    for like in form.args:
+        entry = entries[taken] if taken < len(entries) else None
+        is_missing = taken == len(entries) or (like is not None and isinstance(entry, Tensor))
+        if is_missing and not _holds_tensors(like):
+            args.append(like)
+        elif taken == len(entries):
+            break
+        else:
+            args.append(entry)
+            taken += 1
+    return tuple(args), taken
 
 
 def _inputs_between_labels(entries: list[Any], form: InputForm, number: int) -> Inputs:

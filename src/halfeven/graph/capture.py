@@ -145,6 +145,8 @@ def _capture_whole_or_parts(
         if name and not inner:
             # Each needs runs of the model at other sizes, so they are found only where the model is captured in parts.
             inner.update(inner_free_axes(lambda *other: record_inputs(model, *other), recorded, inputs, free))
+        if name and name not in inner:
+            raise CaptureError("its calls differ in more than the sizes of tensors")
         return inner[name] if name else free
 
     # The recorded calls are those of submodules; "" is the model itself.

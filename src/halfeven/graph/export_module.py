@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from halfeven.graph.batches import Inputs
+from halfeven.graph.constant_inputs import constant_inputs
 from halfeven.graph.dynamic_shapes import FreeAxes, export_shapes
 from halfeven.graph.fixed_axes import is_batch_fixed, reason_of_fixed_batch, refuse_fixed_axes
 from halfeven.graph.inline import inline_grad_blocks
@@ -68,6 +69,7 @@ def export_module(
     result.stays_in_eval = left_in_eval(module)
     result.region_name = name
     result.region_inputs = region_inputs(result.graph, described)
+    result.constant_inputs = constant_inputs(module, inputs, result.graph)
     result.size_relations = size_relations(program, result.region_inputs)
     if is_batch_fixed(described, result.region_inputs):
         result.fixed_batch = reason_of_fixed_batch(export, free)

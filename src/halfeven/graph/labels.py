@@ -166,6 +166,7 @@ def _checking_keywords(forward: Callable[..., Any], names: list[str]) -> Callabl
     @wraps(forward)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         unknown = [name for name in kwargs if name not in names]
+        unknown += [f"a further positional input ({type(value).__name__})" for value in args[len(names) :]]
         if unknown:
             raise CaptureError(
                 f"The model was called with {', '.join(unknown)}, and the example it was prepared with has no such "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from halfeven.errors import CaptureError
 from halfeven.graph.batches import Inputs
+from halfeven.graph.constant_inputs import is_same_constant
 from halfeven.graph.dynamic_shapes import FreeAxes, batch_axes
 from halfeven.graph.model_inputs import BATCH
 from halfeven.graph.torch_private import pytree
@@ -72,7 +73,8 @@ def inner_free_axes(
     """Return the free axes of the inputs of each submodule.
 
     An axis is free if its size changes with the model's inputs, or differs between the submodule's calls (a head that
-    several levels share).
+    several levels share). A submodule whose calls differ in more than sizes, such as a mask that some of them lack, is
+    left out: one graph cannot serve them all.
 
     Args:
         record: runs the model and returns the inputs of each submodule.
@@ -80,9 +82,10 @@ def inner_free_axes(
         inputs: the example.
         free: the free axes of the model's inputs.
     """
-    found = {name: batch_axes(calls[0]) for name, calls in recorded.items()}
+    found = {name: batch_axes(calls[0]) for name, calls in recorded.items() if all(map(_alike(calls[0]), calls))}
     # A size that differs between two calls of the example is free without a further run.
-    for name, (first, *later) in recorded.items():
+    for name in found:
+        first, *later = recorded[name]
         for call in later:
             _free_changed_axes(found[name], first, call, BATCH)
     # Further sizes change with those of the model's inputs, which runs at other sizes show.
@@ -92,8 +95,28 @@ def inner_free_axes(
         except CaptureError:  # the model does not take this size
             continue
         for name in found.keys() & seen.keys():
+            if not _alike(recorded[name][0])(seen[name][0]):
+                del found[name]
+                continue
             _free_changed_axes(found[name], recorded[name][0], seen[name][0], other.axis_name)
     return found
+
+
+def _alike(first: Inputs) -> Callable[[Inputs], bool]:
+    """Return a function that returns True for a call that differs from a first one in sizes alone."""
+    values, form = pytree.tree_flatten(first)
+
+    def alike(call: Inputs) -> bool:
+        others, other_form = pytree.tree_flatten(call)
+        return bool(form == other_form) and all(map(_is_alike, values, others))
+
+    return alike
+
+
+def _is_alike(value: Any, other: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return is_same_constant(value, other)
+    return isinstance(other, Tensor) and (value.ndim, value.dtype) == (other.ndim, other.dtype)
 
 
 def _free_changed_axes(free: FreeAxes, before: Inputs, after: Inputs, label: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import fx, nn
 
 from halfeven.errors import CaptureError
+from halfeven.graph.constant_inputs import ConstantInput
 from halfeven.graph.functionalize import make_functional
 from halfeven.graph.kept_in_python import Calls, restore_kept
 from halfeven.graph.labels import with_labels
@@ -30,7 +31,7 @@ BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d,
 CHECK_OPERATORS = ("_assert", "sym_constrain", "_guards")
 KEPT_FIELDS = (
     *("halfeven_plan", "halfeven_example", "halfeven_entries", "halfeven_inputs"),
-    *("region_inputs", "region_name", "size_relations"),
+    *("region_inputs", "constant_inputs", "region_name", "size_relations"),
     *("fixed_batch", "execution_graph", "kept_rows", "stays_in_eval"),
 )
 """Fields of a captured module that its copies have too."""
@@ -59,6 +60,8 @@ class CapturedModule(KeepsTypes, fx.GraphModule):
     """The whole model's inputs: (positional, keyword) arguments with a `ModelInput` for each tensor."""
     region_inputs: tuple[ModelInput | None, ...] = ()
     """The region's own inputs, in the order of its graph; None for one that is no tensor."""
+    constant_inputs: tuple[ConstantInput, ...] = ()
+    """The region's own inputs that are no tensors."""
     size_relations: tuple[SizeRelation, ...] = ()
     """Conditions on the sizes of the region's inputs."""
     fixed_batch: str = ""

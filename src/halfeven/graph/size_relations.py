@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from halfeven.errors import InputError
+from halfeven.graph.constant_inputs import check_constants
 from halfeven.graph.fixed_axes import SIZE_PATTERN, leaf_and_axis
 from halfeven.graph.model_inputs import BATCH, ModelInput, check_sizes
 from halfeven.graph.torch_private import size_guards
@@ -101,12 +102,13 @@ def _compiled_expression(expression: str) -> CodeType:
 
 
 def check_call(region: Any, values: Sequence[Any]) -> None:
-    """Check the sizes of the values that a captured module is called with, in the order of its graph's inputs.
+    """Check the values that a captured module is called with, in the order of its graph's inputs.
 
     Raises:
         InputError: the graph would compute other results than the model.
     """
     check_sizes(region.region_inputs, values, region.region_name)
+    check_constants(region.constant_inputs, values, region.region_name)
     check_relations(region.size_relations, values)
 
 
