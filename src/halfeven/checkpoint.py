@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import CheckpointError, HalfevenError
-from halfeven.files import write_atomically
+from halfeven.files import json_text, write_atomically
 from halfeven.graph.wrappers import unwrapped
 from halfeven.integrity import check_facts, check_tensors, listed, sealed, wrong_values
 from halfeven.placement.insertion import plan_of
@@ -35,7 +35,7 @@ def save(qmodel: nn.Module, path: str | Path, extra: dict[str, Any] | None = Non
         qmodel: a model from `prepare`, `quantize` or `load`; it is saved without a wrapper such as `torch.compile`'s
             or DistributedDataParallel.
         path: the file; an existing file is replaced atomically, when the new file is complete.
-        extra: further JSON-able facts, for example the accuracy reached; `read_facts` returns them.
+        extra: further JSON-able facts, for example the accuracy reached; `read_facts` returns them, with None for NaN.
 
     Raises:
         CheckpointError: a bit schedule has not come down to the bits of the plan yet.
@@ -43,7 +43,7 @@ def save(qmodel: nn.Module, path: str | Path, extra: dict[str, Any] | None = Non
     qmodel = unwrapped(qmodel)
     plan = plan_of(qmodel)
     _check_bits(qmodel, plan)
-    facts = {"plan": json.dumps(plan.to_dict()), "extra": json.dumps(extra or {})}
+    facts = {"plan": json_text(plan.to_dict()), "extra": json_text(extra or {})}
     write_tensors(qmodel.state_dict(), Path(path), facts)
 
 
@@ -164,7 +164,7 @@ def _parse_json(text: str, key: str, path: str | Path) -> Any:
 
 def save_weights(model: nn.Module, path: Path, extra: dict[str, Any] | None = None) -> None:
     """Write a float model's state dict to a safetensors file, with JSON-able facts about it."""
-    write_tensors(model.state_dict(), path, {"extra": json.dumps(extra or {})})
+    write_tensors(model.state_dict(), path, {"extra": json_text(extra or {})})
 
 
 def write_tensors(state: dict[str, Tensor], path: Path, facts: dict[str, str]) -> None:

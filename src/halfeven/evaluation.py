@@ -61,7 +61,8 @@ def evaluate(
                 on_batch(find_batch_size(inputs))
     computed = metrics.compute()
     # A single metric gives a tensor, a collection a dict.
-    return task.figures({task.key: computed} if isinstance(computed, Tensor) else computed)
+    found = task.figures({task.key: computed} if isinstance(computed, Tensor) else computed)
+    return {name: float(value) for name, value in found.items()}  # a task of the user's may return tensors
 
 
 def metric_values(evaluate: Evaluate, model: nn.Module) -> Tensor:

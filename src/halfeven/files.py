@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import math
 import os
 import shutil
@@ -192,8 +193,18 @@ def _refused_small_file(folder: Path) -> OSError | None:
     return None
 
 
+def json_text(values: Any, indent: int | None = None) -> str:
+    """Return values as JSON that any language reads: null for NaN and infinities, which JSON does not have."""
+    return json.dumps(json_value(values), indent=indent, allow_nan=False)
+
+
 def json_value(value: Any) -> Any:
-    """Return a value as JSON can hold it: None for NaN and infinities, texts as keys, lists for tuples."""
+    """Return a value as JSON can hold it: None for NaN and infinities, texts as keys, lists for tuples.
+
+    A number of numpy, or a tensor without axes, is a plain number.
+    """
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
     if isinstance(value, Mapping):
         return {str(name): json_value(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

@@ -12,7 +12,8 @@ from halfeven.errors import ConfigError
 from halfeven.mixed_precision.cost import cost_of, widths_of, workload_of
 from halfeven.mixed_precision.final_rules import final_rules
 from halfeven.mixed_precision.moves import moves_of
-from halfeven.mixed_precision.store import MEASUREMENTS_FILE
+from halfeven.mixed_precision.result_page import search_contents
+from halfeven.mixed_precision.store import MEASUREMENTS_FILE, MeasurementStore
 from halfeven.mixed_precision.units import units_of
 from halfeven.runtimes.runtime import runtime_named
 from halfeven.verification.layer_times import LayerTime, LayerTimes
@@ -197,8 +198,9 @@ def test_a_budget_of_bits_is_kept_and_one_that_cannot_be_is_said_so(subject):
     assert found.reached
     assert found.chosen > 0
     assert found.steps[found.chosen].cost.bits <= 5.0
-    short = searched(subject, lambda model: -float("1"), max_drop=0.0, tensors=0)
+    short = searched(subject, lambda model: 0.85, max_drop=0.5, tensors=0)
     assert short.reached, "a constant metric drops by nothing"
+    assert "in the unit that evaluate returns" in str(short)
     worse = searched(subject, subject[2], max_drop=0.0, tensors=0, candidates=(he.Rule(activation_bits=8),))
     assert not worse.reached
     assert "No plan within the budgets" in str(worse)
@@ -226,6 +228,7 @@ def test_an_interrupted_search_goes_on_from_its_measurements(subject, tmp_path):
         ({"max_drop": 1.0, "candidates": (he.Rule(ranges="learned"),)}, "cannot be tried"),
         ({"latency": 0.5, "target": "tensorrt", "scheme": "w8a8"}, "not run here"),
         ({"max_drop": 1.0, "iteration": 3}, "has no option"),
+        ({"bits": 5.0, "scheme": "w4a16"}, "the same for all plans"),
         ({"max_dorp": 1.0}, r'search has no option "max_dorp". Did you mean max_drop'),
     ],
 )
@@ -286,3 +289,82 @@ def test_a_file_that_takes_longer_than_estimated_gives_way_to_a_faster_plan(subj
     assert found.chosen < len(found.steps) - 1
     assert any("more than estimated" in line for line in lines)
     assert found.steps[found.chosen].cost.latency <= 1.0 * found.steps[-1].cost.latency / 1.2
+
+
+def test_a_file_that_no_earlier_plan_is_faster_than_makes_the_walk_go_on(subject, monkeypatch):
+    from halfeven.mixed_precision import plan_search
+
+    layers = (LayerTime("uneven", 1.0, 0.2, True), LayerTime("stem", 1.0, 0.4, True))
+    ratios = iter([3.0, 2.6, 1.5])
+    monkeypatch.setattr(plan_search, "_time_layers", lambda *given: LayerTimes(next(ratios), 2.0, 1.0, layers))
+    # The scheme takes 3 and each layer in float saves some: the first step is enough by the estimate, not by the file.
+    found = searched(subject, subject[2], max_drop=100.0, latency=2.35, scheme="w8a8", cost="bops")
+    assert found.reached
+    assert found.latency == 1.5
+    assert found.chosen == 2
+    assert found.steps[2].cost.latency <= found.steps[1].cost.latency * 2.35 / 2.6, "the estimates are corrected"
+
+
+def test_a_resumed_search_takes_the_steps_of_the_times_that_were_measured_first(subject, monkeypatch, tmp_path):
+    from halfeven.mixed_precision import plan_search
+
+    layers = (LayerTime("uneven", 1.0, 0.2, True),)
+    monkeypatch.setattr(plan_search, "_time_layers", lambda *given: LayerTimes(2.0, 1.4, 2.0, layers))
+    options = {"latency": 0.7, "scheme": "w8a8", "candidates": (he.Rule(quantize=False),), "resume_dir": tmp_path}
+    first = searched(subject, **options)
+    monkeypatch.setattr(plan_search, "_time_layers", lambda *given: LayerTimes(1.0, 9.0, 9.0, ()))
+    again = searched(subject, **options)
+    assert (again.steps, again.rules, again.latency) == (first.steps, first.rules, first.latency)
+
+
+def test_measurements_of_another_judge_are_refused(subject, tmp_path):
+    searched(subject, max_drop=100.0, resume_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"another search \(metric"):
+        searched(subject, subject[2], max_drop=100.0, resume_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"another search \(steps"):
+        searched(subject, max_drop=100.0, resume_dir=tmp_path, equalize="off")
+
+
+def test_facts_are_equal_up_to_rounding_and_may_be_no_numbers(tmp_path):
+    MeasurementStore(tmp_path, {"answers": [100.0, float("nan")]}).measured("one", lambda: 1.0)
+    assert MeasurementStore(tmp_path, {"answers": [100.001, float("nan")]}).measured("one", lambda: 2.0) == 1.0
+    json.loads((tmp_path / MEASUREMENTS_FILE).read_text(), parse_constant=pytest.fail)
+    with pytest.raises(ConfigError, match="answers differ"):
+        MeasurementStore(tmp_path, {"answers": [101.0, float("nan")]})
+
+
+def test_steps_of_a_scheme_of_weights_alone_are_weighed_by_their_size():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 5)).eval()
+    with torch.no_grad():
+        model[4].weight.mul_(40)
+
+    def lost(candidate):
+        return float(candidate is model)  # no plan is good enough, so all steps are taken
+
+    found = he.search(model, list(torch.randn(8, 16, 64)), lost, scheme="w4a16", max_drop=0.1, samples=64, log=None)
+    sizes = [step.cost.size for step in found.steps]
+    assert sizes == sorted(sizes)
+    # The largest gain for its size: a small layer first, and 8 bits before float, which adds seven times as much.
+    assert [step.change for step in found.steps[1:3]] == ["weight bits 8"] * 2
+    assert len({step.cost.work for step in found.steps}) == 1
+    assert len(found.pareto) > 2
+    contents = search_contents(found.to_dict(), {})
+    assert contents.plans_cost.startswith("size of the weights")
+    assert contents.plans[1]["cost"] == sizes[1] / sizes[0]
+
+
+def test_a_metric_judges_the_result_without_a_budget_for_its_drop(subject):
+    found = searched(subject, subject[2], tensors=1)
+    assert found.judgement.drop == pytest.approx(100.0 - float(subject[2](found.qmodel).mean()))
+
+
+def test_a_drop_of_outputs_that_are_no_class_scores_is_not_called_answers():
+    batches = list(torch.randn(2, 8, 3, 4, 4))
+    found = he.search(Skip().eval(), batches, scheme="w4a4", max_drop=50.0, tensors=0, log=None)
+    assert found.unit == "100 x divergence"
+
+
+def test_learned_rounding_of_the_final_model_is_kept_for_a_resumed_search(subject, tmp_path):
+    searched(subject, tensors=0, reconstruct="layers", iterations=1, resume_dir=tmp_path)
+    assert len(list(tmp_path.glob("plan_*/*.safetensors"))) == 5

@@ -9,7 +9,7 @@ import pytest
 import halfeven as he
 from faults.tiny_run import write_configs
 from halfeven import pipelines
-from halfeven.cli import search
+from halfeven.cli import quantization_run, search
 from halfeven.cli.main import main
 from halfeven.mixed_precision.result_page import search_contents
 
@@ -66,3 +66,19 @@ def test_a_page_shows_which_plan_was_chosen_and_its_lines_to_paste():
     ]  # fmt: skip
     assert "All budgets are kept after 1 of 1 steps, drop of the metric 0.5 ± 0.1" in contents.verdict
     assert eval(f"dict({contents.paste})", {"Rule": he.Rule}) == {"rules": (he.Rule(pattern="conv", quantize=False),)}
+
+
+def test_the_float_model_is_not_trained_again_for_the_training_from_a_plan(config, tmp_path, monkeypatch):
+    from halfeven.cli import train
+
+    trained = []
+    once = quantization_run.train_float
+    monkeypatch.setattr(
+        quantization_run, "train_float", lambda *given, **how: trained.append(how) or once(*given, **how)
+    )
+    monkeypatch.setattr(train, "train_float", lambda *given, **how: trained.append(how))
+    monkeypatch.setattr(train, "deliver", lambda *given, **how: None)
+    monkeypatch.setattr(search, "_loses_too_much", lambda *given: True)
+    options = ("--search.tensors", "0", "--training.epochs", "1")
+    main(["search", str(config), "--work-dir", str(tmp_path / "work"), *options])
+    assert trained == [{"resume": False}, {"resume": True}]

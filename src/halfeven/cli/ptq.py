@@ -13,6 +13,7 @@ from halfeven.cli.quantization_run import claimed_run, open_quantization
 from halfeven.cli.run import RunContext
 from halfeven.cli.work_folder import BEST_FILE, PTQ_STATE, remove_state
 from halfeven.pipelines import quantize_prepared
+from halfeven.tasks.task import read_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,10 @@ def run_ptq(arguments: PtqArguments) -> None:
 def _facts_of_finished_run(context: RunContext, *, resume: bool) -> dict[str, Any] | None:
     """Return the facts in the checkpoint of the run that is resumed; None if the run was not that far."""
     best = context.folder / BEST_FILE
-    found: dict[str, Any] | None = read_facts(best)["extra"] if resume and best.is_file() else None
-    return found
+    if not (resume and best.is_file()):
+        return None
+    found: dict[str, Any] = read_facts(best)["extra"]
+    return found | {"float": read_metrics(found["float"])}
 
 
 def _quantize_and_save(context: RunContext, model: nn.Module, prepared: nn.Module) -> dict[str, Any]:

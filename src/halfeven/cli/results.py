@@ -1,6 +1,5 @@
 """The results of a command: the table of accuracies, and JSON for other programs."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from halfeven.cli.run import RunContext
-from halfeven.files import write_atomically
+from halfeven.files import json_text, write_atomically
 from halfeven.tasks.task import Metrics
 
 
@@ -35,7 +34,7 @@ def print_accuracies(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write results for other programs, and print where."""
-    text = json.dumps(content, indent=2) + "\n"
+    """Write results for other programs, and print where; null stands for NaN, which JSON does not have."""
+    text = json_text(content, indent=2) + "\n"
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     print(f"Wrote {path}.")

@@ -9,7 +9,7 @@ from typing import Any, cast, get_args, get_type_hints
 from halfeven.cli.run import RunContext
 from halfeven.config import Experiment, as_dict
 from halfeven.errors import CheckpointError, ConfigError
-from halfeven.files import write_atomically
+from halfeven.files import json_text, write_atomically
 from halfeven.options import Options, up_to_date
 from halfeven.quantization.own_class import OwnClass, plain_values
 
@@ -38,7 +38,7 @@ def recorded_facts(context: RunContext, command: str) -> dict[str, Any]:
 
 def write_record(path: Path, facts: dict[str, Any]) -> None:
     """Write the record of a run to its file."""
-    text = json.dumps(facts, indent=2) + "\n"
+    text = json_text(facts, indent=2) + "\n"
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
@@ -100,7 +100,7 @@ def _without_code(value: Any) -> Any:
 
 def as_json(values: Any) -> Any:
     """Return values as JSON gives them back."""
-    return json.loads(json.dumps(values))
+    return json.loads(json_text(values))
 
 
 def _differences(name: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -25,6 +25,7 @@ from halfeven.mixed_precision.moves import usual_candidates
 from halfeven.mixed_precision.search import check_search, search_prepared
 from halfeven.pipelines import prepare
 from halfeven.placement.options import Rule
+from halfeven.tasks.task import read_metrics
 from halfeven.training.sampling import seeded
 from halfeven.training.state import STATE_FILE
 
@@ -72,7 +73,8 @@ def _facts_of_finished_search(context: RunContext) -> dict[str, Any] | None:
     if not (found.is_file() and best.is_file()):
         return None
     try:
-        return {"float": read_facts(best)["extra"]["float"], "search": json.loads(found.read_text(encoding="utf-8"))}
+        metrics = read_metrics(read_facts(best)["extra"]["float"])
+        return {"float": metrics, "search": json.loads(found.read_text(encoding="utf-8"))}
     except (ValueError, KeyError) as error:
         raise CheckpointError(
             f"{found} or {best} is damaged ({type(error).__name__}), so the run cannot go on from them. Give "
@@ -134,4 +136,5 @@ def _train_from_plan(
     quantization = dataclasses.replace(experiment.quantization, rules=(*experiment.quantization.rules, *rules))
     context = dataclasses.replace(context, experiment=dataclasses.replace(experiment, quantization=quantization))
     prepared = None if resume else prepare(model, context.datasets.example(), quantization)
-    train_and_deliver(context, model, prepared, resume=resume, facts={"search": found}, json_file=json_file)
+    # `resume=True`: the float model that the search has trained in this folder is not trained again.
+    train_and_deliver(context, model, prepared, resume=True, facts={"search": found}, json_file=json_file)

@@ -13,7 +13,7 @@ from halfeven.errors import ConfigError
 from halfeven.pipelines import load
 from halfeven.runtimes.export import export
 from halfeven.runtimes.runtime import load_deployed
-from halfeven.tasks.task import Metrics
+from halfeven.tasks.task import Metrics, read_metrics
 from halfeven.temporary import temporary_folder
 
 
@@ -42,7 +42,7 @@ def run_test(arguments: TestArguments) -> None:
     if has_weights:
         rows["float"] = context.accuracy(model)
     elif recorded := facts.get("extra", {}).get("float"):
-        rows["float"] = recorded
+        rows["float"] = read_metrics(recorded)
         context.log("The float weights are not at hand; their accuracy is the one recorded in the checkpoint.")
     rows["simulated"] = context.accuracy(qmodel)
     target = target_of(context, qmodel)

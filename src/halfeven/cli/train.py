@@ -90,7 +90,7 @@ def train_and_deliver(
         context: the run, whose folder is claimed.
         model: the float model.
         prepared: the quantized model to start with; None: the interrupted training in the folder goes on.
-        resume: the run is one that was interrupted.
+        resume: a float model that was trained in the folder, whole or in part, belongs to this run.
         facts: further entries of `results.json`.
         json_file: a further file to write the results to; "" for none.
     """

@@ -23,7 +23,8 @@ class Judgement:
     """The drop of a model from the float model."""
 
     drop: float
-    """In the metric's unit; without a metric, the percentage of answers that differ."""
+    """In the metric's unit; without a metric, the percentage of answers that differ, or 100 times the divergence of
+    outputs that are no class scores."""
     interval: float | None
     """Half of the drop's 95 % confidence interval; None where the metric came as one number."""
 
@@ -50,7 +51,9 @@ class Judge:
     @property
     def unit(self) -> str:
         """The words for a drop."""
-        return "drop of the metric" if self.evaluate is not None else "% of answers changed"
+        if self.evaluate is not None:
+            return "drop of the metric"
+        return "% of answers changed" if all(map(_are_scores, self.reference.outputs)) else "100 x divergence"
 
     def __call__(self, model: nn.Module) -> Judgement:
         """Return the drop of a model.
@@ -70,7 +73,7 @@ class Judge:
 
     @torch.no_grad()
     def _judge_answers(self, model: nn.Module) -> Judgement:
-        """Return the percentage of answers that differ; of outputs without classes, the relative error."""
+        """Return the percentage of answers that differ, or 100 times the divergence of other outputs than scores."""
         changed: list[Tensor] = []
         with evaluating(model), weights_quantized_once(model):
             for (args, kwargs), expected in zip(self.reference.inputs, self.reference.outputs, strict=True):
@@ -79,10 +82,14 @@ class Judge:
         return _mean_difference(100 * torch.cat(changed))
 
 
+def _are_scores(outputs: Sequence[Tensor]) -> bool:
+    """Return True where the first output is class scores, [samples, classes]."""
+    return outputs[0].ndim == 2 and outputs[0].shape[1] > 1
+
+
 def _changed_answers(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
-    # Class scores, [samples, classes], give a number for each sample, and so an interval; other outputs one for each
-    # batch.
-    if expected and expected[0].ndim == 2 and expected[0].shape[1] > 1:
+    # Class scores give a number for each sample, and so an interval; other outputs one for each batch.
+    if _are_scores(expected):
         changed = found[0].argmax(1) != expected[0].argmax(1)
         return (changed | broken_samples(found[0], expected[0])).double().cpu()
     return torch.tensor([divergence(found, expected)], dtype=torch.float64)

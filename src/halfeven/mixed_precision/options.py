@@ -15,9 +15,10 @@ class SearchOptions(Options):
 
     max_drop: NonNegativeFloat | None = None
     """Largest drop from the float model, in the metric's unit; without a metric, the largest percentage of answers that
-    differ from the float model's."""
+    differ from the float model's, or 100 times the divergence of outputs that are no class scores."""
     latency: PositiveFloat | None = None
-    """Largest latency of the file in the target, as a ratio to the float file in the runtime's default precision."""
+    """Largest latency of the file in the target, on the first calibration batch, as a ratio to the float file in the
+    runtime's default precision."""
     bits: PositiveFloat | None = None
     """Largest mean of the bits that are multiplied, over the multiply-accumulates; float counts as 32."""
     tensors: NonNegativeInt | None = None
@@ -25,7 +26,7 @@ class SearchOptions(Options):
     cost: CostName = "auto"
     """Cost that a step is weighed by: "latency", the time in the target; "bops", bits times bits of the
     multiply-accumulates, with the traffic of activations; "size", the size of the weights; "auto": the cost that has a
-    budget, or else "bops"."""
+    budget, or else "bops", and "size" where the scheme quantizes weights alone."""
     samples: PositiveInt = RANKING_SAMPLES
     """Samples that rank the steps."""
     rescorings: NonNegativeInt = 1

@@ -1,8 +1,7 @@
 """Search a plan: measure the steps, walk, make the final model, and judge it."""
 
 import dataclasses
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,21 @@ from halfeven.mixed_precision.options import SearchOptions
 from halfeven.mixed_precision.result import SearchResult
 from halfeven.mixed_precision.store import MeasurementStore
 from halfeven.mixed_precision.units import units_of
-from halfeven.mixed_precision.walk import NEGLIGIBLE_DIVERGENCE, SearchStep, Walk, walk
+from halfeven.mixed_precision.walk import NEGLIGIBLE_DIVERGENCE, Walk, walk, walk_on
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.options import Rule
 from halfeven.quantization.own_class import plain_values
 from halfeven.runtimes.export import export
 from halfeven.runtimes.runtime import Runtime, runtime_named
+from halfeven.temporary import temporary_folder
 from halfeven.verification.latency import latency
-from halfeven.verification.layer_times import LayerTimes
+from halfeven.verification.layer_times import LayerTime, LayerTimes
 
 Quantized = Callable[[tuple[Rule, ...], bool], nn.Module]
 """Returns the model quantized with further rules; with True by all steps that the user chose, else by ranges alone."""
 
+LARGEST_SENSIBLE_DROP = 0.3
+"""Share of the float model's metric above which a budget was probably meant in another unit, such as percent."""
 FURTHER_TRIES = 3
 """Largest number of further plans that are made whole, where the first was slower than estimated or lost more."""
 
@@ -44,6 +46,7 @@ def search_plan(
     candidates: Sequence[Rule],
     *,
     quantized: Quantized,
+    steps: Mapping[str, Any],
     log: Callable[[str], None],
     resume_dir: Path | None,
 ) -> SearchResult:
@@ -56,6 +59,7 @@ def search_plan(
         options: budgets and measures.
         candidates: what to try, from `usual_candidates` or the user.
         quantized: makes the quantized model of rules.
+        steps: what `quantized` does beside setting ranges, as plain values: other measurements come of other steps.
         log: called with each step.
         resume_dir: folder that keeps measurements.
     """
@@ -67,14 +71,18 @@ def search_plan(
     # The samples that rank the steps flatter the plan that they choose, so others judge it.
     held_out = batches[len(ranking) :]
     judge = Judge(float_model, evaluate, _held_out_reference(qmodel, held_out, reference, options))
+    if judge.expected is not None and options.max_drop is not None:
+        metric = float(judge.expected.mean())
+        log(f"The float model's metric is {metric:.4g}, of which a plan may lose {options.max_drop:g}.")
+    facts = _identifying_facts(qmodel, candidates, options, reference, judge, {**steps, "batches": len(batches)})
+    store = MeasurementStore(resume_dir, facts)
     # Timing writes and runs files, so it is done only where time is a budget or the price.
     timed = options.latency is not None or options.cost == "latency"
     first = reference.inputs[0]
-    times = _time_layers(qmodel, runtime, first) if timed else None
+    times = _stored_times(store, lambda: _time_layers(qmodel, runtime, first)) if timed else None
     # The walk: all steps that there are, measured in the context of the present plan and taken one by one.
     moves = moves_of(qmodel, units_of(qmodel), candidates, batches, runtime.target)
     log(f"Searching {len(moves)} steps in {len(units_of(qmodel))} groups of tensors.")
-    store = MeasurementStore(resume_dir, _identifying_facts(qmodel, candidates, options, reference))
     state = Walk(qmodel, moves, workload_of(qmodel), times, reference, judge, options, store, log)
     chosen = walk(state)
     # The end: the rules of the chosen plan make a model from scratch, which is judged and timed itself.
@@ -83,7 +91,7 @@ def search_plan(
     # The walk compared estimates: of the time, and of models without learned rounding. Where the real model is slower,
     # an earlier plan may be fast enough; where it loses more, one more step may help.
     for _ in range(FURTHER_TRIES):
-        other = _fast_enough_plan(result, state.steps, options)
+        other = _faster_plan(result, state)
         if other is not None:
             took = f"{result.latency:.3f} of the float file's time"
             log(f"  the file takes {took}, more than estimated; step {other} ...")
@@ -99,16 +107,36 @@ def search_plan(
 
 
 def _identifying_facts(
-    qmodel: nn.Module, candidates: Sequence[Rule], options: SearchOptions, reference: Reference
+    qmodel: nn.Module,
+    candidates: Sequence[Rule],
+    options: SearchOptions,
+    reference: Reference,
+    judge: Judge,
+    steps: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the facts that the measurements depend on, so that those of another search are refused."""
+    expected = judge.expected
     return {
         "plan": plan_of(qmodel).to_dict()["options"],
         "candidates": [plain_values(candidate) for candidate in candidates],
         "options": plain_values(options),
-        # The sum changes with the float weights and with the samples, so it stands for both.
-        "answers": float(sum(output.double().sum() for outputs in reference.outputs for output in outputs)),
+        "steps": dict(steps),
+        # The sums change with the float weights and with the samples, so they stand for both.
+        "answers": _answer_sums(reference),
+        "metric": None if expected is None else [expected.numel(), float(expected.mean())],
+        "held-out answers": _answer_sums(judge.reference) if expected is None else None,
     }
+
+
+def _answer_sums(reference: Reference) -> list[float]:
+    """Return the sum of the magnitudes of all finite float answers, batch by batch."""
+    return [float(sum(x[x.isfinite()].double().abs().sum() for x in outputs)) for outputs in reference.outputs]
+
+
+def _stored_times(store: MeasurementStore, measure: Callable[[], LayerTimes]) -> LayerTimes:
+    """Return times that a resumed search finds again: with others it would take other steps."""
+    values = store.measured("times", lambda: dataclasses.asdict(measure()))
+    return LayerTimes(**{**values, "layers": tuple(LayerTime(**layer) for layer in values["layers"])})
 
 
 def _held_out_reference(
@@ -120,8 +148,8 @@ def _held_out_reference(
 def _time_layers(qmodel: nn.Module, runtime: Runtime, inputs: Inputs) -> LayerTimes:
     """Return the time of a model's file and of its layers, beside those of the float file."""
     names = {work.name.replace(":", "."): work.name for work in works_of(qmodel)}  # as files call them
-    with tempfile.TemporaryDirectory() as folder:
-        path = export(qmodel, Path(folder) / f"model{next(iter(runtime.writers))}")
+    with temporary_folder() as folder:
+        path = export(qmodel, folder / f"model{next(iter(runtime.writers))}")
         found = latency(qmodel, path, inputs, runtime, list(names))
     layers = tuple(dataclasses.replace(layer, name=names[layer.name]) for layer in found.layers)
     return dataclasses.replace(found, layers=layers)
@@ -141,11 +169,11 @@ class _Finish:
         state = self.state
         rules = final_rules(plan_of(state.qmodel), state.taken[:chosen])
         qmodel = self.quantized(rules, True)
-        judgement = state.judge(qmodel) if state.options.max_drop is not None else None
+        judged = state.options.max_drop is not None or state.judge.evaluate is not None
+        judgement = state.judge(qmodel) if judged else None
         measured = None
         if state.times is not None:
-            times = _time_layers(qmodel, self.runtime, self.inputs)
-            measured = times.deployed / times.float_default
+            measured = state.store.measured(f"latency after {chosen}", lambda: self._ratio(qmodel))
         return SearchResult(
             qmodel=qmodel,
             rules=rules,
@@ -156,6 +184,11 @@ class _Finish:
             judgement=judgement,
             latency=measured,
         )
+
+    def _ratio(self, qmodel: nn.Module) -> float:
+        """Return the time of a model's file over the float file's in the runtime's default precision."""
+        times = _time_layers(qmodel, self.runtime, self.inputs)
+        return times.deployed / times.float_default
 
 
 def _keeps_budgets(state: Walk, chosen: int, judgement: Judgement | None, measured: float | None) -> bool:
@@ -170,23 +203,27 @@ def _loses_too_much(result: SearchResult, options: SearchOptions) -> bool:
     return options.max_drop is not None and result.judgement is not None and result.judgement.drop > options.max_drop
 
 
-def _fast_enough_plan(result: SearchResult, steps: Sequence[SearchStep], options: SearchOptions) -> int | None:
-    """Return the number of steps of an earlier plan whose file should be fast enough; None if the file itself is.
+def _faster_plan(result: SearchResult, state: Walk) -> int | None:
+    """Return the number of steps of a plan whose file should be fast enough; None if the file itself is, or none is.
 
-    The estimates are corrected by the ratio of measured to estimated time. The plan is the last that keeps the budget
-    then, or else the plan that is estimated the fastest; None if no earlier plan is estimated faster than the present.
+    The estimates are corrected by the ratio of measured to estimated time. The plan is the last before the present that
+    keeps the budget then; or else further steps are taken until a plan does; or else it is the plan that is estimated
+    the fastest, if that is another.
     """
-    estimated = steps[result.chosen].cost.latency
-    if options.latency is None or result.latency is None or estimated is None or result.latency <= options.latency:
+    budget = state.options.latency
+    estimated = state.steps[result.chosen].cost.latency
+    if budget is None or result.latency is None or estimated is None or result.latency <= budget:
         return None
     # An estimate of e is measured as e * (result.latency / estimated), so the budget is this estimate.
-    least = estimated * options.latency / result.latency
-    faster = {step.number: step.cost.latency for step in steps[: result.chosen] if step.cost.latency is not None}
-    kept = [number for number, latency in faster.items() if latency <= least]
-    if kept:
+    least = estimated * budget / result.latency
+    if kept := [step.number for step in state.steps[: result.chosen] if (step.cost.latency or 0.0) <= least]:
         return kept[-1]
-    best = min(faster, key=lambda number: faster[number], default=None)
-    return best if best is not None and faster[best] < estimated else None
+    last = walk_on(state, least)
+    estimates = {step.number: step.cost.latency for step in state.steps if step.cost.latency is not None}
+    if estimates[last] <= least:
+        return last
+    fastest = min(estimates, key=lambda number: estimates[number])
+    return fastest if estimates[fastest] < estimated else None
 
 
 def _search_notes(result: SearchResult, state: Walk, *, held_out: bool, evaluated: bool) -> tuple[str, ...]:
@@ -200,6 +237,12 @@ def _search_notes(result: SearchResult, state: Walk, *, held_out: bool, evaluate
             "answer shows, so no step was taken."
         )
     if options.max_drop is not None and result.judgement is not None:
+        expected = state.judge.expected
+        if expected is not None and options.max_drop > LARGEST_SENSIBLE_DROP * abs(float(expected.mean())):
+            found.append(
+                f"max_drop={options.max_drop:g} is more than {LARGEST_SENSIBLE_DROP:.0%} of the float model's metric, "
+                f"{float(expected.mean()):.4g}: it is a difference in the unit that evaluate returns."
+            )
         if result.judgement.drop > options.max_drop:
             found.append(
                 f"No plan within the budgets has a {result.unit} of at most {options.max_drop:g}: the best has "

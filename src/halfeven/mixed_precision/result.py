@@ -37,7 +37,7 @@ class SearchResult:
     unit: str
     """The words for a drop."""
     judgement: Judgement | None
-    """The drop of `qmodel` itself; None without a budget for it."""
+    """The drop of `qmodel` itself; None with neither a metric nor a budget for it."""
     latency: float | None
     """Measured time of its file over the float file's in the runtime's default precision; None where it was not
     measured."""
@@ -92,8 +92,9 @@ class SearchResult:
         return "\n".join(lines)
 
 
-def _compared_cost(step: SearchStep) -> float:
-    return step.cost.work if step.cost.latency is None else step.cost.latency
+def _compared_cost(step: SearchStep) -> tuple[float, float]:
+    # Where weights alone are quantized, the work is the same in all plans, and their size is not.
+    return (step.cost.work if step.cost.latency is None else step.cost.latency), step.cost.size
 
 
 def _step_values(step: SearchStep) -> dict[str, Any]:

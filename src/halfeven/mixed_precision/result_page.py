@@ -24,7 +24,7 @@ def with_search(contents: PageContents, found: Values) -> PageContents:
     return dataclasses.replace(
         contents,
         plans=tuple(_chart_point(step, found) for step in found["steps"]),
-        plans_cost=_cost_title(found),
+        plans_cost=COST_TITLES[_compared_cost(found)],
         tables={PLANS_HEADING: _step_table(found), **contents.tables},
         notes=(*contents.notes, *found["notes"]),
         paste=_rules_text(found["rules"]),
@@ -52,19 +52,30 @@ def search_contents(found: Values, plan: Values) -> PageContents:
     return with_search(contents, found)
 
 
-def _cost_title(found: Values) -> str:
-    timed = found["steps"][0]["cost"]["latency"] is not None
-    return "estimated time, of the float file's" if timed else "work, of the scheme's"
+def _compared_cost(found: Values) -> str:
+    """Return the name of the cost by which plans are compared."""
+    if found["steps"][0]["cost"]["latency"] is not None:
+        return "latency"
+    # Where weights alone are quantized, the work is the same in all plans.
+    return "work" if len({step["cost"]["work"] for step in found["steps"]}) > 1 else "size"
+
+
+COST_TITLES = {
+    "latency": "estimated time, of the float file's",
+    "work": "work, of the scheme's",
+    "size": "size of the weights, of the scheme's",
+}
 
 
 def _chart_point(step: Values, found: Values) -> dict[str, Any]:
     """Return a step as a point of the chart."""
     cost = step["cost"]
-    first = found["steps"][0]["cost"]["work"] or 1.0
+    name = _compared_cost(found)
+    first = found["steps"][0]["cost"][name] or 1.0
     return {
         "number": step["number"],
         "change": _step_change(step),
-        "cost": cost["latency"] if cost["latency"] is not None else cost["work"] / first,
+        "cost": cost[name] if name == "latency" else cost[name] / first,
         "divergence": step["divergence"],
         "drop": None if step["judgement"] is None else _drop_text(step["judgement"]),
         "bits": cost["bits"],

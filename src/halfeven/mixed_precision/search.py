@@ -1,6 +1,7 @@
 """Find the cheapest plan within a budget."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -24,8 +25,11 @@ from halfeven.pipelines import (
     quantize_prepared,
     set_rules,
 )
+from halfeven.placement.insertion import plan_of
 from halfeven.placement.options import QuantizationOptions, Rule
 from halfeven.ptq.options import PTQOptions, split_fields
+from halfeven.quantization.own_class import plain_values
+from halfeven.quantization.scheme import BITS_NAMED_FOR_FLOAT, parse_bits
 from halfeven.runtimes.runtime import runtime_named
 
 
@@ -67,7 +71,8 @@ def search(
         candidates: rules without a pattern to try on each group; None: 8 bits where the scheme has fewer, another
             observer, and float.
         log: called with each step and its reason; None: nothing is printed.
-        resume_dir: folder that keeps measurements; an interrupted search goes on from them.
+        resume_dir: folder that keeps measurements, and finished layers where the final model's rounding is learned; an
+            interrupted search goes on from them.
         changes: fields of `QuantizationOptions`, `PTQOptions` and `SearchOptions`, for example `max_drop=0.5`.
 
     Raises:
@@ -117,17 +122,28 @@ def search_prepared(
         resume_dir: folder that keeps measurements.
     """
     ranges_alone, final = _compared_and_final_steps(ptq)
+    if budgets.cost == "auto" and budgets.latency is None and not plan_of(prepared).tensors:
+        budgets = dataclasses.replace(budgets, cost="size")  # float layers do the same work with weights of any bits
 
     def quantized(rules: tuple[Rule, ...], last: bool) -> nn.Module:
         # A copy for each plan, since the steps change the model in place.
         qmodel = copy_model(prepared)
         if rules:
             set_rules(qmodel, rules)
-        return quantize_prepared(qmodel, batches, final if last else ranges_alone, log=lambda text: None)
+        # Learned rounding takes the longest, and its blocks fit their own plan alone.
+        folder = resume_dir / f"plan_{_digest(rules)}" if resume_dir is not None and last else None
+        steps = final if last else ranges_alone
+        return quantize_prepared(qmodel, batches, steps, log=lambda text: None, resume_dir=folder)
 
+    # Of reconstruction alone, which only the final model has.
+    steps = plain_values(dataclasses.replace(ranges_alone, memory=1.0, cache_folder="auto"))
     return search_plan(
-        model, batches, evaluate, budgets, candidates, quantized=quantized, log=log, resume_dir=resume_dir
+        model, batches, evaluate, budgets, candidates, quantized=quantized, steps=steps, log=log, resume_dir=resume_dir
     )
+
+
+def _digest(rules: Sequence[Rule]) -> str:
+    return hashlib.sha256(repr(rules).encode()).hexdigest()[:12]
 
 
 def _compared_and_final_steps(ptq: PTQOptions) -> tuple[PTQOptions, PTQOptions]:
@@ -162,6 +178,24 @@ def check_search(
             f"latency is a budget or the cost, and {runtime.name} is not run here, so nothing could be timed. Give a "
             'budget of max_drop or bits, with cost="bops" or "size".'
         )
+    _check_has_effect(options, quantization.scheme)
     found = usual_candidates(quantization) if candidates is None else tuple(candidates)
     check_candidates(found)
     return found
+
+
+def _check_has_effect(options: SearchOptions, scheme: str) -> None:
+    """Refuse budgets and a cost that are the same for all plans of a scheme of weights alone.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if parse_bits(scheme)[1] != BITS_NAMED_FOR_FLOAT:
+        return
+    given = [f"a budget of {name}" for name in ("bits", "tensors") if getattr(options, name) is not None]
+    if given := given + (['cost="bops"'] if options.cost == "bops" else []):
+        raise ConfigError(
+            f'scheme="{scheme}" leaves activations in float, so that layers compute in float with weights of any bits, '
+            f"and {' and '.join(given)} would be the same for all plans. Give max_drop, whose steps are weighed by the "
+            "size of the weights then, or latency."
+        )

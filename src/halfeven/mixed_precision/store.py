@@ -1,14 +1,19 @@
 """Keep what a search has measured in a folder, so that an interrupted search goes on where it was."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from halfeven.errors import CheckpointError, ConfigError
-from halfeven.files import storing, write_atomically
+from halfeven.files import json_text, storing, write_atomically
 
 MEASUREMENTS_FILE = "search.json"
+
+SAME_SUM = 1e-3
+"""Relative difference up to which sums of answers count as equal: their last digits change with the number of
+threads."""
 
 
 class MeasurementStore:
@@ -26,7 +31,7 @@ class MeasurementStore:
     def __init__(self, folder: Path | None, facts: dict[str, Any]) -> None:
         self.path = None if folder is None else folder / MEASUREMENTS_FILE
         # As they are read back, with lists for tuples, so that they compare equal.
-        self.facts = json.loads(json.dumps(facts))
+        self.facts = json.loads(json_text(facts))
         self.found: dict[str, Any] = {}
         if self.path is not None and self.path.is_file():
             self._read_measurements(self.path)
@@ -42,8 +47,8 @@ class MeasurementStore:
                 f"{path} is damaged ({type(error).__name__}), so the search cannot go on from it. Delete it, and the "
                 "search starts anew."
             ) from error
-        if recorded != self.facts:
-            differing = [name for name in {**recorded, **self.facts} if recorded.get(name) != self.facts.get(name)]
+        names = {**recorded, **self.facts}
+        if differing := [name for name in names if not _same_fact(recorded.get(name), self.facts.get(name))]:
             raise ConfigError(
                 f"{path} holds the measurements of another search ({', '.join(differing)} differ), and they would not "
                 "fit this one. Give another resume_dir, or delete that file to start anew."
@@ -64,7 +69,16 @@ class MeasurementStore:
     def _write_measurements(self) -> None:
         if self.path is None:
             return
-        text = json.dumps({"facts": self.facts, "found": self.found})
+        text = json_text({"facts": self.facts, "found": self.found})
         with storing(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _same_fact(was: Any, now: Any) -> bool:
+    """Return True for equal facts, and for numbers whose difference rounding explains."""
+    if isinstance(was, list) and isinstance(now, list):
+        return len(was) == len(now) and all(map(_same_fact, was, now))
+    if isinstance(was, float) and isinstance(now, float):
+        return math.isclose(was, now, rel_tol=SAME_SUM, abs_tol=SAME_SUM)
+    return bool(was == now)

@@ -156,10 +156,35 @@ def walk(state: Walk) -> int:
     if state.good_enough(0):
         return 0
     rank_moves(state)
+    return _take_steps(state)
+
+
+def walk_on(state: Walk, latency: float) -> int:
+    """Take further steps, after the last plan, until a lower estimate of the latency is kept too.
+
+    Args:
+        state: the search.
+        latency: the budget of the estimate.
+
+    Returns:
+        Number of steps of the best plan.
+    """
+    options = state.options
+    state.go_to(len(state.taken))
+    state.options = dataclasses.replace(options, latency=latency)
+    try:
+        return _take_steps(state)
+    finally:
+        state.options = options
+
+
+def _take_steps(state: Walk) -> int:
+    """Take steps from the last plan on, and return the number of steps of the best plan."""
     # Numbers of steps: before the next ranking, at the last judgement, and of the longest plan that was not good
     # enough.
+    start = len(state.taken)
     rescored = FIRST_RESCORING
-    judged = failed = 0
+    judged = failed = start
     while True:
         # A step that gains by the last ranking, or else by a new one.
         step = _take_best_move(state)
@@ -174,7 +199,7 @@ def walk(state: Walk) -> int:
         state.log(_step_line(step, state.judge.unit))
         count = len(state.taken)
         # Each judgement costs a pass over the held-out part: after 1, 2, 4, ... steps, and then between two of these.
-        if state.options.max_drop is not None and count >= max(2 * judged, 1):
+        if state.options.max_drop is not None and count - start >= max(2 * (judged - start), 1):
             judged = count
             if state.good_enough(count):
                 return _first_good_enough(state, failed, count)
@@ -343,7 +368,7 @@ def _affordable_moves(state: Walk, before: SearchStep, *, gaining: bool) -> dict
             gains = state.gains.get(move, 0.0) > 0
             worthy = needed or (gains and is_worth_its_work(state.options, before.cost, cost, state.share(move)))
         else:
-            worthy = cost.work > before.cost.work
+            worthy = cost.work > before.cost.work or cost.size > before.cost.size
         if worthy and state.within(cost, before.cost):
             found[move] = cost
     return found

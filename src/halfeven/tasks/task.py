@@ -1,5 +1,6 @@
 """The interface of a task. Derive your own from `Task`, and name the function that returns it in `task.function`."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,11 @@ if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch, a
 
 Metrics = dict[str, float]
 """Metrics by name, in percent; more is better."""
+
+
+def read_metrics(values: Mapping[str, float | None]) -> Metrics:
+    """Return metrics that were read from JSON, where null stands for NaN."""
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 class Task(ABC):

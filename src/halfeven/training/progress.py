@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from halfeven.files import storing, write_atomically
+from halfeven.files import json_text, storing, write_atomically
 from halfeven.imports import extra
 
 QUIET_SECONDS = 30.0
@@ -87,7 +87,7 @@ class JSONLinesTracker(GeneralTracker):  # type: ignore[misc]
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Write a line."""
         with storing(self.path):
-            self.lines.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
+            self.lines.write(json_text({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
             # An interruption then loses the line that is being written at most.
             self.lines.flush()
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from halfeven.errors import CheckpointError
-from halfeven.files import write_atomically
+from halfeven.files import json_text, json_value, write_atomically
 from halfeven.graph.torch_private import pytree
 from halfeven.graph.view import Op
 from halfeven.integrity import check_facts, check_tensors, sealed
@@ -47,14 +47,14 @@ class BlockStore:
         if folder is None:
             return BlockStore(None, options)
         index = folder / INDEX_FILE
-        facts = _identifying_facts(qmodel, inputs, options, granularity)
+        facts = json_value(_identifying_facts(qmodel, inputs, options, granularity))
         if index.is_file() and _read_index(index) != facts:
             raise CheckpointError(
                 f"{folder} holds the finished blocks of another reconstruction (another model, other samples or other "
                 "options), and they would be mixed with the blocks of this run. Delete the folder, or give another "
                 "resume_dir."
             )
-        write_atomically(index, lambda path: path.write_text(json.dumps(facts, indent=2), encoding="utf-8"))
+        write_atomically(index, lambda path: path.write_text(json_text(facts, indent=2), encoding="utf-8"))
         return BlockStore(folder, options)
 
     def save(self, name: str, block: Block, result: BlockResult) -> None:
