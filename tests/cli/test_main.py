@@ -105,9 +105,11 @@ def test_calibration_on_the_validation_images_is_refused(refused, config, tmp_pa
     assert not (tmp_path / "w").exists(), "nothing is written before the mistake is found"
 
 
-def test_ptq_runs_in_one_process(refused, config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", ["ptq", "search", "diagnose"])
+def test_what_processes_would_do_alike_runs_in_one(refused, config, tmp_path, monkeypatch, command):
     monkeypatch.setattr("halfeven.cli.quantization_run.world_size", lambda: 2)
-    assert "started with 2 processes" in refused("ptq", config, "--work-dir", tmp_path / "w")
+    options = {"ptq": ("--work-dir", tmp_path / "w"), "search": ("--search.max-drop", 1), "diagnose": ()}
+    assert "started with 2 processes" in refused(command, config, *options[command])
 
 
 def test_a_run_is_resumed_by_its_own_command(refused, config, tmp_path):
@@ -506,6 +508,9 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys, config):
         cli.main(["train", config])
     assert caught.value.code == 130
     assert "--resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["diagnose", config])
+    assert "--resume" not in capsys.readouterr().err
 
 
 def test_free_axes_stay_as_the_config_has_them(config):

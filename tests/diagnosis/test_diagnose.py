@@ -1,5 +1,6 @@
 """Planted faults, and the first finding of each: it names the cause, and what it says to paste repairs it."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,11 +10,13 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.diagnosis.checks import unsettled_batchnorm
-from halfeven.diagnosis.diagnosis import MAX_LINES, TEXT_WIDTH
+from halfeven.diagnosis.diagnosis import MAX_LINES, TEXT_WIDTH, Diagnosis, Finding
 from halfeven.diagnosis.remedies import equalization
 from halfeven.diagnosis.sensitivity import divergence_of, reference_of
+from halfeven.diagnosis.trials import rules_argument
 from halfeven.errors import CalibrationError, ConfigError, HalfevenError
 from halfeven.layerwise.re_estimate import re_estimate
+from halfeven.placement.options import rule_text
 from halfeven.ptq.options import PTQOptions
 from sweeps import sweep
 
@@ -261,3 +264,63 @@ def test_answers_that_the_float_model_masks_are_not_compared(images):
     assert any("The float model itself answers NaN, first in batch 0" in note for note in found.notes)
     with pytest.raises(CalibrationError, match="All answers of the float model are NaN or infinite"):
         he.diagnose(qmodel, model, [images[0] * float("nan")], runtime=False)
+
+
+class Widest:
+    """An observer of a user's own."""
+
+    def __init__(self, scheme):
+        self.seen = []
+
+    def update(self, values):
+        self.seen.append(values.detach().flatten(1))
+
+    def range(self):
+        values = torch.cat(self.seen, 1)
+        return values.amin(1), values.amax(1)
+
+
+def test_a_model_with_an_observer_of_ones_own_has_a_page_and_plain_values(tmp_path):
+    pytest.importorskip("vl_convert")
+    fault = Faulty(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), [torch.randn(32, 6)])
+    found = diagnosed(quantized(fault, rules=(he.Rule(observer=Widest),)), fault)
+    values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert values["tensors"][0]["observer"].endswith("Widest (unversioned)")
+    assert found.save(tmp_path / "report.html").is_file()
+    assert rule_text(vars(he.Rule(observer=Widest))) == 'Rule(pattern="*", observer=Widest)'
+
+
+def test_a_line_to_paste_is_printed_whole_or_where_it_is_said():
+    name = "backbone.stage-2.block-3.attention-branch"
+    rules = [he.Rule(pattern=f"{name}.{number}", quantize=False) for number in range(8)]
+    finding = Finding(cause="a", where="b", evidence="c", remedy="d", paste=rules_argument(rules[:1]))
+    text = str(told([finding]))
+    assert f'rules=(Rule(pattern="{name}.0",' in text
+    long = dataclasses.replace(finding, paste=rules_argument(rules))
+    text = str(told([long] * 3))
+    assert "print(diagnosis.findings[2].paste)" in text
+    assert name not in text
+    crowded = dataclasses.replace(finding, evidence="evidence " * 40, where="layer " * 80)
+    text = str(told([crowded] * 3))
+    assert "1 more in diagnosis.findings." in text
+    assert len(text.splitlines()) <= MAX_LINES
+
+
+def told(findings):
+    numbers = dict.fromkeys(
+        ("divergence_without_quantizers", "divergence_of_weights", "divergence_of_activations"), 0.0
+    )
+    return Diagnosis(
+        verdict="v", samples=1, divergence=1.0, sqnr=1.0, error_share=1.0, agreement=None, tensors=(),
+        findings=tuple(findings), **numbers,
+    )  # fmt: skip
+
+
+def test_levels_that_no_weight_uses_are_counted_for_each_channel():
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 2).eval()
+    with torch.no_grad():
+        layer.weight[1] = layer.weight[1].sign()  # two of its 15 levels
+    fault = Faulty(nn.Sequential(layer, nn.ReLU()), [torch.randn(32, 64)])
+    (weight,) = [t for t in diagnosed(quantized(fault, scheme="w4a8"), fault).tensors if t.weight]
+    assert 0.5 * 13 / 15 <= weight.dead_levels <= 0.7

@@ -456,13 +456,15 @@ def test_a_rule_that_held_for_nothing_names_the_nearest():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.features, self.classifier = conv(3), nn.Linear(8, 2)
+            self.features, self.classifier = nn.Sequential(conv(3)), nn.Linear(8, 2)
 
         def forward(self, x):
             return self.classifier(self.features(x).mean((2, 3)))
 
     with pytest.raises(PlacementError, match=r"clasifier.*would do nothing.*nearest names are classifier"):
         plan(Net(), rules=(Rule(pattern="clasifier", weight_bits=4),))
+    with pytest.raises(PlacementError, match=r'names a module: write "features\.\*"'):
+        plan(Net(), rules=(Rule(pattern="features", weight_bits=4),))
     with pytest.raises(PlacementError, match="would do nothing"):
         plan(Net(), rules=(Rule(kind="matrix product", weight_bits=4),))
     with pytest.raises(PlacementError, match=r'operator kind "conv", which does not exist.*convolution'):

@@ -9,6 +9,7 @@ from torch import nn
 from halfeven.checkpoint import read_facts
 from halfeven.cli.arguments import ConfigArguments, OptionalCheckpoint
 from halfeven.cli.float_model import check_has_weights, float_model_of
+from halfeven.cli.quantization_run import check_single_process
 from halfeven.cli.results import write_json
 from halfeven.cli.run import RunContext, open_run
 from halfeven.cli.work_folder import default_folder
@@ -40,6 +41,7 @@ class DiagnoseArguments(ConfigArguments):
 def run_diagnose(arguments: DiagnoseArguments) -> None:
     """Diagnose the model, and print the findings."""
     experiment = arguments.experiment
+    check_single_process("diagnose")
     if arguments.samples < 1:
         raise ConfigError(f"--samples {arguments.samples} gives nothing to compare on. Give at least 1.")
     if arguments.report:
@@ -59,7 +61,7 @@ def run_diagnose(arguments: DiagnoseArguments) -> None:
         qmodel,
         model,
         context.loader(context.datasets.calibration),
-        evaluate=_first_metric(context) if arguments.accuracy else None,
+        evaluate=_deciding_metric(context) if arguments.accuracy else None,
         samples=arguments.samples,
         log=context.log,
     )
@@ -88,7 +90,8 @@ def _models_of_config(context: RunContext, folder: Path) -> tuple[nn.Module, nn.
         if not has_weights:
             raise ConfigError(
                 f"The float model has not been trained yet: there are no weights in {folder}/float. Run `halfeven "
-                "train` or `halfeven ptq` first, or give model.weights and pretraining.epochs=0."
+                "train` or `halfeven ptq` first, or give the checkpoint of a run that is in another folder; or give "
+                "model.weights and pretraining.epochs=0."
             )
     else:
         model = create_model(context.experiment.model)
@@ -96,5 +99,5 @@ def _models_of_config(context: RunContext, folder: Path) -> tuple[nn.Module, nn.
     return calibrate(qmodel, context.loader(context.datasets.calibration)), model
 
 
-def _first_metric(context: RunContext) -> Any:
-    return lambda model: next(iter(context.accuracy(model).values()))
+def _deciding_metric(context: RunContext) -> Any:
+    return lambda model: context.accuracy(model)[context.task.key]

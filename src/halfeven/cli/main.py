@@ -88,6 +88,8 @@ COMMANDS = (
     ),
 )
 """All commands, in the order in which the help lists them."""
+RESUMED_COMMANDS = ("train", "ptq", "search")
+"""Commands that keep what an interrupted run has done."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -113,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _print_error(storage_error(error))
         sys.exit(2)
     except KeyboardInterrupt:
-        print("Interrupted. `--resume` continues from the last saved state.", file=sys.stderr)
+        resumed = " `--resume` continues from the last saved state." if arguments[0] in RESUMED_COMMANDS else ""
+        print(f"Interrupted.{resumed}", file=sys.stderr)
         # 128 + the number of SIGINT, as shells report it.
         sys.exit(130)
     if code:

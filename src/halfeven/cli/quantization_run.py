@@ -44,7 +44,7 @@ def open_quantization(arguments: RunArguments, command: str) -> QuantizationRun:
     check_has_weights(experiment)
     check_folds(experiment.quantization)
     context = open_run(experiment, default_folder(arguments.config, arguments.work_dir))
-    _check_single_process(command)
+    check_single_process(command)
     resume = is_continued(
         context, resume=arguments.resume, auto_resume=arguments.auto_resume, overwrite=arguments.overwrite
     )
@@ -73,7 +73,7 @@ def claimed_run(run: QuantizationRun, *, quantizes: bool) -> Iterator[nn.Module 
         yield prepared
 
 
-def _check_single_process(command: str) -> None:
+def check_single_process(command: str) -> None:
     """Refuse to run a command in several processes.
 
     Raises:
@@ -82,5 +82,5 @@ def _check_single_process(command: str) -> None:
     if world_size() > 1:
         raise ConfigError(
             f"`halfeven {command}` was started with {world_size()} processes, and all but one would do the same work "
-            "again: post-training quantization runs in one. Start it without torchrun or accelerate launch."
+            "again. Start it without torchrun or accelerate launch."
         )

@@ -1,6 +1,5 @@
 """Checks beside the ranges: statistics that do not fit, layers in float, modules in Python, the runtime."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from halfeven.diagnosis.exchanged_ranges import planned_quantizers
 from halfeven.diagnosis.restarted import float_tensors
 from halfeven.diagnosis.sensitivity import Reference
 from halfeven.diagnosis.trials import rules_argument
-from halfeven.errors import HalfevenError
 from halfeven.evaluation import evaluating
 from halfeven.graph.batches import Inputs
 from halfeven.graph.copying import copy_model
@@ -23,21 +21,17 @@ from halfeven.graph.view import kind_of
 from halfeven.layerwise.batchnorm_statistics import batchnorms
 from halfeven.layerwise.clipping import clipping_sentence, counting_clipped
 from halfeven.layerwise.re_estimate import re_estimate
-from halfeven.layerwise.sqnr import sqnr
 from halfeven.layerwise.training_mode import at_start, normalizing_by_batch, trained_batchnorms, unfrozen_batchnorms
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.make_plan import named_nodes
 from halfeven.placement.options import Rule
 from halfeven.placement.plan import PlannedTensor, PlannedWeight
-from halfeven.runtimes.exact_model import exact
 
 FEWEST_SAMPLES = 8
 """Samples of a batch from which BatchNorm's statistics of the batch say something."""
 UNSETTLED_DISTANCE = 1.0
 """Distance of the batches' mean from the running mean, in standard deviations, or of the logarithm (base 2) of their
 variances, in the median channel of a BatchNorm."""
-COMPARED_SAMPLES = 8
-"""Samples that the runtime's arithmetic is simulated on."""
 
 
 @torch.no_grad()
@@ -159,7 +153,8 @@ def finding_without_quantizers(qmodel: nn.Module, without: float, whole: float) 
         where="the weights",
         evidence=f"With all quantizers off, the answers differ by {without:.3g}; quantized, by {whole:.3g}. Training "
         "or an algorithm has changed the weights, or the model was made from another float model.",
-        remedy="prepare the model again from this float model, or compare it with its own",
+        remedy="none if the model was trained, which moves it away from the float model: judge it by a metric "
+        "(evaluate); else prepare it again from this float model, or compare it with its own",
         paste="",
     )
 
@@ -182,14 +177,8 @@ def _finding_of_rounded_weights(
     )
 
 
-def notes(qmodel: nn.Module, reference: Reference, *, runtime: bool) -> list[str]:
-    """Return further observations, a sentence each.
-
-    Args:
-        qmodel: the quantized model.
-        reference: samples.
-        runtime: compare with the runtime's own arithmetic, too.
-    """
+def notes(qmodel: nn.Module, reference: Reference) -> list[str]:
+    """Return further observations of a quantized model, a sentence each."""
     plan = plan_of(qmodel)
     found = [*_float_answers_not_finite(reference), *_clipped_in_training(qmodel, reference)]
     found += [f"In Python for training: {kept}" for kept in plan.kept]
@@ -199,11 +188,10 @@ def notes(qmodel: nn.Module, reference: Reference, *, runtime: bool) -> list[str
     alike: dict[tuple[str, str], list[str]] = {}
     for left in heavy:
         alike.setdefault((left.operator, left.reason), []).append(left.name)
-    found += [
+    return found + [
         f"In float: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({operator}), {reason}."
         for (operator, reason), names in alike.items()
     ]
-    return found + (_against_the_runtime(qmodel, reference) if runtime else [])
 
 
 def _float_answers_not_finite(reference: Reference) -> list[str]:
@@ -233,21 +221,3 @@ def _clipped_in_training(qmodel: nn.Module, reference: Reference) -> list[str]:
 def _is_product(qmodel: nn.Module, name: str) -> bool:
     node = named_nodes(qmodel).get(name)
     return node is not None and kind_of(node[1]) in (*WEIGHTED, OperatorKind.MATMUL)
-
-
-@torch.no_grad()
-def _against_the_runtime(qmodel: nn.Module, reference: Reference) -> list[str]:
-    """Return a note where the runtime's integer arithmetic and the simulation give other answers."""
-    args, kwargs = reference.inputs[0]
-    # The exact simulation runs on the CPU, so that a large batch would take long.
-    if _batch_size((args, kwargs)) > 4 * COMPARED_SAMPLES:
-        return []
-    try:
-        model = exact(copy.deepcopy(qmodel).cpu().eval())
-    except HalfevenError:
-        return []
-    with evaluating(qmodel):
-        simulated = float_tensors(qmodel(*args, **kwargs))
-    found = float_tensors(model(*args, **kwargs))
-    ratio = sqnr([f.cpu() for f in found], [s.cpu() for s in simulated])
-    return [f"The runtime's own arithmetic agrees with the simulation to {ratio:.0f} dB."] if ratio < 40 else []

@@ -5,6 +5,7 @@ or the activations do the damage? Which tensor? What is wrong with it? A measure
 remedy is tried before it is named.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from halfeven.checked_arguments import checked_arguments
 from halfeven.diagnosis.checks import finding_without_quantizers, notes, unsettled_batchnorm, untrained
 from halfeven.diagnosis.culprits import find_culprit
+from halfeven.diagnosis.deployed_file import FileFacts, run_file
 from halfeven.diagnosis.diagnosis import Diagnosis, Finding, TensorDiagnosis
 from halfeven.diagnosis.divergence import comparable, error_share
 from halfeven.diagnosis.exchanged_ranges import planned_quantizers, raising_bits
@@ -85,8 +87,8 @@ def diagnose(
         evaluate: gives a model's accuracy, more being better, for the float, the quantized and the repaired model: a
             number, or a number for each sample; None: accuracy is not measured.
         samples: number of samples; whole batches are taken.
-        runtime: simulate the runtime's own integer arithmetic on the first batch, too, and say where it parts from the
-            quantized model; batches of more than 32 samples are not simulated.
+        runtime: write the model's file too, run it on the first 8 samples, and say where it parts from the quantized
+            model and how long its layers take.
         log: called with each question and its answer, for example `print`.
 
     Raises:
@@ -121,8 +123,10 @@ def diagnose(
         found.insert(0, finding_without_quantizers(qmodel, parts.without, patient.divergence))
     if evaluate is not None and repaired is not qmodel:
         accuracy |= _measure_accuracies(evaluate, {"repaired": repaired})
-    further = tuple(notes(qmodel, reference, runtime=runtime))
-    return _make_diagnosis(patient, parts, agreement, tuple(found), accuracy, further)
+    file = run_file(qmodel, reference.inputs[0]) if runtime else FileFacts()
+    further = (*notes(qmodel, reference), *file.notes)
+    diagnosis = _make_diagnosis(patient, parts, agreement, tuple(found), accuracy, further)
+    return dataclasses.replace(diagnosis, latency_ms=file.latency_ms, layer_times=file.layers)
 
 
 def _check_models(qmodel: nn.Module, float_model: nn.Module) -> None:
@@ -318,7 +322,7 @@ def _describe_tensor(tensor: Sensitivity, planned: Any, found: TensorStatistics)
         places=(planned.name,) if tensor.weight else planned.places,
         scheme=str(planned.scheme),
         bits=tensor.bits,
-        observer=planned.observer,
+        observer=str(planned.observer),
         raised_bits=tensor.raised_bits,
         kl_in_context=tensor.kl_in_context,
         kl_alone=tensor.kl_alone or 0.0,

@@ -11,11 +11,14 @@ from halfeven.files import json_value
 from halfeven.placement.options import Rule
 from halfeven.ptq.options import PTQOptions
 from halfeven.reporting.page import PageContents, save_page
+from halfeven.verification.layer_times import LayerTime
 
 TEXT_WIDTH = 80
 MAX_LINES = 40
 SHOWN_TENSORS = 8
 SHOWN_FINDINGS = 3
+PASTED_LINES = 3
+"""Largest number of lines of an argument to paste that is printed."""
 WORTH_TELLING = 0.1
 """Share of the damage that another remedy must take away to be printed."""
 
@@ -126,7 +129,12 @@ class Diagnosis:
     accuracy: dict[str, float] = field(default_factory=dict)
     """Results of `evaluate` for the float, the quantized and the repaired model."""
     notes: tuple[str, ...] = ()
-    """Further observations: layers in float, modules in Python, differences from the runtime's arithmetic."""
+    """Further observations: layers in float, modules in Python, where the file parts from the simulation, and its
+    time."""
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    """Milliseconds of the file and of the float file; empty where they were not run."""
+    layer_times: tuple[LayerTime, ...] = ()
+    """Milliseconds of each layer in both files, by the runtime's own profile."""
     order: tuple[tuple[str, bool], ...] = ()
     """(name, weight) of all tensors in the order of the graph."""
     plan: dict[str, Any] = field(default_factory=dict)
@@ -167,6 +175,8 @@ class Diagnosis:
             findings=tuple(values["findings"]),
             tensors=tuple(by_name[name] for name in self.order if name in by_name),
             accuracy=self.accuracy,
+            latency=self.latency_ms,
+            layers=tuple(values["layer_times"]),
             plan=values["plan"],
             notes=self.notes,
         )
@@ -174,7 +184,12 @@ class Diagnosis:
     def __str__(self) -> str:
         lines = [*_wrapped_lines(self.verdict), "", *self._measurement_lines()]
         for number, finding in enumerate(self.findings[:SHOWN_FINDINGS], 1):
-            lines += ["", *_finding_lines(number, finding)]
+            told = _finding_lines(number, finding)
+            # Whole or not at all: a line to paste that is cut would be no Python.
+            if len(lines) + len(told) + 2 > MAX_LINES:
+                lines += ["", f"{len(self.findings) + 1 - number} more in diagnosis.findings."]
+                break
+            lines += ["", *told]
         room = MAX_LINES - len(lines) - 2
         if self.tensors and room > 2:
             lines += ["", *self._tensor_lines(min(SHOWN_TENSORS, room - 1))]
@@ -215,7 +230,7 @@ def _finding_lines(number: int, finding: Finding) -> list[str]:
     lines += _wrapped_lines(f"   Remedy: {finding.remedy}{brought}.", indent=3)[:2]
     if finding.paste:
         of_quantize = any(hasattr(PTQOptions, name) for name in finding.options)
-        lines += _wrapped_lines(f"   {finding.paste}{' in halfeven.quantize' if of_quantize else ''}", indent=5)[:3]
+        lines += _lines_to_paste(f"{finding.paste}{' in halfeven.quantize' if of_quantize else ''}", number)
     if finding.further:
         lines += _wrapped_lines(f"   {finding.further}.", indent=3)[:2]
     other = [t for t in finding.tried if t.recovered is not None and t.paste != finding.paste]
@@ -225,6 +240,21 @@ def _finding_lines(number: int, finding: Finding) -> list[str]:
         told = ", ".join(f"{t.remedy} {t.recovered:.0%}" for t in helped[:4])
         lines += _wrapped_lines(f"   Also tried: {told}.", indent=3)[:2]
     return lines
+
+
+def _lines_to_paste(text: str, number: int) -> list[str]:
+    """Return a line to paste, broken where Python allows it, or where it is found if it is too long to be printed."""
+    lines = textwrap.wrap(
+        text,
+        TEXT_WIDTH,
+        initial_indent="   ",
+        subsequent_indent="     ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    if len(lines) <= PASTED_LINES and max(map(len, lines)) <= TEXT_WIDTH:
+        return lines
+    return [f"   The line to paste is long: print(diagnosis.findings[{number - 1}].paste)"]
 
 
 def _wrapped_lines(text: str, indent: int = 0) -> list[str]:

@@ -19,6 +19,7 @@ from halfeven.placement.make_plan import named_nodes
 from halfeven.placement.plan import PlannedTensor, PlannedWeight
 from halfeven.quantization.arithmetic import per_channel
 from halfeven.quantization.quantizer import Mode, Quantizer
+from halfeven.quantization.scheme import Scheme
 
 KEPT_VALUES = 16384
 """Values of a tensor that are kept of each batch, evenly spread, for its histogram."""
@@ -66,6 +67,8 @@ class TensorStatistics:
     """Axes of several sizes, such as tokens."""
     axes: tuple[int, ...] = (1, -1)
     """Axes of an activation on which the layers that read it have channels; both ends where that is not known."""
+    dead_by_channel: float | None = None
+    """Mean of the channels' shares of integers that no value is rounded to; None for a single scale."""
     sample_largest: list[Tensor] = field(default_factory=list)
     """Largest magnitude of each sample; empty for a weight."""
 
@@ -99,14 +102,12 @@ class TensorStatistics:
 
     @property
     def dead_levels(self) -> float:
-        """Return the share of the grid's integers that no value is rounded to; of several scales, the first's."""
+        """Return the share of the grid's integers that no value is rounded to; of several scales, the mean."""
+        if self.dead_by_channel is not None:
+            return self.dead_by_channel
         scale, zero = self.scale.double(), self.quantizer.used_zero_point().double().cpu()
-        scheme = self.quantizer.scheme
-        if scale.numel() > 1 or not len(self.sample):
-            return 0.0
-        codes = (torch.round(self.sample / scale) + zero).clamp(scheme.quant_min, scheme.quant_max)
-        # A sample of n values reaches n levels at most.
-        return 1 - len(torch.unique(codes)) / min(scheme.levels, len(codes))
+        values = self.sample
+        return _dead_share((torch.round(values / scale) + zero)[None], self.quantizer.scheme) if len(values) else 0.0
 
     @property
     def extremes(self) -> tuple[float, float]:
@@ -199,6 +200,14 @@ def tensor_statistics(qmodel: nn.Module, inputs: Sequence[Inputs]) -> dict[tuple
     return found
 
 
+def _dead_share(codes: Tensor, scheme: Scheme) -> float:
+    """Return the share of a grid's integers that none of the codes is, mean over the rows of [channels, values]."""
+    ordered = codes.clamp(scheme.quant_min, scheme.quant_max).sort(1).values
+    used = 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)
+    # n values reach n levels at most.
+    return float(1 - used.double().mean() / min(scheme.levels, codes.shape[1]))
+
+
 def _channel_axes(planned: PlannedTensor | PlannedWeight, known: Mapping[str, tuple[Any, fx.Node]]) -> tuple[int, ...]:
     """Return the axes of an activation on which its readers have channels."""
     readers = planned.consumers if isinstance(planned, PlannedTensor) else ()
@@ -243,6 +252,10 @@ def _add_values(found: TensorStatistics, place: Place, x: Tensor, error: Tensor)
     # Rounding moves a value by half a step at most; what moves further was outside of the range.
     found.clipped += int((error.abs() > 0.501 * scale).sum())
     found.vanished += int(((x != 0) & (x + error == 0)).sum())
+    if found.scale.numel() > 1:  # a weight, which is counted once
+        zero = per_channel(quantizer.used_zero_point(), quantizer.scheme.axis, x.ndim)
+        codes = (torch.round((x + error) / scale) + zero).transpose(0, quantizer.scheme.axis or 0).flatten(1)
+        found.dead_by_channel = _dead_share(codes, quantizer.scheme)
     stride = max(x.numel() // KEPT_VALUES, 1)
     found.values.append(x.flatten()[::stride].float().cpu())
     if not quantizer.weight and x.ndim > 1:

@@ -23,8 +23,14 @@ RangesChoice = Annotated[Ranges | RangesByPaper, also_spelled(lsq="learned", pac
 
 def rule_text(fields: Mapping[str, Any]) -> str:
     """Return a rule as a config has it, from its fields: those of `vars(rule)` or of `plain_values`."""
-    given = ", ".join(f"{name}={value!r}" for name, value in fields.items() if value is not None)
+    given = ", ".join(f"{name}={_written(value)}" for name, value in fields.items() if value is not None)
     return f"Rule({given})".replace("'", '"')
+
+
+def _written(value: Any) -> str:
+    """Return a value as a config has it: a class of the user's by its name."""
+    own = own_class(value, {}) if isinstance(value, Mapping) else value
+    return own.name.rpartition(".")[2] if isinstance(own, OwnClass) else repr(value)
 
 
 MADE_WITH = tuple(name for name in inspect.signature(Quantizer.__init__).parameters if name != "self")

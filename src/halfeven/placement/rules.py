@@ -98,6 +98,8 @@ class RuleBook:
             )
         near = similar(rule.pattern, names, 3, cutoff=0.4)
         hint = f" The nearest names are {', '.join(near)}." if near else ""
+        if any(name.startswith(f"{rule.pattern}.") for name in names):
+            hint = f' It names a module: write "{rule.pattern}.*" for all operators in it.'
         return (
             f"holds for no operator of this model, so it would do nothing.{hint} Correct its pattern, or leave the "
             "rule out."

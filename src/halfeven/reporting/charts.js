@@ -143,9 +143,34 @@ function plansChart(plans, cost) {
   });
 }
 
+// The time of each layer: a bar for the quantized file, and one for the float file.
+function layerTimesChart(layers) {
+  const c = colours();
+  const rows = layers.flatMap((layer) => [
+    { layer: layer.name, file: "quantized", ms: layer.deployed, computed: layer.integer ? "in integers" : "in float" },
+    { layer: layer.name, file: "float", ms: layer.floating, computed: "in float" },
+  ]);
+  const files = ["quantized", "float"];
+  return described(rows, { step: 26, for: "position" }, {
+    mark: { type: "bar", tooltip: true },
+    encoding: {
+      y: { field: "layer", type: "nominal", sort: null, title: null, axis: { labelLimit: 160 } },
+      yOffset: { field: "file", type: "nominal", sort: files },
+      x: { field: "ms", type: "quantitative", title: "ms" },
+      color: { field: "file", type: "nominal", sort: files, scale: { domain: files, range: [c.activation, c.weight] } },
+      tooltip: [
+        { field: "layer", title: "layer" },
+        { field: "file", title: "file" },
+        { field: "computed", title: "computed" },
+        { field: "ms", title: "ms", format: ".3g" },
+      ],
+    },
+  });
+}
+
 // Bars with a name each: accuracy, size, latency.
-function namedBars(values, title, rows) {
-  const found = rows || Object.entries(values).map(([name, value]) => ({ name, value }));
+function namedBars(values, title) {
+  const found = Object.entries(values).map(([name, value]) => ({ name, value }));
   return described(found, { step: 26 }, {
     mark: { type: "bar", tooltip: true },
     encoding: {

@@ -174,10 +174,8 @@ function bars() {
     const megabytes = Object.fromEntries(Object.entries(contents.sizes).map(([name, size]) => [name, size / 1e6]));
     made.push(chart(() => namedBars(megabytes, "MB"), "Size"));
   }
-  if (contents.layers.length) {
-    const rows = contents.layers.map((l) => ({ name: `${l.name} (${l.precision})`, value: l.milliseconds }));
-    made.push(chart(() => namedBars({}, "ms", rows), "Latency by layer"));
-  }
+  if (contents.layers.length)
+    made.push(chart(() => layerTimesChart(contents.layers), "Latency by layer, by the runtime's own profile of both files"));
   if (made.length) section("Accuracy, size, latency", element("div", { class: "pair" }, ...made));
 }
 

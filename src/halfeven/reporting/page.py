@@ -38,7 +38,7 @@ class PageContents:
     latency: Mapping[str, float] = field(default_factory=dict)
     """Milliseconds, by what was timed."""
     layers: tuple[Mapping[str, Any], ...] = ()
-    """Time by layer, each with name, milliseconds and precision."""
+    """Time by layer, each with name, integer, and the milliseconds deployed and floating (in the float file)."""
     plan: Mapping[str, Any] = field(default_factory=dict)
     """A plan as plain values."""
     plans: tuple[Mapping[str, Any], ...] = ()

@@ -1,6 +1,7 @@
 """The page of a verified file: accuracy, size, latency, integers tensor by tensor, and the plan."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def verification_contents(
         accuracy=shown,
         sizes={name: float(size) for name, size in (sizes or {}).items()},
         latency=report.latency_ms,
+        layers=tuple(asdict(layer) for layer in report.layer_times),
         plan={} if plan is None else plan.to_dict(),
         tables=_report_tables(report),
         notes=(*report.findings, *report.notes),

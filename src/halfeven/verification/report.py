@@ -12,6 +12,7 @@ from halfeven.files import json_value
 from halfeven.tables import Shown, as_html, as_text
 from halfeven.verification.default_session import DefaultSession
 from halfeven.verification.file_precision import Float32Session
+from halfeven.verification.layer_times import LayerTime
 from halfeven.verification.outputs import OutputParity
 from halfeven.verification.report_tables import summary, whole_table
 
@@ -123,6 +124,9 @@ class Report:
     slowest_kernels: list[str] = field(default_factory=list)
     """The kernels of the file that take the longest in the runtime's own profile, each with its precision and share of
     the time; empty where the file was not timed, or not run."""
+    layer_times: list[LayerTime] = field(default_factory=list)
+    """Milliseconds of each layer in the file and in the float file, by the runtime's own profile; empty where the file
+    was not timed, or the runtime gives no profile."""
     float_precision: FloatPrecision = "f32"
     """The precision, of what stays float, that the file was written for: float32, or the runtime's choice."""
     float32_session: Float32Session | None = None

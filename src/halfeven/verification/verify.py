@@ -131,6 +131,7 @@ def _time_fields(times: LayerTimes | None, runtime: Runtime) -> dict[str, Any]:
         "latency_ratio": times.deployed / times.float32,
         "float_default_ms": times.float_default,
         "latency_ratio_default": times.deployed / times.float_default,
+        "layer_times": list(times.layers),
         "slower": slower_than_float(times) if runtime.exact is not None else [],  # else the file was not run
     }
 
