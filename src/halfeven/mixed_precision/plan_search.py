@@ -84,24 +84,7 @@ def search_plan(
     moves = moves_of(qmodel, units_of(qmodel), candidates, batches, runtime.target)
     log(f"Searching {len(moves)} steps in {len(units_of(qmodel))} groups of tensors.")
     state = Walk(qmodel, moves, workload_of(qmodel), times, reference, judge, options, store, log)
-    chosen = walk(state)
-    # The end: the rules of the chosen plan make a model from scratch, which is judged and timed itself.
-    finish = _Finish(state, runtime, quantized, first)
-    result = finish.at(chosen)
-    # The walk compared estimates: of the time, and of models without learned rounding. Where the real model is slower,
-    # an earlier plan may be fast enough; where it loses more, one more step may help.
-    for _ in range(FURTHER_TRIES):
-        other = _faster_plan(result, state)
-        if other is not None:
-            took = f"{result.latency:.3f} of the float file's time"
-            log(f"  the file takes {took}, more than estimated; step {other} ...")
-        # Only while no earlier plan was taken for its speed: the two would undo each other.
-        elif _loses_too_much(result, options) and chosen == result.chosen < len(state.taken):
-            other = chosen = chosen + 1
-            log(f"  the model made of the rules loses {result.judgement}; step {other} ...")
-        else:
-            break
-        result = finish.at(other)
+    result = _finish_plan(_Finish(state, runtime, quantized, first), walk(state))
     notes = _search_notes(result, state, held_out=bool(held_out), evaluated=evaluate is not None)
     return dataclasses.replace(result, notes=notes)
 
@@ -189,6 +172,28 @@ class _Finish:
         """Return the time of a model's file over the float file's in the runtime's default precision."""
         times = _time_layers(qmodel, self.runtime, self.inputs)
         return times.deployed / times.float_default
+
+
+def _finish_plan(finish: _Finish, chosen: int) -> SearchResult:
+    """Return the result of the plan after some steps, or of another where its own model does not keep the budgets."""
+    # The rules of the plan make a model from scratch, which is judged and timed itself.
+    result = finish.at(chosen)
+    state = finish.state
+    # The walk compared estimates: of the time, and of models without learned rounding. Where the real model is slower,
+    # another plan may be fast enough; where it loses more, one more step may help.
+    for _ in range(FURTHER_TRIES):
+        other = _faster_plan(result, state)
+        if other is not None:
+            took = f"{result.latency:.3f} of the float file's time"
+            state.log(f"  the file takes {took}, more than estimated; step {other} ...")
+        # Only while no other plan was taken for its speed: the two would undo each other.
+        elif _loses_too_much(result, state.options) and chosen == result.chosen < len(state.taken):
+            other = chosen = chosen + 1
+            state.log(f"  the model made of the rules loses {result.judgement}; step {other} ...")
+        else:
+            break
+        result = finish.at(other)
+    return result
 
 
 def _keeps_budgets(state: Walk, chosen: int, judgement: Judgement | None, measured: float | None) -> bool:
