@@ -5,7 +5,6 @@ or the activations do the damage? Which tensor? What is wrong with it? A measure
 remedy is tried before it is named.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,9 +123,7 @@ def diagnose(
     if evaluate is not None and repaired is not qmodel:
         accuracy |= _measure_accuracies(evaluate, {"repaired": repaired})
     file = run_file(qmodel, reference.inputs[0]) if runtime else FileFacts()
-    further = (*notes(qmodel, reference), *file.notes)
-    diagnosis = _make_diagnosis(patient, parts, agreement, tuple(found), accuracy, further)
-    return dataclasses.replace(diagnosis, latency_ms=file.latency_ms, layer_times=file.layers)
+    return _make_diagnosis(patient, parts, agreement, tuple(found), accuracy, file)
 
 
 def _check_models(qmodel: nn.Module, float_model: nn.Module) -> None:
@@ -161,7 +158,7 @@ def _make_diagnosis(
     agreement: "Agreement",
     findings: tuple[Finding, ...],
     accuracy: dict[str, float],
-    further: tuple[str, ...],
+    file: FileFacts,
 ) -> Diagnosis:
     return Diagnosis(
         verdict=_verdict(findings, agreement),
@@ -176,7 +173,9 @@ def _make_diagnosis(
         tensors=_describe_tensors(patient),
         findings=findings,
         accuracy=accuracy,
-        notes=further,
+        notes=(*notes(patient.qmodel, patient.reference), *file.notes),
+        latency_ms=file.latency_ms,
+        layer_times=file.layers,
         order=_graph_order(patient.qmodel),
         plan=plan_of(patient.qmodel).to_dict(),
     )
