@@ -28,7 +28,7 @@ from halfeven.placement.make_plan import regions
 from halfeven.placement.quantized_layers import QUANTIZED_LAYERS
 from halfeven.placement.tied_weights import tied_parameters, untie
 from halfeven.quantization.arithmetic import dequantize, quantize, snap
-from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.model_quantizers import has_quantized_weight, quantizers
 from halfeven.quantization.quantizer import Quantizer
 from halfeven.targets.target import Target
 
@@ -109,7 +109,7 @@ def deployed_form(qmodel: nn.Module) -> nn.Module:
         split_by_epilogue(region)
         for calls in layer_calls(region.graph).values():
             layer = module_of(calls[0])
-            if hasattr(layer, "weight_quantizer") and layer not in settled:  # parts of a model may share a layer
+            if has_quantized_weight(layer) and layer not in settled:  # parts of a model may share a layer
                 settled.add(layer)
                 _deploy_weight(region, calls)
         region.recompile()

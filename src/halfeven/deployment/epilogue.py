@@ -17,6 +17,7 @@ from halfeven.graph.operators import OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.tree import place
 from halfeven.graph.view import Op, kind_of, module_of
+from halfeven.quantization.model_quantizers import has_quantized_weight
 
 aten = torch.ops.aten
 
@@ -49,7 +50,7 @@ def epilogue(layer: fx.Node) -> list[fx.Node]:
 def split_by_epilogue(region: CapturedModule) -> None:
     """Copy each layer whose calls end in different epilogues, in place, so that each copy can take in its epilogue."""
     for path, calls in layer_calls(region.graph).items():
-        if not hasattr(module_of(calls[0]), "weight_quantizer"):
+        if not has_quantized_weight(module_of(calls[0])):
             continue
         groups: dict[tuple[object, ...], list[fx.Node]] = {}
         for call in calls:

@@ -6,6 +6,7 @@ from halfeven.deployment.quantize_op import WEIGHT_SUFFIX, ExportedQuantizer
 from halfeven.graph.operators import WEIGHTED
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, operations
+from halfeven.quantization.model_quantizers import has_quantized_weight
 
 
 def call_name(layer: str, number: int) -> str:
@@ -35,6 +36,6 @@ def _quantized_layer_name(op: Op, prefix: str) -> str | None:
     if op.kind not in WEIGHTED:
         return None
     if op.is_module:
-        return f"{prefix}{op.path}" if hasattr(op.module, "weight_quantizer") else None
+        return f"{prefix}{op.path}" if has_quantized_weight(op.module) else None
     quantizer = op.inputs[1].module
     return quantizer.name.removesuffix(WEIGHT_SUFFIX) if isinstance(quantizer, ExportedQuantizer) else None

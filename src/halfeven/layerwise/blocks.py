@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, operations
+from halfeven.quantization.model_quantizers import has_quantized_weight
 
 Granularity = Literal["layers", "blocks"]
 
@@ -64,7 +65,7 @@ def computed_nodes(region: CapturedModule) -> list[fx.Node]:
 def is_quantized_layer(node: fx.Node) -> bool:
     """Return True for a node that calls a layer with a quantized weight."""
     op = Op(node)
-    return op.is_module and op.kind in WEIGHTED and hasattr(op.module, "weight_quantizer")
+    return op.is_module and op.kind in WEIGHTED and has_quantized_weight(op.module)
 
 
 def _make_block(nodes: Sequence[fx.Node]) -> Block:

@@ -17,6 +17,7 @@ from halfeven.graph.batchnorm import foldable, output_axis, remove_module
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, module_calls, module_of
 from halfeven.quantization.arithmetic import per_channel
+from halfeven.quantization.model_quantizers import has_quantized_weight
 
 SMALLEST_FACTOR = 1e-6
 """Smallest factor that is divided by. The statistics of channels with a smaller factor stay as they are."""
@@ -116,7 +117,7 @@ def fold_live(region: CapturedModule) -> None:
         # A pair is folded only if both modules are called in this place alone: a second caller would read a weight with
         # the factor in it, or a BatchNorm without.
         own = readings[Op(norm_node).path] == calls[Op(norm_node).path] == calls[Op(layer_node).path]
-        if not own or not hasattr(layer, "weight_quantizer") or type(norm) not in LIVE_FOLDED:
+        if not own or not has_quantized_weight(layer) or type(norm) not in LIVE_FOLDED:
             continue
         # The class is changed in place, so that the parameters, the state dict and references to the module stay valid.
         norm.__class__ = LIVE_FOLDED[type(norm)]

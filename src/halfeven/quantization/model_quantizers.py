@@ -16,6 +16,11 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
 
 
+def has_quantized_weight(module: object) -> bool:
+    """Return True for a layer that reads its weight through a quantizer, in training or as it is deployed."""
+    return hasattr(module, "weight_quantizer")
+
+
 @checked_arguments(CalibrationError)
 def set_observing(model: nn.Module, on: bool) -> None:
     """Switch on or off that training batches move the observed ranges of a model."""

@@ -26,6 +26,7 @@ from halfeven.ptq.data_free.moment_propagation import (
 from halfeven.ptq.data_free.moments import Distribution
 from halfeven.ptq.equalization.layer_pairs import apply_to_constant, rewritable_layers, weight_by_channel
 from halfeven.quantization.fake_quantize import fake_quantize
+from halfeven.quantization.model_quantizers import has_quantized_weight
 from halfeven.quantization.quantizer import Quantizer
 
 
@@ -168,7 +169,7 @@ def correct_biases_analytically(
         op = Op(node)
         layer: Any = op.module
         # A layer in float shifts nothing.
-        if not hasattr(layer, "weight_quantizer"):
+        if not has_quantized_weight(layer):
             continue
         if (x := known.get(op.inputs[0].node)) is None:
             unknown.append(f"{name} (the distribution of its input is unknown)")

@@ -22,6 +22,7 @@ from halfeven.graph.tree import place
 from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.arithmetic import per_channel
+from halfeven.quantization.model_quantizers import has_quantized_weight
 from halfeven.runtimes.onnxruntime.channel_bounds import write_bounds_as_sums
 
 aten = torch.ops.aten
@@ -203,7 +204,7 @@ def _round_biases(region: CapturedModule, deployed: Deployed, prefix: str) -> No
             continue
         layer: Any = module_of(node)
         grid = grid_of(node.all_input_nodes[0])
-        if layer.bias is None or grid is None or not hasattr(layer, "weight_quantizer"):
+        if layer.bias is None or grid is None or not has_quantized_weight(layer):
             continue
         if layer not in unrounded:
             unrounded[layer] = (grid.grid_number, layer.bias.detach())
