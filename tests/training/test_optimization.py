@@ -57,6 +57,18 @@ def test_norms_and_biases_are_spared_unless_asked():
     assert names(model, free) == {"0.bias", "1.weight", "1.bias"}
 
 
+def test_biases_of_recurrent_layers_and_of_attention_are_biases():
+    model = nn.ModuleDict({"rnn": nn.GRU(2, 2, bidirectional=True), "attention": nn.MultiheadAttention(2, 1)})
+    decayed, free = parameter_groups(model, TrainingOptions())
+    assert all("weight" in name for name in names(model, decayed))
+    assert {"rnn.bias_ih_l0", "rnn.bias_hh_l0_reverse", "attention.in_proj_bias"} < names(model, free)
+
+
+def test_a_model_that_is_frozen_as_a_whole_is_refused():
+    with pytest.raises(ConfigError, match="nothing to train"):
+        make_optimizer(nn.Linear(2, 2).requires_grad_(False), TrainingOptions())
+
+
 def test_frozen_parameters_are_left_out():
     model = net()
     model[0].requires_grad_(False)

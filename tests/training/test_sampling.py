@@ -44,6 +44,22 @@ def test_a_started_epoch_goes_on_where_it_was():
     assert same(batches(1)[2:], batches(1, start=2))
 
 
+def drawing_collate(items):
+    """Makes a batch as collators do that mask words at random."""
+    return torch.tensor([float(torch.rand(())), random.random(), np.random.rand()]), len(items)
+
+
+def test_what_is_drawn_to_make_a_batch_depends_on_its_place():
+    def drawn(epoch, start=0):
+        torch.rand(1)
+        options = TrainingOptions(batch_size=3)
+        loader = TrainingBatches(Noisy(), options, seed=0, workers=0, collate=drawing_collate)
+        return [numbers for numbers, _ in loader.epoch(epoch, start)]
+
+    assert same(drawn(1)[2:], drawn(1, start=2))
+    assert not same(drawn(1), drawn(2))
+
+
 def test_epochs_and_seeds_differ():
     assert not same(batches(0), batches(1))
     assert not same(batches(0), batches(0, seed=1))

@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import json
+import random
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -144,6 +146,30 @@ def test_resumed_equals_uninterrupted(tmp_path, step, changes):
     assert strip(log(tmp_path / "cut")) == strip(log(tmp_path / "whole")), (
         "the log tells of one run, without repetition"
     )
+
+
+class DrawsItself(Net):
+    """Draws from Python and NumPy in training, as models that mask or leave out layers by their own code do."""
+
+    def forward(self, x):
+        factor = 0.5 + random.random() * np.random.rand() if self.training else 1.0
+        return super().forward(x * factor)
+
+
+def test_a_resumed_run_repeats_what_the_model_draws_from_python_and_numpy(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "Net", DrawsItself)
+    whole = trainer(tmp_path / "whole")
+    whole.run()
+
+    def kill(model, done):
+        if round(done * 18) == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trainer(tmp_path / "cut", hooks={"before_step": kill}).run()
+    resumed = trainer(tmp_path / "cut")
+    resumed.run(resume=True)
+    assert equal(weights(resumed), weights(whole))
 
 
 @pytest.mark.parametrize(("every", "steps"), [(4, [4, 8, 12, 16, 18]), (12, [12, 18]), (100, [18])])

@@ -19,7 +19,7 @@ from halfeven.tasks.task import Metrics
 from halfeven.training.accelerator import make_accelerator
 from halfeven.training.progress import plain_console
 from halfeven.training.run import Run
-from halfeven.training.sampling import seeded
+from halfeven.training.sampling import seed_generators, seeded
 from halfeven.zoo.checked_samples import check_targets, with_checks
 from halfeven.zoo.datasets import Datasets, load_datasets
 
@@ -119,7 +119,7 @@ def open_run(experiment: Experiment, folder: Path) -> RunContext:
     with seeded(experiment.seed):
         check_targets(datasets, task.wrong_target, one_size=type(task).collate is Task.collate)
     # For the random weights of the model, which is made next.
-    torch.manual_seed(experiment.seed)
+    seed_generators(experiment.seed)
     context = RunContext(experiment, folder, accelerator, console, datasets, task)
     if datasets.holdout is not None and datasets.train_as_evaluated is None:
         context.log(

@@ -47,7 +47,7 @@ def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[st
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        small = id(parameter) in norms or name.rpartition(".")[2] == "bias"
+        small = id(parameter) in norms or _is_bias(name.rpartition(".")[2])
         keeps = small and not options.decay_norms_and_biases
         group = learned if id(parameter) in scales else free if keeps else decayed
         (clipped if id(parameter) in clipping else group).append(parameter)
@@ -65,6 +65,11 @@ def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[st
     return [group for group in groups if group["params"]]
 
 
+def _is_bias(name: str) -> bool:
+    """Return True for the name of a bias: "bias", those of recurrent layers ("bias_ih_l0") and of attention."""
+    return name.startswith("bias_") or name.endswith("bias")
+
+
 def scale_optimizer(options: TrainingOptions) -> str:
     """Return the name of the optimizer of learned scales."""
     return options.optimizer if options.scale_optimizer == "auto" else options.scale_optimizer
@@ -79,9 +84,15 @@ def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Op
     """Return the optimizer that the options name, over the parameters of the model that require gradients.
 
     Raises:
-        ConfigError: scales have an optimizer of their own, and the model has no learned scale.
+        ConfigError: scales have an optimizer of their own, and the model has no learned scale; or no parameter is
+            trained.
     """
     groups = parameter_groups(model, options)
+    if not groups:
+        raise ConfigError(
+            "No parameter of this model requires a gradient, so there is nothing to train. Give a model that is not "
+            "frozen as a whole (requires_grad=False)."
+        )
     if not has_two_optimizers(options):
         return _make_optimizer(options.optimizer, groups, options)
     scales = [group for group in groups if "scales" in group]

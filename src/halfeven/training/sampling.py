@@ -1,13 +1,14 @@
 """The order of samples and all random numbers of a training: pure functions of seed and position.
 
 Nothing depends on earlier draws: the order is a function of (seed, epoch), a sample's augmentation of (seed, epoch,
-index), and the model's own random numbers (dropout) of (seed, step, process). So a run is the same with any number of
-workers, and after an interruption.
+index), what is drawn to make a batch of (seed, epoch, index of its first sample), and the model's own random numbers
+(dropout) of (seed, step, process). So a run is the same with any number of workers, and after an interruption.
 """
 
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,15 +36,25 @@ def seeded(*numbers: int) -> Iterator[None]:
     seed = mix(*numbers)
     # `torch.manual_seed` would seed every GPU as well, for each sample.
     torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    # NumPy's old generator takes 32 bits.
-    np.random.seed(seed % 2**32)
+    _seed_others(seed)
     try:
         yield
     finally:
         torch.set_rng_state(torch_state)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the generators of torch (CPU and GPUs), Python and NumPy, from which models and data sets draw."""
+    torch.manual_seed(seed)
+    _seed_others(seed)
+
+
+def _seed_others(seed: int) -> None:
+    random.seed(seed)
+    # NumPy's old generator takes 32 bits.
+    np.random.seed(seed % 2**32)
 
 
 class SeededSamples(Dataset[Any]):
@@ -59,6 +70,32 @@ class SeededSamples(Dataset[Any]):
         # In a worker process, too: its own generators have no part in the sample.
         with seeded(self.seed, epoch, index):
             return self.samples[index]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> "KeyedItems":
+        """Return the samples of a batch, which a loader hands to its `collate_fn`."""
+        return KeyedItems([self[key] for key in keys], keys[0])
+
+
+class KeyedItems(list[Any]):
+    """The samples of a batch, with the (epoch, index) of the first of them."""
+
+    def __init__(self, items: list[Any], first: tuple[int, int]) -> None:
+        super().__init__(items)
+        self.first = first
+
+
+@dataclass(frozen=True)
+class SeededCollate:
+    """Makes a batch of samples by a function whose random numbers depend on the seed and the batch's place alone."""
+
+    collate: Callable[[Any], Any]
+    seed: int
+
+    def __call__(self, items: KeyedItems) -> Any:
+        # In a batch as in a sample: the generators of a process that reads ahead know nothing of the place. The 1 keeps
+        # the numbers apart from those of the first sample.
+        with seeded(self.seed, *items.first, 1):
+            return self.collate(list(items))
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
@@ -148,11 +185,11 @@ class TrainingBatches:
     ) -> None:
         self.sampler = EpochBatches(len(samples), options.batch_size, seed=seed, drop_last=options.drop_last)
         self.samples = SeededSamples(samples, seed)
-        self.collate = collate
+        self.collate = SeededCollate(collate, seed)
         self.loader: DataLoader[Any] = DataLoader(
             self.samples,
             batch_sampler=self.sampler,
-            collate_fn=collate,
+            collate_fn=self.collate,
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             worker_init_fn=init_worker,
@@ -180,6 +217,6 @@ class TrainingBatches:
         described: Callable[[int], str] = getattr(self.samples.samples, "describe", str)
         return described(index)
 
-    def items(self, epoch: int, batch: int) -> list[Any]:
+    def items(self, epoch: int, batch: int) -> KeyedItems:
         """Return the samples of a batch, not collated, as they are augmented in that epoch."""
-        return [self.samples[epoch, index] for index in self.indices(epoch, batch)]
+        return self.samples.__getitems__([(epoch, index) for index in self.indices(epoch, batch)])

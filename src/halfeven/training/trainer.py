@@ -27,7 +27,7 @@ from halfeven.training.options import TrainingOptions
 from halfeven.training.progress import RunLog
 from halfeven.training.run import Run as Run
 from halfeven.training.run import TrainingResult
-from halfeven.training.sampling import TrainingBatches, mix
+from halfeven.training.sampling import TrainingBatches, mix, seed_generators
 from halfeven.training.state import STATE_FILE, TrainingState, check_position, explaining_misfit, load_state, save_state
 from halfeven.training.stopping import StopRequested, deferred
 
@@ -212,9 +212,9 @@ class Trainer:
 
     def _take_step(self, group: list[tuple[Any, Any]]) -> tuple[Tensor, float]:
         """Take an optimizer step on the mean gradient of a group of batches. Returns its loss and learning rate."""
-        # The model's random numbers (dropout) depend on the step alone and not on what was drawn before: no generator's
-        # state needs saving, and a resumed run draws the same.
-        torch.manual_seed(mix(self.where.seed, self.step, rank()))
+        # The model's random numbers (dropout, and what its own code draws from Python or NumPy) depend on the step
+        # alone and not on what was drawn before: no generator's state needs saving, and a resumed run draws the same.
+        seed_generators(mix(self.where.seed, self.step, rank()))
         self.callback.before_step(self.model, self.step / self.total_steps)
         rate = learning_rate(self.step, self.total_steps, self.steps_per_epoch, self.options)
         for parameters in self.optimizer.param_groups:
