@@ -91,7 +91,8 @@ class SeededCollate:
     collate: Callable[[Any], Any]
     seed: int
 
-    def __call__(self, items: KeyedItems) -> Any:
+    def __call__(self, items: list[Any]) -> Any:
+        assert isinstance(items, KeyedItems)
         # In a batch as in a sample: the generators of a process that reads ahead know nothing of the place. The 1 keeps
         # the numbers apart from those of the first sample.
         with seeded(self.seed, *items.first, 1):
