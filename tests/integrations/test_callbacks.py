@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import halfeven as he
-from halfeven.errors import ConfigError
+from halfeven.errors import CheckpointError, ConfigError, HalfevenWarning
 from halfeven.integrations.session_steps import SessionSteps
 from halfeven.pipelines import setup_qat
 from halfeven.qat.options import QATOptions
@@ -22,7 +22,7 @@ def steps(kind=SessionSteps, **options):
     torch.manual_seed(0)
     model = Residual().eval()
     qmodel = he.calibrate(he.prepare(model, X, scheme="w4a8"), [X])
-    return kind(setup_qat(qmodel, model, [X], QATOptions(**options)), qmodel)
+    return kind(setup_qat(qmodel, model, [X], QATOptions(**options)), qmodel.train())
 
 
 class Recorded(SessionSteps):
@@ -138,7 +138,10 @@ def test_the_callback_takes_the_sessions_steps_in_lightning():
     trainer = SimpleNamespace(estimated_stepping_batches=2, global_step=0, sanity_checking=True)
     one.on_validation_start(trainer, None)
     trainer.sanity_checking = False
+    one.qmodel.eval()  # Lightning does not change it
+    one.on_fit_start(trainer, None)
     one.on_train_start(trainer, None)
+    assert one.qmodel.training
     for step in range(2):
         one.on_train_batch_start(trainer, None, None, step)
         trainer.global_step = step + 1
@@ -180,6 +183,51 @@ def test_its_state_goes_on_in_another_process():
     other.load_state_dict(one.state_dict())
     average, again = (each.session.other_models["average"].state_dict() for each in (one, other))
     assert all(torch.equal(average[name], again[name]) for name in average)
+
+
+def test_the_state_of_another_recipe_is_refused():
+    one, other = steps(), steps(average="off")
+    with pytest.raises(CheckpointError, match="The state has nothing, and this recipe keeps average"):
+        one.load_state_dict(other.state_dict())
+    with pytest.raises(CheckpointError, match="The state has average, and this recipe keeps nothing"):
+        other.load_state_dict(one.state_dict())
+
+
+def test_a_step_in_eval_mode_is_a_warning():
+    one = steps()
+    one.start(3)
+    one.qmodel.eval()
+    with pytest.warns(HalfevenWarning, match=r"eval mode in a training step.*qmodel.train\(\)"):
+        one.before_step()
+    one.after_step()
+    one.before_step()  # warned once, and warnings would be errors
+
+
+def test_more_steps_than_were_told_are_a_warning():
+    """As of a loop over epochs that gives the steps of one."""
+    one = steps(dampen_oscillations="on")
+    one.start(1)
+    one.qmodel.train()
+    one.before_step()
+    one.loss(one.qmodel(X), X, None, torch.zeros(()))
+    one.after_step()
+    with pytest.warns(HalfevenWarning, match="the steps of the whole run|of all epochs"):
+        one.before_step()
+    one.loss(one.qmodel(X), X, None, torch.zeros(()))
+    one.after_step()
+
+
+def test_arguments_in_the_wrong_order_are_named():
+    one = steps()
+    with pytest.raises(ConfigError, match=r"cannot use session: it is a \w+, and must be QATSession"):
+        SessionSteps(one.qmodel, one.session)
+
+
+def test_a_score_that_is_none_is_refused():
+    one = steps()
+    for score in (None, float("nan"), {"top1": 3.0}):
+        with pytest.raises(ConfigError, match="which is no metric"):
+            one.best(lambda model, score=score: score)
 
 
 def test_the_better_of_weights_and_average_is_chosen():

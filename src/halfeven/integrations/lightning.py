@@ -19,6 +19,11 @@ class QATCallback(SessionSteps, Callback):  # type: ignore[misc]
         qmodel: the quantized model, which your LightningModule trains.
     """
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        # Lightning trains in the mode that a model comes in, and `prepare` and a measured accuracy leave eval mode.
+        if not self.qmodel.training:
+            self.qmodel.train()
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         total = trainer.estimated_stepping_batches
         if total == math.inf:

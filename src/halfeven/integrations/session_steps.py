@@ -1,14 +1,29 @@
 """The part that the callbacks of all trainers share: the hooks of a session, at the steps of another trainer."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from halfeven.errors import ConfigError
+from halfeven.checked_arguments import checked_arguments
+from halfeven.errors import CheckpointError, ConfigError, HalfevenWarning, named
+from halfeven.evaluation import metric_values
 from halfeven.qat.session import QATSession
 from halfeven.training.optimization import parameter_groups
 from halfeven.training.options import Optimizer, TrainingOptions
+
+IN_EVAL_MODE = (
+    "The quantized model is in eval mode in a training step, so observed ranges and BatchNorm's statistics stay as "
+    "they are, and dropout is off. Call qmodel.train() before the batches of each epoch: a validation may leave the "
+    "model in eval mode."
+)
+
+TOO_MANY_STEPS = (
+    "The training takes more steps than steps.start(total) was given, so the recipe has come to its end already: "
+    "ranges and BatchNorm may have stopped too early. Give the number of optimizer steps of the whole run, of all "
+    "epochs."
+)
 
 
 class SessionSteps:
@@ -19,6 +34,7 @@ class SessionSteps:
         qmodel: the quantized model, as it was given to `setup_qat`.
     """
 
+    @checked_arguments(ConfigError)
     def __init__(self, session: QATSession, qmodel: nn.Module) -> None:
         self.session = session
         self.qmodel = qmodel
@@ -26,6 +42,7 @@ class SessionSteps:
         self.total = 0
         self._changes_loss = session.recipe.distill.enabled or session.recipe.dampen.enabled
         self._loss_seen = False
+        self._warned: set[str] = set()
 
     def parameter_groups(
         self, learning_rate: float, *, optimizer: Optimizer = "sgd", weight_decay: float = 0.0
@@ -59,7 +76,17 @@ class SessionSteps:
         Raises:
             ConfigError: `start` was not called.
         """
-        self.session.before_step(self.qmodel, self._share(self.step))
+        done = self._share(self.step)
+        if not self.qmodel.training:
+            self._warn_once(IN_EVAL_MODE)
+        if done >= 1:
+            self._warn_once(TOO_MANY_STEPS)
+        self.session.before_step(self.qmodel, min(done, 1.0))
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, HalfevenWarning, stacklevel=3)
 
     def loss(self, outputs: Any, inputs: Any, targets: Any, task_loss: Tensor) -> Tensor:
         """Return the loss of a batch, []: with the teacher's part and the dampening, where the recipe has them.
@@ -71,7 +98,7 @@ class SessionSteps:
         """
         self._loss_seen = True
         loss = self.session.loss(outputs, inputs, targets, task_loss)
-        penalty = self.session.penalty(self._share(self.step))
+        penalty = self.session.penalty(min(self._share(self.step), 1.0))
         return loss if penalty is None else loss + penalty
 
     def after_step(self, step: int | None = None) -> None:
@@ -94,7 +121,7 @@ class SessionSteps:
                 'qat.distill="off" and qat.dampen_oscillations="off".'
             )
         # The session numbers the steps from 0; `step` counts those that are taken.
-        self.session.after_step(step - 1, self._share(step))
+        self.session.after_step(step - 1, min(self._share(step), 1.0))
         self.step = step
 
     def _share(self, step: int) -> float:
@@ -120,11 +147,16 @@ class SessionSteps:
 
         Args:
             evaluate: returns a score of a model, of which more is better.
+
+        Raises:
+            ConfigError: `evaluate` fails, or returns no finite number.
         """
         self.before_validation()
         found = self.models()
         # Without an average there is no choice, so no evaluation is paid for.
-        scores = {name: evaluate(model.eval()) for name, model in found.items()} if len(found) > 1 else {"weights": 0.0}
+        if len(found) == 1:
+            return self.qmodel.eval()
+        scores = {name: float(metric_values(evaluate, model).mean()) for name, model in found.items()}
         return found[max(scores, key=lambda name: scores[name])].eval()
 
     def report(self) -> str:
@@ -137,6 +169,17 @@ class SessionSteps:
         return {name: each.state_dict() for name, each in self.session.stateful.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the state of the session."""
-        for name, each in self.session.stateful.items():
+        """Load the state of the session.
+
+        Raises:
+            CheckpointError: it is the state of a run with another recipe or model.
+        """
+        wanted = self.session.stateful
+        if state.keys() != wanted.keys():
+            raise CheckpointError(
+                f"The state has {named(state) or 'nothing'}, and this recipe keeps {named(wanted) or 'nothing'}, so "
+                "the run would go on with another recipe than it began with. Give setup_qat the options and the bits "
+                "of the run that saved the state."
+            )
+        for name, each in wanted.items():
             each.load_state_dict(state[name])
