@@ -1,6 +1,7 @@
 """Import what is not halfeven's own: the user's functions by name, and packages that an extra brings."""
 
 import importlib
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +25,13 @@ def import_function(name: str, option: str) -> Any:
         with users_code(f"The module {module_name} of {option}", importing=True):
             return getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError, ValueError) as error:
+        # An installed module may bear the name of the user's file, and comes first.
+        file = getattr(sys.modules.get(module_name), "__file__", None)
+        found = f" (the module was read from {file})" if file else ""
         raise ConfigError(
-            f'{option}="{name}" names no function that can be imported: {error}. Write "package.module:function", and '
-            "put the module beside the config, in the current folder or in an installed package."
+            f'{option}="{name}" names no function that can be imported: {error}{found}. Write '
+            '"package.module:function", and put the module beside the config, in the current folder or in an installed '
+            "package."
         ) from error
 
 

@@ -1,12 +1,15 @@
 """Pascal VOC and COCO, on made-up pictures: labels stay on what they label, and whatever is missing is named."""
 
 import json
+import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from halfeven.errors import ConfigError
+from halfeven.zoo.checked_samples import with_checks
 from halfeven.zoo.datasets import load_datasets
 from halfeven.zoo.leakage import check_apart
 from halfeven.zoo.options import DataOptions
@@ -94,6 +97,16 @@ def test_training_pictures_are_augmented_and_calibration_pictures_are_not(voc):
     looks = [data.train[0][0] for _ in range(6)]
     assert any(not torch.equal(looks[0], look) for look in looks[1:])
     assert torch.equal(data.calibration[0][0], data.calibration[0][0])
+
+
+def test_processes_that_are_not_forked_can_read_them(voc, coco):
+    for data in (segmentation(voc), detection(coco)):
+        for part in with_checks(data, "error", Path()).parts().values():
+            again = pickle.loads(pickle.dumps(part))
+            torch.manual_seed(0)
+            image, _ = part[0]
+            torch.manual_seed(0)
+            assert torch.equal(again[0][0], image)
 
 
 def test_calibrating_on_validation_pictures_is_found(voc, tmp_path):

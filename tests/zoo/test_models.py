@@ -44,6 +44,10 @@ def test_weights_come_from_the_file(tmp_path):
         (dict(source="torchvision", name="resnet81"), r"torchvision has no model.*resnet18"),
         (dict(source="torchvision", name="resnet18", in_chans=1), "3 channels"),
         (dict(source="callable", name="torch.nn"), "names no function"),
+        (
+            dict(source="callable", name="code:network"),
+            r"has no attribute .network. \(the module was read from .*code\.py\)",
+        ),
         (dict(source="callable", name="no_such_module:f"), "no_such_module"),
         (dict(source="callable", name="builtins:list"), "returned a list"),
         (dict(source="callable", name="torch.nn:Linear", weights="pretrained"), "your own function"),

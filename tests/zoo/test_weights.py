@@ -11,7 +11,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from halfeven.errors import CheckpointError
+from halfeven.errors import CheckpointError, HalfevenWarning
 from halfeven.zoo.weights import key_differences, load_weights, read_weights
 
 
@@ -136,9 +136,10 @@ def wrapped(model):
 @pytest.mark.parametrize("name", WRAPPED)
 def test_weights_of_wrapped_models_load(tmp_path, name):
     source = trained_like(Tiny())
-    torch.save(WRAPPED[name](source), tmp_path / "m.pth")
+    file = tmp_path / ("m.ckpt" if "Lightning" in name else "m.pth")
+    torch.save(WRAPPED[name](source), file)
     model = Tiny()
-    load_weights(model, tmp_path / "m.pth")
+    load_weights(model, file)
     for key, value in source.state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
 
@@ -149,6 +150,16 @@ def test_a_wrapped_module_of_the_models_own_stays(tmp_path):
     model = Module(Module(Tiny()))
     load_weights(model, tmp_path / "m.pth")
     assert torch.equal(model.network.network.conv.weight, source.network.network.conv.weight)
+
+
+def test_a_network_beside_a_loss_with_weights_is_found(tmp_path):
+    source = trained_like(Tiny())
+    state = {f"network.{key}": value for key, value in source.state_dict().items()}
+    torch.save({"state_dict": {**state, "loss.weight": torch.ones(2)}}, tmp_path / "m.ckpt")
+    model = Tiny()
+    with pytest.warns(HalfevenWarning, match=r"beside those of the model, which were left out: loss\.weight"):
+        load_weights(model, tmp_path / "m.ckpt")
+    assert torch.equal(model.conv.weight, source.conv.weight)
 
 
 def test_of_two_sets_of_weights_in_a_state_dict_none_is_taken(tmp_path):

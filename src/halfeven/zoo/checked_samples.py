@@ -45,7 +45,7 @@ class CheckedSamples(Wrapped):
         self.part = part
         self.on_bad = on_bad
         self.folder = folder
-        self.wrong_target: Callable[[Any], str] = lambda target: ""
+        self.wrong_target: Callable[[Any], str] = _nothing_wrong
         self.like: Tensor | None = None
         """An input whose shape and dtype all must have; None: they may differ."""
 
@@ -121,6 +121,11 @@ class CheckedSamples(Wrapped):
         for index, target in enumerate(targets_at_hand(self.samples) if self.on_bad == "error" else ()):
             if reason := self.wrong_target(target):
                 raise SampleError(self._error_text(index, reason))
+
+
+def _nothing_wrong(target: Any) -> str:
+    """Accept any target; a function with a name, since processes that read samples get it pickled."""
+    return ""
 
 
 def with_checks(datasets: Datasets, on_bad: Literal["error", "skip"], folder: Path) -> Datasets:

@@ -5,6 +5,7 @@ with the mean colour on the right and below, where nothing is labelled.
 """
 
 import contextlib
+import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +86,7 @@ def voc_segmentation(options: DataOptions) -> tuple[Labelled, Labelled, Labelled
         ConfigError: the data is not there, or torchvision is not installed.
     """
     with extra("train", 'data.source="voc_segmentation"'):
-        from torchvision import datasets, tv_tensors
+        from torchvision import datasets
 
     def part(name: str, *, augment: bool) -> Labelled:
         try:
@@ -95,8 +96,7 @@ def voc_segmentation(options: DataOptions) -> tuple[Labelled, Labelled, Labelled
                 f"Pascal VOC cannot be read, so there are no images: {error} Set data.root to the folder that has "
                 "VOCdevkit/VOC2012 with JPEGImages, SegmentationClass and ImageSets/Segmentation."
             ) from error
-        squared = Squared(options, augment=augment)
-        return Labelled(items, items.images, lambda image, mask: squared(image, tv_tensors.Mask(mask)))
+        return Labelled(items, items.images, functools.partial(_with_mask, Squared(options, augment=augment)))
 
     return part("train", augment=True), part("train", augment=False), part("val", augment=False)
 
@@ -128,10 +128,21 @@ def coco_detection(options: DataOptions) -> tuple[Labelled, Labelled, Labelled]:
         items.ids = [index for index in items.ids if name == "val" or items.coco.getAnnIds(index, iscrowd=False)]
         items = datasets.wrap_dataset_for_transforms_v2(items, target_keys=("boxes", "labels"))
         files = [str(images / items.coco.loadImgs(index)[0]["file_name"]) for index in items.ids]
-        squared = Squared(options, augment=augment)
-        return Labelled(items, files, lambda image, target: squared(image, _boxes_target(image, target)))
+        return Labelled(items, files, functools.partial(_with_boxes, Squared(options, augment=augment)))
 
     return part("train", augment=True), part("train", augment=False), part("val", augment=False)
+
+
+# Functions of this module, which can be pickled: where processes are not forked, those that read samples are given them
+# so.
+def _with_mask(squared: Squared, image: Any, mask: Any) -> tuple[Tensor, Any]:
+    from torchvision import tv_tensors
+
+    return squared(image, tv_tensors.Mask(mask))
+
+
+def _with_boxes(squared: Squared, image: Any, target: dict[str, Any]) -> tuple[Tensor, Any]:
+    return squared(image, _boxes_target(image, target))
 
 
 def _boxes_target(image: Any, target: dict[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,8 @@ ENTRIES = (
     "ema",
 )
 """Keys of the weights in files of several libraries, the first of which is read if the user names none."""
+TORCH_ENDINGS = (".pth", ".pt", ".ckpt", ".tar", ".bin")
+"""Endings of the files of torch.save: ".ckpt" is Lightning's, ".bin" that of older transformers."""
 STEP_COUNTERS = ("steps", "n_averaged")
 """Numbers of steps that mmengine and torch keep beside averaged weights, which are named "module.NAME" there."""
 MAX_SHOWN_NAMES = 8
@@ -90,7 +92,7 @@ MAX_SHOWN_NAMES = 8
 
 
 def read_weights(path: str | Path, entry: str = "auto") -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors file, or of a .pth / .pt file without running any code of it.
+    """Read the tensors of a .safetensors file, or of a file of torch.save without running any code of it.
 
     Args:
         path: the file.
@@ -122,10 +124,10 @@ def read_weights(path: str | Path, entry: str = "auto") -> dict[str, Tensor]:
                 f"{path} is not a whole safetensors file ({error}), so there are no weights for the model. Download or "
                 "write it again."
             ) from error
-    if path.suffix not in {".pth", ".pt", ".tar", ".bin"}:
+    if path.suffix not in TORCH_ENDINGS:
         raise CheckpointError(
             f"The weights file {path} ends with {path.suffix or 'nothing'!r}, so its format is not known. Give a "
-            ".safetensors file, or a .pth / .pt file written by torch.save."
+            f".safetensors file, or a file written by torch.save that ends with {', '.join(TORCH_ENDINGS)}."
         )
     content, left_out = read_torch_file(path)
     tensors = _state_dict_of(content, path, entry, left_out)
@@ -202,8 +204,8 @@ def load_weights(model: nn.Module, path: str | Path, entry: str = "auto") -> Non
     Raises:
         CheckpointError: the file cannot be read, or its tensors are not the model's; the message lists the differences.
     """
-    written = read_weights(path, entry)
     wanted = model.state_dict()
+    written = _network_in(read_weights(path, entry), wanted, path)
     # A detector has a "backbone" of its own, and its names may be in wrappers: each level is a candidate.
     candidates = [
         {rename(key): one for key, one in level.items()}
@@ -228,6 +230,28 @@ def load_weights(model: nn.Module, path: str | Path, entry: str = "auto") -> Non
             "file again, or train the model again."
         )
     model.load_state_dict(best)
+
+
+def _network_in(written: dict[str, Tensor], wanted: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Return the weights of the one module that has exactly the wanted names, with a warning of what is beside it.
+
+    A training module holds a loss with weights, or metrics, beside its network. Where none or several have the names,
+    all weights are returned.
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in written.items():
+        module, _, name = _without_inner_wrappers(key).partition(".")
+        modules.setdefault(module, {})[name] = tensor
+    fitting = [module for module, part in modules.items() if part.keys() == wanted.keys()]
+    if len(fitting) != 1 or len(modules) == 1:
+        return written
+    beside = [f"{module}.{name}" for module, part in modules.items() if module != fitting[0] for name in part]
+    warnings.warn(
+        f"{path} holds tensors beside those of the model, which were left out: {named(beside)}.",
+        HalfevenWarning,
+        stacklevel=3,
+    )
+    return modules[fitting[0]]
 
 
 def _unwrapped_levels(written: dict[str, Tensor]) -> list[dict[str, Tensor]]:
