@@ -117,6 +117,13 @@ def test_layers_in_integers_are_not_said_to_be_in_float():
     assert "Computes in float:" not in text
 
 
+def test_layers_that_read_integers_alone_are_not_said_to_be_in_float():
+    """One of two such layers would be, if it makes the output."""
+    made = plan(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), shape=(2, 8), scheme="w8a16")
+    assert "2 quantized layers, 0 quantized activations, 0 operators in float" in str(made)
+    assert "an output of the model" not in f"{made}{made.table()}"
+
+
 def test_in_a_notebook_all_tensors_are_a_click_away():
     html = small()._repr_html_()
     assert html.count("<pre") == 2

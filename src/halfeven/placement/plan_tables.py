@@ -216,11 +216,14 @@ def _float_table(plan: PlanLike, rows: int) -> Table:
 
 
 def _split_left_in_float(plan: PlanLike) -> tuple[list[LeftInFloat], list[LeftInFloat]]:
-    """Return the operators that compute in float, and those that compute in integers and return floats."""
-    integer = {weight.name for weight in plan.weights} if plan.tensors else set()
+    """Return the operators that compute in float, and those that compute in integers and return floats.
+
+    Where weights alone are quantized, their layers are neither: they read integers and compute in float.
+    """
+    integer = {weight.name for weight in plan.weights}
     integer |= {name for tensor in plan.tensors for name in tensor.consumers}
     computing = [left for left in plan.left if left.name not in integer]
-    return computing, [left for left in plan.left if left.name in integer]
+    return computing, [left for left in plan.left if left.name in integer and plan.tensors]
 
 
 def _cut_to_rows(items: list[T], rows: int) -> tuple[list[T], list[T]]:
