@@ -81,6 +81,9 @@ def named(names: Iterable[object]) -> str:
 
 
 def last_line(error: Exception) -> str:
-    """Return the line of a runtime's message that tells the reason: its last; the error's class where it is empty."""
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+    """Return the line of a message that tells the reason; the error's class where it is empty.
+
+    It is the last line, or the first where torch's own advice follows.
+    """
+    lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0] if "tlparse" in lines[-1] else lines[-1]

@@ -158,6 +158,20 @@ def test_outputs_of_another_number_or_shape_are_an_error():
         in_form_of(expected, [torch.zeros(2, 3), torch.zeros(4)], "model.xml")
 
 
+def test_a_file_of_a_network_of_another_width_is_refused(tmp_path):
+    """Its tensors bear the same names."""
+
+    def net(width):
+        return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 4, 3))
+
+    (narrow, batches), (wide, _) = quantized(net(4), IMAGE), quantized(net(8), IMAGE)
+    path = he.export(wide, tmp_path / "model.xml")
+    with pytest.raises(
+        VerificationError, match=r"1_relu has shape \[4, 8, 6, 6\] in .*, and \[4, 4, 6, 6\] in the model"
+    ):
+        he.verify(narrow, path, batches, timed=False)
+
+
 def judged(outputs, labels, axis="auto"):
     answers = Answers(axis)
     answers.add({"deployed": outputs, "exact": outputs, "simulated": outputs}, labels)
@@ -207,8 +221,9 @@ def test_labels_that_are_no_class_are_left_out_and_counted():
         (torch.zeros(4, 7, dtype=torch.int64), r"labels of shape \[4, 7\] fit no output .*y \[4, 5\]"),
         (torch.zeros(4), r"labels are float32 of shape \[4\], not a tensor of indices"),
         ([{"boxes": torch.zeros(1, 4)}], "labels are a list, not a tensor of indices"),
+        (torch.zeros(4, 5, dtype=torch.int64), "a single value for each label"),
     ],
-    ids=["shape", "floats", "list"],
+    ids=["shape", "floats", "list", "values"],
 )
 def test_accuracy_is_never_dropped_without_a_word(labels, reason):
     answers = judged({"y": torch.zeros(4, 5)}, labels)
@@ -216,6 +231,17 @@ def test_accuracy_is_never_dropped_without_a_word(labels, reason):
     (note,) = answers.notes()
     assert note.startswith("no accuracy: ")
     assert re.search(reason, note)
+
+
+def test_a_single_logit_is_no_choice_of_classes():
+    """Its largest value is always the first: every sample of class 0 would be right, and each answer the same."""
+    logits, others = torch.tensor([[2.0], [-3.0], [4.0]]), torch.tensor([[2.0], [3.0], [4.0]])
+    for labels in (torch.tensor([0, 1, 1]), torch.tensor([[0], [1], [1]])):
+        answers = Answers()
+        answers.add({"deployed": {"y": logits}, "exact": {"y": logits}, "simulated": {"y": others}}, labels)
+        assert answers.accuracy() == {}
+        assert 'the output "y" has a single value for each label' in answers.notes()[0]
+        assert (answers.total, answers.same_exact, answers.same_float) == (3, 3, 2)
 
 
 def test_what_a_model_raises_of_a_batch_is_an_error_that_names_the_batch(tmp_path):

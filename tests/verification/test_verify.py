@@ -151,6 +151,7 @@ def test_one_changed_weight_is_seen(deployed):
     edit_bin(path, change)
     report = he.verify(qmodel, path, batches, timed=False)
     assert not report.weights_match
+    assert ["another checkpoint" in finding for finding in report.findings] == [True], "no advice about layers"
     assert report.integer_match < 1.0
     assert report.first_difference == "4_relu"
     first, *others = [t for t in report.tensors if t.different]

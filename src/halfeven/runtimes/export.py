@@ -9,7 +9,7 @@ from torch import nn
 from halfeven.checked_arguments import checked_arguments
 from halfeven.deployment.exported_program import example_of, program_of
 from halfeven.deployment.file_interface import FLOAT_PRECISION, FloatPrecision, facts_of, interface_of
-from halfeven.errors import ExportError, HalfevenError
+from halfeven.errors import ExportError, HalfevenError, last_line
 from halfeven.files import storage_error
 from halfeven.graph.inline import without_autocast
 from halfeven.graph.torch_private import forgetting_graphs
@@ -102,11 +102,7 @@ def _write(
 
 
 def _reason(error: Exception) -> str:
-    """Return the line of an exporter's message that tells the reason.
-
-    It is that of the error behind all others: its last line, or its first where torch's own advice follows.
-    """
+    """Return the line of an exporter's message that tells the reason: that of the error behind all others."""
     while error.__cause__ is not None:
         error = error.__cause__  # type: ignore[assignment]
-    lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0] if "tlparse" in lines[-1] else lines[-1]
+    return last_line(error)

@@ -88,10 +88,7 @@ class Answers:
             if (axis := _fitting_axis(output, labels, self.axis)) is not None:
                 self.judged = name
                 return name, axis
-        shapes = ", ".join(f"{name} {list(output.shape)}" for name, output in outputs.items())
-        self._add_reason(
-            f"no accuracy: labels of shape {list(labels.shape)} fit no output without its classes ({shapes})"
-        )
+        self._add_reason(_misfit_text(outputs, labels))
         return default
 
     def _add_reason(self, reason: str) -> None:
@@ -110,22 +107,44 @@ def class_axis(output: Tensor, given: ClassAxis) -> int:
 
 
 def answer(output: Tensor, axis: int | None) -> Tensor:
-    """Return the index of the largest value over an axis; an output without such an axis is its own answer, rounded."""
+    """Return the index of the largest value over an axis; an output without such an axis is its own answer, rounded.
+
+    Of a single value, as a model with one logit has, the index would always be 0.
+    """
     output = output.cpu().float()
-    if axis is None or output.ndim < 2 or not -output.ndim <= axis < output.ndim:
+    if axis is None or output.ndim < 2 or not -output.ndim <= axis < output.ndim or output.shape[axis] == 1:
         return output.round()
     return output.argmax(axis)
 
 
 def _fitting_axis(output: Tensor, labels: Tensor, given: ClassAxis) -> int | None:
-    """Return the axis of an output that labels do not have; None where their shapes differ in more than that."""
+    """Return the axis of an output that labels do not have; None where their shapes differ in more than that.
+
+    An axis of a single value holds no classes to choose from.
+    """
     if labels.ndim != output.ndim - 1:
         return None
     usual = class_axis(output, given) % output.ndim
     for axis in [usual] if given != "auto" else [usual, *range(1, output.ndim)]:
-        if torch.Size([size for place, size in enumerate(output.shape) if place != axis]) == labels.shape:
+        if output.shape[axis] > 1 and _shape_without(output, axis) == labels.shape:
             return axis
     return None
+
+
+def _shape_without(output: Tensor, axis: int) -> torch.Size:
+    return torch.Size([size for place, size in enumerate(output.shape) if place != axis])
+
+
+def _misfit_text(outputs: Mapping[str, Tensor], labels: Tensor) -> str:
+    """Return why integer labels judge none of the outputs."""
+    for name, output in outputs.items():
+        if output.is_floating_point() and output.squeeze().shape == labels.squeeze().shape:
+            return (
+                f'no accuracy: the output "{name}" has a single value for each label, and what value separates the '
+                "classes is not known"
+            )
+    shapes = ", ".join(f"{name} {list(output.shape)}" for name, output in outputs.items())
+    return f"no accuracy: labels of shape {list(labels.shape)} fit no output without its classes ({shapes})"
 
 
 def _label_words(labels: Any) -> str:

@@ -103,6 +103,7 @@ class Comparison:
         tensors = [x for x in cpu if isinstance(x, Tensor)]
         found, reals = self.file.run(tensors)
         codes = {name: codes_of(reals[name], self.activations[name]) for name in self.names}
+        self._check_sizes(codes, simulated_codes)
         exact = self._compare_exact(cpu, codes)
         # Where integers differ, the float simulation runs again on the file's integers: what still differs is a layer's
         # own, and not spread from the layers before it.
@@ -122,6 +123,16 @@ class Comparison:
             sums = self.outputs.setdefault(name, OutputSums(name))
             sums.add(output, exact[name], simulated[name], alone[name], floating[name])
         return {"deployed": deployed, "exact": exact, "simulated": simulated}
+
+    def _check_sizes(self, found: Mapping[str, Tensor], simulated: Mapping[str, Tensor]) -> None:
+        """Refuse the file of a network whose tensors bear the same names, and have other sizes."""
+        for name in self.names:
+            if found[name].numel() != simulated[name].numel():
+                raise VerificationError(
+                    f"{name.removeprefix('quantizers.')} has shape {list(found[name].shape)} in {self.path}, and "
+                    f"{list(simulated[name].shape)} in the model, so the file was not written from this model. Export "
+                    "the model again, then verify."
+                )
 
     def _compare_exact(self, inputs: Sequence[Any], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compare the integers of all activations with the exact simulation; return its outputs."""

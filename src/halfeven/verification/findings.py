@@ -21,6 +21,12 @@ FEWEST_MOVED = 10
 """Fewer integers than these are no share of a small tensor."""
 
 
+OTHER_WEIGHTS = (
+    "The integer weights in the file are not those of this model: it was written from another checkpoint or with other "
+    "bits, and all other differences follow from that. Export the model again; report it if that does not help."
+)
+
+
 def findings(outputs: Sequence[OutputParity], tensors: Sequence[TensorParity]) -> list[str]:
     """Return a sentence for each difference between the file and a simulation that float rounding does not explain."""
     return [
@@ -42,6 +48,8 @@ def judged(
         proof: compares all batches in float32, and returns the same fields of that session.
         needed: the file's session may compute float operators in another precision.
     """
+    if not parity["weights_match"]:
+        return None, [OTHER_WEIGHTS], []  # advice on single tensors would mislead
     found = findings(parity["outputs"], parity["tensors"])
     differs = parity["integer_match"] < 1  # false where no activation is quantized
     if not (needed and (differs or found)):

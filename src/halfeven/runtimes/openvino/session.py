@@ -53,6 +53,12 @@ def read(path: str | Path) -> Any:
     try:
         return _core().read_model(path)
     except RuntimeError as error:
+        weights = path.with_suffix(".bin")
+        if "bin file" in str(error) and not weights.is_file():
+            raise VerificationError(
+                f"{path} has its weights in {weights.name}, which is not beside it, so it cannot be run. Copy both "
+                "files."
+            ) from error
         raise VerificationError(
             f"OpenVINO cannot read {path}: {last_line(error)} The file is damaged or of another "
             "kind: write it again with halfeven.export(qmodel, path)."
