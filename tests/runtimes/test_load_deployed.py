@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import halfeven as he
-from halfeven.errors import VerificationError
+from halfeven.errors import ConfigError, VerificationError
 from halfeven.runtimes.onnx import external_data
 from processes import run
 from runtimes.parity import quantized
@@ -159,3 +159,27 @@ def test_tensors_too_many_for_one_file_lie_beside_it(target, tmp_path, monkeypat
     path.with_name("model.onnx.data").unlink()
     with pytest.raises(VerificationError, match="not a complete ONNX file"):
         he.load_deployed(path, target)
+
+
+def test_a_file_is_run_and_verified_by_the_runtime_that_it_was_written_for(tmp_path):
+    """Several runtimes read ONNX: OpenVINO has no operator for ONNX Runtime's SiLU, and would run others as floats."""
+    qmodel, batches = quantized(nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 3)), (2, 3, 8, 8))
+    path = he.export(qmodel, tmp_path / "model.onnx", target="onnxruntime")
+    report = he.verify(qmodel, path, batches, timed=False)
+    assert (report.runtime, report.findings) == ("ONNX Runtime", [])
+    assert torch.equal(he.load_deployed(path)(batches[0]), he.load_deployed(path, "onnxruntime")(batches[0]))
+    for call in (
+        lambda: he.load_deployed(path, "openvino"),
+        lambda: he.verify(qmodel, path, batches, target="openvino"),
+    ):
+        with pytest.raises(ConfigError, match=r"written for onnxruntime.*target names openvino.*Leave target out"):
+            call()
+
+
+def test_the_ending_tells_the_runtime_of_a_file_that_one_alone_reads(tmp_path):
+    qmodel, batches = quantized(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), (2, 3, 2, 2), target="onnxruntime")
+    path = he.export(qmodel, tmp_path / "model.xml", target="openvino")
+    assert he.verify(qmodel, path, batches, timed=False).runtime == "OpenVINO"
+    path.with_suffix(".bin").unlink()
+    with pytest.raises(VerificationError, match=r"has its weights in model\.bin, which is not beside it.*Copy both"):
+        he.load_deployed(path)

@@ -24,6 +24,8 @@ from halfeven.nearest import did_you_mean
 from halfeven.runtimes.cpu import adds_pairs_in_16_bits
 from halfeven.runtimes.layer_execution import KernelTime, LayerExecution
 from halfeven.runtimes.onnx import writer as onnx_writer
+from halfeven.runtimes.onnx.file import read as read_onnx
+from halfeven.runtimes.onnx.interface import facts_in
 from halfeven.runtimes.onnx.literal import LiteralInterpreter
 from halfeven.runtimes.onnxruntime import passes as onnxruntime_passes
 from halfeven.runtimes.onnxruntime import writer as onnxruntime_writer
@@ -238,15 +240,54 @@ def runtime_named(name: str) -> Runtime:
     return RUNTIMES[name]
 
 
+def runtime_of_file(path: Path, target: str | None, otherwise: str | None = None) -> Runtime:
+    """Return the runtime of a deployed file: the one that it was written for.
+
+    Args:
+        path: the file.
+        target: the runtime's name as the user gives it; None: as the file says.
+        otherwise: the runtime of a file that does not say it; None: the first that reads such files.
+
+    Raises:
+        ConfigError: there is no such runtime, it does not read files with this ending, or the file is for another.
+    """
+    written_for = target_in_file(path)
+    runtime = runtime_named(target or written_for or otherwise or next(iter([*_readers(path), *RUNTIMES])))
+    runtime.check_ending(path)
+    if written_for not in (None, runtime.name):
+        raise ConfigError(
+            f"{path} was written for {written_for}, and target names {runtime.name}, whose files have another form, so "
+            f'it would not be run as it was meant. Leave target out, or export the model with target="{runtime.name}".'
+        )
+    return runtime
+
+
+def _readers(path: Path) -> list[str]:
+    return [name for name, row in RUNTIMES.items() if path.suffix in row.writers]
+
+
+def target_in_file(path: Path) -> str | None:
+    """Return the runtime that a file was written for; None where it does not say it, or is not there.
+
+    Raises:
+        VerificationError: the file is damaged.
+    """
+    readers = _readers(path)
+    if not path.is_file() or not readers:
+        return None
+    # Files that several runtimes read are ONNX, and say it.
+    return readers[0] if len(readers) == 1 else facts_in(read_onnx(path)).get("target")
+
+
 @checked_arguments(VerificationError)
-def load_deployed(path: str | Path, target: str = "openvino", qmodel: nn.Module | None = None) -> Callable[..., Any]:
+def load_deployed(path: str | Path, target: str | None = None, qmodel: nn.Module | None = None) -> Callable[..., Any]:
     """Return a deployed file as a function from tensors to tensors, on the CPU, with the settings that it needs.
 
     Threads may call the function at once; each call gets the outputs of its own inputs.
 
     Args:
         path: an `.xml` or `.onnx` file.
-        target: the runtime to run it in.
+        target: the runtime to run it in; None: the one that the file was written for.
         qmodel: the model that the file was written from: the function then takes inputs by name as it does, and returns
             outputs in the same dicts, lists or classes.
 
@@ -255,11 +296,10 @@ def load_deployed(path: str | Path, target: str = "openvino", qmodel: nn.Module 
         one tensor, or a tuple where the model has several outputs.
 
     Raises:
-        ConfigError: there is no such runtime, or it does not read files with this ending.
+        ConfigError: there is no such runtime, it does not read files with this ending, or the file is for another.
         VerificationError: there is no such file, or the runtime cannot read it; in a call: it does not take the inputs.
     """
-    runtime = runtime_named(target)
-    runtime.check_ending(Path(path))
+    runtime = runtime_of_file(Path(path), target)
     opened = runtime.open_file(Path(path), ())
     names, leaves, form = _form_of(qmodel) if qmodel is not None else ((), (), None)
     # Keyword inputs come last in the file. With the model at hand they are taken by its names, not by the file's.

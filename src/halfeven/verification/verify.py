@@ -18,11 +18,12 @@ from halfeven.graph.copying import float32_model
 from halfeven.graph.inline import without_autocast
 from halfeven.layerwise.batches import form_of, naming_batch
 from halfeven.placement.execution_graph import as_planned
+from halfeven.placement.insertion import plan_of
 from halfeven.progress_bar import advancing, progress
 from halfeven.quantization.model_quantizers import weights_quantized_once
-from halfeven.runtimes.deploy import deploy, runtime_of
+from halfeven.runtimes.deploy import deploy
 from halfeven.runtimes.layer_execution import LayerExecution
-from halfeven.runtimes.runtime import Runtime
+from halfeven.runtimes.runtime import Runtime, runtime_of_file
 from halfeven.verification.answers import Answers, ClassAxis
 from halfeven.verification.circumstances import circumstances
 from halfeven.verification.comparison import Comparison
@@ -58,7 +59,7 @@ def verify(
         path: the `.xml` or `.onnx` file.
         batches: inputs, as for `calibrate`; with labels, `(inputs, labels)`, accuracies are reported too.
         float_model: the original model, for its accuracy.
-        target: the runtime that the file was written for; None: that of the model. TensorRT is not run: its file is
+        target: the runtime that the file was written for; None: as the file says. TensorRT is not run: its file is
             evaluated as ONNX defines its operators.
         timed: measure latencies too, for which the float model is written as well.
         class_axis: axis whose largest value is an answer, one for a sample, pixel, token or anchor; "auto": the axis
@@ -67,12 +68,11 @@ def verify(
     Raises:
         VerificationError: no batch was given, the file cannot be read, or it was not written from this model.
         CalibrationError: a batch does not fit the example that the model was prepared with.
-        ConfigError: there is no such runtime, or it does not read files with this ending.
+        ConfigError: there is no such runtime, it does not read files with this ending, or the file is for another.
     """
     qmodel = float32_model(qmodel)
     inputs, labels = _inputs_and_labels(qmodel, list(given_batches(batches, name="batches")))
-    runtime = runtime_of(qmodel, target)
-    runtime.check_ending(Path(path))
+    runtime = runtime_of_file(Path(path), target, plan_of(qmodel).options.target)
     answers = Answers(class_axis)
     with progress(f"Verifying {Path(path).name}", len(inputs)) as advance:
         comparison = Comparison(qmodel, deploy(qmodel, runtime), Path(path), runtime)

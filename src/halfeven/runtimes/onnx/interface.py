@@ -6,6 +6,9 @@ from typing import Any
 
 from halfeven.deployment.file_interface import FLOAT_PRECISION, FileInterface, FloatPrecision
 
+FACTS = "halfeven."
+"""Beginning of the names of facts in the metadata of a file."""
+
 
 def write_interface(model: Any, interface: FileInterface, tensors: set[str]) -> None:
     """Give an `onnx_ir.Model` the names and facts of a file's interface, in place.
@@ -79,13 +82,17 @@ def _named(size: Any, symbols: Mapping[str, str]) -> Any:
 
 
 def _write_facts(model: Any, metadata: Mapping[str, str]) -> None:
-    """Write facts into an `onnx_ir.Model`, each under "halfeven." and its name."""
+    """Write facts into an `onnx_ir.Model`, each under `FACTS` and its name."""
     model.producer_name = "halfeven"
     model.producer_version = metadata.get("version", "")
-    model.metadata_props.update({f"halfeven.{name}": value for name, value in metadata.items()})
+    model.metadata_props.update({f"{FACTS}{name}": value for name, value in metadata.items()})
+
+
+def facts_in(model: Any) -> dict[str, str]:
+    """Return the facts that an `onnx.ModelProto` has about itself, by name."""
+    return {fact.key.removeprefix(FACTS): fact.value for fact in model.metadata_props if fact.key.startswith(FACTS)}
 
 
 def float_precision_in(model: Any) -> FloatPrecision:
     """Return the precision that an `onnx.ModelProto` was written for."""
-    facts = {fact.key: fact.value for fact in model.metadata_props}
-    return "runtime" if facts.get(f"halfeven.{FLOAT_PRECISION}") == "runtime" else "f32"
+    return "runtime" if facts_in(model).get(FLOAT_PRECISION) == "runtime" else "f32"
