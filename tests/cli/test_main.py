@@ -24,6 +24,7 @@ from halfeven.cli.verify import problems_of
 from halfeven.config import as_dict, load_experiment
 from halfeven.errors import ConfigError
 from halfeven.ptq.options import PTQOptions
+from halfeven.training.stopping import StopRequested
 from halfeven.zoo.models import ModelOptions
 from processes import run
 
@@ -270,6 +271,13 @@ def test_an_unknown_option_names_the_nearest(refused, config):
     assert "--training.epochs" in said
 
 
+@pytest.mark.parametrize("option", ["--quantization.rules", "--quantization.dynamic_shapes=x"])
+def test_what_a_config_alone_can_set(refused, config, option):
+    said = refused("ptq", config, option, "fc")
+    name = option.removeprefix("--").removesuffix("=x")
+    assert f"{name} has values of several parts, which stand in the config alone" in said
+
+
 def test_a_value_of_the_wrong_type(refused, config):
     assert 'training.epochs="many" must be an integer' in refused("train", config, "--training.epochs", "many")
 
@@ -482,6 +490,19 @@ def test_a_share_beyond_one_is_refused(refused, config, checkpoint):
     assert "--min-match 99.9 is not between 0 and 1" in said
 
 
+def test_checkpoint_and_file_in_the_wrong_order(refused, config, checkpoint):
+    said = refused("verify", config, "model.onnx", checkpoint)
+    assert f"Write `halfeven verify {config} {checkpoint} model.onnx`" in said
+
+
+@pytest.mark.parametrize("command", ["train", "export", "verify"])
+def test_results_that_could_not_be_written_are_refused_before_the_work(refused, config, checkpoint, tmp_path, command):
+    (tmp_path / "file").write_text("")
+    given = {"train": [], "export": [checkpoint], "verify": [checkpoint, "model.xml"]}[command]
+    for place in (tmp_path, tmp_path / "file" / "results.json"):
+        assert f"--json {place} is no file that could be written" in refused(command, config, *given, "--json", place)
+
+
 def test_a_file_to_verify_that_is_not_there(refused, config, checkpoint, tmp_path):
     assert "nothing can be verified" in refused("verify", config, checkpoint, tmp_path / "model.xml")
 
@@ -499,18 +520,27 @@ def test_fields_are_overridden(config):
     assert not parsed.resume
 
 
-def test_an_interruption_says_how_to_go_on(monkeypatch, capsys, config):
+@pytest.mark.parametrize("command", [command.name for command in cli.COMMANDS])
+def test_an_interruption_says_how_to_go_on(monkeypatch, capsys, config, command):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "run", interrupt)
     with pytest.raises(SystemExit) as caught:
-        cli.main(["train", config])
+        cli.main([command, config])
     assert caught.value.code == 130
-    assert "--resume" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["diagnose", config])
-    assert "--resume" not in capsys.readouterr().err
+    kind = next(one.arguments for one in cli.COMMANDS if one.name == command)
+    resumes = "resume" in {field.name for field in dataclasses.fields(cli.imported(kind))}
+    assert ("--resume" in capsys.readouterr().err) == resumes
+
+
+def test_a_command_without_resume_does_not_advise_it_when_it_is_stopped(monkeypatch, capsys):
+    def stop(arguments):
+        raise StopRequested("SIGTERM")
+
+    monkeypatch.setattr("halfeven.cli.init.run_init", stop)
+    assert cli.run(["init"]) == 75
+    assert capsys.readouterr().err == "Stopped by SIGTERM.\n"
 
 
 def test_free_axes_stay_as_the_config_has_them(config):

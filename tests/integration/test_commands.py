@@ -134,13 +134,13 @@ def test_export_writes_both_formats(config, trained, tmp_path):
 
 def test_verify_tells_a_file_from_one_of_other_weights(config, trained, tmp_path):
     folder = trained[0]
-    untimed = ("--export.timed", "False", "--json", tmp_path / "v.json")
+    untimed = ("--export.timed", "False", "--export.verify-samples", "40", "--json", tmp_path / "v.json")
     done = halfeven("verify", config, folder / "best.safetensors", folder / "model.xml", *untimed)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines().count("Verified.") == 1
     report = json.loads((tmp_path / "v.json").read_text())
     recorded = json.loads((folder / "results.json").read_text())["verification"]["model.xml"]
-    assert (report["verified"], report["problems"]) == (True, [])
+    assert (report["verified"], report["problems"], report["samples"]) == (True, [], 40)
     assert report["integer_match"] == recorded["integer_match"]
 
     # The same network with the classes in another order: every tensor is there, the last layer's weights differ.
@@ -149,7 +149,7 @@ def test_verify_tells_a_file_from_one_of_other_weights(config, trained, tmp_path
     write_tensors(tensors, tmp_path / "best.safetensors", facts)
     done = halfeven("verify", config, tmp_path / "best.safetensors", folder / "model.xml", *untimed)
     assert done.returncode == 1, done.stderr
-    assert "The integer weights in the file are not the checkpoint's." in done.stdout
+    assert "The integer weights in the file are not the checkpoint's: it was written" in done.stdout
     report = json.loads((tmp_path / "v.json").read_text())
     assert not report["verified"]
     assert not report["weights_match"]

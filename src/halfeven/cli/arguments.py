@@ -9,7 +9,7 @@ import tyro
 
 from halfeven.cli.boolean_words import without_switch_values
 from halfeven.cli.help import help_text
-from halfeven.cli.values import by_new_names, construct_checked, unchecked
+from halfeven.cli.values import by_new_names, check_settable, construct_checked, unchecked
 from halfeven.config import Experiment, load_experiment
 from halfeven.errors import ConfigError
 from halfeven.zoo.models import ModelOptions
@@ -82,6 +82,8 @@ def parsed(command: str, kind: type[Any], arguments: list[str]) -> Any:
         raise SystemExit(0)
     switches = {f"--{name.replace('_', '-')}" for name, field in fields.items() if field.type is bool}
     arguments = without_switch_values(arguments, switches)
+    if "experiment" in fields:
+        check_settable(arguments, default.experiment)
     found: Any = tyro.cli(
         kind,
         prog=f"halfeven {command}",

@@ -1,6 +1,6 @@
 """From a checkpoint to verified files: the end that training and post-training quantization share."""
 
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,17 @@ from halfeven.cli.report_pages import write_pages
 from halfeven.cli.results import print_accuracies, write_json
 from halfeven.cli.run import RunContext
 from halfeven.cli.work_folder import BEST_FILE, LAST_FILE, RESULTS_FILE
+from halfeven.errors import ConfigError, VerificationError
 from halfeven.files import write_atomically
 from halfeven.pipelines import load
 from halfeven.placement.insertion import plan_of
 from halfeven.runtimes.export import export
-from halfeven.runtimes.runtime import load_deployed
+from halfeven.runtimes.runtime import load_deployed, target_in_file
 from halfeven.tasks.task import Metrics
 from halfeven.verification.report import Report
 from halfeven.verification.verify import verify
 from halfeven.zoo.options import DataOptions
+from halfeven.zoo.parts import subset
 
 PLAN = "plan.txt"
 """File of the whole plan."""
@@ -49,7 +51,7 @@ def deliver(
     best = context.folder / BEST_FILE
     # Read from the file, so that the checkpoint as it is on the disk is exported and verified.
     qmodel = load(best, model.cpu(), context.datasets.example())
-    reports = export_verified(context, qmodel, context.folder, model)
+    reports = export_verified(context, qmodel, context.folder)
     before = {"calibrated": calibrated} if calibrated is not None else {}
     # A row for each model that there is, from float to deployed; the first metric of each goes on the page.
     rows = {"float": float_metrics, **before, "simulated": context.accuracy(qmodel)}
@@ -60,7 +62,7 @@ def deliver(
         files[LAST_ROW] = last
     for path in reports:
         name = "deployed" if len(reports) == 1 else f"deployed {path.suffix}"
-        rows[name] = context.accuracy(load_deployed(path, target_of(context, qmodel), qmodel), "cpu")
+        rows[name] = context.accuracy(load_deployed(path, None, qmodel), "cpu")
         files[name] = path
     print_accuracies(context, rows, files, _selection_caption(context) if last.is_file() else "")
     write_pages(context, qmodel, reports, rows, files, (facts or {}).get("search"))
@@ -94,21 +96,35 @@ def write_plan(context: RunContext, qmodel: nn.Module) -> None:
 
 def target_of(context: RunContext, qmodel: nn.Module) -> str:
     """Return the runtime of the files: `export.target`, or else the runtime that the model was quantized for."""
+    return given_target(context) or plan_of(qmodel).options.target
+
+
+def given_target(context: RunContext) -> str | None:
+    """Return the runtime that the user names for a file; None: the file says it itself."""
     target = context.experiment.export.target
-    return plan_of(qmodel).options.target if target == "auto" else target
+    return None if target == "auto" else target
 
 
-def export_verified(
-    context: RunContext, qmodel: nn.Module, folder: Path, float_model: nn.Module | None
-) -> dict[Path, Report]:
-    """Write the files that the experiment names, and print the report of each.
+def check_replaceable(paths: Iterable[Path], target: str) -> None:
+    """Refuse to replace a file for one runtime by a file of the same name for another.
 
-    Args:
-        context: the run.
-        qmodel: the quantized model.
-        folder: where the files go.
-        float_model: the float model, for its accuracy in the reports.
+    Raises:
+        ConfigError: one of the files is there, for another runtime.
     """
+    for path in paths:
+        try:
+            written_for = target_in_file(path)
+        except VerificationError:  # a damaged file may be replaced
+            continue
+        if written_for not in (None, target):
+            raise ConfigError(
+                f"{path} is there already, for {written_for}, and would be replaced by a file for {target}. Give "
+                "another --work-dir, or move the file."
+            )
+
+
+def export_verified(context: RunContext, qmodel: nn.Module, folder: Path) -> dict[Path, Report]:
+    """Write the files that the experiment names into a folder, and print the report of each."""
     target = target_of(context, qmodel)
     qmodel = qmodel.cpu().eval()
     reports = {}
@@ -117,33 +133,40 @@ def export_verified(
         context.log(f"Exporting {path} ...")
         facts = preprocessing(context.experiment.data)
         export(qmodel, path, target, metadata=facts, float_precision=context.experiment.export.float_precision)
-        reports[path] = verify_file(context, qmodel, path, float_model)
+        reports[path] = verify_file(context, qmodel, path)
     return reports
 
 
 def preprocessing(data: DataOptions) -> dict[str, str]:
     """Return how a data set's inputs are made, for the metadata of files; {} where only the user's code knows."""
-    if data.source in ("image_folder", "voc_segmentation", "coco_detection"):
-        values = f"RGB from 0 to 1, minus {list(data.mean)}, divided by {list(data.std)}"
-        return {"preprocessing": f"{values}; {data.image_size} pixels square"}
-    if data.source == "texts":
-        return {"preprocessing": f"tokens of {data.text.tokenizer}, padded to {data.text.max_length}"}
-    return {}
+    values = f"RGB from 0 to 1, minus {list(data.mean)}, divided by {list(data.std)}"
+    side = f"{data.image_size} x {data.image_size} pixels"
+    fit = "fit into" if data.keep_aspect else "fill"
+    padded = "; zeros on the right and below" if data.keep_aspect else ""
+    scaling = "scaled (bilinear, antialiased) to"
+    scaled = f"{scaling} {fit} {side}; {values}{padded}"
+    said = {
+        "image_folder": f"short side {scaling} {data.resize} pixels; the middle {side}; {values}",
+        "voc_segmentation": scaled,
+        "coco_detection": scaled,
+        "shapes": f"{side}; {values}",
+        "texts": f"tokens of {data.text.tokenizer}, padded to {data.text.max_length}",
+    }
+    return {"preprocessing": said[data.source]} if data.source in said else {}
 
 
-def verify_file(context: RunContext, qmodel: nn.Module, path: Path, float_model: nn.Module | None) -> Report:
+def verify_file(context: RunContext, qmodel: nn.Module, path: Path) -> Report:
     """Verify a file on validation samples, in its runtime, and print the report."""
     options = context.experiment.export
-    samples = context.datasets.validation
-    context.log(f"Verifying {path} on {min(options.verify_samples, len(samples))} samples ...")
+    validation = context.datasets.validation
+    samples = subset(validation, list(range(min(options.verify_samples, len(validation)))))
+    context.log(f"Verifying {path} on {len(samples)} samples ...")
     loader = context.loader(samples, shared=False, batch_size=options.verify_batch_size)
-    count = -(-options.verify_samples // options.verify_batch_size)
     report = verify(
         qmodel.cpu().eval(),
         path,
-        [inputs for inputs, _ in islice(loader, count)],
-        float_model=float_model,
-        target=target_of(context, qmodel),
+        [inputs for inputs, _ in loader],
+        target=given_target(context),
         class_axis=context.task.class_axis,
         timed=options.timed,
     )

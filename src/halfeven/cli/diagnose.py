@@ -75,7 +75,7 @@ def run_diagnose(arguments: DiagnoseArguments) -> None:
 def _models_of_checkpoint(context: RunContext, checkpoint: Path) -> tuple[nn.Module, nn.Module]:
     """Return the quantized model of a checkpoint, and the float model."""
     model, has_weights = float_model_of(context.experiment, checkpoint)
-    if not (has_weights or context.experiment.model.source == "callable"):
+    if not has_weights:
         raise ConfigError(
             f"The float model's weights are not at hand, so the outputs of {checkpoint} cannot be compared with its "
             "outputs. Give model.weights, or keep the folder float/ beside the checkpoint."

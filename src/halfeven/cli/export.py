@@ -5,8 +5,8 @@ from pathlib import Path
 
 from halfeven.checkpoint import read_facts
 from halfeven.cli.arguments import CheckpointArguments
-from halfeven.cli.deliver import export_verified
-from halfeven.cli.float_model import float_model_of
+from halfeven.cli.deliver import check_replaceable, export_verified, target_of
+from halfeven.cli.float_model import network_of
 from halfeven.cli.results import write_json
 from halfeven.cli.run import open_run
 from halfeven.pipelines import load
@@ -28,9 +28,10 @@ def run_export(arguments: ExportArguments) -> None:
     folder = Path(arguments.work_dir or checkpoint.parent)
     read_facts(checkpoint)  # a wrong path shows before the data is read
     context = open_run(arguments.experiment, folder)
-    model, has_weights = float_model_of(arguments.experiment, checkpoint)
-    qmodel = load(checkpoint, model, context.datasets.example())
-    reports = export_verified(context, qmodel, folder, model if has_weights else None)
+    qmodel = load(checkpoint, network_of(arguments.experiment), context.datasets.example())
+    target = target_of(context, qmodel)
+    check_replaceable([folder / f"model{ending}" for ending in arguments.experiment.endings(target)], target)
+    reports = export_verified(context, qmodel, folder)
     found = {path.name: report.to_dict() for path, report in reports.items()}
     for path in (folder / "verification.json", *([Path(arguments.json)] if arguments.json else [])):
         write_json(path, found)

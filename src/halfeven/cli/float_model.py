@@ -12,7 +12,7 @@ from halfeven.config import Experiment
 from halfeven.errors import ConfigError
 from halfeven.training.state import STATE_FILE
 from halfeven.training.trainer import Trainer
-from halfeven.zoo.models import PRETRAINED, create_model
+from halfeven.zoo.models import PRETRAINED, ModelOptions, create_model
 from halfeven.zoo.weights import load_weights
 
 
@@ -51,13 +51,34 @@ def train_float(context: RunContext, model: nn.Module, *, resume: bool) -> None:
     load_weights(model, folder / BEST_FILE)
 
 
+def network_of(experiment: Experiment) -> nn.Module:
+    """Return the float model of a checkpoint whose own weights take the place of the float ones."""
+    options = experiment.model
+    # The networks of some libraries depend on whether their weights are loaded.
+    if options.weights == PRETRAINED:
+        return _pretrained_if_there(options)[0]
+    return create_model(dataclasses.replace(options, weights=""))
+
+
+def _pretrained_if_there(options: ModelOptions) -> tuple[nn.Module, bool]:
+    """Return a library's model, and True if it has its own weights, which a machine without a network may lack."""
+    try:
+        return create_model(options), True
+    except ConfigError:  # what is wrong with the model itself is raised once more
+        return create_model(dataclasses.replace(options, weights="")), False
+
+
 def float_model_of(experiment: Experiment, checkpoint: Path) -> tuple[nn.Module, bool]:
     """Return the float model of a checkpoint, and True if it has its weights: testing works without them too."""
-    trained = checkpoint.parent / FLOAT_FOLDER / BEST_FILE
     options = experiment.model
     if experiment.pretraining.epochs:
+        trained = checkpoint.parent / FLOAT_FOLDER / BEST_FILE
         options = dataclasses.replace(options, weights=str(trained) if trained.is_file() else "")
+        return create_model(options), bool(options.weights)
+    if options.weights == PRETRAINED:
+        return _pretrained_if_there(options)
     # The file that the run started from may be gone; the quantized model's weights are in the checkpoint.
-    elif options.weights != PRETRAINED and not Path(options.weights).is_file():
-        options = dataclasses.replace(options, weights="")
-    return create_model(options), bool(options.weights)
+    if options.weights and not Path(options.weights).is_file():
+        return create_model(dataclasses.replace(options, weights="")), False
+    # A function of the user's may load weights itself.
+    return create_model(options), bool(options.weights) or options.source == "callable"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from halfeven.cli.values import is_nested_dict
+from halfeven.cli.values import is_nested_dict, is_sequence_of_options
 
 MAX_LINE_WIDTH = 100
 """Columns beyond which lines are hard to read."""
@@ -129,7 +129,7 @@ def _options_by_part(prefix: str, options: Any, meaning: str) -> dict[str, list[
         value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
             parts |= _options_by_part(name, value, meanings[field.name])
-        elif not _is_sequence_of_options(hints[field.name]) and not is_nested_dict(hints[field.name]):
+        elif not is_sequence_of_options(hints[field.name]) and not is_nested_dict(hints[field.name]):
             own.append(_make_option(name, hints[field.name], meanings[field.name], value))
     return parts
 
@@ -141,11 +141,6 @@ def _make_option(name: str, kind: Any, meaning: str, value: Any) -> Option:
         meaning = f"One of {', '.join(form.strip('{}').split(','))}. {meaning}"
         form = "CHOICE"
     return Option(name, f"{_option_name(name)} {form}", f"{meaning} [{_as_typed(value)}]")
-
-
-def _is_sequence_of_options(kind: Any) -> bool:
-    """Return True for a sequence of option classes, which is set in the config alone."""
-    return any(isinstance(one, type) and dataclasses.is_dataclass(one) for one in get_args(kind))
 
 
 def _metavar(kind: Any) -> str:

@@ -5,7 +5,7 @@ import importlib.util
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,19 +145,21 @@ def run(arguments: list[str]) -> int:
         meant = did_you_mean(arguments[0], [command.name for command in COMMANDS])
         print(f'There is no command "{arguments[0]}". {meant}\n\n{usage()}', file=sys.stderr)
         return 2
-    read = parse(command.name, arguments[1:])
-    return _run_stoppable(imported(command.run), read)
+    return _run_stoppable(command, parse(command.name, arguments[1:]))
 
 
-def _run_stoppable(command: Callable[[Any], int | None], arguments: Any) -> int:
+def _run_stoppable(command: Command, arguments: Any) -> int:
     """Run a command until its end, or until a signal asks it to stop. Returns the exit code."""
+    from halfeven.cli.results import check_file
     from halfeven.training.stopping import EXIT_CODE, StopRequested, stoppable
 
+    check_file(arguments.json, "--json")
+    run_command = imported(command.run)
     try:
         with stoppable():
-            return command(arguments) or 0
+            return run_command(arguments) or 0
     except StopRequested as stop:
-        print(stop, file=sys.stderr)
+        print(stop if command.name in RESUMED_COMMANDS else f"Stopped by {stop.reason}.", file=sys.stderr)
         return EXIT_CODE
 
 

@@ -1,5 +1,6 @@
 """The results of a command: the table of accuracies, and JSON for other programs."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from halfeven.cli.run import RunContext
+from halfeven.errors import ConfigError
 from halfeven.files import json_text, write_atomically
 from halfeven.tasks.task import Metrics
 
@@ -31,6 +33,24 @@ def print_accuracies(
     for name, metrics in rows.items():
         table.add_row(name, *(f"{value:.2f}" for value in metrics.values()), str(files.get(name, "")))
     context.console.print(table)
+
+
+def check_file(path: str, option: str) -> None:
+    """Refuse a file of results that could not be written at the end of the work.
+
+    Raises:
+        ConfigError: its place is a folder, or it lies in no folder.
+    """
+    if not path:
+        return
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(
+            f"{option} {path} is no file that could be written, so the results would be lost after the work. Give the "
+            "path of a file in a folder that you may write to."
+        )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

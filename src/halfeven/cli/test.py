@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from halfeven.checkpoint import read_facts
 from halfeven.cli.arguments import CheckpointArguments
-from halfeven.cli.deliver import target_of
+from halfeven.cli.deliver import given_target, target_of
 from halfeven.cli.float_model import float_model_of
 from halfeven.cli.results import print_accuracies, write_json
 from halfeven.cli.run import open_run
@@ -41,9 +42,11 @@ def run_test(arguments: TestArguments) -> None:
     rows: dict[str, Metrics] = {}
     if has_weights:
         rows["float"] = context.accuracy(model)
-    elif recorded := facts.get("extra", {}).get("float"):
-        rows["float"] = read_metrics(recorded)
+    elif recorded := _recorded_metrics(facts):
+        rows["float"] = recorded
         context.log("The float weights are not at hand; their accuracy is the one recorded in the checkpoint.")
+    else:
+        context.log("The float weights are not at hand, so the table lacks the float model.")
     rows["simulated"] = context.accuracy(qmodel)
     target = target_of(context, qmodel)
     with temporary_folder() as temporary:
@@ -51,9 +54,19 @@ def run_test(arguments: TestArguments) -> None:
         if not arguments.deployed:
             precision = context.experiment.export.float_precision
             export(qmodel.cpu().eval(), path, target, float_precision=precision)
-        rows["deployed"] = context.accuracy(load_deployed(path, target, qmodel.cpu().eval()), "cpu")
+        rows["deployed"] = context.accuracy(load_deployed(path, given_target(context), qmodel.cpu().eval()), "cpu")
     if context.accelerator.is_main_process:
         deployed = arguments.deployed or "exported for this test"
         print_accuracies(context, rows, {"simulated": arguments.checkpoint, "deployed": deployed})
         if arguments.json:
             write_json(Path(arguments.json), rows)
+
+
+def _recorded_metrics(facts: dict[str, Any]) -> Metrics:
+    """Return the float model's metrics in the facts of a checkpoint; {} where a run has recorded none.
+
+    With `halfeven.save`, anything may stand under the name.
+    """
+    found = facts.get("extra", {}).get("float")
+    numbers = isinstance(found, dict) and all(isinstance(value, int | float | None) for value in found.values())
+    return read_metrics(found) if numbers else {}

@@ -10,7 +10,7 @@ import dataclasses
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from tyro.constructors import (
     ConstructorRegistry,
@@ -121,6 +121,36 @@ def by_new_names(arguments: list[str], options: Options) -> list[str]:
             warn_of_old(f"{option} is now {new}", stacklevel=3)
         current.append(f"{new or option}{equals}{value}")
     return current
+
+
+def check_settable(arguments: list[str], options: Options) -> None:
+    """Refuse options that a config alone can set: their values have several parts.
+
+    Raises:
+        ConfigError: one is among the arguments.
+    """
+    given = {_dashed_option(argument.partition("=")[0]) for argument in arguments}
+    report(
+        [
+            f"{name} has values of several parts, which stand in the config alone: write them there."
+            for name in _set_in_config_alone("", options)
+            if _option_name(name) in given
+        ]
+    )
+
+
+def _set_in_config_alone(path: str, options: Options) -> Iterator[str]:
+    hints = get_type_hints(type(options))
+    for name, value in vars(options).items():
+        if isinstance(value, Options):
+            yield from _set_in_config_alone(f"{path}{name}.", value)
+        elif is_nested_dict(hints[name]) or is_sequence_of_options(hints[name]):
+            yield f"{path}{name}"
+
+
+def is_sequence_of_options(kind: Any) -> bool:
+    """Return True for a sequence of option classes."""
+    return any(isinstance(one, type) and dataclasses.is_dataclass(one) for one in get_args(kind))
 
 
 def _renamed_paths(path: str, value: Any) -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from halfeven.checkpoint import read_facts
 from halfeven.cli.arguments import CheckpointArguments, DeployedFileArgument
 from halfeven.cli.deliver import verify_file
-from halfeven.cli.float_model import float_model_of
+from halfeven.cli.float_model import network_of
 from halfeven.cli.results import write_json
 from halfeven.cli.run import open_run
 from halfeven.errors import ConfigError
@@ -45,6 +45,11 @@ class VerifyArguments(CheckpointArguments):
 def run_verify(arguments: VerifyArguments) -> int:
     """Verify the file, print the report, and return the exit code."""
     checkpoint = arguments.checkpoint
+    if arguments.file.suffix == ".safetensors" != checkpoint.suffix:
+        raise ConfigError(
+            f"{arguments.file} is a checkpoint and stands where the deployed file belongs, so nothing can be compared. "
+            f"Write `halfeven verify {arguments.config} {arguments.file} {checkpoint}`."
+        )
     read_facts(checkpoint)  # wrong paths show before the data is read
     if not arguments.file.is_file():
         raise ConfigError(
@@ -57,9 +62,8 @@ def run_verify(arguments: VerifyArguments) -> int:
             "Give a number from 0 to 1."
         )
     context = open_run(arguments.experiment, checkpoint.parent)
-    model, has_weights = float_model_of(arguments.experiment, checkpoint)
-    qmodel = load(checkpoint, model, context.datasets.example())
-    report = verify_file(context, qmodel, arguments.file, model if has_weights else None)
+    qmodel = load(checkpoint, network_of(arguments.experiment), context.datasets.example())
+    report = verify_file(context, qmodel, arguments.file)
     problems = problems_of(report, arguments.min_match, allow_float=arguments.allow_float)
     context.log("\n".join(["NOT verified:", *(f"  {problem}" for problem in problems)]) if problems else "Verified.")
     if arguments.json and context.accelerator.is_main_process:
@@ -76,9 +80,13 @@ def problems_of(report: Report, min_match: float | Auto, *, allow_float: bool) -
             "auto": `EXACT_MATCH`, or `FLOAT16_MATCH` for a file with float16.
         allow_float: accept layers with quantized weights that ran in float.
     """
-    problems = []
     if not report.weights_match:
-        problems.append("The integer weights in the file are not the checkpoint's. Export the checkpoint again.")
+        # All other differences follow from this one.
+        return [
+            "The integer weights in the file are not the checkpoint's: it was written from another checkpoint, or with "
+            "other bits. Export the checkpoint again."
+        ]
+    problems = []
     # A file that leaves the precision of floats to the runtime is judged by its integers in float32.
     compared = report.float32_session or report
     least = _least_match(report) if min_match == "auto" else min_match
