@@ -27,11 +27,14 @@ def print_accuracies(
     title = f"{len(context.datasets.validation)} validation samples"
     table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
     table.add_column("model")
-    for metric in next(iter(rows.values())):
+    # What a checkpoint has recorded may be the metrics of another task.
+    names = list(dict.fromkeys(metric for metrics in rows.values() for metric in metrics))
+    for metric in names:
         table.add_column(f"{metric}, %", justify="right")
     table.add_column("file")
     for name, metrics in rows.items():
-        table.add_row(name, *(f"{value:.2f}" for value in metrics.values()), str(files.get(name, "")))
+        cells = (f"{metrics[metric]:.2f}" if metric in metrics else "" for metric in names)
+        table.add_row(name, *cells, str(files.get(name, "")))
     context.console.print(table)
 
 
