@@ -1,5 +1,6 @@
 """Each trainer's callback calls the session's hooks at the right steps, and refuses what it would leave out."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -215,6 +216,13 @@ def test_more_steps_than_were_told_are_a_warning():
         one.before_step()
     one.loss(one.qmodel(X), X, None, torch.zeros(()))
     one.after_step()
+
+
+def test_a_trainer_of_another_model_is_refused():
+    one = steps()
+    one.check_trained(torch.nn.Sequential(one.qmodel))
+    with pytest.raises(ConfigError, match="The Sequential that is trained does not contain the quantized model"):
+        one.check_trained(torch.nn.Sequential(copy.deepcopy(one.qmodel)))
 
 
 def test_arguments_in_the_wrong_order_are_named():

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from torch import nn
 
 import halfeven as he
-from halfeven.errors import VerificationError
+from halfeven.errors import ConfigError, VerificationError
 from halfeven.quantization.fake_quantize import fake_quantize
 from halfeven.quantization.model_quantizers import quantizers
 from halfeven.runtimes import deploy
@@ -332,6 +332,22 @@ def test_no_batch_and_no_file_are_errors(deployed, tmp_path):
     (tmp_path / "bad.xml").write_text("<net>")
     with pytest.raises(VerificationError, match="cannot read"):
         he.verify(qmodel, tmp_path / "bad.xml", batches)
+
+
+def test_a_long_loader_is_read_as_far_as_it_is_needed(deployed):
+    qmodel, path, batches = deployed
+    read = []
+
+    def loader():
+        for batch in batches * 9:
+            read.append(batch)
+            yield batch
+
+    wanted = len(batches[0]) + 1
+    report = he.verify(qmodel, path, loader(), timed=False, samples=wanted)
+    assert (report.samples, len(read)) == (2 * len(batches[0]), 2)
+    with pytest.raises(ConfigError, match="samples"):
+        he.verify(qmodel, path, batches, samples=0)
 
 
 def test_batches_of_dicts_and_a_generator(tmp_path):

@@ -1,5 +1,7 @@
 """Float models from each source; what cannot be made says so."""
 
+import json
+
 import pytest
 import torch
 
@@ -67,3 +69,11 @@ def test_wrong_model_options_are_refused(options, message):
 def test_missing_weights_file():
     with pytest.raises(CheckpointError, match=r"no weights file nowhere\.pth"):
         create_model(ModelOptions(name="resnet18", weights="nowhere.pth"))
+
+
+def test_a_model_of_timm_from_a_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_resnet", "num_classes": 10}))
+    model = create_model(ModelOptions(name=f"local-dir:{tmp_path}", num_classes=3))
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+    with pytest.raises(ConfigError, match="could not be created"):
+        create_model(ModelOptions(name=f"local-dir:{tmp_path / 'none'}"))

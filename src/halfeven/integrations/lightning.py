@@ -20,6 +20,7 @@ class QATCallback(SessionSteps, Callback):  # type: ignore[misc]
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.check_trained(pl_module)
         # Lightning trains in the mode that a model comes in, and `prepare` and a measured accuracy leave eval mode.
         if not self.qmodel.training:
             self.qmodel.train()

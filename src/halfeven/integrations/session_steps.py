@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import CheckpointError, ConfigError, HalfevenWarning, named
 from halfeven.evaluation import metric_values
+from halfeven.graph.wrappers import unwrapped
 from halfeven.qat.session import QATSession
 from halfeven.training.optimization import parameter_groups
 from halfeven.training.options import Optimizer, TrainingOptions
@@ -69,6 +70,22 @@ class SessionSteps:
         """
         self.total = max(total, 1)
         self.step = step
+
+    def check_trained(self, model: nn.Module | None) -> None:
+        """Refuse a trainer whose model does not contain the quantized model.
+
+        Args:
+            model: the trainer's model; None: it is not known.
+
+        Raises:
+            ConfigError: it does not contain it, as a copy of it would not.
+        """
+        if model is not None and unwrapped(self.qmodel) not in set(model.modules()):
+            raise ConfigError(
+                f"The {type(model).__name__} that is trained does not contain the quantized model of the callback, so "
+                "ranges, BatchNorm and the average would follow a model that is not trained. Give the callback and the "
+                "trainer the same object, not a copy."
+            )
 
     def before_step(self) -> None:
         """Call the hook before the forward pass of an optimizer step, after `model.train()`.

@@ -29,6 +29,7 @@ class QATCallback(SessionSteps, TrainerCallback):  # type: ignore[misc]
         self._hook: RemovableHandle | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.check_trained(kwargs.get("model"))
         self.start(state.max_steps, state.global_step)
         self._remove_hook()
         # The Trainer calls `model.train()` in each micro-batch, after `on_step_begin`; that would undo the freezing.

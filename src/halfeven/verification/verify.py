@@ -17,6 +17,7 @@ from halfeven.graph.batches import Inputs, given_batches, inputs_of, label_of, t
 from halfeven.graph.copying import float32_model
 from halfeven.graph.inline import without_autocast
 from halfeven.layerwise.batches import form_of, naming_batch
+from halfeven.options import PositiveInt
 from halfeven.placement.execution_graph import as_planned
 from halfeven.placement.insertion import plan_of
 from halfeven.progress_bar import advancing, progress
@@ -48,6 +49,7 @@ def verify(
     target: str | None = None,
     timed: bool = True,
     class_axis: ClassAxis = "auto",
+    samples: PositiveInt | None = None,
 ) -> Report:
     """Run a deployed file in its runtime and compare its integers and all of its outputs with those of the model.
 
@@ -64,6 +66,8 @@ def verify(
         timed: measure latencies too, for which the float model is written as well.
         class_axis: axis whose largest value is an answer, one for a sample, pixel, token or anchor; "auto": the axis
             that the labels do not have, or else the last axis of tokens and the second axis of everything else.
+        samples: number of samples after which no further batch is read; None: all batches are read, and kept in memory.
+            A few hundred samples are enough to compare integers.
 
     Raises:
         VerificationError: no batch was given, the file cannot be read, or it was not written from this model.
@@ -71,7 +75,7 @@ def verify(
         ConfigError: there is no such runtime, it does not read files with this ending, or the file is for another.
     """
     qmodel = float32_model(qmodel)
-    inputs, labels = _inputs_and_labels(qmodel, list(given_batches(batches, name="batches")))
+    inputs, labels = _inputs_and_labels(qmodel, batches, samples)
     runtime = runtime_of_file(Path(path), target, plan_of(qmodel).options.target)
     answers = Answers(class_axis)
     with progress(f"Verifying {Path(path).name}", len(inputs)) as advance:
@@ -112,14 +116,26 @@ def _layer_times(comparison: Comparison, path: Path, inputs: Inputs, runtime: Ru
     return latency(comparison.qmodel, path, inputs, runtime, list(named_calls(comparison.parts).values()))
 
 
-def _inputs_and_labels(qmodel: nn.Module, batches: list[Any]) -> tuple[list[Inputs], list[Any]]:
-    if not batches:
+def _inputs_and_labels(
+    qmodel: nn.Module, batches: Iterable[Any], samples: int | None
+) -> tuple[list[Inputs], list[Any]]:
+    """Return the inputs and labels of batches until there are so many samples."""
+    inputs: list[Inputs] = []
+    labels: list[Any] = []
+    form = None
+    read = 0
+    for number, batch in enumerate(given_batches(batches, name="batches")):
+        form = form or form_of(qmodel, batch)
+        inputs.append(inputs_of(batch, form, number))
+        labels.append(label_of(batch, form))
+        read += _batch_size(inputs[-1])
+        if samples is not None and read >= samples:
+            break
+    if not inputs:
         raise VerificationError(
             "verify got no batch, so there is nothing to compare the file with. Give at least one batch of inputs."
         )
-    form = form_of(qmodel, batches[0])
-    inputs = [inputs_of(batch, form, number) for number, batch in enumerate(batches)]
-    return inputs, [label_of(batch, form) for batch in batches]
+    return inputs, labels
 
 
 def _time_fields(times: LayerTimes | None, runtime: Runtime) -> dict[str, Any]:

@@ -24,8 +24,8 @@ class ModelOptions(Options):
     source: Literal["timm", "torchvision", "transformers", "effdet", "callable"] = "timm"
     """Library that makes the model; "callable": your own function."""
     name: str = "resnet18"
-    """Name of the model in that library; for "transformers" a folder or a name of its hub, for "callable"
-    "package.module:function"."""
+    """Name of the model in that library; for "timm" also "hf-hub:NAME" or "local-dir:FOLDER", for "transformers" a
+    folder or a name of its hub, for "callable" "package.module:function"."""
     weights: str = ""
     """Float weights: "pretrained" (the library's own), the path of a file, or "" for random ones."""
     weights_entry: str = "auto"
@@ -64,7 +64,8 @@ def _from_timm(options: ModelOptions, pretrained: bool) -> nn.Module:
     with extra("train", 'model.source="timm"'):
         import timm
 
-    if not timm.is_model(options.name):
+    # "hf-hub:NAME" and "local-dir:FOLDER" are read by timm itself.
+    if ":" not in options.name and not timm.is_model(options.name):
         raise ConfigError(
             f'timm has no model "{options.name}", so there is nothing to quantize. '
             f"{_did_you_mean(options.name, timm.list_models())}"
