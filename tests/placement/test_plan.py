@@ -117,6 +117,23 @@ def test_layers_in_integers_are_not_said_to_be_in_float():
     assert "Computes in float:" not in text
 
 
+class Gate(nn.Conv2d):
+    """A layer that holds layers."""
+
+    def __init__(self):
+        super().__init__(8, 8, 1)
+        self.down, self.middle, self.up = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x):
+        return super().forward(self.up(self.middle(self.down(x).relu()).relu()))
+
+
+def test_layers_inside_of_a_layer_are_blocks_of_their_own():
+    rows = [line.split()[:2] for line in str(plan(nn.Sequential(conv(3), nn.ReLU(), Gate()))).splitlines()]
+    for block in ("0", "2", "2.down", "2.middle", "2.up"):
+        assert rows.count([block, "1"]) == 1, block
+
+
 def test_layers_that_read_integers_alone_are_not_said_to_be_in_float():
     """One of two such layers would be, if it makes the output."""
     made = plan(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), shape=(2, 8), scheme="w8a16")

@@ -157,7 +157,7 @@ def _block_table(plan: PlanLike, rows: int) -> Table:
     blocks = _block_prefixes([weight.name for weight in plan.weights], rows)
     members: dict[str, list[str]] = {block: [] for block in blocks}
     for name in names:
-        block = next((block for block in blocks if _is_in_block(name, block)), "elsewhere")
+        block = _innermost_block(name, blocks) or "elsewhere"
         members.setdefault(block, []).append(name)
     if not set(members.get("elsewhere", ())) & set(in_float):
         members.pop("elsewhere", None)  # inputs of the model, and what is fused into a block's layers
@@ -178,8 +178,13 @@ def _block_table(plan: PlanLike, rows: int) -> Table:
     return found
 
 
-def _is_in_block(name: str, block: str) -> bool:
-    return name == block or name.startswith((f"{block}.", f"{block}:"))
+def _innermost_block(name: str, blocks: Iterable[str]) -> str:
+    """Return the block that a name is in, and not only in a block around it; "" for none.
+
+    A layer may hold other layers: "gate" and "gate.down" are both blocks then.
+    """
+    around = [block for block in blocks if name == block or name.startswith((f"{block}.", f"{block}:"))]
+    return max(around, key=len, default="")
 
 
 def _block_prefixes(names: Sequence[str], most: int) -> list[str]:
@@ -187,11 +192,13 @@ def _block_prefixes(names: Sequence[str], most: int) -> list[str]:
     blocks = list(dict.fromkeys(_prefix(name, 1) for name in names))
     while True:
         # The largest block is divided by the next part of its names, as long as all blocks have a row.
-        sizes = {block: sum(_is_in_block(name, block) for name in names) for block in blocks}
-        largest = max(blocks, key=lambda block: sizes[block])
+        members: dict[str, list[str]] = {block: [] for block in blocks}
+        for name in names:
+            members[_innermost_block(name, blocks)].append(name)
+        largest = max(blocks, key=lambda block: len(members[block]))
         depth = largest.count(".") + 2
-        parts = list(dict.fromkeys(_prefix(name, depth) for name in names if _is_in_block(name, largest)))
-        if len(blocks) - 1 + len(parts) > most or parts == [largest] or sizes[largest] <= FEW_LAYERS:
+        parts = list(dict.fromkeys(_prefix(name, depth) for name in members[largest]))
+        if len(blocks) - 1 + len(parts) > most or parts == [largest] or len(members[largest]) <= FEW_LAYERS:
             return blocks
         place = blocks.index(largest)
         blocks[place : place + 1] = parts
