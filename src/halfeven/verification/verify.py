@@ -61,13 +61,11 @@ def verify(
         path: the `.xml` or `.onnx` file.
         batches: inputs, as for `calibrate`; with labels, `(inputs, labels)`, accuracies are reported too.
         float_model: the original model, for its accuracy.
-        target: the runtime that the file was written for; None: as the file says. TensorRT is not run: its file is
-            evaluated as ONNX defines its operators.
+        target: the runtime that the file was written for; None: as the file says. TensorRT's is evaluated, not run.
         timed: measure latencies too, for which the float model is written as well.
         class_axis: axis whose largest value is an answer, one for a sample, pixel, token or anchor; "auto": the axis
             that the labels do not have, or else the last axis of tokens and the second axis of everything else.
-        samples: number of samples after which no further batch is read; None: all batches are read, and kept in memory.
-            A few hundred samples are enough to compare integers.
+        samples: number of samples after which no further batch is read; None: all are read, and kept in memory.
 
     Raises:
         VerificationError: no batch was given, the file cannot be read, or it was not written from this model.
