@@ -354,6 +354,16 @@ MODELS = {
         ),
         IMAGE,
     ),
+    **{
+        f"{name}, clip": (lambda function=function: body(nn.MaxPool2d(2), Function(function)), IMAGE)
+        for name, function in {
+            "factor of each channel": lambda x: F.relu6(4 * (x * torch.linspace(0.5, 1.5, 8)[:, None, None])),
+            "term of each channel": lambda x: (x + torch.linspace(-1, 1, 8)[:, None, None]).clamp(-0.1, 0.5),
+            "factor of each channel, two": lambda x: F.hardtanh(x / torch.arange(1, 9)[:, None, None], 0, 0.2).clamp(
+                0, 9
+            ),
+        }.items()
+    },
     "scaled by a number, residual": (
         lambda: nn.Sequential(conv(3), nn.ReLU(), Scaled(), conv()),
         IMAGE,

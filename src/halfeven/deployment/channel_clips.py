@@ -63,7 +63,7 @@ def _write_clip(
         low, high = (quantizer(bound) for bound in (low, high))
     for extreme, bound in ((aten.maximum.default, low), (aten.minimum.default, high)):
         if bool((bound != bound.flatten()[0]).any()):  # else the clip of the whole tensor has done it
-            clipped = _insert_bound(region, node, extreme, clipped, bound)
+            clipped = insert_bound(region, node, extreme, clipped, bound)
     node.replace_all_uses_with(clipped)
     region.graph.erase_node(node)
 
@@ -73,8 +73,8 @@ def _clamp_bound(bound: float) -> float | None:
     return bound if math.isfinite(bound) else None
 
 
-def _insert_bound(region: CapturedModule, node: fx.Node, extreme: Any, x: fx.Node, bound: Tensor) -> fx.Node:
-    """Insert the maximum or minimum of a tensor and a constant of each channel before a node."""
+def insert_bound(region: CapturedModule, node: fx.Node, extreme: Any, x: fx.Node, bound: Tensor) -> fx.Node:
+    """Insert the maximum or minimum of `x` and a constant of each channel before a node whose result has the shape."""
     name = f"{node.name}_{extreme.overloadpacket.__name__}"
     region.register_buffer(name, bound)
     with region.graph.inserting_before(node):

@@ -16,6 +16,7 @@ from halfeven.graph.operators import TRANSPARENT, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.placement.make_plan import regions
+from halfeven.runtimes.openvino.clips_of_channels import write_clips_of_channels
 from halfeven.runtimes.openvino.sums_in_kernels import mark_sums
 
 CONVOLUTIONS = (OperatorKind.CONVOLUTION, OperatorKind.TRANSPOSED_CONVOLUTION)
@@ -30,6 +31,7 @@ def prepare_graph(deployed: Deployed) -> None:
         _keep_branch_roundings(region)
         _keep_scales_apart(region, whole=name == "")
         _repeat_behind_free_sizes(region, deployed.quantizers, f"{name}." if name else "")
+        write_clips_of_channels(region)
         mark_sums(region)
         region.graph.lint()
         region.recompile()
