@@ -134,9 +134,11 @@ def test_export_writes_both_formats(config, trained, tmp_path):
 
 def test_verify_tells_a_file_from_one_of_other_weights(config, trained, tmp_path):
     folder = trained[0]
-    untimed = ("--export.timed", "False", "--export.verify-samples", "40", "--json", tmp_path / "v.json")
+    options = ("--export.timed", "False", "--export.verify-samples", "40", "--json", tmp_path / "v.json")
+    untimed = (*options, "--report", tmp_path / "v.html")
     done = halfeven("verify", config, folder / "best.safetensors", folder / "model.xml", *untimed)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "v.html").is_file()
     assert done.stdout.splitlines().count("Verified.") == 1
     report = json.loads((tmp_path / "v.json").read_text())
     recorded = json.loads((folder / "results.json").read_text())["verification"]["model.xml"]

@@ -178,6 +178,8 @@ def test_the_rules_describe_each_tensor_as_its_last_step_does(subject):
     assert (entry.scheme.bits, entry.observer) == (8, "mse"), "the ranges that the step was measured with"
     (weight,) = [weight for weight in plan.weights if weight.name == "stem"]
     assert (weight.scheme.bits, weight.observer) == (4, "lp")
+    patterns = [rule.pattern for rule in final_rules(he.plan_of(qmodel), [first, second])]
+    assert len(patterns) == len(set(patterns)), "each operator has a single line to paste"
 
 
 def test_answers_are_compared_without_a_metric(subject):
@@ -227,6 +229,7 @@ def test_an_interrupted_search_goes_on_from_its_measurements(subject, tmp_path):
         ({"max_drop": 1.0, "candidates": (he.Rule(pattern="stem", activation_bits=8),)}, "cannot be tried"),
         ({"max_drop": 1.0, "candidates": (he.Rule(ranges="learned"),)}, "cannot be tried"),
         ({"latency": 0.5, "target": "tensorrt", "scheme": "w8a8"}, "not run here"),
+        ({"latency": 0.5, "candidates": (he.Rule(activation_bits=16),)}, "can only be simulated"),
         ({"max_drop": 1.0, "iteration": 3}, "has no option"),
         ({"bits": 5.0, "scheme": "w4a16"}, "the same for all plans"),
         ({"max_dorp": 1.0}, r'search has no option "max_dorp". Did you mean max_drop'),
@@ -315,6 +318,19 @@ def test_a_resumed_search_takes_the_steps_of_the_times_that_were_measured_first(
     monkeypatch.setattr(plan_search, "_time_layers", lambda *given: LayerTimes(1.0, 9.0, 9.0, ()))
     again = searched(subject, **options)
     assert (again.steps, again.rules, again.latency) == (first.steps, first.rules, first.latency)
+
+
+def test_a_model_of_the_rules_that_loses_more_than_the_walk_saw_gets_a_further_step(subject):
+    calls = []
+
+    def metric(candidate):
+        calls.append(candidate)
+        # The float model, the scheme, one step, then the model that is made of the rules, and with one more step.
+        return {1: 100.0, 2: 0.0, 3: 99.5, 4: 50.0}.get(len(calls), 99.5)
+
+    found = searched(subject, metric, max_drop=1.0)
+    assert found.reached
+    assert found.chosen == 2, "the walk had ended after one step"
 
 
 def test_measurements_of_another_judge_are_refused(subject, tmp_path):

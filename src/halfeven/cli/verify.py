@@ -12,6 +12,9 @@ from halfeven.cli.run import open_run
 from halfeven.errors import ConfigError
 from halfeven.options import Auto
 from halfeven.pipelines import load
+from halfeven.placement.insertion import plan_of
+from halfeven.reporting.page import charting_library
+from halfeven.reporting.verification_page import save_verification
 from halfeven.verification.report import Report
 
 OVERFLOWS = (
@@ -35,6 +38,8 @@ class VerifyArguments(CheckpointArguments):
     """Deployed file, such as model.xml or model.onnx."""
     json: str = ""
     """File to write the report to as JSON, with the keys verified and problems; "" for none."""
+    report: str = ""
+    """File to write the report to as a page with charts (.html); "" for none."""
     min_match: float | Auto = "auto"
     """Smallest share of integers, from 0 to 1, that must equal the exact simulation, each layer alone; "auto": 0.9999,
     or 0.99 for a file with float16."""
@@ -61,11 +66,16 @@ def run_verify(arguments: VerifyArguments) -> int:
             f"--min-match {arguments.min_match} is not between 0 and 1, so no file could be judged by it. "
             "Give a number from 0 to 1."
         )
+    if arguments.report:
+        charting_library()  # a missing package shows before the work
     context = open_run(arguments.experiment, checkpoint.parent)
     qmodel = load(checkpoint, network_of(arguments.experiment), context.datasets.example())
     report = verify_file(context, qmodel, arguments.file)
     problems = problems_of(report, arguments.min_match, allow_float=arguments.allow_float)
     context.log("\n".join(["NOT verified:", *(f"  {problem}" for problem in problems)]) if problems else "Verified.")
+    if arguments.report and context.accelerator.is_main_process:
+        page = save_verification(report, arguments.report, plan=plan_of(qmodel))
+        context.log(f"Report with charts, to open in a browser: {page}")
     if arguments.json and context.accelerator.is_main_process:
         write_json(Path(arguments.json), {"verified": not problems, "problems": problems, **report.to_dict()})
     return 1 if problems else 0

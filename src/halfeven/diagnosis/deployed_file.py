@@ -54,12 +54,13 @@ def run_file(qmodel: nn.Module, inputs: Inputs) -> FileFacts:
 
 
 def _first_of(inputs: Inputs) -> Inputs:
-    """Return the first samples of a batch, on the CPU."""
+    """Return the first samples of a batch, on the CPU and in float32, as the file takes them."""
     tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim]
     size = max((len(x) for x in tensors), default=0)
 
     def part(x: Tensor) -> Tensor:
-        return (x[:RUN_SAMPLES] if x.ndim and len(x) == size else x).cpu()
+        first = (x[:RUN_SAMPLES] if x.ndim and len(x) == size else x).cpu()
+        return first.float() if first.is_floating_point() else first
 
     first: Inputs = pytree.tree_map_only(Tensor, part, inputs)
     return first

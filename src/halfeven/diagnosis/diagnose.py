@@ -311,6 +311,7 @@ def _describe_tensors(patient: Patient) -> tuple[TensorDiagnosis, ...]:
 def _describe_tensor(tensor: Sensitivity, planned: Any, found: TensorStatistics) -> TensorDiagnosis:
     low, high = found.bounds
     values = found.sample
+    values = values[values.isfinite()]  # a batch may hold others than the calibration did
     smallest, largest = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
     counts = torch.histc(values, HISTOGRAM_BINS, smallest, largest) if largest > smallest else torch.empty(0)
     spread = found.channel_spread()

@@ -7,7 +7,7 @@ from typing import Any
 from halfeven.errors import PlacementError
 from halfeven.mixed_precision.moves import Entry, Move, entries
 from halfeven.placement.options import Rule
-from halfeven.placement.plan import Plan, PlannedWeight
+from halfeven.placement.plan import Plan, PlannedWeight, replaces
 
 
 def final_rules(plan: Plan, taken: Sequence[Move]) -> tuple[Rule, ...]:
@@ -29,7 +29,14 @@ def final_rules(plan: Plan, taken: Sequence[Move]) -> tuple[Rule, ...]:
     found = entries(plan.with_rules(*rules))
     # Fields of several moves meet in a quantizer: the bits of one, and the observer of an earlier one.
     differing = [entry for name, entry in wanted.items() if name in found and _grid_of(found[name]) != _grid_of(entry)]
-    return (*rules, *map(_rule_for, differing))
+    return _without_replaced((*rules, *map(_rule_for, differing)))
+
+
+def _without_replaced(rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """Return the rules without those whose fields a later rule of the same pattern sets again."""
+    return tuple(
+        rule for place, rule in enumerate(rules) if not any(replaces(later, rule) for later in rules[place + 1 :])
+    )
 
 
 def _grid_of(entry: Entry) -> tuple[object, ...]:

@@ -19,7 +19,7 @@ from halfeven.mixed_precision.options import SearchOptions
 from halfeven.mixed_precision.result import SearchResult
 from halfeven.mixed_precision.store import MeasurementStore
 from halfeven.mixed_precision.units import units_of
-from halfeven.mixed_precision.walk import NEGLIGIBLE_DIVERGENCE, Walk, walk, walk_on
+from halfeven.mixed_precision.walk import NEGLIGIBLE_DIVERGENCE, Walk, take_step, walk, walk_on
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.options import Rule
 from halfeven.quantization.own_class import plain_values
@@ -187,13 +187,21 @@ def _finish_plan(finish: _Finish, chosen: int) -> SearchResult:
             took = f"{result.latency:.3f} of the float file's time"
             state.log(f"  the file takes {took}, more than estimated; step {other} ...")
         # Only while no other plan was taken for its speed: the two would undo each other.
-        elif _loses_too_much(result, state.options) and chosen == result.chosen < len(state.taken):
+        elif _loses_too_much(result, state.options) and chosen == result.chosen and _has_step(state, chosen + 1):
             other = chosen = chosen + 1
             state.log(f"  the model made of the rules loses {result.judgement}; step {other} ...")
         else:
             break
         result = finish.at(other)
     return result
+
+
+def _has_step(state: Walk, count: int) -> bool:
+    """Return True if there is a plan of so many steps; the walk takes one more where it ended before."""
+    if count <= len(state.taken):
+        return True
+    state.go_to(len(state.taken))
+    return take_step(state)
 
 
 def _keeps_budgets(state: Walk, chosen: int, judgement: Judgement | None, measured: float | None) -> bool:

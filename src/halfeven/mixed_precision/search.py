@@ -26,7 +26,7 @@ from halfeven.pipelines import (
     set_rules,
 )
 from halfeven.placement.insertion import plan_of
-from halfeven.placement.options import QuantizationOptions, Rule
+from halfeven.placement.options import QuantizationOptions, Rule, rule_text
 from halfeven.ptq.options import PTQOptions, split_fields
 from halfeven.quantization.own_class import plain_values
 from halfeven.quantization.scheme import BITS_NAMED_FOR_FLOAT, parse_bits
@@ -173,7 +173,8 @@ def check_search(
             "max_drop=0.5 (on the command line --search.max-drop 0.5)."
         )
     runtime = runtime_named(quantization.target)
-    if (options.latency is not None or options.cost == "latency") and runtime.exact is None:
+    timed = options.latency is not None or options.cost == "latency"
+    if timed and runtime.exact is None:
         raise ConfigError(
             f"latency is a budget or the cost, and {runtime.name} is not run here, so nothing could be timed. Give a "
             'budget of max_drop or bits, with cost="bops" or "size".'
@@ -181,6 +182,12 @@ def check_search(
     _check_has_effect(options, quantization.scheme)
     found = usual_candidates(quantization) if candidates is None else tuple(candidates)
     check_candidates(found)
+    if timed and (wide := [c for c in found if (c.activation_bits or 0) > max(runtime.target.activation_bits)]):
+        raise ConfigError(
+            f"latency is a budget or the cost, and the candidate {rule_text(vars(wide[0]))} can only be simulated: "
+            f"{runtime.name} has activations of at most {max(runtime.target.activation_bits)} bits, so no file could "
+            'be timed. Give a budget of max_drop or bits, with cost="bops" or "size", or leave the candidate out.'
+        )
     return found
 
 

@@ -185,18 +185,7 @@ def _take_steps(state: Walk) -> int:
     start = len(state.taken)
     rescored = FIRST_RESCORING
     judged = failed = start
-    while True:
-        # A step that gains by the last ranking, or else by a new one.
-        step = _take_best_move(state)
-        if step is None and _rank_again(state):
-            continue
-        # Neither the last ranking nor a new one has a step that gains: the least harmful one, where a drop is still to
-        # be met.
-        step = step or _take_best_move(state, gaining=False)
-        if step is None:
-            break
-        state.steps.append(step)
-        state.log(_step_line(step, state.judge.unit))
+    while take_step(state):
         count = len(state.taken)
         # Each judgement costs a pass over the held-out part: after 1, 2, 4, ... steps, and then between two of these.
         if state.options.max_drop is not None and count - start >= max(2 * (judged - start), 1):
@@ -212,6 +201,21 @@ def _take_steps(state: Walk) -> int:
     if state.options.max_drop is None:
         return last
     return _first_good_enough(state, failed, last) if last > failed and state.good_enough(last) else last
+
+
+def take_step(state: Walk) -> bool:
+    """Take one step after the last plan; return False where none is left."""
+    # A step that gains by the last ranking, or else by a new one.
+    step = _take_best_move(state)
+    if step is None and _rank_again(state):
+        step = _take_best_move(state)
+    # Neither the last ranking nor a new one has a step that gains: the least harmful one, where a drop is still to be
+    # met.
+    step = step or _take_best_move(state, gaining=False)
+    if step is not None:
+        state.steps.append(step)
+        state.log(_step_line(step, state.judge.unit))
+    return step is not None
 
 
 def _first_good_enough(state: Walk, failed: int, good: int) -> int:

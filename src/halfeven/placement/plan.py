@@ -82,7 +82,7 @@ class Plan:
                 "halfeven.plan(model, example), or take halfeven.plan_of(qmodel) of a model that was prepared or "
                 "loaded."
             )
-        kept = [rule for rule in self.options.rules if not any(_replaces(new, rule) for new in rules)]
+        kept = [rule for rule in self.options.rules if not any(replaces(new, rule) for new in rules)]
         options = dataclasses.replace(self.options, rules=(*kept, *rules))
         return dataclasses.replace(self.decide(options), changes=self.changes)
 
@@ -151,7 +151,7 @@ class Plan:
         return Shown(whole_table(self))
 
 
-def _replaces(new: Rule, old: Rule) -> bool:
+def replaces(new: Rule, old: Rule) -> bool:
     """Return True if a new rule overrides all fields of an old rule for the same operators."""
     settings = [setting.name for setting in dataclasses.fields(Rule) if setting.name not in ("pattern", "kind")]
     same = (new.pattern, new.kind) == (old.pattern, old.kind)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from halfeven.errors import PlacementError
 from halfeven.graph.operators import OperatorKind
 from halfeven.nearest import similar
-from halfeven.placement.options import Rule
+from halfeven.placement.options import Rule, rule_text
 
 Choice = TypeVar("Choice")
 
@@ -40,8 +40,8 @@ class RuleBook:
         for rule in rules:
             if rule.kind is not None and rule.kind not in kinds:
                 raise PlacementError(
-                    f'The rule {rule} names the operator kind "{rule.kind}", which does not exist, so it would do '
-                    f"nothing. Choose one of: {', '.join(sorted(kinds))}."
+                    f'The rule {rule_text(vars(rule))} names the operator kind "{rule.kind}", which does not exist, so '
+                    f"it would do nothing. Choose one of: {', '.join(sorted(kinds))}."
                 )
 
     def quantizes(self, name: str, kind: OperatorKind, default: bool = True) -> bool:
@@ -81,7 +81,7 @@ class RuleBook:
         """Raise PlacementError for a rule without effect: it is a mistake that the user would not notice."""
         for index, rule in enumerate(self.rules):
             if index not in self.used:
-                raise PlacementError(f"The rule {rule} {self._why_without_effect(index, rule, names)}")
+                raise PlacementError(f"The rule {rule_text(vars(rule))} {self._why_without_effect(index, rule, names)}")
 
     def _why_without_effect(self, index: int, rule: Rule, names: list[str]) -> str:
         """Return why a rule has no effect, and the remedy."""
