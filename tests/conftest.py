@@ -78,9 +78,10 @@ def _kernels_are_not_built(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With compiled kernels, as users have them."""
+    """With compiled kernels, as users have them, and from the first call on."""
     if "unfused" not in request.fixturenames:
         monkeypatch.setattr(KERNELS_WORK, None)
+        monkeypatch.setattr("halfeven.quantization.compile.UNFUSED_NUMBERS", 0)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+import halfeven as he
 from halfeven.quantization import compile as compilation
 from halfeven.quantization.fake_quantize import fake_quantize
 from halfeven.quantization.scheme import Scheme
@@ -122,3 +123,31 @@ def test_a_missing_compiler_is_said_once_and_changes_nothing(monkeypatch, caplog
     assert len(messages) == 1
     assert "no compiler found" in messages[0]
     assert "details" not in messages[0]
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """Notes of each time that the compiler is tried, which builds nothing here."""
+    found = []
+    monkeypatch.setattr(compilation, "_try_compiler", lambda: found.append("tried"))
+    monkeypatch.setattr(compilation, "_unfused", 0)
+    monkeypatch.setattr(compilation, "UNFUSED_NUMBERS", 5000)
+    return found
+
+
+def test_a_model_is_quantized_once_without_kernels_and_trained_with_them(tried):
+    images = torch.randn(4, 3, 8, 8)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 2))
+    qmodel = he.calibrate(he.prepare(model.eval(), images, scheme="w4a8"), [images]).eval()
+    with torch.no_grad():
+        qmodel(images)
+    assert tried == []
+    qmodel.train()(images).sum().backward()
+    assert tried
+
+
+def test_kernels_are_built_once_many_numbers_have_gone_without(tried):
+    x = torch.randn(2000)
+    for expected in ([], [], [], ["tried"]):
+        fake_quantize(x, torch.tensor(0.1), int32(0), SIGNED4)
+        assert tried == expected

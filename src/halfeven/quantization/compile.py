@@ -15,10 +15,15 @@ from torch import Tensor
 MAX_KERNELS_PER_FUNCTION = 64
 """Largest number of compiled variants of a function, where this version of torch takes a limit."""
 
+UNFUSED_NUMBERS = 2**29
+"""Numbers that go through plain functions before kernels are built for them. Building takes about six seconds, in which
+a thread fake-quantizes as many without."""
+
 logger = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 _works: bool | None = None if os.environ.get("HALFEVEN_COMPILE", "1") != "0" else False
+_unfused = 0  # numbers that `fused_once_worthwhile` has left to plain functions
 
 
 @functools.cache
@@ -55,6 +60,25 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
         return _compile_variant(function, tuple(map(_argument_kind, bare)))(*bare)
 
     return kernel
+
+
+def fused_once_worthwhile(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    """Return the function as a kernel where this process trains, has built others or has computed many numbers without.
+
+    Quantizing a model once takes less time than building the kernels for it; training takes many steps.
+
+    Args:
+        function: see `fused`; its results are the same with and without a kernel, bit for bit.
+        x: the tensor that it is going to read; training needs its gradient.
+    """
+    global _unfused
+    if torch.compiler.is_compiling() or _works is False:
+        return function
+    training = torch.is_grad_enabled() and x.requires_grad
+    if not (training or _works) and _unfused < UNFUSED_NUMBERS:
+        _unfused += x.numel()
+        return function
+    return fused(function)
 
 
 def _argument_kind(argument: Any) -> Any:

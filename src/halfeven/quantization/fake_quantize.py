@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halfeven.quantization.arithmetic import SMALLEST_EXPONENT, on_grid, per_channel, representable
-from halfeven.quantization.compile import fused
+from halfeven.quantization.compile import fused, fused_once_worthwhile
 from halfeven.quantization.scheme import Scheme
 
 Domain = Literal["linear", "log"]
@@ -207,7 +207,7 @@ class _FakeQuantize(torch.autograd.Function):
             # A view, so that autograd attaches this function to the result and not to the cached tensor.
             return precomputed.view_as(precomputed)
         rows, restore = _view_as_rows(x, axis)
-        return restore(fused(_quantize_forward)(rows, scale, zero_point, forward))
+        return restore(fused_once_worthwhile(_quantize_forward, x)(rows, scale, zero_point, forward))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from halfeven.errors import CalibrationError, last_line
 from halfeven.quantization.arithmetic import on_grid, scale_and_zero_point
-from halfeven.quantization.compile import fused
+from halfeven.quantization.compile import fused, fused_once_worthwhile
 from halfeven.quantization.fake_quantize import UNCLIPPED, Clip, Domain, effective_scale, fake_quantize, stored_scale
 from halfeven.quantization.observers import Observer, check_finite, common_extremes, extremes, make_observer, rows
 from halfeven.quantization.own_class import OwnClass, check_count, checked_range
@@ -326,7 +326,8 @@ class Quantizer(nn.Module):
         self._store_range(scale, zero_point)
 
     def _present_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scale, zero_point = fused(_range_of)(rows(self._channels_first(x)), self.scheme)
+        range_of = fused_once_worthwhile(_range_of, x)
+        scale, zero_point = range_of(rows(self._channels_first(x)), self.scheme)
         return scale.reshape(self.scale.shape), zero_point.reshape(self.scale.shape)
 
     def _gradient_factor(self, x: Tensor) -> float:

@@ -23,6 +23,10 @@ MAX_SEARCH_NUMBERS = 2**20
 """Largest number of bins, over all candidate ranges, in memory at a time: few enough for a processor's cache."""
 
 
+LARGE_HISTOGRAMS = 3 * 2**18
+"""Number of bins, over all rows, from which the search for a range is worth a kernel of its own."""
+
+
 class HistogramObserver:
     """Keeps a histogram of all values seen, from which `select` chooses the range.
 
@@ -150,10 +154,14 @@ def mse_range(histogram: HistogramObserver, power: float = 2.0) -> tuple[Tensor,
     scheme = dataclasses.replace(histogram.scheme, axis=0)
     centers, counts = _occupied_bins(histogram)
 
+    # By the tensor's own size alone: the last bits of a sum depend on how it is computed, and must not depend on what
+    # the process did before.
+    compute = fused(_quantization_errors) if counts.numel() > LARGE_HISTOGRAMS else _quantization_errors
+
     def errors(lows: Tensor, highs: Tensor) -> Tensor:
         scale, zero_point = scale_and_zero_point(lows.flatten(), highs.flatten(), scheme)
         grids = scale.view(*lows.shape, 1), zero_point.view(*lows.shape, 1)  # [candidates, rows, 1]
-        found: Tensor = fused(_quantization_errors)(centers, counts, *grids, scheme.quant_min, scheme.quant_max, power)
+        found: Tensor = compute(centers, counts, *grids, scheme.quant_min, scheme.quant_max, power)
         return found
 
     bounded = by_parts(errors, max(1, MAX_SEARCH_NUMBERS // counts.numel()))

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from halfeven.errors import CalibrationError
-from halfeven.quantization.compile import fused
+from halfeven.quantization.compile import fused_once_worthwhile
 from halfeven.quantization.scheme import Scheme
 
 
@@ -57,7 +57,7 @@ def common_extremes(values: Tensor, bounds: tuple[float, float] = (-math.inf, ma
         values: [channels or 1, ...].
         bounds: to which all values are clipped. A clip keeps the order, so the extremes are clipped instead.
     """
-    ends = torch.stack(fused(extremes)(rows(values))).clamp(*bounds)
+    ends = torch.stack(fused_once_worthwhile(extremes, values)(rows(values))).clamp(*bounds)
     # Every process must get the same range, so it is that of the values of all processes. A reduction may drop NaN but
     # never infinity: all processes must raise together, or one waits for the others for ever.
     ends = torch.where(torch.isfinite(ends), torch.stack((-ends[0], ends[1])), torch.inf)
