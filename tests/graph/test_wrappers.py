@@ -1,16 +1,18 @@
 """Wrapped models: torch.compile, DistributedDataParallel and DataParallel around a model or inside of it."""
 
 import threading
+from types import MethodType
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 
 import halfeven as he
 from halfeven.errors import CalibrationError, CaptureError, ConfigError, PlacementError
 from halfeven.graph.copying import copy_model
-from halfeven.graph.wrappers import unwrapped
+from halfeven.graph.wrappers import own_forward, unwrapped
 from halfeven.qat.ema import AveragingOptions, WeightEMA
 
 pytestmark = pytest.mark.usefixtures("unfused")
@@ -147,3 +149,29 @@ def test_mixed_precision_around_every_verb_changes_no_file(tmp_path):
         computed = he.exact(qmodel)(X)
     assert torch.equal(computed, he.load_deployed(path)(X))
     assert he.verify(qmodel, path, [X], timed=False).integer_match == 1.0
+
+
+def in_bfloat16(model):
+    """What Accelerate's `prepare` does with mixed precision."""
+    forward = torch.autocast("cpu", torch.bfloat16)(type(model).forward)
+    model._original_forward = model.forward
+    model.forward = MethodType(convert_outputs_to_fp32(forward), model)
+    return model
+
+
+def test_the_mixed_precision_of_accelerate_stays_in_the_training(tmp_path):
+    """It is around the forward of the model itself, which `verify` would take for the simulation."""
+    torch.manual_seed(0)
+    model = net()
+    qmodel = he.calibrate(he.prepare(model, X, scheme="w7a8"), [X]).eval()
+    path, expected = he.export(qmodel, tmp_path / "model.xml"), qmodel(X)
+    assert not torch.equal(in_bfloat16(qmodel)(X), expected)
+    with own_forward(qmodel):
+        assert torch.equal(qmodel(X), expected)
+    assert not torch.equal(qmodel(X), expected), "the training goes on in it"
+    assert torch.equal(copy_model(qmodel)(X), expected)
+    report = he.verify(qmodel, path, [X], timed=False)
+    assert (report.integer_match, report.findings) == (1.0, [])
+    assert report.float_simulation_match > 0.99, "86 % in bfloat16"
+    plain = he.quantize(model, [X], scheme="w7a8")
+    assert torch.equal(he.quantize(in_bfloat16(model), [X], scheme="w7a8")(X), plain(X))

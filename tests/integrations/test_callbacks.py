@@ -162,6 +162,15 @@ def test_learned_scales_follow_the_learning_rate_and_do_not_decay():
         assert found[id(one.qmodel.get_parameter("conv1.weight"))] == (0.5, 0.25)
 
 
+def test_the_decay_that_an_optimizer_is_given_is_that_of_the_weights():
+    one = steps()
+    optimizer = torch.optim.SGD(one.parameter_groups(0.5), weight_decay=0.25)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays[id(one.qmodel.get_parameter("conv1.weight"))] == 0.25
+    assert decays[id(one.qmodel.get_parameter("norm.weight"))] == 0
+    assert all(decays[id(q.scale)] == 0 for q in quantizers(one.qmodel).values() if q.learned)
+
+
 def test_a_recipe_that_changes_the_loss_needs_the_call():
     one = steps(distill="on")
     one.start(2)
@@ -177,6 +186,7 @@ def test_a_recipe_that_changes_the_loss_needs_the_call():
 def test_its_state_goes_on_in_another_process():
     one, other = steps(), steps()
     one.start(4)
+    one.before_step()
     with torch.no_grad():
         next(one.qmodel.parameters()).add_(1)
     one.after_step(1)
@@ -202,6 +212,17 @@ def test_a_step_in_eval_mode_is_a_warning():
         one.before_step()
     one.after_step()
     one.before_step()  # warned once, and warnings would be errors
+
+
+def test_a_call_that_the_loop_forgets_is_a_warning():
+    one, other = steps(), steps()
+    one.start(2)
+    one.before_step()
+    with pytest.warns(HalfevenWarning, match=r"No optimizer step was counted.*steps\.after_step\(\)"):
+        one.before_validation()
+    other.start(2)
+    with pytest.warns(HalfevenWarning, match=r"without steps\.before_step\(\)"):
+        other.after_step()
 
 
 def test_more_steps_than_were_told_are_a_warning():
@@ -241,8 +262,16 @@ def test_a_score_that_is_none_is_refused():
 def test_the_better_of_weights_and_average_is_chosen():
     one = steps()
     one.start(2)
+    one.before_step()
     one.after_step(1)
     average = one.session.other_models["average"]
     assert one.best(lambda model: float(model is average)) is average
     assert one.best(lambda model: float(model is one.qmodel)) is one.qmodel
     assert "average of the weights" in one.report()
+
+
+def test_the_average_is_where_the_model_is():
+    """Lightning moves the model back to the CPU when it has ended."""
+    one = steps()
+    one.qmodel.to("meta")
+    assert {next(model.parameters()).device.type for model in one.models().values()} == {"meta"}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from halfeven.errors import CaptureError
 from halfeven.graph.torch_private import own_buffers, pytree
-from halfeven.graph.wrappers import unwrapped, wrapped_module
+from halfeven.graph.wrappers import has_mixed_forward, take_off_mixed_forward, unwrapped, wrapped_module
 
 
 def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
@@ -38,17 +38,19 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         # From the innermost wrapper outwards: each copy is in the memo when the module around it is copied.
         for module in reversed([m for m in model.modules() if wrapped_module(m) is not None]):
             known[id(module)] = copy.deepcopy(unwrapped(module), known)
-        return copy.deepcopy(model, known)
+        copied = copy.deepcopy(model, known)
     except (RuntimeError, TypeError) as error:
         raise CaptureError(
             f"This {type(model).__name__} cannot be copied, and halfeven never changes the float model itself: "
             f"{error} Look for what a module keeps beside its parameters and buffers: a tensor with a gradient's "
             "history (detach it before it is kept), an open file, a lock."
         ) from error
+    take_off_mixed_forward(copied)
+    return copied
 
 
 def float32_model(model: nn.Module) -> nn.Module:
     """Return a model without wrappers, in the precision of its files: float32, also after `model.bfloat16()`."""
     model = unwrapped(model)
     converted = any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters())
-    return copy_model(model).float() if converted else model
+    return copy_model(model).float() if converted or has_mixed_forward(model) else model

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from halfeven.checked_arguments import checked_arguments
 from halfeven.errors import CheckpointError, ConfigError, HalfevenWarning, named
 from halfeven.evaluation import metric_values
-from halfeven.graph.wrappers import unwrapped
+from halfeven.graph.wrappers import own_forward, unwrapped
 from halfeven.qat.session import QATSession
 from halfeven.training.optimization import parameter_groups
 from halfeven.training.options import Optimizer, TrainingOptions
@@ -18,6 +18,16 @@ IN_EVAL_MODE = (
     "The quantized model is in eval mode in a training step, so observed ranges and BatchNorm's statistics stay as "
     "they are, and dropout is off. Call qmodel.train() before the batches of each epoch: a validation may leave the "
     "model in eval mode."
+)
+
+WITHOUT_BEFORE = (
+    "An optimizer step was taken without steps.before_step(), so ranges and BatchNorm do not stop when they are due. "
+    "Call it before each forward pass."
+)
+
+WITHOUT_AFTER = (
+    "No optimizer step was counted, so the average of the weights and the schedule of the recipe stand still. Call "
+    "steps.after_step() after each step of the optimizer."
 )
 
 TOO_MANY_STEPS = (
@@ -44,9 +54,11 @@ class SessionSteps:
         self._changes_loss = session.recipe.distill.enabled or session.recipe.dampen.enabled
         self._loss_seen = False
         self._warned: set[str] = set()
+        self._begun = 0
+        self._taken = 0
 
     def parameter_groups(
-        self, learning_rate: float, *, optimizer: Optimizer = "sgd", weight_decay: float = 0.0
+        self, learning_rate: float, *, optimizer: Optimizer = "sgd", weight_decay: float | None = None
     ) -> list[dict[str, Any]]:
         """Return the parameter groups of the quantized model, for an optimizer of torch.
 
@@ -56,10 +68,16 @@ class SessionSteps:
         Args:
             learning_rate: of the weights. Do not give the optimizer another one.
             optimizer: kind of the optimizer.
-            weight_decay: of the weights.
+            weight_decay: of the weights; None: as the optimizer is given it.
         """
-        options = TrainingOptions(optimizer=optimizer, learning_rate=learning_rate, weight_decay=weight_decay)
-        return [{"lr": learning_rate, **group} for group in parameter_groups(self.qmodel, options)]
+        decay = 1.0 if weight_decay is None else weight_decay
+        options = TrainingOptions(optimizer=optimizer, learning_rate=learning_rate, weight_decay=decay)
+        groups = [{"lr": learning_rate, **group} for group in parameter_groups(self.qmodel, options)]
+        for group in groups:
+            # A group without the entry gets the optimizer's own.
+            if weight_decay is None and group["weight_decay"]:
+                del group["weight_decay"]
+        return groups
 
     def start(self, total: int, step: int = 0) -> None:
         """Begin the training.
@@ -94,6 +112,7 @@ class SessionSteps:
             ConfigError: `start` was not called.
         """
         done = self._share(self.step)
+        self._begun += 1
         if not self.qmodel.training:
             self._warn_once(IN_EVAL_MODE)
         if done >= 1:
@@ -137,6 +156,9 @@ class SessionSteps:
                 "without callback.loss(outputs, inputs, targets, loss). Call it where the loss is computed, or set "
                 'qat.distill="off" and qat.dampen_oscillations="off".'
             )
+        self._taken += 1
+        if not self._begun:
+            self._warn_once(WITHOUT_BEFORE)
         # The session numbers the steps from 0; `step` counts those that are taken.
         self.session.after_step(step - 1, min(self._share(step), 1.0))
         self.step = step
@@ -152,12 +174,16 @@ class SessionSteps:
 
     def before_validation(self) -> None:
         """Prepare the weights, and their average, for a validation."""
+        if self._begun and not self._taken:
+            self._warn_once(WITHOUT_AFTER)
         for model in self.models().values():
             self.session.before_validation(model)
 
     def models(self) -> dict[str, nn.Module]:
         """Return the model in training and the average of its weights, if there is one, by name."""
-        return {"weights": self.qmodel, **self.session.other_models}
+        # A trainer may have moved the model at its end, as Lightning does, and knows of no other.
+        device = next(self.qmodel.parameters()).device
+        return {"weights": self.qmodel, **{name: m.to(device) for name, m in self.session.other_models.items()}}
 
     def best(self, evaluate: Callable[[nn.Module], float]) -> nn.Module:
         """Return the better of the weights and their average, in eval mode.
@@ -173,7 +199,8 @@ class SessionSteps:
         # Without an average there is no choice, so no evaluation is paid for.
         if len(found) == 1:
             return self.qmodel.eval()
-        scores = {name: float(metric_values(evaluate, model).mean()) for name, model in found.items()}
+        with own_forward(unwrapped(self.qmodel)):  # as the average computes, and the file
+            scores = {name: float(metric_values(evaluate, model).mean()) for name, model in found.items()}
         return found[max(scores, key=lambda name: scores[name])].eval()
 
     def report(self) -> str:
