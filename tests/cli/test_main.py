@@ -21,6 +21,7 @@ from halfeven.cli.help import FIRST_OPTIONS, POSITIONALS
 from halfeven.cli.run_record import check_same_run
 from halfeven.cli.values import unchecked
 from halfeven.cli.verify import problems_of
+from halfeven.cli.work_folder import _begin_record
 from halfeven.config import as_dict, load_experiment
 from halfeven.errors import ConfigError
 from halfeven.ptq.options import PTQOptions
@@ -341,6 +342,38 @@ def test_a_run_is_not_overwritten(refused, config, tmp_path, command):
     (tmp_path / "experiment.json").write_text("{}")
     (tmp_path / "best.safetensors").touch()
     assert "holds a run already" in refused(command, config, "--work-dir", tmp_path)
+
+
+@pytest.mark.parametrize("command", ["train", "ptq"])
+def test_checkpoints_of_no_run_are_not_deleted(refused, config, tmp_path, command):
+    """As of a script of the user's, whose float weights the run may start from."""
+    (tmp_path / "best.safetensors").write_text("mine")
+    assert "best.safetensors, and no run that they belong to" in refused(command, config, "--work-dir", tmp_path)
+    assert (tmp_path / "best.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["train", "ptq"])
+def test_a_run_does_not_delete_the_weights_that_it_starts_from(refused, config, tmp_path, command):
+    weights = tmp_path / "float" / "best.safetensors"
+    weights.parent.mkdir()
+    weights.touch()
+    (tmp_path / "experiment.json").write_text("{}")
+    given = ("--model.weights", weights, "--pretraining.epochs", "0", "--work-dir", tmp_path, "--overwrite")
+    assert "would delete the float weights that it starts from" in refused(command, config, *given)
+    assert weights.exists()
+
+
+def test_a_new_run_removes_the_files_of_the_old_one_and_no_others(config, tmp_path):
+    """A model.onnx of the old run would pass for one of the new run, which writes a model.xml."""
+    context = SimpleNamespace(folder=tmp_path, experiment=load_experiment(config))
+    (tmp_path / "model.onnx").touch()
+    _begin_record(context, "ptq", resume=False)
+    assert (tmp_path / "model.onnx").exists(), "the folder had no run before"
+    (tmp_path / "results.json").touch()
+    _begin_record(context, "ptq", resume=True)
+    assert (tmp_path / "results.json").exists()
+    _begin_record(context, "ptq", resume=False)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix not in (".py", "")] == ["experiment.json"]
 
 
 def test_a_missing_checkpoint_is_refused_by_each_command(refused, config, tmp_path):

@@ -12,7 +12,7 @@ from halfeven.cli.lock import locked
 from halfeven.cli.run import RunContext
 from halfeven.cli.run_record import as_json, check_same_run, read_record, recorded_facts, write_record
 from halfeven.distributed import rank, smallest
-from halfeven.errors import ConfigError, StorageError
+from halfeven.errors import ConfigError, StorageError, named
 from halfeven.files import remove_file, storing
 from halfeven.training.state import STATE_FILE
 from halfeven.zoo.checked_samples import SKIPPED_FILE, count_skipped
@@ -41,6 +41,13 @@ RESUMED_FROM = (
     SEARCH_RESULT_FILE,
 )
 """Files that a resumed run continues from; a new run in the same folder removes them first."""
+CHECKPOINTS = (*RESUMED_FROM, LAST_FILE)
+DELIVERED = (
+    *("model.xml", "model.bin", "model.onnx", "model.onnx.data", "verification.json", RESULTS_FILE),
+    *("report.html", "report.xml.html", "report.onnx.html"),
+)
+"""Files that a run ends with. A new run in the folder of an old one removes them first: beside its checkpoint they
+would pass for its own."""
 SEEN_WITHIN_SECONDS = 30.0
 """Seconds in which a file of one machine appears on another that shares the disk; NFS remembers for a while that a file
 is not there."""
@@ -100,8 +107,8 @@ def check_folder(context: RunContext, command: str, *, resume: bool, overwrite: 
         overwrite: start anew where the folder holds a run.
 
     Raises:
-        ConfigError: there is nothing to resume, the options differ from the run's, a run would be lost, or calibration
-            samples are validation samples too.
+        ConfigError: there is nothing to resume, the options differ from the run's, a run or checkpoints would be lost,
+            or calibration samples are validation samples too.
         CheckpointError: the record of the run's options is damaged.
     """
     # Ranges fitted to validation samples would flatter every accuracy of the run.
@@ -109,6 +116,7 @@ def check_folder(context: RunContext, command: str, *, resume: bool, overwrite: 
     record = context.folder / RECORD_FILE
     recorded = record.is_file()
     held = holds_run(context.folder)
+    lost = [path for name in CHECKPOINTS if (path := context.folder / name).exists() and not resume]
     context.accelerator.wait_for_everyone()  # all processes look before the first one writes
     if resume and not recorded:
         raise ConfigError(
@@ -119,6 +127,17 @@ def check_folder(context: RunContext, command: str, *, resume: bool, overwrite: 
         raise ConfigError(
             f"{context.folder} holds a run already, whose checkpoints would be lost. Give --resume to continue it, "
             "another --work-dir to keep it, or --overwrite to start anew."
+        )
+    if lost and not recorded and not overwrite:
+        raise ConfigError(
+            f"{context.folder} holds {named(lost)}, and no run that they belong to: a run there would delete them. "
+            "Give another --work-dir, or --overwrite to delete them."
+        )
+    weights = Path(context.experiment.model.weights)
+    if weights.is_file() and any(weights.samefile(path) for path in lost):
+        raise ConfigError(
+            f'The run in {context.folder} would delete the float weights that it starts from (model.weights="{weights}"'
+            "). Give another --work-dir, or copy the weights elsewhere."
         )
     if resume:
         check_same_run(read_record(record), recorded_facts(context, command), context.folder)
@@ -176,7 +195,9 @@ def _holds_record(path: Path, wanted: Any) -> bool:
 
 def _begin_record(context: RunContext, command: str, *, resume: bool) -> None:
     """Write the record of a run, and remove the files of an earlier run that is not continued."""
-    for name in (*RESUMED_FROM, LAST_FILE, SKIPPED_FILE) if not resume else ():
+    # Without a record the folder is none of ours, and a model.onnx in it is the user's.
+    delivered = DELIVERED if (context.folder / RECORD_FILE).is_file() else ()
+    for name in (*CHECKPOINTS, SKIPPED_FILE, *delivered) if not resume else ():
         remove_file(context.folder / name)
     # The record comes last: where the run is killed before, no new record stands beside the files of an old run.
     write_record(context.folder / RECORD_FILE, recorded_facts(context, command))
