@@ -155,6 +155,28 @@ def test_unlike_channels_are_compared_with_a_channel_that_shows_it(sizes, eviden
     assert cause_of(Suspect(qmodel, weight, found)).evidence.startswith(evidence)
 
 
+class Branches(nn.Module):
+    """Two branches that are concatenated, one of them dead."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.dead, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(8, 2)
+        with torch.no_grad():
+            self.dead.weight.zero_()
+            self.dead.bias.zero_()
+
+    def forward(self, x):
+        return self.last(torch.cat([self.live(x).relu(), self.dead(x).relu()], 1))
+
+
+def test_a_dead_branch_of_a_concatenation_is_no_tensor_of_another_size():
+    x = torch.randn(8, 4)
+    qmodel = he.calibrate(he.prepare(Branches(), x), [x])
+    (shared,) = [tensor for tensor in plan_of(qmodel).tensors if len(tensor.places) == 2]
+    found = tensor_statistics(qmodel, [((x,), {})])[shared.name, False]
+    assert "share one range" not in cause_of(Suspect(qmodel, shared, found)).name
+
+
 def test_answers_are_compared_as_what_they_are():
     torch.manual_seed(0)
     logits = torch.randn(4, 10)

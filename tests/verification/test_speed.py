@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import halfeven as he
+from halfeven.runtimes.layer_execution import KernelTime
 from halfeven.verification import verify as verification
-from halfeven.verification.layer_times import LayerTime, LayerTimes
+from halfeven.verification.layer_times import LayerTime, LayerTimes, steady_kernel_times
 from halfeven.verification.speed import slower_than_float
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -26,6 +27,22 @@ def test_layers_are_named_with_their_milliseconds_the_worst_first():
     assert layers.index("slower 3.000 ms, in float 1.000 ms") < layers.index("slow 2.000 ms")
     assert "by 3.000 ms together" in layers
     assert not any(name in layers for name in ("fast", "tiny", "5.000"))
+
+
+class Profiled:
+    """A file whose kernels another program interrupts now and then."""
+
+    def __init__(self, *profiles):
+        self.profiles = list(profiles)
+
+    def kernel_times(self, inputs):
+        return [KernelTime("k", (), "Convolution", "", "u8", time, integer=True) for time in self.profiles.pop(0)]
+
+
+def test_a_profile_in_which_kernels_were_interrupted_is_made_again():
+    file = Profiled((0.1, 0.2, 9.0), (0.1, 5.0, 0.3), (7.0, 7.0, 7.0))
+    assert [kernel.milliseconds for kernel in steady_kernel_times(file, [X], whole=0.7)] == [0.1, 0.2, 0.3]
+    assert len(file.profiles) == 1, "what adds up is not made again"
 
 
 def test_the_file_is_compared_with_the_precision_that_it_replaces():

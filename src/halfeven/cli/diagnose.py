@@ -34,6 +34,8 @@ class DiagnoseArguments(ConfigArguments):
     """File to write the diagnosis to as a page with charts (.html); "" for none."""
     samples: int = 256
     """Calibration samples to compare the quantized with the float model on."""
+    no_file: bool = False
+    """Write and run no file for the target: nothing is said of where it parts from the simulation, and of its time."""
     accuracy: bool = False
     """Measure the accuracy of the float, the quantized and the repaired model on the validation data, too."""
 
@@ -63,6 +65,7 @@ def run_diagnose(arguments: DiagnoseArguments) -> None:
         context.loader(context.datasets.calibration),
         evaluate=_deciding_metric(context) if arguments.accuracy else None,
         samples=arguments.samples,
+        runtime=not arguments.no_file,
         log=context.log,
     )
     context.log(f"\n{found}")

@@ -87,19 +87,19 @@ def shared_cause_of(suspects: Sequence[Suspect]) -> Cause | None:
 
 
 def _unlike_tensors_share_range(suspect: Suspect) -> Cause | None:
-    places = suspect.found.places
-    largest = [place.largest for place in places]
-    if (
-        isinstance(suspect.planned, PlannedWeight)
-        or len(places) < 2
-        or max(largest) < UNLIKE_RANGE_RATIO * min(largest)
-    ):
+    if isinstance(suspect.planned, PlannedWeight):
         return None
-    sizes = ", ".join(
-        f"{name} ±{size:.3g}" for name, size in list(zip(suspect.planned.places, largest, strict=True))[:4]
-    )
+    # A tensor of zeros alone, as of a dead branch, loses nothing in any range.
+    largest = {
+        name: place.largest
+        for name, place in zip(suspect.planned.places, suspect.found.places, strict=True)
+        if place.largest > 0
+    }
+    if len(largest) < 2 or max(largest.values()) < UNLIKE_RANGE_RATIO * min(largest.values()):
+        return None
+    sizes = ", ".join(f"{name} ±{size:.3g}" for name, size in list(largest.items())[:4])
     # With one scale, a tensor uses as large a share of the levels as its range is of the largest.
-    levels = suspect.found.quantizer.scheme.levels * min(largest) / max(largest)
+    levels = suspect.found.quantizer.scheme.levels * min(largest.values()) / max(largest.values())
     return Cause(
         "tensors of unlike sizes share one range",
         f"They are concatenated, so one scale serves all: {sizes}. The smallest has {levels:.1f} levels.",

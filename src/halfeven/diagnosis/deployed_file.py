@@ -1,5 +1,6 @@
 """Run the file of a quantized model: where it parts from the simulation, what is in float there, and its times."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -34,13 +35,15 @@ class FileFacts:
     """By the runtime's own profile."""
 
 
-def run_file(qmodel: nn.Module, inputs: Inputs) -> FileFacts:
+def run_file(qmodel: nn.Module, inputs: Inputs, log: Callable[[str], None]) -> FileFacts:
     """Write the file of a model for its target, run it on some samples, and return what was measured.
 
     Args:
         qmodel: a calibrated model, which stays as it is.
         inputs: a batch, of which the first samples are taken.
+        log: called before the work.
     """
+    log("Writing the model's file and running it ...")
     runtime = runtime_named(plan_of(qmodel).options.target)
     args, kwargs = _first_of(inputs)
     model = copy_model(qmodel).cpu().eval()

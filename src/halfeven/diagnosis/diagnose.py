@@ -122,7 +122,7 @@ def diagnose(
         found.insert(0, finding_without_quantizers(qmodel, parts.without, patient.divergence))
     if evaluate is not None and repaired is not qmodel:
         accuracy |= _measure_accuracies(evaluate, {"repaired": repaired})
-    file = run_file(qmodel, reference.inputs[0]) if runtime else FileFacts()
+    file = run_file(qmodel, reference.inputs[0], log) if runtime else FileFacts()
     return _make_diagnosis(patient, parts, agreement, tuple(found), accuracy, file)
 
 

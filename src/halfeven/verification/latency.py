@@ -24,7 +24,7 @@ from halfeven.quantization.quantizer import Mode
 from halfeven.runtimes.layer_execution import slowest
 from halfeven.runtimes.runtime import Runtime
 from halfeven.temporary import temporary_folder
-from halfeven.verification.layer_times import LayerTimes, time_layers
+from halfeven.verification.layer_times import LayerTimes, steady_kernel_times, time_layers
 
 TIMED_PAIRS = 12
 """Runs of each file whose times count."""
@@ -60,7 +60,11 @@ def latency(qmodel: nn.Module, path: Path, inputs: Inputs, runtime: Runtime, lay
             "deployed": deployed.timed(tensors),
         }
         times = median_times(runs)
-        return LayerTimes(**times, layers=time_layers(deployed, floating, tensors, layers))
+        profiles = [
+            steady_kernel_times(file, tensors, times[name])
+            for name, file in (("deployed", deployed), ("float32", floating))
+        ]
+        return LayerTimes(**times, layers=time_layers(*profiles, layers))
 
 
 def median_times(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
