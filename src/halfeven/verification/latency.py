@@ -60,11 +60,9 @@ def latency(qmodel: nn.Module, path: Path, inputs: Inputs, runtime: Runtime, lay
             "deployed": deployed.timed(tensors),
         }
         times = median_times(runs)
-        profiles = [
-            steady_kernel_times(file, tensors, times[name])
-            for name, file in (("deployed", deployed), ("float32", floating))
-        ]
-        return LayerTimes(**times, layers=time_layers(*profiles, layers))
+        mine = steady_kernel_times(deployed, tensors, times["deployed"])
+        others = steady_kernel_times(floating, tensors, times["float32"])
+        return LayerTimes(**times, layers=time_layers(mine, others, layers))
 
 
 def median_times(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
