@@ -128,3 +128,12 @@ def test_a_later_format_is_refused(tmp_path):
     save_file({"w": torch.zeros(1)}, tmp_path / "f.safetensors", {"format": "2", "halfeven": "9.9"})
     with pytest.raises(CheckpointError, match=r"format 2, written by halfeven 9\.9"):
         read_facts(tmp_path / "f.safetensors")
+
+
+def test_a_learned_zero_point_may_lie_far_beyond_the_grid(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2))
+    x = torch.randn(4, 8)
+    qmodel = calibrate(prepare(model, x, scheme="w4a4", learn_zero_points=True), [x]).eval()
+    qmodel.quantizers.get_submodule("1_gelu").zero_point.data.fill_(400.0)
+    save(qmodel, tmp_path / "m.safetensors")
+    assert torch.equal(load(tmp_path / "m.safetensors", model, x)(x), qmodel(x))

@@ -175,3 +175,25 @@ def test_the_model_compiles_whole():
     x = torch.randn(IMAGE)
     compiled = torch.compile(qmodel, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), qmodel(x))
+
+
+class Half(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.layer(x).relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_in_another_precision_is_quantized_in_float32(dtype, tmp_path):
+    model = Half().eval().to(dtype)
+    x = torch.randn(4, 8)
+    qmodel = he.calibrate(he.prepare(model, {"x": x.to(dtype)}, scheme="w7a8"), [{"x": x}])
+    assert model.head.weight.dtype == dtype
+    assert "quantized in float32" in str(he.plan_of(qmodel).notes)
+    he.save(qmodel, tmp_path / "m.safetensors")
+    again = he.load(tmp_path / "m.safetensors", model, {"x": x.to(dtype)})
+    he.export(again, tmp_path / "m.onnx", target="onnxruntime")
+    assert torch.allclose(he.load_deployed(tmp_path / "m.onnx", "onnxruntime")(x), again(x), atol=0.1)

@@ -15,7 +15,7 @@ from halfeven.graph.batchnorm import forget_statistics
 from halfeven.graph.wrappers import unwrapped
 from halfeven.layerwise.batches import inputs_in, read_inputs
 from halfeven.layerwise.calibrate import calibrate
-from halfeven.placement.captured_model import capture_for_quantization, float_copy
+from halfeven.placement.captured_model import capture_for_quantization
 from halfeven.placement.graph_edits import apply_changes
 from halfeven.placement.insertion import check_scales, insert, plan_of
 from halfeven.placement.make_plan import make_plan, skeleton
@@ -63,7 +63,7 @@ def plan(
         PlacementError: the target cannot do the scheme, or a rule held for nothing.
     """
     options = _with_batchnorm(dataclasses.replace(options or QuantizationOptions(), **changes), "keep")
-    captured, found = capture_for_quantization(float_copy(model), example, options)
+    captured, found = capture_for_quantization(model, example, options)
     return make_plan(skeleton(captured), options, runtime_named(options.target).target, found)
 
 
@@ -102,7 +102,7 @@ def prepare(
         return _quantize_by_plan(model, example, plan, check=check_scales)
     options = _with_batchnorm(dataclasses.replace(options or QuantizationOptions(), **changes), "keep")
     target = runtime_named(options.target).target
-    captured, found = capture_for_quantization(float_copy(model), example, options)
+    captured, found = capture_for_quantization(model, example, options)
     return insert(captured, make_plan(captured, options, target, found), target)
 
 
@@ -153,7 +153,7 @@ def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:
 def _quantize_by_plan(
     model: nn.Module, example: Example, plan: Plan, check: Callable[[nn.Module, Plan], None]
 ) -> nn.Module:
-    captured, _ = capture_for_quantization(float_copy(model), example, plan.options, plan.kept)
+    captured, _ = capture_for_quantization(model, example, plan.options, plan.kept)
     check(captured, plan)
     qmodel = insert(captured, plan, runtime_named(plan.options.target).target)
     return apply_changes(qmodel, plan.changes)

@@ -100,14 +100,16 @@ def test_names_of_quantized_outputs(target, tmp_path):
 
 
 class Told(nn.Module):
-    """Returns what a file cannot hold beside its tensors."""
+    """Returns what a file cannot hold beside its tensors, and a tensor twice."""
 
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
 
     def forward(self, x):
-        return {"map": self.conv(x), "stride": 4, "layout": "NCHW", "mean": self.conv(x).mean((2, 3)), "none": None}
+        y = self.conv(x)
+        told = {"stride": 4, "layout": "NCHW", "samples": len(x), "size": x.shape[0], "none": None}
+        return {"map": y, **told, "mean": y.mean((2, 3)), "again": y}
 
 
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
@@ -117,7 +119,7 @@ def test_outputs_that_are_no_tensors_are_left_out(target, tmp_path):
     qmodel = he.calibrate(he.prepare(Told(), x, scheme="w7a8", target=target), [x]).eval()
     assert qmodel(x)["stride"] == 4
     report = he.verify(qmodel, he.export(qmodel, tmp_path / FILES[target]), [x], timed=False)
-    assert [output.name for output in report.outputs] == ["map", "mean"]
+    assert [output.name for output in report.outputs] == ["map", "mean", "again"]
     assert report.integer_match == 1.0
 
 

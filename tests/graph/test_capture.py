@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+import halfeven as he
 from halfeven.errors import CaptureError
 from halfeven.graph.capture import capture
 from halfeven.graph.operators import OperatorKind
@@ -606,3 +607,41 @@ def test_an_overwritten_part_has_gradients():
     assert torch.allclose(*gradients)
     x = torch.randn(5, 4)
     assert torch.equal(captured(x), model(x))
+
+
+@dataclasses.dataclass
+class Scene:
+    image: torch.Tensor
+    weight: torch.Tensor
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: torch.Tensor
+    more: "Named | None" = None
+
+
+class Named(dict):
+    """Names by attribute, as in many libraries."""
+
+
+class OwnClasses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 2)
+
+    def forward(self, scene):
+        y = self.layer(scene.image) * scene.weight
+        return Answer(y, Named(doubled=2 * y))
+
+
+def test_classes_of_the_users_own():
+    scene = Scene(torch.randn(4, 8), torch.rand(4, 1))
+    qmodel = he.prepare(OwnClasses(), (scene,))
+    assert he.plan_of(qmodel).notes == ()
+    for batch in (scene, (scene,), (scene, torch.zeros(4))):
+        he.calibrate(qmodel, [batch])
+    found = qmodel(Scene(torch.randn(3, 8), torch.rand(3, 1)))
+    assert type(found) is Answer
+    assert type(found.more) is Named
+    assert list(found.more) == ["doubled"]

@@ -292,6 +292,28 @@ def test_models_captured_in_parts_keep_free_axes_and_check_the_others():
         fixed(x)
 
 
+class Shifted(nn.Module):
+    """A shift by half of a free size, to either side."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = convolution(3, 4), convolution(4, 2)
+
+    def forward(self, x):
+        y = self.first(x).relu()
+        return self.second(torch.roll(y, (y.shape[2] // 2, -(y.shape[3] // 3)), (2, 3)))
+
+
+def test_shifts_by_a_part_of_a_free_size_in_a_file(tmp_path):
+    batches = [torch.randn(2, 3, 16, 16), torch.randn(1, 3, 12, 10)]
+    shapes = {"x": {2: "h", 3: "w"}}
+    qmodel = he.prepare(Shifted(), batches[0], target="onnxruntime", scheme="w7a8", dynamic_shapes=shapes)
+    he.calibrate(qmodel, batches).eval()
+    deployed = he.load_deployed(he.export(qmodel, tmp_path / "m.onnx"), "onnxruntime")
+    exact = he.exact(qmodel)
+    assert all(torch.allclose(deployed(x), exact(x), atol=1e-5) for x in batches)
+
+
 class SharedHead(nn.Module):
     """Python that cannot be captured, around a head that is called at two sizes."""
 

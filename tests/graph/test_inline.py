@@ -171,3 +171,19 @@ def test_one_tensor_given_twice_is_two_inputs():
     x, y = torch.randn(2, 4), torch.randn(2, 4)
     captured, _ = capture(model, (x, x))
     assert torch.equal(captured(x, y), model(x, y))
+
+
+class Inference(Net):
+    @torch.inference_mode()
+    def features(self, x):
+        return self.backbone(x)
+
+
+def test_a_block_in_inference_mode_is_captured_as_one_without_gradients():
+    captured, report = capture(Inference().eval(), X)
+    assert report.regions == [""]
+    assert not report.kept
+    captured.train()(X).sum().backward()
+    assert captured.head.weight.grad is not None
+    assert captured.backbone[0].weight.grad is None
+    assert torch.is_inference_mode_enabled() is False

@@ -174,6 +174,26 @@ def test_a_hook_that_will_never_run_is_reported(pair):
     assert heard == [1]
 
 
+def test_hooks_of_the_float_model_are_said_to_be_lost():
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), block(4, 4)).eval()
+    model[1].register_forward_hook(lambda *_: None)
+    (note,) = (note for note in he.plan_of(he.prepare(model, X)).notes if "Hooks" in note)
+    assert "those of 1." in note
+
+
+def test_names_that_a_graph_needs_are_refused():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.graph = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.graph(x)
+
+    with pytest.raises(CaptureError, match="has graph for itself"):
+        he.prepare(Named(), X)
+
+
 def test_a_class_inside_of_a_function_is_pickled_as_its_nearest_class():
     class Inside(nn.Sequential):
         def extra(self):
@@ -184,6 +204,30 @@ def test_a_class_inside_of_a_function_is_pickled_as_its_nearest_class():
     again = pickle.loads(pickle.dumps(qmodel))
     assert len(again) == 2
     assert not hasattr(again, "extra")
+
+
+class Cells(nn.Module):
+    """Its cells start with zeros, for as many samples as there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.out = nn.LSTM(4, 4, 2, batch_first=True, dropout=0.5), nn.Linear(4, 2)
+
+    def forward(self, x, scale):
+        y = self.cells(x)[0]
+        return {"all": y, "last": [self.out(y[:, -1] * scale)]}
+
+
+def test_a_pickle_keeps_sizes_keywords_and_the_mode():
+    x, scale = torch.randn(2, 3, 4), torch.ones(2, 1)
+    qmodel = he.calibrate(he.prepare(Cells().eval(), {"x": x, "scale": scale}), [{"x": x, "scale": scale}])
+    again = pickle.loads(pickle.dumps(qmodel))
+    inputs = {"scale": torch.rand(3, 1), "x": torch.randn(3, 3, 4)}
+    found, right = again(**inputs), qmodel(**inputs)
+    assert torch.equal(found["all"], right["all"])
+    assert torch.equal(found["last"][0], right["last"][0])
+    again.train()
+    assert not torch.equal(again(**inputs)["all"], again(**inputs)["all"])  # dropout between the layers
 
 
 def test_tied_weights_have_the_float_models_names():

@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import halfeven as he
 from halfeven.errors import CalibrationError, CaptureError, ConfigError, PlacementError
 from halfeven.graph.copying import copy_model
 from halfeven.graph.wrappers import own_forward, unwrapped
+from halfeven.layerwise.batches import inputs_in
 from halfeven.qat.ema import AveragingOptions, WeightEMA
 
 pytestmark = pytest.mark.usefixtures("unfused")
@@ -65,6 +67,28 @@ def test_data_parallel_around_distributed(distributed):
     model = net()
     assert unwrapped(nn.DataParallel(distributed(model))) is model
     assert unwrapped(model) is model
+
+
+def test_an_average_of_weights(tmp_path):
+    averaged = AveragedModel(he.calibrate(he.prepare(net(), X), [X]))
+    averaged.update_parameters(averaged.module)
+    he.save(averaged, tmp_path / "m.safetensors")
+    again = he.load(tmp_path / "m.safetensors", AveragedModel(net()), X)
+    assert torch.equal(again(X), averaged.eval()(X))
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 2)
+
+    def forward(self, left, right):
+        return self.layer(left + right)
+
+
+def test_inputs_of_a_wrapped_model_are_those_of_the_model():
+    batch = (torch.randn(4, 8), torch.randn(4, 8), torch.zeros(4, dtype=torch.long))
+    assert [len(inputs_in(wrap(Two()), batch)[0]) for wrap in (nn.DataParallel, compiled)] == [2, 2]
 
 
 def test_compiled_parts_of_the_float_model():

@@ -49,3 +49,16 @@ def test_each_layer_is_one_operator(kind, options, operators, tmp_path):
     report = he.verify(qmodel, path, [x], timed=False)
     assert report.integer_match == 1
     assert not report.findings
+
+
+@pytest.mark.parametrize(("target", "kind"), [("openvino", nn.LSTM), ("onnxruntime", nn.GRU)])
+def test_sequences_of_any_length(target, kind, tmp_path):
+    torch.manual_seed(0)
+    model = Recurrent(kind, num_layers=2, bidirectional=True, batch_first=True, dropout=0.2).eval()
+    batches = [torch.randn(3, 5, 8), torch.randn(2, 11, 8), torch.randn(1, 3, 8)]
+    qmodel = he.prepare(model, batches[0], scheme=SCHEME, target=target, dynamic_shapes={"x": {1: "steps"}})
+    he.calibrate(qmodel, batches)
+    path = he.export(qmodel, tmp_path / ("model.xml" if target == "openvino" else "model.onnx"))
+    report = he.verify(qmodel, path, batches, timed=False)
+    assert report.integer_match == 1
+    assert not report.findings

@@ -9,9 +9,12 @@ from torch.export.graph_signature import ConstantArgument
 
 from halfeven.errors import ExportError
 from halfeven.graph.batches import Inputs, argument_names
+from halfeven.graph.dynamic_shapes import nested_shapes
 from halfeven.graph.export_module import quiet
 from halfeven.graph.fixed_axes import fixed_axes
+from halfeven.graph.inline import without_fast_path
 from halfeven.graph.model_inputs import BATCH
+from halfeven.graph.recurrences import WholeRecurrences, restore_recurrences
 from halfeven.graph.torch_private import pytree, untracked
 from halfeven.placement.insertion import recorded_example
 
@@ -42,7 +45,7 @@ def exported_program(
         kwargs: keyword arguments.
         free: the free axes of each leaf; None: the first of each tensor.
     """
-    leaves, form = pytree.tree_flatten((args, kwargs))
+    leaves = pytree.tree_leaves((args, kwargs))
     axes = [(0,)] * len(leaves) if free is None else free
     shapes = [
         {axis: torch.export.Dim.AUTO for axis in own if axis < x.ndim and x.shape[axis] != 1} or None
@@ -50,7 +53,7 @@ def exported_program(
         else None
         for x, own in zip(leaves, axes, strict=True)
     ]
-    return _export_program(model, (args, kwargs), pytree.tree_unflatten(shapes, form))
+    return _export_program(model, (args, kwargs), shapes)
 
 
 def program_of(model: nn.Module, example: Inputs, described: Inputs) -> torch.export.ExportedProgram:
@@ -64,14 +67,14 @@ def program_of(model: nn.Module, example: Inputs, described: Inputs) -> torch.ex
     Raises:
         ExportError: the size of a free axis would be a constant in the file.
     """
-    leaves, form = pytree.tree_flatten(described)
+    leaves = pytree.tree_leaves(described)
     dim = torch.export.Dim
     shapes = [
         {axis: dim.AUTO if label == BATCH else dim.DYNAMIC for axis, label in known.free.items()} if known else None
         for known in leaves
     ]
     try:
-        return _export_program(model, example, pytree.tree_unflatten(shapes, form))
+        return _export_program(model, example, shapes)
     except Exception as error:
         if fixed := fixed_axes(error, described):
             raise ExportError(
@@ -81,12 +84,18 @@ def program_of(model: nn.Module, example: Inputs, described: Inputs) -> torch.ex
         raise
 
 
-def _export_program(model: nn.Module, example: Inputs, shapes: Inputs) -> torch.export.ExportedProgram:
+def _export_program(model: nn.Module, example: Inputs, shapes: Sequence[Any]) -> torch.export.ExportedProgram:
     args, kwargs = example
-    with quiet():
+    # What is left in Python may hold attention of torch's.
+    with quiet(), without_fast_path(), WholeRecurrences():
         program = torch.export.export(
-            model, args, kwargs, dynamic_shapes=_shapes_by_parameter(model, shapes), strict=False
+            model,
+            args,
+            kwargs,
+            dynamic_shapes=_shapes_by_parameter(model, nested_shapes(example, shapes)),
+            strict=False,
         )
+    restore_recurrences(program.graph)
     _leave_out_constants(program)
     return untracked(program)
 
@@ -98,9 +107,14 @@ def _shapes_by_parameter(model: nn.Module, shapes: Inputs) -> Any:
 
 
 def _leave_out_constants(program: torch.export.ExportedProgram) -> None:
-    """Put None in the place of outputs that are numbers or texts: no runtime's file has those, and converters fail."""
+    """Put None in the place of outputs that are numbers, sizes or texts: files have none, and converters fail."""
     output = program.graph.output_node()
-    output.args = (tuple(value if isinstance(value, fx.Node) else None for value in output.args[0]),)
-    for spec in program.graph_signature.output_specs:
-        if isinstance(spec.arg, ConstantArgument):
-            spec.arg = ConstantArgument(spec.arg.name, None)
+    values = list(output.args[0])
+    output.args = (tuple(value if _is_tensor(value) else None for value in values),)
+    for value, spec in zip(values, program.graph_signature.output_specs, strict=True):
+        if not _is_tensor(value):
+            spec.arg = ConstantArgument(spec.arg.name if hasattr(spec.arg, "name") else "", None)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)

@@ -109,13 +109,31 @@ def run_on(model: Callable[..., Any], inputs: Any) -> Any:
 
 
 def batched(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Return the arguments with at least two samples: `torch.export` would make a batch size of 1 a constant."""
+    """Return the arguments with at least two samples: `torch.export` would make a batch size of 1 a constant.
+
+    They are those given where the first tensor has several: what has a single row then, such as a mask, is for all.
+    """
+    if next(iter(_first_sizes((args, kwargs))), 0) != 1:
+        return args, kwargs
 
     def double(x: Any) -> Any:
         return torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim and x.shape[0] == 1 else x
 
     result: tuple[Any, Any] = pytree.tree_map(double, (args, kwargs))
     return result
+
+
+def sample_count(arguments: Any) -> int:
+    """Return the number of samples in a call's arguments: that of the first tensor; where it has 1, the largest.
+
+    A tensor with another number of rows, such as the queries of a detector, is no batch.
+    """
+    sizes = _first_sizes(arguments)
+    return sizes[0] if sizes and sizes[0] > 1 else max(sizes, default=0)
+
+
+def _first_sizes(arguments: Any) -> list[int]:
+    return [len(x) for x in pytree.tree_leaves(arguments) if isinstance(x, Tensor) and x.ndim]
 
 
 def own_tensors(model: nn.Module, inputs: Any) -> Any:
@@ -156,7 +174,7 @@ def inputs_of(batch: Any, form: InputForm, number: int = 0) -> Inputs:
         CalibrationError: an input is missing, no tensor, empty, or of another type or number of axes than the
             example's; the message names the batch and the input.
     """
-    batch = by_name(batch, form.tensor_names)
+    batch = [batch] if _is_first_argument(batch, form) else by_name(batch, form.tensor_names)
     if isinstance(batch, Mapping):
         args, kwargs = _inputs_of_mapping(batch, form, number)
     elif is_sequence(batch) and batch and _is_nested(batch[0], form):
@@ -211,8 +229,15 @@ def is_sequence(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
+def _is_first_argument(value: Any, form: InputForm) -> bool:
+    """Return True for a dataclass that the model takes as it is."""
+    return bool(form.args) and dataclasses.is_dataclass(value) and type(value) is type(form.args[0])
+
+
 def _is_nested(first: Any, form: InputForm) -> bool:
     """Return True if the first item of a batch holds all inputs."""
+    if _is_first_argument(first, form):
+        return False
     like = form.args[0] if form.args else form.kwargs.get(form.entries[0]) if form.entries else None
     if isinstance(by_name(first, form.tensor_names), Mapping):
         return not isinstance(like, Mapping)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfeven.errors import CaptureError
-from halfeven.graph.batches import Example, Inputs, as_arguments, batched, own_tensors
+from halfeven.errors import CaptureError, named
+from halfeven.graph.batches import Example, Inputs, as_arguments, batched, own_tensors, sample_count
 from halfeven.graph.capture_parts import PartsCapture, record_inputs
 from halfeven.graph.capture_report import CaptureReport
 from halfeven.graph.dynamic_shapes import DynamicShapes, FreeAxes, batch_axes, export_shapes, free_axes
@@ -24,11 +24,11 @@ from halfeven.graph.kept_in_python import KeptInPython
 from halfeven.graph.labels import add_loss, entries_with_labels, without_labels
 from halfeven.graph.model_inputs import BATCH, model_inputs
 from halfeven.graph.other_sizes import inner_free_axes
+from halfeven.graph.output_classes import register_classes
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.same_outputs import check_same
-from halfeven.graph.torch_private import pytree
+from halfeven.graph.torch_private import has_own_hooks, pytree
 from halfeven.graph.training_mode import Capture, capture_as_trained
-from halfeven.graph.training_run import left_in_eval
 
 
 def capture(
@@ -43,8 +43,9 @@ def capture(
     Args:
         model: any module; its training mode is restored.
         example: an input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments. The
-            first axis of its tensors is the batch and stays free. With labels among them, which the model takes to
-            return a loss, the captured model takes labels too, as keyword arguments.
+            first axis of the first tensor, and of all tensors with as many samples, is the batch and stays free. With
+            labels among them, which the model takes to return a loss, the captured model takes labels too, as keyword
+            arguments.
         leave_out: names of submodules that shall stay Python, for example `["head"]`.
         kept: the modules whose own code stays Python for training, as an earlier capture reported them; None: they are
             looked for, by a run of both models in training mode.
@@ -61,6 +62,7 @@ def capture(
     """
     _check_leave_out(model, leave_out)
     # The graph to deploy is that of the inputs alone, for two samples, so that the batch stays free.
+    register_classes([as_arguments(example)])
     whole = own_tensors(model, as_arguments(example))
     given, labels = without_labels(model, whole)
     doubled = batched(*given)
@@ -71,15 +73,14 @@ def capture(
         return _capture_whole_or_parts(model, inputs, tuple(leave_out), kept, own_shapes)
 
     was_training = {module: module.training for module in model.modules()}
-    left_in_eval(model)  # its own train() may forget what eval mode keeps of earlier calls
-    model.eval()
+    _forget_calls(model)
     try:
         # The graph must not depend on where it is captured.
         with torch.enable_grad(), plain_forward(model) as in_float32:
             found, report = _captured_batch(captured, given, doubled)
             # The graph to deploy is that without labels; the loss is a graph of its own, beside it.
             if labels and isinstance(found, CapturedModule):
-                inputs = batched(*whole) if report.samples == _batch_size(doubled) else whole
+                inputs = batched(*whole) if report.samples == sample_count(doubled) else whole
                 _capture_loss(found, model, inputs, labels, shapes)
     finally:
         for module, training in was_training.items():
@@ -87,7 +88,17 @@ def capture(
     for part in _captured_regions(found):
         part.halfeven_entries = entries_with_labels(model, whole)
     report.in_float32 = in_float32
+    report.notes += _lost_hooks(model, found)
     return found, report
+
+
+def _forget_calls(model: nn.Module) -> None:
+    """Put a model in eval mode as if it were new there: its own train() may forget what eval mode keeps of calls."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.train()
+    model.eval()
+    for parameter, requires_grad in trained:
+        parameter.requires_grad = requires_grad
 
 
 def _check_leave_out(model: nn.Module, leave_out: Sequence[str]) -> None:
@@ -99,6 +110,19 @@ def _check_leave_out(model: nn.Module, leave_out: Sequence[str]) -> None:
         )
 
 
+def _lost_hooks(model: nn.Module, captured: nn.Module) -> tuple[str, ...]:
+    """Return a note on the modules with hooks of the user's that do not run in the captured model."""
+    found = dict(captured.named_modules())
+    hooked = [name for name, module in model.named_modules() if has_own_hooks(module)]
+    lost = [name or "(the model itself)" for name in hooked if name in found and not has_own_hooks(found[name])]
+    if not lost:
+        return ()
+    return (
+        f"Hooks of the float model do not run in the quantized model: those of {named(lost)}. What they do to the "
+        "outputs is part of the graph. To see tensors, register them on the quantized model's layers.",
+    )
+
+
 def _captured_batch(
     captured: Callable[[Inputs], tuple[nn.Module, CaptureReport]], given: Inputs, doubled: Inputs
 ) -> tuple[nn.Module, CaptureReport]:
@@ -106,10 +130,10 @@ def _captured_batch(
     try:
         found, report = captured(doubled)
     except CaptureError:
-        if _batch_size(given) == _batch_size(doubled):
+        if sample_count(given) == sample_count(doubled):
             raise
         return captured(given)  # a model of one sample alone
-    if report.fixed_batch and _batch_size(given) != _batch_size(doubled):
+    if report.fixed_batch and sample_count(given) != sample_count(doubled):
         why = report.fixed_batch  # of a batch of 1 torch.export knows no line
         found, report = captured(given)
         report.fixed_batch = why
@@ -153,7 +177,7 @@ def _capture_whole_or_parts(
     parts = PartsCapture(model, {**recorded, "": [inputs]}, free_axes_of, leave_out)
 
     def with_kept(kept: dict[str, KeptInPython]) -> nn.Module:
-        reports.append(CaptureReport(kept=tuple(kept.values()), samples=_batch_size(inputs)))
+        reports.append(CaptureReport(kept=tuple(kept.values()), samples=sample_count(inputs)))
         return parts.capture(kept, reports[-1])
 
     def check(captured: nn.Module) -> None:
@@ -191,15 +215,14 @@ def _still_free(captured: nn.Module, free: FreeAxes) -> FreeAxes:
     return [{axis: name for axis, name in axes.items() if not (fixed and name == BATCH)} for axes in free]
 
 
-def _batch_size(inputs: Inputs) -> int:
-    return max((x.shape[0] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim), default=0)
-
-
 def two_samples(inputs: Inputs, free: FreeAxes) -> Inputs:
     """Return arguments cut to two samples where the batch is free, on the CPU."""
     leaves, form = pytree.tree_flatten(inputs)
+    # The tokens of a sequence that comes first are those of its mask too, at whatever axis: such a size stays.
+    elsewhere = {label for axes in free for axis, label in axes.items() if axis}
     for place, axes in enumerate(free):
         if isinstance(leaves[place], Tensor):
-            leaves[place] = (leaves[place][:2] if 0 in axes else leaves[place]).detach().cpu()
-    cut: Inputs = pytree.tree_unflatten(leaves, form)
-    return cut
+            cut = 0 in axes and axes[0] not in elsewhere
+            leaves[place] = (leaves[place][:2] if cut else leaves[place]).detach().cpu()
+    result: Inputs = pytree.tree_unflatten(leaves, form)
+    return result

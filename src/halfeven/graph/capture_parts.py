@@ -16,11 +16,13 @@ from halfeven.graph.dynamic_shapes import FreeAxes
 from halfeven.graph.export_module import export_module
 from halfeven.graph.fixed_axes import FixedAxisError
 from halfeven.graph.kept_in_python import KeptInPython, relative_to
+from halfeven.graph.output_classes import register_classes
 from halfeven.graph.parts import called_modules
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.graph.restoring import attributes_restored
+from halfeven.graph.restoring import same_random_numbers, state_restored
 from halfeven.graph.same_outputs import reason_of
 from halfeven.graph.torch_private import pytree
+from halfeven.graph.training_run import map_tensors
 from halfeven.graph.view import computes_products
 
 
@@ -143,8 +145,9 @@ def record_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, list[In
         if name
     ]
     try:
-        with torch.no_grad(), attributes_restored(model):
-            model(*args, **kwargs)
+        with torch.no_grad(), state_restored(model), same_random_numbers():
+            args, kwargs = map_tensors(Tensor.clone, (args, kwargs))  # it may change its inputs
+            outputs = model(*args, **kwargs)
     except Exception as error:
         raise CaptureError(
             f"The model does not run on the example input, so it cannot be captured: {error}\nPass an example that "
@@ -153,4 +156,5 @@ def record_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, list[In
     finally:
         for handle in handles:
             handle.remove()
+    register_classes([outputs, *(calls[0] for calls in seen.values())])
     return seen

@@ -1,18 +1,23 @@
 """The axes that stay free in capture: the batch, and those that the user names in `dynamic_shapes`."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from halfeven.errors import ConfigError
+from halfeven.graph.batches import sample_count
 from halfeven.graph.model_inputs import BATCH, leaf_names
 from halfeven.graph.torch_private import pytree
 from halfeven.nearest import did_you_mean
 
 DynamicShapes = dict[str, dict[int, str]]
 """Input name -> {axis: the axis's name}. Axes of the same name have the same size."""
+
+PLAIN_DICTS = (dict, OrderedDict, defaultdict)
 
 FreeAxes = list[dict[int, str]]
 """For each leaf of a call's arguments the names of its free axes, by their numbers."""
@@ -40,17 +45,23 @@ def free_axes(model: nn.Module, args: Any, kwargs: Any, dynamic_shapes: DynamicS
     tensors = {name: leaf for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)}
     named = {name: _axes_from_front(name, tensors, axes) for name, axes in dynamic_shapes.items()}
     _check_equal_sizes(tensors, named)
-    # Where the user names the first axis of an input, that is the name of the batch in all of them.
-    label = next((axes[0] for axes in named.values() if 0 in axes), BATCH)
-    return [batch | named.get(name, {}) for name, batch in zip(names, batch_axes((args, kwargs), label), strict=True)]
+    # Where the user names the first axis of an input, that is the batch, and its name in all inputs.
+    own = next((name for name, axes in named.items() if 0 in axes), None)
+    batch = batch_axes(leaves) if own is None else batch_axes(leaves, named[own][0], len(tensors[own]))
+    return [axes | named.get(name, {}) for name, axes in zip(names, batch, strict=True)]
 
 
-def batch_axes(inputs: Any, label: str = BATCH) -> FreeAxes:
-    """Return the first axis of each leaf that is a tensor of as many samples as the largest one."""
+def batch_axes(inputs: Any, label: str = BATCH, samples: int | None = None) -> FreeAxes:
+    """Return the first axis of each leaf that is a tensor of as many samples as the batch.
+
+    Args:
+        inputs: a call's arguments.
+        label: name of the axis.
+        samples: size of the batch; None: what `sample_count` takes for it.
+    """
+    samples = sample_count(inputs) if samples is None else samples
     leaves = pytree.tree_leaves(inputs)
-    sizes = [leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else 0 for leaf in leaves]
-    # A tensor with fewer rows, such as one mask for all samples, is no batch.
-    return [{0: label} if size and size == max(sizes) else {} for size in sizes]
+    return [{0: label} if isinstance(x, Tensor) and x.ndim and len(x) == samples else {} for x in leaves]
 
 
 def _axes_from_front(name: str, tensors: dict[str, Tensor], axes: dict[int, str]) -> dict[int, str]:
@@ -92,6 +103,21 @@ def _check_equal_sizes(tensors: dict[str, Tensor], named: DynamicShapes) -> None
                     f'"{label}", and the example has sizes {other[2]} and {size}, so they are not equal. Give them '
                     "different names."
                 )
+
+
+def nested_shapes(arguments: Any, shapes: Iterable[Any]) -> Any:
+    """Return the shapes of a call's leaves, nested as its arguments: `torch.export` takes lists for users' classes."""
+    given = iter(shapes)
+
+    def nested(value: Any) -> Any:
+        parts, form = pytree.tree_flatten(value, is_leaf=lambda part: part is not value)
+        if form.is_leaf():
+            return next(given)
+        found = [nested(part) for part in parts]
+        own_class = dataclasses.is_dataclass(value) or (isinstance(value, dict) and type(value) not in PLAIN_DICTS)
+        return found if own_class else pytree.tree_unflatten(found, form)
+
+    return nested(arguments)
 
 
 def export_shapes(free: FreeAxes) -> list[Any]:

@@ -14,17 +14,18 @@ from torch import fx, nn
 
 from halfeven.graph.batches import Inputs
 from halfeven.graph.constant_inputs import constant_inputs
-from halfeven.graph.dynamic_shapes import FreeAxes, export_shapes
+from halfeven.graph.dynamic_shapes import FreeAxes, export_shapes, nested_shapes
 from halfeven.graph.fixed_axes import is_batch_fixed, reason_of_fixed_batch, refuse_fixed_axes
 from halfeven.graph.inline import inline_grad_blocks
 from halfeven.graph.kept_in_python import Calls, kept_markers
 from halfeven.graph.model_inputs import model_inputs, region_inputs
 from halfeven.graph.rebuild import CapturedModule, assemble
+from halfeven.graph.recurrences import WholeRecurrences, restore_recurrences
 from halfeven.graph.restoring import attributes_restored
 from halfeven.graph.size_relations import size_relations
 from halfeven.graph.sized_pools import SizedPools
 from halfeven.graph.stochastic_depth import leaf_markers
-from halfeven.graph.torch_private import pytree, untracked
+from halfeven.graph.torch_private import untracked
 from halfeven.graph.training_run import left_in_eval
 
 
@@ -111,22 +112,17 @@ def export_program(
         watching: a context for `torch.export` to run in.
     """
     args, kwargs = inputs
-    given = pytree.tree_unflatten(shapes, pytree.tree_structure(inputs))
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    # The fast path of `nn.MultiheadAttention` is a fused kernel, which hides the layers inside of it.
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with attributes_restored(module), leaf_markers(module), kept_markers(module, kept) as calls, quiet():
-            with SizedPools(), watching or nullcontext():
-                # Not strict: the model's Python code runs, and its operators on tensors are recorded.
-                program = torch.export.export(
-                    module, args, kwargs, dynamic_shapes=_arguments_by_parameter(module, *given), strict=False
-                )
-            unlifted = program.module()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    given = nested_shapes(inputs, shapes)
+    with attributes_restored(module), leaf_markers(module), kept_markers(module, kept) as calls, quiet():
+        with SizedPools(), WholeRecurrences(), watching or nullcontext():
+            # Not strict: the model's Python code runs, and its operators on tensors are recorded.
+            program = torch.export.export(
+                module, args, kwargs, dynamic_shapes=_arguments_by_parameter(module, *given), strict=False
+            )
+        unlifted = program.module()
     assert isinstance(unlifted, fx.GraphModule)
     inline_grad_blocks(unlifted)
+    restore_recurrences(unlifted.graph)
     return untracked(program), unlifted, calls
 
 

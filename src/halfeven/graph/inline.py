@@ -1,8 +1,8 @@
 """Capture the blocks inside of a forward that change how torch computes: `torch.no_grad` and `torch.autocast`.
 
 `torch.export` puts such a block into a graph of its own, which could not be quantized. A block without gradients is put
-back in its place, and its results pass no gradient on. A block of automatic mixed precision is captured in float32: a
-runtime chooses its precision itself.
+back in its place, and its results pass no gradient on; one under `torch.inference_mode` counts as such. A block of
+automatic mixed precision is captured in float32: a runtime chooses its precision itself.
 """
 
 import operator
@@ -32,6 +32,20 @@ def without_autocast() -> Iterator[None]:
 
 
 @contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Switch off, within the context, the fused kernel of `nn.MultiheadAttention`, which hides the layers inside of it.
+
+    Behind a padding mask it also leaves zeros where the layers compute other values.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def plain_forward(model: nn.Module) -> Iterator[list[str]]:
     """Run a model within the context in float32, and let `len(tensor)` in its code be the free size of the first axis.
 
@@ -53,15 +67,23 @@ def plain_forward(model: nn.Module) -> Iterator[list[str]]:
                 lines.append(line)
         return block
 
-    def leave(block: torch.autocast, *exception: Any) -> None:
+    def enter_inference(block: torch.inference_mode) -> None:
+        # Its tensors could take no part in a graph that is trained.
+        modes.append(ExitStack())
+        modes[-1].enter_context(torch.set_grad_enabled(torch.is_grad_enabled() and not block.mode))
+
+    def leave(block: Any, *exception: Any) -> None:
         modes.pop().close()
 
     # An autocast around the capture is switched off; those in the model's code meet `enter` and `leave` in place of
     # their own.
     with ExitStack() as stack:
         stack.enter_context(without_autocast())
+        stack.enter_context(without_fast_path())
         stack.enter_context(patch.object(torch.autocast, "__enter__", enter))
         stack.enter_context(patch.object(torch.autocast, "__exit__", leave))
+        stack.enter_context(patch.object(torch.inference_mode, "__enter__", enter_inference))
+        stack.enter_context(patch.object(torch.inference_mode, "__exit__", leave))
         stack.enter_context(_symbolic_len(model))
         yield lines
 

@@ -9,6 +9,7 @@ from torch import fx, nn
 from halfeven.errors import CaptureError
 from halfeven.graph.constant_inputs import ConstantInput
 from halfeven.graph.functionalize import make_functional
+from halfeven.graph.graph_in_pickle import PackedGraph, packed, unpacked
 from halfeven.graph.kept_in_python import Calls, restore_kept
 from halfeven.graph.labels import with_labels
 from halfeven.graph.model_inputs import ModelInput
@@ -20,9 +21,9 @@ from halfeven.graph.torch_private import (
     AnyDropout,
     KeepsTypes,
     input_keywords,
-    own_buffers,
     own_sources,
     pytree,
+    set_contents,
 )
 from halfeven.graph.tree import adopt, has_value, owner_of, place
 from halfeven.graph.view import Op, operations, replace_call
@@ -94,7 +95,7 @@ class CapturedModule(KeepsTypes, fx.GraphModule):
 
     def flat_inputs(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Return the values of the graph's placeholders, in order, for a call with these arguments."""
-        # A graph that was pickled has no keyword arguments: its inputs are taken by their own names.
+        # Positional inputs may be given by their names, too.
         names = input_keywords(self.graph) or [op.path for op in operations(self.graph) if op.is_input]
         keywords = {name: kwargs[name] for name in names if name in kwargs}
         return pytree.tree_leaves((args, keywords))
@@ -110,22 +111,19 @@ class CapturedModule(KeepsTypes, fx.GraphModule):
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        make, (state, *more) = super().__reduce__()
+        _, (state, *_) = super().__reduce__()
         if self.halfeven_original is not None:
             _, state = picklable(self.halfeven_original, state)
-        return _unpickled, (make, (state, *more))
+        return _unpickled, (state, packed(self.graph))
 
 
-def _unpickled(make: Callable[..., fx.GraphModule], arguments: tuple[Any, ...]) -> CapturedModule:
-    """Return the captured module of a pickle, of which torch.fx makes a plain graph module without recorded shapes."""
-    state = dict(arguments[0])
-    plain: Any = make(*arguments)
-    result = CapturedModule(plain, plain.graph)
-    constants = dict(own_buffers(result))  # torch.fx names them anew
+def _unpickled(state: dict[str, Any], graph: PackedGraph) -> CapturedModule:
+    """Return the captured module of a pickle, without recorded shapes."""
+    root = nn.Module()
+    set_contents(root, state)
+    root.training = state["training"]
+    result = CapturedModule(root, unpacked(graph))
     complete(result, state)
-    for name, value in constants.items():
-        if name not in own_buffers(result):
-            result.register_buffer(name, value, persistent=False)
     for name in KEPT_FIELDS:
         setattr(result, name, state.get(name, getattr(CapturedModule, name)))
     result.recompile()

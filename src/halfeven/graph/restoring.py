@@ -1,11 +1,18 @@
-"""Restore what a call of a model leaves in its attributes: caches, counters, the tensors of the last batch."""
+"""Restore what a call of a model changes: attributes, buffers, and the states of random number generators."""
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+
+from halfeven.graph.torch_private import own_buffers
+
+SEED = 0
 
 OWN_FIELDS = frozenset(vars(nn.Module()))
 """The fields in which torch keeps parameters, submodules and hooks."""
@@ -35,6 +42,43 @@ def attributes_restored(model: nn.Module) -> Iterator[None]:
             else:
                 container.clear()
                 container.update(entries)
+
+
+@contextmanager
+def state_restored(model: nn.Module, parameters: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Restore the attributes of a model's modules at the end, and the values of its buffers and of some parameters."""
+    modules = list(model.modules())
+    buffers = [dict(own_buffers(module)) for module in modules]
+    tensors = [*parameters, *(b for held in buffers for b in held.values() if b is not None)]
+    values = [(tensor, tensor.detach().clone()) for tensor in {id(t): t for t in tensors}.values()]
+    try:
+        with attributes_restored(model):
+            yield
+    finally:
+        # A forward pass may have put another tensor in a buffer's place: first the tensors are put back, then their
+        # values.
+        for module, held in zip(modules, buffers, strict=True):
+            put_back(own_buffers(module), held)
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.data.copy_(value)
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Set all random states to the same for each run within the context, and restore them at the end."""
+    python = random.getstate()
+    numpy = np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(SEED)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def _is_cache(name: str, value: Any) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.fx.graph_module import _loader as sources
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.batchnorm import _NormBase as AnyBatchOrInstanceNorm
@@ -30,6 +31,7 @@ __all__ = [
     "Parameter",
     "autocast_dtype",
     "blend_all",
+    "call_form",
     "compiled_module",
     "convolution_of",
     "copy_all",
@@ -37,6 +39,7 @@ __all__ = [
     "forgetting_graphs",
     "functional_form",
     "has_hooks",
+    "has_own_hooks",
     "in_backward_pass",
     "input_keywords",
     "is_aten",
@@ -45,6 +48,8 @@ __all__ = [
     "is_persistent",
     "is_pure",
     "output_form",
+    "overload_named",
+    "overload_path",
     "own_buffers",
     "own_modules",
     "own_parameters",
@@ -55,6 +60,7 @@ __all__ = [
     "short_name",
     "size_guards",
     "untracked",
+    "with_call_form",
 ]
 
 
@@ -131,12 +137,32 @@ def output_form(graph: fx.Graph) -> Any:
 
 
 def input_keywords(graph: fx.Graph) -> list[str]:
-    """Return the names of the keyword arguments of a graph that `torch.export` made, in the order of its inputs.
-
-    A graph that was pickled takes its inputs one by one, in their order or by name: it has no keyword arguments.
-    """
+    """Return the names of the keyword arguments of a graph that `torch.export` made, in the order of its inputs."""
     codegen: Any = graph._codegen
     return list(codegen.pytree_info.in_spec.child(1).context) if hasattr(codegen, "pytree_info") else []
+
+
+def overload_path(operator: OpOverload) -> tuple[str, str, str]:
+    """Return the namespace, name and overload of an operator: ("aten", "add", "Tensor")."""
+    return operator.namespace, short_name(operator), operator._overloadname
+
+
+def overload_named(namespace: str, name: str, overload: str) -> OpOverload:
+    """Return the operator that `overload_path` described."""
+    found: OpOverload = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    return found
+
+
+def call_form(graph: fx.Graph) -> Any:
+    """Return the form of a graph's arguments and outputs as plain values; None for a graph that takes tensors alone."""
+    info = getattr(graph._codegen, "pytree_info", None)
+    return None if info is None else tuple(info)
+
+
+def with_call_form(graph: fx.Graph, form: Any) -> None:
+    """Give a graph a form that `call_form` returned, in place."""
+    if form is not None:
+        graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(*form)))
 
 
 def size_guards(program: torch.export.ExportedProgram) -> list[str]:
@@ -230,6 +256,16 @@ def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
 def has_hooks(module: nn.Module) -> bool:
     """Return True for a module with functions that its call runs before or after its forward."""
     return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Return True for a module with functions of the user's that its call or its backward pass runs, and not torch's.
+
+    Normalizations of weights and pruning are torch's.
+    """
+    tables = (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks = [hook for table in tables for hook in table.values()]
+    return any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks)
 
 
 class KeepsTypes(nn.Module):

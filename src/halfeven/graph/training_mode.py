@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from halfeven.errors import CaptureError
+from halfeven.graph.batches import sample_count
 from halfeven.graph.kept_in_python import KeptInPython, can_be_whole
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.graph.torch_private import AnyDropout, pytree
+from halfeven.graph.torch_private import AnyDropout
 from halfeven.graph.training_run import TrainingRun, differences, map_tensors, run_in_training
 from halfeven.graph.training_suspects import Export, suspects, training_inputs
 from halfeven.graph.view import operations
@@ -218,7 +219,6 @@ def _training_differences(
 
 
 def _two_samples(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    sizes = [len(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
-    batch = max(sizes, default=0)
+    batch = sample_count((args, kwargs))
     result: tuple[Any, Any] = map_tensors(lambda x: x[:2] if x.ndim and len(x) == batch else x, (args, kwargs))
     return result

@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from halfeven.errors import named
 from halfeven.graph.operators import is_stochastic_depth
 from halfeven.graph.parts import called_modules
-from halfeven.graph.restoring import attributes_restored, put_back
-from halfeven.graph.torch_private import AnyDropout, own_buffers, pytree
+from halfeven.graph.restoring import same_random_numbers, state_restored
+from halfeven.graph.torch_private import AnyDropout, pytree
 
 ROUNDING_TOLERANCE = 1e-2
 """Largest difference of two outputs or gradients, over the larger norm, that rounding may cause: BatchNorm on two
@@ -30,7 +30,6 @@ NO_GRADIENT = 1e-5
 """A gradient below this part of the largest, element by element, is rounding alone: that of a bias before BatchNorm."""
 DROPOUT_ARGUMENT = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}
 """The place of `dropout_p` among the arguments of functions that contain a dropout."""
-SEED = 0
 
 
 @dataclass
@@ -85,7 +84,7 @@ def run_as_is(
     probabilities: list[float] = []
     (args, kwargs), leaves = _with_gradients(args, kwargs)
     with (
-        _random_state(),
+        same_random_numbers(),
         _recording_calls(model, run),
         _functions_without_dropout(probabilities),
         _WithoutDropout(probabilities),
@@ -272,60 +271,29 @@ def _recording_calls(model: nn.Module, run: TrainingRun) -> Iterator[None]:
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """Restore the parameters, buffers, attributes and modes of a model, and the values of its tensors, at the end."""
-    modules = list(model.modules())
-    buffers = [dict(own_buffers(module)) for module in modules]
-    values = [(tensor, tensor.detach().clone()) for tensor in _tensors_by_name(model).values()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with attributes_restored(model):
+        with state_restored(model, model.parameters()):
             yield
     finally:
         for parameter, requires_grad in trained:
             parameter.requires_grad = requires_grad
-        # A forward pass may have put another tensor in a buffer's place: first the tensors are put back, then their
-        # values.
-        for module, held in zip(modules, buffers, strict=True):
-            put_back(own_buffers(module), held)
-        with torch.no_grad():
-            for tensor, value in values:
-                if not torch.equal(tensor, value):
-                    tensor.data.copy_(value)
 
 
 def left_in_eval(model: nn.Module) -> tuple[str, ...]:
     """Return the modules that a model's own `train()` leaves in eval mode, such as frozen BatchNorms."""
-    modes = [(module, module.training) for module in model.modules()]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
+    if all(type(module).train is nn.Module.train and "train" not in vars(module) for module in model.modules()):
+        return ()
+    # Its train() may do more, such as taking adapters out of the weights that eval() puts them into.
+    with restored(model):
         model.train()
         return tuple(name for name, module in model.named_modules() if name and not module.training)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, requires_grad in trained:
-            parameter.requires_grad = requires_grad
 
 
 def _random_states() -> Any:
     states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
     kind, keys, *rest = np.random.get_state()
     return [state.numpy().tobytes() for state in states], random.getstate(), (kind, np.asarray(keys).tobytes(), *rest)
-
-
-@contextmanager
-def _random_state() -> Iterator[None]:
-    """Set all random states to the same for each run, and restore them at the end."""
-    python = random.getstate()
-    numpy = np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(SEED)
-        np.random.seed(SEED)
-        torch.manual_seed(SEED)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def switch_off_dropout(model: nn.Module) -> None:

@@ -1,10 +1,11 @@
-"""Take a model out of what it is wrapped in: torch.compile, DistributedDataParallel, DataParallel, and its forward out
-of the mixed precision that Accelerate puts around it."""
+"""Take a model out of what it is wrapped in (torch.compile, DistributedDataParallel, DataParallel, AveragedModel), and
+its forward out of the mixed precision that Accelerate puts around it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from halfeven.graph.torch_private import compiled_module
 
@@ -18,7 +19,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def wrapped_module(model: nn.Module) -> nn.Module | None:
     """Return the module directly inside of a wrapper; None for a module that is no wrapper."""
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel | AveragedModel):
         inner: nn.Module = model.module
         return inner
     return compiled_module(model)

@@ -22,6 +22,7 @@ from halfeven.graph.batches import (
     tensors_of,
 )
 from halfeven.graph.torch_private import pytree
+from halfeven.graph.wrappers import unwrapped
 from halfeven.placement.insertion import recorded_entries, recorded_example
 
 
@@ -100,6 +101,7 @@ def inputs_in(model: nn.Module, batch: Any) -> Inputs:
     Raises:
         ConfigError: the model runs with and without the optional inputs.
     """
+    model = unwrapped(model)  # a wrapper's forward takes anything
     parameters = inspect.signature(model.forward).parameters.values()
     required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     batch = by_name(batch, required)

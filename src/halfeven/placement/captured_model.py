@@ -3,10 +3,11 @@
 The order matters: duplicates show only once operators are written out, and BatchNorm is folded into the layers left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halfeven.errors import CaptureError, ConfigError, named
 from halfeven.graph.batches import Example
@@ -17,7 +18,7 @@ from halfeven.graph.copying import copy_model
 from halfeven.graph.kept_in_python import KeptInPython
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.rewrite import expand_gates, lower_attention, lower_stacked_sums, merge_duplicates
-from halfeven.graph.torch_private import forgetting_graphs
+from halfeven.graph.torch_private import forgetting_graphs, pytree
 from halfeven.placement.make_plan import regions
 from halfeven.placement.options import QuantizationOptions
 from halfeven.placement.plan import FoundInCapture
@@ -25,8 +26,11 @@ from halfeven.placement.sources import behind_convolution
 from halfeven.placement.tied_weights import untie_for_folding
 
 
-def float_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a float model, without wrappers such as `torch.compile`, for capture to change.
+def _float32_copy(model: nn.Module, example: Example) -> tuple[nn.Module, Example, list[str]]:
+    """Return a copy of a float model for capture to change, with an example for it, and sentences for the plan.
+
+    The copy has no wrappers such as `torch.compile`. It is in float32, as its files are, also where the model is in
+    another precision; floating inputs in that precision are then converted too.
 
     Raises:
         CaptureError: the model cannot be copied, or has nothing to capture: TorchScript, tensors without values.
@@ -38,15 +42,35 @@ def float_copy(model: nn.Module) -> nn.Module:
             "This model is quantized already, and a second layer of quantizers could not be deployed. Give the float "
             "model; to change bits of a quantized model, use halfeven.set_rules(qmodel, rules)."
         )
-    return copy_model(model)
+    copy = copy_model(model)
+    dtype = next((p.dtype for p in copy.parameters() if p.is_floating_point()), torch.float32)
+    if dtype == torch.float32:
+        return copy, example, []
+
+    def converted(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.dtype == dtype else value
+
+    given = dict(example) if isinstance(example, Mapping) else example
+    note = (
+        f"The model was in {str(dtype).removeprefix('torch.')}, and is quantized in float32: give float32 inputs, and "
+        "train it in mixed precision with torch.autocast or with qmodel.bfloat16()."
+    )
+    return copy.float(), pytree.tree_map(converted, given), [note]
 
 
 def _check_can_be_captured(model: nn.Module) -> None:
     """Refuse a model that has no Python code to trace, or no values.
 
     Raises:
-        CaptureError: a module is TorchScript's, or a tensor is on the meta device.
+        CaptureError: a module is TorchScript's, a tensor is on the meta device, or a submodule has a name that graphs
+            need.
     """
+    own = {*dir(CapturedModule)} - {*dir(nn.Module)}
+    if taken := [name for name, _ in model.named_children() if name in own]:
+        raise CaptureError(
+            f"A captured model has {named(taken)} for itself, as every graph of torch does, so a submodule cannot be "
+            "called so. Give it another name; in a checkpoint, rename its keys alike."
+        )
     scripted = [
         name or "the model itself" for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)
     ]
@@ -91,7 +115,7 @@ def capture_for_quantization(
     """Capture a model and bring its graphs into the form that quantizers are placed in.
 
     Args:
-        model: any module; the result shares its parameters, and its mode.
+        model: any module; it is not changed, and the result has its mode.
         example: an input as the model takes it: a tensor, a tuple of positional or a dict of keyword arguments.
         options: name the submodules that stay Python and the free axes, and decide about BatchNorm.
         kept: the modules whose own code stays Python for training, of an earlier plan; None: they are looked for.
@@ -100,11 +124,13 @@ def capture_for_quantization(
         The captured model, and what the plan says about it.
 
     Raises:
-        CaptureError: nothing of the model could be captured, or its code makes a free axis a constant.
-        ConfigError: `dynamic_shapes` names an input or axis that the model does not have.
+        CaptureError: nothing of the model could be captured, it cannot be copied, or its code makes a free axis a
+            constant.
+        ConfigError: the model is quantized already, or `dynamic_shapes` names an input or axis that it does not have.
     """
-    captured, report = capture(model, example, options.leave_out, kept, options.dynamic_shapes)
-    notes = _notes_of(report)
+    own, example, notes = _float32_copy(model, example)
+    captured, report = capture(own, example, options.leave_out, kept, options.dynamic_shapes)
+    notes += _notes_of(report)
     lowered = sum(lower_attention(region) for region in regions(captured).values())
     if lowered:
         notes.append(

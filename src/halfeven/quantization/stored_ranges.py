@@ -15,6 +15,10 @@ LARGEST_DEVIATION = 0.25
 """Largest relative difference between a scale and that of the range stored beside it. A grid of one bit more or less
 has a scale of half or twice the size."""
 
+ROOM_OF_LEARNED_ZERO_POINTS = 2**16
+"""Largest distance of a learned zero point from its grid. Where all values of a tensor lie on one side of 0, training
+moves it on and on, by some units at each step at most; what is further away was not learned."""
+
 
 def wrong_ranges(model: nn.Module) -> list[str]:
     """List the quantizers whose scale, zero point or range cannot be used, each with its fault."""
@@ -39,8 +43,8 @@ def _range_problems(quantizer: Quantizer) -> Iterator[str]:
     if bool((scale < SMALLEST_SCALE).any() | (scale * scheme.levels).isinf().any()):
         yield f"no scale is {_shortened_values(scale)}"
     zero_point = quantizer.zero_point
-    # A learned zero point may leave the grid; the nearest integer of the grid is used.
-    room = scheme.levels if zero_point.is_floating_point() else 0
+    # A learned zero point may leave the grid, far at times; the nearest integer of the grid is used.
+    room = ROOM_OF_LEARNED_ZERO_POINTS if zero_point.is_floating_point() else 0
     lowest = 0 if scheme.symmetric else scheme.quant_min - room
     highest = 0 if scheme.symmetric else scheme.quant_max + room
     if not bool(((zero_point >= lowest) & (zero_point <= highest)).all()):

@@ -1,6 +1,8 @@
 """ONNX: QuantizeLinear and DequantizeLinear at opset 19, weights as int8 initializers."""
 
 import math
+import operator
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from halfeven.deployment.quantize_op import PER_TENSOR, ExportedQuantizer
 from halfeven.errors import ExportError
 from halfeven.files import write_atomically
 from halfeven.graph.model_inputs import constant_size
-from halfeven.graph.view import operations
+from halfeven.graph.view import Op, operations, record_value
 from halfeven.runtimes.onnx import external_data
 from halfeven.runtimes.onnx.interface import write_interface
 from halfeven.runtimes.onnx.rewrite import four_bits, name_and_fold
@@ -135,6 +137,7 @@ def translated(
         translations: of operators that a runtime has a form of its own for.
     """
     _refuse_pools_of_free_sizes(program.graph)
+    _write_out_rolls(program.graph)
     weights_alone = bool(quantizers) and all(quantizer.weight for quantizer in quantizers)
     exported = torch.onnx.export(
         program,
@@ -174,6 +177,34 @@ def _refuse_pools_of_free_sizes(graph: fx.Graph) -> None:
                 "its results would be wrong at other sizes. Leave the axis out of dynamic_shapes, pool to one position "
                 "or over windows of a fixed size, or deploy for OpenVINO as .xml."
             )
+
+
+def _write_out_rolls(graph: fx.Graph) -> None:
+    """Write shifts by a free size, such as half the height, as two parts that change places: ONNX has no such shift."""
+    for op in operations(graph):
+        if op.function is not aten.roll.default or not op.argument("dims"):
+            continue
+        if all(isinstance(shift, int) for shift in op.argument("shifts")):
+            continue
+        result = op.inputs[0].node
+        with graph.inserting_before(op.node):
+            for shift, axis in zip(op.argument("shifts"), op.argument("dims"), strict=True):
+                # x[-shift:] and x[:-shift], for a shift to either side.
+                start = _called(graph, operator.neg, shift)
+                parts = [
+                    _called(graph, aten.slice.Tensor, result, axis, start, sys.maxsize),
+                    _called(graph, aten.slice.Tensor, result, axis, 0, start),
+                ]
+                result = _called(graph, aten.cat.default, parts, axis)
+        op.node.replace_all_uses_with(result)
+        graph.erase_node(op.node)
+
+
+def _called(graph: fx.Graph, function: Any, *args: Any) -> fx.Node:
+    node = graph.call_function(function, args)
+    values: Any = fx.map_arg(args, lambda operand: Op(operand).value)
+    record_value(node, function(*values))
+    return node
 
 
 def _fake_quantize_translation(signed: list[bool]) -> Any:

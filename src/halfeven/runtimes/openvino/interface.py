@@ -1,11 +1,15 @@
 """Names of inputs, outputs and axes in an OpenVINO model, and facts about it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from halfeven.deployment.file_interface import FLOAT_PRECISION, FileInterface, FloatPrecision
 
 GROUP_SIZE = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 """Setting: 0 keeps the plugin from quantizing the inputs of linear layers with integer weights on its own."""
+
+LETTERS = {"batch": "n", "channels": "c", "depth": "d", "height": "h", "width": "w"}
+"""Words of layouts -> the letters that mean the same there."""
 
 
 def write_interface(model: Any, interface: FileInterface) -> None:
@@ -22,7 +26,7 @@ def write_interface(model: Any, interface: FileInterface) -> None:
         port.get_tensor().set_names({name})
         if axes:
             rank = port.get_partial_shape().rank.get_length()
-            node.set_layout(openvino.Layout(f"[{','.join(axes.get(axis, '?') for axis in range(rank))}]"))
+            node.set_layout(openvino.Layout(f"[{','.join(_layout_names(axes, rank))}]"))
     for result in model.get_results():
         _set_apart(result)
     for port, name in zip(model.outputs, interface.outputs, strict=True):
@@ -33,6 +37,18 @@ def write_interface(model: Any, interface: FileInterface) -> None:
     if interface.metadata.get(FLOAT_PRECISION) == "runtime":
         # What a default session reads from the file itself: the precision of floats is its choice, integers are not.
         model.set_rt_info("0", ["runtime_options", GROUP_SIZE])
+
+
+def _layout_names(axes: Mapping[int, str], rank: int) -> list[str]:
+    """Return the name of each axis for a layout, where each name may stand once: "?" for all that come later."""
+    found: list[str] = []
+    seen: set[str] = set()
+    for axis in range(rank):
+        name = axes.get(axis, "?")
+        letter = LETTERS.get(name.lower(), name.lower())
+        found.append("?" if letter in seen else name)
+        seen |= {letter} - {"?"}
+    return found
 
 
 def _set_apart(result: Any) -> None:

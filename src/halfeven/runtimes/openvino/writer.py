@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.export.graph_signature import ConstantArgument, InputKind
+from torch import fx
+from torch.export.graph_signature import ConstantArgument, InputKind, TensorArgument
 
 from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.file_interface import input_values
@@ -32,7 +33,8 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
     import openvino
     from openvino.frontend.pytorch import ConversionExtension
 
-    # On the program: operators that the front end would take apart.
+    # On the program: operators that the front end would take apart, and results that it cannot name.
+    set_repeated_outputs_apart(program)
     keep_products_whole(program)
     keep_recurrences_whole(program)
     traced = traced_names(program, names)
@@ -68,6 +70,31 @@ def _drop_constant_inputs(model: Any, program: torch.export.ExportedProgram) -> 
         for parameter, argument in zip(parameters, specs, strict=True):
             if isinstance(argument, ConstantArgument):
                 model.remove_parameter(parameter)
+
+
+def set_repeated_outputs_apart(program: torch.export.ExportedProgram) -> None:
+    """Give each output of a program a tensor of its own: the front end cannot name a tensor that is returned twice.
+
+    The plugin removes the axis that comes and goes.
+    """
+    output = program.graph.output_node()
+    values = list(output.args[0])
+    for place, value in enumerate(values):
+        if isinstance(value, fx.Node) and value in values[:place]:
+            values[place] = _moved_there_and_back(program.graph, value)
+            program.graph_signature.output_specs[place].arg = TensorArgument(values[place].name)
+    output.args = (tuple(values),)
+
+
+def _moved_there_and_back(graph: fx.Graph, value: fx.Node) -> fx.Node:
+    result = value
+    for operator in (torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim):
+        with graph.inserting_before(graph.output_node()):
+            result = graph.call_function(operator, (result, 0))
+        before = result.args[0]
+        assert isinstance(before, fx.Node)
+        result.meta["val"] = operator(before.meta["val"], 0)
+    return result
 
 
 def keep_products_whole(program: torch.export.ExportedProgram) -> None:

@@ -1,0 +1,76 @@
+"""Recurrent layers while a model is traced: one operator for sequences of any length.
+
+`torch.export` runs LSTM, GRU and RNN step by step on tensors without data, which makes the number of steps a constant.
+Within `WholeRecurrences` they are traced as an operator of halfeven's own that knows its results' sizes; afterwards
+`restore_recurrences` puts torch's operators back.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+
+aten = torch.ops.aten
+
+CELLS: dict[str, Any] = {
+    "lstm": aten.lstm.input,
+    "gru": aten.gru.input,
+    "rnn_tanh": aten.rnn_tanh.input,
+    "rnn_relu": aten.rnn_relu.input,
+}
+"""Recurrent layers of padded sequences, by the names of torch's functions."""
+
+ARGUMENTS = 9
+
+
+@torch.library.custom_op("halfeven::cells", mutates_args=())
+def cells(
+    kind: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> list[Tensor]:
+    """Return the outputs of recurrent layers and their last states; all arguments but two are those of torch's.
+
+    Args:
+        kind: a name in `CELLS`.
+        states: the first states: two of an LSTM, one of other cells.
+    """
+    first: Any = states if kind == "lstm" else states[0]
+    common = (has_biases, num_layers, dropout, train, bidirectional, batch_first)
+    return [result.clone() for result in CELLS[kind](x, first, weights, *common)]
+
+
+@cells.register_fake
+def _(kind: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], *common: Any) -> list[Tensor]:
+    directions = 1 + common[4]
+    return [x.new_empty((*x.shape[:-1], directions * states[0].shape[-1])), *(torch.empty_like(s) for s in states)]
+
+
+class WholeRecurrences(TorchFunctionMode):
+    """Replaces torch's functions for recurrent layers by `halfeven::cells`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kind = next((name for name, cell in CELLS.items() if func is cell), getattr(func, "__name__", ""))
+        # Of packed sequences, whose functions have the same names, the fourth argument is a list.
+        if kind in CELLS and len(args) == ARGUMENTS and isinstance(args[3], bool):
+            x, states, weights, *common = args
+            first = list(states) if isinstance(states, list | tuple) else [states]
+            return tuple(torch.ops.halfeven.cells(kind, x, first, list(weights), *common))
+        return func(*args, **(kwargs or {}))
+
+
+def restore_recurrences(graph: fx.Graph) -> None:
+    """Replace the calls of `halfeven::cells` in a graph by torch's operators, in place."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.halfeven.cells.default):
+        kind, x, states, *more = node.args
+        node.target = CELLS[str(kind)]
+        node.args = (x, states if kind == "lstm" else states[0], *more)
