@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from halfeven.checked_arguments import checked_arguments
 from halfeven.checkpoint import restore
-from halfeven.errors import AlgorithmError, CalibrationError, CaptureError, CheckpointError, ConfigError, PlacementError
+from halfeven.errors import (
+    AlgorithmError,
+    CalibrationError,
+    CaptureError,
+    CheckpointError,
+    ConfigError,
+    PlacementError,
+    named,
+)
 from halfeven.graph.batches import Example, given_batches
 from halfeven.graph.batchnorm import forget_statistics
 from halfeven.graph.wrappers import unwrapped
@@ -22,11 +30,13 @@ from halfeven.placement.make_plan import make_plan, skeleton
 from halfeven.placement.options import BatchNormHandling, QuantizationFields, QuantizationOptions, Rule
 from halfeven.placement.plan import Plan
 from halfeven.placement.requantization import apply_rules
-from halfeven.ptq.options import PTQFields, PTQOptions, split_fields
+from halfeven.ptq.equalization.cross_layer import scaled_layers
+from halfeven.ptq.options import PTQFields, PTQOptions, check_folds, split_fields
 from halfeven.ptq.pipeline import EQUALIZATION, StepContext, run_steps
 from halfeven.ptq.recipe import decide
 from halfeven.ptq.reconstruction.reconstruct import adaround, reconstruct
 from halfeven.qat.batchnorm_schedule import ScheduleOptions
+from halfeven.qat.features import Features
 from halfeven.qat.options import QATOptions
 from halfeven.qat.recipe import QATRecipe
 from halfeven.qat.recipe import decide as decide_qat
@@ -311,7 +321,7 @@ def setup_qat(
         The session; the trainer, or your own loop, calls its hooks before, in and after each step.
 
     Raises:
-        ConfigError: equalization is on, and BatchNorm is not folded.
+        ConfigError: equalization is on, and BatchNorm is not folded, or distillation compares features that it scales.
         AlgorithmError: as the steps raise it.
     """
     qmodel = unwrapped(qmodel)
@@ -322,6 +332,7 @@ def setup_qat(
         loader = batches_in_memory(loader, None)
     recipe = decide_qat(qmodel, options, schedule)
     log(f"{recipe}\n")
+    check_features(qmodel, recipe, options)
     ptq = ptq or PTQOptions()
     if recipe.equalize.enabled:
         # White paper, figure 11: equalization comes before the ranges, which are therefore set again.
@@ -336,6 +347,18 @@ def setup_qat(
         report = learn(qmodel, loader, options=ptq, resume_dir=resume_dir, log=log)
         log(f"Reconstructed {len(report.blocks)} blocks in {sum(block.seconds for block in report.blocks):.0f} s.")
     return resume_qat(qmodel, float_model, recipe, loader, options, schedule, inputs, logits)
+
+
+def check_features(qmodel: nn.Module, recipe: QATRecipe, options: QATOptions) -> None:
+    """Raise ConfigError where equalization would scale the channels of a layer that distillation compares."""
+    features = options.distillation.features if recipe.distill.enabled and recipe.equalize.enabled else ()
+    compared = Features(qmodel, "student", features, with_gradients=True).names
+    if scaled := sorted(scaled_layers(qmodel) & set(compared) if features else ()):
+        raise ConfigError(
+            f"Cross-layer equalization would scale the channels of {named(scaled)}, which distillation compares with "
+            'the float model\'s (qat.distillation.features), so they would never match. Set qat.equalize="off", give '
+            "weights a scale per channel, or compare the outputs alone (qat.distillation.weight)."
+        )
 
 
 def resume_qat(
@@ -366,20 +389,6 @@ def batches_in_memory(loader: Iterable[Any], batches: int | None) -> list[Any]:
 def _input_arguments(qmodel: nn.Module, batches: Iterable[Any]) -> list[Any]:
     """Return the model's arguments of batches, without labels: a tuple or a dict for each."""
     return [kwargs or args for args, kwargs in read_inputs(qmodel, batches)]
-
-
-def check_folds(options: QuantizationOptions) -> None:
-    """Refuse options under which post-training quantization would not fold BatchNorm.
-
-    Raises:
-        ConfigError: batchnorm is neither "auto" nor "fold".
-    """
-    if options.batchnorm not in ("auto", "fold"):
-        raise ConfigError(
-            f'batchnorm="{options.batchnorm}" keeps BatchNorm for training, and post-training quantization does not '
-            "train: its steps equalize and round weights that BatchNorm is folded into. Set "
-            'batchnorm="fold", or leave it out. To train, use prepare (halfeven train).'
-        )
 
 
 __getattr__ = renamed_attributes(__name__, accompany="pipelines.setup_qat", course_of="pipelines.resume_qat")

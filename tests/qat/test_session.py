@@ -1,5 +1,6 @@
 """What a recipe puts beside a training: losses, averages and frozen weights act, and a resumed run goes on the same."""
 
+import contextlib
 import copy
 import warnings
 
@@ -14,6 +15,7 @@ from halfeven.pipelines import setup_qat
 from halfeven.ptq.options import PTQOptions
 from halfeven.qat.batchnorm_schedule import ScheduleOptions
 from halfeven.qat.bit_schedule import ProgressionOptions
+from halfeven.qat.distillation import DistillationOptions
 from halfeven.qat.options import QATOptions
 from halfeven.quantization.model_quantizers import quantizers
 from placement.parts import Residual
@@ -73,6 +75,15 @@ def test_channels_are_equalized_before_a_training_with_one_scale_per_weight():
         train(qmodel, session, 0, 2)
     assert errors["on"] < 0.1 < 0.5 < errors["off"]
     assert [text for text in said if text.startswith("Equalization: 1 chains")]
+
+
+@pytest.mark.parametrize(("feature", "scaled"), [("0", True), ("2", False)])
+def test_features_whose_channels_equalization_scales_are_refused(feature, scaled):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU6(), nn.Conv2d(8, 4, 1))
+    qmodel = he.calibrate(he.prepare(net, X, per_channel=False, batchnorm="fold"), [X])
+    options = QATOptions(distill="on", distillation=DistillationOptions(features=(feature,)))
+    with pytest.raises(ConfigError, match="scale the channels of 0, which") if scaled else contextlib.nullcontext():
+        setup_qat(qmodel, net, [X], options)
 
 
 def test_a_teacher_makes_the_loss():

@@ -14,7 +14,7 @@ from halfeven.config import Experiment
 from halfeven.errors import ConfigError, HalfevenError
 from halfeven.evaluation import evaluate, evaluating, evaluation_loader
 from halfeven.graph.batches import run_on
-from halfeven.pipelines import prepare, without_training
+from halfeven.pipelines import check_features, prepare, without_training
 from halfeven.placement.grids import check_deployable
 from halfeven.placement.insertion import plan_of
 from halfeven.ptq.recipe import decide as decide_ptq
@@ -38,6 +38,7 @@ def check_training(context: RunContext, model: nn.Module) -> nn.Module:
     qmodel = prepare(model, context.datasets.example(), experiment.quantization)
     _check_deployable(qmodel, experiment)
     recipe = decide_qat(qmodel, experiment.qat, experiment.schedule)
+    check_features(qmodel, recipe, experiment.qat)
     if recipe.distill.enabled:  # its options may name layers that do not exist
         Distillation(model, qmodel, experiment.qat.distillation, context.task.logits).close()
     make_optimizer(qmodel, experiment.training)  # its options may name an optimizer for scales that are not learned

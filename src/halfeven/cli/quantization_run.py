@@ -13,7 +13,7 @@ from halfeven.cli.run import RunContext, open_run
 from halfeven.cli.work_folder import check_folder, claimed_folder, default_folder, is_continued
 from halfeven.distributed import world_size
 from halfeven.errors import ConfigError
-from halfeven.pipelines import check_folds
+from halfeven.ptq.options import check_folds
 from halfeven.zoo.models import create_model
 
 

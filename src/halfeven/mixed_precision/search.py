@@ -20,14 +20,13 @@ from halfeven.mixed_precision.result import SearchResult
 from halfeven.pipelines import (
     QuantizeFields,
     batches_in_memory,
-    check_folds,
     prepare_folded,
     quantize_prepared,
     set_rules,
 )
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.options import QuantizationOptions, Rule, rule_text
-from halfeven.ptq.options import PTQOptions, split_fields
+from halfeven.ptq.options import PTQOptions, check_folds, split_fields
 from halfeven.quantization.own_class import plain_values
 from halfeven.quantization.scheme import BITS_NAMED_FOR_FLOAT, parse_bits
 from halfeven.runtimes.runtime import runtime_named

@@ -142,3 +142,17 @@ def split_fields(
     placed = {name: value for name, value in changes.items() if name in placing}
     stepped = {name: value for name, value in changes.items() if name in steps}
     return dataclasses.replace(options, **placed), dataclasses.replace(ptq, **stepped)
+
+
+def check_folds(options: QuantizationOptions) -> None:
+    """Refuse options under which post-training quantization would not fold BatchNorm.
+
+    Raises:
+        ConfigError: batchnorm is neither "auto" nor "fold".
+    """
+    if options.batchnorm not in ("auto", "fold"):
+        raise ConfigError(
+            f'batchnorm="{options.batchnorm}" keeps BatchNorm for training, and post-training quantization does not '
+            "train: its steps equalize and round weights that BatchNorm is folded into. Set "
+            'batchnorm="fold", or leave it out. To train, use prepare (halfeven train).'
+        )

@@ -96,8 +96,8 @@ class Distillation:
     and normalizations. A quantized model calls nothing else: for a container such as "layer4.1" its last such layer
     counts ("layer4.1.bn2": before the addition and the ReLU), and for a layer that is called more than once its last
     output. The teacher is captured as the student was, and its BatchNorm folded where the student's is, so that a name
-    means the same tensor in both. It does not where the student's channels were rescaled since (cross-layer
-    equalization).
+    means the same tensor in both. It does not where the student's channels were rescaled since by cross-layer
+    equalization, which `setup_qat` refuses.
 
     Use it as a context manager, or `close()` it: until then hooks on the student keep the features of each forward pass
     with gradients. In a copy of the student these hooks do nothing.

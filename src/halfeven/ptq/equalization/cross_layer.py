@@ -225,6 +225,11 @@ def equalize(
     )
 
 
+def scaled_layers(qmodel: nn.Module) -> set[str]:
+    """Return the names of the layers whose output channels `equalize` may scale, with clips between layers passed."""
+    return {name for chain in find_chains(rewritable_layers(qmodel)[0], across_clips=True) for name in chain.names[:-1]}
+
+
 def clips_between_layers(qmodel: nn.Module) -> tuple[str, ...]:
     """Return the names of the ReLU6 and other clips to constant bounds that stand between two layers."""
     layers, _ = rewritable_layers(qmodel)
