@@ -1,5 +1,6 @@
 """Parity where OpenVINO fuses elementwise operators into kernels: sums, gates, normalizations, layer scales."""
 
+import openvino
 import pytest
 import torch
 from torch import nn
@@ -7,6 +8,7 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.quantization.model_quantizers import quantizers
+from halfeven.runtimes.openvino import exact, kernels_between
 from runtimes.parity import SCHEME, quantized, trained
 from runtimes.test_exact import conv
 
@@ -77,3 +79,36 @@ def test_the_zero_point_of_a_tiny_tensor_is_lost_as_in_the_file(scale, tmp_path)
     assert {int(q.zero_point) for q in quantizers(qmodel).values() if not q.weight} - {0, 128}
     report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
     assert report.integer_match == 1, report
+
+
+class PreActivation(nn.Module):
+    """Two residual sums in kernels of convolutions, of which a BatchNorm reads the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.last = conv(3), nn.BatchNorm2d(8), conv(8, 4)
+        self.layers = nn.ModuleList(conv() for _ in range(4))
+
+    def forward(self, x):
+        a, b, c, d = self.layers
+        x = self.stem(x).relu()
+        x = x + b(a(x).relu())
+        x = x + d(c(x).relu())
+        return self.last(self.norm(x).relu())
+
+
+def test_a_part_of_the_file_goes_past_the_marks_of_sums(tmp_path, monkeypatch):
+    """A tensor that is an output of the part, and of no file, would keep its readers out of the kernel."""
+    torch.manual_seed(0)
+    qmodel, (x, *_) = quantized(PreActivation(), (4, 3, 8, 8))
+    path = he.export(qmodel, tmp_path / "model.xml")
+    kinds = [node.get_type_name() for node in openvino.Core().read_model(path).get_ordered_ops()]
+    activations = [quantizer for quantizer in quantizers(qmodel).values() if not quantizer.weight]
+    assert kinds.count("FakeQuantize") > len(activations)
+    monkeypatch.setattr(exact, "NEAR_A_TIE", 1.0)  # all tensors are rounded by the kernels
+    parts = []
+    cut_out = kernels_between._cut_out
+    monkeypatch.setattr(kernels_between, "_cut_out", lambda *args: parts.append(cut_out(*args)) or parts[-1])
+    he.exact(qmodel)(x)
+    outputs = [port.get_node().input_value(0).get_node().get_type_name() for part in parts for port in part.outputs]
+    assert set(outputs) == {"FakeQuantize"}

@@ -19,6 +19,7 @@ from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import pytree
 from halfeven.runtimes.openvino.exact_values import Codes
 from halfeven.runtimes.openvino.session import as_file, compile_model, read, run_compiled
+from halfeven.runtimes.openvino.sums_in_kernels import MARK_LEVELS
 from halfeven.runtimes.openvino.writer import convert
 from halfeven.runtimes.simulation import Simulation
 
@@ -124,7 +125,7 @@ class KernelsBetween:
             # The front end may move a transposition from before a FakeQuantize to behind it. The tensor's name is then
             # that of the transposition's result.
             source = node.input_value(0).get_node() if node.get_type_name() == "Transpose" else node
-            if source.get_type_name() != "FakeQuantize":
+            if not _is_quantizer(source):
                 continue
             for name in node.output(0).get_names():
                 self.quantizers[name] = source.get_name()
@@ -146,6 +147,11 @@ class KernelsBetween:
             tuple(names[node] for node in extent.reads),
             tuple(positions.index(name) for name in extent.inputs),
         )
+
+
+def _is_quantizer(node: Any) -> bool:
+    """Return True for a quantizer; the mark of a sum in a kernel is none, and does not end a part."""
+    return node.get_type_name() == "FakeQuantize" and bool(node.get_attributes()["levels"] != MARK_LEVELS)
 
 
 def file_of(region: CapturedModule, inputs: Sequence[Tensor]) -> Any:
