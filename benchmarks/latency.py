@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 
 import halfeven as he
 from halfeven.runtimes.layer_execution import KernelTime, slowest
+from halfeven.runtimes.openvino import session as openvino_session
 from halfeven.runtimes.runtime import runtime_named
 
 ENDINGS = {"openvino": ".xml", "onnxruntime": ".onnx"}
@@ -91,6 +93,8 @@ HALF_AS_LONG = {"minilm": 64, "keywords": 4000, "vocoder": 32}
 """Positions of a small input that is no image."""
 GATED = ("mobilenetv3", "efficientnet_b0", "yolo")
 """Networks of SiLU or hard-swish, whose gates `--quantize-gates` puts into integers in ONNX Runtime."""
+TRANSFORMERS = ("vit_tiny", "swin_tiny", "minilm")
+"""Networks that NNCF is told to be transformers, as its documentation asks."""
 FIXED = ("vit_tiny", "swin_tiny")
 """Networks whose images have one size."""
 
@@ -104,6 +108,9 @@ def samples(name: str, batch: int, *, small: bool) -> Tensor:
 
 
 Run = Callable[[], object]
+"""Computes one batch."""
+Opener = Callable[[Tensor], Run]
+"""Makes a function that computes a batch, of a file that was made once for all batch sizes."""
 
 
 def openvino_run(model: Any, x: np.ndarray[Any, Any], threads: int, precision: str = "f32") -> Run:
@@ -113,7 +120,7 @@ def openvino_run(model: Any, x: np.ndarray[Any, Any], threads: int, precision: s
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads}
     if precision == "f32":
         settings["EXECUTION_MODE_HINT"] = "ACCURACY"
-    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    request = openvino_session.compile_model(model, settings).create_infer_request()
     request.set_input_tensor(0, openvino.Tensor(x.copy()))
     return lambda: request.infer(share_inputs=True, share_outputs=True)
 
@@ -130,39 +137,54 @@ def onnxruntime_run(path: Path, x: np.ndarray[Any, Any], threads: int) -> Run:
     return lambda: session.run(None, fed)
 
 
-def openvino_runs(model: nn.Module, file: Path, x: Tensor, batches: list[Tensor], threads: int) -> dict[str, Run]:
-    """Our file, the float model in both precisions, and NNCF's where it is installed, on one batch."""
+def openvino_files(job: "Job") -> dict[str, Opener]:
+    """Our file, and the float model in both precisions."""
     import openvino
 
-    converted = openvino.convert_model(model, example_input=x)
-    shape = openvino.PartialShape([-1, *x.shape[1:]])
-    converted.reshape(shape)
-    given = x.numpy()
-    runs = {
-        "halfeven": openvino_run(str(file), given, threads),
-        "float": openvino_run(converted, given, threads),
-        "float, default precision": openvino_run(converted, given, threads, "default"),
+    converted = openvino.convert_model(job.model, example_input=job.batches[0])
+    converted.reshape(openvino.PartialShape([-1, *job.batches[0].shape[1:]]))
+    ours = openvino_session.read(job.file)
+    job.converted = converted
+    return {
+        "halfeven": lambda x: openvino_run(ours, x.numpy(), job.threads),
+        "float": lambda x: openvino_run(converted, x.numpy(), job.threads),
+        "float, default precision": lambda x: openvino_run(converted, x.numpy(), job.threads, "default"),
     }
-    if importlib.util.find_spec("nncf") is not None:
-        import nncf
-
-        dataset = nncf.Dataset([batch.numpy() for batch in batches])
-        runs["nncf"] = openvino_run(nncf.quantize(converted, dataset, subset_size=len(batches)), given, threads)
-    return runs
 
 
-def onnxruntime_runs(model: nn.Module, file: Path, x: Tensor, batches: list[Tensor], threads: int) -> dict[str, Run]:
-    """Our file, the float model, and the runtime's own static quantization of it, on one batch."""
+def nncf_file(job: "Job") -> Opener:
+    """NNCF's post-training quantization of the float model."""
+    import nncf
+
+    dataset = nncf.Dataset([batch.numpy() for batch in job.batches])
+    kind = {"model_type": nncf.ModelType.TRANSFORMER} if job.name in TRANSFORMERS else {}
+    quantized = nncf.quantize(job.converted, dataset, subset_size=len(job.batches), **kind)
+    return lambda x: openvino_run(quantized, x.numpy(), job.threads)
+
+
+def onnxruntime_files(job: "Job") -> dict[str, Opener]:
+    """Our file, and the float model, whose BatchNorms the exporter folds."""
+    floats = job.converted = job.file.with_name("float.onnx")
+    free = ({0: torch.export.Dim("batch")},)
+    # In one file: the runtime's quantizer finds no tensors beside it.
+    how = {"dynamo": True, "dynamic_shapes": free, "verbose": False, "external_data": False}
+    torch.onnx.export(job.model, (job.batches[0],), floats, **how)
+    return {
+        "halfeven": lambda x: onnxruntime_run(job.file, x.numpy(), job.threads),
+        "float": lambda x: onnxruntime_run(floats, x.numpy(), job.threads),
+    }
+
+
+def static_file(job: "Job") -> Opener:
+    """ONNX Runtime's own static quantization of the float model."""
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    floats = file.with_name("float.onnx")
-    free = ({0: torch.export.Dim("batch")},)
-    torch.onnx.export(model, (batches[0],), floats, dynamo=True, dynamic_shapes=free, verbose=False)
+    floats = job.converted
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self, name: str) -> None:
-            self.left = iter([{name: batch.numpy()} for batch in batches])
+            self.left = iter([{name: batch.numpy()} for batch in job.batches])
 
         def get_next(self) -> Any:
             return next(self.left, None)
@@ -170,16 +192,46 @@ def onnxruntime_runs(model: nn.Module, file: Path, x: Tensor, batches: list[Tens
     import onnx
 
     name = onnx.load(floats, load_external_data=False).graph.input[0].name
-    prepared = file.with_name("prepared.onnx")
-    static = file.with_name("static.onnx")
+    prepared = floats.with_name("prepared.onnx")
+    static = floats.with_name("static.onnx")
     quant_pre_process(str(floats), str(prepared), skip_symbolic_shape=True)
     types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
     quantize_static(str(prepared), str(static), Reader(name), **types)
-    files = {"halfeven": file, "float": floats, "onnxruntime static": static}
-    return {name: onnxruntime_run(path, x.numpy(), threads) for name, path in files.items()}
+    return lambda x: onnxruntime_run(static, x.numpy(), job.threads)
 
 
-RUNS = {"openvino": openvino_runs, "onnxruntime": onnxruntime_runs}
+@dataclass
+class Job:
+    """One network in one runtime."""
+
+    name: str
+    model: nn.Module
+    file: Path
+    """Ours."""
+    batches: list[Tensor]
+    """The calibration's."""
+    threads: int
+    converted: Any = None
+    """The float model as the runtime has it."""
+
+
+FILES = {"openvino": openvino_files, "onnxruntime": onnxruntime_files}
+OTHERS = {"openvino": {"nncf": nncf_file}, "onnxruntime": {"onnxruntime static": static_file}}
+"""Runtime -> other libraries' files by name."""
+
+
+def opened(job: Job, target: str) -> tuple[dict[str, Opener], dict[str, str]]:
+    """All files of a network, and the reasons why other libraries made none."""
+    files = FILES[target](job)
+    failed = {}
+    for name, make in OTHERS[target].items():
+        if name == "nncf" and importlib.util.find_spec("nncf") is None:
+            continue
+        try:
+            files[name] = make(job)
+        except Exception as error:  # other libraries raise what they like; our file is measured all the same
+            failed[name] = f"{type(error).__name__}: {error}"[:500]
+    return files, failed
 
 
 def timed(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
@@ -247,9 +299,11 @@ def measured(name: str, target: str, options: argparse.Namespace) -> list[dict[s
         file = he.export(he.calibrate(prepared, batches), Path(folder) / f"model{ENDINGS[target]}")
         if options.verify:
             return [{**about, **verified(prepared, file, batches[:1])}]
+        files, failed = opened(Job(name, model, file, batches, options.threads), target)
+        about |= {"failed": failed} if failed else {}
         for size in options.batches:
             x = samples(name, size, small=options.small)
-            times = timed(RUNS[target](model, file, x, batches, options.threads), options.rounds)
+            times = timed({name: run(x) for name, run in files.items()}, options.rounds)
             kernels = runtime_named(target).open_file(file, ()).kernel_times([x])
             rows.append({**about, "batch": size, **compared(times), "profile": profile(kernels)})
     return rows

@@ -82,6 +82,15 @@ def test_inputs_that_a_file_does_not_take_are_refused_with_a_reason(served):
         he.load_deployed(path, target)(image.double(), weight.double()[:, None])
 
 
+@pytest.mark.parametrize("target", sorted(FILES))
+def test_numbers_in_the_place_of_indices_are_refused(target, tmp_path):
+    net = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 4))
+    ids = torch.randint(9, (2, 3))
+    path = he.export(he.quantize(net, [ids], target=target), tmp_path / FILES[target])
+    with pytest.raises(VerificationError, match=r"int64|i64"):
+        he.load_deployed(path)(ids + 0.9)
+
+
 def test_what_openvino_cannot_compile_is_an_error_that_keeps_the_cause(served, tmp_path, monkeypatch):
     _, path, target, _ = served
     if target != "openvino":

@@ -18,7 +18,7 @@ from halfeven.errors import InputError, VerificationError
 from halfeven.runtimes import deploy
 from halfeven.verification.answers import Answers
 from halfeven.verification.outputs import OutputSums, in_form_of, named_outputs
-from runtimes.parity import quantized
+from runtimes.parity import SCHEME, quantized
 
 IMAGE = (4, 3, 8, 8)
 
@@ -38,7 +38,7 @@ def shifted_ir(path, place, amount):
     model = openvino.Core().read_model(path)
     result = model.get_results()[place]
     source = result.input_value(0)
-    result.input(0).replace_source_output(opset.add(source, np.float32(amount)).output(0))
+    result.input(0).replace_source_output(opset.add(source, amount).output(0))
     openvino.save_model(model, path.with_name("bad.xml"), compress_to_fp16=False)
     return path.with_name("bad.xml")
 
@@ -50,7 +50,7 @@ def shifted_onnx(path, place, amount):
     for node in model.graph.node:
         node.output[:] = ["before" if name == output else name for name in node.output]
         node.input[:] = ["before" if name == output else name for name in node.input]
-    model.graph.initializer.append(numpy_helper.from_array(np.float32(amount), "amount"))
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(amount), "amount"))
     model.graph.node.append(onnx.helper.make_node("Add", ["before", "amount"], [output]))
     onnx.save(model, path.with_name("bad.onnx"))
     return path.with_name("bad.onnx")
@@ -71,7 +71,7 @@ def test_a_later_output_that_is_wrong_is_a_finding(target, name, shifted, tmp_pa
     assert report.output_difference == 0.0
     assert report.findings == []
     assert 0 < report.outputs[0].quantization_error < 0.1
-    wrong = he.verify(qmodel, shifted(path, 2, 0.5), batches, timed=False)
+    wrong = he.verify(qmodel, shifted(path, 2, np.float32(0.5)), batches, timed=False)
     assert wrong.integer_match == 1.0
     assert [output.difference > 0.1 for output in wrong.outputs] == [False, False, True]
     assert wrong.output_difference == wrong.outputs[2].difference
@@ -81,6 +81,41 @@ def test_a_later_output_that_is_wrong_is_a_finding(target, name, shifted, tmp_pa
     assert "".join(finding.split()) in "".join(str(wrong).split())
     assert finding in problems_of(wrong, 0.9999, allow_float=False)
     assert "detection_0" in str(wrong)
+    moved = he.verify(qmodel, shifted(path, 1, np.int64(1)), batches, timed=False)
+    (finding,) = moved.findings
+    assert finding.startswith('100 % of the values of the output "detection_1" differ from the exact simulation')
+
+
+class Forms(nn.Module):
+    """Inputs in a dict, one of them a number without axes; the first output is empty, others are not float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, parts, factor):
+        y = self.last((torch.relu(self.a(parts["a"])) - 2 * torch.relu(self.b(parts["b"]))) * factor)
+        return {"none": y[:, :0], "half": y.half(), "index": y.argmax(1)}
+
+
+@pytest.mark.parametrize(("target", "name"), [("openvino", "model.xml"), ("onnxruntime", "model.onnx")])
+def test_inputs_in_dicts_and_outputs_without_values(target, name, tmp_path):
+    """The entries of a dict may come in another order than the example's."""
+    a, b, factor = torch.randn(4, 8), torch.randn(4, 8), torch.tensor(1.5)
+    example = {"parts": {"b": b, "a": a}, "factor": factor}
+    turned = {"parts": {"a": a, "b": b}, "factor": factor}
+    qmodel = he.calibrate(he.prepare(Forms().eval(), example, target=target, scheme=SCHEME), [example])
+    path = he.export(qmodel, tmp_path / name)
+    expected = he.exact(qmodel)(**example)
+    run = he.load_deployed(path, qmodel=qmodel)
+    for batch in (example, turned):
+        report = he.verify(qmodel, path, [batch], timed=batch is turned)
+        assert (report.integer_match, report.findings, report.samples) == (1.0, [], 4)
+        assert [output.equal for output in report.outputs] == [1.0, 1.0, 1.0]
+        for found in (he.exact(qmodel)(**batch), run(**batch), run(batch["parts"], factor)):
+            assert all(torch.equal(found[key], value) for key, value in expected.items())
+    with pytest.raises(VerificationError, match=r'"parts" of .* holds 1 values, and the example .* 2'):
+        run({"a": a}, factor)
 
 
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime"])

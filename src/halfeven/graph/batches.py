@@ -6,6 +6,7 @@ a dict, a dataclass or a named tuple gives the inputs that the example names, an
 
 import dataclasses
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -181,6 +182,8 @@ def inputs_of(batch: Any, form: InputForm, number: int = 0) -> Inputs:
         return inputs_of(batch[0], form, number)
     else:
         args, kwargs = _inputs_of_sequence(list(batch) if is_sequence(batch) else [batch], form, number)
+    args = tuple(in_order_of(value, like) for value, like in zip(args, form.args, strict=True))
+    kwargs = {name: in_order_of(value, form.kwargs[name]) for name, value in kwargs.items()}
     for name, value, like in zip(form.names, args, form.args, strict=True):
         _check_input(name, value, like, form.converted, number)
     for name, value in kwargs.items():
@@ -217,6 +220,15 @@ def is_label(parameter: inspect.Parameter) -> bool:
     """
     named = "label" in parameter.name or parameter.name in LABEL_NAMES
     return named and parameter.default is None
+
+
+def in_order_of(value: Any, like: Any) -> Any:
+    """Return an input with the entries of its dicts in the order of the example's: files take tensors in that order."""
+    if type(value) in (dict, OrderedDict) and isinstance(like, Mapping) and value.keys() == like.keys():
+        return type(value)((key, in_order_of(value[key], like[key])) for key in like)
+    if type(value) in (list, tuple) and is_sequence(like) and len(value) == len(like):
+        return type(value)(in_order_of(one, other) for one, other in zip(value, like, strict=True))
+    return value
 
 
 def tensors_of(inputs: Inputs) -> list[Tensor]:

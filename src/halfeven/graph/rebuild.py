@@ -20,6 +20,7 @@ from halfeven.graph.tied_names import name_readers
 from halfeven.graph.torch_private import (
     AnyDropout,
     KeepsTypes,
+    in_order_of,
     input_keywords,
     own_sources,
     pytree,
@@ -98,7 +99,7 @@ class CapturedModule(KeepsTypes, fx.GraphModule):
         # Positional inputs may be given by their names, too.
         names = input_keywords(self.graph) or [op.path for op in operations(self.graph) if op.is_input]
         keywords = {name: kwargs[name] for name in names if name in kwargs}
-        return pytree.tree_leaves((args, keywords))
+        return pytree.tree_leaves(in_order_of(self.graph, (args, keywords)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModule":
         result: Any = super().__deepcopy__(memo)

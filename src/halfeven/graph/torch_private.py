@@ -6,6 +6,7 @@ forbids private names of torch in other files.
 
 import linecache
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ __all__ = [
     "has_hooks",
     "has_own_hooks",
     "in_backward_pass",
+    "in_order_of",
     "input_keywords",
     "is_aten",
     "is_mutable",
@@ -163,6 +165,23 @@ def with_call_form(graph: fx.Graph, form: Any) -> None:
     """Give a graph a form that `call_form` returned, in place."""
     if form is not None:
         graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(*form)))
+
+
+def in_order_of(graph: fx.Graph, arguments: Any) -> Any:
+    """Return the (positional, keyword) arguments of a call with dicts in the order of the graph's example.
+
+    A dict's entries are counted in their order, and callers may give another. Dicts and tuples are lists in the result.
+    """
+    codegen: Any = graph._codegen
+    return _in_order(arguments, codegen.pytree_info.in_spec) if hasattr(codegen, "pytree_info") else arguments
+
+
+def _in_order(value: Any, form: pytree.TreeSpec) -> Any:
+    if isinstance(value, dict) and form.type in (dict, OrderedDict) and value.keys() == set(form.context):
+        return [_in_order(value[key], form.child(index)) for index, key in enumerate(form.context)]
+    if isinstance(value, list | tuple) and form.type in (list, tuple) and len(value) == form.num_children:
+        return [_in_order(one, form.child(index)) for index, one in enumerate(value)]
+    return value
 
 
 def size_guards(program: torch.export.ExportedProgram) -> list[str]:

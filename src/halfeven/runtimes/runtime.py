@@ -22,6 +22,7 @@ from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import pytree
 from halfeven.nearest import did_you_mean
 from halfeven.runtimes.cpu import adds_pairs_in_16_bits
+from halfeven.runtimes.deployed_inputs import model_arguments, tensors_in_order
 from halfeven.runtimes.layer_execution import KernelTime, LayerExecution
 from halfeven.runtimes.onnx import writer as onnx_writer
 from halfeven.runtimes.onnx.file import read as read_onnx
@@ -288,8 +289,8 @@ def load_deployed(path: str | Path, target: str | None = None, qmodel: nn.Module
     Args:
         path: an `.xml` or `.onnx` file.
         target: the runtime to run it in; None: the one that the file was written for.
-        qmodel: the model that the file was written from: the function then takes inputs by name as it does, and returns
-            outputs in the same dicts, lists or classes.
+        qmodel: the model that the file was written from: the function then takes inputs as it does, by name, in lists
+            and dicts, and returns outputs in the same dicts, lists or classes.
 
     Returns:
         A function of the model's inputs, by position or by name; without `qmodel` names are the file's, and it returns
@@ -301,13 +302,13 @@ def load_deployed(path: str | Path, target: str | None = None, qmodel: nn.Module
     """
     runtime = runtime_of_file(Path(path), target)
     opened = runtime.open_file(Path(path), ())
-    names, leaves, form = _form_of(qmodel) if qmodel is not None else ((), (), None)
-    # Keyword inputs come last in the file. With the model at hand they are taken by its names, not by the file's.
-    taken = opened.input_names if qmodel is None else [*opened.input_names[: -len(names) or None], *names]
+    leaves, form = _output_form(qmodel) if qmodel is not None else ((), None)
+    # With the model at hand inputs are taken by its names and in its form, not by the file's.
+    taken = dict.fromkeys(opened.input_names) if qmodel is None else model_arguments(qmodel, opened.input_names)
 
     @checked_arguments(VerificationError)
     def run(*inputs: Any, **named: Any) -> Any:
-        outputs, _ = opened.run(_in_order(inputs, named, taken, path))
+        outputs, _ = opened.run(tensors_in_order(inputs, named, taken, path))
         if form is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
         # A file has the tensors alone: what else the model returns is that of the example.
@@ -317,33 +318,9 @@ def load_deployed(path: str | Path, target: str | None = None, qmodel: nn.Module
     return run
 
 
-def _in_order(inputs: Sequence[Tensor], named: Mapping[str, Tensor], taken: Sequence[str], path: Any) -> list[Tensor]:
-    """Return positional and named inputs in the file's order.
-
-    Raises:
-        VerificationError: an input is missing, has another name, or is no tensor.
-    """
-    named = {name: value for name, value in named.items() if value is not None}
-    left = taken[len(inputs) :]
-    if len(inputs) > len(taken) or set(named) != set(left):
-        given = ", ".join([f"{len(inputs)} by position", *named])
-        raise VerificationError(
-            f"{path} takes the inputs {', '.join(taken)}, and was given {given}, so it cannot be run. Give each input "
-            "once, by position or by name."
-        )
-    found = [*inputs, *(named[name] for name in left)]
-    for name, value in zip(taken, found, strict=True):
-        if not isinstance(value, Tensor):
-            raise VerificationError(
-                f'The input "{name}" of {path} is a {type(value).__name__}, which cannot be run. Give a tensor: '
-                "torch.as_tensor(...) makes one."
-            )
-    return found
-
-
-def _form_of(qmodel: nn.Module) -> tuple[tuple[str, ...], list[Any], pytree.TreeSpec]:
-    """Return the names of a model's keyword inputs, and its outputs: the leaves, and the structure that holds them."""
+def _output_form(qmodel: nn.Module) -> tuple[list[Any], pytree.TreeSpec]:
+    """Return a model's outputs for its example: the leaves, and the structure that holds them."""
     args, kwargs = example_of(qmodel)
     with torch.no_grad(), evaluating(qmodel):
         leaves, form = pytree.tree_flatten(copy_model(qmodel).cpu()(*args, **kwargs))
-    return tuple(name for name, value in kwargs.items() if isinstance(value, Tensor)), leaves, form
+    return leaves, form

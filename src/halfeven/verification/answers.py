@@ -74,7 +74,7 @@ class Answers:
 
     def _judged_output(self, outputs: Mapping[str, Tensor], labels: Any) -> tuple[str, int | None]:
         """Return the output that answers, and its axis of classes: where there are labels, the first that they fit."""
-        first = next(iter(outputs))
+        first = next((name for name, output in outputs.items() if output.numel()), next(iter(outputs)))
         default = (first, class_axis(outputs[first], self.axis))
         if labels is None:
             return default
@@ -109,10 +109,10 @@ def class_axis(output: Tensor, given: ClassAxis) -> int:
 def answer(output: Tensor, axis: int | None) -> Tensor:
     """Return the index of the largest value over an axis; an output without such an axis is its own answer, rounded.
 
-    Of a single value, as a model with one logit has, the index would always be 0.
+    Of a single value, as a model with one logit has, the index would always be 0; of none there is none.
     """
     output = output.cpu().float()
-    if axis is None or output.ndim < 2 or not -output.ndim <= axis < output.ndim or output.shape[axis] == 1:
+    if axis is None or output.ndim < 2 or not -output.ndim <= axis < output.ndim or output.shape[axis] < 2:
         return output.round()
     return output.argmax(axis)
 

@@ -11,6 +11,8 @@ from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.file_interface import FloatPrecision
 from halfeven.deployment.quantize_op import WEIGHT_SUFFIX, ExportedQuantizer
 from halfeven.errors import VerificationError
+from halfeven.graph.batches import Inputs, tensors_of
+from halfeven.graph.torch_private import pytree
 from halfeven.graph.view import module_of
 from halfeven.placement.make_plan import regions
 from halfeven.quantization.model_quantizers import quantizers
@@ -99,12 +101,12 @@ class Comparison:
         """
         # The float simulation runs where the model is; the file and the exact simulation run on the CPU.
         simulated, simulated_codes = self.simulation.run(args, kwargs)
-        cpu = [x.cpu() if isinstance(x, Tensor) else x for x in (*args, *kwargs.values())]
-        tensors = [x for x in cpu if isinstance(x, Tensor)]
+        given = pytree.tree_map_only(Tensor, Tensor.cpu, (tuple(args), dict(kwargs)))
+        tensors = tensors_of(given)
         found, reals = self.file.run(tensors)
         codes = {name: codes_of(reals[name], self.activations[name]) for name in self.names}
         self._check_sizes(codes, simulated_codes)
-        exact = self._compare_exact(cpu, codes)
+        exact = self._compare_exact(given, codes)
         # Where integers differ, the float simulation runs again on the file's integers: what still differs is a layer's
         # own, and not spread from the layers before it.
         alone = simulated
@@ -134,25 +136,26 @@ class Comparison:
                     "the model again, then verify."
                 )
 
-    def _compare_exact(self, inputs: Sequence[Any], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _compare_exact(self, inputs: Inputs, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compare the integers of all activations with the exact simulation; return its outputs."""
         simulation = self.exact.simulation
         # The integers are read of a file with each quantized tensor as an output. Some operators are not fused there,
         # and round otherwise.
         simulation.watched = True
-        outputs = self.exact(*inputs)
+        args, kwargs = inputs
+        outputs = self.exact(*args, **kwargs)
         exact = dict(self.exact.codes)
         matters = simulation.watching_matters
         layer_alone = exact
         if not all(torch.equal(found[name], exact[name]) for name in self.names):
             # Once more, with the file's integers before each layer: a rounding that fell the other way does not spread.
             simulation.given.update(found)
-            self.exact(*inputs)
+            self.exact(*args, **kwargs)
             layer_alone = dict(self.exact.codes)
             simulation.given.clear()
         if matters:  # the outputs are of the file as users run it
             simulation.watched = False
-            outputs = self.exact(*inputs)
+            outputs = self.exact(*args, **kwargs)
         for tensor, name in zip(self.tensors, self.names, strict=True):
             tensor.add(found[name], exact[name], layer_alone[name])
         return named_outputs(outputs)

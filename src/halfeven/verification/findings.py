@@ -20,6 +20,9 @@ thousand are usual; a weight that differs moves more than a tenth."""
 FEWEST_MOVED = 10
 """Fewer integers than these are no share of a small tensor."""
 
+FEWEST_INDICES = 2
+"""Fewer values of an output of indices or masks than these may differ: single ones lie at a tie."""
+
 
 OTHER_WEIGHTS = (
     "The integer weights in the file are not those of this model: it was written from another checkpoint or with other "
@@ -63,12 +66,21 @@ def judged(
 
 def differs_from_exact(output: OutputParity) -> bool:
     """Return True where an output is further from the exact simulation than single roundings take it."""
-    if not output.continuous:
-        return False  # an index that changes is no size: its share is in the report
+    if not output.continuous:  # an index that changes has no size: its share counts
+        share = max(MOVED_SHARE, SHARE_OF_QUANTIZATION_ERROR * output.moved_by_quantization)
+        different = 1 - output.equal
+        return different > share and round(different * output.count) >= FEWEST_INDICES
     return output.rms_difference > max(VISIBLE_DIFFERENCE, SHARE_OF_QUANTIZATION_ERROR * output.quantization_error)
 
 
 def _not_exact(output: OutputParity) -> str:
+    if not output.continuous:
+        return (
+            f'{_percent_text(1 - output.equal)} of the values of the output "{output.name}" differ from the exact '
+            f"simulation's, and quantization itself changes {_percent_text(output.moved_by_quantization)}. The file "
+            "does not compute what this model does: export the model again, and report it if that does not help. If "
+            "the values need more than 32 bits, the file may be right: runtimes compute them in 32."
+        )
     return (
         f'The output "{output.name}" differs from the exact simulation by {_percent_text(output.rms_difference)} of '
         "its size (root mean square), and quantization itself changes it by "

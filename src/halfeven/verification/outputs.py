@@ -35,6 +35,8 @@ class OutputParity:
     """The same between the float simulation and the model with its quantizers off: what quantization itself costs."""
     continuous: bool
     """The output holds real numbers, not indices or masks."""
+    moved_by_quantization: float
+    """Share of the values that differ between the float simulation and the model with its quantizers off."""
 
 
 def named_outputs(outputs: Any) -> dict[str, Tensor]:
@@ -51,6 +53,7 @@ class OutputSums:
         self.name = name
         self.count = 0
         self.equal = 0
+        self.moved = 0
         self.largest_difference = 0.0
         self.largest = 0.0
         self.continuous = True
@@ -76,7 +79,9 @@ class OutputSums:
         self.squares["exact"] += _sum_of_squares(differences)
         self.squares["simulated"] += _sum_of_squares(_differences(found, simulated))
         self.squares["alone"] += _sum_of_squares(_differences(found, alone))
-        self.squares["quantization"] += _sum_of_squares(_differences(simulated, floating))
+        by_quantization = _differences(simulated, floating)
+        self.moved += int((by_quantization > 0).sum())
+        self.squares["quantization"] += _sum_of_squares(by_quantization)
         self.squares["signal"] += _sum_of_squares(_finite_double(simulated))
 
     def result(self) -> OutputParity:
@@ -90,6 +95,7 @@ class OutputSums:
             float_simulation_difference_alone=self._relative_error("alone"),
             quantization_error=self._relative_error("quantization"),
             continuous=self.continuous,
+            moved_by_quantization=self.moved / self.count if self.count else 0.0,
         )
 
     def _relative_error(self, which: str) -> float:

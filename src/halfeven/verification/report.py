@@ -39,7 +39,7 @@ class TensorParity:
         self.count += found.numel()
         self.different += int((distance > 0).sum())
         self.different_alone += int((found != layer_alone).sum())
-        self.largest = max(self.largest, int(distance.max()))
+        self.largest = max(self.largest, int(distance.max()) if distance.numel() else 0)
 
     def add_float(self, found: Tensor, simulated: Tensor, layer_alone: Tensor) -> None:
         """Count the same batch beside the float simulation's integers."""
@@ -91,7 +91,7 @@ class Report:
     of all outputs. `outputs` has each."""
     top1_agreement: float
     """Share of samples (of pixels, tokens, anchors) whose largest value over the classes is the same in the runtime and
-    in the exact simulation, in the output that the labels judge, or else in the first."""
+    in the exact simulation, in the output that the labels judge, or else in the first with values; NaN without any."""
     float_simulation_top1_agreement: float
     """The same for the float simulation."""
     accuracy: dict[str, float]

@@ -86,8 +86,8 @@ def verify(
             path=str(path),
             runtime=comparison.file.runtime,
             samples=sum(_batch_size(batch) for batch in inputs),
-            top1_agreement=answers.same_exact / answers.total,
-            float_simulation_top1_agreement=answers.same_float / answers.total,
+            top1_agreement=answers.same_exact / (answers.total or math.nan),
+            float_simulation_top1_agreement=answers.same_float / (answers.total or math.nan),
             accuracy=answers.accuracy(),
             notes=[*answers.notes(), *notes],
             findings=found,
@@ -201,4 +201,5 @@ def _compare_batches(
 
 
 def _batch_size(inputs: Inputs) -> int:
-    return len(tensors_of(inputs)[0])
+    """Return the number of samples: the first size of the first input that has axes."""
+    return next((len(x) for x in tensors_of(inputs) if x.ndim), 1)

@@ -169,7 +169,8 @@ class ONNXFile:
     def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         outputs = self._computed(self.session, self.own_outputs, inputs)
         tensors = self._computed(self.watched, self.tensors, inputs) if self.tensors else []
-        return outputs, dict(zip(self.tensors, tensors, strict=True))
+        # Inside a file of float16 the watched tensors have its type.
+        return outputs, {name: x.float() for name, x in zip(self.tensors, tensors, strict=True)}
 
     def run_with(self, settings: Collection[str], inputs: Sequence[Tensor]) -> list[Tensor]:
         opened = session(self.model, folder=self.path.parent, settings=settings)
@@ -177,9 +178,7 @@ class ONNXFile:
 
     def _computed(self, opened: Any, names: Sequence[str], inputs: Sequence[Tensor]) -> list[Tensor]:
         try:
-            found = [torch.from_numpy(x) for x in opened.run(names, self._fed(inputs))]
-            # Inside a file of float16 the watched tensors have its type.
-            return [x.float() if x.dtype is torch.float16 else x for x in found]
+            return [torch.from_numpy(x) for x in opened.run(names, self._fed(inputs))]
         except Exception as error:  # its exceptions have no common class
             given = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in inputs)
             taken = ", ".join(f"{found.name} {found.type} {found.shape}" for found in opened.get_inputs())
@@ -201,7 +200,7 @@ class ONNXFile:
         # Inputs and outputs are bound once, so that a timed call copies nothing from or to Python.
         binding = opened.io_binding()
         for name, x in self._fed(inputs).items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(x))
+            binding.bind_cpu_input(name, np.asarray(x, order="C"))  # a number keeps its zero axes
         for name in self.own_outputs:
             binding.bind_output(name, "cpu")
         return lambda: opened.run_with_iobinding(binding)

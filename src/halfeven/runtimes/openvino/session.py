@@ -103,9 +103,10 @@ def run_compiled(compiled: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
         VerificationError: the model does not take these inputs.
     """
     request = compiled.create_infer_request()
+    _check_indices(compiled, inputs)
     try:
         # Inputs are read where they lie. Outputs lie in the request's memory, so they are copied below.
-        result = request.infer([np.ascontiguousarray(x.detach().cpu().numpy()) for x in inputs], share_inputs=True)
+        result = request.infer([np.asarray(x.detach().cpu().numpy(), order="C") for x in inputs], share_inputs=True)
     except (RuntimeError, TypeError, ValueError) as error:
         given = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in inputs)
         taken = ", ".join(
@@ -117,6 +118,17 @@ def run_compiled(compiled: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
             "inputs that the model was prepared with, of the sizes that are free in the file."
         ) from error
     return [torch.from_numpy(np.array(result[i])) for i in range(len(compiled.outputs))]
+
+
+def _check_indices(compiled: Any, inputs: Sequence[Tensor]) -> None:
+    """Refuse numbers in the place of indices, which the runtime would cut off without a word."""
+    for port, x in zip(compiled.inputs, inputs, strict=False):
+        if x.is_floating_point() and port.get_element_type().is_integral():
+            kind = port.get_element_type().get_type_name()
+            raise VerificationError(
+                f'The input "{port.get_any_name()}" is of {kind} in the file, and was given {x.dtype}, whose fractions '
+                f"would be lost. Give a tensor of integers."
+            )
 
 
 def function_of(program: torch.export.ExportedProgram) -> Callable[[Sequence[Tensor], Mapping[str, Tensor]], Tensor]:
