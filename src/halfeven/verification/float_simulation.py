@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.deployment.quantize_op import ExportedQuantizer
+from halfeven.graph.torch_private import pytree
 from halfeven.quantization.model_quantizers import quantizers
 from halfeven.quantization.quantizer import Quantizer
 from halfeven.verification.outputs import named_outputs
@@ -78,12 +79,9 @@ class FloatSimulation:
 def outputs_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the outputs of a model by name, on the CPU, for inputs on any device."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    def placed(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
+    args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.to(device), (tuple(args), dict(kwargs)))
     with torch.no_grad():
-        outputs = model(*map(placed, args), **{name: placed(value) for name, value in kwargs.items()})
+        outputs = model(*args, **kwargs)
     return {name: output.cpu() for name, output in named_outputs(outputs).items()}
 
 
