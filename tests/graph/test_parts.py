@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from halfeven.errors import CaptureError
+from halfeven.errors import CaptureError, ExportError
 
 
 def block(inputs, outputs):
@@ -218,7 +218,7 @@ class Cells(nn.Module):
         return {"all": y, "last": [self.out(y[:, -1] * scale)]}
 
 
-def test_a_pickle_keeps_sizes_keywords_and_the_mode():
+def test_a_pickle_keeps_sizes_keywords_and_the_mode(tmp_path):
     x, scale = torch.randn(2, 3, 4), torch.ones(2, 1)
     qmodel = he.calibrate(he.prepare(Cells().eval(), {"x": x, "scale": scale}), [{"x": x, "scale": scale}])
     again = pickle.loads(pickle.dumps(qmodel))
@@ -228,6 +228,8 @@ def test_a_pickle_keeps_sizes_keywords_and_the_mode():
     assert torch.equal(found["last"][0], right["last"][0])
     again.train()
     assert not torch.equal(again(**inputs)["all"], again(**inputs)["all"])  # dropout between the layers
+    with pytest.raises(ExportError, match="comes from a pickle"):
+        he.export(again, tmp_path / "m.xml")
 
 
 def test_tied_weights_have_the_float_models_names():

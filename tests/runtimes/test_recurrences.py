@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import halfeven as he
+from halfeven.errors import ExportError
 from runtimes.parity import SCHEME
 
 
@@ -17,7 +18,7 @@ class Recurrent(nn.Module):
     def __init__(self, kind, **options):
         super().__init__()
         self.a = nn.Linear(8, 8)
-        self.r = kind(8, 12, **options)
+        self.r = kind(8, 13 if "proj_size" in options else 12, **options)
         self.b = nn.Linear(24 if options.get("bidirectional") else 12, 4)
 
     def forward(self, x):
@@ -62,3 +63,21 @@ def test_sequences_of_any_length(target, kind, tmp_path):
     report = he.verify(qmodel, path, batches, timed=False)
     assert report.integer_match == 1
     assert not report.findings
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending", "reason"),
+    [
+        (nn.RNN, "onnx", "an RNN whose number of steps is free"),
+        (nn.LSTM, "onnx", "an LSTM with projections"),
+        (nn.LSTM, "xml", "an LSTM with projections"),
+    ],
+)
+def test_what_no_operator_computes_is_refused(kind, ending, reason, tmp_path):
+    target = {"onnx": "onnxruntime", "xml": "openvino"}[ending]
+    options = {"proj_size": 12, "batch_first": True} if kind is nn.LSTM else {"batch_first": True}
+    model = Recurrent(kind, **options).eval()
+    x = torch.randn(2, 5, 8)
+    qmodel = he.calibrate(he.prepare(model, x, target=target, dynamic_shapes={"x": {1: "steps"}}), [x])
+    with pytest.raises(ExportError, match=reason):
+        he.export(qmodel, tmp_path / f"m.{ending}")

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
+from halfeven.errors import ExportError
+from halfeven.graph.model_inputs import constant_size
+
 aten = torch.ops.aten
 
 CELLS: dict[str, Any] = {
@@ -74,3 +77,31 @@ def restore_recurrences(graph: fx.Graph) -> None:
         kind, x, states, *more = node.args
         node.target = CELLS[str(kind)]
         node.args = (x, states if kind == "lstm" else states[0], *more)
+
+
+def has_projection(node: fx.Node) -> bool:
+    """Return True for an LSTM whose outputs are projected (`proj_size`)."""
+    given: Any = node.args
+    # Each layer has two weights for each direction, and two biases where it has any; a projection would be a weight
+    # more.
+    directions = 2 if given[7] else 1
+    return bool(len(given[2]) != given[4] * directions * (4 if given[3] else 2))
+
+
+def has_free_steps(node: fx.Node) -> bool:
+    """Return True for recurrent layers that read a sequence of any length."""
+    given: Any = node.args
+    return constant_size(given[0].meta["val"].shape[1 if given[8] else 0]) is None
+
+
+def refuse_recurrence(node: fx.Node, runtime: str) -> None:
+    """Refuse recurrent layers that a runtime's file has no operator for.
+
+    Raises:
+        ExportError: always.
+    """
+    kind = "an LSTM with projections (proj_size)" if has_projection(node) else "an RNN whose number of steps is free"
+    raise ExportError(
+        f"{runtime} has no operator for {kind} ({node.name}), so the file would not compute what the model does. Use "
+        "an LSTM or a GRU without projections, or deploy the parts before and behind it."
+    )

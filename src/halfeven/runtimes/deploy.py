@@ -5,9 +5,11 @@ from torch import nn
 from halfeven.deployment.channel_clips import write_channel_clips
 from halfeven.deployment.deployed import Deployed, deployed_form
 from halfeven.deployment.quantize_op import with_exported_quantizers
+from halfeven.errors import ExportError
 from halfeven.placement.gates import check_gates_deployable
 from halfeven.placement.grids import check_deployable
 from halfeven.placement.insertion import plan_of
+from halfeven.placement.make_plan import regions
 from halfeven.quantization.scheme import BITS_NAMED_FOR_FLOAT, parse_bits
 from halfeven.runtimes.runtime import Runtime, runtime_named
 
@@ -18,7 +20,9 @@ def deploy(qmodel: nn.Module, runtime: Runtime) -> Deployed:
     Raises:
         CalibrationError: a quantizer has no range yet.
         PlacementError: the runtime cannot carry the model's integers, or gains nothing by its quantized gates.
+        ExportError: the model was pickled.
     """
+    _refuse_pickled(qmodel)
     check_gates_deployable(plan_of(qmodel).options, runtime.target)
     check_deployable(plan_of(qmodel).tensors, runtime.target)
     model = deployed_form(qmodel)
@@ -29,6 +33,16 @@ def deploy(qmodel: nn.Module, runtime: Runtime) -> Deployed:
     # The runtime's passes come last: they look for quantizers as operators, and may add some.
     runtime.prepare_graph(deployed)
     return deployed
+
+
+def _refuse_pickled(qmodel: nn.Module) -> None:
+    nodes = [node for region in regions(qmodel).values() for node in region.graph.nodes]
+    if nodes and not any("val" in node.meta for node in nodes):
+        raise ExportError(
+            "This model comes from a pickle (torch.load), which holds no sizes of tensors inside the graph, so it can "
+            "be run and trained and not deployed. Write it with halfeven.save(qmodel, path), and read that with "
+            "halfeven.load(path, model, example)."
+        )
 
 
 def runtime_of(qmodel: nn.Module, name: str | None = None) -> Runtime:

@@ -15,6 +15,7 @@ from halfeven.deployment.quantize_op import PER_TENSOR, ExportedQuantizer
 from halfeven.errors import ExportError
 from halfeven.files import write_atomically
 from halfeven.graph.model_inputs import constant_size
+from halfeven.graph.recurrences import CELLS, has_free_steps, has_projection, refuse_recurrence
 from halfeven.graph.view import Op, operations, record_value
 from halfeven.runtimes.onnx import external_data
 from halfeven.runtimes.onnx.interface import write_interface
@@ -37,6 +38,8 @@ ADAPTIVE_POOLS = (
     *(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default),
     *(aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default),
 )
+
+PLAIN_CELLS = (CELLS["rnn_tanh"], CELLS["rnn_relu"])
 
 Translations = Mapping[Callable[..., Any], Callable[..., Any]]
 """Operator -> the function that writes it as operators of ONNX."""
@@ -137,6 +140,7 @@ def translated(
         translations: of operators that a runtime has a form of its own for.
     """
     _refuse_pools_of_free_sizes(program.graph)
+    _refuse_recurrences(program.graph)
     _write_out_rolls(program.graph)
     weights_alone = bool(quantizers) and all(quantizer.weight for quantizer in quantizers)
     exported = torch.onnx.export(
@@ -177,6 +181,20 @@ def _refuse_pools_of_free_sizes(graph: fx.Graph) -> None:
                 "its results would be wrong at other sizes. Leave the axis out of dynamic_shapes, pool to one position "
                 "or over windows of a fixed size, or deploy for OpenVINO as .xml."
             )
+
+
+def _refuse_recurrences(graph: fx.Graph) -> None:
+    """Refuse recurrent layers that the exporter would write otherwise than the model has them, without a word.
+
+    It leaves projections out, and writes an RNN step by step, for the example's number of steps.
+
+    Raises:
+        ExportError: there is such a layer.
+    """
+    for node in graph.nodes:
+        cells = node.target in CELLS.values()
+        if cells and (has_projection(node) or (node.target in PLAIN_CELLS and has_free_steps(node))):
+            refuse_recurrence(node, "ONNX")
 
 
 def _write_out_rolls(graph: fx.Graph) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from halfeven.graph.recurrences import has_free_steps, has_projection, refuse_recurrence
+
 aten = torch.ops.aten
 
 CELLS: dict[Any, str] = {
@@ -94,19 +96,21 @@ def _(
 
 
 def keep_recurrences_whole(program: torch.export.ExportedProgram) -> None:
-    """Write each recurrent layer of a program as calls of `halfeven::recurrence`, in place."""
+    """Write each recurrent layer of a program as calls of `halfeven::recurrence`, in place.
+
+    A layer with projections, for which the plugin has no operator, is left to the front end, step by step.
+
+    Raises:
+        ExportError: such a layer has a free number of steps.
+    """
     for node in list(program.graph.nodes):
-        if node.target in CELLS and not _has_projection(node) and all(r.target is operator.getitem for r in node.users):
+        if node.target not in CELLS:
+            continue
+        if has_projection(node):
+            if has_free_steps(node):
+                refuse_recurrence(node, "OpenVINO")
+        elif all(r.target is operator.getitem for r in node.users):
             _write_layers(program.graph, node)
-
-
-def _has_projection(node: fx.Node) -> bool:
-    """Return True for an LSTM whose outputs are projected, which OpenVINO has no operator for."""
-    given: Any = node.args
-    # Each layer has two weights for each direction, and two biases where it has any; a projection would be a weight
-    # more.
-    directions = 2 if given[7] else 1
-    return bool(len(given[2]) != given[4] * directions * (4 if given[3] else 2))
 
 
 def _write_layers(graph: fx.Graph, node: fx.Node) -> None:
