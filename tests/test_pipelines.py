@@ -122,6 +122,11 @@ def test_quantize_takes_dicts_and_the_file_is_verified_with_them(tmp_path):
     assert report.integer_match == 1
 
 
+def test_options_of_trained_scales_do_not_hinder_quantization_after_training():
+    options = he.QuantizationOptions(gradient_scale="off")
+    assert he.plan_of(he.quantize(Net().eval(), loader(), options)).options.ranges == "observed"
+
+
 def test_quantize_of_no_batches_is_an_error():
     with pytest.raises(CalibrationError, match="no batch"):
         he.quantize(Net(), [])

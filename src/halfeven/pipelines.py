@@ -148,8 +148,9 @@ def without_training(options: QuantizationOptions) -> QuantizationOptions:
 
     A choice of the user stays.
     """
-    ranges = "observed" if options.ranges == "auto" else options.ranges
-    return _with_batchnorm(dataclasses.replace(options, ranges=ranges), "fold")
+    if options.ranges == "auto":  # the gradient of scales is for trained ranges, in a config that is for training too
+        options = dataclasses.replace(options, ranges="observed", gradient_scale="lsq")
+    return _with_batchnorm(options, "fold")
 
 
 def rebuild(model: nn.Module, example: Example, plan: Plan) -> nn.Module:

@@ -70,6 +70,20 @@ def test_it_says_why_ranges_are_learned(options, enabled, reason):
     assert reason in str(found)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "option", "step", "in_vain"),
+    [
+        ("w8a4", "freeze_oscillations", "freeze", True),
+        ("w8a4", "dampen_oscillations", "dampen", True),
+        ("w4a8", "dampen_oscillations", "dampen", False),
+        ("w8a8", "progress", "progress", True),
+        ("w8a4", "progress", "progress", False),
+    ],
+)
+def test_it_says_where_a_step_changes_nothing(scheme, option, step, in_vain):
+    assert ("in vain" in getattr(recipe(scheme, **{option: "on"}), step).reason) is in_vain
+
+
 def test_the_start_can_be_chosen():
     assert not recipe("w4a4", start="ranges").reconstruct.enabled
     assert recipe("w8a8", start="layers").reconstruct.enabled

@@ -75,7 +75,9 @@ def decide(qmodel: nn.Module, options: QATOptions, schedule: ScheduleOptions) ->
         blocks=options.start != "layers",
         progress=progress,
         distill=_off_unless_asked(options.distill, "a teacher that is no better than the student holds it back"),
-        dampen=_off_unless_asked(options.dampen_oscillations, "freezing them costs less"),
+        dampen=_followed(
+            _off_unless_asked(options.dampen_oscillations, "freezing them costs less"), options, weight_bits
+        ),
         freeze=_decide_freeze(options, weight_bits),
         average=_decide_average(options, bits),
         re_estimate=_decide_re_estimate(qmodel, schedule, bits),
@@ -132,15 +134,26 @@ def _decide_start(options: QATOptions, bits: int, progress: Decision) -> Decisio
 
 def _decide_progress(options: QATOptions, bits: int) -> Decision:
     reason = "learned rounding is a better start" if bits < LOW_BITS else f"{bits} bits can start directly"
-    return _off_unless_asked(options.progress, reason)
+    chosen = _off_unless_asked(options.progress, reason)
+    if chosen.enabled and bits >= max(options.progression.bits):
+        return Decision(True, f"{chosen.reason}, in vain: no tensor has fewer bits than the stages")
+    return chosen
 
 
 def _decide_freeze(options: QATOptions, weight_bits: int) -> Decision:
     if chosen := decision_of_switch(options.freeze_oscillations):
-        return chosen
+        return _followed(chosen, options, weight_bits)
     if weight_bits <= options.oscillation.bits:
         return Decision(False, "it pays only in long runs of depthwise networks")
     return Decision(False, f"weights of {weight_bits} bits switch by too little to matter")
+
+
+def _followed(chosen: Decision, options: QATOptions, weight_bits: int) -> Decision:
+    """Return a decision about oscillations, which says so where no weight is followed."""
+    if chosen.enabled and weight_bits > options.oscillation.bits:
+        most = options.oscillation.bits
+        return Decision(True, f"{chosen.reason}, in vain: no weight has {most} bits or fewer (qat.oscillation.bits)")
+    return chosen
 
 
 def _decide_average(options: QATOptions, bits: int) -> Decision:
