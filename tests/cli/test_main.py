@@ -506,6 +506,10 @@ def report(**changes):
         ({"findings": ['The output "boxes" differs']}, 'The output "boxes" differs'),
         ({"weights_match": False}, "integer weights in the file are not the checkpoint's"),
         ({"float_layers": ["fc (f32 gemm)"]}, "1 of 3 layers with quantized weights ran in float: fc (f32 gemm)"),
+        (
+            {"float_layers": ["fc"], "alone_match": float("nan")},
+            "1 of 3 layers with quantized weights read them as floats",
+        ),
     ],
 )
 def test_verify_says_what_is_wrong_with_a_file(changes, problem):

@@ -17,7 +17,8 @@ from halfeven.cli.verify import problems_of
 from halfeven.errors import InputError, VerificationError
 from halfeven.runtimes import deploy
 from halfeven.verification.answers import Answers
-from halfeven.verification.outputs import OutputSums, in_form_of, named_outputs
+from halfeven.verification.findings import judged as judged_session
+from halfeven.verification.outputs import OutputParity, OutputSums, in_form_of, named_outputs
 from runtimes.parity import SCHEME, quantized
 
 IMAGE = (4, 3, 8, 8)
@@ -159,6 +160,15 @@ def test_a_last_layer_that_was_not_trained_is_found_at_the_output(tmp_path, monk
     report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
     assert report.integer_match == 1.0
     assert ['the output "output" differs from the float simulation' in finding for finding in report.findings] == [True]
+
+
+def test_an_overflow_is_named_before_the_differences_that_it_explains():
+    output = OutputParity("y", 1, 0.0, 0.5, 0.5, 0.5, 0.5, 0.01, continuous=True)
+    parity = {"weights_match": True, "outputs": [output], "tensors": [], "integer_match": 0.9}
+    for overflows in (True, False):
+        _, found, _ = judged_session({**parity, "overflows": overflows}, dict, needed=False)
+        assert found[0].startswith("This processor has no VNNI") is overflows
+        assert "differs from the exact simulation" in found[int(overflows)]
 
 
 Boxes = namedtuple("Boxes", ["left", "right"])

@@ -1,5 +1,6 @@
 """`halfeven verify`: a deployed file that exists, compared with its checkpoint in the runtime."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +16,8 @@ from halfeven.pipelines import load
 from halfeven.placement.insertion import plan_of
 from halfeven.reporting.page import charting_library
 from halfeven.reporting.verification_page import save_verification
+from halfeven.verification.findings import OVERFLOWS
 from halfeven.verification.report import Report
-
-OVERFLOWS = (
-    "This processor has no VNNI, so its sums of 8-bit products can overflow: verify the file on a processor with VNNI, "
-    'or quantize with scheme="w7a8" for processors like this one.'
-)
 
 EXACT_MATCH = 0.9999
 """Smallest share of equal integers, each layer alone, unless the user gives another."""
@@ -104,11 +101,13 @@ def problems_of(report: Report, min_match: float | Auto, *, allow_float: bool) -
         problems.append(
             f"{100 * compared.alone_match:.4f} % of the integers equal the exact simulation, each layer alone; "
             f"at least {100 * least:.4f} % are required. The first that differs is in {compared.first_difference}."
-            + (f" {OVERFLOWS}" if report.overflows else "")
+            + (f" {OVERFLOWS}" if report.overflows and not report.findings else "")
         )
     if report.float_layers and not allow_float:
+        weights_alone = math.isnan(report.alone_match)  # then all layers compute in float
+        ran = "with quantized weights read them as floats" if weights_alone else "with quantized weights ran in float"
         problems.append(
-            f"{len(report.float_layers)} of {report.quantizable_layers} layers with quantized weights ran in float: "
+            f"{len(report.float_layers)} of {report.quantizable_layers} layers {ran}: "
             f"{', '.join(report.float_layers)}. --allow-float accepts that."
         )
     return problems + report.findings

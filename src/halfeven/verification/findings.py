@@ -29,6 +29,11 @@ OTHER_WEIGHTS = (
     "bits, and all other differences follow from that. Export the model again; report it if that does not help."
 )
 
+OVERFLOWS = (
+    "This processor has no VNNI, so its sums of 8-bit products can overflow: verify the file on a processor with VNNI, "
+    'or quantize with scheme="w7a8" for processors like this one.'
+)
+
 
 def findings(outputs: Sequence[OutputParity], tensors: Sequence[TensorParity]) -> list[str]:
     """Return a sentence for each difference between the file and a simulation that float rounding does not explain."""
@@ -54,6 +59,8 @@ def judged(
     if not parity["weights_match"]:
         return None, [OTHER_WEIGHTS], []  # advice on single tensors would mislead
     found = findings(parity["outputs"], parity["tensors"])
+    if found and parity["overflows"]:
+        found.insert(0, f"{OVERFLOWS} Look at what follows if that does not help.")
     differs = parity["integer_match"] < 1  # false where no activation is quantized
     if not (needed and (differs or found)):
         return None, found, []
