@@ -163,7 +163,7 @@ def test_a_last_layer_that_was_not_trained_is_found_at_the_output(tmp_path, monk
 
 
 def test_an_overflow_is_named_before_the_differences_that_it_explains():
-    output = OutputParity("y", 1, 0.0, 0.5, 0.5, 0.5, 0.5, 0.01, continuous=True)
+    output = OutputParity("y", 1, 0.0, 0.5, 0.5, 0.5, 0.5, 0.01, continuous=True, moved_by_quantization=0.0)
     parity = {"weights_match": True, "outputs": [output], "tensors": [], "integer_match": 0.9}
     for overflows in (True, False):
         _, found, _ = judged_session({**parity, "overflows": overflows}, dict, needed=False)
