@@ -114,7 +114,8 @@ def test_statistics_set_by_hand_in_a_frozen_model_are_unsettled(batch_size):
     x = torch.randn(32, 6)
     assert unsettled_batchnorm(model.requires_grad_(False), [((row,), {}) for row in x.split(batch_size)])
     model[1].reset_running_stats()
-    found = he.diagnose(quantized(Faulty(model, list((4 * x + 3).split(batch_size)))), model, [4 * x + 3])
+    fault = Faulty(model, list((4 * x + 3).split(batch_size)))
+    found = he.diagnose(quantized(fault), model, [4 * x + 3], runtime=False)
     assert "the model is not trained" in found.findings[-1].evidence
 
 
@@ -165,6 +166,8 @@ def test_a_healthy_model_has_no_finding_and_is_not_changed():
     found = he.diagnose(qmodel, fault.model, fault.batches, evaluate=lambda model: 7.0)
     assert not found.findings
     assert "Nothing needs mending" in found.verdict
+    assert found.layer_times
+    assert any(note.startswith("The file takes") for note in found.notes)
     assert found.accuracy == {"float": 7.0, "quantized": 7.0}
     assert all(torch.equal(value, before[name]) for name, value in qmodel.state_dict().items())
 
@@ -281,12 +284,17 @@ class Widest:
         return values.amin(1), values.amax(1)
 
 
-def test_a_model_with_an_observer_of_ones_own_has_a_page_and_plain_values():
+def test_a_model_with_an_observer_of_ones_own_is_diagnosed_and_has_a_page(tmp_path):
     fault = Faulty(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), [torch.randn(32, 6)])
     found = diagnosed(quantized(fault, rules=(he.Rule(observer=Widest),)), fault)
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["tensors"][0]["observer"].endswith("Widest (unversioned)")
     assert "Widest" in page(found._page_contents(), "")
+    # Files hold no classes: a model that was loaded is diagnosed all the same.
+    few = quantized(fault, scheme="w3a3", rules=(he.Rule(observer=Widest),))
+    he.save(few, tmp_path / "model.safetensors")
+    loaded = he.load(tmp_path / "model.safetensors", fault.model, fault.batches[0])
+    assert diagnosed(loaded, fault).findings
     assert rule_text(vars(he.Rule(observer=Widest))) == 'Rule(pattern="*", observer=Widest)'
 
 

@@ -19,7 +19,7 @@ from halfeven.diagnosis.exchanged_ranges import (
     switched_on,
 )
 from halfeven.diagnosis.restarted import RestartedForward, WholeForward, forward_of
-from halfeven.diagnosis.sensitivity import divergence_of, divergences, reference_of, sensitivities
+from halfeven.diagnosis.sensitivity import Reference, divergence_of, divergences, reference_of, sensitivities
 from halfeven.diagnosis.statistics import tensor_statistics
 from halfeven.errors import CalibrationError
 from halfeven.placement.insertion import plan_of
@@ -191,6 +191,13 @@ def test_answers_are_compared_as_what_they_are():
     # A constant part of the output, here 100, is no measure of it.
     assert divergence([image + 100.1], [image + 100]) == pytest.approx(0.01 / (0.01 + spread), rel=0.1)
     assert divergence([image, other], [image, logits]) == pytest.approx(float(kl), rel=1e-5)
+
+
+def test_samples_are_counted_where_an_output_has_another_first_axis():
+    batch = ((torch.zeros(4, 3),), {"mask": torch.zeros(9, 9)})
+    anchors = torch.zeros(100, 4)
+    assert Reference([batch, batch], [[torch.zeros(4, 2), anchors]] * 2).counts == [4, 4]
+    assert Reference([batch], [[anchors]]).counts == [100]
 
 
 def test_answers_that_are_not_finite_count_by_the_sample():

@@ -15,6 +15,7 @@ from halfeven.layerwise.calibrate import calibrate
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import PlannedTensor, PlannedWeight
 from halfeven.quantization.model_quantizers import quantizers
+from halfeven.quantization.own_class import OwnClass
 from halfeven.quantization.quantizer import Mode, Quantizer
 from halfeven.quantization.scheme import Scheme
 
@@ -73,13 +74,27 @@ def ranges_at(qmodel: nn.Module, batches: Sequence[Any], bits: int) -> dict[Quan
             if isinstance(planned, PlannedTensor) and planned.fixed_range is not None:
                 quantizer.fix_range(planned.fixed_range)  # calibration leaves it as it is
             raised.append(quantizer)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _observed_without_classes(qmodel):
             warnings.simplefilter("ignore", HalfevenWarning)  # the model's own calibration has warned
             calibrate(qmodel, batches)
         return {quantizer: grid_range(quantizer) for quantizer in raised}
     finally:
         for quantizer, given in before.items():
             set_grid_range(quantizer, given)
+
+
+@contextmanager
+def _observed_without_classes(qmodel: nn.Module) -> Iterator[None]:
+    """Let "mse" observe, within the context, where an observer is a user's class that a file of the model lacks."""
+    names = {q: q.observer_name for q in quantizers(qmodel).values()}
+    lacking = [q for q, name in names.items() if isinstance(name, OwnClass) and name.implementation is None]
+    try:
+        for quantizer in lacking:
+            quantizer.observer_name = "mse"
+        yield
+    finally:
+        for quantizer in lacking:
+            quantizer.observer_name = names[quantizer]
 
 
 @contextmanager

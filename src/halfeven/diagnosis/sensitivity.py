@@ -28,7 +28,7 @@ from halfeven.diagnosis.exchanged_ranges import (
 from halfeven.diagnosis.restarted import Stop, float_tensors, forward_of
 from halfeven.errors import AlgorithmError, CalibrationError, HalfevenError, last_line
 from halfeven.evaluation import evaluating
-from halfeven.graph.batches import Inputs
+from halfeven.graph.batches import Inputs, tensors_of
 from halfeven.graph.wrappers import unwrapped
 from halfeven.layerwise.batches import on_device, read_inputs
 from halfeven.layerwise.float_equivalence import float_function
@@ -68,7 +68,7 @@ class Reference:
     @property
     def counts(self) -> list[int]:
         """Return the number of samples of each batch."""
-        return [max((len(x) for x in outputs if x.ndim), default=1) for outputs in self.outputs]
+        return [_sample_count(*batch) for batch in zip(self.inputs, self.outputs, strict=True)]
 
     @property
     def weights(self) -> list[float]:
@@ -84,6 +84,13 @@ class Reference:
             if seen >= samples and count < len(self.outputs):
                 return Reference(self.inputs[:count], self.outputs[:count])
         return self
+
+
+def _sample_count(inputs: Inputs, outputs: Sequence[Tensor]) -> int:
+    """Return the number of samples: the largest first size that inputs and outputs share; anchors have another."""
+    given = {len(x) for x in tensors_of(inputs) if x.ndim}
+    made = {len(x) for x in outputs if x.ndim}
+    return max(given & made or made, default=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """The page of a verified file: accuracy, size, latency, integers tensor by tensor, and the plan."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -62,7 +63,8 @@ def _verdict(report: Report, accuracy: Mapping[str, float]) -> str:
     if "float" in accuracy and len(accuracy) > 1:
         last = list(accuracy)[-1]
         change = accuracy[last] - accuracy["float"]
-        drop = f"; accuracy {last} is {accuracy[last]:.2f} %, {change:+.2f} against float"
+        if math.isfinite(change):
+            drop = f"; accuracy {last} is {accuracy[last]:.2f} %, {change:+.2f} against float"
     if report.findings:
         return f"The file differs from the simulation{drop}."
     ran = f"{report.integer_layers} of {report.quantizable_layers} layers run in integers"
