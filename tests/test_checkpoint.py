@@ -22,6 +22,9 @@ class Net(nn.Module):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(1, width, 3), nn.BatchNorm2d(width)
         self.fc = nn.Linear(width, 3)
+        self.register_buffer(
+            "phases", torch.polar(torch.ones(3), torch.arange(3.0))
+        )  # a complex one, that nothing reads
 
     def forward(self, x):
         return self.fc(F.relu(self.norm(self.conv(x))).mean((2, 3)))
@@ -137,3 +140,14 @@ def test_a_learned_zero_point_may_lie_far_beyond_the_grid(tmp_path):
     qmodel.quantizers.get_submodule("1_gelu").zero_point.data.fill_(400.0)
     save(qmodel, tmp_path / "m.safetensors")
     assert torch.equal(load(tmp_path / "m.safetensors", model, x)(x), qmodel(x))
+
+
+def test_a_model_that_was_converted_is_loaded_in_its_precision(tmp_path):
+    x = torch.randn(4, 1, 8, 8)
+    model = Net().eval()
+    qmodel = calibrate(prepare(model, x), [x]).bfloat16()
+    save(qmodel, tmp_path / "m.safetensors")
+    for float_model in (model, Net().bfloat16()):
+        again = load(tmp_path / "m.safetensors", float_model, x.to(next(float_model.parameters()).dtype))
+        assert again.conv.weight.dtype == torch.bfloat16
+        assert torch.equal(again(x.bfloat16()), qmodel.eval()(x.bfloat16()))

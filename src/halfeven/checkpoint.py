@@ -26,6 +26,8 @@ from halfeven.zoo.weights import key_differences
 FORMAT = "1"
 """Version of the files' layout; a file of another version is refused."""
 
+CONVERSIONS = {torch.bfloat16: nn.Module.bfloat16, torch.float16: nn.Module.half, torch.float64: nn.Module.double}
+
 
 @checked_arguments(CheckpointError)
 def save(qmodel: nn.Module, path: str | Path, extra: dict[str, Any] | None = None) -> None:
@@ -80,10 +82,23 @@ def restore(path: str | Path, rebuild: Callable[[Plan], nn.Module]) -> nn.Module
             "model.weights."
         )
     qmodel = _rebuild_checked(read_plan(facts["plan"], Path(path)), rebuild, path)
+    _convert_like(qmodel, state)
     load_strictly(qmodel, without_own_tensors(state, qmodel), path)
     if problems := wrong_ranges(qmodel):
         raise _unusable_values(path, problems)
     return qmodel
+
+
+def _convert_like(qmodel: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give a model the precision of the weights in a file, in place, where all of them are in one: after `bfloat16()`.
+
+    A model is made in float32. Scales stay so, whatever the precision of the weights.
+    """
+    scales = tuple(f"{name}." for name in quantizers(qmodel))
+    names = [name for name, p in qmodel.named_parameters() if p.is_floating_point() and not name.startswith(scales)]
+    found = {state[name].dtype for name in names if name in state}
+    if len(found) == 1 and (convert := CONVERSIONS.get(found.pop())) is not None:
+        convert(qmodel)
 
 
 def without_own_tensors(state: dict[str, Tensor], qmodel: nn.Module) -> dict[str, Tensor]:
