@@ -1,4 +1,4 @@
-"""Find the arithmetic on coordinates of a detector: it stays in float, on every runtime.
+"""Find the arithmetic that stays in float on every runtime: that on a detector's coordinates, and that on parameters.
 
 A detector's last layers return offsets, distances or bins, from which operators compute boxes: products with strides
 and anchors, differences, expectations over bins. Coordinates need more than 8 bits: in an image of 640 pixels, a step
@@ -10,6 +10,7 @@ from torch import fx
 from halfeven.graph.layer_shapes import weight_shape
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.view import Op, kind_of
+from halfeven.placement.sources import sources
 
 K = OperatorKind
 
@@ -18,8 +19,10 @@ MOST_COORDINATES = 4
 
 
 def reason_for_float(node: fx.Node) -> str | None:
-    """Return why an operator on coordinates stays in float unless a rule quantizes it; None for other operators."""
+    """Return why an operator on coordinates or parameters stays in float, unless a rule quantizes it; else None."""
     kind = kind_of(node)
+    if reads_parameters(node):
+        return "it reads a parameter alone, whose numbers no quantizer makes integers"
     if kind in (K.ADD, K.MULTIPLY) and _decodes_outputs(node):
         return "it decodes results of the model, behind its last layers"
     if kind not in (K.CONVOLUTION, K.LINEAR):
@@ -29,6 +32,12 @@ def reason_for_float(node: fx.Node) -> str | None:
     if _reads_coordinates(node):
         return f"it reads {_input_size(node)} coordinates, which 8 bits would move"
     return None
+
+
+def reads_parameters(node: fx.Node) -> bool:
+    """Return True for a layer on parameters alone, such as the learned queries of a decoder or a table of positions."""
+    operand = node.args[0] if kind_of(node) in WEIGHTED else None
+    return isinstance(operand, fx.Node) and all(kind_of(source) is K.CONSTANT for source in sources(operand))
 
 
 def _decodes_outputs(node: fx.Node) -> bool:
