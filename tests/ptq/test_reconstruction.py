@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
-from halfeven.errors import AlgorithmError, CalibrationError, CheckpointError
+from halfeven.errors import AlgorithmError, CalibrationError, CheckpointError, HalfevenWarning
 from halfeven.layerwise.float_equivalence import float_function
 from halfeven.layerwise.sqnr import sqnr
 from halfeven.ptq.options import PTQOptions
@@ -303,3 +303,26 @@ def test_a_module_in_python_may_be_called_by_keywords():
     assert qmodel.graph.find_nodes(op="call_module", target="scaled")[0].kwargs == {"factor": 2.0}
     report = adaround(qmodel, images().split(16), options=QUICK)
     assert all(block.before > 10 for block in report.blocks)
+
+
+class WithFunctions(Net):
+    """A weight that is computed, and a weight that a function reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.free = nn.Parameter(self.fc.weight.detach().clone())
+
+    def forward(self, x):
+        stem = self.stem.weight - self.stem.weight.mean((1, 2, 3), keepdim=True)
+        x = F.relu(F.conv2d(x, stem, self.stem.bias, padding=1))
+        return F.linear(self.conv2(F.relu(self.conv1(x))).mean((2, 3)), self.free)
+
+
+def test_weights_without_a_module_are_named_in_the_report():
+    qmodel, lines = calibrated(net=WithFunctions), []
+    report = reconstruct(qmodel, images().split(16), options=QUICK, log=lines.append)
+    assert report.nearest == ("the weight of conv2d", "the weight of linear")
+    assert "2 weights keep rounding to nearest" in str(report)
+    assert "2 weights keep rounding to nearest" in lines[-1]
+    with pytest.warns(HalfevenWarning, match=r"the weight of conv2d, the weight of linear\."):
+        adaround(calibrated(net=WithFunctions), images().split(16), options=QUICK)

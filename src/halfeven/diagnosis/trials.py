@@ -123,7 +123,7 @@ def _recalibrate(qmodel: nn.Module, batches: Batches) -> None:
 def _learn_rounding(qmodel: nn.Module, batches: Batches) -> None:
     # `try_remedy` switches gradients off, and AdaRound learns by them.
     with torch.enable_grad():
-        adaround(qmodel, batches, options=PTQOptions(iterations=TRIAL_STEPS))
+        adaround(qmodel, batches, options=PTQOptions(iterations=TRIAL_STEPS), log=lambda text: None)
 
 
 def _options_text(changes: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ it; the target is the output of the float block at the same place. Only inputs a
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from halfeven.checked_arguments import checked_arguments
-from halfeven.errors import AlgorithmError, CalibrationError
+from halfeven.errors import AlgorithmError, CalibrationError, HalfevenWarning, named
 from halfeven.evaluation import evaluating
 from halfeven.graph.wrappers import unwrapped
 from halfeven.layerwise.activations import (
@@ -76,11 +77,21 @@ class ReconstructionReport:
     """Steps of each block."""
     bytes_on_disk: int = 0
     """Size of all stored activations that did not fit into the memory bound."""
+    nearest: tuple[str, ...] = ()
+    """Weights that keep rounding to nearest, because no convolution or linear module holds them."""
 
     def __str__(self) -> str:
         head = f"Reconstruction of {len(self.blocks)} blocks, {self.iterations} steps each:"
         disk = [f"  {self.bytes_on_disk / 1e9:.1f} GB of activations lay on the disk."] if self.bytes_on_disk else []
-        return "\n".join([head, *(f"  {block}" for block in self.blocks), *disk])
+        nearest = [f"  {_nearest_sentence(self.nearest)}"] if self.nearest else []
+        return "\n".join([head, *(f"  {block}" for block in self.blocks), *nearest, *disk])
+
+
+def _nearest_sentence(names: Sequence[str]) -> str:
+    return (
+        f"{len(names)} weight{'s keep' if len(names) > 1 else ' keeps'} rounding to nearest, computed by the model or "
+        f"read by a function rather than by a convolution or linear module: {named(names)}."
+    )
 
 
 @renamed_parameters(say="log", state="resume_dir")
@@ -176,7 +187,12 @@ def _reconstruct(
                 advance(report)
                 if log is not None:
                     log(f"  {report}")
-    return ReconstructionReport(tuple(reports), options.steps, cache.on_disk)
+    nearest = tuple(q.name for q in quantizers(qmodel).values() if q.weight and not q.state.fixed)
+    if nearest and log is not None:
+        log(f"  {_nearest_sentence(nearest)}")
+    elif nearest:
+        warnings.warn(_nearest_sentence(nearest), HalfevenWarning, stacklevel=3)
+    return ReconstructionReport(tuple(reports), options.steps, cache.on_disk, nearest)
 
 
 def _reconstruct_region(
