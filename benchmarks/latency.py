@@ -234,10 +234,18 @@ def opened(job: Job, target: str) -> tuple[dict[str, Opener], dict[str, str]]:
     return files, failed
 
 
+LEAST_SECONDS = 3.0
+"""Time that the rounds of small networks fill, whose single runs say little."""
+MOST_ROUNDS = 300
+
+
 def timed(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """The milliseconds of each file in each round; two rounds before do not count."""
+    """The milliseconds of each file in each round, of which small networks have more; two before do not count."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(2 + rounds):
+    begun = time.perf_counter()
+    for turn in range(2 + max(rounds, MOST_ROUNDS)):
+        if turn >= 2 + rounds and time.perf_counter() - begun > LEAST_SECONDS:
+            break
         for name, run in runs.items():
             start = time.perf_counter()
             run()
@@ -253,6 +261,7 @@ def compared(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
         low, middle, high = statistics.quantiles([a / b for a, b in zip(own, times["float"], strict=True)], n=4)
         found[name] = {
             "ms": round(statistics.median(own), 3),
+            "rounds": len(own),
             "over float": round(middle, 3),
             "from": round(low, 3),
             "to": round(high, 3),

@@ -65,29 +65,39 @@ def test_averages_are_those_of_integers(ratio, zero_point, tmp_path):
 class Clipped(nn.Module):
     """Functions of tensors that have integers already: their other reader has them quantized before the clip."""
 
-    def __init__(self):
+    def __init__(self, signed):
         super().__init__()
         self.stem, self.other = conv(3), conv(8, 4, 1)
         self.befores = nn.ModuleList([nn.Identity(), nn.MaxPool2d(2), nn.Upsample(scale_factor=2)])
         self.pools = nn.ModuleList([nn.AvgPool2d(2), nn.AvgPool2d(3, 2, 1, count_include_pad=False)])
         self.ceil = nn.AvgPool2d(2, ceil_mode=True)
         self.means = nn.ModuleList([nn.AdaptiveAvgPool2d(1)])
-        self.readers = nn.ModuleList(conv(8, 2, 1) for _ in range(2 * len(self.befores) + 5 * 2 + 5 + 1))
+        self.readers = nn.ModuleList(conv(8, 2, 1) for _ in range(2 * len(self.befores) + 5 * 2 + 5 + 1 + 11))
+        self.signed = signed
 
     def forward(self, x):
         x = self.stem(x)
+        x = x if self.signed else F.relu(x)
         clips = [nn.Hardtanh(-0.23, 0.31), nn.ReLU6()]
         others = [nn.Identity(), nn.ReLU(), nn.LeakyReLU(0.1)]
         found = [clip(before(x) * 1.7) for before in self.befores for clip in clips]
         found += [act(pool(x)) for pool in (*self.pools, *self.means) for act in (*clips, *others)]
         found.append(self.ceil(x))
+        # One average for each reader: where one reads bytes, all do.
+        first, second, third, fourth = (F.avg_pool2d(x, kernel, 2) for kernel in ((3, 2), 3, 4, 5))
+        found += [x.clamp(-0.4, 0.5).clamp(-0.23, 0.31), x.clamp(max=0.31), x.clamp(max=0.31).clamp(-0.2, 0.7)]
+        found += [F.relu(x).clamp(max=0.31), F.relu(x.clamp(-0.2, 0.7)), F.relu6(x).clamp(-0.2, 0.7), -x]
+        found += [-first, second * 2, (third * -1.3).clamp(-0.2, 0.25), fourth.clamp(-0.2, 0.25).clamp(-0.1, 0.15)]
         return self.other(x), [read(y) for read, y in zip(self.readers, found, strict=True)]
 
 
-@pytest.mark.parametrize("scheme", sweep(("w7a7", "w7a8"), "w7a7"))
-def test_clips_and_averages_of_integers_stop_at_bytes(scheme, tmp_path):
+@pytest.mark.parametrize(
+    ("scheme", "signed"),
+    sweep(itertools.product(("w7a7", "w7a8"), (True, False)), ("w7a7", True), ("w7a8", False)),
+)
+def test_clips_and_averages_of_integers_stop_at_bytes(scheme, signed, tmp_path):
     torch.manual_seed(0)
-    qmodel, batches = quantized(Clipped(), (4, 3, 24, 24), scheme=scheme)
+    qmodel, batches = quantized(Clipped(signed), (4, 3, 24, 24), scheme=scheme)
     batches = [2 * batch for batch in batches]
     he.export(qmodel, tmp_path / "model.xml")
     report = he.verify(qmodel, tmp_path / "model.xml", batches, timed=False)

@@ -18,7 +18,8 @@ def _average_grid(node: fx.Node) -> GridRequirement:
 def _rounds_average(average: fx.Node) -> bool:
     """Return True where an average of integers is rounded to an integer for a reader that computes with bytes.
 
-    Such readers are a BatchNorm, a leaky ReLU, and a sum or product with another tensor or with itself.
+    Such readers are a BatchNorm, a leaky ReLU, a negative factor, and a sum or product with another tensor or with
+    itself.
 
     A BatchNorm that alone reads the average becomes a part of the quantizer behind, and nothing is rounded; but not one
     behind a pool of sequences, which is a pool of images and a reshape there.
@@ -28,7 +29,8 @@ def _rounds_average(average: fx.Node) -> bool:
     of_sequences = row.window == 1 and not row.adaptive
     if normalized and not of_sequences:
         return False
-    return _read_as_bytes(average) or (is_integer_pool(average) and any(map(_is_leaky, average.users)))
+    own_operators = any(_is_leaky(user) or _is_negative(user) for user in average.users)
+    return _read_as_bytes(average) or (is_integer_pool(average) and own_operators)
 
 
 def is_integer_pool(average: fx.Node) -> bool:
@@ -39,6 +41,13 @@ def is_integer_pool(average: fx.Node) -> bool:
 
 def _is_leaky(node: fx.Node) -> bool:
     return kind_of(node) is K.ACTIVATION and Op(node).row.homogeneous and Op(node).bounds is None
+
+
+def _is_negative(node: fx.Node) -> bool:
+    """Return True for a product with a negative number, which no quantizer takes in."""
+    if Op(node).name == "neg":
+        return True
+    return kind_of(node) is K.MULTIPLY and any(isinstance(x, int | float) and x < 0 for x in node.args)
 
 
 def _read_as_bytes(node: fx.Node) -> bool:

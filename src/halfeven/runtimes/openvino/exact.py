@@ -5,7 +5,6 @@ tests. Operators that the plugin computes in float are computed by the plugin it
 """
 
 import dataclasses
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from halfeven.graph.torch_private import pytree
 from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.runtimes.cpu import has_avx512_vnni
 from halfeven.runtimes.float_operators import FloatOperators, needs_runtime_kernel
+from halfeven.runtimes.openvino.clips import Clipped, clipped, read_by_quantizer
 from halfeven.runtimes.openvino.exact_values import Accumulator, Average, Codes, FakeQuantizeRange, Scaled, ScaledSum
 from halfeven.runtimes.openvino.kernels_between import KernelsBetween
 from halfeven.runtimes.openvino.layers import OpenVINOLayer
@@ -111,17 +111,26 @@ class OpenVINOInterpreter(fx.Interpreter):
         first, second = (x.limits.scale for x in args[:2])
         return Accumulator(sums.float(), first * second, (first, second))
 
-    def _scale_by_number(self, node: fx.Node, args: Any, kwargs: Any) -> Accumulator | Scaled | None:
+    def _negate(self, node: fx.Node, args: Any, kwargs: Any) -> Scaled | Average | None:
+        """Multiply integers, or an average of them, by -1."""
+        x = args[0]
+        if isinstance(x, Average) and x.of_window:
+            return dataclasses.replace(x, factor=-x.factor)
+        return Scaled(-x.real(), x, -x.limits.scale) if isinstance(x, Codes) else None
+
+    def _scale_by_number(self, node: fx.Node, args: Any, kwargs: Any) -> Accumulator | Scaled | Average | None:
         """Multiply or divide by a number: the scale of integers takes it in.
 
         Of products of activations the plugin moves it to the second factor, unless something else reads the products.
         """
         x, number = args
         product = node.all_input_nodes[0]
-        if not isinstance(x, Codes | Accumulator) or not isinstance(number, int | float) or number == 0:
+        if not isinstance(x, Codes | Accumulator | Average) or not isinstance(number, int | float) or number == 0:
             return None
         factor = torch.tensor(float(number))
         factor = 1 / factor if node.target is torch.ops.aten.div.Tensor else factor
+        if isinstance(x, Average):
+            return dataclasses.replace(x, factor=x.factor * factor) if x.of_window else None
         if isinstance(x, Codes):
             return Scaled(self._run_on(node, (x.real(), number), kwargs), x, x.limits.scale * factor)
         if x.scales is None or kind_of(product) is not OperatorKind.MATMUL or len(product.users) != 1:
@@ -178,10 +187,8 @@ class OpenVINOInterpreter(fx.Interpreter):
             if Op(node).row.homogeneous and isinstance(x, ScaledSum):
                 return dataclasses.replace(x, values=self._run_on(node, (x.values, *args[1:]), kwargs))
             return None
-        if isinstance(x, Average) and x.of_window:
-            return _clip_average(node, x, bounds)
-        if isinstance(x, Codes | Scaled) and _has_both_ends(bounds):
-            return _clip_in_units(x, bounds)
+        if _counts_in_bytes(x):
+            return clipped(x, node, bounds)
         if not isinstance(x, ScaledSum | Accumulator):
             return None
         # No clip is left of it where the quantizer that reads it clips as much or more.
@@ -195,8 +202,10 @@ class OpenVINOInterpreter(fx.Interpreter):
         if quantizer.weight:
             return quantizer(x)
         limits = self._limits_of(node, quantizer)
-        # The clamp of a grid narrower than 8 bits, which stands before its quantizer in the file.
-        if quantizer.bounds is not None:
+        # The clamp of a grid narrower than 8 bits stands before its quantizer in the file.
+        if _counts_in_bytes(x):
+            x = read_by_quantizer(x, limits, quantizer.bounds)
+        elif quantizer.bounds is not None:
             x = _clip_in_units(x, quantizer.bounds)
         # Where the kernel of a convolution takes in the sum behind, the file as users run it does not round.
         unrounded = None
@@ -256,6 +265,7 @@ RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
     OperatorKind.MATMUL: OpenVINOInterpreter._multiply_tensors,
     OperatorKind.ADD: OpenVINOInterpreter._add_tensors,
     **dict.fromkeys(SCALINGS, OpenVINOInterpreter._scale_by_number),
+    torch.ops.aten.neg.default: OpenVINOInterpreter._negate,
     OperatorKind.AVERAGE: OpenVINOInterpreter._average_codes,
     OperatorKind.ACTIVATION: OpenVINOInterpreter._activate,
     torch.ops.halfeven.branch_of_sum.default: OpenVINOInterpreter._unmark_branch,
@@ -276,13 +286,9 @@ def _is_computed_between(quantizer: fx.Node, x: Any) -> bool:
     return isinstance(x, Accumulator) and x.scales is not None
 
 
-def _clip_average(node: fx.Node, average: Average, bounds: tuple[float, float]) -> Average | Tensor:
-    """Clip an average: in the pool's kernel where the next quantizer joins the clip, else in a kernel of bytes.
-
-    Such a kernel reads rounded averages.
-    """
-    read = average.rounded() if _joined_quantizer(node) is None else average
-    return read.clipped(bounds) if _has_both_ends(bounds) else read.real().clamp(*bounds)
+def _counts_in_bytes(x: Any) -> bool:
+    """Return True for integers, also times a number or behind clips, and for averages over windows of integers."""
+    return isinstance(x, Codes | Scaled | Clipped) or (isinstance(x, Average) and x.of_window)
 
 
 def _joined_quantizer(clip: fx.Node) -> ExportedQuantizer | None:
@@ -291,17 +297,8 @@ def _joined_quantizer(clip: fx.Node) -> ExportedQuantizer | None:
     return None if quantizer is None or quantizer.bounds is not None else quantizer
 
 
-def _has_both_ends(bounds: tuple[float, float]) -> bool:
-    """Return True for a clip at both ends, which is a single operator in the file and clips bytes as such."""
-    return all(map(math.isfinite, bounds))
-
-
 def _clip_in_units(x: Any, bounds: tuple[float, float]) -> Any:
     """Clip values in their own units, where all channels have the same unit or the bounds are the same in all units."""
-    if isinstance(x, Codes | Scaled):
-        return (x.scaled if isinstance(x, Codes) else x).clipped(bounds)
-    if isinstance(x, Average):
-        return x.clipped(bounds)
     if not isinstance(x, ScaledSum | Accumulator):
         return real_values(x).clamp(*bounds)
     # A unit is positive: the clip at a bound is the clip of the values at the bound over the unit. Bounds of 0 and

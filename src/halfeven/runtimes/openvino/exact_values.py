@@ -4,7 +4,7 @@ Every form has `real()`, its values, and `codes(limits)`, the integers of a quan
 is exactly half-way lands depends on the order of the float32 operations, so each form has an order of its own.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -191,6 +191,11 @@ class Scaled(Simulated):
             self.integers.values if limits.is_left_out(self.integers.limits, self.unit) else limits.codes(self.values)
         )
 
+    @property
+    def is_without_zero_point(self) -> bool:
+        """Bytes of 0 represent 0, and larger bytes larger numbers."""
+        return bool(self.unit > 0) and not bool(self.integers.limits.zero_byte)
+
     def clipped(self, bounds: tuple[float, float]) -> "Scaled":
         """Clip the bytes to those that lie between the bounds."""
         limits = self.integers.limits
@@ -216,13 +221,28 @@ class Average(Simulated):
     limits: FakeQuantizeRange
     of_window: bool
     """True for a pool with a window, whose result the plugin takes for bytes where it clips them; a mean is float32."""
+    factor: Tensor = field(default_factory=lambda: torch.tensor(1.0))
+    """A number that the averages are multiplied by; the plugin moves it into the quantizer unless it is negative."""
+
+    @property
+    def unit(self) -> Tensor:
+        return self.limits.scale * self.factor
+
+    @property
+    def is_positive(self) -> bool:
+        return bool(self.factor > 0)
 
     def real(self) -> Tensor:
-        return (self.values - self.limits.zero_byte) * self.limits.scale
+        return (self.values - self.limits.zero_byte) * self.unit
 
     def codes(self, limits: FakeQuantizeRange) -> Tensor:
-        """Return codes with the limits moved to the bytes: with the same scale before and after, ties stay ties."""
-        return limits.moved(self.limits.scale, self.limits.zero_byte).codes(self.values)
+        """Return codes with the limits moved to the bytes: with the same scale before and after, ties stay ties.
+
+        A negative factor is an operator of its own, which reads bytes.
+        """
+        if not self.is_positive:
+            return limits.codes(self.rounded().real())
+        return limits.moved(self.unit, self.limits.zero_byte).codes(self.values)
 
     def rounded(self) -> "Average":
         """Return the averages as a kernel reads them that takes bytes."""
@@ -230,7 +250,8 @@ class Average(Simulated):
 
     def clipped(self, bounds: tuple[float, float]) -> "Average":
         """Clip averages to the bounds, in bytes; where they count as bytes, to the bytes between the bounds."""
-        low, high = (_byte_of(bound, self.limits.scale, self.limits) for bound in bounds)
+        first, second = (_byte_of(bound, self.unit, self.limits) for bound in bounds)
+        low, high = torch.minimum(first, second), torch.maximum(first, second)
         if self.of_window:
             low, high = low.ceil(), high.floor()
         return replace(self, values=self.values.clamp(low, high))
