@@ -3,16 +3,15 @@
 import timm
 from torch import nn
 
-from halfeven.cli.float_model import float_model_of
+from halfeven.cli.float_model import float_model_of, loads_own_weights
 from halfeven.cli.test import _recorded_metrics
 from halfeven.config import DataOptions, Experiment, ModelOptions, TrainingOptions
 
 
-def found(checkpoint, epochs=0, **model):
+def experiment(epochs=0, **model):
     options = {"source": "callable", "name": "torch.nn:Identity"} | model
-    pretraining = TrainingOptions(epochs=epochs)
-    data = DataOptions(source="digits")
-    return float_model_of(Experiment(model=ModelOptions(**options), data=data, pretraining=pretraining), checkpoint)
+    data, pretraining = DataOptions(source="digits"), TrainingOptions(epochs=epochs)
+    return Experiment(model=ModelOptions(**options), data=data, pretraining=pretraining)
 
 
 def test_a_library_whose_weights_cannot_be_downloaded(tmp_path, monkeypatch):
@@ -24,16 +23,19 @@ def test_a_library_whose_weights_cannot_be_downloaded(tmp_path, monkeypatch):
         return nn.Linear(2, 2)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    model, has_weights = found(tmp_path / "best.safetensors", source="timm", name="resnet18", weights="pretrained")
+    made = experiment(source="timm", name="resnet18", weights="pretrained")
+    model, has_weights = float_model_of(made, tmp_path / "best.safetensors")
     assert isinstance(model, nn.Linear)
     assert not has_weights
 
 
-def test_a_function_may_load_weights_itself(tmp_path):
-    checkpoint = tmp_path / "best.safetensors"
-    assert found(checkpoint)[1]
-    assert not found(checkpoint, weights="gone.pth")[1]
-    assert not found(checkpoint, epochs=2)[1], "the weights of the float training are gone"
+def test_weights_that_are_gone_are_not_taken_for_those_of_the_users_function(tmp_path):
+    """A diagnosis would compare with random numbers."""
+    for changes in ({"weights": "gone.pth"}, {"epochs": 2}):
+        made = experiment(**changes)
+        assert not float_model_of(made, tmp_path / "best.safetensors")[1]
+        assert not loads_own_weights(made)
+    assert loads_own_weights(experiment())
 
 
 def test_what_halfeven_save_was_given_is_no_table():

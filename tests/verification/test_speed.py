@@ -45,6 +45,11 @@ def test_a_profile_in_which_kernels_were_interrupted_is_made_again():
     assert len(file.profiles) == 1, "what adds up is not made again"
 
 
+def test_a_profile_that_lacks_a_kernel_is_left_out():
+    file = Profiled((0.1, 0.2, 9.0), (0.1, 5.0), (0.2, 0.1, 0.3))
+    assert [kernel.milliseconds for kernel in steady_kernel_times(file, [X], whole=0.7)] == [0.1, 0.1, 0.3]
+
+
 def test_the_file_is_compared_with_the_precision_that_it_replaces():
     found = slower_than_float(LayerTimes(deployed=8.0, float32=10.0, float_default=6.0))
     assert len(found) == 1

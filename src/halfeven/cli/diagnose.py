@@ -8,7 +8,7 @@ from torch import nn
 
 from halfeven.checkpoint import read_facts
 from halfeven.cli.arguments import ConfigArguments, OptionalCheckpoint
-from halfeven.cli.float_model import check_has_weights, float_model_of
+from halfeven.cli.float_model import check_has_weights, float_model_of, loads_own_weights
 from halfeven.cli.quantization_run import check_single_process
 from halfeven.cli.results import write_json
 from halfeven.cli.run import RunContext, open_run
@@ -78,7 +78,7 @@ def run_diagnose(arguments: DiagnoseArguments) -> None:
 def _models_of_checkpoint(context: RunContext, checkpoint: Path) -> tuple[nn.Module, nn.Module]:
     """Return the quantized model of a checkpoint, and the float model."""
     model, has_weights = float_model_of(context.experiment, checkpoint)
-    if not has_weights:
+    if not (has_weights or loads_own_weights(context.experiment)):
         raise ConfigError(
             f"The float model's weights are not at hand, so the outputs of {checkpoint} cannot be compared with its "
             "outputs. Give model.weights, or keep the folder float/ beside the checkpoint."

@@ -80,5 +80,10 @@ def float_model_of(experiment: Experiment, checkpoint: Path) -> tuple[nn.Module,
     # The file that the run started from may be gone; the quantized model's weights are in the checkpoint.
     if options.weights and not Path(options.weights).is_file():
         return create_model(dataclasses.replace(options, weights="")), False
-    # A function of the user's may load weights itself.
-    return create_model(options), bool(options.weights) or options.source == "callable"
+    return create_model(options), bool(options.weights)
+
+
+def loads_own_weights(experiment: Experiment) -> bool:
+    """Return True where only the user's function can know whether its model has weights."""
+    options = experiment.model
+    return options.source == "callable" and not options.weights and not experiment.pretraining.epochs
