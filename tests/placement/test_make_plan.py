@@ -690,18 +690,20 @@ def test_the_plan_names_all_that_multiplies_and_nothing_that_computes_nothing(ta
 
 
 class Queries(nn.Module):
-    """Learned queries through layers of their own; one of them reads a tensor too."""
+    """Learned queries through layers of their own, or joined to a tensor; one of the layers reads a tensor too."""
 
     def __init__(self):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(5, 8))
-        self.alone, self.both, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.alone, self.both, self.joined, self.last = (nn.Linear(8, 8) for _ in range(4))
 
     def forward(self, x):
-        return self.last(self.both(x) @ (self.alone(self.queries) + self.both(self.queries)).T @ self.queries)
+        y = self.both(x) @ (self.alone(self.queries) + self.both(self.queries)).T @ self.queries
+        return self.last(y), self.joined(torch.cat([self.queries.expand(x.shape[0], -1, -1), x], 1))
 
 
-def test_a_layer_on_parameters_alone_stays_in_float_and_the_plan_says_so():
+def test_a_layer_on_parameters_stays_in_float_and_the_plan_says_so():
     planned = plan(Queries(), (2, 5, 8))
     assert [weight.name for weight in planned.weights] == ["both", "last"]
-    assert next(left.reason for left in planned.left if left.name == "alone").startswith("it reads a parameter alone")
+    said = {left.name: left.reason for left in planned.left}
+    assert all(said[name].startswith("it reads a parameter") for name in ("alone", "joined"))

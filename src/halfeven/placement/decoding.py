@@ -22,7 +22,7 @@ def reason_for_float(node: fx.Node) -> str | None:
     """Return why an operator on coordinates or parameters stays in float, unless a rule quantizes it; else None."""
     kind = kind_of(node)
     if reads_parameters(node):
-        return "it reads a parameter alone, whose numbers no quantizer makes integers"
+        return "it reads a parameter, alone or joined to a tensor, and no quantizer makes integers of that"
     if kind in (K.ADD, K.MULTIPLY) and _decodes_outputs(node):
         return "it decodes results of the model, behind its last layers"
     if kind not in (K.CONVOLUTION, K.LINEAR):
@@ -35,9 +35,9 @@ def reason_for_float(node: fx.Node) -> str | None:
 
 
 def reads_parameters(node: fx.Node) -> bool:
-    """Return True for a layer on parameters alone, such as the learned queries of a decoder or a table of positions."""
+    """Return True for a layer on parameters, such as the learned queries of a decoder, or a token joined to others."""
     operand = node.args[0] if kind_of(node) in WEIGHTED else None
-    return isinstance(operand, fx.Node) and all(kind_of(source) is K.CONSTANT for source in sources(operand))
+    return isinstance(operand, fx.Node) and any(kind_of(source) is K.CONSTANT for source in sources(operand))
 
 
 def _decodes_outputs(node: fx.Node) -> bool:
