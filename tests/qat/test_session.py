@@ -149,6 +149,8 @@ def test_an_iterator_of_batches_lasts_for_the_whole_training():
     _, qmodel, session = made("w4a8", loader=iter([X]), progress="on")
     train(qmodel, session, 0, 8)  # each stage calibrates
     session.before_validation(qmodel)
+    assert session.bit_schedule.is_over
+    assert all(quantizer.state.has_range for quantizer in quantizers(qmodel).values())
 
 
 def test_a_model_with_more_bits_than_its_plan_is_not_saved(tmp_path):
