@@ -26,7 +26,7 @@ there."""
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What was measured of the file."""
+    """Measurements of a model's file in its runtime."""
 
     notes: tuple[str, ...] = ()
     latency_ms: dict[str, float] = field(default_factory=dict)

@@ -16,8 +16,8 @@ MAX_KERNELS_PER_FUNCTION = 64
 """Largest number of compiled variants of a function, where this version of torch takes a limit."""
 
 UNFUSED_NUMBERS = 2**29
-"""Numbers that go through plain functions before kernels are built for them. Building takes about six seconds, in which
-a thread fake-quantizes as many without."""
+"""Numbers that go through plain functions before kernels are built for them. The first kernels of a process take about
+five seconds to build, about as long as a thread needs to fake-quantize so many numbers without them."""
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +63,15 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fused_once_worthwhile(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
-    """Return the function as a kernel where this process trains, has built others or has computed many numbers without.
+    """Return the function as a kernel, or unchanged where a kernel would take longer to build than it saves.
 
-    Quantizing a model once takes less time than building the kernels for it; training takes many steps.
+    Quantizing a model once takes less time than building the kernels for it; training takes many steps. So the function
+    is fused for a tensor whose gradient is needed, in a process that has built kernels before, and once
+    `UNFUSED_NUMBERS` have gone through plain functions.
 
     Args:
         function: see `fused`; its results are the same with and without a kernel, bit for bit.
-        x: the tensor that it is going to read; training needs its gradient.
+        x: the tensor that it is going to read.
     """
     global _unfused
     if torch.compiler.is_compiling() or _works is False:

@@ -207,6 +207,8 @@ class _FakeQuantize(torch.autograd.Function):
             # A view, so that autograd attaches this function to the result and not to the cached tensor.
             return precomputed.view_as(precomputed)
         rows, restore = _view_as_rows(x, axis)
+        # Gradients are off in here, in training too, so the first forward pass of a process may run unfused; its
+        # backward pass builds kernels.
         return restore(fused_once_worthwhile(_quantize_forward, x)(rows, scale, zero_point, forward))
 
     @staticmethod

@@ -326,8 +326,7 @@ class Quantizer(nn.Module):
         self._store_range(scale, zero_point)
 
     def _present_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        range_of = fused_once_worthwhile(_range_of, x)
-        scale, zero_point = range_of(rows(self._channels_first(x)), self.scheme)
+        scale, zero_point = fused_once_worthwhile(_range_of, x)(rows(self._channels_first(x)), self.scheme)
         return scale.reshape(self.scale.shape), zero_point.reshape(self.scale.shape)
 
     def _gradient_factor(self, x: Tensor) -> float:
