@@ -5,9 +5,13 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 WIDTH = 80
 """Columns of a printed text: the narrowest usual terminal."""
+
+WIDE = 120
+"""Columns of a long table in a notebook, which scrolls."""
 
 HTML = '<pre style="white-space:pre;overflow-x:auto;line-height:normal">{code}</pre>'
 
@@ -43,6 +47,23 @@ def _silent_console(width: int, **options: Any) -> Console:
     )
 
 
+def text_as_html(text: str) -> str:
+    """Return a printed text as HTML, for a notebook."""
+    return as_html(Text(text), max(map(len, text.splitlines()), default=1))
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural where it is not one."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def percent(share: float, digits: int) -> str:
+    """Return a share as a percentage, which is rounded down near the whole: 100 stands for all of it."""
+    rounded = f"{100 * share:.{digits}f}"
+    short_of_all = share < 1 and float(rounded) >= 100
+    return f"{100 - 10.0**-digits:.{digits}f} %" if short_of_all else f"{rounded} %"
+
+
 class Shown:
     """A table to print: as text of `WIDTH` columns, on a rich console, or in a notebook."""
 
@@ -56,4 +77,4 @@ class Shown:
         return self.content
 
     def _repr_html_(self) -> str:
-        return as_html(self.content)
+        return as_html(self.content, WIDE)

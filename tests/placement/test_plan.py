@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from torch import nn
 
 from halfeven.errors import ConfigError
@@ -30,8 +31,8 @@ block  layers  weight bits  act. bits  in float
 0           1            4                    0
 3           1            4          8         0
 
-in float         because
-1 layer results  an output of the model: 4.adaptive_avg_pool2d
+in float        because
+1 layer result  an output of the model: 4.adaptive_avg_pool2d
 print(plan.table()) lists every tensor, and all that is in float."""
     )
 
@@ -126,6 +127,26 @@ class Gate(nn.Conv2d):
 
     def forward(self, x):
         return super().forward(self.up(self.middle(self.down(x).relu()).relu()))
+
+
+def test_one_layer_is_no_plural_and_a_short_summary_gives_all_reasons():
+    made = plan(nn.Sequential(conv(3), nn.ReLU()))
+    assert "1 quantized layer, 1 quantized activation, 1 operator in float" in str(made)
+    text = str(plan(Reasons(), (2, 3, 8, 8), rules=(Rule(pattern="last", quantize=False),)))
+    assert "other reason" not in text
+
+
+class Reasons(nn.Module):
+    """Operators in float for five reasons."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = conv(3), conv(8, 4)
+        self.register_buffer("bands", torch.rand(8, 8))
+
+    def forward(self, x):
+        x = torch.log(self.bands @ self.first(x).relu().erf().sum(1, keepdim=True).expand(-1, 8, -1, -1).square() + 1)
+        return self.last(x.softmax(1))
 
 
 def test_layers_inside_of_a_layer_are_blocks_of_their_own():

@@ -33,56 +33,56 @@ COMMANDS = (
     Command(
         name="train",
         takes="CONFIG",
-        summary="train a float model's quantized form, export and verify it",
+        summary="train a quantized model, export and verify it",
         arguments="halfeven.cli.train:TrainArguments",
         run="halfeven.cli.train:run_train",
     ),
     Command(
         name="ptq",
         takes="CONFIG",
-        summary="quantize a float model without training, export and verify it",
+        summary="quantize without training, export and verify",
         arguments="halfeven.cli.ptq:PtqArguments",
         run="halfeven.cli.ptq:run_ptq",
     ),
     Command(
         name="search",
         takes="CONFIG",
-        summary="find the cheapest plan within a budget, export and verify it",
+        summary="find the cheapest plan within a budget, export it",
         arguments="halfeven.cli.search:SearchArguments",
         run="halfeven.cli.search:run_search",
     ),
     Command(
         name="test",
         takes="CONFIG CKPT",
-        summary="show float, simulated and deployed accuracy in one table",
+        summary="print float, simulated and deployed accuracy",
         arguments="halfeven.cli.test:TestArguments",
         run="halfeven.cli.test:run_test",
     ),
     Command(
         name="export",
         takes="CONFIG CKPT",
-        summary="write the deployable files of a checkpoint, and verify them",
+        summary="write a checkpoint's deployable files, verify them",
         arguments="halfeven.cli.export:ExportArguments",
         run="halfeven.cli.export:run_export",
     ),
     Command(
         name="verify",
         takes="CONFIG CKPT FILE",
-        summary="compare a deployed file with its checkpoint, in the runtime",
+        summary="run a file and compare it with its checkpoint",
         arguments="halfeven.cli.verify:VerifyArguments",
         run="halfeven.cli.verify:run_verify",
     ),
     Command(
         name="diagnose",
         takes="CONFIG [CKPT]",
-        summary="say where the accuracy goes, and what brings it back",
+        summary="say where accuracy goes, and what brings it back",
         arguments="halfeven.cli.diagnose:DiagnoseArguments",
         run="halfeven.cli.diagnose:run_diagnose",
     ),
     Command(
         name="init",
         takes="[FOLDER]",
-        summary="write the quickstart's config and the recipes into a folder",
+        summary="write the quickstart's config and all recipes",
         arguments="halfeven.cli.init:InitArguments",
         run="halfeven.cli.init:run_init",
     ),
@@ -166,7 +166,7 @@ def _run_stoppable(command: Command, arguments: Any) -> int:
 def usage() -> str:
     """Return the text of `halfeven --help`."""
     width = max(len(f"{command.name} {command.takes}") for command in COMMANDS)
-    lines = [f"  halfeven {f'{command.name} {command.takes}':{width}}  {command.summary}" for command in COMMANDS]
+    lines = [f"  {f'{command.name} {command.takes}':{width}}  {command.summary}" for command in COMMANDS]
     return "\n".join(
         [
             "usage: halfeven COMMAND ... [OPTIONS]",

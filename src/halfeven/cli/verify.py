@@ -16,6 +16,7 @@ from halfeven.pipelines import load
 from halfeven.placement.insertion import plan_of
 from halfeven.reporting.page import charting_library
 from halfeven.reporting.verification_page import save_verification
+from halfeven.tables import percent
 from halfeven.verification.findings import OVERFLOWS
 from halfeven.verification.report import Report
 
@@ -99,8 +100,8 @@ def problems_of(report: Report, min_match: float | Auto, *, allow_float: bool) -
     least = _least_match(report) if min_match == "auto" else min_match
     if compared.alone_match < least:
         problems.append(
-            f"{100 * compared.alone_match:.4f} % of the integers equal the exact simulation, each layer alone; "
-            f"at least {100 * least:.4f} % are required. The first that differs is in {compared.first_difference}."
+            f"{percent(compared.alone_match, 4)} of the integers equal the exact simulation, each layer alone; "
+            f"at least {percent(least, 4)} are required. The first that differs is in {compared.first_difference}."
             + (f" {OVERFLOWS}" if report.overflows and not report.findings else "")
         )
     if report.float_layers and not allow_float:

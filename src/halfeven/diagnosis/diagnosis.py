@@ -11,6 +11,7 @@ from halfeven.files import json_value
 from halfeven.placement.options import Rule
 from halfeven.ptq.options import PTQOptions
 from halfeven.reporting.page import PageContents, save_page
+from halfeven.tables import text_as_html
 from halfeven.verification.layer_times import LayerTime
 
 TEXT_WIDTH = 80
@@ -28,11 +29,11 @@ class TensorDiagnosis:
     """The errors that quantization makes in a tensor, and their effect on the answers."""
 
     name: str
-    """Name of the activation in the plan, or of the layer."""
+    """Name of the activation in files and reports of `verify`, or of the layer."""
     weight: bool
     """True for the weight of the layer `name`."""
     places: tuple[str, ...]
-    """Names of the tensors that share the quantizer."""
+    """Names of the tensors that share the quantizer, as in the plan and in rules."""
     scheme: str
     bits: int
     observer: str
@@ -63,6 +64,11 @@ class TensorDiagnosis:
     largest: float = 0.0
     channel_largest: tuple[float, ...] = ()
     """Largest magnitude of each channel."""
+
+    @property
+    def title(self) -> str:
+        """Return the name that the plan prints: all its places."""
+        return " = ".join(self.places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +163,10 @@ class Diagnosis:
 
     def _page_contents(self) -> PageContents:
         values = self.to_dict()
-        by_name = {(tensor["name"], tensor["weight"]): tensor for tensor in values["tensors"]}
+        by_name = {
+            (tensor.name, tensor.weight): {**shown, "name": tensor.title}
+            for tensor, shown in zip(self.tensors, values["tensors"], strict=True)
+        }
         facts = {
             "SQNR of the outputs": f"{self.sqnr:.1f} dB",
             "error in their variation": f"{self.error_share:.2%}",
@@ -193,11 +202,14 @@ class Diagnosis:
         room = MAX_LINES - len(lines) - 2
         if self.tensors and room > 2:
             lines += ["", *self._tensor_lines(min(SHOWN_TENSORS, room - 1))]
-        for note in self.notes:
-            wrapped = _wrapped_lines(note)
+        for number, note in enumerate(self.notes):
+            wrapped = [*([] if number else [""]), *_wrapped_lines(note)]
             if len(lines) + len(wrapped) <= MAX_LINES:
                 lines += wrapped
         return "\n".join(line[:TEXT_WIDTH] for line in lines[:MAX_LINES])
+
+    def _repr_html_(self) -> str:
+        return text_as_html(str(self))
 
     def _measurement_lines(self) -> list[str]:
         agreement = "" if self.agreement is None else f", {self.agreement:.1%} of the top-1 answers the same"
@@ -214,7 +226,7 @@ class Diagnosis:
     def _tensor_lines(self, count: int) -> list[str]:
         rows = [f"{'most harmful tensors':34} {'bits':>4} {'in context':>10} {'alone':>9} {'SQNR':>6} {'clipped':>8}"]
         for tensor in self.tensors[:count]:
-            name = f"{tensor.name} (weight)" if tensor.weight else tensor.name
+            name = f"{tensor.title} (weight)" if tensor.weight else tensor.title
             name = name if len(name) <= 34 else "..." + name[-31:]
             rows.append(
                 f"{name:34} {tensor.bits:>4} {tensor.kl_in_context:>10.2g} {tensor.kl_alone:>9.2g} "

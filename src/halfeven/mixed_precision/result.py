@@ -18,6 +18,7 @@ from halfeven.placement.insertion import plan_of
 from halfeven.placement.options import Rule, rule_text
 from halfeven.quantization.own_class import plain_values
 from halfeven.reporting.page import save_page
+from halfeven.tables import text_as_html
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +91,9 @@ class SearchResult:
         lines += [f"{verdict} after {self.chosen} steps: {drop}{latency}.", *self.notes]
         lines += ["", "rules=(", *(f"    {rule_text(vars(rule))}," for rule in self.rules), ")"]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return text_as_html(str(self))
 
 
 def _compared_cost(step: SearchStep) -> tuple[float, float]:

@@ -354,9 +354,7 @@ def _reason_for_float(region: Region, node: fx.Node, rules: RuleBook) -> str | N
     """Return the reason why an operator computes in float, or its result is not quantized; None where neither holds."""
     kind = kind_of(node)
     if multiplies_in_float(node, region.computed):
-        return (
-            "halfeven has integers for layers and for products of two activations alone, and its products are neither"
-        )
+        return "only layers and products (matmul) of two activations become integers, and this is another product"
     reason = reason_for_float(node)
     in_float = not rules.quantizes(region.names[node], kind, reason is None)
     if node in region.requests:

@@ -25,7 +25,7 @@ from halfeven.placement.planned import PlannedWeight as PlannedWeight
 from halfeven.quantization.observers import own_observer
 from halfeven.quantization.own_class import plain_values
 from halfeven.quantization.scheme import Scheme
-from halfeven.tables import Shown, as_html, as_text
+from halfeven.tables import WIDE, Shown, as_html, as_text
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """Return the summary for a notebook, and all tables behind a click."""
-        whole = f"<details><summary>all tensors</summary>{as_html(whole_table(self))}</details>"
+        whole = f"<details><summary>all tensors</summary>{as_html(whole_table(self), WIDE)}</details>"
         return as_html(summary(self)) + whole
 
     def table(self) -> Shown:

@@ -12,7 +12,7 @@ from rich.text import Text
 from halfeven.placement.options import QuantizationOptions
 from halfeven.placement.planned import GraphChanges, LeftInFloat, PlannedTensor, PlannedWeight
 from halfeven.quantization.scheme import Scheme
-from halfeven.tables import as_text, table
+from halfeven.tables import as_text, counted, table
 
 T = TypeVar("T")
 
@@ -33,6 +33,7 @@ class Rows:
 
 
 SUMMARY_SIZES = (
+    Rows(5, 12, 8, 3),
     *(Rows(5, blocks, 4, 3) for blocks in range(12, 5, -1)),
     *(Rows(3, blocks, 3, 2) for blocks in range(12, 3, -1)),
     *(Rows(2, blocks, 2, 1) for blocks in range(6, 0, -1)),
@@ -106,8 +107,8 @@ def _title(plan: PlanLike) -> Group:
     options = plan.options
     computing, _ = _split_left_in_float(plan)
     first = f"Plan for {options.target}, {options.scheme}, {plan.ranges} ranges, BatchNorm {options.batchnorm}"
-    counts = f"{len(plan.weights)} quantized layers, {len(plan.tensors)} quantized activations"
-    return Group(Text(first, "bold"), Text(f"{counts}, {len(computing)} operators in float"))
+    quantized = f"{counted(len(plan.weights), 'quantized layer')}, {counted(len(plan.tensors), 'quantized activation')}"
+    return Group(Text(first, "bold"), Text(f"{quantized}, {counted(len(computing), 'operator')} in float"))
 
 
 def _note_lines(plan: PlanLike) -> list[str]:
@@ -212,13 +213,13 @@ def _float_table(plan: PlanLike, rows: int) -> Table:
     """Return the operators in float by reason, the most frequent first, with a name for an example."""
     computing, results = _split_left_in_float(plan)
     found = table("in float", "because")
-    for what, entries in (("operators", computing), ("layer results", results)):
+    for what, entries in (("operator", computing), ("layer result", results)):
         shown, rest = _cut_to_rows(Counter(entry.reason for entry in entries).most_common(), rows)
         for reason, number in shown:
             example = next(entry.name for entry in entries if entry.reason == reason)
-            found.add_row(f"{number} {what}", f"{reason}: {example}")
+            found.add_row(counted(number, what), f"{reason}: {example}")
         if rest:
-            found.add_row(f"{sum(number for _, number in rest)} {what}", f"for {len(rest)} other reasons")
+            found.add_row(counted(sum(number for _, number in rest), what), f"for {len(rest)} other reasons")
     return found
 
 

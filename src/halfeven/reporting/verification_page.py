@@ -8,6 +8,7 @@ from typing import Any
 
 from halfeven.placement.plan import Plan
 from halfeven.reporting.page import PageContents, save_page
+from halfeven.tables import percent
 from halfeven.verification.report import Report
 
 
@@ -76,9 +77,9 @@ def _headline_figures(report: Report) -> dict[str, str]:
     compared = report.float32_session or report
     found = {
         "samples": str(report.samples),
-        f"integers equal{in_float32}, each layer alone": f"{100 * compared.alone_match:.4f} %",
-        "work in integers": f"{100 * report.integer_macs:.1f} %",
-        "same top-1 as the simulation": f"{100 * report.float_simulation_top1_agreement:.2f} %",
+        f"integers equal{in_float32}, each layer alone": percent(compared.alone_match, 4),
+        "work in integers": percent(report.integer_macs, 1),
+        "same top-1 as the simulation": percent(report.float_simulation_top1_agreement, 2),
     }
     if report.latency_ms:
         found["latency deployed / float"] = f"{report.latency_ratio:.2f}"
@@ -95,6 +96,6 @@ def _report_tables(report: Report) -> dict[str, tuple[tuple[str, ...], ...]]:
         header = ("activation", "integers", "different", "each layer alone", "from the float simulation", "largest")
         found["Integers in the file"] = (header, *rows)
     if report.float_macs:
-        shares = [(name, f"{100 * share:.2f} %") for name, share in report.float_macs.items()]
+        shares = [(name, percent(share, 2)) for name, share in report.float_macs.items()]
         found["Work in float"] = (("layer or operator", "share"), *shares)
     return found

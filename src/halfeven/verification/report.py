@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halfeven.deployment.file_interface import FloatPrecision
 from halfeven.files import json_value
-from halfeven.tables import Shown, as_html, as_text
+from halfeven.tables import WIDE, Shown, as_html, as_text
 from halfeven.verification.default_session import DefaultSession
 from halfeven.verification.file_precision import Float32Session
 from halfeven.verification.layer_times import LayerTime
@@ -158,7 +158,7 @@ class Report:
 
     def _repr_html_(self) -> str:
         """Return the summary for a notebook, and all figures behind a click."""
-        whole = f"<details><summary>all figures</summary>{as_html(whole_table(self))}</details>"
+        whole = f"<details><summary>all figures</summary>{as_html(whole_table(self), WIDE)}</details>"
         return as_html(summary(self)) + whole
 
     def table(self) -> Shown:

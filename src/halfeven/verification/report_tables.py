@@ -4,13 +4,14 @@
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from halfeven.tables import WIDTH, as_text, table
+from halfeven.tables import WIDTH, as_text, counted, percent, table
 from halfeven.verification.speed import SLOWER_FILE
 
 OVERFLOW = 'this processor has no VNNI, so sums of 8-bit products overflow; with scheme="w7a8" layers do not overflow'
@@ -70,8 +71,8 @@ def _report_rows(report: Any, most: int) -> RenderableType:
         *_default_rows(report),
         ("integer weights equal", "yes" if report.weights_match else "NO"),
         *_executed_rows(report, most),
-        ("same top-1 as the exact simulation", percent(report.top1_agreement)),
-        ("same top-1 as the float simulation", percent(report.float_simulation_top1_agreement)),
+        ("same top-1 as the exact simulation", compared(report.top1_agreement)),
+        ("same top-1 as the float simulation", compared(report.float_simulation_top1_agreement)),
         *((f"top-1 {name}", f"{value:.2f} %") for name, value in report.accuracy.items()),
         *(("  note", note) for note in report.notes),
         *_file_rows(report),
@@ -85,7 +86,7 @@ def _report_rows(report: Any, most: int) -> RenderableType:
     names.min_width = min(NAME_WIDTH, max(len(name) for name, _ in rows) + 2)
     values.max_width = WIDTH - names.min_width - 2
     for name, value in rows:
-        found.add_row(f"  {name}", value)
+        found.add_row(_in_lines(f"  {name}"), value)
     where = f" in {report.runtime}, {report.samples} samples"
     room = WIDTH - len(where)
     # The end of a long path is kept, since it names the file.
@@ -93,16 +94,22 @@ def _report_rows(report: Any, most: int) -> RenderableType:
     return Group(Text(path + where, "bold"), found)
 
 
+def _in_lines(name: str) -> str:
+    """Return a name in lines of at most `NAME_WIDTH`, the further ones indented below it."""
+    indent = " " * (len(name) - len(name.lstrip()) + 2)
+    return "\n".join(textwrap.wrap(name, NAME_WIDTH, subsequent_indent=indent, break_on_hyphens=False))
+
+
 def _integer_rows(report: Any, most: int) -> list[Row]:
     return [
-        ("integers equal to the exact simulation", percent(report.integer_match)),
-        ("  each layer alone", percent(report.alone_match)),
-        ("  of the last feature map", percent(report.last_integer_match)),
+        ("integers equal to the exact simulation", compared(report.integer_match)),
+        ("  each layer alone", compared(report.alone_match)),
+        ("  of the last feature map", compared(report.last_integer_match)),
         ("  largest difference", f"{report.max_lsb_difference} LSB"),
         ("  first difference", report.first_difference or "none"),
         *([("  likely reason", OVERFLOW)] if report.overflows else []),
         *_first_rows([("  not compared, merged by the converter", name) for name in report.unseen], most),
-        ("integers equal to the float simulation", percent(report.float_simulation_match)),
+        ("integers equal to the float simulation", compared(report.float_simulation_match)),
     ]
 
 
@@ -113,15 +120,15 @@ def _float32_rows(report: Any) -> list[Row]:
         return []
     return [
         ("with float operators in float32", ""),
-        ("  integers equal to the exact simulation", percent(session.integer_match)),
-        ("  each layer alone", percent(session.alone_match)),
+        ("  integers equal to the exact simulation", compared(session.integer_match)),
+        ("  each layer alone", compared(session.alone_match)),
         ("  largest difference of the output", difference(session.output_difference)),
     ]
 
 
 def _output_rows(report: Any, most: int) -> list[Row]:
     rows = [
-        (f"  {output.name}", f"{difference(output.difference)}, {percent(output.equal)} equal")
+        (f"  {output.name}", f"{difference(output.difference)}, {compared(output.equal)} equal")
         for output in report.outputs
     ]
     return _first_rows(rows, most)
@@ -146,8 +153,8 @@ def _executed_rows(report: Any, most: int) -> list[Row]:
         shown = [*shown, (f"{len(rest)} others", sum(share for _, share in rest))]
     return [
         ("layers executed in integers", f"{report.integer_layers} of {report.quantizable_layers}"),
-        ("  share of multiply-accumulates", f"{100 * report.integer_macs:.2f} %"),
-        *((f"  in float, {name}", f"{100 * share:.2f} %") for name, share in shown),
+        ("  share of multiply-accumulates", percent(report.integer_macs, 2)),
+        *((f"  in float, {name}", percent(share, 2)) for name, share in shown),
         *in_float,
     ]
 
@@ -170,7 +177,7 @@ def _setting_rows(settings: Sequence[str]) -> list[Row]:
 def _latency_rows(report: Any, most: int) -> list[Row]:
     if not report.latency_ms:
         return []
-    threads = f", {report.threads} {'thread' if report.threads == 1 else 'threads'}" if report.threads else ""
+    threads = f", {counted(report.threads, 'thread')}" if report.threads else ""
     return [
         *(
             (f"latency {name}, batch {report.latency_batch}{threads}", f"{v:.2f} ms")
@@ -198,6 +205,6 @@ def difference(relative: float) -> str:
     return f"{relative:.1e} of the largest" if relative else "none"
 
 
-def percent(share: float) -> str:
+def compared(share: float) -> str:
     """Return a share as a percentage; "none compared" where there is none."""
-    return f"{100 * share:.4f} %" if math.isfinite(share) else "none compared"
+    return percent(share, 4) if math.isfinite(share) else "none compared"

@@ -21,7 +21,7 @@ def slower_than_float(times: LayerTimes) -> list[str]:
     if layers:
         lost = sum(layer.deployed - layer.floating for layer in layers)
         rows = [
-            f"{layer.name} {layer.deployed:.3f} ms, in float {layer.floating:.3f} ms"
+            f"{layer.name} takes {layer.deployed:.3f} ms, and {layer.floating:.3f} ms in float"
             for layer in layers[:MAX_NAMED_LAYERS]
         ]
         more = f"; and {len(layers) - MAX_NAMED_LAYERS} more" if len(layers) > MAX_NAMED_LAYERS else ""

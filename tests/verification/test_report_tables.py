@@ -1,0 +1,39 @@
+"""The printed report: 80 columns, names that stay below their row, and 100 % only where all integers are equal."""
+
+import dataclasses
+
+import pytest
+
+from halfeven.verification.report import Report, TensorParity
+
+LONG = "bert.encoder.layer.0.attention.self.matmul"
+COUNTS = ("samples", "integer_layers", "quantizable_layers", "weight_layers", "max_lsb_difference", "latency_batch")
+SHARES = (
+    *("integer_match", "alone_match", "last_integer_match", "float_simulation_match", "integer_macs"),
+    *("top1_agreement", "float_simulation_top1_agreement", "latency_ratio"),
+)
+
+
+@pytest.fixture
+def report():
+    return Report(
+        path="m.onnx", runtime="a runtime", weights_match=True, float_layers=[], accuracy={}, float_macs={LONG: 0.01},
+        output_difference=0.0, latency_ms={}, unseen=[], first_difference="x", tensors=[TensorParity("x", count=3)],
+        **dict.fromkeys(COUNTS, 1), **dict.fromkeys(SHARES, 1.0),
+    )  # fmt: skip
+
+
+def test_one_integer_of_millions_that_differs_is_seen(report):
+    assert str(report).count("100.0000 %") == 6
+    text = str(dataclasses.replace(report, integer_match=1 - 1e-9, alone_match=1 - 1e-9))
+    assert text.count("100.0000 %") == 4
+    assert text.count("99.9999 %") == 2
+
+
+def test_a_long_name_goes_on_below_its_row(report):
+    lines = str(report).splitlines()
+    assert max(map(len, lines)) <= 80
+    row = next(number for number, line in enumerate(lines) if line.startswith("    in float,"))
+    assert lines[row].endswith("1.00 %")
+    assert lines[row + 1] == f"      {LONG[:38]}"
+    assert lines[row + 2] == f"      {LONG[38:]}"
