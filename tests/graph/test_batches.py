@@ -136,7 +136,7 @@ WRONG = {
     "None": ((X, None), 'Batch 7 .* "right" as None'),
     "numpy": ((X, np.zeros((2, 3))), '"right" as a numpy array.*as_tensor'),
     "a list": ((X, [1.0, 2.0]), '"right" as a list'),
-    "axes": ((X, torch.zeros(2, 3, 4)), r'"right" as a tensor of shape \[2, 3, 4\].*example.*\[2, 3\]'),
+    "axes": ((X, torch.zeros(2, 3, 4)), r'"right" as a tensor of shape \[2, 3, 4\].*example.*\[\*, 3\]'),
     "empty": ((X, torch.zeros(0, 3)), '"right" as an empty tensor'),
     "float64": ((X, Z.double()), '"right" as a tensor of torch.float64.*to\\(torch.float32\\)'),
     "integers": ((X, torch.ones(2, 3, dtype=torch.long)), "torch.int64"),

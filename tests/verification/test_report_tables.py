@@ -37,3 +37,11 @@ def test_a_long_name_goes_on_below_its_row(report):
     assert lines[row].endswith("1.00 %")
     assert lines[row + 1] == f"      {LONG[:38]}"
     assert lines[row + 2] == f"      {LONG[38:]}"
+
+
+def test_the_lines_of_a_finding_are_indented_alike(report):
+    lines = str(dataclasses.replace(report, findings=["A finding of many words. " * 8])).splitlines()
+    below = lines[lines.index("FOUND:") + 1 :]
+    assert len(below) >= 2
+    assert all(line.startswith("  ") for line in below)
+    assert max(map(len, below)) <= 80

@@ -366,7 +366,8 @@ def _check_input(name: str, value: Any, like: Any, converted: torch.dtype | None
 
 
 def _example_sentence(like: Tensor) -> str:
-    return f"The example that the model was prepared with has shape {list(like.shape)} and {like.dtype} there."
+    sizes = ", ".join(["*", *map(str, like.shape[1:])]) if like.ndim else ""  # of a batch, two samples are kept
+    return f"The example that the model was prepared with has shape [{sizes}] and {like.dtype} there."
 
 
 def _mismatch_error(number: int, what: str, remedy: str) -> CalibrationError:

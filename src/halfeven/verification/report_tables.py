@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.text import Text
 
 from halfeven.tables import WIDTH, as_text, counted, percent, table
@@ -51,15 +52,15 @@ def _parity_row(tensor: Any) -> Sequence[str]:
     return tensor.name, *(str(count) for count in counts)
 
 
-def _finding_texts(report: Any) -> list[Text]:
+def _finding_texts(report: Any) -> list[RenderableType]:
     whole = report.latency_ratio_default > SLOWER_FILE
     slower = "SLOWER THAN FLOAT:" if whole else "LAYERS SLOWER THAN FLOAT:"
     titled = ((slower, report.slower), ("FOUND:", report.findings))
-    return [
-        text
-        for title, sentences in titled
-        for text in ([Text(title, "bold red"), *(Text(f"  {sentence}") for sentence in sentences)] if sentences else [])
-    ]
+    found: list[RenderableType] = []
+    for title, sentences in titled:
+        if sentences:
+            found += [Text(title, "bold red"), *(Padding(Text(sentence), (0, 0, 0, 2)) for sentence in sentences)]
+    return found
 
 
 def _report_rows(report: Any, most: int) -> RenderableType:

@@ -1,0 +1,42 @@
+"""Draw docs/assets/report.png, a diagnosis as a page: `python tools/report_picture.py`. It needs Chromium."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import halfeven as he
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from diagnosis.faulty_nets import faulty  # noqa: E402  the tests' networks, which are no part of the package
+
+PICTURE = ROOT / "docs/assets/report.png"
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars")
+QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
+
+
+def main() -> None:
+    """Diagnose a network with an outlier channel, and photograph the upper part of its page."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        sys.exit("There is no Chromium, so the page cannot be photographed. Install it: apt-get install chromium.")
+    fault = faulty("outlier_channel")
+    qmodel = he.calibrate(he.prepare(fault.model, fault.batches[0], **fault.options), fault.batches).eval()
+    diagnosis = he.diagnose(qmodel, fault.model, fault.batches, runtime=False)
+    print(diagnosis)
+    with tempfile.TemporaryDirectory() as folder:
+        page = diagnosis.save(Path(folder) / "report.html")
+        profile = f"--user-data-dir={folder}/profile"
+        # The charts are drawn by the page's own code, within the time given.
+        wait = "--virtual-time-budget=10000"
+        picture = f"--screenshot={PICTURE}"
+        command = [browser, *FLAGS, *QUIET, profile, wait, "--window-size=800,1500", picture, page.as_uri()]
+        subprocess.run(command, check=True, capture_output=True)
+    print(f"{PICTURE}: {PICTURE.stat().st_size / 1e3:.0f} KB")
+
+
+if __name__ == "__main__":
+    main()
