@@ -15,6 +15,7 @@ from diagnosis.faulty_nets import faulty  # noqa: E402  the tests' networks, whi
 
 PICTURE = ROOT / "docs/assets/report.png"
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars")
+SIZE = ("--window-size=1000,2400", "--force-device-scale-factor=0.8")
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
 
 
@@ -33,7 +34,7 @@ def main() -> None:
         # The charts are drawn by the page's own code, within the time given.
         wait = "--virtual-time-budget=10000"
         picture = f"--screenshot={PICTURE}"
-        command = [browser, *FLAGS, *QUIET, profile, wait, "--window-size=800,1500", picture, page.as_uri()]
+        command = [browser, *FLAGS, *QUIET, profile, wait, *SIZE, picture, page.as_uri()]
         subprocess.run(command, check=True, capture_output=True)
     print(f"{PICTURE}: {PICTURE.stat().st_size / 1e3:.0f} KB")
 
