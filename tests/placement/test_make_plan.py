@@ -251,12 +251,13 @@ class Averaged(nn.Module):
 @pytest.mark.parametrize(
     ("reader", "then", "rounded"),
     [
-        (lambda average, x: average * 2.0 + torch.sigmoid(x), None, False),
+        (lambda average, x: torch.sigmoid(average) + torch.sigmoid(x), None, False),
         (lambda average, x: average * x, None, True),
         (lambda average, x: F.max_pool2d(average, 3, 1, 1), None, True),  # a BatchNorm reads it behind the pool
         (lambda average, x: torch.sigmoid(average), None, False),
-        (lambda average, x: average, None, False),  # a BatchNorm alone is part of the next quantizer
-        (lambda average, x: average * 2.0, nn.Sigmoid(), False),
+        (lambda average, x: average, None, True),  # a BatchNorm
+        (lambda average, x: x.mean((2, 3), keepdim=True), None, False),  # a BatchNorm alone, behind a mean
+        (lambda average, x: average * 2.0, nn.Sigmoid(), True),
     ],
 )
 def test_openvino_rounds_an_average_that_is_read_as_bytes(reader, then, rounded):

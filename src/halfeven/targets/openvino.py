@@ -1,13 +1,17 @@
 """OpenVINO's CPU plugin: what it executes in integers, and where it wants quantizers."""
 
+import torch
 from torch import fx
 
 from halfeven.graph.layer_shapes import ConvolutionShape
-from halfeven.graph.operators import TRANSPARENT, OperatorKind
+from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.view import Op, kind_of
 from halfeven.targets.target import ALL_GRIDS, GridRequirement, Target, any_grid, no_zero_point
 
 K = OperatorKind
+aten = torch.ops.aten
+ARITHMETIC = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
+"""Operators that the plugin moves into the limits of a quantizer behind, where one operand is a constant."""
 
 
 def _average_grid(node: fx.Node) -> GridRequirement:
@@ -18,19 +22,18 @@ def _average_grid(node: fx.Node) -> GridRequirement:
 def _rounds_average(average: fx.Node) -> bool:
     """Return True where an average of integers is rounded to an integer for a reader that computes with bytes.
 
-    Such readers are a BatchNorm, a leaky ReLU, a negative factor, and a sum or product with another tensor or with
-    itself.
+    Such readers are a BatchNorm, and a sum or product with another tensor or with itself; and behind a pool with a
+    window, all that its kernel does not take in together with the quantizer behind.
 
-    A BatchNorm that alone reads the average becomes a part of the quantizer behind, and nothing is rounded; but not one
+    A BatchNorm that alone reads a mean becomes a part of the quantizer behind, and nothing is rounded; but not one
     behind a pool of sequences, which is a pool of images and a reshape there.
     """
+    if is_integer_pool(average) and not all(_is_taken_in(user) for user in average.users):
+        return True
     normalized = len(average.users) == 1 and kind_of(next(iter(average.users))) is K.BATCH_NORM
     row = Op(average).row
     of_sequences = row.window == 1 and not row.adaptive
-    if normalized and not of_sequences:
-        return False
-    own_operators = any(_is_leaky(user) or _is_negative(user) for user in average.users)
-    return _read_as_bytes(average) or (is_integer_pool(average) and own_operators)
+    return (of_sequences or not normalized) and _read_as_bytes(average)
 
 
 def is_integer_pool(average: fx.Node) -> bool:
@@ -39,15 +42,48 @@ def is_integer_pool(average: fx.Node) -> bool:
     return bool(row.window) and not row.adaptive and not Op(average).argument("ceil_mode")
 
 
-def _is_leaky(node: fx.Node) -> bool:
-    return kind_of(node) is K.ACTIVATION and Op(node).row.homogeneous and Op(node).bounds is None
+def _is_taken_in(reader: fx.Node, *, moved: bool = False) -> bool:
+    """Return True for a reader of a pool that computes with its fractions.
+
+    The pool's kernel takes in the quantizer behind, and with it a clip, or arithmetic that the quantizer's limits
+    take in: with numbers, and products with a constant of each channel. All else that keeps integers integers reads
+    bytes. What does not (SiLU, a constant of each position) reads floats.
+
+    Args:
+        reader: of the pool.
+        moved: operators that keep the scale stand between, and the kernel ends at them.
+    """
+    if kind_of(reader) in (*TRANSPARENT, K.CONCAT):
+        return all(_is_taken_in(user, moved=True) for user in reader.users)
+    if kind_of(reader) is K.ACTIVATION:
+        return not moved if Op(reader).bounds is not None else not Op(reader).row.homogeneous
+    if reader.target not in ARITHMETIC:
+        return kind_of(reader) is not K.BATCH_NORM and not _is_negative(reader)
+    shapes = [Op(operand).shape for operand in reader.all_input_nodes if Op(operand).is_constant]
+    constants = [shape for shape in shapes if max(shape, default=1) > 1]
+    if not all(is_of_channels(shape, Op(reader).ndim) for shape in constants):
+        return True
+    in_limits = not moved and (not constants or kind_of(reader) is not K.ADD)
+    return in_limits and not _is_negative(reader) and all(map(_is_quantizer_or_layer, reader.users))
 
 
 def _is_negative(node: fx.Node) -> bool:
-    """Return True for a product with a negative number, which no quantizer takes in."""
-    if Op(node).name == "neg":
+    """Return True for a product with a negative number, or a number minus a tensor, which no quantizer takes in."""
+    if Op(node).name in ("neg", "rsub"):
         return True
     return kind_of(node) is K.MULTIPLY and any(isinstance(x, int | float) and x < 0 for x in node.args)
+
+
+def is_of_channels(shape: tuple[int, ...], ndim: int) -> bool:
+    """Return True if a constant differs along the second axis alone: along others the plugin keeps an operator."""
+    whole = (1,) * (ndim - len(shape)) + shape
+    return len(whole) > 1 and whole[1] > 1 and all(size == 1 for axis, size in enumerate(whole) if axis != 1)
+
+
+def _is_quantizer_or_layer(node: fx.Node) -> bool:
+    """Return True for a quantizer, and for a layer, which has one at its input."""
+    is_quantizer = Op(node).is_module and kind_of(node) is K.FLOAT
+    return is_quantizer or kind_of(node) in (*WEIGHTED, K.MATMUL)
 
 
 def _read_as_bytes(node: fx.Node) -> bool:

@@ -15,9 +15,9 @@ from halfeven.deployment.grids import quantizer_at
 from halfeven.graph.operators import OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, kind_of
+from halfeven.targets.openvino import ARITHMETIC, is_of_channels
 
 aten = torch.ops.aten
-ARITHMETIC = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
 
 
 def write_clips_of_channels(region: CapturedModule) -> None:
@@ -57,14 +57,8 @@ def _shape_of_channels(node: fx.Node) -> tuple[int, ...] | None:
         if len(computed) != 1:
             return None
         for constant in constants:
-            if found is None and _is_of_channels(shape := Op(constant).shape, Op(node).ndim):
+            if found is None and is_of_channels(shape := Op(constant).shape, Op(node).ndim):
                 found = shape
         (node,) = computed
     # An average has a kernel that takes in the quantizer behind, and mistakes nothing.
     return None if kind_of(node) is OperatorKind.AVERAGE else found
-
-
-def _is_of_channels(shape: tuple[int, ...], ndim: int) -> bool:
-    """Return True if a constant differs along the second axis alone: along others the plugin keeps an operator."""
-    whole = (1,) * (ndim - len(shape)) + shape
-    return len(whole) > 1 and whole[1] > 1 and all(size == 1 for axis, size in enumerate(whole) if axis != 1)

@@ -20,6 +20,7 @@ from halfeven.graph.torch_private import pytree
 from halfeven.graph.view import Op, kind_of, module_of
 from halfeven.runtimes.cpu import has_avx512_vnni
 from halfeven.runtimes.float_operators import FloatOperators, needs_runtime_kernel
+from halfeven.runtimes.openvino.arithmetic_of_numbers import is_number, plus_number, times_number
 from halfeven.runtimes.openvino.clips import Clipped, clipped, read_by_quantizer
 from halfeven.runtimes.openvino.exact_values import Accumulator, Average, Codes, FakeQuantizeRange, Scaled, ScaledSum
 from halfeven.runtimes.openvino.kernels_between import KernelsBetween
@@ -113,10 +114,8 @@ class OpenVINOInterpreter(fx.Interpreter):
 
     def _negate(self, node: fx.Node, args: Any, kwargs: Any) -> Scaled | Average | None:
         """Multiply integers, or an average of them, by -1."""
-        x = args[0]
-        if isinstance(x, Average) and x.of_window:
-            return dataclasses.replace(x, factor=-x.factor)
-        return Scaled(-x.real(), x, -x.limits.scale) if isinstance(x, Codes) else None
+        (x,) = args
+        return times_number(x, torch.tensor(-1.0), -real_values(x))
 
     def _scale_by_number(self, node: fx.Node, args: Any, kwargs: Any) -> Accumulator | Scaled | Average | None:
         """Multiply or divide by a number: the scale of integers takes it in.
@@ -125,21 +124,27 @@ class OpenVINOInterpreter(fx.Interpreter):
         """
         x, number = args
         product = node.all_input_nodes[0]
-        if not isinstance(x, Codes | Accumulator | Average) or not isinstance(number, int | float) or number == 0:
+        if not is_number(number) or number == 0:
             return None
         factor = torch.tensor(float(number))
         factor = 1 / factor if node.target is torch.ops.aten.div.Tensor else factor
-        if isinstance(x, Average):
-            return dataclasses.replace(x, factor=x.factor * factor) if x.of_window else None
-        if isinstance(x, Codes):
-            return Scaled(self._run_on(node, (x.real(), number), kwargs), x, x.limits.scale * factor)
+        if not isinstance(x, Accumulator):
+            return times_number(x, factor, self._run_on(node, (real_values(x), number), kwargs))
         if x.scales is None or kind_of(product) is not OperatorKind.MATMUL or len(product.users) != 1:
             return None
         first, second = x.scales
         return Accumulator(x.values, first * (second * factor))
 
-    def _add_tensors(self, node: fx.Node, args: Any, kwargs: Any) -> ScaledSum | None:
+    def _add_number(self, node: fx.Node, args: Any, kwargs: Any) -> Scaled | Average | None:
+        """Add a number to integers or to an average of them, or subtract them from it."""
+        if kwargs or len(args) != 2:
+            return None
+        return plus_number(node, args, self._run_on(node, tuple(map(real_values, args)), {}))
+
+    def _add_tensors(self, node: fx.Node, args: Any, kwargs: Any) -> ScaledSum | Scaled | Average | None:
         """Return a sum that the plugin takes in units of an operand's scale."""
+        if any(map(is_number, args)):
+            return self._add_number(node, args, kwargs)
         if len(args) < 2 or node.target is not torch.ops.aten.add.Tensor or kwargs:
             return None
         # In this order: a branch that is marked, a layer's result and integers, integers that the plugin does not
@@ -266,6 +271,7 @@ RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
     OperatorKind.ADD: OpenVINOInterpreter._add_tensors,
     **dict.fromkeys(SCALINGS, OpenVINOInterpreter._scale_by_number),
     torch.ops.aten.neg.default: OpenVINOInterpreter._negate,
+    torch.ops.aten.rsub.Scalar: OpenVINOInterpreter._add_number,
     OperatorKind.AVERAGE: OpenVINOInterpreter._average_codes,
     OperatorKind.ACTIVATION: OpenVINOInterpreter._activate,
     torch.ops.halfeven.branch_of_sum.default: OpenVINOInterpreter._unmark_branch,
@@ -283,6 +289,10 @@ def _is_computed_between(quantizer: fx.Node, x: Any) -> bool:
         return kind_of(_before_activations(quantizer)) not in (*WEIGHTED, OperatorKind.INPUT)
     if isinstance(x, ScaledSum):
         return not x.from_layer
+    if isinstance(x, Scaled):
+        return x.is_sum
+    if isinstance(x, Average):
+        return kind_of(quantizer.all_input_nodes[0]) is OperatorKind.ACTIVATION
     return isinstance(x, Accumulator) and x.scales is not None
 
 

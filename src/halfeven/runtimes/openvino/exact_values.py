@@ -100,15 +100,15 @@ class FakeQuantizeRange:
         """The byte that represents 0, unrounded, as float arithmetic on bytes subtracts it."""
         return torch.zeros_like(self.low) if self.signed else self.shift
 
-    def is_left_out(self, source: "FakeQuantizeRange", unit: Tensor) -> bool:
+    def is_left_out(self, source: "FakeQuantizeRange", unit: Tensor, term: float) -> bool:
         """Return True where the plugin leaves the quantizer out.
 
-        It reads the integers of another quantizer, `source`, on a scale `unit`, and its limits are less than a byte
-        away from theirs.
+        It reads the integers of another quantizer, `source`, on a scale `unit` plus a number, and its limits are less
+        than a byte away from theirs.
         """
         if self.steps != 255 or (self.signed, self.steps) != (source.signed, source.steps):
             return False
-        limits = self.moved(unit, source.zero_byte)
+        limits = replace(self, low=self.low - term, high=self.high - term).moved(unit, source.zero_byte)
         away = torch.stack([limits.low - source.first, limits.high - source.first - self.steps]).abs()
         return bool((away <= self.steps / (self.steps + 1)).all())
 
@@ -177,32 +177,44 @@ class Codes(Simulated):
 
 @dataclass(frozen=True)
 class Scaled(Simulated):
-    """Integers times a number, which is integers on another scale."""
+    """Integers times a number, plus a number, which is integers on another scale with another zero."""
 
     values: Tensor
     integers: Codes
     unit: Tensor
+    term: float = 0.0
+    """The number that is added."""
+    is_sum: bool = False
+    """True where a number was added at all: several may cancel each other, but each was rounded."""
 
     def real(self) -> Tensor:
         return self.values
 
     def codes(self, limits: FakeQuantizeRange) -> Tensor:
-        return (
-            self.integers.values if limits.is_left_out(self.integers.limits, self.unit) else limits.codes(self.values)
-        )
+        left_out = limits.is_left_out(self.integers.limits, self.unit, self.term)
+        return self.integers.values if left_out else limits.codes(self.values)
+
+    def times(self, factor: Tensor, values: Tensor) -> "Scaled":
+        """Return these integers times a number, whose product is given."""
+        return replace(self, values=values, unit=self.unit * factor, term=self.term * float(factor))
+
+    def plus(self, number: float, values: Tensor) -> "Scaled":
+        """Return these integers plus a number, whose sum is given."""
+        return replace(self, values=values, term=self.term + number, is_sum=True)
 
     @property
     def is_without_zero_point(self) -> bool:
         """Bytes of 0 represent 0, and larger bytes larger numbers."""
-        return bool(self.unit > 0) and not bool(self.integers.limits.zero_byte)
+        return bool(self.unit > 0) and not bool(self.integers.limits.zero_byte) and not self.term
 
     def clipped(self, bounds: tuple[float, float]) -> "Scaled":
         """Clip the bytes to those that lie between the bounds."""
         limits = self.integers.limits
-        first, second = (_byte_of(bound, self.unit, limits) for bound in bounds)  # the unit may be negative
+        # The unit may be negative.
+        first, second = (_byte_of(bound - self.term, self.unit, limits) for bound in bounds)
         low = torch.minimum(first, second).ceil()
         high = torch.maximum(first, second).floor()
-        reals = [(byte - limits.zero_byte) * self.unit for byte in (low, high)]
+        reals = [(byte - limits.zero_byte) * self.unit + self.term for byte in (low, high)]
         codes = Codes(self.integers.bytes.clamp(low, high) - limits.first, limits)
         return replace(self, values=self.values.clamp(torch.minimum(*reals), torch.maximum(*reals)), integers=codes)
 
@@ -223,6 +235,8 @@ class Average(Simulated):
     """True for a pool with a window, whose result the plugin takes for bytes where it clips them; a mean is float32."""
     factor: Tensor = field(default_factory=lambda: torch.tensor(1.0))
     """A number that the averages are multiplied by; the plugin moves it into the quantizer unless it is negative."""
+    term: float = 0.0
+    """A number that is added, which the plugin moves there too."""
 
     @property
     def unit(self) -> Tensor:
@@ -233,7 +247,7 @@ class Average(Simulated):
         return bool(self.factor > 0)
 
     def real(self) -> Tensor:
-        return (self.values - self.limits.zero_byte) * self.unit
+        return (self.values - self.limits.zero_byte) * self.unit + self.term
 
     def codes(self, limits: FakeQuantizeRange) -> Tensor:
         """Return codes with the limits moved to the bytes: with the same scale before and after, ties stay ties.
@@ -242,7 +256,16 @@ class Average(Simulated):
         """
         if not self.is_positive:
             return limits.codes(self.rounded().real())
+        limits = replace(limits, low=limits.low - self.term, high=limits.high - self.term)
         return limits.moved(self.unit, self.limits.zero_byte).codes(self.values)
+
+    def times(self, factor: Tensor) -> "Average":
+        """Return the averages times a number."""
+        return replace(self, factor=self.factor * factor, term=self.term * float(factor))
+
+    def plus(self, number: float) -> "Average":
+        """Return the averages plus a number."""
+        return replace(self, term=self.term + number)
 
     def rounded(self) -> "Average":
         """Return the averages as a kernel reads them that takes bytes."""
@@ -250,7 +273,7 @@ class Average(Simulated):
 
     def clipped(self, bounds: tuple[float, float]) -> "Average":
         """Clip averages to the bounds, in bytes; where they count as bytes, to the bytes between the bounds."""
-        first, second = (_byte_of(bound, self.unit, self.limits) for bound in bounds)
+        first, second = (_byte_of(bound - self.term, self.unit, self.limits) for bound in bounds)
         low, high = torch.minimum(first, second), torch.maximum(first, second)
         if self.of_window:
             low, high = low.ceil(), high.floor()
