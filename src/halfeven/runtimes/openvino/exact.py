@@ -247,8 +247,8 @@ class OpenVINOInterpreter(fx.Interpreter):
         if isinstance(x, Tensor):
             return limits.codes(x, from_layer=kind_of(_before_activations(quantizer)) in WEIGHTED)
         watched: Tensor = x.codes(limits)
-        # With AVX-512 an attention is a single operator, unless its tensors are watched.
-        if isinstance(x, Accumulator) and has_avx512_vnni() and _ends_attention(quantizer):
+        # An attention is a single operator, unless its tensors are watched.
+        if isinstance(x, Accumulator) and _is_in_attention(quantizer):
             return self.simulation.choose(watched, limits.moved(x.unit).codes_in_attention(x.values))
         # The destination scale of the layer's kernel applies to its sum too, unless a tensor between is watched.
         if isinstance(x, ScaledSum) and x.from_layer:
@@ -293,7 +293,7 @@ def _is_computed_between(quantizer: fx.Node, x: Any) -> bool:
         return x.is_sum
     if isinstance(x, Average):
         return kind_of(quantizer.all_input_nodes[0]) is OperatorKind.ACTIVATION
-    return isinstance(x, Accumulator) and x.scales is not None
+    return isinstance(x, Accumulator) and x.scales is not None and not _is_in_attention(quantizer)
 
 
 def _counts_in_bytes(x: Any) -> bool:
@@ -357,6 +357,11 @@ def _is_in_kernel(quantizer: fx.Node) -> bool:
     connection is.
     """
     return kind_of(_before_activations(quantizer)) in (*WEIGHTED, OperatorKind.MATMUL, OperatorKind.AVERAGE)
+
+
+def _is_in_attention(quantizer: fx.Node) -> bool:
+    """Return True if the operator that computes a whole attention, in files as users run them, quantizes its result."""
+    return has_avx512_vnni() and _ends_attention(quantizer)
 
 
 def _ends_attention(quantizer: fx.Node) -> bool:
