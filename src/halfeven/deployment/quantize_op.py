@@ -161,6 +161,12 @@ def with_exported_quantizers(
     return exported
 
 
+def grid_values(quantizer: ExportedQuantizer) -> tuple[float | int | None, ...]:
+    """Return the numbers of a quantizer's grid, equal for quantizers that do the same."""
+    ends = (quantizer.quant_min, quantizer.quant_max, quantizer.axis)
+    return (*quantizer.scale.flatten().tolist(), *quantizer.zero_point.flatten().tolist(), *ends)
+
+
 def twin_of(quantizer: ExportedQuantizer, name: str, exported: list[ExportedQuantizer]) -> ExportedQuantizer:
     """Return another quantizer with the same `grid_number`, added to `exported`."""
     twin = copy.deepcopy(quantizer)

@@ -2,10 +2,14 @@
 
 from torch import fx
 
+from halfeven.graph.operators import TRANSPARENT, OperatorKind
 from halfeven.graph.view import Op, operations
 
 SHAPE_READERS = ("sym_size", "sym_stride", "sym_numel")
 """Operators whose result is a size of a tensor."""
+
+PASSED_ON = (OperatorKind.BATCH_NORM, OperatorKind.ACTIVATION, *TRANSPARENT)
+"""Kinds behind which the readers of a tensor are looked for."""
 
 
 def computed_from_inputs(graph: fx.Graph) -> set[fx.Node]:
@@ -28,3 +32,20 @@ def operands_of_values(op: Op) -> tuple[Op, ...]:
     if op.name in SHAPE_READERS or op.name.endswith("_like") or op.name.startswith("new_"):
         return ()
     return op.inputs[:1] if op.name.endswith("_as") else op.inputs
+
+
+def is_read_for_its_size(node: fx.Node) -> bool:
+    """Return True for a tensor whose values nothing reads, such as that of `zeros_like(layer(x))`.
+
+    Runtimes do not compute it. Readers are looked for behind activations and the like.
+    """
+    waiting = [node]
+    while waiting:
+        op = Op(waiting.pop())
+        for reader in map(Op, op.node.users):
+            if op not in operands_of_values(reader):
+                continue
+            if reader.is_output or reader.kind not in PASSED_ON:
+                return False
+            waiting.append(reader.node)
+    return True

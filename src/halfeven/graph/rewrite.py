@@ -135,7 +135,7 @@ def merge_duplicates(region: CapturedModule) -> int:
         if not (Op(node).is_function and is_operator(node.target) and is_pure(node.target)):
             continue
         try:
-            first = known.setdefault((node.target, _hashable(node.args), _hashable(node.kwargs)), node)
+            first = known.setdefault((node.target, hashable(node.args), hashable(node.kwargs)), node)
         except TypeError:  # an argument that cannot be hashed
             continue
         if first is not node:
@@ -146,11 +146,12 @@ def merge_duplicates(region: CapturedModule) -> int:
     return merged
 
 
-def _hashable(value: Any) -> Any:
+def hashable(value: Any) -> Any:
+    """Return the arguments of a call as a key, equal for equal arguments of the same types."""
     if isinstance(value, list | tuple):
-        return tuple(_hashable(item) for item in value)
+        return tuple(hashable(item) for item in value)
     if isinstance(value, dict):
-        return tuple((key, _hashable(item)) for key, item in sorted(value.items()))
+        return tuple((key, hashable(item)) for key, item in sorted(value.items()))
     # The type too: 1, 1.0 and True are equal in Python, and give an operator other results.
     return type(value), value
 

@@ -4,6 +4,7 @@ A new version of torch may rename any of them, and then this is the only file to
 forbids private names of torch in other files.
 """
 
+import keyword
 import linecache
 import weakref
 from collections import OrderedDict
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import graph as fx_graph
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.fx.graph_module import _loader as sources
@@ -187,6 +189,22 @@ def _in_order(value: Any, form: pytree.TreeSpec) -> Any:
 def size_guards(program: torch.export.ExportedProgram) -> list[str]:
     """Return the conditions on input sizes under which a program is right, in Python: `L['x'].size()[2] <= 64`."""
     return list(getattr(program, "_guards_code", ()))
+
+
+def _format_target(base: str, target: str) -> str:
+    """Return the code that reads a submodule or a tensor by its path.
+
+    Names that are no names in Python, such as "0" and "class", are read by `getattr`.
+    """
+    code = base
+    for name in target.split("."):
+        plain = name.isidentifier() and not keyword.iskeyword(name)
+        code = f"{code}.{name}" if plain else f'getattr({code}, "{name}")'
+    return code
+
+
+# torch's own writes `self.class`, which is a syntax error: for a head called "class" no graph could be compiled.
+fx_graph._format_target = _format_target
 
 
 # What torch keeps of graphs that are gone

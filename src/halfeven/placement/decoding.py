@@ -7,6 +7,7 @@ of 8 bits is 2.5 pixels. In float, these operators cost next to nothing.
 
 from torch import fx
 
+from halfeven.graph.data_flow import is_read_for_its_size
 from halfeven.graph.layer_shapes import weight_shape
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.view import Op, kind_of
@@ -23,6 +24,8 @@ def reason_for_float(node: fx.Node) -> str | None:
     kind = kind_of(node)
     if reads_parameters(node):
         return "it reads a parameter, alone or joined to a tensor, and no quantizer makes integers of that"
+    if kind in WEIGHTED and _is_called_for_sizes(node):
+        return "nothing reads its values, only their size"
     if kind in (K.ADD, K.MULTIPLY) and _decodes_outputs(node):
         return "it decodes results of the model, behind its last layers"
     if kind not in (K.CONVOLUTION, K.LINEAR):
@@ -38,6 +41,20 @@ def reads_parameters(node: fx.Node) -> bool:
     """Return True for a layer on parameters, such as the learned queries of a decoder, or a token joined to others."""
     operand = node.args[0] if kind_of(node) in WEIGHTED else None
     return isinstance(operand, fx.Node) and any(kind_of(source) is K.CONSTANT for source in sources(operand))
+
+
+def has_no_integers(node: fx.Node) -> bool:
+    """Return True for a call of a layer that no rule quantizes: on parameters, or for the size of its result alone."""
+    return reads_parameters(node) or (kind_of(node) in WEIGHTED and _is_called_for_sizes(node))
+
+
+def _is_called_for_sizes(node: fx.Node) -> bool:
+    """Return True if nothing reads the values of any call of a layer."""
+    if not is_read_for_its_size(node):
+        return False
+    return not Op(node).is_module or all(
+        is_read_for_its_size(call) for call in node.graph.nodes if call.op == node.op and call.target == node.target
+    )
 
 
 def _decodes_outputs(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from halfeven.graph.layer_shapes import groups_of, weight_shape
 from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, kind_of, tensor_names
-from halfeven.placement.decoding import reads_parameters, reason_for_float
+from halfeven.placement.decoding import has_no_integers, reason_for_float
 from halfeven.placement.gates import check_gates
 from halfeven.placement.grids import activation_scheme, check_power_of_two, kinds_behind, simulated_alone
 from halfeven.placement.options import QuantizationOptions, Rule
@@ -174,7 +174,7 @@ def _end_layer_rules(model: nn.Module, options: QuantizationOptions) -> tuple[Ru
     """Return the rules for the first and the last layer, which come before the user's rules."""
     bits = options.first_and_last_bits
     nodes = [(name, node) for name, (_, node) in named_nodes(model).items()]
-    layers = [(name, node) for name, node in nodes if kind_of(node) in WEIGHTED and not reads_parameters(node)]
+    layers = [(name, node) for name, node in nodes if kind_of(node) in WEIGHTED and not has_no_integers(node)]
     if bits == "auto" or not layers:
         return ()
     first, first_node = layers[0]
@@ -286,8 +286,8 @@ def _planned_weights(
         if kind not in WEIGHTED or kind not in kinds or (Op(node).is_module and node.target in seen):
             continue
         quantize = rules.quantizes(region.names[node], kind, reason_for_float(node) is None)
-        if not quantize and reads_parameters(node):
-            continue  # a later call of the layer may read a tensor
+        if not quantize and has_no_integers(node):
+            continue  # a later call of the layer may have some
         seen.add(node.target if Op(node).is_module else node)
         if not quantize or target.stays_in_float(node) is not None:
             continue

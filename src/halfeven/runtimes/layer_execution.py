@@ -16,6 +16,11 @@ class LayerExecution:
     stored: bool = False
     """True if the kernel read integer weights, whatever it computed in."""
 
+    @property
+    def is_known(self) -> bool:
+        """Return False for a layer that the runtime's account does not have."""
+        return self.precision != "unknown"
+
 
 @dataclass(frozen=True)
 class KernelTime:

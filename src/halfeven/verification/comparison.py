@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from halfeven.deployment.deployed import Deployed
 from halfeven.deployment.file_interface import FloatPrecision
-from halfeven.deployment.quantize_op import WEIGHT_SUFFIX, ExportedQuantizer
+from halfeven.deployment.quantize_op import WEIGHT_SUFFIX, ExportedQuantizer, grid_values
 from halfeven.errors import VerificationError
 from halfeven.graph.batches import Inputs, tensors_of
 from halfeven.graph.torch_private import pytree
@@ -90,8 +90,8 @@ class Comparison:
 
         A converter merges equal tensors, so a tensor on the same grid can stand for another.
         """
-        grids = {_grid_values(self.activations[name]) for name in self.names}
-        return [name for name in self.unseen if _grid_values(self.activations[name]) not in grids]
+        grids = {grid_values(self.activations[name]) for name in self.names}
+        return [name for name in self.unseen if grid_values(self.activations[name]) not in grids]
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
         """Compare the integers and the outputs of one batch.
@@ -221,11 +221,6 @@ class Comparison:
             if not any(torch.equal(one.flatten(), integers.flatten()) for one in candidates):
                 return False
         return True
-
-
-def _grid_values(quantizer: ExportedQuantizer) -> tuple[float, ...]:
-    ends = (quantizer.quant_min, quantizer.quant_max, quantizer.axis)
-    return (*quantizer.scale.flatten().tolist(), *quantizer.zero_point.flatten().tolist(), *ends)
 
 
 def in_graph_order(model: nn.Module) -> dict[str, ExportedQuantizer]:

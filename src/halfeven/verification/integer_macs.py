@@ -7,7 +7,8 @@ from torch import fx
 
 from halfeven.deployment.layer_calls import named_calls
 from halfeven.graph.cost import multiply_accumulates
-from halfeven.graph.operators import OperatorKind
+from halfeven.graph.data_flow import is_read_for_its_size
+from halfeven.graph.operators import WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.view import Op, tensor_names
 from halfeven.placement.feature_maps import computed_tensors
@@ -52,7 +53,8 @@ def work_of(
 
     Args:
         parts: the deployed model's regions by name, their quantizers written as operators.
-        layers: the runtime's account of the calls of layers with quantized weights.
+        layers: the runtime's account of the calls of layers with quantized weights; calls that it left out are not
+            in it.
         products: its account of products of activations. A runtime names them as it likes, so their work is counted by
             the share of the graph's products that ran in integers.
         beside: the work of a model that was captured in parts.
@@ -70,6 +72,9 @@ def work_of(
         # The graph has the work of one call, for the samples that it was traced with.
         calls_of_region = beside.in_regions[prefix] / sum(counts.values()) if beside.in_regions and counts else 1.0
         for node, count in counts.items():
+            left_out = node in calls and calls[node] not in ran  # an equal call computes it
+            if left_out or (Op(node).kind in WEIGHTED and is_read_for_its_size(node)):
+                continue
             integer = of_products if node in of_activations else float(ran.get(calls.get(node, ""), False))
             work.add(calls.get(node, names[node]), count * calls_of_region, integer)
     # What stayed Python runs in float.

@@ -28,6 +28,7 @@ from halfeven.runtimes.runtime import Runtime, runtime_of_file
 from halfeven.verification.answers import Answers, ClassAxis
 from halfeven.verification.circumstances import circumstances
 from halfeven.verification.comparison import Comparison
+from halfeven.verification.executed_calls import executed_calls
 from halfeven.verification.findings import judged
 from halfeven.verification.float_simulation import outputs_of
 from halfeven.verification.integer_macs import work_of
@@ -152,7 +153,7 @@ def _time_fields(times: LayerTimes | None, runtime: Runtime) -> dict[str, Any]:
 
 def _kernel_fields(comparison: Comparison) -> dict[str, Any]:
     """Return the report's fields about kernels."""
-    layers = comparison.file.executed_layers(list(named_calls(comparison.parts).values()))
+    layers = executed_calls(comparison.file, comparison.parts)
     products = comparison.file.executed_products()
     work = work_of(comparison.parts, layers, products, python_work(comparison.qmodel))
     weights_only = not comparison.activations  # float kernels read the weights then, as they should

@@ -1,0 +1,60 @@
+"""Layers of the file that a runtime merges with others, or leaves out because nothing reads their values."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import halfeven as he
+
+pytestmark = pytest.mark.usefixtures("unfused")
+
+
+class Scatters(nn.Module):
+    """A mixture of experts' router: its scores are computed again for their size, as those of `sized` are."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.out = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.router, self.sized = nn.Linear(16, 4), nn.Linear(16, 4)
+
+    def forward(self, x):
+        y = F.relu(self.body(x))
+        zeros = torch.zeros_like(self.router(y))
+        values, index = self.router(y).topk(2, -1)
+        twos = torch.full_like(self.sized(y).relu(), 2.0)
+        return self.out(y) * zeros.scatter(-1, index, values).sum(-1, keepdim=True) * twos[:, :1]
+
+
+class CallsTwice(nn.Module):
+    """The chain of two layers is written twice, as in a function that each of two outputs calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.neck, self.head = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def scores(self, x):
+        return self.head(F.relu(self.neck(F.relu(self.body(x)))))
+
+    def forward(self, x):
+        return self.scores(x), self.scores(x).softmax(-1)
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("build", [Scatters, CallsTwice])
+def test_calls_that_the_runtime_saves_are_no_layers_in_float(build, target, tmp_path):
+    x = torch.randn(8, 6)
+    qmodel = he.calibrate(he.prepare(build(), x, scheme="w7a7", target=target), [x]).eval()
+    path = he.export(qmodel, tmp_path / ("m.xml" if target == "openvino" else "m.onnx"))
+    report = he.verify(qmodel, path, [x], timed=False)
+    assert report.float_layers == []
+    assert report.quantizable_layers == report.integer_layers >= 3
+    assert report.weights_match
+    assert report.integer_macs == 1
+    assert report.integer_match == 1
+
+
+def test_a_layer_that_is_read_for_its_size_alone_has_no_integers():
+    plan = he.plan(Scatters(), torch.randn(8, 6))
+    assert [weight.name for weight in plan.weights] == ["body", "router", "out"]
+    assert {row.name: row.reason for row in plan.left}["sized"] == "nothing reads its values, only their size"
