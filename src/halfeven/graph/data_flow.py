@@ -2,14 +2,14 @@
 
 from torch import fx
 
-from halfeven.graph.operators import TRANSPARENT, OperatorKind
+from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.view import Op, operations
 
 SHAPE_READERS = ("sym_size", "sym_stride", "sym_numel")
 """Operators whose result is a size of a tensor."""
 
-PASSED_ON = (OperatorKind.BATCH_NORM, OperatorKind.ACTIVATION, *TRANSPARENT)
-"""Kinds behind which the readers of a tensor are looked for."""
+PASSING_MODULES = (OperatorKind.BATCH_NORM, OperatorKind.ACTIVATION, *TRANSPARENT)
+"""Kinds of modules behind which the readers of a tensor are looked for; behind other modules they are not."""
 
 
 def computed_from_inputs(graph: fx.Graph) -> set[fx.Node]:
@@ -37,15 +37,18 @@ def operands_of_values(op: Op) -> tuple[Op, ...]:
 def is_read_for_its_size(node: fx.Node) -> bool:
     """Return True for a tensor whose values nothing reads, such as that of `zeros_like(layer(x))`.
 
-    Runtimes do not compute it. Readers are looked for behind activations and the like.
+    Runtimes do not compute it. A layer, a product and an output read the values, directly or behind other operators.
     """
     waiting = [node]
+    seen = {node}
     while waiting:
         op = Op(waiting.pop())
         for reader in map(Op, op.node.users):
-            if op not in operands_of_values(reader):
+            if reader.node in seen or op not in operands_of_values(reader):
                 continue
-            if reader.is_output or reader.kind not in PASSED_ON:
+            ends = reader.is_output or reader.kind in (*WEIGHTED, OperatorKind.MATMUL)
+            if ends or (reader.is_module and reader.kind not in PASSING_MODULES):
                 return False
+            seen.add(reader.node)
             waiting.append(reader.node)
     return True

@@ -16,6 +16,15 @@ WARM_UP_RUNS = 1
 """Runs before, which allocate, and whose times do not count."""
 
 
+def name_in_file(name: str) -> str:
+    """Return the name that an operator of the optimized model has in the file.
+
+    The optimizer adds "_token_" and a number to the names of nodes that it replaces, and the name of the fusion to
+    that of a product of fixed sizes, which it joins with its bias.
+    """
+    return re.sub(r"(_token_\d+|/MatMulAddFusion)+$", "", name)
+
+
 def kernel_times(
     profiled_session: Callable[[Path], Any], fed: Mapping[str, Any], runs: int, integer_kernels: tuple[str, ...]
 ) -> list[KernelTime]:
@@ -44,8 +53,7 @@ def _described(seen: list[dict[str, Any]], integer_kernels: tuple[str, ...]) -> 
     event = seen[0]
     given = event["args"]
     kind = given["op_name"]
-    # The optimizer adds "_token_" and a number to the names of nodes that it replaces.
-    name = re.sub(r"_token_\d+$", "", event["name"].removesuffix("_kernel_time"))
+    name = name_in_file(event["name"].removesuffix("_kernel_time"))
     read = _tensor_types(given["input_type_shape"])
     made = _tensor_types(given["output_type_shape"])
     integer = kind in integer_kernels or {*read[:1], *made[:1]} <= set(INTEGER_TYPES)

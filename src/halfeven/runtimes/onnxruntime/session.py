@@ -1,6 +1,5 @@
 """ONNX Runtime: running a deployed file on the CPU, and reading from the optimized graph what it executed."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -124,8 +123,7 @@ class ONNXRuntimeFile(ONNXFile):
     def executed_layers(self, layers: Sequence[str]) -> list[LayerExecution]:
         found = {}
         for node in self._optimized():
-            # The optimizer makes the name of a new operator unique by _token_ and a number.
-            name = re.sub(r"_token_\d+$", "", node.name)
+            name = profile.name_in_file(node.name)
             if name in layers and node.op_type != "DequantizeLinear":
                 found[name] = _described(name, node)
         return [found.get(layer, LayerExecution(layer, "unknown", "", integer=False)) for layer in layers]
