@@ -368,15 +368,15 @@ def _reason_for_float(region: Region, node: fx.Node, rules: RuleBook) -> str | N
         return "its own code stays Python, for training"
     if kind is K.FLOAT:
         return "no row of the operator table says how it treats scales"
-    return None if _fused_into_reader(node) else _reason_unread(node)
+    return None if _fused_into_reader(node) else _reason_unread(node, region.prefix)
 
 
 def _fused_into_reader(node: fx.Node) -> bool:
     return len(node.users) == 1 and kind_of(next(iter(node.users))) in (K.BATCH_NORM, K.ACTIVATION)
 
 
-def _reason_unread(node: fx.Node) -> str:
+def _reason_unread(node: fx.Node, part: str) -> str:
     readers = list(dict.fromkeys(Op(reader).name for reader in sorted(node.users) if not Op(reader).is_output))
     if not readers:
-        return "an output of the model"
+        return f"an output of {part}, which is captured by itself" if part else "an output of the model"
     return f"its readers compute in float ({', '.join(readers)})"
