@@ -23,10 +23,15 @@ def lower_attention(region: CapturedModule) -> int:
     Returns:
         The number of expanded operators.
     """
-    nodes = [n for n in region.graph.nodes if n.target is aten.scaled_dot_product_attention.default]
+    nodes = [n for n in region.graph.nodes if is_attention(Op(n))]
     lowered = [node for node in nodes if _expand_attention(region, node)]
     region.recompile()
     return len(lowered)
+
+
+def is_attention(op: Op) -> bool:
+    """Return True for a call of torch's function for scaled dot-product attention."""
+    return op.node.target is aten.scaled_dot_product_attention.default
 
 
 def _expand_attention(region: CapturedModule, node: fx.Node) -> bool:

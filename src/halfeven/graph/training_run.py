@@ -52,6 +52,9 @@ class TrainingRun:
     """Modules that the backward pass called again, to save memory."""
     dropouts: int = 0
     """The number of calls, in the forward pass, of functions that would have dropped out."""
+    attention_dropouts: int = 0
+    """The number of calls of torch's function for attention that would have dropped out inside of it, but for those of
+    `nn.MultiheadAttention`."""
     random: Any = None
     """The random states after the forward pass: they show that it drew numbers, even where these changed nothing."""
 
@@ -81,17 +84,17 @@ def run_as_is(
     before = {name: tensor.detach().clone() for name, tensor in _tensors_by_name(model).items()}
     attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
     run = TrainingRun()
-    probabilities: list[float] = []
+    calls = _DropoutCalls()
     (args, kwargs), leaves = _with_gradients(args, kwargs)
     with (
         same_random_numbers(),
         _recording_calls(model, run),
-        _functions_without_dropout(probabilities),
-        _WithoutDropout(probabilities),
+        _functions_without_dropout(calls),
+        _WithoutDropout(calls),
         torch.enable_grad(),
     ):
         outputs = model(*args, **kwargs)
-        run.dropouts = sum(p > 0 for p in probabilities)
+        run.dropouts, run.attention_dropouts = calls.functions, calls.attention
         run.random = _random_states()
         run.outputs, run.structure = pytree.tree_flatten(outputs)
         run.losses = _modules_with_losses(model, attributes)
@@ -305,9 +308,17 @@ def switch_off_dropout(model: nn.Module) -> None:
             module.dropout = 0.0
 
 
+@dataclass
+class _DropoutCalls:
+    """The numbers of calls with a probability above 0: of functions for dropout, and of that for attention."""
+
+    functions: int = 0
+    attention: int = 0
+
+
 @contextmanager
-def _functions_without_dropout(probabilities: list[float]) -> Iterator[None]:
-    """Replace torch's functions by their form without dropout, within the context, and note their probabilities.
+def _functions_without_dropout(calls: _DropoutCalls) -> Iterator[None]:
+    """Replace torch's functions by their form without dropout, within the context, and count those with one.
 
     A mode of torch does not reach what checkpointing computes again in the backward pass.
     """
@@ -318,20 +329,22 @@ def _functions_without_dropout(probabilities: list[float]) -> Iterator[None]:
     }
     try:
         for name, value in found.items():
-            setattr(functional, name, partial(_without_dropout, probabilities, value))
+            setattr(functional, name, partial(_without_dropout, calls, value))
         yield
     finally:
         for name, value in found.items():
             setattr(functional, name, value)
 
 
-def _without_dropout(probabilities: list[float], func: Any, *args: Any, **kwargs: Any) -> Any:
+def _without_dropout(calls: _DropoutCalls, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the input of a dropout, and the result of a function with `dropout_p` for 0."""
     name = getattr(func, "__name__", "")
     if "dropout" in name and not isinstance(func, type):
-        probabilities.append(_dropout_probability(name, args, kwargs))
+        calls.functions += _dropout_probability(name, args, kwargs) > 0
         return args[0] if args else kwargs["input"]
     place = DROPOUT_ARGUMENT.get(name)
+    if name == "scaled_dot_product_attention":
+        calls.attention += (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0
     if place is not None and len(args) > place:
         args = (*args[:place], 0.0, *args[place + 1 :])
     elif place is not None:
@@ -350,9 +363,9 @@ def _dropout_probability(name: str, args: Any, kwargs: Any) -> float:
 class _WithoutDropout(TorchFunctionMode):
     """Makes functions for dropout return their input, and attention compute without dropout."""
 
-    def __init__(self, probabilities: list[float]) -> None:
+    def __init__(self, calls: _DropoutCalls) -> None:
         super().__init__()
-        self.probabilities = probabilities
+        self.calls = calls
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _without_dropout(self.probabilities, func, *args, **(kwargs or {}))
+        return _without_dropout(self.calls, func, *args, **(kwargs or {}))

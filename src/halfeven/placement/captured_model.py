@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.errors import CaptureError, ConfigError, named
+from halfeven.graph.attention_dropout import add_attention_dropouts
 from halfeven.graph.batches import Example
 from halfeven.graph.batchnorm import fold
 from halfeven.graph.capture import capture
@@ -133,10 +134,9 @@ def capture_for_quantization(
     notes += _notes_of(report)
     lowered = sum(lower_attention(region) for region in regions(captured).values())
     if lowered:
-        notes.append(
-            f"{lowered} attention operators are written out as products and softmax. Dropout inside of them has no "
-            "effect in training, because the model is captured in eval mode, where its probability is 0."
-        )
+        notes.append(f"{lowered} attention operators are written out as products and softmax.")
+    for prefix, region in regions(captured).items():
+        add_attention_dropouts(region, own.get_submodule(prefix))
     parts = regions(captured).values() if options.quantize_gates else ()
     gates = sum(expand_gates(region, behind_convolution) for region in parts)
     if options.quantize_gates and not gates:
