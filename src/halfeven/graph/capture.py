@@ -192,7 +192,8 @@ def _capture_whole_or_parts(
         report = reports[-1]
     else:
         found = capture_as_trained(model, *inputs, Capture(with_kept, check, alone))
-        captured, report = found.model, replace(reports[-1], notes=found.notes)
+        captured = found.model
+        report = replace(reports[-1], notes=found.notes, lost_in_attention=found.lost_in_attention)
     # The batch may be fixed in a graph, or only in a file, by the Python code between graphs.
     report.fixed_batch = next((part.fixed_batch for part in _captured_regions(captured) if part.fixed_batch), "")
     free = _still_free(captured, free)

@@ -34,3 +34,5 @@ class CaptureReport:
     """The batch of the example that was captured."""
     in_float32: list[str] = field(default_factory=list)
     """Lines of the model's code whose blocks of automatic mixed precision were captured in float32."""
+    lost_in_attention: int = 0
+    """Calls of attention whose dropout the captured model lacks in training."""

@@ -39,6 +39,8 @@ class TrainingCapture:
     model: nn.Module
     kept: tuple[KeptInPython, ...] = ()
     notes: tuple[str, ...] = ()
+    lost_in_attention: int = 0
+    """Calls of attention whose dropout the captured model lacks."""
 
 
 def capture_as_trained(model: nn.Module, args: Any, kwargs: Any, how: Capture) -> TrainingCapture:
@@ -65,8 +67,8 @@ def capture_as_trained(model: nn.Module, args: Any, kwargs: Any, how: Capture) -
     kept: Kept = {}
     said = comparison.differences(captured)
     if not said:
-        lost = _lost_dropouts(comparison, captured) + _lost_in_attention(comparison, captured)
-        return TrainingCapture(captured, notes=lost)
+        lost = _lost_in_attention(comparison, captured)
+        return TrainingCapture(captured, notes=_lost_dropouts(comparison, captured), lost_in_attention=lost)
     candidates = comparison.suspects(how.export)
     while said:
         # From the least to the most that stays Python: suspected modules, then those modules with their children
@@ -80,19 +82,11 @@ def capture_as_trained(model: nn.Module, args: Any, kwargs: Any, how: Capture) -
             return _refuse_unless_random(comparison, captured, tuple(kept.values()), said)
         captured, kept = _capture_with_kept(model, kept | new, how)
         said = comparison.differences(captured)
-    return TrainingCapture(captured, tuple(kept.values()), _lost_in_attention(comparison, captured))
+    return TrainingCapture(captured, tuple(kept.values()), lost_in_attention=_lost_in_attention(comparison, captured))
 
 
-def _lost_in_attention(comparison: "_Comparison", captured: nn.Module) -> tuple[str, ...]:
-    """Return a note on the dropouts inside of attention that cannot be restored."""
-    lost = lost_attention_dropouts(captured, comparison.model, comparison.run.attention_dropouts)
-    if not lost:
-        return ()
-    return (
-        f"The dropout inside of {lost} attention operator{'s' * (lost > 1)} has no effect in training, because the "
-        "model is captured in eval mode, where its probability is 0. To keep it, write the attention as products, a "
-        "softmax and nn.Dropout, or use nn.MultiheadAttention without is_causal.",
-    )
+def _lost_in_attention(comparison: "_Comparison", captured: nn.Module) -> int:
+    return lost_attention_dropouts(captured, comparison.model, comparison.run.attention_dropouts)
 
 
 def _lost_dropouts(comparison: "_Comparison", captured: nn.Module) -> tuple[str, ...]:

@@ -93,6 +93,12 @@ def _notes_of(report: CaptureReport) -> list[str]:
     notes = [f"Stays Python, in float: {left}" for left in report.left]
     notes += [f"Its own code stays Python, so that it trains as in float: {kept}" for kept in report.kept]
     notes += report.notes
+    if lost := report.lost_in_attention:
+        notes.append(
+            f"The dropout inside of {lost} attention operator{'s' * (lost > 1)} has no effect in training, because the "
+            "model is captured in eval mode, where its probability is 0. To keep it, write the attention as products, "
+            "a softmax and nn.Dropout, or use nn.MultiheadAttention without is_causal."
+        )
     if report.fixed_batch:
         notes.append(f"The batch is fixed at {report.samples}, in training and in the file: {report.fixed_batch}.")
     if report.fixed_batch_of_file:
