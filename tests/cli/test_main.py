@@ -452,7 +452,7 @@ def test_the_overview_lists_each_command(capsys):
     cli.main([])
     said = capsys.readouterr().out
     for command in cli.COMMANDS:
-        assert f"halfeven {command.name} {command.takes}" in said
+        assert f"\n  {command.name} {command.takes} " in said
         assert callable(cli.imported(command.run))
     cli.main(["--help"])
     assert capsys.readouterr().out == said

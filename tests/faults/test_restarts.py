@@ -12,6 +12,7 @@ from halfeven.training.stopping import EXIT_CODE, StopRequested, deferred, stopp
 from halfeven.training.trainer import Trainer
 from integration.running import halfeven
 from processes import in_a_process
+from runtimes.parity import SCHEME
 
 from .tiny_run import differences, log_lines
 
@@ -45,8 +46,8 @@ def signalled_at(monkeypatch, name, step, number):
     ("name", "step", "number"),
     [
         pytest.param("float", 2, signal.SIGTERM, marks=pytest.mark.exhaustive),
-        pytest.param("w7a8", 0, signal.SIGTERM, marks=pytest.mark.exhaustive),
-        ("w7a8", 5, signal.SIGUSR1),
+        pytest.param(SCHEME, 0, signal.SIGTERM, marks=pytest.mark.exhaustive),
+        (SCHEME, 5, signal.SIGUSR1),
     ],
 )
 def test_a_signal_saves_the_step_it_meets_and_the_same_command_goes_on(
@@ -71,7 +72,7 @@ def test_a_run_that_is_resumed_at_step_0_keeps_its_first_lines(config, whole, tm
     take = Trainer._take_step
 
     def die(self, group):
-        if self.where.name == "w7a8":
+        if self.where.name == SCHEME:
             raise SystemExit(9)
         return take(self, group)
 
@@ -80,7 +81,7 @@ def test_a_run_that_is_resumed_at_step_0_keeps_its_first_lines(config, whole, tm
     assert halfeven(*command).returncode == 9
     assert load_state(tmp_path / "state.pt").step == 0
     first = log_lines(tmp_path)
-    assert [set(line) - {"step", "epoch"} for line in first] == [{"float"}, {"w7a8, calibrated"}]
+    assert [set(line) - {"step", "epoch"} for line in first] == [{"float"}, {f"{SCHEME}, calibrated"}]
     monkeypatch.undo()
     monkeypatch.setattr("halfeven.quantization.compile._works", False)
     assert halfeven(*command).returncode == 0
