@@ -9,8 +9,8 @@ halfeven, whose config is changed in nothing but folder, weights, seed, epochs a
 "control, 4 bits" train the float model with the same options. A run that is finished in FOLDER is not repeated.
 
 Scored are the *last* weights of each training, which no validation image has chosen, on all validation images: in float
-or simulated, and as deployed on this machine. The difference to the control of the same seed (for PTQ: to the float
-model) is paired by image, with its 95 % interval.
+or simulated, and as deployed on this machine. The difference to the control of the same seed, where it is among the
+runs, or else to the float model that the run started from, is paired by image, with its 95 % interval.
 """
 
 import argparse
@@ -66,13 +66,13 @@ def config_of(name: str, model: str) -> Path:
 def run_command(options: argparse.Namespace, name: str, seed: int, weights: Path, folder: Path, log: IO[str]) -> None:
     """Run a command of halfeven; one that was interrupted goes on."""
     verb, _, further = RUNS[name]
-    said = f"{config_of(name, options.model)} --data.root {options.data} --model.weights {weights} --seed {seed}"
-    said += f" --work-dir {folder} --export.timed False {further}"
+    command = [sys.executable, CONFIGS.parent / "tools" / f"{verb}.py", config_of(name, options.model)]
+    command += ["--data.root", options.data, "--model.weights", weights, "--seed", str(seed), "--work-dir", folder]
+    command += ["--export.timed", "False", *further.split()]
     if verb == "train":
-        said += f" --training.epochs {options.epochs}"
+        command += ["--training.epochs", str(options.epochs)]
     if folder.is_dir():
-        said += " --resume"
-    command = [sys.executable, str(CONFIGS.parent / "tools" / f"{verb}.py"), *said.split()]
+        command.append("--resume")
     subprocess.run(command, check=True, stdout=log, stderr=log)
 
 
@@ -150,12 +150,12 @@ def paired(found: Tensor, control: Tensor) -> tuple[float, float]:
     return float(difference.mean()), 1.96 * float(difference.std()) / len(difference) ** 0.5
 
 
-def row(found: dict[str, Tensor], control: Tensor) -> dict[str, float]:
-    """The figures of a run."""
+def row(found: dict[str, Tensor], reference: Tensor, against: str) -> dict[str, Any]:
+    """The figures of a run beside the right answers of a reference, which is named."""
     figures = {part: 100 * float(right.double().mean()) for part, right in found.items()}
     for part in set(found) - {"same"}:
-        figures[f"{part} - control"], figures[f"{part}, interval"] = paired(found[part], control)
-    return {name: round(value, 2) for name, value in figures.items()}
+        figures[f"{part}, difference"], figures[f"{part}, interval"] = paired(found[part], reference)
+    return {"against": against, **{name: round(value, 2) for name, value in figures.items()}}
 
 
 def main() -> None:
@@ -179,18 +179,21 @@ def main() -> None:
     given.mkdir(exist_ok=True)
     start = scored(options, given, "float", weights, images)["simulated"]
     print(f"float: {100 * float(start.double().mean()):.2f} %", flush=True)
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for seed in options.seeds:
         rights: dict[str, Tensor] = {}
         for name in options.runs:
             found = scored(options, finished(options, name, seed, weights), name, weights, images)
             rights[name] = found["simulated"]
-            rows[f"{name}, seed {seed}"] = row(found, rights.get(CONTROL_OF.get(name, ""), start))
+            control = CONTROL_OF.get(name)
+            against = control if control in rights else "float"
+            rows[f"{name}, seed {seed}"] = row(found, rights.get(against, start), against)
             print(f"{name}, seed {seed}: {rows[f'{name}, seed {seed}']}", flush=True)
     for name in options.runs:
-        differences = [rows[f"{name}, seed {seed}"]["simulated - control"] for seed in options.seeds]
-        spread = statistics.stdev(differences) if len(differences) > 1 else float("nan")
-        print(f"{name}: {statistics.mean(differences):+.2f} of its control, standard deviation {spread:.2f} over seeds")
+        of_seeds = [rows[f"{name}, seed {seed}"] for seed in options.seeds]
+        differences = [of_seed["simulated, difference"] for of_seed in of_seeds]
+        spread = f", standard deviation {statistics.stdev(differences):.2f} over seeds" if len(of_seeds) > 1 else ""
+        print(f"{name}: {statistics.mean(differences):+.2f} points against {of_seeds[0]['against']}{spread}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2))
 

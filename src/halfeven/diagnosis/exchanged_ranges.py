@@ -85,7 +85,7 @@ def ranges_at(qmodel: nn.Module, batches: Sequence[Any], bits: int) -> dict[Quan
 
 @contextmanager
 def _observed_without_classes(qmodel: nn.Module) -> Iterator[None]:
-    """Let "mse" observe, within the context, where an observer is a user's class that a file of the model lacks."""
+    """Observe by "mse", within the context, where an observer is a user's class that a file of the model lacks."""
     names = {q: q.observer_name for q in quantizers(qmodel).values()}
     lacking = [q for q, name in names.items() if isinstance(name, OwnClass) and name.implementation is None]
     try:

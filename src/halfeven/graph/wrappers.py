@@ -43,7 +43,7 @@ def take_off_mixed_forward(model: nn.Module) -> None:
 
 @contextmanager
 def own_forward(model: nn.Module) -> Iterator[None]:
-    """Let a model compute by its own forward within the context."""
+    """Use a model's own forward within the context."""
     kept = {name: vars(model)[name] for name in (ORIGINAL_FORWARD, "forward")} if has_mixed_forward(model) else {}
     take_off_mixed_forward(model)
     try:

@@ -57,7 +57,7 @@ def _set_execution_graph(fused: Iterable[CapturedModule], graph: Callable[[Captu
 
 
 def _follow_mode(cells: fx.Node, region: CapturedModule) -> None:
-    """Let recurrent cells read the region's mode: for dropout between layers, and for cuDNN's backward pass.
+    """Give recurrent cells the mode of their region: for dropout between layers, and for cuDNN's backward pass.
 
     cuDNN refuses a backward pass through cells that ran in eval mode.
     """

@@ -115,7 +115,7 @@ class OpenVINOInterpreter(fx.Interpreter):
     def _negate(self, node: fx.Node, args: Any, kwargs: Any) -> Scaled | Average | None:
         """Multiply integers, or an average of them, by -1."""
         (x,) = args
-        return times_number(x, torch.tensor(-1.0), -real_values(x))
+        return times_number(x, torch.tensor(-1.0), lambda: -real_values(x))
 
     def _scale_by_number(self, node: fx.Node, args: Any, kwargs: Any) -> Accumulator | Scaled | Average | None:
         """Multiply or divide by a number: the scale of integers takes it in.
@@ -129,17 +129,16 @@ class OpenVINOInterpreter(fx.Interpreter):
         factor = torch.tensor(float(number))
         factor = 1 / factor if node.target is torch.ops.aten.div.Tensor else factor
         if not isinstance(x, Accumulator):
-            return times_number(x, factor, self._run_on(node, (real_values(x), number), kwargs))
+            return times_number(x, factor, lambda: self._run_on(node, (real_values(x), number), kwargs))
         if x.scales is None or kind_of(product) is not OperatorKind.MATMUL or len(product.users) != 1:
             return None
-        first, second = x.scales
-        return Accumulator(x.values, first * (second * factor))
+        return Accumulator(x.values, x.scales[0] * (x.scales[1] * factor))
 
     def _add_number(self, node: fx.Node, args: Any, kwargs: Any) -> Scaled | Average | None:
         """Add a number to integers or to an average of them, or subtract them from it."""
         if kwargs or len(args) != 2:
             return None
-        return plus_number(node, args, self._run_on(node, tuple(map(real_values, args)), {}))
+        return plus_number(node, args, lambda: self._run_on(node, tuple(map(real_values, args)), {}))
 
     def _add_tensors(self, node: fx.Node, args: Any, kwargs: Any) -> ScaledSum | Scaled | Average | None:
         """Return a sum that the plugin takes in units of an operand's scale."""
