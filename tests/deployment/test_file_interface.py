@@ -76,6 +76,31 @@ def test_names_are_those_of_the_model(form, target, tmp_path):
         assert report.unseen == []
 
 
+class NamedByTensors(nn.Module):
+    """Outputs with the names of a buffer, a parameter, a layer, an input, and a tensor that the file has."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.register_buffer("shift", torch.randn(3))
+        self.factor = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        y = self.last(self.first(x).relu())
+        names = ("shift", "factor", "first", "x", "last.weight", "first.weight.integers")
+        return dict(zip(names, (y + self.shift, y * self.factor, y - 1, y / 2, y + 2, y * 3), strict=True))
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+def test_outputs_may_have_the_names_of_tensors(target, tmp_path):
+    model, x = NamedByTensors(), torch.randn(4, 8)
+    qmodel = quantized(model, x, target)
+    path = he.export(qmodel, tmp_path / FILES[target])
+    keys = [f"{key}_output" if key == "x" else key for key in model(x)]
+    assert names_in(path) == (["x"], keys)
+    assert he.verify(qmodel, path, [x], timed=False).integer_match == 1
+
+
 class Quantized(nn.Module):
     """Outputs that are quantized tensors, an output that has an input's name, and one that an operator has."""
 

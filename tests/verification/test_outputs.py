@@ -278,6 +278,23 @@ def test_accuracy_is_never_dropped_without_a_word(labels, reason):
     assert re.search(reason, note)
 
 
+@pytest.mark.parametrize(
+    ("key", "accuracy", "notes"),
+    [
+        *[(key, True, 0) for key in ("y", "targets", "label_ids", "class_labels")],
+        *[(key, False, 1) for key in ("class_id", "index", 0)],
+    ],
+)
+def test_the_label_of_a_dict_is_found_or_missed_aloud(key, accuracy, notes, tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5)), torch.randn(4, 8)
+    qmodel = he.calibrate(he.prepare(model, {"input": x}, scheme="w7a8"), [x])
+    path = he.export(qmodel, tmp_path / "m.xml")
+    report = he.verify(qmodel, path, [{"input": x, key: torch.tensor([0, 1, 2, 3])}], timed=False)
+    assert bool(report.accuracy) == accuracy
+    found = [note for note in report.notes if f"({key})" in note]
+    assert len(found) == notes
+
+
 def test_a_single_logit_is_no_choice_of_classes():
     """Its largest value is always the first: every sample of class 0 would be right, and each answer the same."""
     logits, others = torch.tensor([[2.0], [-3.0], [4.0]]), torch.tensor([[2.0], [3.0], [4.0]])

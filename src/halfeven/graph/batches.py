@@ -192,12 +192,17 @@ def inputs_of(batch: Any, form: InputForm, number: int = 0) -> Inputs:
 
 
 def label_of(batch: Any, form: InputForm) -> Any:
-    """Return the label of a batch: the entry behind the inputs, or a dict's of `LABEL_KEYS`; None without any."""
+    """Return the label of a batch: the entry behind the inputs, or the one that a dict calls so; None without any.
+
+    Its key is one of `LABEL_KEYS`, or else contains one of the words, as "label_ids" does.
+    """
     named = by_name(batch, form.tensor_names)
     if isinstance(named, Mapping):
-        spare = [key for key in named if key not in (*form.kwargs, *form.names)]
+        spare = spare_entries(batch, form)
+        labels = [key for key in LABEL_KEYS if key in spare]
+        labels = labels or [key for key in spare if "label" in str(key) or "target" in str(key)]
         # A named tuple may give its label any name: it is then the first field that is no input.
-        labels = [key for key in LABEL_KEYS if key in spare] or (spare if is_sequence(batch) else [])
+        labels = labels or (spare if is_sequence(batch) else [])
         return named[labels[0]] if labels else None
     if not is_sequence(batch) or not batch:
         return None
@@ -211,6 +216,12 @@ def label_of(batch: Any, form: InputForm) -> Any:
     # A sequence gives the inputs one by one, or all of them in its first item.
     taken = 1 if nested else len(form.entries) or (_leading_entries(list(batch), form)[1] if form.args else 1)
     return batch[taken] if len(batch) > taken else None
+
+
+def spare_entries(batch: Any, form: InputForm) -> list[Any]:
+    """Return the keys of a dict's entries that are no inputs of the model; [] for a batch without names."""
+    named = by_name(batch, form.tensor_names)
+    return [key for key in named if key not in (*form.kwargs, *form.names)] if isinstance(named, Mapping) else []
 
 
 def is_label(parameter: inspect.Parameter) -> bool:

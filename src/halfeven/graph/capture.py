@@ -18,7 +18,7 @@ from halfeven.graph.batches import Example, Inputs, as_arguments, batched, own_t
 from halfeven.graph.capture_parts import PartsCapture, record_inputs
 from halfeven.graph.capture_report import CaptureReport
 from halfeven.graph.dynamic_shapes import DynamicShapes, FreeAxes, batch_axes, export_shapes, free_axes
-from halfeven.graph.export_module import export_module, export_program, reason_of_fixed_batch_between_parts
+from halfeven.graph.export_module import check_keywords, export_module, export_program, reason_of_fixed_batch_between_parts
 from halfeven.graph.inline import plain_forward
 from halfeven.graph.kept_in_python import KeptInPython
 from halfeven.graph.labels import add_loss, entries_with_labels, without_labels
@@ -55,15 +55,16 @@ def capture(
         The captured model, in eval mode, and the report.
 
     Raises:
-        CaptureError: a name of `leave_out` does not exist, nothing could be captured, the model's code makes an axis
-            in `dynamic_shapes` a constant, or the captured model differs from the original in its outputs or in what
-            training does.
+        CaptureError: a name of `leave_out` does not exist, an input has a name that Python has no parameters of,
+            nothing could be captured, the model's code makes an axis in `dynamic_shapes` a constant, or the captured
+            model differs from the original in its outputs or in what training does.
         ConfigError: `dynamic_shapes` names an input or an axis that the model does not have.
     """
     _check_leave_out(model, leave_out)
     # The graph to deploy is that of the inputs alone, for two samples, so that the batch stays free.
     register_classes([as_arguments(example)])
     whole = own_tensors(model, as_arguments(example))
+    check_keywords(whole[1])
     given, labels = without_labels(model, whole)
     doubled = batched(*given)
     shapes = dynamic_shapes or {}

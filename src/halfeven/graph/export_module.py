@@ -2,9 +2,11 @@
 
 import inspect
 import io
+import keyword
 import logging
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from halfeven.errors import CaptureError, named
 from halfeven.graph.batches import Inputs
 from halfeven.graph.constant_inputs import constant_inputs
 from halfeven.graph.dynamic_shapes import FreeAxes, export_shapes, nested_shapes
@@ -110,8 +113,12 @@ def export_program(
         kept: paths of the modules that are kept in Python.
         shapes: what `torch.export` is told of each of their leaves.
         watching: a context for `torch.export` to run in.
+
+    Raises:
+        CaptureError: the name of a keyword argument cannot be that of a parameter.
     """
     args, kwargs = inputs
+    check_keywords(kwargs)
     given = nested_shapes(inputs, shapes)
     with attributes_restored(module), leaf_markers(module), kept_markers(module, kept) as calls, quiet():
         with SizedPools(), WholeRecurrences(), watching or nullcontext():
@@ -124,6 +131,25 @@ def export_program(
     inline_grad_blocks(unlifted)
     restore_recurrences(unlifted.graph)
     return untracked(program), unlifted, calls
+
+
+def check_keywords(names: Iterable[str]) -> None:
+    """Check that keyword arguments can be parameters: torch.fx writes a graph as a function with these parameters.
+
+    Raises:
+        CaptureError: a name is a keyword of Python, or no name in Python, which a forward takes by `**kwargs` alone.
+    """
+    if wrong := [name for name in names if keyword.iskeyword(name) or not name.isidentifier()]:
+        raise CaptureError(
+            f"A graph is a function with its inputs as parameters, and Python takes no parameter called {named(wrong)}, "
+            "so the model cannot be captured. Rename the input in the model and in the loader, for example to "
+            f'"{_as_parameter(wrong[0])}".'
+        )
+
+
+def _as_parameter(name: str) -> str:
+    plain = re.sub(r"\W|^(?=\d)", "_", name)
+    return f"{plain}_" if keyword.iskeyword(plain) else plain
 
 
 def _arguments_by_parameter(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """The answers of a model: the largest value over the classes of an output, and the labels that judge it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from halfeven.errors import named
 
 ClassAxis = int | Literal["auto"]
 """Axis of an output whose largest value is an answer; "auto": the last axis of tokens, else the second axis."""
@@ -58,6 +60,14 @@ class Answers:
             if model in choices:
                 right = int(((choices[model] == labels) & counted).sum())
                 self.right[model] = self.right.get(model, 0) + right
+
+    def note_unread(self, entries: Sequence[Any]) -> None:
+        """Note the entries of a batch without labels that are no inputs: one may be a label under another name."""
+        if entries:
+            self._add_reason(
+                f"no accuracy: none of the batch's entries that are no inputs ({named(entries)}) is called label, target "
+                "or y"
+            )
 
     def accuracy(self) -> dict[str, float]:
         """Return the accuracies in percent by model; empty where no label could be used."""

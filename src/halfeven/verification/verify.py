@@ -13,7 +13,7 @@ from halfeven.checked_arguments import checked_arguments
 from halfeven.deployment.layer_calls import named_calls
 from halfeven.errors import HalfevenError, VerificationError
 from halfeven.evaluation import evaluating
-from halfeven.graph.batches import Inputs, given_batches, inputs_of, label_of, tensors_of
+from halfeven.graph.batches import Inputs, given_batches, inputs_of, label_of, spare_entries, tensors_of
 from halfeven.graph.copying import float32_model
 from halfeven.graph.inline import without_autocast
 from halfeven.layerwise.batches import form_of, naming_batch
@@ -74,9 +74,9 @@ def verify(
         ConfigError: there is no such runtime, it does not read files with this ending, or the file is for another.
     """
     qmodel = float32_model(qmodel)
-    inputs, labels = _inputs_and_labels(qmodel, batches, samples)
-    runtime = runtime_of_file(Path(path), target, plan_of(qmodel).options.target)
     answers = Answers(class_axis)
+    inputs, labels = _inputs_and_labels(qmodel, batches, samples, answers)
+    runtime = runtime_of_file(Path(path), target, plan_of(qmodel).options.target)
     with progress(f"Verifying {Path(path).name}", len(inputs)) as advance:
         comparison = Comparison(qmodel, deploy(qmodel, runtime), Path(path), runtime)
         _compare_batches(comparison, advancing(zip(inputs, labels, strict=True), advance), float_model, answers)
@@ -116,9 +116,9 @@ def _layer_times(comparison: Comparison, path: Path, inputs: Inputs, runtime: Ru
 
 
 def _inputs_and_labels(
-    qmodel: nn.Module, batches: Iterable[Any], samples: int | None
+    qmodel: nn.Module, batches: Iterable[Any], samples: int | None, answers: Answers
 ) -> tuple[list[Inputs], list[Any]]:
-    """Return the inputs and labels of batches until there are so many samples."""
+    """Return the inputs and labels of batches until there are so many samples; `answers` notes missing labels."""
     inputs: list[Inputs] = []
     labels: list[Any] = []
     form = None
@@ -127,6 +127,8 @@ def _inputs_and_labels(
         form = form or form_of(qmodel, batch)
         inputs.append(inputs_of(batch, form, number))
         labels.append(label_of(batch, form))
+        if labels[-1] is None:
+            answers.note_unread(spare_entries(batch, form))
         read += _batch_size(inputs[-1])
         if samples is not None and read >= samples:
             break

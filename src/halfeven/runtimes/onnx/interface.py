@@ -49,6 +49,7 @@ def name_ends(graph: Any, interface: FileInterface, tensors: set[str]) -> None:
 
 def _values(graph: Any) -> Iterator[Any]:
     yield from graph.inputs
+    yield from tuple(graph.initializers.values())
     for node in graph:
         yield from node.outputs
 
