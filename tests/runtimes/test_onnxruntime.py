@@ -119,6 +119,19 @@ def test_layers_without_a_bias(tmp_path):
     assert report.integer_macs == 1.0
 
 
+@pytest.mark.parametrize("axes", sweep([1, 2], 2))
+def test_a_batchnorm_behind_a_layer_in_float_is_folded(axes, tmp_path):
+    layer, norm = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d)}[axes]
+    model = nn.Sequential(layer(3, 8, 3, bias=False), norm(8), nn.ReLU(), layer(8, 8, 3))
+    left = [he.Rule(pattern="0", quantize=False)]
+    qmodel, batches = quantized(model, (4, 3, *[9] * axes), target="onnxruntime", rules=left)
+    he.export(qmodel, tmp_path / "model.onnx")
+    kernels = [node.op_type for node in ONNXRuntimeFile(tmp_path / "model.onnx")._optimized()]
+    assert "QLinearConv" in kernels
+    assert not {"BatchNormalization", "Expand"} & set(kernels)
+    assert he.verify(qmodel, tmp_path / "model.onnx", batches, timed=False).integer_match > 0.999
+
+
 class Shares(nn.Module):
     """A softmax between two quantizers, as of attention whose scores a layer mixes."""
 

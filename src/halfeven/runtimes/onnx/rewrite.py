@@ -22,9 +22,9 @@ def name_and_fold(graph: Any, deployed: Deployed) -> None:
         graph: the `onnx_ir.Graph` of a deployed model's program.
         deployed: the model.
     """
+    _leave_out_zero_biases(graph)
     # By path, under which its buffers lie in the model; the name in the file may be another.
     quantizers = {quantizer.path: quantizer for quantizer in deployed.quantizers}
-    modules = dict(deployed.model.named_modules())
     taken = Counter[str]()
     for node in [node for node in graph if node.op_type == "QuantizeLinear"]:
         # The exporter names initializers after buffers, and the buffer `<quantizer>.scale` identifies its quantizer.
@@ -39,13 +39,29 @@ def name_and_fold(graph: Any, deployed: Deployed) -> None:
             # Calls of a layer are numbered in the order of the graph, as `named_calls` numbers them.
             taken[layer] += 1
             reader.name = call_name(layer, taken[layer])
-            if getattr(modules.get(layer), "bias", reader) is None:
-                reader.resize_inputs(2)  # zeros in float, which the exporter writes where there is no bias
             if layer in deployed.int32_biases:
                 _fold_bias(graph, reader, layer, deployed.int32_biases[layer])
-    # What the replaced nodes alone have read.
-    for name in [name for name, value in graph.initializers.items() if not (value.uses() or value.is_graph_output())]:
-        del graph.initializers[name]
+
+
+def _leave_out_zero_biases(graph: Any) -> None:
+    """Take the biases from convolutions that have none in the model, in place.
+
+    The exporter writes zeros of the input's type for them. They are no constant, so ONNX Runtime would neither fold a
+    BatchNorm into such a convolution nor compute it in integers.
+    """
+    for node in graph:
+        if node.op_type == "Conv" and len(node.inputs) == 3 and _is_expanded_zero(node.inputs[2]):
+            node.resize_inputs(2)
+
+
+def _is_expanded_zero(value: Any) -> bool:
+    """Return True for a zero that is cast to the type of another tensor, then expanded."""
+    chain = []
+    while value is not None and (node := value.producer()) is not None:
+        chain.append(node.op_type)
+        constant = node.attributes.get("value")
+        value = node.inputs[0] if node.inputs else None
+    return chain == ["Expand", "CastLike", "Constant"] and float(constant.as_tensor().numpy()) == 0.0
 
 
 def four_bits(quantizer: ExportedQuantizer) -> bool:

@@ -73,8 +73,11 @@ def named_model(program: torch.export.ExportedProgram, deployed: Deployed, trans
 
     `translations` are those of a runtime's own operators.
     """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
     model = translated(program, deployed.quantizers, translations)
     name_and_fold(model.graph, deployed)
+    RemoveUnusedNodesPass()(model)
     model.metadata_props.clear()  # the tracer's notes
     if deployed.interface is not None:
         write_interface(model, deployed.interface, {quantizer.name for quantizer in deployed.quantizers})
