@@ -18,7 +18,12 @@ from halfeven.graph.batches import Example, Inputs, as_arguments, batched, own_t
 from halfeven.graph.capture_parts import PartsCapture, record_inputs
 from halfeven.graph.capture_report import CaptureReport
 from halfeven.graph.dynamic_shapes import DynamicShapes, FreeAxes, batch_axes, export_shapes, free_axes
-from halfeven.graph.export_module import check_keywords, export_module, export_program, reason_of_fixed_batch_between_parts
+from halfeven.graph.export_module import (
+    check_keywords,
+    export_module,
+    export_program,
+    reason_of_fixed_batch_between_parts,
+)
 from halfeven.graph.inline import plain_forward
 from halfeven.graph.kept_in_python import KeptInPython
 from halfeven.graph.labels import add_loss, entries_with_labels, without_labels

@@ -141,9 +141,9 @@ def check_keywords(names: Iterable[str]) -> None:
     """
     if wrong := [name for name in names if keyword.iskeyword(name) or not name.isidentifier()]:
         raise CaptureError(
-            f"A graph is a function with its inputs as parameters, and Python takes no parameter called {named(wrong)}, "
-            "so the model cannot be captured. Rename the input in the model and in the loader, for example to "
-            f'"{_as_parameter(wrong[0])}".'
+            "A graph is a function with its inputs as parameters, and Python takes no parameter called "
+            f"{named(wrong)}, so the model cannot be captured. Rename the input in the model and in the loader, for "
+            f'example to "{_as_parameter(wrong[0])}".'
         )
 
 

@@ -65,8 +65,8 @@ class Answers:
         """Note the entries of a batch without labels that are no inputs: one may be a label under another name."""
         if entries:
             self._add_reason(
-                f"no accuracy: none of the batch's entries that are no inputs ({named(entries)}) is called label, target "
-                "or y"
+                f"no accuracy: none of the batch's entries that are no inputs ({named(entries)}) is called label, "
+                "target or y"
             )
 
     def accuracy(self) -> dict[str, float]:
