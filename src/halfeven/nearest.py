@@ -45,7 +45,7 @@ def did_you_mean(name: str, choices: Iterable[str], most: int = 1, otherwise: st
     """
     choices = list(choices)
     if near := similar(name, choices, most):
-        return f"Did you mean {' or '.join(near)}?"
+        return f"Did you mean {joined_by_or(near)}?"
     return f"There are {', '.join(choices)}." if otherwise is None else otherwise
 
 
@@ -59,6 +59,12 @@ def similar(name: str, choices: Iterable[str], most: int, cutoff: float = 0.6) -
         cutoff: smallest similarity, from 0 to 1.
     """
     return difflib.get_close_matches(name, list(choices), n=most, cutoff=cutoff)
+
+
+def joined_by_or(words: Iterable[str]) -> str:
+    """Return words as a list in a sentence: "a, b or c"."""
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _lower_case(value: object) -> str:

@@ -11,13 +11,13 @@ import math
 import operator
 import types
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from halfeven.errors import ConfigError
-from halfeven.nearest import did_you_mean, nearest, shown
+from halfeven.nearest import did_you_mean, joined_by_or, nearest, shown
 
 Auto = Literal["auto"]
 """The word for "you choose"."""
@@ -282,7 +282,7 @@ def fits(kind: Any, value: Any) -> bool:
 
 def describe(kind: Any) -> str:
     """Return the words for the values that a field takes, such as 'an integer (at least 1) or "auto"'."""
-    return _joined_by_or(_alternatives(kind))
+    return joined_by_or(_alternatives(kind))
 
 
 def _alternatives(kind: Any) -> list[str]:
@@ -301,7 +301,7 @@ def _alternatives(kind: Any) -> list[str]:
     if origin is tuple and arguments[-1] is Ellipsis:
         return [f"a tuple, each value {describe(arguments[0])}"]
     if origin is tuple:
-        return [f"a tuple of {len(arguments)} values, each {_joined_by_or(dict.fromkeys(map(describe, arguments)))}"]
+        return [f"a tuple of {len(arguments)} values, each {joined_by_or(dict.fromkeys(map(describe, arguments)))}"]
     if origin is dict:
         return [f"a dict of {describe(arguments[0])} to {describe(arguments[1])}"]
     if origin is type:
@@ -362,11 +362,6 @@ def _fit_each(kinds: tuple[Any, ...], values: tuple[Any, ...]) -> bool:
     if kinds[-1] is Ellipsis:
         return all(fits(kinds[0], value) for value in values)
     return len(kinds) == len(values) and all(map(fits, kinds, values))
-
-
-def _joined_by_or(words: Iterable[str]) -> str:
-    *first, last = words
-    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _unnamed_mistakes(kind: type, positional: tuple[Any, ...]) -> list[str]:

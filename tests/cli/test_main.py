@@ -268,8 +268,36 @@ def test_a_config_behind_the_checkpoint(refused, config):
 
 def test_an_unknown_option_names_the_nearest(refused, config):
     said = refused("train", config, "--training.epohcs", "1")
-    assert "Unrecognized options: --training.epohcs" in said
-    assert "--training.epochs" in said
+    assert "nothing was started: there is no --training.epohcs. Did you mean --training.epochs?" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--training.lr", "--training.learning-rate?"),
+        ("--lr=0.1", "--training.learning-rate or --pretraining.learning-rate?"),
+        ("--batch_size", "--training.batch-size, --ptq.batch-size or --pretraining.batch-size?"),
+        ("--mode.name", "--model.name?"),
+        ("--target", "--quantization.target or --export.target?"),
+        ("--bits", "--quantization.scheme, "),
+        ("--gpu", "--device.kind?"),
+        ("--output-dir", "--work-dir?"),
+        ("--resum", "--resume?"),
+    ],
+)
+def test_an_option_by_the_name_that_other_tools_give_it(refused, config, given, meant):
+    assert f"there is no {given.partition('=')[0]}. Did you mean {meant}" in refused("train", config, given, "1")
+
+
+def test_an_unknown_option_without_a_near_one(refused, config):
+    said = refused("train", config, "--xyzzy", "1", "--quantization.plugh")
+    assert "2 options cannot be used" in said
+    assert "there is no --xyzzy. `halfeven train CONFIG --help` lists all options." in said
+
+
+def test_an_unknown_option_of_a_command_without_a_config(refused):
+    assert "there is no --overwite. Did you mean --overwrite?" in refused("init", "--overwite")
+    assert "`halfeven init --help`" in refused("init", "--xyzzy")
 
 
 @pytest.mark.parametrize("option", ["--quantization.rules", "--quantization.dynamic_shapes=x"])

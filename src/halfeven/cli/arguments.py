@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import tyro
 
 from halfeven.cli.boolean_words import without_switch_values
-from halfeven.cli.help import help_text
+from halfeven.cli.help import help_text, option_names
+from halfeven.cli.unknown_options import check_known
 from halfeven.cli.values import by_new_names, check_settable, construct_checked, unchecked
 from halfeven.config import Experiment, load_experiment
 from halfeven.errors import ConfigError
@@ -62,8 +63,9 @@ def parsed(command: str, kind: type[Any], arguments: list[str]) -> Any:
     """Return the arguments of a command as an object of `kind`.
 
     Raises:
-        ConfigError: no config, one that cannot be run, or values that are wrong or do not go together.
-        SystemExit: the help was asked for (code 0); an unknown option, or one without a value (code 2).
+        ConfigError: no config, one that cannot be run, an unknown option, or values that are wrong or do not go
+            together.
+        SystemExit: the help was asked for (code 0); an option without a value, or one argument too many (code 2).
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
     wants_help = bool({"-h", "--help"} & set(arguments))
@@ -84,10 +86,12 @@ def parsed(command: str, kind: type[Any], arguments: list[str]) -> Any:
     arguments = without_switch_values(arguments, switches)
     if "experiment" in fields:
         check_settable(arguments, default.experiment)
+        arguments = by_new_names(arguments, default.experiment)
+    check_known(command, arguments, option_names(command, default))
     found: Any = tyro.cli(
         kind,
         prog=f"halfeven {command}",
-        args=by_new_names(arguments, default.experiment) if "experiment" in fields else arguments,
+        args=arguments,
         default=default,
         # Dotted options without subcommands, and switches without a --no- form.
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),

@@ -95,6 +95,21 @@ def help_text(command: str, arguments: Any, *, from_config: bool) -> str:
     return "\n".join(lines)
 
 
+def option_names(command: str, arguments: Any) -> list[str]:
+    """Return the options that a command reads, with dashes, in the order in which its help lists them.
+
+    Args:
+        command: its name.
+        arguments: an object of its class of arguments.
+    """
+    names = [option.name for option in _command_arguments(arguments) if option.name not in POSITIONALS]
+    if (experiment := vars(arguments).get("experiment")) is not None:
+        parts = _options_by_part("", experiment, "")
+        rest = (option.name for group in parts.values() for option in group)
+        names = [*names, *dict.fromkeys((*FIRST_OPTIONS[command], *rest))]
+    return [_option_name(name) for name in names]
+
+
 def _positionals(kind: Any) -> Iterator[str]:
     """List the arguments without dashes as the usage shows them: in brackets where they may be left out."""
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
