@@ -352,13 +352,14 @@ def test_a_dropout_and_its_probability_may_have_one_name(place):
     assert not torch.equal(captured.train()(x), captured(x))
 
 
-def test_a_dropout_that_eval_mode_calls_with_0_is_said_to_be_lost():
+def test_dropouts_that_eval_mode_calls_with_0_have_the_probabilities_of_training():
     """It is the form of transformers' attention."""
     drops = [Does(lambda m, x: F.dropout(x, 0.3 if m.training else 0.0, m.training)) for _ in range(2)]
-    lasting = Does(lambda m, x: F.dropout(x, 0.3, m.training))
-    _, report = capture(nn.Sequential(conv(), *drops, lasting, nn.Dropout(0.2), conv(4)), torch.randn(4, 3, 6, 6))
-    (note,) = report.notes
-    assert note.startswith("2 dropouts have no effect in training")
+    lasting = Does(lambda m, x: F.dropout(x, 0.4, m.training))
+    model = nn.Sequential(conv(), *drops, lasting, nn.Dropout(0.2), conv(4))
+    captured, report = capture(model, torch.randn(4, 3, 6, 6))
+    assert not report.notes
+    assert [m.p for m in captured.modules() if isinstance(m, nn.Dropout)] == [0.3, 0.3, 0.4, 0.2]
 
 
 def test_the_modules_around_a_small_kept_module_stay_captured():

@@ -33,7 +33,7 @@ from halfeven.graph.output_classes import register_classes
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.same_outputs import check_same
 from halfeven.graph.torch_private import has_own_hooks, pytree
-from halfeven.graph.training_mode import Capture, capture_as_trained
+from halfeven.graph.training_mode import Capture, capture_as_trained, restored_dropouts
 
 
 def capture(
@@ -195,11 +195,11 @@ def _capture_whole_or_parts(
     # A plan names the modules that stay Python; without it, they are found by a comparison in training mode.
     if kept is not None:
         check(captured := with_kept({k.name: k for k in kept}))
-        report = reports[-1]
+        found = restored_dropouts(captured, model, *inputs)
     else:
         found = capture_as_trained(model, *inputs, Capture(with_kept, check, alone))
         captured = found.model
-        report = replace(reports[-1], notes=found.notes, lost_in_attention=found.lost_in_attention)
+    report = replace(reports[-1], notes=found.notes, lost_in_attention=found.lost_in_attention)
     # The batch may be fixed in a graph, or only in a file, by the Python code between graphs.
     report.fixed_batch = next((part.fixed_batch for part in _captured_regions(captured) if part.fixed_batch), "")
     free = _still_free(captured, free)

@@ -35,4 +35,4 @@ class CaptureReport:
     in_float32: list[str] = field(default_factory=list)
     """Lines of the model's code whose blocks of automatic mixed precision were captured in float32."""
     lost_in_attention: int = 0
-    """Calls of attention whose dropout the captured model lacks in training."""
+    """Dropouts of attention in training that are not in the graph."""

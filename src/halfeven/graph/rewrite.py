@@ -13,6 +13,9 @@ from halfeven.graph.view import Op, record_value
 
 aten = torch.ops.aten
 
+DROPOUT = "halfeven_dropout"
+"""What is recorded of an attention, and then of its softmax: the probability of its dropout in training."""
+
 
 def lower_attention(region: CapturedModule) -> int:
     """Expand scaled dot-product attention into its products and softmax, in place.
@@ -53,7 +56,9 @@ def _expand_attention(region: CapturedModule, node: fx.Node) -> bool:
             scores = call(aten.masked_fill.Scalar, scores, call(aten.logical_not.default, mask), float("-inf"))
         elif mask is not None:
             scores = call(aten.add.Tensor, scores, mask)
-        result = call(aten.matmul.default, call(aten.softmax.int, scores, -1), values["value"])
+        weights = call(aten.softmax.int, scores, -1)
+        weights.meta[DROPOUT] = node.meta.get(DROPOUT, 0.0)
+        result = call(aten.matmul.default, weights, values["value"])
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     return True

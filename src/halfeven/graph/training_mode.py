@@ -8,14 +8,12 @@ import torch
 from torch import nn
 
 from halfeven.errors import CaptureError
-from halfeven.graph.attention_dropout import lost_attention_dropouts
+from halfeven.graph.attention_dropout import may_lack_dropouts, restore_dropouts
 from halfeven.graph.batches import sample_count
 from halfeven.graph.kept_in_python import KeptInPython, can_be_whole
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.graph.torch_private import AnyDropout
 from halfeven.graph.training_run import TrainingRun, differences, map_tensors, run_in_training
 from halfeven.graph.training_suspects import Export, suspects, training_inputs
-from halfeven.graph.view import operations
 
 Kept = dict[str, KeptInPython]
 
@@ -40,7 +38,7 @@ class TrainingCapture:
     kept: tuple[KeptInPython, ...] = ()
     notes: tuple[str, ...] = ()
     lost_in_attention: int = 0
-    """Calls of attention whose dropout the captured model lacks."""
+    """Dropouts of attention that are not in the graph."""
 
 
 def capture_as_trained(model: nn.Module, args: Any, kwargs: Any, how: Capture) -> TrainingCapture:
@@ -67,8 +65,7 @@ def capture_as_trained(model: nn.Module, args: Any, kwargs: Any, how: Capture) -
     kept: Kept = {}
     said = comparison.differences(captured)
     if not said:
-        lost = _lost_in_attention(comparison, captured)
-        return TrainingCapture(captured, notes=_lost_dropouts(comparison, captured), lost_in_attention=lost)
+        return _with_dropouts(TrainingCapture(captured), model, comparison.run)
     candidates = comparison.suspects(how.export)
     while said:
         # From the least to the most that stays Python: suspected modules, then those modules with their children
@@ -79,35 +76,39 @@ def capture_as_trained(model: nn.Module, args: Any, kwargs: Any, how: Capture) -
         if not new:
             new = comparison.differing_regions(captured, kept)
         if not new:
-            return _refuse_unless_random(comparison, captured, tuple(kept.values()), said)
+            unsure = _refuse_unless_random(comparison, captured, tuple(kept.values()), said)
+            return _with_dropouts(unsure, model, comparison.run)
         captured, kept = _capture_with_kept(model, kept | new, how)
         said = comparison.differences(captured)
-    return TrainingCapture(captured, tuple(kept.values()), lost_in_attention=_lost_in_attention(comparison, captured))
+    return _with_dropouts(TrainingCapture(captured, tuple(kept.values())), model, comparison.run)
 
 
-def _lost_in_attention(comparison: "_Comparison", captured: nn.Module) -> int:
-    return lost_attention_dropouts(captured, comparison.model, comparison.run.attention_dropouts)
+def restored_dropouts(captured: nn.Module, model: nn.Module, args: Any, kwargs: Any) -> TrainingCapture:
+    """Give the dropouts of a captured model the probabilities of training mode, in place, from a run of its original.
 
-
-def _lost_dropouts(comparison: "_Comparison", captured: nn.Module) -> tuple[str, ...]:
-    """Return a note on dropouts that the captured graph lost, because the code calls them with 0 in eval mode.
-
-    `F.dropout(x, self.p if self.training else 0.0)` is the form of transformers' attention. Only a model that is
-    captured whole is judged: its graph has all calls.
+    Args:
+        captured: the captured model, with what differs in training kept in Python.
+        model: the original.
+        args, kwargs: its arguments.
     """
-    if not isinstance(captured, CapturedModule):
-        return ()
-    modules = dict(comparison.model.named_modules())
-    called = [op for op in operations(captured.graph) if isinstance(op.module, AnyDropout) and op.module.p > 0]
-    kept = sum(not isinstance(modules.get(str(op.node.target)), AnyDropout) for op in called)
-    lost = comparison.run.dropouts - kept
-    if lost <= 0:
-        return ()
-    return (
-        f"{lost} dropout{'s have' if lost > 1 else ' has'} no effect in training: the code calls F.dropout with a "
-        "probability of 0 in eval mode, in which the model is captured. Call F.dropout(x, p, self.training), or use "
-        "nn.Dropout, to keep it.",
+    found = TrainingCapture(captured)
+    if not may_lack_dropouts(captured, model):
+        return found
+    try:
+        return _with_dropouts(found, model, run_in_training(model, *_two_samples(args, kwargs)))
+    except Exception:  # the model's own code, which may want labels in training: the plan says so
+        return found
+
+
+def _with_dropouts(found: TrainingCapture, model: nn.Module, run: TrainingRun) -> TrainingCapture:
+    """Restore the dropouts that a captured graph lost, because the code calls them with 0 in eval mode."""
+    lost = restore_dropouts(found.model, model, run.dropouts, in_attention=False)
+    lost_in_attention = restore_dropouts(found.model, model, run.dropouts, in_attention=True)
+    note = (
+        f"{lost} dropout{'s have' if lost > 1 else ' has'} no effect in training: the code does not call F.dropout in "
+        "eval mode, in which the model is captured. Call F.dropout(x, p, self.training), or use nn.Dropout, to keep it."
     )
+    return replace(found, notes=(*found.notes, *([note] if lost else [])), lost_in_attention=lost_in_attention)
 
 
 def _capture_with_kept(model: nn.Module, kept: Kept, how: Capture) -> tuple[nn.Module, Kept]:

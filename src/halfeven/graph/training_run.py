@@ -8,28 +8,29 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from halfeven.errors import named
-from halfeven.graph.operators import is_stochastic_depth
+from halfeven.graph.dropout_calls import (
+    DropoutCall,
+    DropoutCalls,
+    WithoutDropout,
+    functions_without_dropout,
+    switch_off_dropout,
+)
 from halfeven.graph.parts import called_modules
 from halfeven.graph.restoring import same_random_numbers, state_restored
-from halfeven.graph.torch_private import AnyDropout, pytree
+from halfeven.graph.torch_private import pytree
 
 ROUNDING_TOLERANCE = 1e-2
 """Largest difference of two outputs or gradients, over the larger norm, that rounding may cause: BatchNorm on two
 samples magnifies it."""
 NO_GRADIENT = 1e-5
 """A gradient below this part of the largest, element by element, is rounding alone: that of a bias before BatchNorm."""
-DROPOUT_ARGUMENT = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}
-"""The place of `dropout_p` among the arguments of functions that contain a dropout."""
 
 
 @dataclass
@@ -50,11 +51,8 @@ class TrainingRun:
     """Modules that the forward pass called."""
     recomputed: set[str] = field(default_factory=set)
     """Modules that the backward pass called again, to save memory."""
-    dropouts: int = 0
-    """The number of calls, in the forward pass, of functions that would have dropped out."""
-    attention_dropouts: int = 0
-    """The number of calls of torch's function for attention that would have dropped out inside of it, but for those of
-    `nn.MultiheadAttention`."""
+    dropouts: tuple[DropoutCall, ...] = ()
+    """The calls of functions that contain a dropout, in the forward pass."""
     random: Any = None
     """The random states after the forward pass: they show that it drew numbers, even where these changed nothing."""
 
@@ -84,17 +82,17 @@ def run_as_is(
     before = {name: tensor.detach().clone() for name, tensor in _tensors_by_name(model).items()}
     attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
     run = TrainingRun()
-    calls = _DropoutCalls()
+    calls = DropoutCalls()
     (args, kwargs), leaves = _with_gradients(args, kwargs)
     with (
         same_random_numbers(),
-        _recording_calls(model, run),
-        _functions_without_dropout(calls),
-        _WithoutDropout(calls),
+        _recording_calls(model, run, calls),
+        functions_without_dropout(calls),
+        WithoutDropout(calls),
         torch.enable_grad(),
     ):
         outputs = model(*args, **kwargs)
-        run.dropouts, run.attention_dropouts = calls.functions, calls.attention
+        run.dropouts = tuple(calls.found)
         run.random = _random_states()
         run.outputs, run.structure = pytree.tree_flatten(outputs)
         run.losses = _modules_with_losses(model, attributes)
@@ -252,15 +250,17 @@ def _changed_tensors(before: Mapping[str, Tensor], model: nn.Module) -> dict[str
 
 
 @contextmanager
-def _recording_calls(model: nn.Module, run: TrainingRun) -> Iterator[None]:
-    """Record the modules that are called and, after the outputs are there, called again."""
+def _recording_calls(model: nn.Module, run: TrainingRun, calls: DropoutCalls) -> Iterator[None]:
+    """Record the modules that are called and, after the outputs are there, called again; tell `calls` of each."""
 
-    def call(name: str) -> None:
+    def enter(name: str) -> None:
         (run.called if run.structure is None else run.recomputed).add(name)
+        calls.modules.append(name)
 
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: call(name)) for name, module in called_modules(model)
-    ]
+    handles = []
+    for name, module in called_modules(model):
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name), prepend=True))
+        handles.append(module.register_forward_hook(lambda *_: calls.leave(), always_call=True))
     try:
         yield
     finally:
@@ -297,75 +297,3 @@ def _random_states() -> Any:
     states = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
     kind, keys, *rest = np.random.get_state()
     return [state.numpy().tobytes() for state in states], random.getstate(), (kind, np.asarray(keys).tobytes(), *rest)
-
-
-def switch_off_dropout(model: nn.Module) -> None:
-    """Put the modules for dropout and stochastic depth, whose randomness the captured model has too, in eval mode."""
-    for module in model.modules():
-        if isinstance(module, AnyDropout) or is_stochastic_depth(module):
-            module.eval()
-        if isinstance(module, nn.RNNBase):
-            module.dropout = 0.0
-
-
-@dataclass
-class _DropoutCalls:
-    """The numbers of calls with a probability above 0: of functions for dropout, and of that for attention."""
-
-    functions: int = 0
-    attention: int = 0
-
-
-@contextmanager
-def _functions_without_dropout(calls: _DropoutCalls) -> Iterator[None]:
-    """Replace torch's functions by their form without dropout, within the context, and count those with one.
-
-    A mode of torch does not reach what checkpointing computes again in the backward pass.
-    """
-    found = {
-        name: value
-        for name, value in vars(functional).items()
-        if callable(value) and not name.startswith("_") and ("dropout" in name or name in DROPOUT_ARGUMENT)
-    }
-    try:
-        for name, value in found.items():
-            setattr(functional, name, partial(_without_dropout, calls, value))
-        yield
-    finally:
-        for name, value in found.items():
-            setattr(functional, name, value)
-
-
-def _without_dropout(calls: _DropoutCalls, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return the input of a dropout, and the result of a function with `dropout_p` for 0."""
-    name = getattr(func, "__name__", "")
-    if "dropout" in name and not isinstance(func, type):
-        calls.functions += _dropout_probability(name, args, kwargs) > 0
-        return args[0] if args else kwargs["input"]
-    place = DROPOUT_ARGUMENT.get(name)
-    if name == "scaled_dot_product_attention":
-        calls.attention += (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0
-    if place is not None and len(args) > place:
-        args = (*args[:place], 0.0, *args[place + 1 :])
-    elif place is not None:
-        kwargs = {**kwargs, "dropout_p": 0.0}
-    return func(*args, **kwargs)
-
-
-def _dropout_probability(name: str, args: Any, kwargs: Any) -> float:
-    """Return the probability that a function for dropout was called with, 0 outside of training."""
-    given = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
-    # torch.dropout's own mode is called "train", and functions for alpha dropout are those of eval mode by default.
-    training = given.get("training", given.get("train", "alpha" not in name))
-    return float(given.get("p", 0.5)) if training else 0.0
-
-
-class _WithoutDropout(TorchFunctionMode):
-    """Makes functions for dropout return their input, and attention compute without dropout."""
-
-    def __init__(self, calls: _DropoutCalls) -> None:
-        super().__init__()
-        self.calls = calls
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _without_dropout(self.calls, func, *args, **(kwargs or {}))

@@ -25,6 +25,7 @@ from halfeven.placement.options import QuantizationOptions
 from halfeven.placement.plan import FoundInCapture
 from halfeven.placement.sources import behind_convolution
 from halfeven.placement.tied_weights import untie_for_folding
+from halfeven.tables import counted
 
 
 def _float32_copy(model: nn.Module, example: Example) -> tuple[nn.Module, Example, list[str]]:
@@ -93,12 +94,6 @@ def _notes_of(report: CaptureReport) -> list[str]:
     notes = [f"Stays Python, in float: {left}" for left in report.left]
     notes += [f"Its own code stays Python, so that it trains as in float: {kept}" for kept in report.kept]
     notes += report.notes
-    if lost := report.lost_in_attention:
-        notes.append(
-            f"The dropout inside of {lost} attention operator{'s' * (lost > 1)} has no effect in training, because the "
-            "model is captured in eval mode, where its probability is 0. To keep it, write the attention as products, "
-            "a softmax and nn.Dropout, or use nn.MultiheadAttention without is_causal."
-        )
     if report.fixed_batch:
         notes.append(f"The batch is fixed at {report.samples}, in training and in the file: {report.fixed_batch}.")
     if report.fixed_batch_of_file:
@@ -140,9 +135,16 @@ def capture_for_quantization(
     notes += _notes_of(report)
     lowered = sum(lower_attention(region) for region in regions(captured).values())
     if lowered:
-        notes.append(f"{lowered} attention operators are written out as products and softmax.")
-    for prefix, region in regions(captured).items():
-        add_attention_dropouts(region, own.get_submodule(prefix))
+        verb = "is" if lowered == 1 else "are"
+        notes.append(f"{counted(lowered, 'attention operator')} {verb} written out as products and softmax.")
+    lost = report.lost_in_attention
+    lost += sum(add_attention_dropouts(region, own.get_submodule(name)) for name, region in regions(captured).items())
+    if lost:
+        notes.append(
+            f"The dropout inside of {counted(lost, 'attention operator')} has no effect in training: halfeven "
+            "restores it where the attention is written out, and a causal one stays one operator. To keep it, write "
+            "the attention as products, a softmax and nn.Dropout, or give it its mask instead of is_causal."
+        )
     parts = regions(captured).values() if options.quantize_gates else ()
     gates = sum(expand_gates(region, behind_convolution) for region in parts)
     if options.quantize_gates and not gates:
