@@ -1,13 +1,14 @@
 """Eight small detectors on made-up scenes: float, after calibration, after training; in two runtimes, beside NNCF.
 
-    python benchmarks/detectors.py [retinanet yolo ...] [--scheme w8a8] [--file-scheme w7a8] [--json FILE]
+    python benchmarks/detectors.py [retinanet yolo ...] [--scheme w8a8] [--file-scheme w7a8] [--sure 0.3] [--json FILE]
     python benchmarks/detectors.py --weights FOLDER --nncf NNCF_ENV/bin/python
 
 Each float detector is trained from scratch for some minutes, or its weights are read from FOLDER/NAME.pt, and written
 there after a training. Then, for OpenVINO and ONNX Runtime, `he.quantize` with defaults on 256 scenes, and a short
-training of the quantized model. Measured are mAP of the simulation, mAP of the file in its runtime, and the share of
-the float model's boxes with a score of at least 0.3 that the quantized model finds again, at an overlap of 0.5 with the
-same class. A processor without VNNI overflows in files of 8 x 8 bits: `--file-scheme` gives the bits of the files.
+training of the quantized model. Measured are mAP of the simulation, mAP of the file in its runtime, and the agreement
+of boxes: the share of the boxes of both models, with a score of at least `--sure`, that the other model has too, with
+an overlap of 0.5 and the same class. A processor without VNNI overflows in files of 8 x 8 bits: `--file-scheme` gives
+the bits of the files. What FILE has already is not measured again: take a new one for a new float model.
 
 NNCF quantizes the float file with its defaults, in OpenVINO and in ONNX, under the Python of an environment that has
 it, openvino and onnx; it need not have halfeven.
@@ -20,12 +21,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.ops import box_iou
 
@@ -56,9 +59,6 @@ TRAININGS = {
 """Name -> epochs and largest learning rate of the float model's training."""
 TARGETS = {"openvino": ".xml", "onnxruntime": ".onnx"}
 SIDE, BATCH = 64, 16
-SURE = 0.3
-"""Score from which a box of the float model is looked for again."""
-
 NNCF = """
 import sys
 import numpy, nncf
@@ -81,9 +81,10 @@ else:
 class Bench:
     """The data, and what is measured of a model on it."""
 
-    def __init__(self, data: Datasets, task: Detection) -> None:
+    def __init__(self, data: Datasets, task: Detection, sure: float = 0.3) -> None:
         self.data = data
         self.task = task
+        self.sure = sure
         self.validation = list(evaluation_loader(data.validation, 40, collate=task.collate))
         self.calibration = [b[0] for b in evaluation_loader(data.calibration, 32, collate=task.collate)]
 
@@ -98,18 +99,20 @@ class Bench:
             found += self.task.judged(model(images), targets)[0]
         return found
 
+    def agreement(self, floats: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) -> float | None:
+        """Return the share of sure boxes of both models that the other has too; None where none is sure."""
+        pairs = [pair for one, other in zip(floats, others, strict=True) for pair in ((one, other), (other, one))]
+        found = torch.cat([found_again(one, other, self.sure) for one, other in pairs]).float()
+        return found.mean().item() if len(found) else None
 
-def agreement(floats: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) -> float:
-    """Return the share of sure boxes that the other model finds too, with the same class."""
-    found, all_of_them = 0, 0
-    for one, other in zip(floats, others, strict=True):
-        sure = one["scores"] >= SURE
-        near = box_iou(one["boxes"][sure], other["boxes"]) >= 0.5
-        same = one["labels"][sure][:, None] == other["labels"][None]
-        likely = other["scores"][None] >= SURE / 2
-        found += int((near & same & likely).any(1).sum())
-        all_of_them += int(sure.sum())
-    return found / max(all_of_them, 1)
+
+def found_again(one: dict[str, Tensor], other: dict[str, Tensor], sure: float) -> Tensor:
+    """Return for each sure box of an image whether the other model has it, with at least half of that score."""
+    certain = one["scores"] >= sure
+    near = box_iou(one["boxes"][certain], other["boxes"]) >= 0.5
+    same = one["labels"][certain][:, None] == other["labels"][None]
+    likely = other["scores"][None] >= sure / 2
+    return (near & same & likely).any(1)
 
 
 def train(model: nn.Module, bench: Bench, epochs: int, rate: float, session: SessionSteps | None = None) -> None:
@@ -143,13 +146,13 @@ def train(model: nn.Module, bench: Bench, epochs: int, rate: float, session: Ses
     model.eval()
 
 
-def float_detector(name: str, weights: Path | None, data: Datasets) -> tuple[nn.Module, Bench]:
+def float_detector(name: str, weights: Path | None, data: Datasets, sure: float = 0.3) -> tuple[nn.Module, Bench]:
     """Return a trained float detector."""
     torch.manual_seed(0)
     detector = getattr(small_detectors, name)(data.num_classes)
     example = data.example()
     assert isinstance(example, Tensor)
-    bench = Bench(data, detection_of(copy.deepcopy(detector), example))
+    bench = Bench(data, detection_of(copy.deepcopy(detector), example), sure)
     model = tensor_part(detector)
     file = None if weights is None else weights / f"{name}.pt"
     if file is not None and file.is_file():
@@ -164,11 +167,11 @@ def float_detector(name: str, weights: Path | None, data: Datasets) -> tuple[nn.
 
 def measured(qmodel: nn.Module, bench: Bench, floats: Any, target: str, folder: Path, *, files: bool) -> dict[str, Any]:
     """Return mAP of a simulation, and of the file where it can compute that."""
-    found = {"simulated": bench.score(qmodel), "agreement": agreement(floats, bench.boxes(qmodel))}
+    found = {"simulated": bench.score(qmodel), "agreement": bench.agreement(floats, bench.boxes(qmodel))}
     if files:
         file = he.export(qmodel, folder / f"model{TARGETS[target]}")
         run = load_deployed(file, target, qmodel)
-        found |= {"file": bench.score(run), "agreement of the file": agreement(floats, bench.boxes(run))}
+        found |= {"file": bench.score(run), "agreement of the file": bench.agreement(floats, bench.boxes(run))}
     return found
 
 
@@ -187,7 +190,7 @@ def by_nncf(model: nn.Module, bench: Bench, python: Path, target: str, folder: P
     source, goal, data = (folder / f"{stem}{TARGETS[target]}" for stem in ("float", "nncf", "images"))
     with torch.no_grad():
         names = list(_named(model(images)))
-    exported = torch.export.export(_Flat(model), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    exported = torch.export.export(_Flat(model), (images,))
     if target == "openvino":
         import openvino
 
@@ -203,11 +206,14 @@ def by_nncf(model: nn.Module, bench: Bench, python: Path, target: str, folder: P
     run = load_deployed(goal, target)
 
     def outputs(x: Tensor) -> Any:
-        found = run(x)
-        tensors = [found] if isinstance(found, Tensor) else list(found)
+        # The file has the batch of its export: RT-DETR's code has no free one.
+        parts = [run(F.pad(part, (0,) * 7 + (len(images) - len(part),))) for part in x.split(len(images))]
+        lists = [[part] if isinstance(part, Tensor) else list(part) for part in parts]
+        tensors = [torch.cat(each)[: len(x)] for each in zip(*lists, strict=True)]
         return _restored(dict(zip(names, tensors, strict=True)))
 
-    return {"file": bench.score(outputs), "agreement of the file": agreement(bench.boxes(model), bench.boxes(outputs))}
+    agreement = bench.agreement(bench.boxes(model), bench.boxes(outputs))
+    return {"file": bench.score(outputs), "agreement of the file": agreement}
 
 
 def _tried(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -246,28 +252,54 @@ class _Flat(nn.Module):
         return tuple(_named(self.model(x)).values())
 
 
-def row(name: str, data: Datasets, options: argparse.Namespace) -> dict[str, Any]:
-    """Return all that is measured of a detector."""
+class Store:
+    """What was measured, by detector, runtime and way; kept in a file, so that a benchmark that was stopped goes on."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.rows: dict[str, Any] = json.loads(file.read_text()) if file is not None and file.is_file() else {}
+
+    def add(self, keys: tuple[str, ...], measure: Callable[[], Any]) -> None:
+        """Measure what is not stored yet, or has failed; print and store it."""
+        place = self.rows
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        stored = place.get(keys[-1])
+        if stored is not None and "failed" not in str(stored):
+            return
+        place[keys[-1]] = measure()
+        print(*keys, json.dumps(place[keys[-1]]), flush=True)
+        if self.file is not None:
+            self.file.write_text(json.dumps(self.rows, indent=2))
+
+
+def add_row(store: Store, name: str, data: Datasets, options: argparse.Namespace) -> None:
+    """Measure a detector."""
     start = time.process_time()
-    model, bench = float_detector(name, options.weights, data)
+    model, bench = float_detector(name, options.weights, data, options.sure)
     floats = bench.boxes(model)
-    found: dict[str, Any] = {"float": bench.score(model), "seconds of float training": time.process_time() - start}
+    store.add((name, "seconds of float training"), lambda: time.process_time() - start)
+    store.add((name, "float"), lambda: bench.score(model))
+    store.add((name, "sure boxes"), lambda: sum(int((one["scores"] >= bench.sure).sum()) for one in floats))
+
+    def after_calibration(target: str, folder: Path, scheme: str) -> dict[str, Any]:
+        qmodel = he.quantize(model, bench.calibration, target=target, scheme=scheme)
+        return measured(qmodel, bench, floats, target, folder, files=scheme == options.file_scheme)
+
+    def after_training(target: str, folder: Path) -> dict[str, Any]:
+        qmodel = trained(model, bench, options.epochs, target=target, scheme=options.file_scheme)
+        return measured(qmodel, bench, floats, target, folder, files=True)
+
     for target in TARGETS:
-        found[target] = {}
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             for scheme in dict.fromkeys((options.scheme, options.file_scheme)):
-                qmodel = he.quantize(model, bench.calibration, target=target, scheme=scheme)
-                files = scheme == options.file_scheme
-                found[target][f"PTQ {scheme}"] = measured(qmodel, bench, floats, target, folder, files=files)
+                store.add((name, target, f"PTQ {scheme}"), partial(after_calibration, target, folder, scheme))
             if options.epochs:
-                qmodel = trained(model, bench, options.epochs, target=target, scheme=options.file_scheme)
-                qat = measured(qmodel, bench, floats, target, folder, files=True)
-                found[target][f"QAT {options.file_scheme}"] = qat
+                store.add((name, target, f"QAT {options.file_scheme}"), partial(after_training, target, folder))
             if options.nncf is not None:
-                found[target]["NNCF"] = _tried(by_nncf, model, bench, options.nncf, target, folder)
-        print(name, target, json.dumps(found[target]), flush=True)
-    return found
+                by = partial(_tried, by_nncf, model, bench, options.nncf, target, folder)
+                store.add((name, target, "NNCF"), by)
 
 
 def main() -> None:
@@ -276,17 +308,15 @@ def main() -> None:
     parser.add_argument("--scheme", default="w8a8")
     parser.add_argument("--file-scheme", default="w8a8")
     parser.add_argument("--epochs", type=int, default=2, help="of the training of the quantized model; 0: none")
+    parser.add_argument("--sure", type=float, default=0.3, help="smallest score of a box whose agreement counts")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--nncf", type=Path, help="Python of an environment with NNCF")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="what was measured; read first, and gone on with")
     options = parser.parse_args()
     data = load_datasets(DataOptions(source="shapes", image_size=SIDE, calibration_samples=256))
-    rows = {}
+    store = Store(options.json)
     for name in options.names or TRAININGS:
-        rows[name] = row(name, data, options)
-        print(name, json.dumps(rows[name]), flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(rows, indent=2))
+        add_row(store, name, data, options)
 
 
 if __name__ == "__main__":

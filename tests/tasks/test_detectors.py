@@ -63,6 +63,28 @@ def test_losses_and_boxes_of_transformers_detectors(kind):
         task.loss(outputs, TARGETS, 0.1)
 
 
+def test_all_weights_of_a_small_detector_are_trained():
+    """transformers freezes DETR's backbone and its BatchNorm, which have no trained weights here."""
+    detector = made("detr")
+    assert all(parameter.requires_grad for parameter in detector.parameters())
+    backbone = detector.model.backbone
+    assert not [name for name, module in backbone.named_modules() if "Frozen" in type(module).__name__]
+    assert [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("detr", "model.query_position_embeddings.weight"), ("yolos", "vit.embeddings.detection_tokens")]
+)
+def test_queries_start_apart(kind, name):
+    """Queries that start alike find the same box, and one learns what the others learn."""
+    detector = made(kind)
+    apart = torch.cdist(*2 * [detector.get_parameter(name).flatten(0, -2)])
+    assert apart[~torch.eye(len(apart), dtype=bool)].min() > 0.1
+    with torch.no_grad():
+        boxes = detector(torch.randn(IMAGES.shape)).pred_boxes
+    assert boxes.std(1).min() > 1e-5
+
+
 def test_a_detector_of_ones_own_needs_two_methods():
     yolo = made("yolo")
     task = detection_of(yolo, IMAGES)

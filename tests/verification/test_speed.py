@@ -54,7 +54,7 @@ def test_a_profile_that_lacks_a_kernel_is_left_out():
 def test_the_file_is_compared_with_the_precision_that_it_replaces():
     found = slower_than_float(LayerTimes(deployed=8.0, float32=10.0, float_default=6.0))
     assert len(found) == 1
-    assert "takes 8.00 ms, and the float file 6.00 ms" in found[0]
+    assert "takes 8.000 ms, and the float file 6.000 ms" in found[0]
     assert slower_than_float(LayerTimes(deployed=6.1, float32=10.0, float_default=6.0)) == []
 
 

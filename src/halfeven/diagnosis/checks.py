@@ -189,7 +189,7 @@ def notes(qmodel: nn.Module, reference: Reference) -> list[str]:
     for left in heavy:
         alike.setdefault((left.operator, left.reason), []).append(left.name)
     return found + [
-        f"In float: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({operator}), {reason}."
+        f"In float: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} ({operator}): {reason}."
         for (operator, reason), names in alike.items()
     ]
 

@@ -86,7 +86,7 @@ def _file_notes(report: Report) -> list[str]:
     if report.latency_ms:
         slowest = f" Slowest: {'; '.join(report.slowest_kernels)}." if report.slowest_kernels else ""
         found.append(
-            f"The file takes {report.latency_ms['deployed']:.2f} ms for {report.latency_batch} samples, the float file "
-            f"{report.latency_ms['float']:.2f} ms in float32.{slowest}"
+            f"The file takes {report.latency_ms['deployed']:.3f} ms for {report.latency_batch} samples, the float file "
+            f"{report.latency_ms['float']:.3f} ms in float32.{slowest}"
         )
     return [*found, *report.slower]

@@ -15,7 +15,7 @@ def slower_than_float(times: LayerTimes) -> list[str]:
     found = []
     if times.deployed > SLOWER_FILE * times.float_default:
         found.append(
-            f"The file takes {times.deployed:.2f} ms, and the float file {times.float_default:.2f} ms in the runtime's "
+            f"The file takes {times.deployed:.3f} ms, and the float file {times.float_default:.3f} ms in the runtime's "
             "default precision: these integers make the model slower here."
         )
     if layers:

@@ -159,12 +159,18 @@ def rt_detr(num_classes: int) -> Any:
 def detr(num_classes: int) -> Any:
     """Make transformers' DETR: an encoder and a decoder on one level, with learned queries."""
     with extra("text", "transformers' detectors"):
-        from transformers import DetrConfig, DetrForObjectDetection
+        from transformers import AutoBackbone, DetrConfig, DetrForObjectDetection
 
     sizes: Any = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_layers": 1}
     sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_layers": 2, "num_queries": 20}
+    sizes |= {"init_std": 0.1}  # 0.02 is for wider layers, and would leave the queries of these alike
     config = DetrConfig(backbone_config=_resnet([24, 48], ["stage2"]), dropout=0.0, num_labels=num_classes, **sizes)
-    return DetrForObjectDetection(config)
+    detector = DetrForObjectDetection(config)
+    # DETR expects a trained backbone, and freezes its BatchNorm and weights. This one is trained from scratch.
+    detector.model.backbone.model = AutoBackbone.from_config(config.backbone_config)
+    # Queries that start alike find the same box; those of the paper start as far apart as this.
+    nn.init.normal_(detector.model.query_position_embeddings.weight)
+    return detector
 
 
 def yolos(num_classes: int, image_size: int = 64) -> Any:
@@ -181,4 +187,8 @@ def yolos(num_classes: int, image_size: int = 64) -> Any:
         num_labels=num_classes,
         **sizes,
     )
-    return YolosForObjectDetection(config)
+    detector = YolosForObjectDetection(config)
+    # transformers leaves them at 0, where all detection tokens are alike, and find the same box.
+    for tokens in (detector.vit.embeddings.detection_tokens, detector.vit.embeddings.position_embeddings):
+        nn.init.trunc_normal_(tokens, std=0.02)
+    return detector
