@@ -16,11 +16,13 @@ from halfeven.errors import CheckpointError, HalfevenError
 from halfeven.files import json_text, write_atomically
 from halfeven.graph.wrappers import unwrapped
 from halfeven.integrity import check_facts, check_tensors, listed, sealed, wrong_values
+from halfeven.nearest import did_you_mean_path
 from halfeven.placement.insertion import plan_of
 from halfeven.placement.plan import Plan
 from halfeven.placement.plan_in_file import read_plan
 from halfeven.quantization.model_quantizers import quantizers
 from halfeven.quantization.stored_ranges import wrong_ranges
+from halfeven.zoo.torch_files import is_torch_file
 from halfeven.zoo.weights import key_differences
 
 FORMAT = "1"
@@ -214,16 +216,22 @@ def read_metadata(path: Path) -> dict[str, str]:
     """
     if not path.is_file():
         raise CheckpointError(
-            f"There is no checkpoint {path}, so there is no quantized model. Give the path of a best.safetensors or "
-            "last.safetensors in the --work-dir of a training run."
+            f"There is no checkpoint {path}, so there is no quantized model.{did_you_mean_path(path)} Give the path of "
+            "a best.safetensors or last.safetensors in the --work-dir of a run."
         )
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
+        if is_torch_file(path):
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file: torch.save wrote it, so it is no checkpoint of a quantized "
+                "model. Give a best.safetensors or last.safetensors. (Float weights belong to model.weights, and "
+                "state.pt to --resume.)"
+            ) from error
         raise CheckpointError(
             f"{path} is not a whole safetensors file, so it cannot be loaded: {error}. Give a best.safetensors or "
-            "last.safetensors (state.pt is for --resume alone)."
+            "last.safetensors."
         ) from error
     # Other libraries write "pt" or nothing there.
     if metadata.get("format") not in (FORMAT, "pt", None):

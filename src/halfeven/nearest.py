@@ -2,6 +2,8 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 OTHER_WORDS = {
@@ -59,6 +61,34 @@ def similar(name: str, choices: Iterable[str], most: int, cutoff: float = 0.6) -
         cutoff: smallest similarity, from 0 to 1.
     """
     return difflib.get_close_matches(name, list(choices), n=most, cutoff=cutoff)
+
+
+MAX_COMPARED_NAMES = 2000
+"""Largest number of names in a folder that are compared with a misspelt one."""
+
+
+def did_you_mean_path(path: Path) -> str:
+    """Return the sentence that names the existing path which a wrong one most likely means, with a space before it.
+
+    It is empty where no path is near.
+    """
+    near = nearest_path(path)
+    return "" if near is None else f" Did you mean {near}?"
+
+
+def nearest_path(path: Path) -> Path | None:
+    """Return the existing path whose names are nearest to those of a wrong one, folder by folder; None without any."""
+    found = Path(path.anchor)
+    for name in path.relative_to(path.anchor).parts:
+        there = found / name
+        try:
+            if not there.exists():
+                names = [one.name for one in islice(found.iterdir(), MAX_COMPARED_NAMES)]
+                there = found / similar(name, names, 1)[0]
+        except (OSError, IndexError):  # a file, a folder that cannot be read, or no name that is near
+            return None
+        found = there
+    return found
 
 
 def joined_by_or(words: Iterable[str]) -> str:

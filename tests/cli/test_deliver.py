@@ -1,10 +1,18 @@
 """What files of a run say about themselves, and which files are not replaced."""
 
+import io
+from types import SimpleNamespace
+
 import onnx
 import pytest
+import torch
 from onnx.helper import make_graph, make_model, make_node, make_tensor_value_info
+from rich.console import Console
+from torch import nn
 
+import halfeven
 from halfeven.cli.deliver import check_replaceable, preprocessing
+from halfeven.cli.run import RunContext
 from halfeven.config import DataOptions
 from halfeven.errors import ConfigError
 
@@ -37,6 +45,16 @@ def test_a_file_says_how_its_images_are_made(options, said):
 
 def test_of_other_data_only_the_users_code_knows_it():
     assert preprocessing(DataOptions(source="callable", function="a:b")) == {}
+
+
+def test_the_command_line_names_files_where_python_has_tables():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 1))
+    qmodel = halfeven.quantize(model, [torch.randn(2, 3, 6, 6)], scheme="w7a8")
+    context = SimpleNamespace(console=Console(file=io.StringIO()))
+    RunContext.log(context, str(halfeven.plan_of(qmodel)))
+    said = context.console.file.getvalue()
+    assert "plan.txt lists every tensor" in said
+    assert "print(" not in said
 
 
 def test_a_file_for_another_runtime_is_not_replaced(tmp_path):

@@ -1,9 +1,11 @@
 """The float model of a checkpoint: with its weights where they can be had, and never with others in silence."""
 
+from types import SimpleNamespace
+
 import timm
 from torch import nn
 
-from halfeven.cli.float_model import float_model_of, loads_own_weights
+from halfeven.cli.float_model import float_model_of, loads_own_weights, tell_own_weights
 from halfeven.cli.test import _recorded_metrics
 from halfeven.config import DataOptions, Experiment, ModelOptions, TrainingOptions
 
@@ -36,6 +38,14 @@ def test_weights_that_are_gone_are_not_taken_for_those_of_the_users_function(tmp
         assert not float_model_of(made, tmp_path / "best.safetensors")[1]
         assert not loads_own_weights(made)
     assert loads_own_weights(experiment())
+
+
+def test_weights_of_the_users_function_are_told():
+    """A function that returns an untrained model would be quantized without a word."""
+    told = []
+    for made in (experiment(), experiment(weights="float.pth"), experiment(epochs=1)):
+        tell_own_weights(SimpleNamespace(experiment=made, log=told.append))
+    assert told == ['model.weights is "": the float weights are those of the model that torch.nn:Identity returns.']
 
 
 def test_what_halfeven_save_was_given_is_no_table():

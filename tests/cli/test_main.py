@@ -411,7 +411,33 @@ def test_a_missing_checkpoint_is_refused_by_each_command(refused, config, tmp_pa
 
 def test_a_training_state_is_no_checkpoint(refused, config, tmp_path):
     (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 something")
-    assert "not a whole safetensors file" in refused("test", config, tmp_path / "state.pt")
+    said = refused("test", config, tmp_path / "state.pt")
+    assert "not a whole safetensors file: torch.save wrote it" in said
+    assert "Float weights belong to model.weights" in said
+
+
+def test_a_misspelt_path_of_a_checkpoint_or_file(refused, config, checkpoint, tmp_path):
+    assert f"Did you mean {checkpoint}?" in refused("export", config, tmp_path / "layer.safetensor")
+    (tmp_path / "model.xml").touch()
+    assert f"Did you mean {tmp_path / 'model.xml'}?" in refused("verify", config, checkpoint, tmp_path / "modle.xml")
+    said = refused("ptq", config, "--pretraining.epochs", 0, "--model.weights", tmp_path / "layr.safetensors")
+    assert f"Did you mean {checkpoint}?" in said
+
+
+def test_a_misspelt_folder_of_images(refused, config, tmp_path):
+    (tmp_path / "photos" / "train").mkdir(parents=True)
+    said = refused("ptq", config, "--data.source", "image_folder", "--data.root", tmp_path / "phots")
+    assert f"There is no folder {tmp_path / 'phots' / 'train'}" in said
+    assert f"Did you mean {tmp_path / 'photos' / 'train'}?" in said
+    assert "data.root is not set" in refused("ptq", config, "--data.source", "image_folder")
+
+
+def test_a_class_without_images(refused, config, tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+    said = refused("ptq", config, "--data.source", "image_folder", "--data.root", tmp_path)
+    assert f"The images in {tmp_path / 'train'} cannot be used: Found no valid file for the classes cat." in said
+    assert ".webp. Put a folder with at least one image there for each class, and remove empty folders." in said
 
 
 def lines_of_help(capsys, *arguments):
@@ -519,7 +545,7 @@ def test_init_writes_the_configs_and_overwrites_none(refused, tmp_path, capsys):
 def report(**changes):
     """A report without a fault, but for the changes."""
     good = {"weights_match": True, "alone_match": 1.0, "float_layers": [], "quantizable_layers": 3, "overflows": False}
-    good |= {"findings": [], "float_precision": "f32", "float32_session": None}
+    good |= {"findings": [], "float_precision": "f32", "float32_session": None, "float_reason": ""}
     return SimpleNamespace(**{**good, "first_difference": "conv1", **changes})
 
 

@@ -78,3 +78,17 @@ def test_a_layer_that_is_read_for_its_size_alone_has_no_integers():
     plan = he.plan(Scatters(), torch.randn(8, 6))
     assert [weight.name for weight in plan.weights] == ["body", "router", "out"]
     assert {row.name: row.reason for row in plan.left}["sized"] == "nothing reads its values, only their size"
+
+
+def test_layers_in_float_for_want_of_the_right_target(tmp_path):
+    """A convolution before a SiLU has a quantized result only where ONNX Runtime needs it."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1))
+    x = torch.randn(2, 3, 8, 8)
+    reasons = []
+    for target in ("openvino", "onnxruntime"):
+        qmodel = he.quantize(net, [x], scheme="w7a8", target=target)
+        path = he.export(qmodel, tmp_path / f"{target}.onnx", target="onnxruntime")
+        report = he.verify(qmodel, path, [x], timed=False)
+        reasons.append(report.float_reason)
+        assert bool(report.float_layers) == bool(report.float_reason)
+    assert reasons == ['made for openvino; use target="onnxruntime"', ""]

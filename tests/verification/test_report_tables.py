@@ -45,3 +45,29 @@ def test_the_lines_of_a_finding_are_indented_alike(report):
     assert len(below) >= 2
     assert all(line.startswith("  ") for line in below)
     assert max(map(len, below)) <= 80
+
+
+def test_rows_of_which_none_fits_are_counted(report):
+    """A full report names neither "others" nor "more" where nothing stands before them."""
+    layers = [f"layer{number} (f32 Conv)" for number in range(15)]
+    macs = {f"layer{number}": 0.05 for number in range(15)}
+    times = {"float": 2.0, "deployed": 1.0}
+    kernels = [f"k{number} (Conv, u8): 9%" for number in range(3)]
+    settings = ["a=1", "b=2"]
+    changes = {"float_layers": layers, "float_macs": macs, "latency_ms": times, "slowest_kernels": kernels}
+    accuracy = dict.fromkeys(("float", "simulated", "deployed"), 90.0)
+    full = dataclasses.replace(report, **changes, settings=settings, accuracy=accuracy, file_bytes=9)
+    text = " ".join(str(full).split())
+    assert "in float, 15 together 75.00 %" in text
+    assert "in float 15: print(report.table())" in text
+    assert "slowest kernel 3: print(report.table())" in text
+    assert "others" not in text
+    assert "more" not in text
+
+
+def test_a_file_for_another_runtime_says_why_layers_are_in_float(report):
+    reason = 'made for openvino; use target="onnxruntime"'
+    lines = str(dataclasses.replace(report, float_layers=["a (f32 Conv)"], float_reason=reason)).splitlines()
+    row = next(number for number, line in enumerate(lines) if line.startswith("    likely reason"))
+    assert " ".join(line.strip() for line in lines[row : row + 2]).endswith(reason)
+    assert max(map(len, lines)) <= 80

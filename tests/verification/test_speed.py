@@ -9,6 +9,7 @@ from torch import nn
 import halfeven as he
 from halfeven.runtimes.layer_execution import KernelTime
 from halfeven.verification import verify as verification
+from halfeven.verification.latency import _with_layers
 from halfeven.verification.layer_times import LayerTime, LayerTimes, steady_kernel_times
 from halfeven.verification.speed import slower_than_float
 
@@ -49,6 +50,18 @@ def test_a_profile_in_which_kernels_were_interrupted_is_made_again():
 def test_a_profile_that_lacks_a_kernel_is_left_out():
     file = Profiled((0.1, 0.2, 9.0), (0.1, 5.0), (0.2, 0.1, 0.3))
     assert [kernel.milliseconds for kernel in steady_kernel_times(file, [X], whole=0.7)] == [0.1, 0.1, 0.3]
+
+
+def test_a_layer_is_slower_if_further_profiles_say_so():
+    interrupted = Profiled((2.0, 0.2), (0.2, 0.2), (0.2, 0.2))
+    steady = Profiled((1.0, 1.0), (1.0, 1.0), (1.0, 1.0))
+    times = LayerTimes(deployed=5.0, float32=5.0, float_default=5.0)
+    found = _with_layers(times, interrupted, steady, [X], ["k"])
+    assert found.slower() == []
+    assert len(interrupted.profiles) == len(steady.profiles) == 1
+    slow, steady = Profiled(*[(2.0, 0.2)] * 3), Profiled(*[(1.0, 1.0)] * 3)
+    assert [layer.deployed for layer in _with_layers(times, slow, steady, [X], ["k"]).slower()] == [2.0]
+    assert slow.profiles == []
 
 
 def test_the_file_is_compared_with_the_precision_that_it_replaces():

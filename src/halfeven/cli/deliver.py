@@ -9,7 +9,7 @@ from torch import nn
 from halfeven.checkpoint import read_facts
 from halfeven.cli.report_pages import write_pages
 from halfeven.cli.results import print_accuracies, write_json
-from halfeven.cli.run import RunContext
+from halfeven.cli.run import PLAN_FILE, RunContext
 from halfeven.cli.work_folder import BEST_FILE, LAST_FILE, RESULTS_FILE
 from halfeven.errors import ConfigError, VerificationError
 from halfeven.files import write_atomically
@@ -19,12 +19,11 @@ from halfeven.runtimes.export import export
 from halfeven.runtimes.runtime import load_deployed, target_in_file
 from halfeven.tasks.task import Metrics
 from halfeven.verification.report import Report
+from halfeven.verification.report_tables import REST
 from halfeven.verification.verify import verify
 from halfeven.zoo.options import DataOptions
 from halfeven.zoo.parts import subset
 
-PLAN = "plan.txt"
-"""File of the whole plan."""
 LAST_ROW = "simulated, last"
 """Name of the last checkpoint's accuracy in the table and in the results."""
 
@@ -51,7 +50,7 @@ def deliver(
     best = context.folder / BEST_FILE
     # Read from the file, so that the checkpoint as it is on the disk is exported and verified.
     qmodel = load(best, model.cpu(), context.datasets.example())
-    reports = export_verified(context, qmodel, context.folder)
+    reports = export_verified(context, qmodel, context.folder, RESULTS_FILE)
     before = {"calibrated": calibrated} if calibrated is not None else {}
     # A row for each model that there is, from float to deployed; the first metric of each goes on the page.
     rows = {"float": float_metrics, **before, "simulated": context.accuracy(qmodel)}
@@ -91,7 +90,7 @@ def write_plan(context: RunContext, qmodel: nn.Module) -> None:
     """Write the whole plan into the work folder; the console shows its summary."""
     if context.accelerator.is_main_process:
         text = f"{plan_of(qmodel).table()}\n"
-        write_atomically(context.folder / PLAN, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_atomically(context.folder / PLAN_FILE, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def target_of(context: RunContext, qmodel: nn.Module) -> str:
@@ -123,8 +122,15 @@ def check_replaceable(paths: Iterable[Path], target: str) -> None:
             )
 
 
-def export_verified(context: RunContext, qmodel: nn.Module, folder: Path) -> dict[Path, Report]:
-    """Write the files that the experiment names into a folder, and print the report of each."""
+def export_verified(context: RunContext, qmodel: nn.Module, folder: Path, rest: str) -> dict[Path, Report]:
+    """Write the files that the experiment names into a folder, and print the report of each.
+
+    Args:
+        context: the run.
+        qmodel: the quantized model.
+        folder: for the files.
+        rest: the file that will have the whole reports.
+    """
     target = target_of(context, qmodel)
     qmodel = qmodel.cpu().eval()
     reports = {}
@@ -133,7 +139,7 @@ def export_verified(context: RunContext, qmodel: nn.Module, folder: Path) -> dic
         context.log(f"Exporting {path} ...")
         facts = preprocessing(context.experiment.data)
         export(qmodel, path, target, metadata=facts, float_precision=context.experiment.export.float_precision)
-        reports[path] = verify_file(context, qmodel, path)
+        reports[path] = verify_file(context, qmodel, path, rest)
     return reports
 
 
@@ -155,8 +161,15 @@ def preprocessing(data: DataOptions) -> dict[str, str]:
     return {"preprocessing": said[data.source]} if data.source in said else {}
 
 
-def verify_file(context: RunContext, qmodel: nn.Module, path: Path) -> Report:
-    """Verify a file on validation samples, in its runtime, and print the report."""
+def verify_file(context: RunContext, qmodel: nn.Module, path: Path, rest: str) -> Report:
+    """Verify a file on validation samples, in its runtime, and print the report.
+
+    Args:
+        context: the run.
+        qmodel: the model that the file was written from.
+        path: the file.
+        rest: what has the figures that the printed summary leaves out.
+    """
     options = context.experiment.export
     validation = context.datasets.validation
     samples = subset(validation, list(range(min(options.verify_samples, len(validation)))))
@@ -170,5 +183,5 @@ def verify_file(context: RunContext, qmodel: nn.Module, path: Path) -> Report:
         class_axis=context.task.class_axis,
         timed=options.timed,
     )
-    context.log(f"{report}\n")
+    context.log(f"{str(report).replace(REST, rest)}\n")
     return report

@@ -11,6 +11,9 @@ from halfeven.cli.results import write_json
 from halfeven.cli.run import open_run
 from halfeven.pipelines import load
 
+VERIFICATION_FILE = "verification.json"
+"""File of the whole reports."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments(CheckpointArguments):
@@ -31,7 +34,7 @@ def run_export(arguments: ExportArguments) -> None:
     qmodel = load(checkpoint, network_of(arguments.experiment), context.datasets.example())
     target = target_of(context, qmodel)
     check_replaceable([folder / f"model{ending}" for ending in arguments.experiment.endings(target)], target)
-    reports = export_verified(context, qmodel, folder)
+    reports = export_verified(context, qmodel, folder, VERIFICATION_FILE)
     found = {path.name: report.to_dict() for path, report in reports.items()}
-    for path in (folder / "verification.json", *([Path(arguments.json)] if arguments.json else [])):
+    for path in (folder / VERIFICATION_FILE, *([Path(arguments.json)] if arguments.json else [])):
         write_json(path, found)

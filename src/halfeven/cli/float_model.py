@@ -26,6 +26,13 @@ def check_has_weights(experiment: Experiment) -> None:
         )
 
 
+def tell_own_weights(context: RunContext) -> None:
+    """Say that the float weights are those of the user's function, where they come from nowhere else."""
+    if loads_own_weights(context.experiment):
+        name = context.experiment.model.name
+        context.log(f'model.weights is "": the float weights are those of the model that {name} returns.')
+
+
 def train_float(context: RunContext, model: nn.Module, *, resume: bool) -> None:
     """Train the float model, and load its best weights into it.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from halfeven.cli.arguments import RunArguments
-from halfeven.cli.float_model import check_has_weights, train_float
+from halfeven.cli.float_model import check_has_weights, tell_own_weights, train_float
 from halfeven.cli.preflight import check_quantization, prepare_folded
 from halfeven.cli.run import RunContext, open_run
 from halfeven.cli.work_folder import check_folder, claimed_folder, default_folder, is_continued
@@ -49,6 +49,7 @@ def open_quantization(arguments: RunArguments, command: str) -> QuantizationRun:
         context, resume=arguments.resume, auto_resume=arguments.auto_resume, overwrite=arguments.overwrite
     )
     check_folder(context, command, resume=resume, overwrite=arguments.overwrite)
+    tell_own_weights(context)
     return QuantizationRun(command, context, create_model(experiment.model), resume)
 
 

@@ -14,6 +14,7 @@ from halfeven.cli.task import make_task
 from halfeven.config import Experiment
 from halfeven.errors import ConfigError
 from halfeven.evaluation import evaluate, evaluation_loader
+from halfeven.placement.plan_tables import REST
 from halfeven.tasks import Task
 from halfeven.tasks.task import Metrics
 from halfeven.training.accelerator import make_accelerator
@@ -22,6 +23,9 @@ from halfeven.training.run import Run
 from halfeven.training.sampling import seed_generators, seeded
 from halfeven.zoo.checked_samples import check_targets, with_checks
 from halfeven.zoo.datasets import Datasets, load_datasets
+
+PLAN_FILE = "plan.txt"
+"""File of the whole plan, in the folder of a run."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ class RunContext:
 
     def log(self, text: str) -> None:
         """Print a line, from the first process alone."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        # What Python prints of a plan is a file of the run.
+        self.console.print(text.replace(REST, PLAN_FILE), highlight=False, soft_wrap=True)
 
 
 def open_run(experiment: Experiment, folder: Path) -> RunContext:

@@ -12,7 +12,7 @@ from torch import nn
 from halfeven.checkpoint import save
 from halfeven.cli.arguments import RunArguments
 from halfeven.cli.deliver import deliver, write_plan
-from halfeven.cli.float_model import check_has_weights, train_float
+from halfeven.cli.float_model import check_has_weights, tell_own_weights, train_float
 from halfeven.cli.preflight import check_training
 from halfeven.cli.run import RunContext, open_run
 from halfeven.cli.work_folder import (
@@ -68,6 +68,7 @@ def run_train(arguments: TrainArguments) -> None:
         context, resume=arguments.resume, auto_resume=arguments.auto_resume, overwrite=arguments.overwrite
     )
     check_folder(context, "train", resume=resume, overwrite=arguments.overwrite)
+    tell_own_weights(context)
     model = create_model(experiment.model)
     resume_training = resume and (folder / STATE_FILE).is_file()
     prepared = None if resume_training else check_training(context, model)

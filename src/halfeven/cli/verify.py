@@ -11,6 +11,7 @@ from halfeven.cli.float_model import network_of
 from halfeven.cli.results import write_json
 from halfeven.cli.run import open_run
 from halfeven.errors import ConfigError
+from halfeven.nearest import did_you_mean_path
 from halfeven.options import Auto
 from halfeven.pipelines import load
 from halfeven.placement.insertion import plan_of
@@ -56,8 +57,8 @@ def run_verify(arguments: VerifyArguments) -> int:
     read_facts(checkpoint)  # wrong paths show before the data is read
     if not arguments.file.is_file():
         raise ConfigError(
-            f"There is no file {arguments.file}, so nothing can be verified. Give the file that `halfeven export` "
-            "wrote."
+            f"There is no file {arguments.file}, so nothing can be verified.{did_you_mean_path(arguments.file)} Give "
+            "the file that `halfeven export` wrote."
         )
     if arguments.min_match != "auto" and not 0 <= arguments.min_match <= 1:
         raise ConfigError(
@@ -68,7 +69,7 @@ def run_verify(arguments: VerifyArguments) -> int:
         charting_library()  # a missing package shows before the work
     context = open_run(arguments.experiment, checkpoint.parent)
     qmodel = load(checkpoint, network_of(arguments.experiment), context.datasets.example())
-    report = verify_file(context, qmodel, arguments.file)
+    report = verify_file(context, qmodel, arguments.file, arguments.json or "--json FILE")
     problems = problems_of(report, arguments.min_match, allow_float=arguments.allow_float)
     context.log("\n".join(["NOT verified:", *(f"  {problem}" for problem in problems)]) if problems else "Verified.")
     if arguments.report and context.accelerator.is_main_process:
@@ -109,9 +110,13 @@ def problems_of(report: Report, min_match: float | Auto, *, allow_float: bool) -
         ran = "with quantized weights read them as floats" if weights_alone else "with quantized weights ran in float"
         problems.append(
             f"{len(report.float_layers)} of {report.quantizable_layers} layers {ran}: "
-            f"{', '.join(report.float_layers)}. --allow-float accepts that."
+            f"{', '.join(report.float_layers)}. {_reason_sentence(report)}--allow-float accepts that."
         )
     return problems + report.findings
+
+
+def _reason_sentence(report: Report) -> str:
+    return f"The likely reason: {report.float_reason}. " if report.float_reason else ""
 
 
 def _least_match(report: Report) -> float:

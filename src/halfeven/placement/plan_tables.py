@@ -16,6 +16,9 @@ from halfeven.tables import as_text, counted, table
 
 T = TypeVar("T")
 
+REST = "print(plan.table())"
+"""What shows all that a summary leaves out; the command line names a file in its place."""
+
 SUMMARY_LINES = 25
 """Largest number of lines of a summary."""
 FEW_LAYERS = 2
@@ -72,9 +75,9 @@ def summary(plan: PlanLike) -> RenderableType:
 def _summary(plan: PlanLike, rows: Rows, whole_notes: bool) -> Group:
     notes = [Text(note, overflow="ellipsis", no_wrap=not whole_notes) for note in _note_lines(plan)]
     shown = notes if whole_notes else notes[: rows.notes]
-    lists = "print(plan.table()) lists every tensor, and all that is in float."
+    lists = f"{REST} lists every tensor, and all that is in float."
     if len(shown) < len(notes):
-        lists = f"print(plan.table()) lists every tensor, and {len(notes) - len(shown)} more notes."
+        lists = f"{REST} lists every tensor, and {len(notes) - len(shown)} more notes."
     parts: list[RenderableType] = [_title(plan)]
     for part in (_kind_table(plan, rows.kinds), _block_table(plan, rows.blocks), _float_table(plan, rows.reasons)):
         parts += [Text(), part] if part.row_count else []

@@ -93,11 +93,16 @@ def steady_kernel_times(file: DeployedFile, inputs: Sequence[Tensor], whole: flo
     for _ in range(PROFILES - 1):
         if sum(kernel.milliseconds for kernel in found) <= STEADY_RATIO * whole:
             break
-        again = file.kernel_times(inputs)
-        # On a busy machine a profile may lack kernels.
-        if [kernel.name for kernel in again] == [kernel.name for kernel in found]:
-            found = [min(pair, key=lambda kernel: kernel.milliseconds) for pair in zip(found, again, strict=True)]
+        found = shortest_times(found, file.kernel_times(inputs))
     return found
+
+
+def shortest_times(found: list[KernelTime], again: list[KernelTime]) -> list[KernelTime]:
+    """Return the shorter time of each kernel in two profiles of a file."""
+    # On a busy machine a profile may lack kernels.
+    if [kernel.name for kernel in again] != [kernel.name for kernel in found]:
+        return found
+    return [min(pair, key=lambda kernel: kernel.milliseconds) for pair in zip(found, again, strict=True)]
 
 
 def time_layers(

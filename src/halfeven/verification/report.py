@@ -113,6 +113,8 @@ class Report:
     """Deployed over float, in the runtime's default precision."""
     slower: list[str] = field(default_factory=list)
     """Where integers are slower than float in the runtime: the whole file, and its layers with their milliseconds."""
+    float_reason: str = ""
+    """The likely reason why layers ran in float: the model was made for another runtime; "" if it was not."""
     overflows: bool = False
     """Integers or outputs differ and sums can overflow: the processor has no VNNI, and weights need more than 7 bits,
     or activations of as many are multiplied together. Never of a file that was evaluated, not run (TensorRT's)."""

@@ -23,6 +23,9 @@ SUMMARY_LINES = 25
 NAME_WIDTH = 44
 """Columns of the names of figures; longer names go on in the next line."""
 
+REST = "print(report.table())"
+"""What shows the rows that a summary leaves out; the command line names a file in its place."""
+
 Row = tuple[str, str]
 
 
@@ -151,12 +154,13 @@ def _executed_rows(report: Any, most: int) -> list[Row]:
     shares = list(report.float_macs.items())
     shown = shares if len(shares) <= most else shares[: most - 1]
     if rest := shares[len(shown) :]:
-        shown = [*shown, (f"{len(rest)} others", sum(share for _, share in rest))]
+        shown = [*shown, (f"{len(rest)} {'others' if shown else 'together'}", sum(share for _, share in rest))]
     return [
         ("layers executed in integers", f"{report.integer_layers} of {report.quantizable_layers}"),
         ("  share of multiply-accumulates", percent(report.integer_macs, 2)),
         *((f"  in float, {name}", percent(share, 2)) for name, share in shown),
         *in_float,
+        *([("  likely reason", report.float_reason)] if report.float_reason else []),
     ]
 
 
@@ -198,7 +202,10 @@ def _first_rows(rows: list[Row], most: int) -> list[Row]:
     """Return the first rows, and a row that says how many more there are."""
     if len(rows) <= most:
         return rows
-    return [*rows[: most - 1], (f"  and {len(rows) - most + 1} more", "print(report.table())")]
+    if most == 1:  # none is left that "more" would go on
+        same_name = len({name for name, _ in rows}) == 1
+        return [(rows[0][0] if same_name else f"  all {len(rows)}", f"{len(rows)}: {REST}" if same_name else REST)]
+    return [*rows[: most - 1], (f"  and {len(rows) - most + 1} more", REST)]
 
 
 def difference(relative: float) -> str:

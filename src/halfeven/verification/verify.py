@@ -159,16 +159,22 @@ def _kernel_fields(comparison: Comparison) -> dict[str, Any]:
     products = comparison.file.executed_products()
     work = work_of(comparison.parts, layers, products, python_work(comparison.qmodel))
     weights_only = not comparison.activations  # float kernels read the weights then, as they should
+    in_float = [layer for layer in layers if not (layer.integer or (layer.stored and weights_only))]
     return {
         "integer_layers": sum(layer.integer for layer in layers),
         "quantizable_layers": len(layers),
         "weight_layers": sum(layer.stored and not layer.integer for layer in layers),
-        "float_layers": [
-            _float_layer_text(layer) for layer in layers if not (layer.integer or (layer.stored and weights_only))
-        ],
+        "float_layers": [_float_layer_text(layer) for layer in in_float],
+        "float_reason": _reason_of_target(comparison) if in_float else "",
         "integer_macs": work.integer_share,
         "float_macs": work.float_shares(),
     }
+
+
+def _reason_of_target(comparison: Comparison) -> str:
+    """Return the sentence about a model that was made for another runtime than the file; "" for the same."""
+    made_for, runs_in = plan_of(comparison.qmodel).options.target, comparison.runtime.name
+    return "" if made_for == runs_in else f'made for {made_for}; use target="{runs_in}"'
 
 
 def _float_layer_text(layer: LayerExecution) -> str:

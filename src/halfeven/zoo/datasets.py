@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from halfeven.errors import ConfigError
 from halfeven.imports import call_function, extra, users_code
+from halfeven.nearest import did_you_mean_path
 from halfeven.renamed import renamed_attributes
 from halfeven.zoo import detection_segmentation
 from halfeven.zoo.holdout import hold_out
@@ -161,11 +162,13 @@ def image_folder(options: DataOptions) -> Datasets:
         from torchvision.transforms import InterpolationMode
 
     root = Path(options.root)
-    for part in ("train", "val"):
-        if options.root == "auto" or not (root / part).is_dir():
+    usual = "Set data.root to a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (ImageNet as usually unpacked)."
+    if options.root == "auto":
+        raise ConfigError(f"data.root is not set, so there are no images. {usual}")
+    for folder in (root / "train", root / "val"):
+        if not folder.is_dir():
             raise ConfigError(
-                f"There is no folder {'data.root' if options.root == 'auto' else root / part}, so there are no images. "
-                "Set data.root to a folder with train/CLASS/IMAGE and val/CLASS/IMAGE (ImageNet as usually unpacked)."
+                f"There is no folder {folder}, so there are no images.{did_you_mean_path(folder)} {usual}"
             )
     finish = [transforms.ToTensor(), transforms.Normalize(options.mean, options.std)]
     bilinear = InterpolationMode.BILINEAR
@@ -174,15 +177,20 @@ def image_folder(options: DataOptions) -> Datasets:
     training = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *finish])
     scale = transforms.Resize(options.resize, interpolation=bilinear, antialias=True)
     evaluation = transforms.Compose([scale, transforms.CenterCrop(options.image_size), *finish])
-    try:
-        train = ImageFolder(root / "train", transform=training, loader=read_image)
-        # The same images once more, for calibration and held-out samples.
-        seen_as_in_evaluation = ImageFolder(root / "train", transform=evaluation, loader=read_image)
-        validation = ImageFolder(root / "val", transform=evaluation, loader=read_image)
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"The images under {root} cannot be used: {error} Put one folder per class in train and in val."
-        ) from error
+
+    def open_folder(name: str, transform: Any) -> Any:
+        try:
+            return ImageFolder(root / name, transform=transform, loader=read_image)
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"The images in {root / name} cannot be used: {str(error).rstrip('. ')}. Put a folder with at least "
+                "one image there for each class, and remove empty folders."
+            ) from error
+
+    train = open_folder("train", training)
+    # The same images once more, for calibration and held-out samples.
+    seen_as_in_evaluation = open_folder("train", evaluation)
+    validation = open_folder("val", evaluation)
     if train.classes != validation.classes:
         odd = sorted(set(train.classes) ^ set(validation.classes))
         raise ConfigError(

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from halfeven.errors import ConfigError
 from halfeven.imports import extra
+from halfeven.nearest import did_you_mean_path
 from halfeven.zoo.options import DataOptions
 
 
@@ -72,7 +73,8 @@ def _load_tokenizer(options: DataOptions) -> Any:
 def _read_rows(path: Path, options: DataOptions) -> list[dict[str, str]]:
     if not path.is_file():
         raise ConfigError(
-            f"There is no file {path}, so there are no texts. Set data.root to a folder with train.tsv and dev.tsv."
+            f"There is no file {path}, so there are no texts.{did_you_mean_path(path)} Set data.root to a folder with "
+            "train.tsv and dev.tsv."
         )
     with path.open(encoding="utf-8", newline="") as file:
         # GLUE's files do not quote: a quotation mark is a character of the text.

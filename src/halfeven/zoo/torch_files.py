@@ -31,6 +31,12 @@ class StandIn:
         """Ignore the state of the object that stood in the file."""
 
 
+def is_torch_file(path: Path) -> bool:
+    """Return True for a file that begins as those of torch.save do."""
+    with path.open("rb") as file:
+        return file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+
+
 def read_torch_file(path: Path) -> tuple[Any, tuple[str, ...]]:
     """Return the content of a .pth file, and the names of classes and functions whose objects are left out of it.
 
@@ -40,8 +46,7 @@ def read_torch_file(path: Path) -> tuple[Any, tuple[str, ...]]:
     Raises:
         CheckpointError: the file is damaged, or cannot be read without running code.
     """
-    with path.open("rb") as file:
-        is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+    is_zip = is_torch_file(path)
     if is_zip:
         try:
             check_zip(path)

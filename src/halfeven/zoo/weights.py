@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from halfeven.errors import CheckpointError, HalfevenError, HalfevenWarning, named
 from halfeven.integrity import check_facts, check_tensors, listed, wrong_values
+from halfeven.nearest import did_you_mean_path
 from halfeven.zoo.torch_files import read_torch_file
 
 MOBILENET_V2_REPEATS = (1, 2, 3, 4, 3, 3, 1)
@@ -105,9 +106,9 @@ def read_weights(path: str | Path, entry: str = "auto") -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(
-            f"There is no weights file {path}, so the model would start from random numbers. Give the path of an "
-            'existing .safetensors or .pth file, "pretrained" for the library\'s own weights, or "" '
-            "to start from random ones."
+            f"There is no weights file {path}, so the model would start from random numbers.{did_you_mean_path(path)} "
+            'Give the path of an existing .safetensors or .pth file, "pretrained" for the library\'s own weights, or '
+            '"" to start from random ones.'
         )
     if path.suffix == ".safetensors":
         try:

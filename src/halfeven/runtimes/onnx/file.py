@@ -13,6 +13,7 @@ from torch import Tensor
 from halfeven.deployment.file_interface import FloatPrecision
 from halfeven.deployment.quantize_op import WEIGHT_SUFFIX
 from halfeven.errors import VerificationError, last_line
+from halfeven.nearest import did_you_mean_path
 from halfeven.runtimes.cpu import physical_cores
 from halfeven.runtimes.onnx.interface import float_precision_in
 
@@ -52,7 +53,9 @@ def read(path: Path) -> Any:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     if not path.is_file():
-        raise VerificationError(f"There is no file {path} to run. Write it with halfeven.export(qmodel, path).")
+        raise VerificationError(
+            f"There is no file {path} to run.{did_you_mean_path(path)} Write it with halfeven.export(qmodel, path)."
+        )
     try:
         model = onnx.load(path, load_external_data=False)
         onnx.checker.check_model(str(path))

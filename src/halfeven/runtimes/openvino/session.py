@@ -12,6 +12,7 @@ from torch import Tensor
 from halfeven.deployment.file_interface import FloatPrecision
 from halfeven.deployment.quantize_op import WEIGHT_SUFFIX
 from halfeven.errors import VerificationError, last_line
+from halfeven.nearest import did_you_mean_path
 from halfeven.runtimes.layer_execution import KernelTime, LayerExecution
 from halfeven.runtimes.onnx.file import read as read_onnx
 from halfeven.runtimes.onnx.interface import float_precision_in as onnx_float_precision
@@ -49,7 +50,9 @@ def read(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise VerificationError(f"There is no file {path} to run. Write it with halfeven.export(qmodel, path).")
+        raise VerificationError(
+            f"There is no file {path} to run.{did_you_mean_path(path)} Write it with halfeven.export(qmodel, path)."
+        )
     try:
         return _core().read_model(path)
     except RuntimeError as error:
