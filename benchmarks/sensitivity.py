@@ -1,31 +1,37 @@
 """Which activations get 8 bits in a model of 4: orders by several measures, and the accuracy that each order buys.
 
-    python benchmarks/sensitivity.py mobilenetv2_100 WEIGHTS.safetensors [--counts 4 8 17] [--seeds 0] [--json FILE]
+    python benchmarks/sensitivity.py [--networks mobilenetv2 resnet18 ...] [--scheme w4a4] [--counts 4 8 17]
+        --json FILE PATHS
 
-The float model is timm's, with in_chans=1 and num_classes=10; its weights come by a path. Ranges alone are set (no
-learned rounding), from 512 training images that a seed draws, and 256 of them rank the tensors. Measures: the SQNR of
-the logits with one quantizer on (what most tools do); the divergence of the answers (KL) with one quantizer on; KL in
-context, with all quantizers on and one raised. Accuracy is that of all 10,000 test images, or of the first --test. The
-recovered share is of the gap between all activations at 4 bits and all at 8.
+Ranges alone are set (no learned rounding), from the calibration samples, which also rank the tensors. Measures: the
+SQNR of the answers with one quantizer on (what most tools do); the divergence of the answers (KL) with one quantizer
+on; KL in context, with all quantizers on and one raised; and `he.search` with a budget of as many tensors, whose only
+candidate is 8 bits. Each order is judged by the network's metric on its held-out samples. The recovered share is of the
+gap between all activations at 4 bits and all at 8. What FILE has is not measured again. PATHS are those of
+scored_networks.py.
 """
 
+import argparse
 import copy
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from fashion_mnist import arguments, float_model, images_of, top1
+import torch
+from scored_networks import NETWORKS, Scored, add_arguments
 from torch import Tensor, nn
 
 import halfeven as he
 from halfeven.diagnosis.exchanged_ranges import planned_quantizers, quantized_alone, switched_on
 from halfeven.diagnosis.sensitivity import Sensitivities, divergences, reference_of, sensitivities
-from halfeven.zoo.datasets import load_datasets
-from halfeven.zoo.options import DataOptions
 
 Order = list[str]
+RANKED = ("mobilenetv2", "resnet18", "vit", "lite0", "minilm")
+ORDERS = ("SQNR alone", "KL alone", "KL in context", "search")
+ONLY_RANGES: dict[str, Any] = {"reconstruct": "off", "correct_biases": "off"}
 
 
 def by_context(found: Sensitivities) -> Order:
@@ -39,8 +45,8 @@ def by_kl_alone(found: Sensitivities) -> Order:
     return [tensor.name for tensor in sorted(rows, key=lambda tensor: -(tensor.kl_alone or 0.0))]
 
 
-def by_sqnr_alone(qmodel: nn.Module, batches: Sequence[Tensor]) -> Order:
-    """Activations by the error of the logits where one alone is quantized, the largest first."""
+def by_sqnr_alone(qmodel: nn.Module, batches: Sequence[Any]) -> Order:
+    """Activations by the error of the answers where one alone is quantized, the largest first."""
     reference = reference_of(qmodel, batches)
     tensors = {planned.name: [q] for q, planned in planned_quantizers(qmodel) if not q.weight}
     with quantized_alone(qmodel):
@@ -53,60 +59,106 @@ def squared_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return float((found[0] - expected[0]).square().mean())
 
 
-def raised_top1(qmodel: nn.Module, names: Order, batches: Sequence[Tensor], test: tuple[Tensor, Tensor]) -> float:
-    """Top-1 in percent where these activations have 8 bits."""
+def raised(network: Scored, qmodel: nn.Module, names: Order) -> float:
+    """The metric where these activations have 8 bits."""
     mixed = copy.deepcopy(qmodel)
     places = {tensor.name: tensor.places[0] for tensor in he.plan_of(qmodel).tensors}
     he.set_rules(mixed, [he.Rule(pattern=places[name], activation_bits=8) for name in names])
-    he.calibrate(mixed, batches)
-    return top1(mixed, *test)
+    he.calibrate(mixed, network.calibration)
+    return metric(network, mixed)
 
 
-def run(model: nn.Module, batches: Sequence[Tensor], test: tuple[Tensor, Tensor], counts: Sequence[int]) -> Any:
-    """Top-1 of each order at each count, with the seconds of each measure."""
-    only_ranges: dict[str, Any] = {"reconstruct": "off", "correct_biases": "off"}
-    low = he.quantize(model, batches, scheme="w4a4", **only_ranges)
-    start = time.perf_counter()
-    context = sensitivities(low, batches, alone=False)
-    seconds = {"KL in context": time.perf_counter() - start}
-    start = time.perf_counter()
-    error_order = by_sqnr_alone(low, batches)
-    seconds["SQNR alone"] = time.perf_counter() - start
-    both = sensitivities(low, batches)
+def metric(network: Scored, model: nn.Module) -> float:
+    """The mean of the network's metric over its held-out samples."""
+    return round(float(network.evaluate(model.eval()).mean()), 3)
+
+
+def searched(network: Scored, scheme: str, count: int) -> tuple[float, int]:
+    """The metric of a search with a budget of tensors, and the number of those that it raised."""
+    found = he.search(
+        network.model,
+        network.calibration,
+        scheme=scheme,
+        tensors=count,
+        candidates=(he.Rule(activation_bits=8),),
+        log=None,
+    )
+    low = int(scheme.partition("a")[2])
+    return metric(network, found.qmodel), sum(t.scheme.bits > low for t in he.plan_of(found.qmodel).tensors)
+
+
+def timed(seconds: dict[str, float], name: str, measure: Callable[[], Any]) -> Any:
+    """Return what a function returns, and note the seconds of the processor that it took."""
+    start = time.process_time()
+    found = measure()
+    seconds[name] = round(time.process_time() - start, 1)
+    return found
+
+
+def run(network: Scored, scheme: str, counts: Sequence[int]) -> dict[str, Any]:
+    """The metric of each order at each count, with the seconds of each measure."""
+    batches = network.calibration
+    low = he.quantize(network.model, batches, scheme=scheme, **ONLY_RANGES)
+    high = he.quantize(network.model, batches, scheme=f"{scheme.partition('a')[0]}a8", **ONLY_RANGES)
+    seconds: dict[str, float] = {}
+    context = timed(seconds, "KL in context", lambda: sensitivities(low, batches, alone=False))
+    error_order = timed(seconds, "SQNR alone", lambda: by_sqnr_alone(low, batches))
+    both = timed(seconds, "KL alone and in context", lambda: sensitivities(low, batches))
     orders = {"SQNR alone": error_order, "KL alone": by_kl_alone(both), "KL in context": by_context(context)}
-    high = he.quantize(model, batches, scheme="w4a8", **only_ranges)
-    rows = {"all 4": top1(low, *test), "all 8": top1(high, *test), "tensors": len(error_order), "seconds": seconds}
+    rows: dict[str, Any] = {"scheme": scheme, "float": metric(network, network.model), "unit": network.unit}
+    rows |= {"all low": metric(network, low), "all 8": metric(network, high), "tensors": len(error_order)}
     for name, order in orders.items():
-        rows[name] = {count: raised_top1(low, order[:count], batches, test) for count in counts}
-    return rows | {"first by KL in context": by_context(context)[:8]}
+        rows[name] = {str(count): raised(network, low, order[:count]) for count in counts}
+    found = {
+        str(n): timed(seconds, f"search, {n}", lambda count=n: searched(network, scheme, count))  # type: ignore[misc]
+        for n in counts
+    }
+    rows["search"] = {count: value for count, (value, _) in found.items()}
+    rows["raised by the search"] = {count: number for count, (_, number) in found.items()}
+    return rows | {"seconds": seconds, "first by KL in context": by_context(context)[:8]}
 
 
-def recovered(rows: dict[str, Any], name: str, count: int) -> float:
-    """Share of the gap between all activations at 4 bits and at 8 that an order brings back."""
-    return float((rows[name][count] - rows["all 4"]) / (rows["all 8"] - rows["all 4"]))
+def recovered(rows: dict[str, Any], name: str, count: str) -> float:
+    """Share of the gap between all activations at the low bits and at 8 that an order brings back."""
+    return float((rows[name][count] - rows["all low"]) / (rows["all 8"] - rows["all low"]))
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the shares of the gap as a table for the documentation."""
+    lines = [f"| Network, scheme | all low, all 8 | raised | {' | '.join(ORDERS)} |", "|---|---|---|---|---|---|---|"]
+    for key, rows in found.items():
+        title = f"{key}, {rows['tensors']} activations, {rows['unit']}"
+        for count in rows["search"]:
+            cells = [f"{rows[name][count]:.2f} ({100 * recovered(rows, name, count):.0f} %)" for name in ORDERS]
+            ends = f"{rows['all low']:.2f}, {rows['all 8']:.2f}"
+            lines.append(f"| {title} | {ends} | {count} | {' | '.join(cells)} |")
+    for name in ORDERS[1:]:
+        gains = [
+            recovered(rows, name, count) - recovered(rows, "SQNR alone", count)
+            for rows in found.values()
+            for count in rows["search"]
+        ]
+        lines.append(f"{name} over SQNR alone: {100 * statistics.median(gains):+.0f} % of the gap in the median")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--counts", type=int, nargs="+", default=[4, 8, 10, 17])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--test", type=int, default=None, help="test images to take; not given: all")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(RANKED))
+    parser.add_argument("--scheme", default="w4a4")
+    parser.add_argument("--counts", type=int, nargs="+", default=[4, 8, 17])
+    parser.add_argument("--json", type=Path, required=True)
+    add_arguments(parser)
     options = parser.parse_args()
-    test = images_of(load_datasets(DataOptions(source="fashion_mnist", root=options.root)).validation, options.test)
-    model = float_model(options.model, options.weights)
-    found: list[dict[str, Any]] = []
-    for seed in options.seeds:
-        data = DataOptions(source="fashion_mnist", root=options.root, calibration_seed=seed)
-        batches = images_of(load_datasets(data).calibration)[0].split(64)
-        found.append(run(model, batches, test, options.counts))
-        print(json.dumps(found[-1]), flush=True)
-    for name in ("SQNR alone", "KL alone", "KL in context"):
-        for count in options.counts:
-            accuracy = statistics.median(rows[name][count] for rows in found)
-            share = statistics.median(recovered(rows, name, count) for rows in found)
-            print(f"{name:14} {count:3} tensors at 8 bits: {accuracy:6.2f} %, {100 * share:3.0f} % of the gap")
-    if options.json:
-        options.json.write_text(json.dumps({"model": options.model, "runs": found}, indent=2))
+    torch.set_num_threads(1)
+    found: dict[str, Any] = json.loads(options.json.read_text()) if options.json.is_file() else {}
+    for name in options.networks:
+        key = f"{name}, {options.scheme}"
+        if key not in found:
+            found[key] = run(NETWORKS[name](options), options.scheme, options.counts)
+            print(key, json.dumps(found[key]), flush=True)
+            options.json.write_text(json.dumps(found, indent=2))
+    print(table(found))
 
 
 if __name__ == "__main__":

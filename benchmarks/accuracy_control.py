@@ -1,0 +1,259 @@
+"""Mixed precision within a drop of accuracy: halfeven's search beside NNCF's `quantize_with_accuracy_control`.
+
+    python benchmarks/accuracy_control.py [--networks keywords mobilenetv3 ...] --json FILE [--cost auto latency] PATHS
+    NNCF_ENV/bin/python benchmarks/accuracy_control.py ...
+
+Both start from 8 bits, calibrate on the same samples, and leave layers in float until the metric of the same held-out
+samples has lost at most --max-drop. Both files run in OpenVINO on one thread: the drop of the file, the layers whose
+kernels compute in float, the time of a sample over the float file's in float32 and in the runtime's default precision
+(interleaved, with the interval that holds half of the rounds), and the seconds of the search, of the processor and of
+the clock. Without NNCF only halfeven's rows are measured. What FILE has is not measured again; a row is removed from it
+to be measured anew. PATHS are those of scored_networks.py.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from latency import timed
+from scored_networks import NETWORKS, Scored, add_arguments, tensors_in
+from torch import Tensor, nn
+
+import halfeven as he
+from halfeven.mixed_precision.result import SearchResult
+from halfeven.runtimes.openvino import session
+from halfeven.runtimes.runtime import runtime_named
+from halfeven.temporary import temporary_folder
+
+COMPARED = ("keywords", "mobilenetv3", "minilm", "detr", "lite0_per_tensor")
+DROPS = {"minilm": 0.5}
+"""Network -> largest drop in the unit of its metric; else 1.0."""
+PRECISIONS: dict[str, dict[str, str]] = {"float32": session.SETTINGS, "default": {}}
+ONE_THREAD = {"INFERENCE_NUM_THREADS": "1"}
+LAYER_KINDS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention")
+
+
+class Positional(nn.Module):
+    """Take the inputs by position and return the outputs as a tuple, which converters keep in order."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensors_in(self.model(**dict(zip(self.names, inputs, strict=True)))))
+
+
+def write_float(network: Scored, path: Path) -> Any:
+    """Write the float model as OpenVINO converts it, and return it."""
+    import openvino
+
+    inputs = tuple(network.calibration[0].values())
+    free = (tuple({0: torch.export.Dim("batch")} for _ in inputs),)
+    program = torch.export.export(Positional(network.model, list(network.inputs)), inputs, dynamic_shapes=free)
+    model = openvino.convert_model(program)
+    openvino.save_model(model, path, compress_to_fp16=False)
+    return model
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """Seconds of the processor and of the clock since it was made."""
+
+    processor: float
+    clock: float
+
+    def read(self) -> dict[str, float]:
+        return {
+            "processor seconds": round(time.process_time() - self.processor, 1),
+            "seconds": round(time.perf_counter() - self.clock, 1),
+        }
+
+
+def started() -> Stopwatch:
+    return Stopwatch(time.process_time(), time.perf_counter())
+
+
+# ----------------------------------------------------------------------------------------------------- the two searches
+
+
+def by_halfeven(network: Scored, max_drop: float, path: Path, cost: str) -> dict[str, Any]:
+    """Search with halfeven, write the file, and return the row of the search."""
+    watch = started()
+    found: SearchResult = he.search(
+        network.model,
+        network.calibration,
+        network.evaluate,
+        max_drop=max_drop,
+        cost=cost,  # type: ignore[arg-type]
+        scheme="w8a8",
+        target="openvino",
+        per_channel=network.per_channel,
+        log=lambda text: print(text, flush=True),
+    )
+    he.export(found.qmodel, path)
+    row = watch.read()
+    print(found, flush=True)
+    first = found.steps[0].judgement
+    return {"steps": found.chosen, "drop of int8": first and round(first.drop, 3), **row}
+
+
+def by_nncf(network: Scored, max_drop: float, path: Path, floating: Any) -> dict[str, Any]:
+    """Search with NNCF from the float file, write the file, and return the row of the search."""
+    import nncf
+    import openvino
+    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, QuantizationParameters
+
+    metrics: list[float] = []
+
+    def validated(compiled: Any, items: Iterable[Any]) -> tuple[float, list[float]]:
+        values = [_value(network, compiled, arrays, index) for arrays, index in items]
+        metrics.append(statistics.fmean(values))
+        return metrics[-1], values
+
+    samples = [x for batch in network.calibration for x in _singles(batch)]
+    judged = list(zip(_singles(network.inputs), range(len(network.targets[0])), strict=True))
+    coarse = AdvancedQuantizationParameters(weights_quantization_params=QuantizationParameters(per_channel=False))
+    watch = started()
+    found = nncf.quantize_with_accuracy_control(
+        floating,
+        nncf.Dataset(samples),
+        nncf.Dataset(judged, lambda item: item[0]),
+        validated,
+        max_drop=max_drop,
+        subset_size=len(samples),
+        model_type=nncf.ModelType.TRANSFORMER if network.transformer else None,
+        advanced_quantization_parameters=None if network.per_channel else coarse,
+    )
+    openvino.save_model(found, path, compress_to_fp16=False)
+    row = watch.read()
+    return {"drop of int8": round(metrics[0] - metrics[1], 3), **row}
+
+
+def _singles(batch: dict[str, Tensor]) -> list[list[np.ndarray[Any, Any]]]:
+    """Return the samples of a batch one by one, each as the arrays of its inputs."""
+    count = len(next(iter(batch.values())))
+    return [[x[i : i + 1].numpy() for x in batch.values()] for i in range(count)]
+
+
+def _value(network: Scored, compiled: Any, arrays: list[np.ndarray[Any, Any]], index: int) -> float:
+    results = compiled(arrays)
+    outputs = [torch.from_numpy(results[i]) for i in range(len(compiled.outputs))]
+    return float(network.score(outputs, [target[index : index + 1] for target in network.targets]))
+
+
+# -------------------------------------------------------------------------------------------------------- the two files
+
+
+def drop_of(network: Scored, path: Path, expected: Tensor, settings: dict[str, str]) -> dict[str, float]:
+    """Return the drop of a file's metric from the float model's, with half of its 95 % interval."""
+    compiled = session.compile_model(session.read(path), {**settings, **ONE_THREAD})
+
+    def model(**inputs: Tensor) -> list[Tensor]:
+        return session.run_compiled(compiled, list(inputs.values()))
+
+    lost = expected - network.evaluate(model)
+    return {"drop": round(float(lost.mean()), 3), "interval": round(1.96 * float(lost.std()) / len(lost) ** 0.5, 3)}
+
+
+def layers_of(path: Path, inputs: Sequence[Tensor]) -> dict[str, int]:
+    """Return the number of layers and products that the runtime computes, and of those in float."""
+    times = runtime_named("openvino").open_file(path, ()).kernel_times(list(inputs))
+    layers = [kernel for kernel in times if kernel.kind in LAYER_KINDS]
+    return {"layers": len(layers), "in float": sum(not kernel.integer for kernel in layers)}
+
+
+def latencies(files: dict[str, Path], inputs: Sequence[Tensor], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Return the time of each file over the float file's in the same precision: the quartiles of the rounds."""
+    runs: dict[tuple[str, str], Callable[[], object]] = {}
+    for precision, settings in PRECISIONS.items():
+        for name, path in files.items():
+            compiled = session.compile_model(session.read(path), {**settings, **ONE_THREAD})
+            runs[name, precision] = session.request_with(compiled, inputs).infer
+    times = timed(runs, rounds)  # type: ignore[arg-type]
+    return {
+        name: {precision: _quartiles(times[name, precision], times["float", precision]) for precision in PRECISIONS}  # type: ignore[index]
+        for name in files
+        if name != "float"
+    }
+
+
+def _quartiles(own: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [round(q, 3) for q in statistics.quantiles([a / b for a, b in zip(own, others, strict=True)], n=4)]
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return all rows of a network."""
+    network = NETWORKS[name](options)
+    expected = network.evaluate(network.model)
+    max_drop = options.max_drop if options.max_drop is not None else DROPS.get(name, 1.0)
+    rows: dict[str, Any] = {}
+    with temporary_folder() as folder:
+        files = {"float": folder / "float.xml"}
+        floating = write_float(network, files["float"])
+        for cost in options.cost:
+            files[f"halfeven, {cost}"] = folder / f"{cost}.xml"
+            rows[f"halfeven, {cost}"] = by_halfeven(network, max_drop, folder / f"{cost}.xml", cost)
+        if importlib.util.find_spec("nncf") is not None and not options.no_nncf:
+            files["NNCF"] = folder / "nncf.xml"
+            rows["NNCF"] = by_nncf(network, max_drop, files["NNCF"], floating)
+        one = [x[:1] for x in network.inputs.values()]
+        ratios = latencies(files, one, options.rounds)
+        for method, row in rows.items():
+            row |= drop_of(network, files[method], expected, PRECISIONS["float32"])
+            row["drop in default precision"] = drop_of(network, files[method], expected, {})["drop"]
+            row |= layers_of(files[method], one) | {"over float": ratios[method]}
+    return {"metric": network.unit, "float": round(float(expected.mean()), 2), "max_drop": max_drop, "rows": rows}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return all rows as a table for the documentation."""
+    lines = [
+        "| Network, metric | | int8 alone | Drop | Layers in float | Over float32 | Over default float | Search, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, network in found.items():
+        title = f"{name}, {network['metric']} {network['float']:.2f}, budget {network['max_drop']:g}"
+        for method, row in network["rows"].items():
+            ratios = [f"{m:.2f} ({a:.2f}-{b:.2f})" for a, m, b in row["over float"].values()]
+            cells = [title, method, f"{row['drop of int8']:.2f}", f"{row['drop']:.2f} ± {row['interval']:.2f}"]
+            cells += [f"{row['in float']} of {row['layers']}", *ratios, f"{row['processor seconds']:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+            title = ""
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=tuple(NETWORKS), default=list(COMPARED))
+    parser.add_argument("--max-drop", type=float, help="in the metric's unit; not given: the network's own")
+    parser.add_argument("--cost", nargs="+", default=["auto"], help="of halfeven's search: auto, latency, bops, size")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--no-nncf", action="store_true")
+    parser.add_argument("--json", type=Path, required=True)
+    add_arguments(parser)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, Any] = json.loads(options.json.read_text()) if options.json.is_file() else {}
+    for name in options.networks:
+        if name not in found:
+            found[name] = measured(name, options)
+            print(json.dumps(found[name], indent=1), flush=True)
+            options.json.write_text(json.dumps(found, indent=2))
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
