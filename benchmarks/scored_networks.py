@@ -10,7 +10,7 @@ Weights and data come by paths:
 """
 
 import argparse
-import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from halfeven.zoo.datasets import load_datasets
 from halfeven.zoo.options import DataOptions
 
 BATCH = 32
+SURE = 0.3
+"""Score from which a box of the float detector is looked for again."""
 Score = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 """Outputs and targets of some samples -> the metric of each, more being better."""
 
@@ -202,49 +204,41 @@ def keywords(options: argparse.Namespace) -> Scored:
 # ------------------------------------------------------------------------------------------------ detection and text
 
 
-def detr(options: argparse.Namespace) -> Scored:
-    """Return the tensor part of a small DETR, trained here; its metric is the share of the float model's sure boxes."""
+def rt_detr(options: argparse.Namespace) -> Scored:
+    """Return the tensor part of a small RT-DETR, trained here, judged by the overlap with the boxes of float."""
     from detectors import SIDE, float_detector
 
     data = load_datasets(DataOptions(source="shapes", image_size=SIDE, calibration_samples=options.calibration))
-    model, bench = float_detector("detr", options.trained, data)
+    model, bench = float_detector("rt_detr", options.trained, data)
     images = torch.cat([batch[0] for batch in bench.validation])
     seen = torch.cat(list(bench.calibration)).split(BATCH)
-    name = next(iter(_parameters(model)))
+    name = next(iter(inspect.signature(model.forward).parameters))
     with torch.no_grad():
         expected = model(images)
     keys = list(expected)
-    kept = tuple(x for x in tensors_in(expected))
 
     def score(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        return _boxes_found(dict(zip(keys, outputs, strict=True)), dict(zip(keys, targets, strict=True)))
+        return _overlaps(*(dict(zip(keys, tensors, strict=True)) for tensors in (outputs, targets)))
 
-    unit = "boxes found again, %"
+    kept = tuple(tensors_in(expected))
     calibration = [{name: x} for x in seen]
-    return Scored(copy.deepcopy(model).eval(), calibration, {name: images}, kept, score, unit, transformer=True)
+    return Scored(model.eval(), calibration, {name: images}, kept, score, "overlap of boxes, %", transformer=True)
 
 
-def _parameters(model: nn.Module) -> Mapping[str, Any]:
-    import inspect
-
-    return inspect.signature(model.forward).parameters
-
-
-def _boxes_found(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Tensor:
-    """Return the percentage of each image's sure boxes that another model finds, of the same class; 100 without any."""
+def _overlaps(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Tensor:
+    """Return for each image how far its sure boxes overlap with the nearest box of the same class: the mean, in %."""
     from torchvision.ops import box_convert, box_iou
 
-    scores, labels = found["logits"].softmax(-1)[..., :-1].max(-1)
-    sure_scores, sure_labels = expected["logits"].softmax(-1)[..., :-1].max(-1)
-    shares = []
+    labels = found["logits"].argmax(-1)
+    scores, sure_labels = expected["logits"].sigmoid().max(-1)
+    values = []
     for i in range(len(scores)):
-        sure = sure_scores[i] >= 0.3
+        sure = scores[i] >= SURE
         boxes, others = (box_convert(x["pred_boxes"][i], "cxcywh", "xyxy") for x in (expected, found))
-        near = box_iou(boxes[sure], others) >= 0.5
         same = sure_labels[i][sure][:, None] == labels[i][None]
-        again = (near & same & (scores[i][None] >= 0.15)).any(1).double()
-        shares.append(100 * again.mean() if len(again) else torch.tensor(100.0, dtype=torch.float64))
-    return torch.stack(shares)
+        overlaps = (box_iou(boxes[sure], others) * same).amax(1).double()
+        values.append(100 * overlaps.mean() if len(overlaps) else torch.tensor(100.0, dtype=torch.float64))
+    return torch.stack(values)
 
 
 def minilm(options: argparse.Namespace) -> Scored:
@@ -277,7 +271,7 @@ NETWORKS: dict[str, Callable[[argparse.Namespace], Scored]] = {
     "keywords": keywords,
     "mobilenetv3": trained_on_fashion("mobilenetv3_small_100", epochs=4, rate=3e-3),
     "minilm": minilm,
-    "detr": detr,
+    "rt_detr": rt_detr,
     "lite0_per_tensor": lite0(per_channel=False),
     "resnet18": on_fashion("resnet18"),
     "mobilenetv2": on_fashion("mobilenetv2_100"),
