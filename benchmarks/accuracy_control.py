@@ -7,8 +7,8 @@ Both start from 8 bits, calibrate on the same samples, and leave layers in float
 samples has lost at most --max-drop. Both files run in OpenVINO on one thread: the drop of the file, the layers whose
 kernels compute in float, the processor's time for a sample over the float file's in float32 and in the runtime's
 default precision (interleaved, with the interval that holds half of the rounds), and the seconds of the search, of the
-processor and of the clock. Without NNCF only halfeven's rows are measured. What FILE has is not measured again; a row is removed from it
-to be measured anew. PATHS are those of scored_networks.py.
+processor and of the clock. Without NNCF only halfeven's rows are measured. What FILE has is not measured again; a row
+is removed from it to be measured anew. PATHS are those of scored_networks.py.
 """
 
 import argparse
