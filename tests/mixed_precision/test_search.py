@@ -18,6 +18,8 @@ from halfeven.mixed_precision.units import units_of
 from halfeven.runtimes.runtime import runtime_named
 from halfeven.verification.layer_times import LayerTime, LayerTimes
 
+RANGES_ALONE = {"reconstruct": "off", "correct_biases": "off"}
+
 pytestmark = pytest.mark.usefixtures("unfused")
 
 
@@ -180,6 +182,37 @@ def test_the_rules_describe_each_tensor_as_its_last_step_does(subject):
     assert (weight.scheme.bits, weight.observer) == (4, "lp")
     patterns = [rule.pattern for rule in final_rules(he.plan_of(qmodel), [first, second])]
     assert len(patterns) == len(set(patterns)), "each operator has a single line to paste"
+
+
+@pytest.mark.parametrize("later", [he.Rule(activation_bits=8), he.Rule(weight_bits=8)])
+def test_the_rules_take_back_what_the_last_step_of_a_tensor_takes_back(subject, later):
+    model, batches, _ = subject
+    qmodel = he.quantize(model, batches, scheme="w4a4", per_channel=False, **RANGES_ALONE)
+    target = runtime_named("openvino").target
+    candidates = (he.Rule(per_channel=True, symmetric=True), later)
+    moves = moves_of(qmodel, units_of(qmodel), candidates, batches, target)
+    first, second = [move for move in moves if move.unit.name == "x"]
+    assert second.settings.keys() < first.settings.keys(), "the earlier step is not replaced as a whole"
+    plan = he.plan_of(qmodel).with_rules(*final_rules(he.plan_of(qmodel), [first, second]))
+    (tensor,) = [tensor for tensor in plan.tensors if tensor.name == "x"]
+    (weight,) = [weight for weight in plan.weights if weight.name == "stem"]
+    grids = {tensor.quantizer_name: tensor.scheme, weight.quantizer_name: weight.scheme}
+    measured = {quantizer.name: setting.scheme for quantizer, setting in (first.settings | second.settings).items()}
+    assert grids == measured
+
+
+@pytest.mark.parametrize("ranges", ["observed", "learned"])
+def test_a_scale_per_channel_is_a_candidate_that_costs_nothing(subject, ranges):
+    model, batches, _ = subject
+    options = {"scheme": "w4a8", "per_channel": False, "equalize": "off", "ranges": ranges}
+    found = searched(subject, bits=6.0, candidates=(he.Rule(per_channel=True),), **options)
+    assert found.chosen > 0
+    assert found.steps[found.chosen].cost.size == found.steps[0].cost.size
+    assert found.steps[found.chosen].divergence < 0.5 * found.steps[0].divergence
+    raised = {weight.name for weight in he.plan_of(found.qmodel).weights if weight.scheme.axis is not None}
+    assert raised >= {rule.pattern for rule in found.rules}
+    rebuilt = he.quantize(model, batches, rules=found.rules, **options, **RANGES_ALONE)
+    torch.testing.assert_close(rebuilt(batches[0]), found.qmodel(batches[0]))
 
 
 def test_answers_are_compared_without_a_metric(subject):

@@ -46,6 +46,10 @@ def grid_range(quantizer: Quantizer) -> GridRange:
 def set_grid_range(quantizer: Quantizer, given: GridRange) -> None:
     """Give a quantizer a grid and a range, in place."""
     quantizer.scheme = given.scheme
+    for name, value in given.state.items():
+        stored = getattr(quantizer, name)
+        if stored.shape != value.shape:  # a scale for each channel in the place of a single one
+            stored.data = torch.empty_like(value)
     quantizer.load_state_dict(dict(given.state))
     # The weight that `weights_quantized_once` keeps was quantized with the grid it goes with.
     quantizer.cached = given.cached

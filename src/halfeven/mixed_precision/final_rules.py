@@ -28,8 +28,12 @@ def final_rules(plan: Plan, taken: Sequence[Move]) -> tuple[Rule, ...]:
         wanted |= {q.name: described[q.name] for q in move.settings if q.name in described}
     found = entries(plan.with_rules(*rules))
     # Fields of several moves meet in a quantizer: the bits of one, and the observer of an earlier one.
-    differing = [entry for name, entry in wanted.items() if name in found and _grid_of(found[name]) != _grid_of(entry)]
-    return _without_replaced((*rules, *map(_rule_for, differing)))
+    further = [
+        _rule_for(entry, found[name])
+        for name, entry in wanted.items()
+        if name in found and _grid_of(found[name]) != _grid_of(entry)
+    ]
+    return _without_replaced((*rules, *further))
 
 
 def _without_replaced(rules: Sequence[Rule]) -> tuple[Rule, ...]:
@@ -43,12 +47,20 @@ def _grid_of(entry: Entry) -> tuple[object, ...]:
     return entry.scheme, entry.observer
 
 
-def _rule_for(entry: Entry) -> Rule:
-    observer: Any = entry.observer
-    if isinstance(entry, PlannedWeight):
-        return Rule(pattern=glob.escape(entry.name), weight_bits=entry.scheme.bits, observer=observer)
-    # A rule for one of the places holds for all: they share the quantizer.
-    return Rule(pattern=glob.escape(entry.places[0]), activation_bits=entry.scheme.bits, observer=observer)
+def _rule_for(entry: Entry, present: Entry) -> Rule:
+    """Return the rule that gives a quantizer its grid and observer where the other rules give it others."""
+    is_weight = isinstance(entry, PlannedWeight)
+    given: dict[str, Any] = {"weight_bits" if is_weight else "activation_bits": entry.scheme.bits}
+    given["observer"] = entry.observer
+    for name in ("symmetric", "signed", "power_of_two"):
+        # A weight's grid has no choice of symmetry and sign, so it never differs in them.
+        if getattr(entry.scheme, name) != getattr(present.scheme, name):
+            given[name] = getattr(entry.scheme, name)
+    if entry.scheme.axis != present.scheme.axis:
+        given["per_channel"] = entry.scheme.axis is not None
+    # A rule for one of the places of a tensor holds for all: they share the quantizer.
+    place = entry.name if isinstance(entry, PlannedWeight) else entry.places[0]
+    return Rule(pattern=glob.escape(place), **given)
 
 
 def _in_effect(taken: Sequence[Move]) -> list[Move]:

@@ -26,7 +26,7 @@ Entry = PlannedTensor | PlannedWeight
 """The entry of a quantizer in a plan."""
 
 TENSOR_FIELDS = ("activation_bits", "symmetric", "signed", "observer", "power_of_two")
-WEIGHT_FIELDS = ("weight_bits", "observer", "power_of_two")
+WEIGHT_FIELDS = ("weight_bits", "observer", "per_channel", "power_of_two")
 """Fields of a rule that a candidate may set for the tensors of a unit, and for the weights that read them."""
 
 
