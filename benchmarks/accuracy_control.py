@@ -37,6 +37,8 @@ DROPS = {"mobilenetv3": 0.5, "minilm": 0.2, "rt_detr": 0.5}
 """Network -> largest drop in the unit of its metric; else 1.0."""
 PRECISIONS: dict[str, dict[str, str]] = {"float32": session.SETTINGS, "default": {}}
 ONE_THREAD = {"INFERENCE_NUM_THREADS": "1"}
+LEAST_SECONDS, MOST_ROUNDS = 5.0, 3000
+"""Time that the rounds of small networks fill, whose single runs say little."""
 LAYER_KINDS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention")
 
 
@@ -196,12 +198,15 @@ def latencies(files: dict[str, Path], inputs: Sequence[Tensor], rounds: int) -> 
 
 
 def processor_times(runs: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:
-    """Return the seconds of the processor that each function takes in each round; two before do not count.
+    """Return the seconds of the processor that each function takes in each round, of which short functions have more.
 
     On a machine that is shared, the clock counts other work too.
     """
     times: dict[Any, list[float]] = {name: [] for name in runs}
-    for turn in range(2 + rounds):
+    begun = time.process_time()
+    for turn in range(2 + MOST_ROUNDS):
+        if turn >= 2 + rounds and time.process_time() - begun > LEAST_SECONDS:
+            break
         for name, run in runs.items():
             start = time.process_time()
             run()
