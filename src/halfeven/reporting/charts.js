@@ -17,6 +17,7 @@ function config() {
     font: "system-ui, sans-serif",
     view: { stroke: null },
     axis: { ...axis, labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal" },
+    axisX: { labelOverlap: true, labelSeparation: 8 },
     legend: { labelColor: c.text, titleColor: c.text, labelFontSize: 12, orient: "top", title: null },
     bar: { fill: c.activation },
   };

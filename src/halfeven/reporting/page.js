@@ -212,7 +212,11 @@ function plan() {
   for (const t of given.tensors) add(t.places[0], `${t.places.join(" = ")}: ${bits(t.scheme)}, read by ${t.consumers.join(", ")}`);
   for (const w of given.weights) add(w.name, `weight of ${w.name}: ${bits(w.scheme)}`);
   for (const l of given.left) add(l.name, `${l.name} (${l.operator}) in float: ${l.reason}`);
-  const folded = [...blocks].map(([name, lines]) => {
+  // As the network runs: blocks stand with the first layer of their part, and numbered ones in the order of their numbers.
+  const top = (name) => name.split(".")[0];
+  const order = [...new Set(given.weights.map((w) => top(w.name)))];
+  const byOrder = ([a], [b]) => order.indexOf(top(a)) - order.indexOf(top(b)) || a.localeCompare(b, undefined, { numeric: true });
+  const folded = [...blocks].sort(byOrder).map(([name, lines]) => {
     const count = lines.filter((line) => line.includes(" in float: ")).length;
     return element(
       "details",
