@@ -3,6 +3,7 @@
 import openvino
 import pytest
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 from torch.nn import functional as F
 
@@ -112,3 +113,14 @@ def test_a_part_of_the_file_goes_past_the_marks_of_sums(tmp_path, monkeypatch):
     he.exact(qmodel)(x)
     outputs = [port.get_node().input_value(0).get_node().get_type_name() for part in parts for port in part.outputs]
     assert set(outputs) == {"FakeQuantize"}
+
+
+def test_a_part_that_the_plugin_computes_otherwise_than_within_the_file_is_not_asked(tmp_path):
+    """Shifted windows: alone, the product of scaled queries and keys of one split reads other bytes (2026.4)."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 56, 56)
+    sizes = {"img_size": 56, "patch_size": 4, "window_size": 7, "embed_dim": 32, "depths": (2,), "num_heads": (2,)}
+    model = SwinTransformer(**sizes, num_classes=10).eval()
+    qmodel = he.calibrate(he.prepare(model, x, scheme=SCHEME), [x, torch.randn(4, 3, 56, 56)])
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), [x], timed=False)
+    assert report.alone_match == 1, report.first_difference

@@ -13,10 +13,10 @@ from sweeps import sweep
 class Block(nn.Module):
     """A residual sum, in either order of its operands, and what follows it."""
 
-    def __init__(self, channels, activation, skip_first, bias):
+    def __init__(self, channels, activation, skip_first, bias, kernel=3):
         super().__init__()
-        self.a = nn.Conv2d(channels, channels, 3, padding=1)
-        self.b = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+        self.a = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        self.b = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=bias)
         self.activation, self.skip_first = activation, skip_first
 
     def forward(self, x):
@@ -94,3 +94,16 @@ def test_a_moved_skip_connection_is_added_as_in_the_file(name, tmp_path):
     report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), [x, y], timed=False)
     assert report.integer_match == 1
     assert report.output_difference == 0
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_the_mark_of_a_watched_sum_rounds_as_an_operator_of_its_own(per_channel, tmp_path):
+    """Ranges that differ by channel are applied by a product and a sum; three integers of a million show it."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 8, 48, 48)
+    block = nn.Sequential(nn.Conv2d(8, 32, 1), nn.LeakyReLU(0.25), Block(32, nn.Identity(), True, False, kernel=1))
+    model = nn.Sequential(block, nn.Conv2d(32, 8, 1)).eval()
+    qmodel = he.calibrate(he.prepare(model, x, scheme=SCHEME, per_channel=per_channel), [x])
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), [x], timed=False)
+    assert report.alone_match == 1
+    assert sum(tensor.count for tensor in report.tensors) > 2**20

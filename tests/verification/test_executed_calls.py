@@ -1,11 +1,14 @@
 """Layers of the file that a runtime merges, renames, or leaves out because nothing reads their values."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import halfeven as he
+from halfeven.runtimes.openvino.executed import executed_layers
 
 pytestmark = pytest.mark.usefixtures("unfused")
 
@@ -92,3 +95,34 @@ def test_layers_in_float_for_want_of_the_right_target(tmp_path):
         reasons.append(report.float_reason)
         assert bool(report.float_layers) == bool(report.float_reason)
     assert reasons == ['made for openvino; use target="onnxruntime"', ""]
+
+
+class RuntimeModel:
+    """A compiled model whose account of its kernels is given: kind, names of the file."""
+
+    def __init__(self, *kernels):
+        self.kernels = kernels
+
+    def get_runtime_model(self):
+        return self
+
+    def get_ordered_ops(self):
+        return [self._node(kind, names) for kind, names in self.kernels]
+
+    @staticmethod
+    def _node(kind, names):
+        told = {"layerType": kind, "originalLayersNames": names, "primitiveType": "brgemm_i8", "runtimePrecision": "u8"}
+        info = {key: SimpleNamespace(astype=lambda _, value=value: value) for key, value in told.items()}
+        return SimpleNamespace(get_rt_info=lambda: info, inputs=list)
+
+
+def test_layers_that_openvino_names_anew_are_found_by_their_order():
+    kernels = [("FullyConnected", "a,Multiply_1"), ("FullyConnected", "Multiply_7"), ("Convolution", "d/aten.conv2d")]
+    kernels += [("Eltwise", "Add_3"), ("Convolution", "Multiply_9,Add_4")]
+    found = executed_layers(RuntimeModel(*kernels), ["a", "b", "c"])
+    assert [(layer.layer, layer.integer) for layer in found] == [("a", True), ("b", True), ("c", True)]
+
+
+def test_a_layer_that_openvino_does_not_run_takes_no_other_kernel():
+    kernels = [("FullyConnected", "Multiply_7"), ("FullyConnected", "d/aten.linear")]
+    assert not any(layer.is_known for layer in executed_layers(RuntimeModel(*kernels), ["a", "b"]))

@@ -18,9 +18,9 @@ from halfeven.graph.operators import TRANSPARENT, WEIGHTED, OperatorKind
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import pytree
 from halfeven.graph.view import Op, kind_of, module_of
-from halfeven.runtimes.cpu import has_avx512_vnni
 from halfeven.runtimes.float_operators import FloatOperators, needs_runtime_kernel
 from halfeven.runtimes.openvino.arithmetic_of_numbers import is_number, plus_number, times_number
+from halfeven.runtimes.openvino.attention import is_in_attention
 from halfeven.runtimes.openvino.clips import Clipped, clipped, read_by_quantizer
 from halfeven.runtimes.openvino.exact_values import Accumulator, Average, Codes, FakeQuantizeRange, Scaled, ScaledSum
 from halfeven.runtimes.openvino.kernels_between import KernelsBetween
@@ -36,6 +36,9 @@ NEAR_A_TIE = 2.0**-12
 
 KERNEL_ERROR = 2.0**-10
 """Steps by which the plugin's kernels may differ from the formulas before they round."""
+
+PART_OF_THE_FILE = 0.999
+"""Share of integers that a part of the file must have in common with the formulas to be asked at all."""
 
 SCALINGS = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
 
@@ -238,16 +241,18 @@ class OpenVINOInterpreter(fx.Interpreter):
         if found is None:
             return codes
         # The kernel decides between the two integers next to a middle. An integer further away is no rounding, so the
-        # formula's stays.
+        # formula's stays. Where there are many, the plugin computes the part alone otherwise than within the file (a
+        # product of parts of a split, say), and decides nothing.
         theirs = torch.round(found / limits.scale).reshape(codes.shape) + limits.zero_code
-        return torch.where((theirs - exact).abs() <= 0.5 + KERNEL_ERROR, theirs, codes)
+        rounded = (theirs - exact).abs() <= 0.5 + KERNEL_ERROR
+        return torch.where(rounded, theirs, codes) if rounded.float().mean() > PART_OF_THE_FILE else codes
 
     def _codes_from(self, quantizer: fx.Node, limits: FakeQuantizeRange, x: Any) -> Tensor:
         if isinstance(x, Tensor):
             return limits.codes(x, from_layer=kind_of(_before_activations(quantizer)) in WEIGHTED)
         watched: Tensor = x.codes(limits)
         # An attention is a single operator, unless its tensors are watched.
-        if isinstance(x, Accumulator) and _is_in_attention(quantizer):
+        if isinstance(x, Accumulator) and is_in_attention(quantizer):
             return self.simulation.choose(watched, limits.moved(x.unit).codes_in_attention(x.values))
         # The destination scale of the layer's kernel applies to its sum too, unless a tensor between is watched.
         if isinstance(x, ScaledSum) and x.from_layer:
@@ -292,7 +297,7 @@ def _is_computed_between(quantizer: fx.Node, x: Any) -> bool:
         return x.is_sum
     if isinstance(x, Average):
         return kind_of(quantizer.all_input_nodes[0]) is OperatorKind.ACTIVATION
-    return isinstance(x, Accumulator) and x.scales is not None and not _is_in_attention(quantizer)
+    return isinstance(x, Accumulator) and x.scales is not None and not is_in_attention(quantizer)
 
 
 def _counts_in_bytes(x: Any) -> bool:
@@ -356,28 +361,6 @@ def _is_in_kernel(quantizer: fx.Node) -> bool:
     connection is.
     """
     return kind_of(_before_activations(quantizer)) in (*WEIGHTED, OperatorKind.MATMUL, OperatorKind.AVERAGE)
-
-
-def _is_in_attention(quantizer: fx.Node) -> bool:
-    """Return True if the operator that computes a whole attention, in files as users run them, quantizes its result."""
-    return has_avx512_vnni() and _ends_attention(quantizer)
-
-
-def _ends_attention(quantizer: fx.Node) -> bool:
-    """Return True if a quantizer reads the second product of an attention.
-
-    Its first factor is quantized, and a softmax of the first product or of elementwise functions of it.
-    """
-    product = quantizer.all_input_nodes[0]
-    if kind_of(product) is not OperatorKind.MATMUL or quantizer_at(weights := product.all_input_nodes[0]) is None:
-        return False
-    softmax = weights.all_input_nodes[0]
-    return kind_of(softmax) is OperatorKind.SOFTMAX and _leads_from_product(softmax.all_input_nodes[0])
-
-
-def _leads_from_product(node: fx.Node) -> bool:
-    elementwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return kind_of(node) is OperatorKind.MATMUL or (elementwise and any(map(_leads_from_product, node.all_input_nodes)))
 
 
 def _is_layer_norm(node: fx.Node) -> bool:

@@ -1,7 +1,7 @@
-"""OpenVINO: running a deployed file on the CPU, and reading from the runtime model which kernels it executed."""
+"""OpenVINO: running a deployed file on the CPU, and reading its integers."""
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from halfeven.nearest import did_you_mean_path
 from halfeven.runtimes.layer_execution import KernelTime, LayerExecution
 from halfeven.runtimes.onnx.file import read as read_onnx
 from halfeven.runtimes.onnx.interface import float_precision_in as onnx_float_precision
+from halfeven.runtimes.openvino.executed import executed_layers, executed_products, kernel_times, layer_of
 from halfeven.runtimes.openvino.interface import GROUP_SIZE, float_precision_in
 from halfeven.runtimes.openvino.telemetry import silently
 from halfeven.runtimes.openvino.writer import LAYER_TYPES, convert
@@ -24,8 +25,6 @@ from halfeven.temporary import temporary_folder
 SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
 """Without it the plugin computes in bfloat16 what is not integer, and quantizes the inputs of some linear layers on its
 own: nothing could be compared."""
-
-INTEGER_TYPES = ("u8", "i8", "u4", "i4")
 
 
 @functools.cache
@@ -176,89 +175,6 @@ def _output_of(model: Any, port: Any) -> int:
     return [result.get_name() for result in model.get_results()].index(own[0])
 
 
-def executed_layers(compiled: Any, layers: Sequence[str]) -> list[LayerExecution]:
-    """Return the execution of each named layer; its precision is "unknown" where the runtime does not mention it."""
-    found: dict[str, LayerExecution] = {}
-    for info, _ in _executed(compiled):
-        for name in _layers(info):
-            found.setdefault(name, _described(name, info))
-    return [found.get(layer, LayerExecution(layer, "unknown", "", integer=False)) for layer in layers]
-
-
-def executed_products(compiled: Any, products: Set[str]) -> list[LayerExecution]:
-    """Return the executions of the products of two activations, which have these names in the file."""
-    found = []
-    for info, types in _executed(compiled):
-        if info["layerType"] == "MatMul":
-            found.append(_described(info["originalLayersNames"], info))
-        elif info["layerType"] == "Subgraph" and not products.isdisjoint(_layers(info)):
-            found += _attention(info, types)
-    return found
-
-
-def _attention(info: dict[str, str], types: Sequence[str]) -> list[LayerExecution]:
-    """Return the executions of both products of an attention that the plugin runs as a single operator.
-
-    It does so where there is AVX-512. The first product is of two inputs, the second of the softmax inside and a third
-    input; the mask is not multiplied.
-    """
-    integers = sum(one in INTEGER_TYPES for one in types)
-    names = info["originalLayersNames"]
-    return [
-        LayerExecution(names, info["runtimePrecision"], info["primitiveType"], integer=integers >= needed)
-        for needed in (2, 3)
-    ]
-
-
-def _executed(compiled: Any) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """Yield the plugin's account of each operator that it runs, and the types of the operator's inputs."""
-    for node in compiled.get_runtime_model().get_ordered_ops():
-        info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
-        if info.get("layerType") != "Const":
-            yield info, [port.get_element_type().get_type_name() for port in node.inputs()]
-
-
-def _layers(info: dict[str, str]) -> list[str]:
-    """Return the operators of the file that an operator of the runtime was made of."""
-    return [_layer(name) for name in info.get("originalLayersNames", "").split(",")]
-
-
-def _described(name: str, info: dict[str, str]) -> LayerExecution:
-    precision = info["runtimePrecision"]
-    kernel = info["primitiveType"]
-    reads_integers = precision in INTEGER_TYPES
-    # oneDNN's names of integer kernels contain I8 or i8.
-    computes = "i8" in kernel.lower()
-    return LayerExecution(name, precision, kernel, integer=reads_integers and computes, stored=reads_integers)
-
-
-def kernel_times(compiled: Any, inputs: Sequence[Tensor], runs: int) -> list[KernelTime]:
-    """Return the mean time of each kernel over some runs of a model that was compiled to count it.
-
-    The runtime knows no median, so the first run, which allocates, is one that it counts too.
-    """
-    request = request_with(compiled, inputs)
-    for _ in range(runs):
-        request.infer()
-    found = []
-    for info, _ in _executed(compiled):
-        # In microseconds, and no number for what was not run.
-        if (counted := info.get("execTimeMcs", "")).isdigit():
-            execution = _described(info["originalLayersNames"], info)
-            found.append(
-                KernelTime(
-                    execution.layer.split(",")[0],
-                    tuple(_layers(info)),
-                    info["layerType"],
-                    execution.kernel,
-                    execution.precision,
-                    int(counted) / 1000,
-                    integer=execution.integer,
-                )
-            )
-    return found
-
-
 def products_of(model: Any) -> set[str]:
     """Return the names of a model's products of two activations: neither factor is made of constants alone."""
     computed: set[str] = set()  # from the model's inputs
@@ -268,7 +184,7 @@ def products_of(model: Any) -> set[str]:
         if any(sources) or node.get_type_name() == "Parameter":
             computed.add(node.get_name())
         if node.get_type_name() == "MatMul" and all(sources):
-            found.add(_layer(node.get_friendly_name()))
+            found.add(layer_of(node.get_friendly_name()))
     return found
 
 
@@ -282,7 +198,7 @@ def stored_integers(model: Any, layers: Sequence[str]) -> dict[str, Tensor]:
     for node in model.get_ordered_ops():
         if node.get_type_name() not in LAYER_TYPES:
             continue
-        names = [_layer(node.get_friendly_name())]
+        names = [layer_of(node.get_friendly_name())]
         source = node.input_value(1).get_node()
         while source.get_type_name() != "Constant" and source.get_input_size():
             # The ONNX front end names a transposed convolution anew; its weight keeps the name it had.
@@ -306,11 +222,6 @@ def _integers(constant: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
         halves = np.stack([values.view(np.int8) << 4 >> 4, values.view(np.int8) >> 4], axis=-1)
         values = halves.reshape(-1)[: int(np.prod(constant.shape))].reshape(tuple(constant.shape))
     return values.astype(np.float32)
-
-
-def _layer(name: str) -> str:
-    """Return the layer of an operator: the plugin and the ONNX front end add "/DequantizationMultiply" and the like."""
-    return name.split("/")[0]
 
 
 def _float_precision(path: Path, model: Any) -> FloatPrecision:
@@ -370,7 +281,8 @@ class OpenVINOFile:
         return executed_products(self.plain, products_of(read(self.path)))
 
     def kernel_times(self, inputs: Sequence[Tensor], runs: int = 10) -> list[KernelTime]:
-        return kernel_times(compile_model(read(self.path), self.config | {"PERF_COUNT": "YES"}), inputs, runs)
+        counting = compile_model(read(self.path), self.config | {"PERF_COUNT": "YES"})
+        return kernel_times(counting, request_with(counting, inputs), runs)
 
     @functools.cached_property
     def plain(self) -> Any:

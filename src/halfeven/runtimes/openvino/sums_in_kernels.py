@@ -106,9 +106,21 @@ class Branch(Simulated):
         step = (high_out - low_out) / steps
         if watched:
             # As an operator of its own the mark rounds, to steps as fine as those of float32.
-            rounded = torch.round(fused_multiply_add(values, to_steps, first))
+            rounded = torch.round(_place_in_steps(values, to_steps, first))
             return ScaledSum(fused_multiply_add(rounded, step, low_out) + skip.bytes, unit, from_layer=True)
         # In the convolution's kernel it does not round: both linear functions become one.
         factor = to_steps * step
         shift = first * step + low_out
         return ScaledSum(fused_multiply_add(values, factor, shift) + skip.bytes, unit, from_layer=True)
+
+
+def _place_in_steps(values: Tensor, to_steps: Tensor, first: Tensor) -> Tensor:
+    """Return the place of values on the grid of a quantizer that is an operator of its own.
+
+    Where each channel has a range of its own, the plugin rounds the product before it adds, as
+    `FakeQuantizeRange.codes_by_channel` does.
+    """
+    factors = to_steps.flatten()
+    if bool((factors == factors[0]).all()):
+        return fused_multiply_add(values, to_steps, first)
+    return values * to_steps + first
