@@ -306,17 +306,17 @@ class Video(nn.Module):
 # --------------------------------------------------------------------------------------------------------------- texts
 
 
-class BiLstm(nn.Module):
-    """Tagging: an embedding, an LSTM both ways, a class of each token."""
+class Tagger(nn.Module):
+    """Tagging: an embedding, a recurrence both ways, a class of each token."""
 
-    def __init__(self, words: int = 60, tags: int = 5) -> None:
+    def __init__(self, cell: type[nn.LSTM | nn.GRU] = nn.LSTM, width: int = 16, words: int = 60, tags: int = 5) -> None:
         super().__init__()
-        self.words = nn.Embedding(words, 16, padding_idx=0)
-        self.lstm = nn.LSTM(16, 16, batch_first=True, bidirectional=True)
-        self.tags = nn.Linear(32, tags)
+        self.words = nn.Embedding(words, width, padding_idx=0)
+        self.recurrence = cell(width, width, batch_first=True, bidirectional=True)
+        self.tags = nn.Linear(2 * width, tags)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.tags(self.lstm(self.words(ids))[0])
+        return self.tags(self.recurrence(self.words(ids))[0])
 
 
 class Gpt(nn.Module):
@@ -443,7 +443,7 @@ BROUGHT: dict[str, Callable[[], Brought]] = {
     "pointnet": lambda: Brought(PointNet(), _noise(3, 64)),
     "siamese": lambda: Brought(Siamese(), (_noise(3, 32, 32), _noise(3, 32, 32).flip(0))),
     "video": lambda: Brought(Video(), _noise(3, 4, 16, 16)),
-    "bilstm": lambda: Brought(BiLstm(), _ids()),
+    "bilstm": lambda: Brought(Tagger(), _ids()),
     "gpt_tied": lambda: Brought(Gpt(), _ids()),
     "text_encoder": lambda: Brought(TextEncoder(), _padded()),
     "domain_adaptation": lambda: Brought(DomainAdaptation(), _noise(3, 16, 16)),

@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from brought_models import KeywordNet, SuperResolution, Unet, Vocoder, Yolo
+from brought_models import KeywordNet, SuperResolution, Tagger, Unet, Video, Vocoder, Yolo
 from torch import Tensor, nn
 
 import halfeven as he
@@ -89,6 +89,15 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
 }
 """Name -> what makes the network, and what makes a batch of its inputs."""
 
+FURTHER: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
+    "convnext_tiny": of_timm("convnext_tiny"),
+    "mobilenetv3_small": of_timm("mobilenetv3_small_100"),
+    "gru": (lambda: Tagger(nn.GRU, 128), lambda batch: torch.randint(60, (batch, 64))),
+    "lstm": (lambda: Tagger(nn.LSTM, 128), lambda batch: torch.randint(60, (batch, 64))),
+    "video": (Video, lambda batch: torch.randn(batch, 3, 8, 64, 64)),
+}
+"""Networks that run where they are named alone."""
+
 HALF_AS_LONG = {"minilm": 64, "keywords": 4000, "vocoder": 32}
 """Positions of a small input that is no image."""
 GATED = ("mobilenetv3", "efficientnet_b0", "yolo")
@@ -101,7 +110,7 @@ FIXED = ("vit_tiny", "swin_tiny")
 
 def samples(name: str, batch: int, *, small: bool) -> Tensor:
     """A batch of a network's inputs; a small one has fewer positions."""
-    x = NETWORKS[name][1](batch)
+    x = (NETWORKS | FURTHER)[name][1](batch)
     if not small or name in FIXED:
         return x
     return x[..., : HALF_AS_LONG[name]] if name in HALF_AS_LONG else x[..., :64, :64]
@@ -298,7 +307,7 @@ def verified(qmodel: nn.Module, file: Path, batches: list[Tensor]) -> dict[str, 
 def measured(name: str, target: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each batch size."""
     torch.manual_seed(0)
-    model = NETWORKS[name][0]().eval()
+    model = (NETWORKS | FURTHER)[name][0]().eval()
     batches = [samples(name, 2, small=options.small) for _ in range(4)]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -340,7 +349,9 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", help=f"of {', '.join(NETWORKS)}; not given: all")
+    parser.add_argument(
+        "networks", nargs="*", help=f"of {', '.join(NETWORKS)}, which run if none is given, and {', '.join(FURTHER)}"
+    )
     parser.add_argument("--runtimes", nargs="+", choices=tuple(ENDINGS), default=list(ENDINGS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--scheme", default="w8a8")
@@ -351,8 +362,8 @@ def main() -> None:
     parser.add_argument("--quantize-gates", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if unknown := set(options.networks) - set(NETWORKS):
-        parser.error(f"no network {', '.join(sorted(unknown))}; there are {', '.join(NETWORKS)}")
+    if unknown := set(options.networks) - set(NETWORKS | FURTHER):
+        parser.error(f"no network {', '.join(sorted(unknown))}; there are {', '.join(NETWORKS | FURTHER)}")
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     for name in options.networks or NETWORKS:

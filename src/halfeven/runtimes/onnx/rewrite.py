@@ -22,6 +22,7 @@ def name_and_fold(graph: Any, deployed: Deployed) -> None:
         graph: the `onnx_ir.Graph` of a deployed model's program.
         deployed: the model.
     """
+    _write_known_sizes(graph)
     _leave_out_zero_biases(graph)
     # By path, under which its buffers lie in the model; the name in the file may be another.
     quantizers = {quantizer.path: quantizer for quantizer in deployed.quantizers}
@@ -41,6 +42,20 @@ def name_and_fold(graph: Any, deployed: Deployed) -> None:
             reader.name = call_name(layer, taken[layer])
             if layer in deployed.int32_biases:
                 _fold_bias(graph, reader, layer, deployed.int32_biases[layer])
+
+
+def _write_known_sizes(graph: Any) -> None:
+    """Write sizes that are known as constants, in place of operators that read them, in place.
+
+    ONNX Runtime cannot know them, and would cut the weights of a recurrence for each gate anew in each run.
+    """
+    for node in [node for node in graph if node.op_type == "Shape" and node.inputs[0].shape is not None]:
+        first, last = (node.attributes[end].as_int() if end in node.attributes else None for end in ("start", "end"))
+        sizes = node.inputs[0].shape[first:last]
+        if all(isinstance(size, int) for size in sizes):
+            name = f"{node.outputs[0].name}.sizes"
+            node.outputs[0].replace_all_uses_with(_initializer(graph, name, np.array(sizes, np.int64)))
+            graph.remove(node, safe=True)
 
 
 def _leave_out_zero_biases(graph: Any) -> None:
