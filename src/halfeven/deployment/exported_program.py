@@ -1,5 +1,6 @@
 """The deployed model as an ATen program, traced on the example that it was prepared with."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from halfeven.graph.inline import without_fast_path
 from halfeven.graph.model_inputs import BATCH
 from halfeven.graph.recurrences import WholeRecurrences, restore_recurrences
 from halfeven.graph.torch_private import pytree, untracked
+from halfeven.graph.view import Op, record_value
 from halfeven.placement.insertion import recorded_example
 
 
@@ -96,6 +98,7 @@ def _export_program(model: nn.Module, example: Inputs, shapes: Sequence[Any]) ->
             strict=False,
         )
     restore_recurrences(program.graph)
+    _write_out_floor_divisions(program.graph)
     _leave_out_constants(program)
     return untracked(program)
 
@@ -104,6 +107,31 @@ def _shapes_by_parameter(model: nn.Module, shapes: Inputs) -> Any:
     """Return the shapes of all arguments in one tree: in their order, or by parameter where some have keywords."""
     args, kwargs = shapes
     return dict(zip(argument_names(model, len(args)), args, strict=True)) | kwargs if kwargs else args
+
+
+def _write_out_floor_divisions(graph: fx.Graph) -> None:
+    """Write a // b as (a - a % b) / b where a size or offset may be negative, as in -(-n // 4): files round to zero."""
+    for node in graph.find_nodes(op="call_function", target=operator.floordiv):
+        size, divisor = node.args
+        if _is_never_negative(size):
+            continue
+        with graph.inserting_before(node):
+            remainder = graph.call_function(operator.mod, (size, divisor))
+            record_value(remainder, operator.mod(*(Op(x).value if isinstance(x, fx.Node) else x for x in node.args)))
+            multiple = graph.call_function(operator.sub, (size, remainder))
+            record_value(multiple, Op(node).value * (Op(divisor).value if isinstance(divisor, fx.Node) else divisor))
+        node.args = (multiple, divisor)
+
+
+def _is_never_negative(size: Any) -> bool:
+    """Return True for a size, and for what is computed of sizes without a subtraction."""
+    if not isinstance(size, fx.Node):
+        return isinstance(size, int | float) and size >= 0
+    if size.target is operator.mod:
+        return _is_never_negative(size.args[1])
+    if size.target in (operator.add, operator.mul, operator.floordiv):
+        return all(map(_is_never_negative, size.args))
+    return size.target is torch.ops.aten.sym_size.int
 
 
 def _leave_out_constants(program: torch.export.ExportedProgram) -> None:

@@ -19,6 +19,7 @@ from halfeven.graph.batches import Inputs
 from halfeven.graph.constant_inputs import constant_inputs
 from halfeven.graph.dynamic_shapes import FreeAxes, export_shapes, nested_shapes
 from halfeven.graph.fixed_axes import is_batch_fixed, reason_of_fixed_batch, refuse_fixed_axes
+from halfeven.graph.functionalize import allow_copies
 from halfeven.graph.inline import inline_grad_blocks
 from halfeven.graph.kept_in_python import Calls, kept_markers
 from halfeven.graph.model_inputs import model_inputs, region_inputs
@@ -28,7 +29,7 @@ from halfeven.graph.restoring import attributes_restored
 from halfeven.graph.size_relations import size_relations
 from halfeven.graph.sized_pools import SizedPools
 from halfeven.graph.stochastic_depth import leaf_markers
-from halfeven.graph.torch_private import untracked
+from halfeven.graph.torch_private import has_layout_guards, untracked
 from halfeven.graph.training_run import left_in_eval
 
 
@@ -75,6 +76,8 @@ def export_module(
     result.region_inputs = region_inputs(result.graph, described)
     result.constant_inputs = constant_inputs(module, inputs, result.graph)
     result.size_relations = size_relations(program, result.region_inputs)
+    if has_layout_guards(program):
+        allow_copies(result)
     if is_batch_fixed(described, result.region_inputs):
         result.fixed_batch = reason_of_fixed_batch(export, free)
     return result

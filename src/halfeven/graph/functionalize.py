@@ -4,7 +4,7 @@ import torch
 from torch import fx
 
 from halfeven.graph.torch_private import functional_form, is_operator
-from halfeven.graph.view import Op, nodes_after, replace_call
+from halfeven.graph.view import Op, keep_tensor_name, nodes_after, replace_call
 
 aten = torch.ops.aten
 
@@ -54,3 +54,14 @@ def _write_back(result: fx.Node, view: fx.Node, later: set[fx.Node]) -> None:
         base.replace_all_uses_with(whole, delete_user_cb=lambda user: user in later)
         result = whole
         view = base
+
+
+def allow_copies(region: fx.GraphModule) -> None:
+    """Replace views by reshapes, in place: what can be viewed at the example's sizes may need a copy at others.
+
+    torch.export leaves out a `contiguous` that copies nothing on the example.
+    """
+    for node in region.graph.find_nodes(op="call_function", target=aten.view.default):
+        keep_tensor_name(node, Op(node).tensor_name)
+        replace_call(node, aten.reshape.default, (node.args[0], node.args[1]))
+    region.recompile()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfeven.errors import CaptureError
+from halfeven.errors import CaptureError, InputError
 from halfeven.graph.batches import Inputs
 from halfeven.graph.dynamic_shapes import FreeAxes
 from halfeven.graph.other_sizes import other_sizes
@@ -48,6 +48,12 @@ def check_same(model: nn.Module, captured: nn.Module, inputs: Inputs, free: Free
             where = f"inputs whose {other.axis_name} is {other.size}"
             try:
                 found = _outputs(captured, other.inputs)
+            except InputError as error:
+                raise CaptureError(
+                    f"The captured model does not run on {where}, and the original does: {error}\nA file would not "
+                    "check that. Give an example of sizes that need all of the code (those that it pads, where it pads "
+                    "`if size % window`), compute without the decision, or leave the axis out of dynamic_shapes."
+                ) from error
             except Exception as error:
                 raise CaptureError(
                     f"The captured model does not run on {where}, and the original does: {reason_of(error)}\nSo "

@@ -6,17 +6,20 @@ forbids private names of torch in other files.
 
 import keyword
 import linecache
+import re
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import exported_program
 from torch.fx import graph as fx_graph
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
@@ -42,6 +45,7 @@ __all__ = [
     "forgetting_graphs",
     "functional_form",
     "has_hooks",
+    "has_layout_guards",
     "has_own_hooks",
     "in_backward_pass",
     "in_order_of",
@@ -128,6 +132,9 @@ def functional_form(operator: Any) -> OpOverload | None:
 
 # Graphs
 
+LAYOUT_FUNCTIONS = re.compile("contiguous|stride|overlapping|view_helper|memory_format|physical_perm|should_swap")
+"""Parts of the names of torch's functions on strides: what they decide by sizes concerns memory, and no result."""
+
 
 def fake_tensors() -> AbstractContextManager[Any]:
     """Return a context in which tensors have sizes and no data, so that operators compute sizes alone."""
@@ -187,8 +194,33 @@ def _in_order(value: Any, form: pytree.TreeSpec) -> Any:
 
 
 def size_guards(program: torch.export.ExportedProgram) -> list[str]:
-    """Return the conditions on input sizes under which a program is right, in Python: `L['x'].size()[2] <= 64`."""
-    return list(getattr(program, "_guards_code", ()))
+    """Return the conditions on input sizes under which a program is right, in Python: `L['x'].size()[2] <= 64`.
+
+    Those that decide where values lie in memory alone are left out.
+    """
+    shape_env = _shape_env(program)
+    if shape_env is None:
+        return []
+    guards = [guard for guard in shape_env.guards if not _is_about_layout(guard)]
+    with patch.object(shape_env, "guards", guards):
+        convert: Callable[[fx.GraphModule], list[str]] = exported_program._convert_guards_to_code
+        return convert(program.graph_module)
+
+
+def has_layout_guards(program: torch.export.ExportedProgram) -> bool:
+    """Return True if the sizes of a program's inputs decide where values lie in memory: a view may be a copy there."""
+    shape_env = _shape_env(program)
+    return shape_env is not None and any(map(_is_about_layout, shape_env.guards))
+
+
+def _shape_env(program: torch.export.ExportedProgram) -> ShapeEnv | None:
+    find: Callable[[fx.GraphModule], ShapeEnv | None] = exported_program._get_shape_env
+    return find(program.graph_module)
+
+
+def _is_about_layout(guard: Any) -> bool:
+    where = guard.sloc.framework_loc
+    return "/torch/" in getattr(where, "filename", "") and LAYOUT_FUNCTIONS.search(where.name) is not None
 
 
 def _format_target(base: str, target: str) -> str:

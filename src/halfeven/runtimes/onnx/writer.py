@@ -154,6 +154,7 @@ def translated(
             torch.ops.halfeven.fake_quantize.default: _fake_quantize_translation([q.signed for q in quantizers]),
             torch.ops.halfeven.global_average_pool.default: _translate_pool,
             torch.ops.halfeven.branch_of_sum.default: _translate_branch,
+            round: _translate_round,
             **translations,
             **({torch.ops.aten.linear.default: _translate_linear} if weights_alone else {}),
         },
@@ -257,6 +258,14 @@ def _translate_pool(x: Any) -> Any:
     from onnxscript import opset19 as op
 
     return op.GlobalAveragePool(x)
+
+
+def _translate_round(x: Any, digits: Any = None) -> Any:
+    """Translate the rounding of a free size."""
+    import onnx
+    from onnxscript import opset19 as op
+
+    return op.Cast(op.Round(x), to=onnx.TensorProto.INT64)
 
 
 def _translate_branch(x: Any, limit: float) -> Any:

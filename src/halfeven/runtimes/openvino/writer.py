@@ -19,6 +19,7 @@ from halfeven.graph.model_inputs import constant_size
 from halfeven.runtimes.openvino import recurrences
 from halfeven.runtimes.openvino.interface import write_interface
 from halfeven.runtimes.openvino.recurrences import keep_recurrences_whole
+from halfeven.runtimes.openvino.size_arithmetic import size_translations
 from halfeven.runtimes.openvino.sums_in_kernels import MARK_LEVELS
 from halfeven.runtimes.openvino.telemetry import silently
 
@@ -44,7 +45,8 @@ def convert(program: torch.export.ExportedProgram, names: Sequence[str]) -> Any:
         "branch_of_sum": _translate_branch_of_sum,
         "recurrence": recurrences.translation(),
     }
-    extensions = [ConversionExtension(f"halfeven.{name}.default", made) for name, made in translations.items()]
+    named = {f"halfeven.{name}.default": made for name, made in translations.items()} | size_translations()
+    extensions = [ConversionExtension(name, made) for name, made in named.items()]
     model = openvino.convert_model(program, extension=extensions)
     _drop_constant_inputs(model, program)
     # The front end forgets which sizes are fixed; the plugin's kernels are faster when it knows.
