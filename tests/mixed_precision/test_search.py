@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import halfeven as he
 from halfeven.errors import ConfigError
+from halfeven.mixed_precision import walk
 from halfeven.mixed_precision.cost import cost_of, widths_of, workload_of
 from halfeven.mixed_precision.final_rules import final_rules
 from halfeven.mixed_precision.moves import moves_of
@@ -401,6 +402,26 @@ def test_steps_of_a_scheme_of_weights_alone_are_weighed_by_their_size():
     contents = search_contents(found.to_dict(), {})
     assert contents.plans_cost.startswith("size of the weights")
     assert contents.plans[1]["cost"] == sizes[1] / sizes[0]
+
+
+def test_a_drop_that_no_plan_keeps_ends_with_a_layer_in_integers(subject):
+    model = subject[0]
+    in_float = (he.Rule(quantize=False),)
+    found = searched(subject, lambda candidate: float(candidate is model), max_drop=0.1, candidates=in_float)
+    assert not found.reached
+    assert he.plan_of(found.qmodel).weights
+    assert "No plan within the budgets" in str(found)
+
+
+def test_moves_that_gain_nothing_are_ranked_anew_ever_more_rarely(subject, monkeypatch):
+    model, lines = subject[0], []
+    monkeypatch.setattr(walk, "divergence_of", lambda *_: 1.0)
+    monkeypatch.setattr(walk, "_measure_moves", lambda _, moves: {number: 1.0 for number in map(str, moves)})
+    found = searched(subject, lambda candidate: float(candidate is model), max_drop=0.1, rescorings=0, log=lines.append)
+    steps = len(found.steps) - 1
+    rankings = sum(line.startswith("  ranking") for line in lines)
+    assert steps >= 8
+    assert rankings <= 2 + steps.bit_length(), "a ranking takes much longer than a step"
 
 
 def test_a_metric_judges_the_result_without_a_budget_for_its_drop(subject):

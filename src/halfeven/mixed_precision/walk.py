@@ -80,6 +80,8 @@ class Walk:
     taken: list[Move] = field(default_factory=list)
     ranked_after: int = -1
     """Number of steps after which the moves were ranked last."""
+    patience: int = 1
+    """Number of steps from a ranking to the next that is made because no move gains by the last."""
 
     def __post_init__(self) -> None:
         self.start: dict[Quantizer, GridRange] = {q: grid_range(q) for q in quantizers(self.qmodel).values()}
@@ -108,6 +110,11 @@ class Walk:
         """Return the share of the damage at the start that a move is expected to take away."""
         damage = self.steps[0].divergence
         return self.gains.get(move, 0.0) / damage if damage else 0.0
+
+    def leaves_a_layer(self, move: Move) -> bool:
+        """Return True if a layer computes in integers after a move: a model without any has no plan."""
+        weights = [quantizer for quantizer in self.start if quantizer.weight and quantizer.mode is not Mode.FLOAT]
+        return any(quantizer not in move.settings or move.settings[quantizer] is not None for quantizer in weights)
 
     def go_to(self, count: int) -> None:
         """Put the model into the state after the first steps."""
@@ -235,15 +242,20 @@ def _first_good_enough(state: Walk, failed: int, good: int) -> int:
 def _rank_again(state: Walk) -> bool:
     """Rank the moves that are left in the context of the last step, if any would be within the budgets.
 
-    Gains that were measured before other steps may have been hidden by a larger damage.
+    Gains that were measured before other steps may have been hidden by a larger damage. Where a drop is to be met, the
+    least harmful step is taken in the meantime, and the number of steps between such rankings doubles each time.
     """
-    if state.ranked_after == len(state.taken) or _has_nothing_to_gain(state):
+    since = len(state.taken) - state.ranked_after
+    if not since or _has_nothing_to_gain(state):
+        return False
+    if state.options.max_drop is not None and since < state.patience:
         return False
     state.useless.clear()
     present = state.steps[-1].cost
     if not any(_can_be_taken(state, move) and state.within(state.cost(move), present) for move in state.moves):
         return False
     rank_moves(state)
+    state.patience *= 2
     return True
 
 
@@ -364,7 +376,7 @@ def _affordable_moves(state: Walk, before: SearchStep, *, gaining: bool) -> dict
     """Return the moves that may be taken, with the cost of the plan with each."""
     found = {}
     for move in state.moves:
-        if not _can_be_taken(state, move):
+        if not (_can_be_taken(state, move) and state.leaves_a_layer(move)):
             continue
         cost = state.cost(move)
         needed = not state.within(before.cost) and is_cheaper(state.options, before.cost, cost)
