@@ -76,6 +76,12 @@ class Stopwatch:
 
     processor: float
     clock: float
+    limit: float
+
+    def check(self) -> None:
+        """Stop a search that has taken longer than the limit."""
+        if time.process_time() - self.processor > self.limit:
+            raise TimeoutError(f"not finished after {self.limit:g} s of the processor")
 
     def read(self) -> dict[str, float]:
         return {
@@ -84,16 +90,20 @@ class Stopwatch:
         }
 
 
-def started() -> Stopwatch:
-    return Stopwatch(time.process_time(), time.perf_counter())
+def started(limit: float) -> Stopwatch:
+    return Stopwatch(time.process_time(), time.perf_counter(), limit)
 
 
 # ----------------------------------------------------------------------------------------------------- the two searches
 
 
-def by_halfeven(network: Scored, max_drop: float, path: Path, cost: str) -> dict[str, Any]:
+def by_halfeven(network: Scored, max_drop: float, path: Path, cost: str, watch: Stopwatch) -> dict[str, Any]:
     """Search with halfeven, write the file, and return the row of the search."""
-    watch = started()
+
+    def log(text: str) -> None:
+        print(text, flush=True)
+        watch.check()
+
     found: SearchResult = he.search(
         network.model,
         network.calibration,
@@ -103,7 +113,7 @@ def by_halfeven(network: Scored, max_drop: float, path: Path, cost: str) -> dict
         scheme="w8a8",
         target="openvino",
         per_channel=network.per_channel,
-        log=lambda text: print(text, flush=True),
+        log=log,
     )
     he.export(found.qmodel, path)
     row = watch.read()
@@ -112,7 +122,7 @@ def by_halfeven(network: Scored, max_drop: float, path: Path, cost: str) -> dict
     return {"steps": found.chosen, "drop of int8": first and round(first.drop, 3), **row}
 
 
-def by_nncf(network: Scored, max_drop: float, path: Path, floating: Any) -> dict[str, Any]:
+def by_nncf(network: Scored, max_drop: float, path: Path, floating: Any, watch: Stopwatch) -> dict[str, Any]:
     """Search with NNCF from the float file, write the file, and return the row of the search."""
     import nncf
     import openvino
@@ -121,6 +131,7 @@ def by_nncf(network: Scored, max_drop: float, path: Path, floating: Any) -> dict
     metrics: list[float] = []
 
     def validated(compiled: Any, items: Iterable[Any]) -> tuple[float, list[float]]:
+        watch.check()
         values = [_value(network, compiled, arrays, index) for arrays, index in items]
         if len(values) == len(judged):  # not those that find out what this function returns, or rank
             metrics.append(statistics.fmean(values))
@@ -129,7 +140,6 @@ def by_nncf(network: Scored, max_drop: float, path: Path, floating: Any) -> dict
     samples = [x for batch in network.calibration for x in _singles(batch)]
     judged = list(zip(_singles(network.inputs), range(len(network.targets[0])), strict=True))
     coarse = AdvancedQuantizationParameters(weights_quantization_params=QuantizationParameters(per_channel=False))
-    watch = started()
     found = nncf.quantize_with_accuracy_control(
         floating,
         nncf.Dataset(samples),
@@ -222,6 +232,14 @@ def _quartiles(own: Sequence[float], others: Sequence[float]) -> list[float]:
 # --------------------------------------------------------------------------------------------------------------- report
 
 
+def tried(search: Callable[..., dict[str, Any]], network: Scored, max_drop: float, path: Path, *given: Any) -> Any:
+    """Return the row of a search with its file, or the reason why it has none: the others are of use without it."""
+    try:
+        return {**search(network, max_drop, path, *given), "file": path}
+    except Exception as error:  # libraries raise what they like
+        return {"failed": f"{type(error).__name__}: {error}"[:300]}
+
+
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return all rows of a network."""
     network = NETWORKS[name](options)
@@ -232,14 +250,17 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
         files = {"float": folder / "float.xml"}
         floating = write_float(network, files["float"])
         for cost in options.cost:
-            files[f"halfeven, {cost}"] = folder / f"{cost}.xml"
-            rows[f"halfeven, {cost}"] = by_halfeven(network, max_drop, folder / f"{cost}.xml", cost)
+            file = folder / f"{cost}.xml"
+            rows[f"halfeven, {cost}"] = tried(by_halfeven, network, max_drop, file, cost, started(options.limit))
         if importlib.util.find_spec("nncf") is not None and not options.no_nncf:
-            files["NNCF"] = folder / "nncf.xml"
-            rows["NNCF"] = by_nncf(network, max_drop, files["NNCF"], floating)
+            file = folder / "nncf.xml"
+            rows["NNCF"] = tried(by_nncf, network, max_drop, file, floating, started(options.limit))
+        made = {method: row.pop("file") for method, row in rows.items() if "file" in row}
+        files = {"float": files["float"], **made}
         one = [x[:1] for x in network.inputs.values()]
         ratios = latencies(files, one, options.rounds)
-        for method, row in rows.items():
+        for method in made:
+            row = rows[method]
             row |= drop_of(network, files[method], expected, PRECISIONS["float32"])
             row["drop in default precision"] = drop_of(network, files[method], expected, {})["drop"]
             row |= layers_of(files[method], one) | {"over float": ratios[method]}
@@ -255,6 +276,10 @@ def table(found: dict[str, Any]) -> str:
     for name, network in found.items():
         title = f"{name}, {network['metric']} {network['float']:.2f}, budget {network['max_drop']:g}"
         for method, row in network["rows"].items():
+            if "failed" in row:
+                lines.append(f"| {title} | {method} | {row['failed']} | | | | | |")
+                title = ""
+                continue
             ratios = [f"{m:.2f} ({a:.2f}-{b:.2f})" for a, m, b in row["over float"].values()]
             cells = [title, method, f"{row['drop of int8']:.2f}", f"{row['drop']:.2f} ± {row['interval']:.2f}"]
             cells += [f"{row['in float']} of {row['layers']}", *ratios, f"{row['processor seconds']:.0f}"]
@@ -269,6 +294,7 @@ def main() -> None:
     parser.add_argument("--max-drop", type=float, help="in the metric's unit; not given: the network's own")
     parser.add_argument("--cost", nargs="+", default=["auto"], help="of halfeven's search: auto, latency, bops, size")
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds of the processor for a search")
     parser.add_argument("--no-nncf", action="store_true")
     parser.add_argument("--json", type=Path, required=True)
     add_arguments(parser)
