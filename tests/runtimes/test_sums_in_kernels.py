@@ -107,3 +107,25 @@ def test_the_mark_of_a_watched_sum_rounds_as_an_operator_of_its_own(per_channel,
     report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), [x], timed=False)
     assert report.alone_match == 1
     assert sum(tensor.count for tensor in report.tensors) > 2**20
+
+
+class Upsampled(nn.Module):
+    """A skip connection that the plugin copies to another layout, so that a sum with it stays in the kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.last = nn.ConvTranspose1d(8, 16, 16, 8, 4), nn.Conv1d(16, 4, 1)
+        self.block = nn.Conv1d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        x = self.up(x)
+        return self.last(x + self.block(nn.functional.leaky_relu(x, 0.1)))
+
+
+def test_a_watched_sum_that_stays_in_the_convolutions_kernel_is_not_rounded_before(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(8, 8, 512)
+    qmodel = he.calibrate(he.prepare(Upsampled().eval(), x, scheme=SCHEME), [x])
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), [x], timed=False)
+    assert report.alone_match == 1
+    assert report.output_difference == 0

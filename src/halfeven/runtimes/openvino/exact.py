@@ -6,7 +6,7 @@ tests. Operators that the plugin computes in float are computed by the plugin it
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -192,7 +192,7 @@ class OpenVINOInterpreter(fx.Interpreter):
         if bounds is None:
             # A unit is positive, so a leaky ReLU commutes with it.
             if Op(node).row.homogeneous and isinstance(x, ScaledSum):
-                return dataclasses.replace(x, values=self._run_on(node, (x.values, *args[1:]), kwargs))
+                return x.changed(lambda values: self._run_on(node, (values, *args[1:]), kwargs))
             return None
         if _counts_in_bytes(x):
             return clipped(x, node, bounds)
@@ -221,7 +221,7 @@ class OpenVINOInterpreter(fx.Interpreter):
         # Signed bytes are rounded before 128 is added in a layer's kernel, and after it elsewhere.
         kernel = limits.in_kernel() if _is_in_kernel(node) else limits
         codes = self._codes_from(node, kernel, x)
-        if _is_computed_between(node, x):
+        if _is_computed_between(node, x, self.layers):
             codes = self._rounded_by_kernel(quantizer.name, kernel, real_values(x), codes)
         # What is read of the file are real values, and integers by the quantizer's own zero point.
         kept = self.simulation.keep(quantizer.name, codes + limits.lost) - limits.lost
@@ -255,6 +255,12 @@ class OpenVINOInterpreter(fx.Interpreter):
         if isinstance(x, Accumulator) and is_in_attention(quantizer):
             return self.simulation.choose(watched, limits.moved(x.unit).codes_in_attention(x.values))
         # The destination scale of the layer's kernel applies to its sum too, unless a tensor between is watched.
+        if isinstance(x, ScaledSum) and x.in_kernel is not None:
+            fused = limits.moved(x.unit).codes(x.in_kernel.values, from_layer=True)
+            name = str(module_of(quantizer).name)
+            if not torch.equal(fused, watched) and self.kernels.is_in_convolution(name, self.inputs):
+                return fused
+            return self.simulation.choose(watched, fused)
         if isinstance(x, ScaledSum) and x.from_layer:
             return self.simulation.choose(watched, limits.moved(x.unit).codes(x.values, from_layer=True))
         return watched
@@ -283,14 +289,20 @@ RULES: dict[Any, Callable[[OpenVINOInterpreter, fx.Node, Any, Any], Any]] = {
 """Operator or kind -> the rule that computes it on integers; a rule returns None where the plugin computes in float."""
 
 
-def _is_computed_between(quantizer: fx.Node, x: Any) -> bool:
+def _is_computed_between(quantizer: fx.Node, x: Any, layers: Container[fx.Node]) -> bool:
     """Return True if the plugin fuses the operators before a quantizer into a kernel whose arithmetic varies.
 
     The formulas of a layer's own kernel (with its activation function, with a sum that it computes) and of integers are
     known. What such a kernel rounds depends on the readers of its bytes, which a part of the file does not have.
+
+    Args:
+        quantizer: what ends the kernel.
+        x: what it reads.
+        layers: the layers that read integers.
     """
     if isinstance(x, Tensor):
-        return kind_of(_before_activations(quantizer)) not in (*WEIGHTED, OperatorKind.INPUT)
+        before = _before_activations(quantizer)
+        return before not in layers and kind_of(before) is not OperatorKind.INPUT
     if isinstance(x, ScaledSum):
         return not x.from_layer
     if isinstance(x, Scaled):
@@ -323,6 +335,8 @@ def _clip_in_units(x: Any, bounds: tuple[float, float]) -> Any:
         low, high = bounds
     else:
         return x.real().clamp(*bounds)
+    if isinstance(x, ScaledSum):
+        return x.changed(lambda values: values.clamp(low, high))
     return dataclasses.replace(x, values=x.values.clamp(low, high))
 
 

@@ -4,6 +4,7 @@ Every form has `real()`, its values, and `codes(limits)`, the integers of a quan
 is exactly half-way lands depends on the order of the float32 operations, so each form has an order of its own.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -290,9 +291,16 @@ class ScaledSum(Simulated):
     """True where a layer's kernel computes the sum, and then its quantizer, unless a tensor between is an output."""
     nothing_is_watched: bool = False
     """True where no tensor between is an output of the watched file either."""
+    in_kernel: "ScaledSum | None" = None
+    """The same sum as the kernel of a convolution computes it, which it may do in the watched file too."""
 
     def real(self) -> Tensor:
         return self.values * self.unit
+
+    def changed(self, function: Callable[[Tensor], Tensor]) -> "ScaledSum":
+        """Return the sum behind a function of its values."""
+        in_kernel = None if self.in_kernel is None else self.in_kernel.changed(function)
+        return replace(self, values=function(self.values), in_kernel=in_kernel)
 
     def codes(self, limits: FakeQuantizeRange) -> Tensor:
         return limits.moved(self.unit).codes(self.values, from_layer=self.nothing_is_watched)

@@ -29,6 +29,17 @@ def executed_layers(compiled: Any, layers: Sequence[str]) -> list[LayerExecution
     return [found.get(layer, LayerExecution(layer, "unknown", "", integer=False)) for layer in layers]
 
 
+def operators_in(compiled: Any, kind: str) -> set[str]:
+    """Return the names of the file's operators that the kernels of a kind compute, layers and quantizers."""
+    # The plugin splits a quantizer that has a reader of real values.
+    return {
+        name.removesuffix("_original")
+        for info, _ in _executed(compiled)
+        if info["layerType"] == kind
+        for name in _layers(info)
+    }
+
+
 def _is_nameless(info: Mapping[str, str], layers: Sequence[str]) -> bool:
     """Return True for a layer's kernel whose names are all the plugin's own, such as "Multiply_12732".
 

@@ -5,7 +5,7 @@ their operations, fused multiply-adds and merged constants differ from kernel to
 million. A part of the file, from the quantizers before to the quantizer behind, is therefore run by the plugin itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import pytree
 from halfeven.runtimes.openvino.exact_values import Codes
-from halfeven.runtimes.openvino.session import as_file, compile_model, read, run_compiled
+from halfeven.runtimes.openvino.executed import operators_in
+from halfeven.runtimes.openvino.session import as_file, compile_model, read, run_compiled, with_outputs
 from halfeven.runtimes.openvino.sums_in_kernels import MARK_LEVELS
 from halfeven.runtimes.openvino.writer import convert
 from halfeven.runtimes.simulation import Simulation
@@ -78,6 +79,8 @@ class KernelsBetween:
         """Name of a quantizer -> its operator's name in the file."""
         self.orders: dict[str, tuple[int, ...]] = {}
         """The permutation of axes that the front end moved from before a quantizer to behind it."""
+        self.in_convolutions: Set[str] | None = None
+        """Operators that kernels of convolutions compute where all quantized tensors are outputs, once it is known."""
 
     def compute(self, quantizer: str, inputs: Sequence[Any]) -> Tensor | None:
         """Return the real values behind a quantizer as the plugin computes them.
@@ -102,6 +105,22 @@ class KernelsBetween:
         result = run_compiled(part.compiled, [*read, *(given[index] for index in part.inputs)])[0]
         order = self.orders.get(quantizer)
         return result if order is None else result.permute(order)
+
+    def is_in_convolution(self, quantizer: str, inputs: Sequence[Any]) -> bool:
+        """Return True if a convolution's kernel computes a quantizer also where all quantized tensors are outputs.
+
+        A sum before it whose skip connection is an output too has a kernel of its own there, unless the convolution
+        reads a copy in another layout.
+        """
+        if self.model is None:
+            self._open_file([x for x in inputs if isinstance(x, Tensor)])
+        if not self.whole:
+            return False
+        if self.in_convolutions is None:
+            watched = self.model.clone()
+            with_outputs(watched, list(self.quantizers))
+            self.in_convolutions = operators_in(compile_model(watched), "Convolution")
+        return quantizer in self.in_convolutions
 
     def _real_values(self, name: str) -> Tensor:
         tensor = self.simulation.tensors[name]

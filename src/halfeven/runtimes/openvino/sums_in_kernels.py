@@ -107,7 +107,8 @@ class Branch(Simulated):
         if watched:
             # As an operator of its own the mark rounds, to steps as fine as those of float32.
             rounded = torch.round(_place_in_steps(values, to_steps, first))
-            return ScaledSum(fused_multiply_add(rounded, step, low_out) + skip.bytes, unit, from_layer=True)
+            total = fused_multiply_add(rounded, step, low_out) + skip.bytes
+            return ScaledSum(total, unit, from_layer=True, in_kernel=self.plus(skip, watched=False))
         # In the convolution's kernel it does not round: both linear functions become one.
         factor = to_steps * step
         shift = first * step + low_out
