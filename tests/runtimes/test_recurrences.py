@@ -5,10 +5,10 @@ from collections import Counter
 import openvino
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import halfeven as he
-from halfeven.errors import ExportError
+from halfeven.errors import ExportError, HalfevenError
 from halfeven.runtimes.onnxruntime.session import ONNXRuntimeFile
 from runtimes.parity import SCHEME
 from sweeps import sweep
@@ -96,3 +96,28 @@ def test_what_no_operator_computes_is_refused(kind, ending, reason, tmp_path):
     qmodel = he.calibrate(he.prepare(model, x, target=target, dynamic_shapes={"x": {1: "steps"}}), [x])
     with pytest.raises(ExportError, match=reason):
         he.export(qmodel, tmp_path / f"m.{ending}")
+
+
+class Packed(nn.Module):
+    """Reads texts of several lengths, without their padding."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.a, self.r, self.b = nn.Linear(8, 8), kind(8, 12, batch_first=True), nn.Linear(12, 4)
+
+    def forward(self, x, lengths):
+        pack = nn.utils.rnn.pack_padded_sequence
+        states = self.r(pack(self.a(x), lengths, batch_first=True, enforce_sorted=False))[1]
+        return self.b(states[-1] if isinstance(states, Tensor) else states[0][-1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, pytest.param(nn.RNN, marks=pytest.mark.exhaustive)])
+def test_packed_sequences_stay_in_python_with_their_line_and_a_remedy(kind, tmp_path):
+    example = torch.randn(3, 5, 8), torch.tensor([2, 5, 3])
+    qmodel = he.calibrate(he.prepare(Packed(kind).eval(), example, scheme=SCHEME), [example])
+    whole, layer, *_ = he.plan_of(qmodel).notes
+    assert "packed sequence (pack_padded_sequence)" in whole
+    assert "states = self.r(pack(" in whole
+    assert layer.startswith("Stays Python, in float: r: CaptureError: The sizes in a packed sequence")
+    with pytest.raises(HalfevenError, match=r"no file\. Run the recurrent layer on the padded batch"):
+        he.export(qmodel, tmp_path / "m.xml")

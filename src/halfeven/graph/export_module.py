@@ -24,7 +24,7 @@ from halfeven.graph.inline import inline_grad_blocks
 from halfeven.graph.kept_in_python import Calls, kept_markers
 from halfeven.graph.model_inputs import model_inputs, region_inputs
 from halfeven.graph.rebuild import CapturedModule, assemble
-from halfeven.graph.recurrences import WholeRecurrences, restore_recurrences
+from halfeven.graph.recurrences import WholeRecurrences, refuse_packed_sequences, restore_recurrences
 from halfeven.graph.restoring import attributes_restored
 from halfeven.graph.size_relations import size_relations
 from halfeven.graph.sized_pools import SizedPools
@@ -62,7 +62,9 @@ def export_module(
 
     Raises:
         FixedAxisError: the module's code makes an axis that the user frees a constant.
+        CaptureError: an argument is a packed sequence.
     """
+    refuse_packed_sequences((*inputs[0], *inputs[1].values()))
     described = model_inputs(module, inputs, free)
     export = partial(export_program, module, inputs, kept)
     try:
@@ -118,7 +120,7 @@ def export_program(
         watching: a context for `torch.export` to run in.
 
     Raises:
-        CaptureError: the name of a keyword argument cannot be that of a parameter.
+        CaptureError: the name of a keyword argument cannot be that of a parameter, or a sequence is packed.
     """
     args, kwargs = inputs
     check_keywords(kwargs)

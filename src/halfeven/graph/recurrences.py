@@ -5,14 +5,14 @@ Within `WholeRecurrences` they are traced as an operator of halfeven's own that 
 `restore_recurrences` puts torch's operators back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from halfeven.errors import ExportError
+from halfeven.errors import CaptureError, ExportError
 from halfeven.graph.model_inputs import constant_size
 
 aten = torch.ops.aten
@@ -26,6 +26,13 @@ CELLS: dict[str, Any] = {
 """Recurrent layers of padded sequences, by the names of torch's functions."""
 
 ARGUMENTS = 9
+
+PACKED = (
+    "The sizes in a packed sequence (pack_padded_sequence) depend on the values of the lengths, so there is no graph "
+    "of it, and no file. Run the recurrent layer on the padded batch, and read its outputs at the last steps by "
+    "gather. In a bidirectional layer, whose way back then begins at the padding, that needs training."
+)
+"""Why a model with packed sequences cannot be captured whole, and what to do."""
 
 
 @torch.library.custom_op("halfeven::cells", mutates_args=())
@@ -63,12 +70,24 @@ class WholeRecurrences(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kind = next((name for name, cell in CELLS.items() if func is cell), getattr(func, "__name__", ""))
+        if kind == "_pack_padded_sequence":
+            raise CaptureError(PACKED)
         # Of packed sequences, whose functions have the same names, the fourth argument is a list.
         if kind in CELLS and len(args) == ARGUMENTS and isinstance(args[3], bool):
             x, states, weights, *common = args
             first = list(states) if isinstance(states, list | tuple) else [states]
             return tuple(torch.ops.halfeven.cells(kind, x, first, list(weights), *common))
         return func(*args, **(kwargs or {}))
+
+
+def refuse_packed_sequences(arguments: Iterable[Any]) -> None:
+    """Refuse packed sequences among the arguments of a module.
+
+    Raises:
+        CaptureError: there is one.
+    """
+    if any(isinstance(argument, nn.utils.rnn.PackedSequence) for argument in arguments):
+        raise CaptureError(PACKED)
 
 
 def restore_recurrences(graph: fx.Graph) -> None:
