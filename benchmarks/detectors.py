@@ -220,6 +220,8 @@ def _tried(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str,
     """Return what is measured, or the reason for which it could not be: the other rows are of use without it."""
     try:
         return measure(*arguments)
+    except subprocess.CalledProcessError as error:
+        return {"failed": (error.stderr.decode().strip().splitlines() or [""])[-1]}
     except Exception as error:  # converters raise many kinds
         return {"failed": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"}
 
