@@ -129,3 +129,25 @@ def test_a_watched_sum_that_stays_in_the_convolutions_kernel_is_not_rounded_befo
     report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), [x], timed=False)
     assert report.alone_match == 1
     assert report.output_difference == 0
+
+
+class AddsToPart(nn.Module):
+    """DPN's block: the skip connection is a part of a tensor, of which another part is read too."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 4, 1)
+        self.block = nn.Sequential(nn.Conv2d(32, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 1, bias=False))
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.last(torch.cat([x[:, :16] + self.block(x), x[:, 16:]], 1))
+
+
+def test_a_sum_with_a_part_of_a_tensor_rounds_as_in_the_file(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 64, 64)
+    qmodel = he.calibrate(he.prepare(AddsToPart().eval(), x, scheme=SCHEME), [x])
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), [x], timed=False)
+    assert report.alone_match == 1
+    assert report.output_difference == 0

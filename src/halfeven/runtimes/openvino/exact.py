@@ -151,9 +151,9 @@ class OpenVINOInterpreter(fx.Interpreter):
             return None
         # In this order: a branch that is marked, a layer's result and integers, integers that the plugin does not
         # round, two tensors of integers.
-        for branch, skip, source in ((*args, node.args[1]), (*args[::-1], node.args[0])):
+        for branch, skip in (args, args[::-1]):
             if isinstance(branch, Branch) and isinstance(skip, Codes):
-                return self._add_in_kernel(branch, skip, source)
+                return branch.plus(skip)
         if not all(isinstance(x, Codes) for x in args):
             return fused_sum(node, args)
         if (in_kernel := sum_in_kernel(args)) is not None:
@@ -161,16 +161,6 @@ class OpenVINOInterpreter(fx.Interpreter):
             if not self.simulation.watched:
                 return in_kernel
         return sum_of_integers(node, args)
-
-    def _add_in_kernel(self, branch: Branch, skip: Codes, source: Any) -> ScaledSum:
-        """Return a sum in a convolution's kernel.
-
-        What is watched is the result of the quantizer itself: behind a max pool, say, the skip connection is none.
-        """
-        if quantizer_at(source) is None:
-            return dataclasses.replace(branch.plus(skip, watched=False), nothing_is_watched=True)
-        self.simulation.watching_matters = True
-        return branch.plus(skip, watched=self.simulation.watched)
 
     def _unmark_branch(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """Return the operand of a sum that is marked; an ONNX file has no marks."""
@@ -256,14 +246,22 @@ class OpenVINOInterpreter(fx.Interpreter):
             return self.simulation.choose(watched, limits.moved(x.unit).codes_in_attention(x.values))
         # The destination scale of the layer's kernel applies to its sum too, unless a tensor between is watched.
         if isinstance(x, ScaledSum) and x.in_kernel is not None:
-            fused = limits.moved(x.unit).codes(x.in_kernel.values, from_layer=True)
-            name = str(module_of(quantizer).name)
-            if not torch.equal(fused, watched) and self.kernels.is_in_convolution(name, self.inputs):
-                return fused
-            return self.simulation.choose(watched, fused)
+            return self._codes_of_branch(quantizer, watched, limits.moved(x.unit).codes(x.in_kernel, from_layer=True))
         if isinstance(x, ScaledSum) and x.from_layer:
             return self.simulation.choose(watched, limits.moved(x.unit).codes(x.values, from_layer=True))
         return watched
+
+    def _codes_of_branch(self, quantizer: fx.Node, alone: Tensor, in_kernel: Tensor) -> Tensor:
+        """Return the integers behind a marked sum: of an operator of its own, or in the convolution's kernel.
+
+        What decides is how the plugin uses memory: a skip connection that is an output, or a part of another tensor,
+        keeps the sum out of the kernel, unless the convolution reads a copy of it.
+        """
+        if torch.equal(alone, in_kernel):
+            return alone
+        self.simulation.watching_matters = True
+        fused = self.kernels.is_in_convolution(str(module_of(quantizer).name), self.inputs)
+        return in_kernel if fused else alone
 
     def _limits_of(self, node: fx.Node, quantizer: ExportedQuantizer) -> FakeQuantizeRange:
         if quantizer.grid_number not in self.limits:  # one object for a shared grid: concatenation compares by identity

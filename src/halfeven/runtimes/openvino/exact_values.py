@@ -289,21 +289,19 @@ class ScaledSum(Simulated):
     unit: Tensor
     from_layer: bool = False
     """True where a layer's kernel computes the sum, and then its quantizer, unless a tensor between is an output."""
-    nothing_is_watched: bool = False
-    """True where no tensor between is an output of the watched file either."""
-    in_kernel: "ScaledSum | None" = None
-    """The same sum as the kernel of a convolution computes it, which it may do in the watched file too."""
+    in_kernel: Tensor | None = None
+    """The values as the kernel of a convolution computes them, where the sum may stand in it or be an operator."""
 
     def real(self) -> Tensor:
         return self.values * self.unit
 
     def changed(self, function: Callable[[Tensor], Tensor]) -> "ScaledSum":
         """Return the sum behind a function of its values."""
-        in_kernel = None if self.in_kernel is None else self.in_kernel.changed(function)
+        in_kernel = None if self.in_kernel is None else function(self.in_kernel)
         return replace(self, values=function(self.values), in_kernel=in_kernel)
 
     def codes(self, limits: FakeQuantizeRange) -> Tensor:
-        return limits.moved(self.unit).codes(self.values, from_layer=self.nothing_is_watched)
+        return limits.moved(self.unit).codes(self.values)
 
 
 @dataclass(frozen=True)

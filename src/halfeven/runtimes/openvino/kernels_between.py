@@ -79,8 +79,8 @@ class KernelsBetween:
         """Name of a quantizer -> its operator's name in the file."""
         self.orders: dict[str, tuple[int, ...]] = {}
         """The permutation of axes that the front end moved from before a quantizer to behind it."""
-        self.in_convolutions: Set[str] | None = None
-        """Operators that kernels of convolutions compute where all quantized tensors are outputs, once it is known."""
+        self.in_convolutions: dict[bool, Set[str]] = {}
+        """Operators in kernels of convolutions, where all quantized tensors are outputs (True) and as users run it."""
 
     def compute(self, quantizer: str, inputs: Sequence[Any]) -> Tensor | None:
         """Return the real values behind a quantizer as the plugin computes them.
@@ -107,20 +107,15 @@ class KernelsBetween:
         return result if order is None else result.permute(order)
 
     def is_in_convolution(self, quantizer: str, inputs: Sequence[Any]) -> bool:
-        """Return True if a convolution's kernel computes a quantizer also where all quantized tensors are outputs.
-
-        A sum before it whose skip connection is an output too has a kernel of its own there, unless the convolution
-        reads a copy in another layout.
-        """
+        """Return True if a convolution's kernel computes a quantizer, in the file that is simulated."""
         if self.model is None:
             self._open_file([x for x in inputs if isinstance(x, Tensor)])
-        if not self.whole:
-            return False
-        if self.in_convolutions is None:
-            watched = self.model.clone()
-            with_outputs(watched, list(self.quantizers))
-            self.in_convolutions = operators_in(compile_model(watched), "Convolution")
-        return quantizer in self.in_convolutions
+        watched = self.simulation.watched
+        if watched not in self.in_convolutions:
+            model = self.model.clone()
+            with_outputs(model, list(self.quantizers) if watched else [])
+            self.in_convolutions[watched] = operators_in(compile_model(model), "Convolution")
+        return quantizer in self.in_convolutions[watched]
 
     def _real_values(self, name: str) -> Tensor:
         tensor = self.simulation.tensors[name]

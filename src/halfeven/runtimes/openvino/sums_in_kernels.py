@@ -82,8 +82,8 @@ class Branch(Simulated):
     def real(self) -> Tensor:
         return self.values if isinstance(self.values, Tensor) else self.values.real()
 
-    def plus(self, skip: Codes, *, watched: bool) -> ScaledSum:
-        """Return the sum in units of the skip connection's scale.
+    def plus(self, skip: Codes) -> ScaledSum:
+        """Return the sum in units of the skip connection's scale, as an operator of its own and in the kernel.
 
         The plugin moves both into the limits that the quantizer of the mark returns; where it does not round, a single
         product and sum is left of it.
@@ -104,15 +104,14 @@ class Branch(Simulated):
         low_out = (torch.full_like(unit, -self.limit) - zero) * inverse
         high_out = (torch.full_like(unit, self.limit) - zero) * inverse
         step = (high_out - low_out) / steps
-        if watched:
-            # As an operator of its own the mark rounds, to steps as fine as those of float32.
-            rounded = torch.round(_place_in_steps(values, to_steps, first))
-            total = fused_multiply_add(rounded, step, low_out) + skip.bytes
-            return ScaledSum(total, unit, from_layer=True, in_kernel=self.plus(skip, watched=False))
+        # As an operator of its own the mark rounds, to steps as fine as those of float32.
+        rounded = torch.round(_place_in_steps(values, to_steps, first))
         # In the convolution's kernel it does not round: both linear functions become one.
         factor = to_steps * step
         shift = first * step + low_out
-        return ScaledSum(fused_multiply_add(values, factor, shift) + skip.bytes, unit, from_layer=True)
+        in_kernel = fused_multiply_add(values, factor, shift) + skip.bytes
+        total = fused_multiply_add(rounded, step, low_out) + skip.bytes
+        return ScaledSum(total, unit, from_layer=True, in_kernel=in_kernel)
 
 
 def _place_in_steps(values: Tensor, to_steps: Tensor, first: Tensor) -> Tensor:
