@@ -1,5 +1,6 @@
 """The deployed model as an ATen program, traced on the example that it was prepared with."""
 
+import inspect
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -106,6 +107,9 @@ def _export_program(model: nn.Module, example: Inputs, shapes: Sequence[Any]) ->
 def _shapes_by_parameter(model: nn.Module, shapes: Inputs) -> Any:
     """Return the shapes of all arguments in one tree: in their order, or by parameter where some have keywords."""
     args, kwargs = shapes
+    signature = inspect.signature(model.forward)
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in signature.parameters.values()):
+        return dict(signature.bind(*args, **kwargs).arguments)
     return dict(zip(argument_names(model, len(args)), args, strict=True)) | kwargs if kwargs else args
 
 

@@ -144,6 +144,7 @@ def translated(
     """
     _refuse_pools_of_free_sizes(program.graph)
     _refuse_recurrences(program.graph)
+    _refuse_bags(program.graph)
     _write_out_rolls(program.graph)
     weights_alone = bool(quantizers) and all(quantizer.weight for quantizer in quantizers)
     exported = torch.onnx.export(
@@ -199,6 +200,21 @@ def _refuse_recurrences(graph: fx.Graph) -> None:
         cells = node.target in CELLS.values()
         if cells and (has_projection(node) or (node.target in PLAIN_CELLS and has_free_steps(node))):
             refuse_recurrence(node, "ONNX")
+
+
+def _refuse_bags(graph: fx.Graph) -> None:
+    """Refuse `nn.EmbeddingBag`, whose translation ends the process that loads it (ONNX Runtime 1.32).
+
+    Raises:
+        ExportError: there is one.
+    """
+    for op in operations(graph):
+        if op.is_function and op.name == "embedding_bag":
+            raise ExportError(
+                f"ONNX has no operator for nn.EmbeddingBag ({op.node.name}), and ONNX Runtime crashes on its "
+                "translation. Write it as nn.Embedding with a mean, sum or maximum over the bag, with the same weight, "
+                "or deploy for OpenVINO as .xml."
+            )
 
 
 def _write_out_rolls(graph: fx.Graph) -> None:
