@@ -2,8 +2,8 @@
 
 In context, all quantizers are on, and one tensor at a time gets more bits, or float: its share of the damage is the
 gain of the answers. Alone, all quantizers are off except one. The damage is the divergence of the answers. Most tools
-take the squared error: in a MobileNetV2 with 4 bits, 8 tensors raised by divergence, in context or alone, are worth
-more than 17 by the error (`benchmarks/sensitivity.py`).
+take the squared error: in a MobileNetV2 with 4 bits, 8 tensors raised by the divergence alone are worth more than 17 by
+the error (`benchmarks/sensitivity.py`).
 """
 
 import math
