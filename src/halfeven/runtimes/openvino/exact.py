@@ -10,7 +10,7 @@ from collections.abc import Callable, Container
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from halfeven.deployment.grids import quantizer_at
 from halfeven.deployment.quantize_op import ExportedQuantizer
@@ -22,8 +22,17 @@ from halfeven.runtimes.float_operators import FloatOperators, needs_runtime_kern
 from halfeven.runtimes.openvino.arithmetic_of_numbers import is_number, plus_number, times_number
 from halfeven.runtimes.openvino.attention import is_in_attention
 from halfeven.runtimes.openvino.clips import Clipped, clipped, read_by_quantizer
-from halfeven.runtimes.openvino.exact_values import Accumulator, Average, Codes, FakeQuantizeRange, Scaled, ScaledSum
+from halfeven.runtimes.openvino.exact_values import (
+    Accumulator,
+    Average,
+    Codes,
+    FakeQuantizeRange,
+    Scaled,
+    ScaledSum,
+    Shifted,
+)
 from halfeven.runtimes.openvino.kernels_between import KernelsBetween
+from halfeven.runtimes.openvino.layer_norm import is_layer_norm, layer_norm_input
 from halfeven.runtimes.openvino.layers import OpenVINOLayer
 from halfeven.runtimes.openvino.residual_add import fused_sum, is_unrounded, sum_in_kernel, sum_of_integers
 from halfeven.runtimes.openvino.session import function_of
@@ -79,19 +88,22 @@ class OpenVINOInterpreter(fx.Interpreter):
     def _run_in_float(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if needs_runtime_kernel(node):
             values = {operand: real_values(self.env[operand]) for operand in node.all_input_nodes}
-            if _is_layer_norm(node):
-                values[node.all_input_nodes[0]] = _layer_norm_input(args[0])
+            if is_layer_norm(node):
+                values[node.all_input_nodes[0]] = layer_norm_input(args[0])
             return self.float_operators.compute_results(node, values)
         return self._run_on(node, *pytree.tree_map(real_values, (args, kwargs), is_leaf=is_simulated))
 
-    def _run_layer(self, node: fx.Node, args: Any, kwargs: Any) -> Tensor | Accumulator | None:
+    def _run_layer(self, node: fx.Node, args: Any, kwargs: Any) -> Tensor | Accumulator | Shifted | None:
         layer = module_of(node) if node.op == "call_module" else None
         x = args[0]
         if not isinstance(x, Codes) or not isinstance(getattr(layer, "weight_quantizer", None), ExportedQuantizer):
             return None
         if node not in self.layers:  # its weight, and the grid of what it reads, are the same for all batches
             self.layers[node] = OpenVINOLayer.of(layer, x.limits)
-        return self.layers[node](x.values)
+        result = self.layers[node](x.values)
+        # Only a quantizer takes in the bias that all outputs have in common.
+        read_by_quantizers = all(quantizer_at(reader) is not None for reader in node.users)
+        return result.real() if isinstance(result, Shifted) and not read_by_quantizers else result
 
     def _keep_grid(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         x = args[0]
@@ -373,22 +385,3 @@ def _is_in_kernel(quantizer: fx.Node) -> bool:
     connection is.
     """
     return kind_of(_before_activations(quantizer)) in (*WEIGHTED, OperatorKind.MATMUL, OperatorKind.AVERAGE)
-
-
-def _is_layer_norm(node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return isinstance(module_of(node), nn.LayerNorm)
-    return node.target is torch.ops.aten.layer_norm.default
-
-
-def _layer_norm_input(x: Any) -> Tensor:
-    """Return the input of a layer normalization: of a tensor without a zero point, its integers.
-
-    The plugin moves the scale behind the normalization, which cancels it, and leaves the epsilon unchanged.
-    """
-    if isinstance(x, ScaledSum):
-        return x.values
-    if isinstance(x, Codes) and not bool(x.limits.zero_byte):
-        return x.bytes
-    real: Tensor = real_values(x)
-    return real

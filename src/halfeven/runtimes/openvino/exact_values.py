@@ -328,3 +328,19 @@ class Accumulator(Simulated):
             return moved.codes_by_channel(self.values)
         one = replace(limits, low=moved.low.flatten()[0], high=moved.high.flatten()[0])
         return one.codes(self.values, from_layer=True)
+
+
+@dataclass(frozen=True)
+class Shifted(Simulated):
+    """The result of a linear layer on tokens whose outputs share a bias, which the plugin moves into the quantizer."""
+
+    values: Tensor
+    """Without the bias."""
+    bias: Tensor
+
+    def real(self) -> Tensor:
+        return self.values + self.bias
+
+    def codes(self, limits: FakeQuantizeRange) -> Tensor:
+        moved = replace(limits, low=limits.low - self.bias, high=limits.high - self.bias)
+        return moved.codes(self.values, from_layer=True)

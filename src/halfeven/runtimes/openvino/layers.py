@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.runtimes.integer_layers import IntegerLayer, integer_weight
-from halfeven.runtimes.openvino.exact_values import Accumulator, FakeQuantizeRange
+from halfeven.runtimes.openvino.exact_values import Accumulator, FakeQuantizeRange, Shifted
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +54,15 @@ class OpenVINOLayer:
         summed_bytes = isinstance(layer, nn.Linear) and bool(limits.zero_byte)
         return OpenVINOLayer(integers, ZeroShare.of(integer_weight(layer), limits.zero_byte) if summed_bytes else None)
 
-    def __call__(self, codes: Tensor) -> Tensor | Accumulator:
+    def __call__(self, codes: Tensor) -> Tensor | Accumulator | Shifted:
         layer = self.layer
         sums = layer.sums(codes)
         products = Accumulator(sums.float() if self.zero is None else self.zero.taken(sums), layer.scale)
-        if layer.bias is not None:
-            return products.real() + layer.bias
         # The scales of a linear layer's outputs stand at the third axis of tokens: there the plugin merges none.
         tokens = layer.input_axis == -1 and codes.ndim > 2 and layer.scale.numel() > 1
-        return products.real() if tokens else products
+        if layer.bias is None:
+            return products.real() if tokens else products
+        number = layer.bias.flatten()[0]
+        if tokens and bool((layer.bias == number).all()):
+            return Shifted(products.real(), number)
+        return products.real() + layer.bias
