@@ -1,4 +1,4 @@
-"""What OpenVINO executed: its own account of a compiled model's kernels, for the layers and products of the file."""
+"""OpenVINO's own account of the kernels that it executed, for the layers and products of the file."""
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
