@@ -182,6 +182,16 @@ def test_a_bias_that_all_outputs_share_moves_the_quantizer(tmp_path):
     assert sum(tensor.count for tensor in report.tensors) > 2_000_000
 
 
+def test_a_linear_layer_on_four_axes_is_scaled_by_an_operator_of_its_own(tmp_path):
+    """As in attentions on windows; seven integers of two million show it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(96), nn.Linear(96, 576), nn.Linear(576, 4)).eval()
+    qmodel, batches = quantized(model, (20, 4, 49, 96))
+    report = he.verify(qmodel, he.export(qmodel, tmp_path / "model.xml"), batches, timed=False)
+    assert report.alone_match == 1.0, report.first_difference
+    assert sum(tensor.count for tensor in report.tensors) > 2_000_000
+
+
 class Sums(nn.Module):
     """Residual sums one after the other, each with its own scales."""
 

@@ -312,7 +312,7 @@ def _is_computed_between(quantizer: fx.Node, x: Any, layers: Container[fx.Node])
     """
     if isinstance(x, Tensor):
         before = _before_activations(quantizer)
-        return before not in layers and kind_of(before) is not OperatorKind.INPUT
+        return kind_of(before) is not OperatorKind.INPUT and (before not in layers or _is_scaled_apart(before))
     if isinstance(x, ScaledSum):
         return not x.from_layer
     if isinstance(x, Scaled):
@@ -384,4 +384,10 @@ def _is_in_kernel(quantizer: fx.Node) -> bool:
     Elsewhere it is an operator of its own, or a part of a group of elementwise operators, as a layer's sum with a skip
     connection is.
     """
-    return kind_of(_before_activations(quantizer)) in (*WEIGHTED, OperatorKind.MATMUL, OperatorKind.AVERAGE)
+    before = _before_activations(quantizer)
+    return kind_of(before) in (*WEIGHTED, OperatorKind.MATMUL, OperatorKind.AVERAGE) and not _is_scaled_apart(before)
+
+
+def _is_scaled_apart(node: fx.Node) -> bool:
+    """Return True for a linear layer on more than three axes: an operator of its own scales and quantizes its sums."""
+    return kind_of(node) is OperatorKind.LINEAR and Op(node).ndim > 3
