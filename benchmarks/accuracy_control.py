@@ -13,17 +13,17 @@ is removed from it to be measured anew. PATHS are those of scored_networks.py.
 
 import argparse
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scored_networks import NETWORKS, Scored, add_arguments, tensors_in
+from scored_networks import NETWORKS, Scored, add_arguments, measured_once, tensors_in
 from torch import Tensor, nn
 
 import halfeven as he
@@ -300,13 +300,8 @@ def main() -> None:
     add_arguments(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, Any] = json.loads(options.json.read_text()) if options.json.is_file() else {}
-    for name in options.networks:
-        if name not in found:
-            found[name] = measured(name, options)
-            print(json.dumps(found[name], indent=1), flush=True)
-            options.json.write_text(json.dumps(found, indent=2))
-    print(table(found))
+    jobs = {name: partial(measured, name, options) for name in options.networks}
+    print(table(measured_once(jobs, options.json)))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Weights and data come by paths:
 import argparse
 import dataclasses
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- classifiers
+
+
+def measured_once(jobs: Mapping[str, Callable[[], Any]], path: Path) -> dict[str, Any]:
+    """What each job found, of this run or of an earlier one: each result is written to the file when it is there."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    for name, job in jobs.items():
+        if name not in found:
+            found[name] = job()
+            print(name, json.dumps(found[name]), flush=True)
+            path.write_text(json.dumps(found, indent=2))
+    return found
 
 
 def right_answers(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,6 @@ scored_networks.py.
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scored_networks import NETWORKS, Scored, add_arguments
+from scored_networks import NETWORKS, Scored, add_arguments, measured_once
 from torch import Tensor, nn
 
 import halfeven as he
@@ -150,14 +149,12 @@ def main() -> None:
     add_arguments(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, Any] = json.loads(options.json.read_text()) if options.json.is_file() else {}
-    for name in options.networks:
-        key = f"{name}, {options.scheme}"
-        if key not in found:
-            found[key] = run(NETWORKS[name](options), options.scheme, options.counts)
-            print(key, json.dumps(found[key]), flush=True)
-            options.json.write_text(json.dumps(found, indent=2))
-    print(table(found))
+    # Each network is made when its turn has come.
+    jobs = {
+        f"{name}, {options.scheme}": lambda name=name: run(NETWORKS[name](options), options.scheme, options.counts)
+        for name in options.networks
+    }
+    print(table(measured_once(jobs, options.json)))
 
 
 if __name__ == "__main__":

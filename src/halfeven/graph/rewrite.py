@@ -14,7 +14,7 @@ from halfeven.graph.view import Op, record_value
 aten = torch.ops.aten
 
 DROPOUT = "halfeven_dropout"
-"""What is recorded of an attention, and then of its softmax: the probability of its dropout in training."""
+"""Key in the metadata of an attention, and then of its softmax: the probability of its dropout in training."""
 
 
 def lower_attention(region: CapturedModule) -> int:

@@ -17,7 +17,7 @@ from halfeven.tables import as_text, counted, table
 T = TypeVar("T")
 
 REST = "print(plan.table())"
-"""What shows all that a summary leaves out; the command line names a file in its place."""
+"""The call that shows all that a summary leaves out; the command line names a file in its place."""
 
 SUMMARY_LINES = 25
 """Largest number of lines of a summary."""

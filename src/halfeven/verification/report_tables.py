@@ -24,7 +24,7 @@ NAME_WIDTH = 44
 """Columns of the names of figures; longer names go on in the next line."""
 
 REST = "print(report.table())"
-"""What shows the rows that a summary leaves out; the command line names a file in its place."""
+"""The call that shows the rows that a summary leaves out; the command line names a file in its place."""
 
 Row = tuple[str, str]
 
