@@ -171,6 +171,7 @@ def test_a_bias_of_zeros_is_none(tmp_path):
     assert he.verify(qmodel, tmp_path / "model.xml", batches, timed=False).integer_match == 1.0
 
 
+@pytest.mark.skipif(not has_avx512_vnni(), reason="the rule is that of processors with AVX512-VNNI")
 def test_a_bias_that_all_outputs_share_moves_the_quantizer(tmp_path):
     """As timm initializes the layers of some attentions; one integer in 100,000 shows it."""
     torch.manual_seed(0)

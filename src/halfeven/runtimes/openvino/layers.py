@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from halfeven.runtimes.cpu import has_avx512_vnni
 from halfeven.runtimes.integer_layers import IntegerLayer, integer_weight
 from halfeven.runtimes.openvino.exact_values import Accumulator, FakeQuantizeRange, Shifted
 
@@ -63,6 +64,7 @@ class OpenVINOLayer:
         if layer.bias is None:
             return products.real() if tokens else products
         number = layer.bias.flatten()[0]
-        if tokens and bool((layer.bias == number).all()):
+        # Seen with AVX512-VNNI; on other processors it was not looked for.
+        if tokens and has_avx512_vnni() and bool((layer.bias == number).all()):
             return Shifted(products.real(), number)
         return products.real() + layer.bias
