@@ -4,13 +4,16 @@
         [--pairs 15]
     python benchmarks/step_ratio.py resnet18 --compiled --sizes 224x8
     python benchmarks/step_ratio.py resnet18 --memory --sizes 224x8
+    python benchmarks/step_ratio.py resnet18 --processes 2
     python benchmarks/step_ratio.py resnet18 --peers nncf=NNCF_ENV/bin/python torchao=TORCHAO_ENV/bin/python
 
 A step is forward, backward and an SGD update of a timm model on one random batch. Ratios are medians of interleaved
 pairs (float, quantized, float, quantized ...) in one process; absolute times are those of a shared machine and mean
 little. `--compiled` compares both under torch.compile(fullgraph=True), and says how long the first step of each took.
 `--memory` gives the peak of the process's resident memory over five steps less what it was before the first one, each
-model in a process of its own. Peers run the same job under the Python of an environment that has them (and timm).
+model in a process of its own. `--processes 2` trains both models in two processes with DistributedDataParallel (gloo),
+each with one thread and a batch of its own: beside the ratio of one process with one thread (`OMP_NUM_THREADS=1`), it
+shows what communication adds. Peers run the same job under the Python of an environment that has them (and timm).
 """
 
 import argparse
@@ -29,8 +32,9 @@ from typing import Any
 import timm
 import torch
 from peers import PEERS
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
 
@@ -49,6 +53,8 @@ def stepper(model: nn.Module, images: Tensor, labels: Tensor, *, compiled: bool 
     """A function that takes one training step and returns its seconds."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     model.train()
+    if distributed.is_initialized():
+        model = DistributedDataParallel(model, broadcast_buffers=False)
     run = torch.compile(model, fullgraph=True) if compiled else model
 
     def step() -> float:
@@ -111,12 +117,25 @@ def resident(name: str) -> float:
 
 def in_process(job: dict[str, Any], python: str = sys.executable) -> dict[str, float]:
     """Run a job in a process of its own."""
-    command = [python, __file__, "--job", json.dumps(job)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job['processes']}"]
+    command = [python, *(launcher if job["processes"] > 1 else []), __file__, "--job", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def work(job: dict[str, Any]) -> None:
+    """Print the result of a job, of which this process may be one of several."""
+    several = job["processes"] > 1
+    if several:
+        distributed.init_process_group("gloo")
+    found = added_memory(job) if job["memory"] else ratio(job)
+    if not several or distributed.get_rank() == 0:
+        print(json.dumps(found))
+    if several:
+        distributed.destroy_process_group()
 
 
 def measured(job: dict[str, Any], python: str, *, memory: bool) -> dict[str, float]:
@@ -135,13 +154,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--peers", nargs="*", default=[], metavar="LIBRARY=PYTHON")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
-        job = json.loads(options.job)
-        print(json.dumps(added_memory(job) if job["memory"] else ratio(job)))
+        work(json.loads(options.job))
         return
     libraries = {"halfeven": sys.executable, **dict(peer.split("=", 1) for peer in options.peers)}
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -152,8 +171,10 @@ def main() -> None:
                 for ranges in options.ranges:
                     job = {"model": name, "size": size, "batch": batch, "library": library, "ranges": ranges}
                     job |= {"pairs": options.pairs, "compiled": options.compiled, "memory": options.memory}
+                    job["processes"] = options.processes
                     found = measured(job, python, memory=options.memory)
-                    row = f"{name} {size}px b{batch}, w8a8, {library}, {ranges} ranges"
+                    several = f", {options.processes} processes" if options.processes > 1 else ""
+                    row = f"{name} {size}px b{batch}, w8a8, {library}, {ranges} ranges{several}"
                     results[row] = found
                     what = "memory" if options.memory else "step"
                     rest = ", ".join(f"{key} {value:.2f}" for key, value in found.items() if key != "median")

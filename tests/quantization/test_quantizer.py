@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from halfeven.errors import CalibrationError
-from halfeven.quantization.arithmetic import scale_and_zero_point, snap
+from halfeven.quantization.arithmetic import RANGE_MOMENTUM, scale_and_zero_point, snap
 from halfeven.quantization.fake_quantize import fake_quantize
 from halfeven.quantization.model_quantizers import quantizers, set_mode, set_observing
 from halfeven.quantization.observers import OBSERVERS
-from halfeven.quantization.quantizer import RANGE_MOMENTUM, Mode, Quantizer, RangeState
+from halfeven.quantization.quantizer import Mode, Quantizer, RangeState
 from halfeven.quantization.scheme import Scheme
 
 pytestmark = pytest.mark.usefixtures("fused")

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from halfeven.errors import CaptureError
 from halfeven.graph.constant_inputs import ConstantInput
+from halfeven.graph.followed import followed
 from halfeven.graph.functionalize import make_functional
 from halfeven.graph.graph_in_pickle import PackedGraph, packed, unpacked
 from halfeven.graph.kept_in_python import Calls, restore_kept
@@ -34,7 +35,7 @@ CHECK_OPERATORS = ("_assert", "sym_constrain", "_guards")
 KEPT_FIELDS = (
     *("halfeven_plan", "halfeven_example", "halfeven_entries", "halfeven_inputs"),
     *("region_inputs", "constant_inputs", "region_name", "size_relations"),
-    *("fixed_batch", "execution_graph", "kept_rows", "stays_in_eval"),
+    *("fixed_batch", "execution_graph", "after_call", "kept_rows", "stays_in_eval"),
 )
 """Fields of a captured module that its copies have too."""
 
@@ -48,6 +49,8 @@ class CapturedModule(KeepsTypes, fx.GraphModule):
     execution_graph: "Callable[[CapturedModule], fx.Graph] | None" = None
     """Returns the graph that runs in the place of `graph`: the same operators in a faster order. Code that reads or
     changes the module's graph sees `graph`; `recompile` updates the code that runs."""
+    after_call: "Callable[[CapturedModule], None] | None" = None
+    """Runs at the end of each call, with the module."""
     halfeven_plan: Any = None
     """The plan of the whole model that this is a region of; None before quantizers are inserted."""
     kept_rows: "dict[str, Operator]" = {}  # noqa: RUF012 (never changed, only replaced)
@@ -81,7 +84,7 @@ class CapturedModule(KeepsTypes, fx.GraphModule):
             running = fx.GraphModule(self, self.execution_graph(self))
             compiled.append(type(running).forward)
         own_sources(self, *compiled)
-        type(self).forward = compiled[-1]
+        type(self).forward = compiled[-1] if self.after_call is None else followed(compiled[-1], self.after_call)
         type(self).forward = with_labels(self, sizes_checked(type(self).forward))
         return code
 

@@ -25,6 +25,7 @@ from halfeven.placement.options import QuantizationOptions
 from halfeven.placement.plan import FoundInCapture, Plan, PlannedTensor, PlannedWeight
 from halfeven.placement.quantized_layers import QUANTIZED_LAYERS, QuantizedLayer
 from halfeven.quantization.quantizer import Quantizer
+from halfeven.quantization.shared_ranges import share_ranges
 from halfeven.targets.target import Target
 
 
@@ -61,6 +62,7 @@ def settle_regions(model: nn.Module, plan: Plan, target: Target) -> None:
     for region in regions(model).values():
         region.graph.lint()
         region.execution_graph = fused_graph
+        region.after_call = share_ranges
         region.recompile()
         _link_inputs(region, int32_bias=target.int32_bias)
         if plan.options.batchnorm == "fold live":

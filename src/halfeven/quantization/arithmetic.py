@@ -18,6 +18,10 @@ SMALLEST_SCALE = 2.0**SMALLEST_EXPONENT
 """Lower bound of scales: products of two scales and their reciprocals stay normal float32 numbers."""
 
 
+RANGE_MOMENTUM = 0.01
+"""Weight of a training batch in the moving average of an observed activation range."""
+
+
 def snap(scale: Tensor) -> Tensor:
     """Round float32 scales, of any shape, to `SIGNIFICAND_BITS` significand bits, ties to even."""
     # A float32 number has 24 significand bits (the first is not stored); the lowest `dropped` of them become 0.
@@ -81,6 +85,16 @@ def scale_and_zero_point(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Ten
     # is an integer of the grid; the clamp keeps it on the grid.
     zero_point = scheme.quant_min - torch.round(low / scale)
     return scale, on_grid(zero_point, scheme.quant_min, scheme.quant_max, scheme.power_of_two).to(torch.int32)
+
+
+def moved_range(
+    low: Tensor, high: Tensor, batch_low: Tensor, batch_high: Tensor, scheme: Scheme
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a range that was moved towards that of a batch, with its scale and zero point; all of one shape."""
+    # The ends are averaged, and scale and zero point made of them: so both belong to the same range.
+    low = torch.lerp(low, batch_low, RANGE_MOMENTUM)
+    high = torch.lerp(high, batch_high, RANGE_MOMENTUM)
+    return low, high, *scale_and_zero_point(low, high, scheme)
 
 
 def on_grid(zero_point: Tensor, quant_min: int, quant_max: int, even: bool) -> Tensor:

@@ -1,25 +1,24 @@
 """The quantizer: a module that fake-quantizes one tensor, with an observed or a learned range."""
 
 import enum
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from halfeven.errors import CalibrationError, last_line
-from halfeven.quantization.arithmetic import on_grid, scale_and_zero_point
+from halfeven.distributed import is_distributed
+from halfeven.errors import CalibrationError
+from halfeven.quantization.arithmetic import moved_range, on_grid, scale_and_zero_point
 from halfeven.quantization.compile import fused, fused_once_worthwhile
 from halfeven.quantization.fake_quantize import UNCLIPPED, Clip, Domain, effective_scale, fake_quantize, stored_scale
-from halfeven.quantization.observers import Observer, check_finite, common_extremes, extremes, make_observer, rows
+from halfeven.quantization.observers import Observer, batch_extremes, check_finite, extremes, make_observer, rows
 from halfeven.quantization.own_class import OwnClass, check_count, checked_range
+from halfeven.quantization.range_errors import naming
 from halfeven.quantization.range_state import RangeState, state_of
 from halfeven.quantization.scheme import Scheme
 from halfeven.renamed import renamed_attributes
-
-RANGE_MOMENTUM = 0.01
-"""Weight of a training batch in the moving average of an observed activation range."""
 
 Ranges = Literal["observed", "learned", "clipped", "calibrated"]
 """Movement of a range in training: "observed" follows the data, "learned" follows the loss (LSQ), "clipped" follows
@@ -148,7 +147,7 @@ class Quantizer(nn.Module):
             return self._quantized_once(
                 x, lambda precomputed: fake_quantize(x, scale, zero_point, self.scheme, precomputed=precomputed)
             )
-        follows = self.state.observing and self.training and not self._recomputes()
+        follows = self.follows_batches and not self._recomputes()
         if follows:
             self._follow_batch(x, clip)
         if not self.state.has_range:
@@ -291,7 +290,7 @@ class Quantizer(nn.Module):
         assert observer is not None
         self.mode = Mode.QUANTIZE
         self.observer = None
-        with self._naming_the_quantizer():
+        with self._naming_errors():
             self.set_range(*self._proposed_range(observer))
 
     def _proposed_range(self, observer: Observer) -> tuple[Tensor, Tensor]:
@@ -303,7 +302,7 @@ class Quantizer(nn.Module):
         assert self.observer is not None
         if self.weight and self.state.has_range:
             return True
-        with self._naming_the_quantizer():
+        with self._naming_errors():
             self.observer.update(self._channels_first(x))
             if self.weight:
                 self.set_range(*self._proposed_range(self.observer))
@@ -312,18 +311,39 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _follow_batch(self, x: Tensor, clip: Clip) -> None:
         """Move the range by the extremes of a batch that is going to be clipped."""
-        low, high = common_extremes(self._channels_first(x), clip)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it waits; NaN shows in the loss
-            with self._naming_the_quantizer():
-                check_finite(low, high)
+        low, high = batch_extremes(self._channels_first(x), clip)
+        if not is_distributed():  # several processes check the range that they share
+            self._check_finite(low, high)
         low = low.reshape(self.low.shape)
         high = high.reshape(self.high.shape)
         # The first batch sets the range: before it, low and high are NaN.
         kept = (self.low, self.high) if self.state.has_range else (low, high)
-        low, high, scale, zero_point = fused(_moved_range)(*kept, low, high, self.scheme)
+        low, high, scale, zero_point = fused(moved_range)(*kept, low, high, self.scheme)
         self.low.copy_(low)
         self.high.copy_(high)
         self._store_range(scale, zero_point)
+
+    @property
+    def follows_batches(self) -> bool:
+        """True where training batches move the range of an activation."""
+        return self.training and self.state.observing and not self.weight
+
+    @torch.no_grad()
+    def move_to(self, low: Tensor, high: Tensor) -> None:
+        """Set an observed range in training, ends of shape [] or [channels], without a wait for a device.
+
+        Raises:
+            CalibrationError: an end on the CPU is NaN or infinite.
+        """
+        self._check_finite(low, high)
+        self.low.copy_(low)
+        self.high.copy_(high)
+        self._store_range(*fused(scale_and_zero_point)(low, high, self.scheme))
+
+    def _check_finite(self, low: Tensor, high: Tensor) -> None:
+        if low.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it waits; NaN shows in the loss
+            with self._naming_errors():
+                check_finite(low, high)
 
     def _present_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero_point = fused_once_worthwhile(_range_of, x)(rows(self._channels_first(x)), self.scheme)
@@ -341,25 +361,8 @@ class Quantizer(nn.Module):
         """Return the tensor in the shape that observers take: [channels, ...], or [1, ...] for one scale."""
         return x.detach()[None] if self.scheme.axis is None else x.detach().movedim(self.scheme.axis, 0)
 
-    @contextmanager
-    def _naming_the_quantizer(self) -> Iterator[None]:
-        try:
-            yield
-        except CalibrationError as error:
-            raise self._range_error(str(error)) from error
-        # An observer of the user's may raise anything; an error of halfeven's own stays what it is.
-        except Exception as error:
-            if not isinstance(self.observer_name, OwnClass) or isinstance(error, Warning):
-                raise
-            told = f"the observer {self.observer_name} ended with {type(error).__name__}: {last_line(error)}"
-            raise self._range_error(told) from error
-
-    def _range_error(self, told: str) -> CalibrationError:
-        where = "float model's weights" if self.weight else "calibration data and at the float model's outputs on it"
-        return CalibrationError(
-            f"No range can be set for {self.name or 'a tensor'}: {told.rstrip('.')}. A scale made of it would make "
-            f"all results wrong. Look at the {where}."
-        )
+    def _naming_errors(self) -> AbstractContextManager[None]:
+        return naming(self.name, weight=self.weight, observer=self.observer_name)
 
     def extra_repr(self) -> str:
         return f"{self.scheme}, {'learned' if self.learned else self.observer_name}"
@@ -368,16 +371,6 @@ class Quantizer(nn.Module):
 def _range_of(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Return scale and zero point, [channels] each, of the extremes of each row of [channels, elements]."""
     return scale_and_zero_point(*extremes(values), scheme)
-
-
-def _moved_range(
-    low: Tensor, high: Tensor, batch_low: Tensor, batch_high: Tensor, scheme: Scheme
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return a range that was moved towards that of a batch, with its scale and zero point."""
-    # The ends are averaged, and scale and zero point made of them: so both belong to the same range.
-    low = torch.lerp(low, batch_low, RANGE_MOMENTUM)
-    high = torch.lerp(high, batch_high, RANGE_MOMENTUM)
-    return low, high, *scale_and_zero_point(low, high, scheme)
 
 
 def _read_state(quantizer: nn.Module, incompatible_keys: Any) -> None:

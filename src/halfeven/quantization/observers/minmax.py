@@ -44,25 +44,30 @@ def finite_extremes(values: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         CalibrationError: a value is NaN or infinite.
     """
-    low, high = common_extremes(values)
+    low, high = largest_of_processes(*batch_extremes(values))
     if not torch.compiler.is_compiling():  # reading values would break the compiled graph; NaN shows in the loss
         check_finite(low, high)
     return low, high
 
 
-def common_extremes(values: Tensor, bounds: tuple[float, float] = (-math.inf, math.inf)) -> tuple[Tensor, Tensor]:
-    """Return the extremes of the clipped values of each channel over all processes; infinite where one is NaN.
+def batch_extremes(values: Tensor, bounds: tuple[float, float] = (-math.inf, math.inf)) -> tuple[Tensor, Tensor]:
+    """Return the extremes of the clipped values of each channel, [channels or 1].
 
     Args:
         values: [channels or 1, ...].
         bounds: to which all values are clipped. A clip keeps the order, so the extremes are clipped instead.
     """
-    ends = torch.stack(fused_once_worthwhile(extremes, values)(rows(values))).clamp(*bounds)
-    # Every process must get the same range, so it is that of the values of all processes. A reduction may drop NaN but
-    # never infinity: all processes must raise together, or one waits for the others for ever.
-    ends = torch.where(torch.isfinite(ends), torch.stack((-ends[0], ends[1])), torch.inf)
-    # The smallest value was negated, so that a single reduction to the largest serves both ends.
-    low, high = all_reduce(ends, dist.ReduceOp.MAX).unbind()
+    low, high = fused_once_worthwhile(extremes, values)(rows(values))
+    return low.clamp(*bounds), high.clamp(*bounds)
+
+
+def largest_of_processes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ranges that hold those of all processes, shaped like `low`; infinite where one is NaN or infinite."""
+    # The lower ends are negated, so that a single reduction to the largest serves both.
+    ends = torch.stack((-low, high))
+    # A reduction may drop NaN but never infinity: all processes must raise together, or one waits for the others for
+    # ever.
+    low, high = all_reduce(torch.where(torch.isfinite(ends), ends, torch.inf), dist.ReduceOp.MAX).unbind()
     return -low, high
 
 
