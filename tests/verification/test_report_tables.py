@@ -47,7 +47,7 @@ def test_the_lines_of_a_finding_are_indented_alike(report):
     assert max(map(len, below)) <= 80
 
 
-def test_rows_of_which_none_fits_are_counted(report):
+def test_a_list_cut_to_a_row_shows_its_first_entry_and_counts_the_rest(report):
     """A full report names neither "others" nor "more" where nothing stands before them."""
     layers = [f"layer{number} (f32 Conv)" for number in range(15)]
     macs = {f"layer{number}": 0.05 for number in range(15)}
@@ -59,10 +59,10 @@ def test_rows_of_which_none_fits_are_counted(report):
     full = dataclasses.replace(report, **changes, settings=settings, accuracy=accuracy, file_bytes=9)
     text = " ".join(str(full).split())
     assert "in float, 15 together 75.00 %" in text
-    assert "in float 15: print(report.table())" in text
-    assert "slowest kernel 3: print(report.table())" in text
+    assert "in float layer0 (f32 Conv); 14 more: print(report.table())" in text
+    assert "slowest kernel k0 (Conv, u8): 9%; 2 more: print(report.table())" in text
     assert "others" not in text
-    assert "more" not in text
+    assert text.count("more") == 2
 
 
 def test_a_file_for_another_runtime_says_why_layers_are_in_float(report):

@@ -197,35 +197,18 @@ function tables() {
   }
 }
 
-// The plan, folded by the block that a name begins with.
+// The plan, folded by the blocks of the model.
 function plan() {
-  const given = contents.plan;
-  if (!given.tensors) return;
-  const blocks = new Map();
-  const add = (name, text) => {
-    const parts = name.split(".");
-    const block = parts.length > 1 ? parts.slice(0, /^\d+$/.test(parts[1]) ? 2 : 1).join(".") : "(outside of blocks)";
-    if (!blocks.has(block)) blocks.set(block, []);
-    blocks.get(block).push(text);
-  };
-  const bits = (scheme) => `${scheme.bits} bits${scheme.axis === null ? "" : ", a scale per channel"}`;
-  for (const t of given.tensors) add(t.places[0], `${t.places.join(" = ")}: ${bits(t.scheme)}, read by ${t.consumers.join(", ")}`);
-  for (const w of given.weights) add(w.name, `weight of ${w.name}: ${bits(w.scheme)}`);
-  for (const l of given.left) add(l.name, `${l.name} (${l.operator}) in float: ${l.reason}`);
-  // As the network runs: blocks stand with the first layer of their part, and numbered ones in the order of their numbers.
-  const top = (name) => name.split(".")[0];
-  const order = [...new Set(given.weights.map((w) => top(w.name)))];
-  const byOrder = ([a], [b]) => order.indexOf(top(a)) - order.indexOf(top(b)) || a.localeCompare(b, undefined, { numeric: true });
-  const folded = [...blocks].sort(byOrder).map(([name, lines]) => {
-    const count = lines.filter((line) => line.includes(" in float: ")).length;
-    return element(
+  if (!contents.plan_blocks.length) return;
+  const folded = contents.plan_blocks.map(({ name, lines, quantized, in_float }) =>
+    element(
       "details",
       {},
-      element("summary", {}, name, element("span", {}, ` – ${lines.length - count} quantized, ${count} in float`)),
+      element("summary", {}, name, element("span", {}, ` – ${quantized} quantized, ${in_float} in float`)),
       element("ul", {}, ...lines.map((line) => element("li", {}, line))),
-    );
-  });
-  const options = given.options;
+    ),
+  );
+  const options = contents.plan.options;
   section("Plan", element("p", { class: "quiet" }, `For ${options.target}, ${options.scheme}.`), ...folded);
 }
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from halfeven.files import json_value, write_atomically
 from halfeven.imports import extra
+from halfeven.reporting.plan_blocks import plan_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,8 @@ def page(contents: PageContents, library: str) -> str:
         contents: what it shows.
         library: the script that draws charts.
     """
-    data = json.dumps(json_value(asdict(contents)), ensure_ascii=False)
+    values = asdict(contents) | {"plan_blocks": plan_blocks(contents.plan)}
+    data = json.dumps(json_value(values), ensure_ascii=False)
     parts = {
         "STYLE": _asset_text("page.css"),
         "LIBRARY": library,

@@ -202,9 +202,9 @@ def _first_rows(rows: list[Row], most: int) -> list[Row]:
     """Return the first rows, and a row that says how many more there are."""
     if len(rows) <= most:
         return rows
-    if most == 1:  # none is left that "more" would go on
-        same_name = len({name for name, _ in rows}) == 1
-        return [(rows[0][0] if same_name else f"  all {len(rows)}", f"{len(rows)}: {REST}" if same_name else REST)]
+    if most == 1:
+        name, value = rows[0]
+        return [(name, f"{value}; {len(rows) - 1} more: {REST}")]
     return [*rows[: most - 1], (f"  and {len(rows) - most + 1} more", REST)]
 
 
