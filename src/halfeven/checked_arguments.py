@@ -87,8 +87,22 @@ def _check_arguments(function: Callable[..., Any], signature: inspect.Signature,
             if name in hints and not argument_fits(hints[name], one):
                 raise ConfigError(
                     f"{function.__qualname__}() cannot use {name}: it is {described(one)}, and must be "
-                    f"{_expected(hints[name])}. Nothing was done.{_advice_for(hints[name], one)}"
+                    f"{_expected(hints[name])}. Nothing was done."
+                    f"{_advice_for(hints[name], one) or _argument_meant(hints, given, one)}"
                 )
+
+
+def _argument_meant(hints: Mapping[str, Any], given: Mapping[str, Any], value: Any) -> str:
+    """Return a sentence that names the argument for batches, where a value would be those; "" for any other value."""
+    if isinstance(value, Tensor):
+        return ""
+    of_batches = [name for name, kind in hints.items() if _holds_batches(kind)]
+    fitting = [name for name in of_batches if name not in given and argument_fits(hints[name], value)]
+    return f" Did you mean {fitting[0]}?" if fitting else ""
+
+
+def _holds_batches(kind: Any) -> bool:
+    return any(get_origin(one) is collections.abc.Iterable for one in (kind, *get_args(kind)))
 
 
 @functools.cache

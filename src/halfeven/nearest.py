@@ -1,5 +1,6 @@
 """The nearest right name to a misspelt one, for messages."""
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -18,10 +19,64 @@ OTHER_WORDS = {
 """Other tools' words for choices of ours, in lower case."""
 
 
+OTHER_OPTIONS: dict[str, tuple[tuple[str, str], ...]] = {
+    **dict.fromkeys(
+        (
+            *(
+                "bits",
+                "num_bits",
+                "n_bits",
+                "nbits",
+                "bit_width",
+                "bitwidth",
+                "dtype",
+                "precision",
+                "quant_type",
+                "preset",
+            ),
+            *("weight_bits", "w_bits", "wbits", "activation_bits", "act_bits", "a_bits", "abits"),
+        ),
+        (
+            ("scheme", 'It names the bits of weights and activations, such as "w8a8" or "w4a8".'),
+            ("weight_bits", "activation_bits are those of its output."),
+        ),
+    ),
+    **dict.fromkeys(
+        ("ignored_scope", "ignore", "ignored", "exclude", "excluded", "skip", "skip_layers", "nodes_to_exclude"),
+        (("rules", 'Rule(pattern="features.0", quantize=False) keeps an operator in float.'),),
+    ),
+    **dict.fromkeys(
+        ("backend", "runtime", "engine", "device", "target_device"),
+        (("target", 'It names the runtime, such as "openvino" or "onnxruntime".'),),
+    ),
+    **dict.fromkeys(
+        ("data", "dataset", "dataloader", "calibration_dataset", "calib_data", "calibration_data"),
+        (("loader", "It is the second argument."),),
+    ),
+    **dict.fromkeys(
+        ("subset_size", "num_samples", "calibration_samples", "num_batches", "calibrate_steps"),
+        (("batches", "It is the largest number of batches that are read."),),
+    ),
+    **dict.fromkeys(("granularity", "per_tensor", "channel_wise"), (("per_channel", "It holds for weights."),)),
+    **dict.fromkeys(("fold_bn", "fold_batchnorm", "fold_batch_norm", "fuse"), (("batchnorm", ""),)),
+    **dict.fromkeys(("fast_bias_correction", "bias_correction"), (("correct_biases", ""),)),
+    **dict.fromkeys(("smooth_quant", "smoothquant"), (("smooth", ""),)),
+    **dict.fromkeys(("adaround", "learn_rounding", "brecq", "qdrop"), (("reconstruct", ""),)),
+    **dict.fromkeys(("cle", "cross_layer_equalization"), (("equalize", ""),)),
+}
+"""Other tools' names of options -> ours, the first that the function takes, each with a sentence about it."""
+
+
 def shown(value: object) -> str:
-    """Return a value as it is written in Python, texts in double quotes."""
+    """Return a value as it is written in Python, texts in double quotes; of an options object, what is not default."""
     if isinstance(value, tuple):
         return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        given = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        written = (f"{field.name}={shown(held)}" for field, held in given if held is not field.default)
+        return f"{type(value).__name__}({', '.join(written)})"
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
@@ -34,6 +89,32 @@ def nearest(value: object, choices: Sequence[Any]) -> Any:
         return found[0]
     near = similar(word, by_name, 1)
     return by_name[near[0]] if near else None
+
+
+def unknown_options(owner: str, names: Iterable[str], options: Sequence[str]) -> str:
+    """Return the sentences about names that are no options; all options are listed once, if a name resembles none.
+
+    Args:
+        owner: the function or class that was given them.
+        names: the wrong names.
+        options: the right names.
+    """
+    hints = {name: did_you_mean_option(name, options) for name in names}
+    told = [f'{owner} has no option "{name}". {hint}'.rstrip() for name, hint in hints.items()]
+    return " ".join([*told, *([] if all(hints.values()) else [f"There are {', '.join(options)}."])])
+
+
+def did_you_mean_option(name: str, options: Sequence[str]) -> str:
+    """Return the sentences that name the option which a wrong name most likely means; "" where no option is near.
+
+    Args:
+        name: the wrong name, which may be another tool's.
+        options: the right names.
+    """
+    for option, note in OTHER_OPTIONS.get(name.lower(), ()):
+        if option in options:
+            return f"Did you mean {option}? {note}".rstrip()
+    return did_you_mean(name, options, otherwise="")
 
 
 def did_you_mean(name: str, choices: Iterable[str], most: int = 1, otherwise: str | None = None) -> str:

@@ -17,7 +17,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from halfeven.errors import ConfigError
-from halfeven.nearest import did_you_mean, joined_by_or, nearest, shown
+from halfeven.nearest import joined_by_or, nearest, shown, unknown_options
 
 Auto = Literal["auto"]
 """The word for "you choose"."""
@@ -176,7 +176,7 @@ def mistakes(kind: type, values: Mapping[str, Any], path: str, *, partial: bool 
         if name in new_names(kind):
             found.append(given_twice(f"{prefix}{name}", f"{prefix}{new_names(kind)[name]}"))
         elif name not in fields:
-            found.append(f'{path or kind.__name__} has no option "{name}". {did_you_mean(name, fields)}')
+            found.append(unknown_options(path or kind.__name__, [name], list(fields)))
         elif not fits(hints[name], value):
             hint = _hint_for(hints[name], value, fields[name])
             found.append(f"{prefix}{name}={shown(value)} must be {describe(hints[name])}.{hint}")

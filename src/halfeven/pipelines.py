@@ -227,7 +227,9 @@ def quantize(
             does not exist, a value that it cannot have, or a `batchnorm` other than "fold".
         CaptureError, PlacementError, AlgorithmError: as the steps raise them.
     """
-    options, ptq = split_fields(options or QuantizationOptions(), ptq or PTQOptions(), changes)
+    options, ptq = split_fields(
+        options or QuantizationOptions(), ptq or PTQOptions(), changes, further=("loader", "example", "batches")
+    )
     check_folds(options)
     log = log or (lambda text: None)
     data = None if loader is None else batches_in_memory(loader, batches)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from halfeven.errors import CalibrationError, ConfigError, HalfevenError, last_line
+from halfeven.graph.single_samples import MAKE_BATCHES, check_gives_batches
 from halfeven.graph.torch_private import pytree
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -75,7 +76,7 @@ def given_batches(loader: Iterable[Any], batches: int | None = None, name: str =
         name: the argument that the loader was given as, for messages.
 
     Raises:
-        CalibrationError: the loader raised an error, which is the cause of this one.
+        CalibrationError: the loader raised an error, which is the cause of this one; or it is a data set of samples.
         ConfigError: `batches` is below zero.
     """
     if batches is not None and batches < 0:
@@ -85,6 +86,8 @@ def given_batches(loader: Iterable[Any], batches: int | None = None, name: str =
     number = 0
     try:
         for batch in loader if batches is None else islice(loader, batches):
+            if number == 0:
+                check_gives_batches(loader, batch, name)
             yield batch
             number += 1
     except (HalfevenError, Warning):
@@ -363,6 +366,8 @@ def _check_input(name: str, value: Any, like: Any, converted: torch.dtype | None
         raise _mismatch_error(number, what + kind, f"{_example_sentence(like)} {remedy}")
     if value.ndim != like.ndim:
         remedy = "Give the axes that the example has, the samples first."
+        if value.ndim == like.ndim - 1:
+            remedy = f"{remedy} For single samples, {MAKE_BATCHES}."
         raise _mismatch_error(
             number, f"{what}a tensor of shape {list(value.shape)}", f"{_example_sentence(like)} {remedy}"
         )

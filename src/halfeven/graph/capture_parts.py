@@ -21,6 +21,7 @@ from halfeven.graph.parts import called_modules
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.restoring import same_random_numbers, state_restored
 from halfeven.graph.same_outputs import reason_of
+from halfeven.graph.single_samples import batch_axis_hint
 from halfeven.graph.torch_private import pytree
 from halfeven.graph.training_run import map_tensors
 from halfeven.graph.view import computes_products
@@ -152,6 +153,7 @@ def record_inputs(model: nn.Module, args: Any, kwargs: Any) -> dict[str, list[In
         raise CaptureError(
             f"The model does not run on the example input, so it cannot be captured: {error}\nPass an example that "
             "`model(...)` takes: a tensor, a tuple of positional arguments or a dict of keyword arguments."
+            f"{batch_axis_hint(model, args, kwargs)}"
         ) from error
     finally:
         for handle in handles:

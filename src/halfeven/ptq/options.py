@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict
 
 from halfeven.errors import ConfigError
-from halfeven.nearest import did_you_mean
+from halfeven.nearest import unknown_options
 from halfeven.options import (
     Auto,
     NonNegativeFloat,
@@ -133,11 +133,10 @@ def split_fields(
     Raises:
         ConfigError: a field that does not exist.
     """
-    placing = {field.name for field in dataclasses.fields(options)}
-    steps = {field.name for field in dataclasses.fields(ptq)}
-    if unknown := [name for name in changes if name not in placing | steps]:
-        known = {*placing, *steps, *further}
-        told = " ".join(f'{verb} has no option "{name}". {did_you_mean(name, known)}' for name in unknown)
+    placing = [field.name for field in dataclasses.fields(options)]
+    steps = [field.name for field in dataclasses.fields(ptq)]
+    if unknown := [name for name in changes if name not in (*placing, *steps)]:
+        told = unknown_options(verb, unknown, [*placing, *steps, *further])
         raise ConfigError(f"An option would have no effect, so nothing was started: {told}")
     placed = {name: value for name, value in changes.items() if name in placing}
     stepped = {name: value for name, value in changes.items() if name in steps}
