@@ -1,5 +1,7 @@
 """What a model does in training alone: found by one run in both modes, and kept in Python, in the smallest module."""
 
+import copy
+import pickle
 import random
 
 import pytest
@@ -329,6 +331,75 @@ def test_what_the_captured_graph_does_as_well_is_not_kept(name):
     assert not report.notes
     if "dropout" not in name:
         assert_same_step(model, captured, x)
+
+
+def probabilities(m, x):
+    y = m.fc(F.dropout(m.body(x).mean((2, 3)), 0.2, m.training))
+    return y if m.training else y.softmax(1)
+
+
+def logarithms(m, x):
+    y = m.head(m.body(x))
+    return {"log": F.log_softmax(y, 1), "scores": [y.flatten(2)]} if m.training else y.argmax(1)
+
+
+def boxes(m, x):
+    raw = [head(x).view(x.shape[0], 4, -1) for head in m.heads]
+    return torch.cat([y.transpose(1, 2) for y in raw], 1) if m.training else torch.cat(raw, 2).sigmoid() * 8
+
+
+def boxes_of_maps(m, maps):
+    return [maps] if m.training else maps.sigmoid().flatten(1)
+
+
+def with_features(m, x):
+    """A layer that eval mode needs, too, stands before an operator that changes its result in place."""
+    y = F.relu_(m.body(x))
+    return (y, m.head(y)) if m.training else m.head(y)
+
+
+def add_noise(m, x):
+    return x + torch.randn_like(x) if m.training else x
+
+
+def heads(count=2):
+    return nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(count))
+
+
+IN_GRAPH = {
+    "raw maps": KEPT["raw maps"],
+    "scores before their softmax": (lambda: Does(probabilities, body=conv(), fc=nn.Linear(4, 3)), {""}),
+    "logarithms in a dict": (lambda: Does(logarithms, body=conv(), head=nn.Conv2d(4, 2, 1)), {""}),
+    "raw boxes": (lambda: nn.Sequential(conv(), Does(boxes, heads=heads())), {"1"}),
+    "code without layers": (lambda: nn.Sequential(conv(), nn.Conv2d(4, 4, 1), Does(boxes_of_maps)), {"2"}),
+    "features before an operator in place": (
+        lambda: Does(with_features, body=nn.Conv2d(3, 4, 1), head=nn.Conv2d(4, 2, 1)), {""},
+    ),
+    "a head in a head, beside noise": (
+        lambda: nn.Sequential(
+            conv(), Does(add_noise),
+            nn.Sequential(conv(4), Does(raw_maps, head=nn.Conv2d(4, 2, 1))),
+        ),
+        {"1", "2.1"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_GRAPH)
+def test_other_outputs_in_training_are_a_part_of_the_graph(name):
+    build, kept = IN_GRAPH[name]
+    model, x = build(), torch.randn(4, 3, 6, 6)
+    captured, report = capture(model, x)
+    assert isinstance(captured, CapturedModule)
+    assert {k.name for k in report.kept} == kept
+    assert sum(k.in_graph for k in report.kept) == 1
+    assert_same_step(model, captured, x)
+    again, _ = capture(model, x, kept=report.kept)
+    larger = torch.randn(5, 3, 6, 6)
+    for copied in (again, copy.deepcopy(captured), pickle.loads(pickle.dumps(captured))):
+        assert_same_step(captured, copied, larger)
+        torch.testing.assert_close(copied.eval()(larger), captured.eval()(larger))
+    assert set(captured.state_dict()) == set(model.state_dict())
 
 
 class DropsOut(nn.Module):

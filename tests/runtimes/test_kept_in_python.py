@@ -60,8 +60,22 @@ def inside():
     )  # fmt: skip
 
 
+class Scores(nn.Module):
+    """Returns scores in training and probabilities in eval mode, as classifiers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.BatchNorm2d(4)
+        self.body, self.head = nn.Conv2d(4, 4, 3, 2, 1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.body(self.norm(self.stem(x)).relu()).relu().mean((2, 3))
+        y = self.head(nn.functional.dropout(x, 0.1, self.training))
+        return y if self.training else {"probabilities": y.softmax(1)}
+
+
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
-@pytest.mark.parametrize("build", [inside, Detector])
+@pytest.mark.parametrize("build", [inside, Detector, Scores])
 def test_the_file_is_that_of_eval_mode_and_equals_the_trained_model(build, target, tmp_path):
     model, x = trained(build()), torch.randn(3, 3, 12, 12)
     qmodel = he.calibrate(he.prepare(model, x, target=target, scheme=SCHEME), [x])
@@ -73,7 +87,7 @@ def test_the_file_is_that_of_eval_mode_and_equals_the_trained_model(build, targe
     path = tmp_path / ("m.xml" if target == "openvino" else "m.onnx")
     report = he.verify(qmodel.eval(), he.export(qmodel, path), [x], timed=False)
     assert report.integer_match == 1
-    assert report.integer_layers == report.quantizable_layers == (3 if build is inside else 4)
+    assert report.integer_layers == report.quantizable_layers == (4 if build is Detector else 3)
     he.save(qmodel, tmp_path / "m.safetensors")
     again = he.load(tmp_path / "m.safetensors", build(), x)
     assert he.plan_of(again).kept == he.plan_of(qmodel).kept
@@ -93,6 +107,14 @@ def test_the_plan_names_what_is_kept_and_can_be_used_to_prepare():
 def test_the_plan_says_why_the_result_of_a_kept_module_is_in_float():
     plan = he.plan(nn.Sequential(nn.Conv2d(3, 4, 1), Centre()), torch.randn(2, 3, 4, 4))
     assert ("1", "its own code stays Python, for training") in {(left.name, left.reason) for left in plan.left}
+
+
+def test_a_head_with_other_outputs_in_training_leaves_the_graph_whole():
+    plan = he.plan(Detector(), torch.randn(2, 3, 12, 12))
+    said = " ".join(str(plan).split())
+    assert "The graph returns in training what the float model returns there: detect: it returns a list of 2" in said
+    # The maps that the head reads are quantized where they are made, behind the ReLU.
+    assert {tensor.name for tensor in plan.tensors} >= {"stem_2_relu", "down_2_relu"}
 
 
 @pytest.mark.parametrize("normalize", [nn.utils.weight_norm, nn.utils.spectral_norm])

@@ -15,11 +15,13 @@ from halfeven.deployment.file_interface import FileInterface
 from halfeven.deployment.quantize_op import ExportedQuantizer
 from halfeven.errors import CalibrationError
 from halfeven.graph.batchnorm import forget_statistics, layer_calls, output_axis, remove_module
+from halfeven.graph.build_module import build_module
 from halfeven.graph.constants import fold_constants
 from halfeven.graph.copying import copy_model
 from halfeven.graph.labels import remove_loss
 from halfeven.graph.operators import WEIGHTED, OperatorKind
-from halfeven.graph.rebuild import CapturedModule, build_module
+from halfeven.graph.rebuild import CapturedModule
+from halfeven.graph.training_outputs import remove_training_outputs
 from halfeven.graph.tree import place
 from halfeven.graph.view import Op, kind_of, module_of, replace_call
 from halfeven.graph.wrappers import unwrapped
@@ -97,6 +99,7 @@ def deployed_form(qmodel: nn.Module) -> nn.Module:
     settled: set[nn.Module] = set()
     for region in regions(model).values():
         remove_loss(region)
+        remove_training_outputs(region)
         region.execution_graph = None  # exporters trace what runs, and shall see the graph as it is
         # In this order: BatchNorms that are folded live are part of the weights first; identities and constants give
         # way, so that the arithmetic behind a layer is seen as such; layers become modules, whose epilogues are then

@@ -76,7 +76,7 @@ def capture(
 
     def captured(inputs: Inputs) -> tuple[nn.Module, CaptureReport]:
         own_shapes = {name: axes for name, axes in shapes.items() if name not in labels}
-        return _capture_whole_or_parts(model, inputs, tuple(leave_out), kept, own_shapes)
+        return _capture_whole_or_parts(model, inputs, tuple(leave_out), kept, own_shapes, may_return_others=not labels)
 
     was_training = {module: module.training for module in model.modules()}
     _forget_calls(model)
@@ -165,6 +165,8 @@ def _capture_whole_or_parts(
     leave_out: tuple[str, ...],
     kept: Sequence[KeptInPython] | None,
     dynamic_shapes: DynamicShapes,
+    *,
+    may_return_others: bool,
 ) -> tuple[nn.Module, CaptureReport]:
     recorded = record_inputs(model, *inputs)
     free = free_axes(model, *inputs, dynamic_shapes)
@@ -197,7 +199,7 @@ def _capture_whole_or_parts(
         check(captured := with_kept({k.name: k for k in kept}))
         found = restored_dropouts(captured, model, *inputs)
     else:
-        found = capture_as_trained(model, *inputs, Capture(with_kept, check, alone))
+        found = capture_as_trained(model, *inputs, Capture(with_kept, check, alone, may_return_others))
         captured = found.model
     report = replace(reports[-1], notes=found.notes, lost_in_attention=found.lost_in_attention)
     # The batch may be fixed in a graph, or only in a file, by the Python code between graphs.

@@ -15,7 +15,7 @@ from halfeven.graph.copying import copy_model
 from halfeven.graph.dynamic_shapes import FreeAxes
 from halfeven.graph.export_module import export_module
 from halfeven.graph.fixed_axes import FixedAxisError
-from halfeven.graph.kept_in_python import KeptInPython, relative_to
+from halfeven.graph.kept_in_python import KeptInPython, relative_to, returning_others
 from halfeven.graph.output_classes import register_classes
 from halfeven.graph.parts import called_modules
 from halfeven.graph.rebuild import CapturedModule
@@ -23,6 +23,7 @@ from halfeven.graph.restoring import same_random_numbers, state_restored
 from halfeven.graph.same_outputs import reason_of
 from halfeven.graph.single_samples import batch_axis_hint
 from halfeven.graph.torch_private import pytree
+from halfeven.graph.training_outputs import TrainingOutputsError
 from halfeven.graph.training_run import map_tensors
 from halfeven.graph.view import computes_products
 
@@ -41,8 +42,8 @@ class PartsCapture:
     """Returns the free axes of a submodule's arguments, by its name."""
     leave_out: tuple[str, ...]
     """Submodules that stay Python at the user's request."""
-    exported: dict[tuple[str, tuple[str, ...]], CapturedModule] = field(default_factory=dict)
-    """The parts exported so far, by their names and the modules kept in them."""
+    exported: dict[tuple[str, tuple[str, ...], tuple[str, ...]], CapturedModule] = field(default_factory=dict)
+    """The parts exported so far, by their names, the modules kept in them, and those that return others in training."""
 
     def capture(self, kept: Mapping[str, KeptInPython], report: CaptureReport) -> nn.Module:
         """Return the model with its largest parts as graphs.
@@ -54,6 +55,7 @@ class PartsCapture:
         Raises:
             CaptureError: no part could be captured.
             FixedAxisError: the model's code makes an axis that the user frees a constant.
+            TrainingOutputsError: a graph cannot return what its modules return in training.
         """
         parts: dict[str, CapturedModule] = {}
         self._capture_in(self.model, "", kept, report, parts)
@@ -83,9 +85,10 @@ class PartsCapture:
             return
         # A module whose own forward stays Python, or that is left out, divides the graph: what holds it cannot be one
         # part.
-        shells = [k.name for k in kept.values() if not k.whole]
+        shells = [k.name for k in kept.values() if not k.whole and not k.in_graph]
         broken_by = [inner for inner in (*self.leave_out, *shells) if inner.startswith(prefix)]
-        if name in self.recorded and name not in kept and not broken_by:
+        is_kept = name in kept and not kept[name].in_graph
+        if name in self.recorded and not is_kept and not broken_by:
             part = self._export(module, name, kept, report)
             # Python may read the parts of one without products, which gains nothing as a graph.
             if part is not None and (not shells or computes_products(part.graph)):
@@ -102,12 +105,13 @@ class PartsCapture:
     ) -> CapturedModule | None:
         """Export a module; None where it cannot be, which the report then gives the reason of."""
         kept_inside = tuple(relative_to(name, kept))
-        key = (name, kept_inside)  # what is kept elsewhere does not change this part
+        others = tuple(returning_others(name, kept))
+        key = (name, kept_inside, others)  # what is kept elsewhere does not change this part
         try:
             if key not in self.exported:
                 given = self.recorded[name][0]
-                self.exported[key] = export_module(module, given, self.free_axes_of(name), name, kept_inside)
-        except FixedAxisError:
+                self.exported[key] = export_module(module, given, self.free_axes_of(name), name, kept_inside, others)
+        except (FixedAxisError, TrainingOutputsError):
             raise
         except Exception as error:  # torch.export raises many kinds: each is reported with its line
             report.left.append(LeftInPython(name, reason_of(error)))

@@ -6,7 +6,7 @@ import keyword
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from typing import Any
@@ -30,6 +30,12 @@ from halfeven.graph.size_relations import size_relations
 from halfeven.graph.sized_pools import SizedPools
 from halfeven.graph.stochastic_depth import leaf_markers
 from halfeven.graph.torch_private import has_layout_guards, untracked
+from halfeven.graph.training_outputs import (
+    TrainingOutputs,
+    TrainingOutputsError,
+    own_flags_on,
+    tap_training_outputs,
+)
 from halfeven.graph.training_run import left_in_eval
 
 
@@ -49,7 +55,12 @@ def quiet() -> Iterator[None]:
 
 
 def export_module(
-    module: nn.Module, inputs: Inputs, free: FreeAxes, name: str = "", kept: Sequence[str] = ()
+    module: nn.Module,
+    inputs: Inputs,
+    free: FreeAxes,
+    name: str = "",
+    kept: Sequence[str] = (),
+    returning_others: Sequence[str] = (),
 ) -> CapturedModule:
     """Export a module, and put its layers back under their own names.
 
@@ -59,9 +70,11 @@ def export_module(
         free: the free axes of each leaf of the arguments.
         name: its name in the model that it is a part of; "" for the model itself.
         kept: paths of the modules in it that are kept in Python.
+        returning_others: paths of the modules in it whose other outputs in training the graph shall return.
 
     Raises:
         FixedAxisError: the module's code makes an axis that the user frees a constant.
+        TrainingOutputsError: the outputs of training cannot be made of tensors of eval mode.
         CaptureError: an argument is a packed sequence.
     """
     refuse_packed_sequences((*inputs[0], *inputs[1].values()))
@@ -72,7 +85,10 @@ def export_module(
     except Exception as error:
         refuse_fixed_axes(error, described, name, export, free)
         raise
-    result = assemble(module, unlifted, calls)
+    training = None
+    if returning_others:
+        training = _training_outputs(module, returning_others, unlifted, partial(export, export_shapes(free)))
+    result = assemble(module, unlifted, calls, training)
     result.stays_in_eval = left_in_eval(module)
     result.region_name = name
     result.region_inputs = region_inputs(result.graph, described)
@@ -83,6 +99,18 @@ def export_module(
     if is_batch_fixed(described, result.region_inputs):
         result.fixed_batch = reason_of_fixed_batch(export, free)
     return result
+
+
+def _training_outputs(
+    module: nn.Module, names: Sequence[str], unlifted: fx.GraphModule, export: Callable[[], Any]
+) -> TrainingOutputs:
+    """Return the outputs of training, made of tensors that are tapped in the graph of eval mode, in place."""
+    try:
+        with own_flags_on(module, names):
+            _, trained, _ = export()
+    except Exception as error:  # torch.export raises many kinds
+        raise TrainingOutputsError(f"training cannot be traced: {error}") from error
+    return tap_training_outputs(module, unlifted, trained)
 
 
 def reason_of_fixed_batch_between_parts(captured: nn.Module, inputs: Inputs, free: FreeAxes) -> str:

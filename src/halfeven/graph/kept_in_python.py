@@ -28,6 +28,8 @@ class KeptInPython:
     whole: bool = False
     """The captured graph calls the module with all that is inside of it. Otherwise its forward is Python, as are those
     that call it, and its children are captured by themselves."""
+    in_graph: bool = False
+    """Its own code does not stay: the captured graph returns in training what the module returns there."""
 
     def __str__(self) -> str:
         return f"{self.name or '(the model itself)'}: {self.reason}"
@@ -172,3 +174,10 @@ def relative_to(name: str, kept: Mapping[str, KeptInPython]) -> list[str]:
     """Return the names, inside of a module, of the modules below it that are kept whole."""
     prefix = f"{name}." if name else ""
     return [path.removeprefix(prefix) for path, k in kept.items() if k.whole and path.startswith(prefix) and path]
+
+
+def returning_others(name: str, kept: Mapping[str, KeptInPython]) -> list[str]:
+    """Return the names, inside of a module, of the modules whose other outputs in training the graph returns."""
+    prefix = f"{name}." if name else ""
+    inside = [path for path, k in kept.items() if k.in_graph and (path == name or path.startswith(prefix))]
+    return ["" if path == name else path.removeprefix(prefix) for path in inside]

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from halfeven.errors import CaptureError
 from halfeven.graph.batches import Inputs, is_label
+from halfeven.graph.equal_nodes import attribute_at, number_nodes
 from halfeven.graph.torch_private import output_form, own_modules, pytree
 
 LOSS = "halfeven_loss"
@@ -196,39 +197,13 @@ class _Copier:
         self.copies: dict[fx.Node, Any] = {}
         numbers: dict[Any, int] = {}
         # One table for both graphs: a node of the full graph with the number of an output computes that output.
-        known = self._number_nodes(plain, numbers)
-        self.numbers = self._number_nodes(full, numbers)
+        own = self.parameters | self.buffers
+        known = number_nodes(plain, numbers, own)
+        self.numbers = number_nodes(full, numbers, own)
         results = _graph_results(plain.graph)
         self.outputs = {known[node]: place for place, node in enumerate(results) if isinstance(node, fx.Node)}
         inputs = [node for node in full.graph.nodes if node.op == "placeholder"]
         self.places = {node: place for place, node in enumerate(inputs)}
-
-    def _number_nodes(self, module: fx.GraphModule, numbers: dict[Any, int]) -> dict[fx.Node, int]:
-        """Return a number for each node, equal for nodes that compute the same of the same, in both graphs."""
-        found: dict[fx.Node, int] = {}
-
-        def key(value: Any) -> Any:
-            if isinstance(value, fx.Node):
-                return "node", found[value]
-            if isinstance(value, list | tuple):
-                return tuple(key(item) for item in value)
-            if isinstance(value, dict):
-                return tuple((name, key(item)) for name, item in value.items())
-            return repr(value)
-
-        for node in module.graph.nodes:
-            target = self._constant_key(module, node.target) if node.op == "get_attr" else node.target
-            # Operands come before their readers in a graph, so that equal computations get equal numbers from the
-            # inputs on.
-            whole = (node.op, target, key(node.args), key(node.kwargs))
-            found[node] = numbers.setdefault(whole, len(numbers))
-        return found
-
-    def _constant_key(self, module: fx.GraphModule, path: str) -> Any:
-        if path in self.parameters or path in self.buffers:
-            return path
-        value = _attribute_at(module, path)  # lifted out of the code, under a name that differs between the graphs
-        return repr((value.dtype, value.tolist())) if isinstance(value, Tensor) else path
 
     def copy(self, value: Any) -> Any:
         """Return the copy of a node, or of a structure of nodes."""
@@ -260,7 +235,7 @@ class _Copier:
         if path in self.buffers:
             return self._input_node((BUFFER, path))
         name = path.replace(".", "_")
-        self.constants.register_buffer(name, _attribute_at(self.full, path).detach().clone(), persistent=False)
+        self.constants.register_buffer(name, attribute_at(self.full, path).detach().clone(), persistent=False)
         return self.graph.get_attr(name)
 
     def _input_node(self, source: Source) -> fx.Node:
@@ -270,8 +245,3 @@ class _Copier:
             with self.graph.inserting_before(before):
                 self.sources[source] = self.graph.placeholder(f"value_{len(self.sources)}")
         return self.sources[source]
-
-
-def _attribute_at(module: nn.Module, path: str) -> Any:
-    owner, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(owner), name)

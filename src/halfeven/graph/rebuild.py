@@ -7,6 +7,7 @@ import torch
 from torch import fx, nn
 
 from halfeven.errors import CaptureError
+from halfeven.graph.build_module import build_module
 from halfeven.graph.constant_inputs import ConstantInput
 from halfeven.graph.followed import followed
 from halfeven.graph.functionalize import make_functional
@@ -14,12 +15,11 @@ from halfeven.graph.graph_in_pickle import PackedGraph, packed, unpacked
 from halfeven.graph.kept_in_python import Calls, restore_kept
 from halfeven.graph.labels import with_labels
 from halfeven.graph.model_inputs import ModelInput
-from halfeven.graph.operators import Arguments, Operator, OperatorKind
+from halfeven.graph.operators import Operator
 from halfeven.graph.parts import Original, arrange, complete, picklable
 from halfeven.graph.size_relations import SizeRelation, sizes_checked
 from halfeven.graph.tied_names import name_readers
 from halfeven.graph.torch_private import (
-    AnyDropout,
     KeepsTypes,
     in_order_of,
     input_keywords,
@@ -27,10 +27,16 @@ from halfeven.graph.torch_private import (
     pytree,
     set_contents,
 )
+from halfeven.graph.training_outputs import (
+    TRAINING_OUTPUTS,
+    TrainingOutputs,
+    by_mode,
+    graph_in_training,
+    has_training_outputs,
+)
 from halfeven.graph.tree import adopt, has_value, owner_of, place
 from halfeven.graph.view import Op, operations, replace_call
 
-BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 CHECK_OPERATORS = ("_assert", "sym_constrain", "_guards")
 KEPT_FIELDS = (
     *("halfeven_plan", "halfeven_example", "halfeven_entries", "halfeven_inputs"),
@@ -79,13 +85,22 @@ class CapturedModule(KeepsTypes, fx.GraphModule):
     def recompile(self) -> Any:
         code = super().recompile()
         compiled = [type(self).forward]
-        if self.execution_graph is not None:
-            # torch.fx makes a separate class for each graph module, and the class's `forward` is the graph's code.
-            running = fx.GraphModule(self, self.execution_graph(self))
-            compiled.append(type(running).forward)
+        graph = self.graph if self.execution_graph is None else self.execution_graph(self)
+        if graph is not self.graph:
+            compiled.append(self._compiled(graph))
+        forward = compiled[-1]
+        if has_training_outputs(self):
+            compiled.append(self._compiled(graph_in_training(self, graph)))
+            forward = by_mode(forward, compiled[-1])
         own_sources(self, *compiled)
-        type(self).forward = compiled[-1] if self.after_call is None else followed(compiled[-1], self.after_call)
-        type(self).forward = with_labels(self, sizes_checked(type(self).forward))
+        forward = forward if self.after_call is None else followed(forward, self.after_call)
+        type(self).forward = with_labels(self, sizes_checked(forward))
+        return code
+
+    def _compiled(self, graph: fx.Graph) -> Callable[..., Any]:
+        """Return the code of another graph of this module."""
+        # torch.fx makes a separate class for each graph module, and the class's `forward` is the graph's code.
+        code: Callable[..., Any] = type(fx.GraphModule(self, graph)).forward
         return code
 
     def train(self, mode: bool = True) -> "CapturedModule":
@@ -134,13 +149,16 @@ def _unpickled(state: dict[str, Any], graph: PackedGraph) -> CapturedModule:
     return result
 
 
-def assemble(original: nn.Module, unlifted: fx.GraphModule, calls: Calls) -> CapturedModule:
+def assemble(
+    original: nn.Module, unlifted: fx.GraphModule, calls: Calls, training: TrainingOutputs | None = None
+) -> CapturedModule:
     """Build the captured module from an exported program's graph and the original's parameters and buffers.
 
     Args:
         original: the model that was exported.
         unlifted: its graph.
         calls: the traced calls of the modules that are kept in Python.
+        training: makes the outputs of training, where they are others.
     """
     graph = unlifted.graph
     # First what needs the graph as torch.export made it: the names of parameters, and the marks of kept modules.
@@ -167,6 +185,8 @@ def assemble(original: nn.Module, unlifted: fx.GraphModule, calls: Calls) -> Cap
             owner.register_buffer(attribute, op.constant.detach(), persistent=False)
     root.kept_rows = rows
     arrange(root, original)
+    if training is not None:
+        root.add_module(TRAINING_OUTPUTS, training)
     root.graph = graph
     # Takes away the reads of parameters that belong to the restored modules now.
     graph.eliminate_dead_code()
@@ -213,185 +233,3 @@ def _is_unused_name(original: nn.Module, name: str) -> bool:
 def _call_module(node: fx.Node, name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
     modules[name] = module
     replace_call(node, name, (node.args[0],))
-
-
-Built = tuple[str, nn.Module] | None
-
-
-def _parameter_owner(node: Any, attribute: str) -> str | None:
-    """Return the module path of a parameter node called `<path>.<attribute>`, None for any other."""
-    if not isinstance(node, fx.Node) or not Op(node).is_constant:
-        return None
-    return (Op(node).parent_path or None) if Op(node).last_name == attribute else None
-
-
-def _original_parameter(original: nn.Module, node: Any) -> Any:
-    if node is None:
-        return None
-    return getattr(original.get_submodule(Op(node).parent_path), Op(node).last_name)
-
-
-def _layer_parameters(arguments: Arguments, original: nn.Module) -> tuple[str, Any, Any] | None:
-    """Return the path, weight and bias of a layer whose parameters are named weight and bias; None for any other."""
-    path = _parameter_owner(arguments["weight"], "weight")
-    bias = arguments["bias"]
-    if path is None or (bias is not None and _parameter_owner(bias, "bias") != path):
-        return None
-    weight = _original_parameter(original, arguments["weight"])
-    if not isinstance(weight, nn.Parameter):
-        return None
-    return path, weight, _original_parameter(original, bias)
-
-
-def _with_parameters(module: nn.Module, weight: Any, bias: Any) -> nn.Module:
-    module.weight = weight
-    module.bias = bias
-    return module
-
-
-def _build_convolution(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
-    if (layer := _layer_parameters(a, original)) is None:
-        return None
-    path, weight, bias = layer
-    build: Any = Op(node).row.module
-    padding = a["padding"] if isinstance(a["padding"], str) else tuple(a["padding"])
-    # A convolution's weight is [outputs, inputs / groups, *kernel].
-    shape = (weight.shape[1] * a["groups"], weight.shape[0], tuple(weight.shape[2:]), tuple(a["stride"]), padding)
-    # device="meta": the new module's own parameters get no memory, since the original's take their place.
-    axes = weight.ndim - 2
-    dilation = _for_each_axis(a["dilation"], axes)
-    module = build(*_spread_over_axes(shape, axes), dilation, a["groups"], bias is not None, device="meta")
-    return path, _with_parameters(module, weight, bias)
-
-
-def _build_transposed(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
-    if (layer := _layer_parameters(a, original)) is None:
-        return None
-    path, weight, bias = layer
-    axes = weight.ndim - 2
-    build: Any = Op(node).row.module
-    module = build(
-        weight.shape[0], weight.shape[1] * a["groups"], tuple(weight.shape[2:]), _for_each_axis(a["stride"], axes),
-        _for_each_axis(a["padding"], axes), _for_each_axis(a["output_padding"], axes), a["groups"], bias is not None,
-        _for_each_axis(a["dilation"], axes), device="meta",
-    )  # fmt: skip
-    return path, _with_parameters(module, weight, bias)
-
-
-def _for_each_axis(value: Any, axes: int) -> tuple[int, ...]:
-    """Return a number for each axis, from a number or list that may stand for all axes."""
-    values = tuple(value) if isinstance(value, list | tuple) else (value,)
-    return values * axes if len(values) == 1 else values
-
-
-def _spread_over_axes(shape: tuple[Any, ...], axes: int) -> tuple[Any, ...]:
-    inputs, outputs, kernel, stride, padding = shape
-    return (
-        inputs,
-        outputs,
-        kernel,
-        _for_each_axis(stride, axes),
-        padding if isinstance(padding, str) else _for_each_axis(padding, axes),
-    )
-
-
-def _build_linear(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
-    if (layer := _layer_parameters(a, original)) is None:
-        return None
-    path, weight, bias = layer
-    module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    return path, _with_parameters(module, weight, bias)
-
-
-def _build_batch_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
-    path = _parameter_owner(a["running_mean"], "running_mean")
-    # A call that normalizes by the batch in eval mode, too, stays a function: a module would follow the mode.
-    if path is None or a["training"] or _parameter_owner(a["running_var"], "running_var") != path:
-        return None
-    weight = a["weight"]
-    bias = a["bias"]
-    if any(p is not None and _parameter_owner(p, n) != path for p, n in ((weight, "weight"), (bias, "bias"))):
-        return None
-    was: Any = original.get_submodule(path)
-    # It keeps its process group and its class; rebuilt as BatchNorm2d, it would no longer synchronize.
-    if isinstance(was, nn.SyncBatchNorm):
-        return path, was
-    mean = was.running_mean
-    # The operator is the same for all numbers of axes, and the module is not.
-    build: Any = BATCH_NORMS[Op(node).inputs[0].ndim]
-    # Exported in eval mode, the operator has no true momentum; the module's may be None, for a cumulative average.
-    module = build(
-        mean.numel(), a["eps"], getattr(was, "momentum", a["momentum"]), affine=weight is not None, device="meta"
-    )
-    module.running_mean = mean
-    module.running_var = was.running_var
-    module.num_batches_tracked = getattr(was, "num_batches_tracked", None)
-    if weight is not None:
-        _with_parameters(module, _original_parameter(original, weight), _original_parameter(original, bias))
-    return path, module
-
-
-def _build_layer_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
-    if a["weight"] is None or (layer := _layer_parameters(a, original)) is None:
-        return None
-    path, weight, bias = layer
-    module = nn.LayerNorm(tuple(a["normalized_shape"]), a["eps"], bias=bias is not None, device="meta")
-    return path, _with_parameters(module, weight, bias)
-
-
-def _build_group_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
-    if a["weight"] is None or a["bias"] is None or (layer := _layer_parameters(a, original)) is None:
-        return None
-    path, weight, bias = layer
-    module = nn.GroupNorm(a["num_groups"], weight.numel(), a["eps"], device="meta")
-    return path, _with_parameters(module, weight, bias)
-
-
-def _build_dropout(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
-    op = Op(node)
-    # A dropout called as a function bears the path of the module around it, or of no module.
-    try:
-        was = original.get_submodule(op.path)
-    except AttributeError:
-        was = original
-    if isinstance(was, AnyDropout):
-        return op.path, type(was)(was.p)
-    build: Any = op.row.module
-    # `F.dropout(x, self.dropout)`: the module around it may have the probability under the node's name.
-    name = node.name
-    while hasattr(was, name):
-        name += "_"
-    return f"{op.path}.{name}" if op.path else name, build(a["p"])
-
-
-Builder = Callable[[fx.Node, Arguments, nn.Module], Built]
-
-BUILDERS: dict[OperatorKind, Builder] = {
-    OperatorKind.CONVOLUTION: _build_convolution,
-    OperatorKind.TRANSPOSED_CONVOLUTION: _build_transposed,
-    OperatorKind.LINEAR: _build_linear,
-    OperatorKind.IDENTITY: _build_dropout,
-}
-NORMALIZATION_BUILDERS: dict[type[nn.Module], Builder] = {
-    nn.BatchNorm2d: _build_batch_norm,
-    nn.LayerNorm: _build_layer_norm,
-    nn.GroupNorm: _build_group_norm,
-}
-
-
-def build_module(node: fx.Node, original: nn.Module) -> Built:
-    """Build the standard module that computes the same as the call of an operator.
-
-    Args:
-        node: any node.
-        original: the model whose parameters the call reads.
-
-    Returns:
-        The module's path and the module, around the original's parameters; None where the operator has no such module
-        or its parameters belong to none.
-    """
-    op = Op(node)
-    if not op.is_function or (standard := op.row.module) is None:
-        return None
-    builder = BUILDERS.get(op.kind) or NORMALIZATION_BUILDERS[standard]
-    return builder(node, op.arguments, original)

@@ -1,6 +1,6 @@
 """Find what a captured graph loses of a model's training mode, and the modules to keep in Python for it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from halfeven.graph.batches import sample_count
 from halfeven.graph.kept_in_python import KeptInPython, can_be_whole
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.training_run import TrainingRun, differences, map_tensors, run_in_training
-from halfeven.graph.training_suspects import Export, suspects, training_inputs
+from halfeven.graph.training_suspects import Export, Suspicion, suspects, training_inputs
 
 Kept = dict[str, KeptInPython]
 
@@ -28,6 +28,8 @@ class Capture:
     """Raises an error for a captured model that differs in eval mode."""
     export: Export
     """Captures a part of the model alone, on its arguments."""
+    may_return_others: bool = True
+    """Graphs may return other outputs in training: not where they return a loss, which reads those of eval mode."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def capture_as_trained(model: nn.Module, args: Any, kwargs: Any, how: Capture) -
     if not said:
         return _with_dropouts(TrainingCapture(captured), model, comparison.run)
     candidates = comparison.suspects(how.export)
+    others: list[str] = []
     while said:
         # From the least to the most that stays Python: suspected modules, then those modules with their children
         # captured apart, then whole regions.
@@ -78,7 +81,13 @@ def capture_as_trained(model: nn.Module, args: Any, kwargs: Any, how: Capture) -
         if not new:
             unsure = _refuse_unless_random(comparison, captured, tuple(kept.values()), said)
             return _with_dropouts(unsure, model, comparison.run)
-        captured, kept = _capture_with_kept(model, kept | new, how)
+        others += [name for name, k in new.items() if k.in_graph]
+        kept = kept | {name: replace(k, in_graph=False) for name, k in new.items()}
+        # Best is one graph, which returns in training what the model returns there. Else the code stays Python.
+        if found := _capture_with_training_outputs(kept, others, how, comparison):
+            captured, kept = found
+            break
+        captured, kept = _capture_with_kept(model, kept, how)
         said = comparison.differences(captured)
     return _with_dropouts(TrainingCapture(captured, tuple(kept.values())), model, comparison.run)
 
@@ -109,6 +118,33 @@ def _with_dropouts(found: TrainingCapture, model: nn.Module, run: TrainingRun) -
         "eval mode, in which the model is captured. Call F.dropout(x, p, self.training), or use nn.Dropout, to keep it."
     )
     return replace(found, notes=(*found.notes, *([note] if lost else [])), lost_in_attention=lost_in_attention)
+
+
+def _capture_with_training_outputs(
+    kept: Kept, others: Sequence[str], how: Capture, comparison: "_Comparison"
+) -> tuple[nn.Module, Kept] | None:
+    """Capture a model in graphs that return in training what some modules return there.
+
+    Args:
+        kept: the modules that are kept in Python.
+        others: those of them that return something else in training, by their own flag.
+        how: how the model is captured.
+        comparison: tells whether the result trains as the original.
+
+    Returns:
+        The captured model and the modules that are kept; None where graphs cannot do it.
+    """
+    changed = {name: replace(kept[name], in_graph=True) for name in others if not kept[name].whole}
+    if not changed or not how.may_return_others:
+        return None
+    try:
+        captured = how.capture(kept | changed)
+        how.check(captured)
+    except Exception:  # whatever it is, the modules stay Python
+        return None
+    regions = [name for name, module in captured.named_modules() if isinstance(module, CapturedModule)]
+    are_inside = all(any(not r or f"{name}.".startswith(f"{r}.") for r in regions) for name in changed)
+    return None if not are_inside or comparison.differences(captured) else (captured, kept | changed)
 
 
 def _capture_with_kept(model: nn.Module, kept: Kept, how: Capture) -> tuple[nn.Module, Kept]:
@@ -186,10 +222,11 @@ class _Comparison:
     def suspects(self, export: Export) -> Iterator[Kept]:
         """Return the modules whose own code has a training mode of its own, the most likely ones first."""
         for found in suspects(self.model, self.args, self.kwargs, export):
-            yield {
-                name: KeptInPython(name, said.text, whole=said.same_outputs and self._can_be_whole(name))
-                for name, said in found.items()
-            }
+            yield {name: self._as_kept(name, said) for name, said in found.items()}
+
+    def _as_kept(self, name: str, said: Suspicion) -> KeptInPython:
+        whole = said.same_outputs and self._can_be_whole(name)
+        return KeptInPython(name, said.text, whole, in_graph=said.by_flag and not whole)
 
     def _can_be_whole(self, name: str) -> bool:
         return bool(name) and can_be_whole(self.part(name))

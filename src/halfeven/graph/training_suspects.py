@@ -25,6 +25,8 @@ class Suspicion:
     text: str
     same_outputs: bool = True
     """Its outputs are nested in training as in eval mode."""
+    by_flag: bool = False
+    """Its own `training` flag alone changes what it returns."""
 
 
 @dataclass
@@ -155,7 +157,7 @@ def _suspicion_by_flag(module: nn.Module, args: Any, kwargs: Any) -> Suspicion |
     except Exception:  # one of its modes does not run alone; then the whole model is compared
         return None
     said = differences(expected, found)
-    return Suspicion("; ".join(said), expected.structure == found.structure) if said else None
+    return Suspicion("; ".join(said), expected.structure == found.structure, by_flag=True) if said else None
 
 
 def _differences_alone(module: nn.Module, arguments: Inputs, export: Export) -> list[str]:

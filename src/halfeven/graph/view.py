@@ -364,7 +364,7 @@ def tensor_names(graph: fx.Graph) -> dict[str, fx.Node]:
     """
     names: dict[str, fx.Node] = {}
     for op in operations(graph):
-        if op.is_output or op.is_constant:
+        if op.kind is K.OUTPUT or op.is_constant:
             continue
         names[unique_name(op.tensor_name, names)] = op.node
     return names

@@ -92,7 +92,11 @@ def _check_can_be_captured(model: nn.Module) -> None:
 def _notes_of(report: CaptureReport) -> list[str]:
     """Return the sentences of a plan about the capture."""
     notes = [f"Stays Python, in float: {left}" for left in report.left]
-    notes += [f"Its own code stays Python, so that it trains as in float: {kept}" for kept in report.kept]
+    how = {
+        False: "Its own code stays Python, so that it trains as in float",
+        True: "The graph returns in training what the float model returns there",
+    }
+    notes += [f"{how[kept.in_graph]}: {kept}" for kept in report.kept]
     notes += report.notes
     if report.fixed_batch:
         notes.append(f"The batch is fixed at {report.samples}, in training and in the file: {report.fixed_batch}.")

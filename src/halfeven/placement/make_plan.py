@@ -376,7 +376,7 @@ def _fused_into_reader(node: fx.Node) -> bool:
 
 
 def _reason_unread(node: fx.Node, part: str) -> str:
-    readers = list(dict.fromkeys(Op(reader).name for reader in sorted(node.users) if not Op(reader).is_output))
+    readers = list(dict.fromkeys(Op(reader).name for reader in sorted(node.users) if kind_of(reader) is not K.OUTPUT))
     if not readers:
         return f"an output of {part}, which is captured by itself" if part else "an output of the model"
     return f"its readers compute in float ({', '.join(readers)})"

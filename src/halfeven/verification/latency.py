@@ -16,6 +16,7 @@ from halfeven.graph.batchnorm import fold
 from halfeven.graph.copying import copy_model
 from halfeven.graph.labels import remove_loss
 from halfeven.graph.torch_private import forgetting_graphs
+from halfeven.graph.training_outputs import remove_training_outputs
 from halfeven.placement.folded_batchnorm import settle_live
 from halfeven.placement.insertion import recorded_inputs
 from halfeven.placement.make_plan import regions
@@ -133,6 +134,7 @@ def deployed_in_float(qmodel: nn.Module) -> nn.Module:
     model = copy_model(qmodel).cpu().float().eval()
     for region in regions(model).values():
         remove_loss(region)
+        remove_training_outputs(region)
     set_mode(model, Mode.FLOAT)
     return model
 

@@ -5,6 +5,7 @@ from torch import nn
 
 from halfeven.graph.operators.row import Operator, OperatorKind, keeps_features
 from halfeven.graph.torch_private import AnyDropout
+from halfeven.graph.training_tap import TrainingTap
 
 aten = torch.ops.aten
 K = OperatorKind
@@ -25,6 +26,7 @@ MODULES = (
     Operator(target=nn.GroupNorm, kind=K.NORMALIZATION),
     Operator(target=AnyDropout, kind=K.IDENTITY),
     Operator(target=nn.Identity, kind=K.IDENTITY, passes_features=keeps_features),
+    Operator(target=TrainingTap, kind=K.OUTPUT),
 )
 
 FUNCTIONS = (
