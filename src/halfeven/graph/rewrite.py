@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.graph.torch_private import is_operator, is_pure
+from halfeven.graph.torch_private import is_operator, is_pure, pytree
 from halfeven.graph.view import Op, record_value
 
 aten = torch.ops.aten
@@ -47,7 +47,7 @@ def _expand_attention(region: CapturedModule, node: fx.Node) -> bool:
     # torch's default: 1 / sqrt(width of a head).
     scale = values["scale"] if values["scale"] is not None else float(width) ** -0.5
     graph = region.graph
-    call = _calls_before(node)
+    call = calls_before(node)
     with graph.inserting_before(node):
         scores = call(aten.mul.Tensor, call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1)), scale)
         mask = values["attn_mask"]
@@ -86,7 +86,7 @@ def expand_gates(region: CapturedModule, chosen: Callable[[fx.Node], bool]) -> i
         x = node.args[0]
         if not chosen(x):
             continue
-        call = _calls_before(node)
+        call = calls_before(node)
         expanded += 1
         with region.graph.inserting_before(node):
             result = call(aten.mul.Tensor, x, call(GATES[node.target], x))
@@ -118,7 +118,7 @@ def lower_stacked_sums(region: CapturedModule) -> int:
         # Only the stacked axis may be summed.
         if [axis % ndim for axis in values["dim"]] != [given["dim"] % ndim]:
             continue
-        call = _calls_before(node)
+        call = calls_before(node)
         with region.graph.inserting_before(node):
             total = reduce(lambda left, right: call(aten.add.Tensor, left, right), given["tensors"])
         node.replace_all_uses_with(total)
@@ -166,7 +166,7 @@ def hashable(value: Any) -> Any:
     return type(value), value
 
 
-def _calls_before(node: fx.Node) -> Callable[..., fx.Node]:
+def calls_before(node: fx.Node) -> Callable[..., fx.Node]:
     """Return a function that adds calls of operators in the place of a node, with their results recorded."""
 
     def call(target: Any, *args: Any) -> fx.Node:
@@ -174,16 +174,16 @@ def _calls_before(node: fx.Node) -> Callable[..., fx.Node]:
         # The module that the operator belongs to: names of tensors and rules for modules follow it.
         new.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
         with torch.no_grad():
-            fakes = [Op(a).value if isinstance(a, fx.Node) else a for a in args]
+            fakes = fx.node.map_arg(args, lambda a: Op(a).value)
             record_value(new, _evaluate_fakes(target, fakes))
         return new
 
     return call
 
 
-def _evaluate_fakes(target: Any, fakes: list[Any]) -> Any:
+def _evaluate_fakes(target: Any, fakes: tuple[Any, ...]) -> Any:
     # The recorded values are torch.export's fake tensors, which have shapes and no data; results must belong to the
     # same fake mode, or its symbols for free sizes would not match.
-    mode = next(f.fake_mode for f in fakes if hasattr(f, "fake_mode"))
+    mode = next(f.fake_mode for f in pytree.tree_leaves(fakes) if hasattr(f, "fake_mode"))
     with mode:
         return target(*fakes)

@@ -15,6 +15,7 @@ from halfeven.graph.batches import Example
 from halfeven.graph.batchnorm import fold
 from halfeven.graph.capture import capture
 from halfeven.graph.capture_report import CaptureReport
+from halfeven.graph.complex_numbers import lower_complex
 from halfeven.graph.copying import copy_model
 from halfeven.graph.kept_in_python import KeptInPython
 from halfeven.graph.rebuild import CapturedModule
@@ -137,6 +138,11 @@ def capture_for_quantization(
     own, example, notes = _float32_copy(model, example)
     captured, report = capture(own, example, options.leave_out, kept, options.dynamic_shapes)
     notes += _notes_of(report)
+    if written := sum(lower_complex(region) for region in regions(captured).values()):
+        verb = "is" if written == 1 else "are"
+        notes.append(
+            f"{counted(written, 'operator')} on complex numbers {verb} written out with real and imaginary parts."
+        )
     lowered = sum(lower_attention(region) for region in regions(captured).values())
     if lowered:
         verb = "is" if lowered == 1 else "are"

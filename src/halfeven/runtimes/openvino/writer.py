@@ -17,6 +17,7 @@ from halfeven.deployment.quantize_op import PER_TENSOR, WEIGHT_SUFFIX
 from halfeven.files import replacing
 from halfeven.graph.model_inputs import constant_size
 from halfeven.runtimes.openvino import recurrences
+from halfeven.runtimes.openvino.complex_numbers import complex_numbers_named
 from halfeven.runtimes.openvino.interface import write_interface
 from halfeven.runtimes.openvino.recurrences import keep_recurrences_whole
 from halfeven.runtimes.openvino.size_arithmetic import size_translations
@@ -373,7 +374,8 @@ def write(program: torch.export.ExportedProgram, deployed: Deployed, path: Path)
     """Write an IR (.xml and .bin); float constants keep their 32 bits, so that they are what was simulated."""
     import openvino
 
-    converted = convert(program, [quantizer.name for quantizer in deployed.quantizers])
+    with complex_numbers_named(deployed.model):
+        converted = convert(program, [quantizer.name for quantizer in deployed.quantizers])
     if deployed.interface is not None:
         write_interface(converted, deployed.interface)
     weights = path.with_suffix(".bin")
