@@ -69,6 +69,24 @@ def test_a_range_without_zero_is_widened_to_it():
     assert zero_point == 255
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize(("low", "high"), [(-3e-7, 5e-7), (-9e-7, 1e-7), (-1e-9, 4e-9), (-5e-7, 1e-5)])
+def test_a_range_with_a_lower_end_near_zero_is_symmetric(low, high, signed):
+    scheme = Scheme(symmetric=False, signed=signed)
+    scale, zero_point = scale_and_zero_point(torch.tensor(low), torch.tensor(high), scheme)
+    assert zero_point - scheme.quant_min == 128
+    assert -128 * scale <= low * (1 - 2e-5)
+    assert 127 * scale >= high * (1 - 2e-5)
+    assert scale == pytest.approx(max(-low / 128, high / 127), rel=2e-5)
+
+
+@pytest.mark.parametrize(("low", "high", "bits"), [(0.0, 5e-7, 8), (-1e-9, 1.0, 8), (-2e-6, 5e-7, 8), (-3e-7, 5e-7, 7)])
+def test_any_other_range_keeps_its_ends(low, high, bits):
+    scheme = Scheme(bits=bits, symmetric=False)
+    scale, _ = scale_and_zero_point(torch.tensor(low), torch.tensor(high), scheme)
+    assert scale == pytest.approx((high - low) / (scheme.quant_max - scheme.quant_min), rel=2e-5)
+
+
 def test_ranges_of_the_seed_system():
     scale, zero_point = scale_and_zero_point(torch.tensor(-1.0), torch.tensor(2.0), Scheme())
     assert scale.item() == pytest.approx(0.011764706, rel=2e-5)

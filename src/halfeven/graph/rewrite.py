@@ -9,7 +9,7 @@ from torch import fx
 
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.torch_private import is_operator, is_pure, pytree
-from halfeven.graph.view import Op, record_value
+from halfeven.graph.view import Op, keep_tensor_name, record_value
 
 aten = torch.ops.aten
 
@@ -127,6 +127,68 @@ def lower_stacked_sums(region: CapturedModule) -> int:
         lowered += 1
     region.recompile()
     return lowered
+
+
+def lower_scatters(region: CapturedModule) -> int:
+    """Write sums and means over segments (`index_add`, `scatter_reduce`) as `scatter_add`, in place.
+
+    OpenVINO's converter knows neither of them, and ONNX's exporter writes a mean as the last value of each segment.
+
+    Returns:
+        The number of operators that were written out.
+    """
+    found = [node for node in region.graph.nodes if node.target in SCATTERS]
+    written = 0
+    for node in found:
+        with region.graph.inserting_before(node):
+            result = SCATTERS[node.target](calls_before(node), Op(node).arguments)
+        if result is None:
+            continue
+        keep_tensor_name(result, Op(node).tensor_name)
+        node.replace_all_uses_with(result)
+        region.graph.erase_node(node)
+        written += 1
+    region.recompile()
+    return written
+
+
+def _scatter_of_index_add(call: Callable[..., fx.Node], values: dict[str, Any]) -> fx.Node | None:
+    """Return the sum of rows by one index: it becomes an index for each element."""
+    source = values["source"]
+    ndim = Op(source).ndim
+    if ndim == 0 or Op(values["index"]).ndim != 1:
+        return None
+    axis = values["dim"] % ndim
+    if values["alpha"] != 1:
+        source = call(aten.mul.Tensor, source, values["alpha"])
+    index = values["index"]
+    for place in range(ndim):
+        if place != axis:
+            index = call(aten.unsqueeze.default, index, place)
+    return call(aten.scatter_add.default, values["self"], axis, call(aten.expand_as.default, index, source), source)
+
+
+def _scatter_of_reduction(call: Callable[..., fx.Node], values: dict[str, Any]) -> fx.Node | None:
+    """Return a sum or a mean of the elements with one index; of the tensor's own too with `include_self`."""
+    own, axis, index, source = (values[name] for name in ("self", "dim", "index", "src"))
+    if values["reduce"] not in ("sum", "mean"):
+        return None
+    if not values["include_self"]:
+        own = call(aten.scatter.value, own, axis, index, 0.0)
+    total = call(aten.scatter_add.default, own, axis, index, source)
+    if values["reduce"] == "sum":
+        return total
+    # Elements without any of the source are divided by 1.
+    ones = call(aten.ones_like.default, own)
+    start = ones if values["include_self"] else call(aten.scatter.value, ones, axis, index, 0.0)
+    return call(
+        aten.div.Tensor,
+        total,
+        call(aten.scatter_add.default, start, axis, index, call(aten.ones_like.default, source)),
+    )
+
+
+SCATTERS = {aten.index_add.default: _scatter_of_index_add, aten.scatter_reduce.two: _scatter_of_reduction}
 
 
 def merge_duplicates(region: CapturedModule) -> int:

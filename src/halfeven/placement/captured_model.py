@@ -19,7 +19,7 @@ from halfeven.graph.complex_numbers import lower_complex
 from halfeven.graph.copying import copy_model
 from halfeven.graph.kept_in_python import KeptInPython
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.graph.rewrite import expand_gates, lower_attention, lower_stacked_sums, merge_duplicates
+from halfeven.graph.rewrite import expand_gates, lower_attention, lower_scatters, lower_stacked_sums, merge_duplicates
 from halfeven.graph.torch_private import forgetting_graphs, pytree
 from halfeven.placement.make_plan import regions
 from halfeven.placement.options import QuantizationOptions
@@ -168,6 +168,7 @@ def capture_for_quantization(
         # Runtimes merge equal operators. Merged here, they have a single quantizer.
         merge_duplicates(region)
         lower_stacked_sums(region)
+        lower_scatters(region)
     if options.batchnorm == "fold":
         if untied := untie_for_folding(captured):
             notes.append(

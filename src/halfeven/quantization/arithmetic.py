@@ -17,6 +17,9 @@ SMALLEST_EXPONENT = -40
 SMALLEST_SCALE = 2.0**SMALLEST_EXPONENT
 """Lower bound of scales: products of two scales and their reciprocals stay normal float32 numbers."""
 
+NEAR_ZERO = 1e-6
+"""A lower end of a range of 8 bits that is nearer to 0 is taken for 0 by some runtimes."""
+
 
 RANGE_MOMENTUM = 0.01
 """Weight of a training batch in the moving average of an observed activation range."""
@@ -52,6 +55,8 @@ def representable(scale: Tensor, power_of_two: bool = False) -> Tensor:
 def scale_and_zero_point(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Return scale and zero point of a float range (white paper, section 2.2). Zero lies exactly on the grid.
 
+    A range of 8 bits with a lower end nearer to 0 than `NEAR_ZERO` becomes symmetric around 0.
+
     A dead channel (an empty range at zero) takes the largest scale of the other channels, or 1 / quant_max where all
     channels are dead.
 
@@ -84,7 +89,15 @@ def scale_and_zero_point(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Ten
     # White paper, section 2.2: z = quant_min - round(low / s). Rounding moves the range by up to half a step, so that 0
     # is an integer of the grid; the clamp keeps it on the grid.
     zero_point = scheme.quant_min - torch.round(low / scale)
-    return scale, on_grid(zero_point, scheme.quant_min, scheme.quant_max, scheme.power_of_two).to(torch.int32)
+    zero_point = on_grid(zero_point, scheme.quant_min, scheme.quant_max, scheme.power_of_two)
+    if scheme.quant_max - scheme.quant_min == 255:
+        # A runtime takes so near a lower limit for 0, and forgets the zero point. At 128 it has none to forget.
+        limit = (scheme.quant_min - zero_point) * scale
+        near = (limit < 0) & (limit > -NEAR_ZERO)
+        centred = representable(torch.maximum(low / -128, high / 127), scheme.power_of_two)
+        scale = torch.where(near, centred, scale)
+        zero_point = torch.where(near, scheme.quant_min + 128, zero_point)
+    return scale, zero_point.to(torch.int32)
 
 
 def moved_range(
