@@ -112,6 +112,23 @@ def _notes_of(report: CaptureReport) -> list[str]:
     return notes
 
 
+def _write_out_gates(captured: nn.Module, options: QuantizationOptions) -> list[str]:
+    """Write SiLU and hard-swish as products where the options ask for it, in place, and return a sentence for the plan.
+
+    Raises:
+        ConfigError: the options ask for it, and there is none.
+    """
+    if not options.quantize_gates:
+        return []
+    gates = sum(expand_gates(region, behind_convolution) for region in regions(captured).values())
+    if not gates:
+        raise ConfigError(
+            "quantize_gates=True is for SiLU and hard-swish behind a convolution, and this model has none there, so it "
+            "would have no effect. Leave it out."
+        )
+    return [f"{gates} SiLU and hard-swish are written out as the product of their input and its gate."]
+
+
 @forgetting_graphs()
 def capture_for_quantization(
     model: nn.Module,
@@ -155,15 +172,7 @@ def capture_for_quantization(
             "restores it where the attention is written out, and a causal one stays one operator. To keep it, write "
             "the attention as products, a softmax and nn.Dropout, or give it its mask instead of is_causal."
         )
-    parts = regions(captured).values() if options.quantize_gates else ()
-    gates = sum(expand_gates(region, behind_convolution) for region in parts)
-    if options.quantize_gates and not gates:
-        raise ConfigError(
-            "quantize_gates=True is for SiLU and hard-swish behind a convolution, and this model has none there, so it "
-            "would have no effect. Leave it out."
-        )
-    if gates:
-        notes.append(f"{gates} SiLU and hard-swish are written out as the product of their input and its gate.")
+    notes += _write_out_gates(captured, options)
     for region in regions(captured).values():
         # Runtimes merge equal operators. Merged here, they have a single quantizer.
         merge_duplicates(region)
