@@ -17,7 +17,10 @@ from halfeven.graph.view import Op
 aten = torch.ops.aten
 Parts = tuple[Any, Any]
 """The nodes of a complex tensor's real and imaginary parts."""
+Known = dict[Any, Parts]
+"""The parts of the nodes that are written out so far; of a real result the second is None."""
 Call = Callable[..., fx.Node]
+Rule = Callable[[Call, Any, Known], Parts]
 
 
 class _Unknown(Exception):
@@ -33,7 +36,7 @@ def lower_complex(region: CapturedModule) -> int:
         The number of operators that were written out.
     """
     nodes = [node for node in region.graph.nodes if _is_complex(node) or any(map(_is_complex, node.all_input_nodes))]
-    parts: dict[fx.Node, Parts] = {}
+    parts: Known = {}
     try:
         for node in nodes:
             _write_out(node, parts)
@@ -60,7 +63,7 @@ def _values(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _write_out(node: fx.Node, parts: dict[fx.Node, Parts]) -> None:
+def _write_out(node: fx.Node, parts: Known) -> None:
     """Add a node's result to `parts`: both parts of a complex result, or a real one with None."""
     with node.graph.inserting_before(node.next if Op(node).is_constant else node):
         call = calls_before(node)
@@ -71,7 +74,8 @@ def _write_out(node: fx.Node, parts: dict[fx.Node, Parts]) -> None:
         if rule is not None:
             found = rule(call, node, parts)
         elif node.target in FOR_EACH_PART and _is_complex(node):
-            found = tuple(call(node.target, *_with_part(node, parts, index)) for index in (0, 1))
+            real, imaginary = (call(node.target, *_with_part(node, parts, index)) for index in (0, 1))
+            found = real, imaginary
         else:
             raise _Unknown
     parts[node] = found
@@ -81,14 +85,14 @@ def _halves(call: Call, pairs: fx.Node) -> Parts:
     return call(aten.select.int, pairs, -1, 0), call(aten.select.int, pairs, -1, 1)
 
 
-def _with_part(node: fx.Node, parts: dict[fx.Node, Parts], index: int) -> list[Any]:
+def _with_part(node: fx.Node, parts: Known, index: int) -> list[Any]:
     """Return a node's arguments with one part in the place of each complex tensor."""
     if node.kwargs or any(not _is_complex(source) and Op(source).is_tensor for source in node.all_input_nodes):
         raise _Unknown
     return list(fx.node.map_arg(node.args, lambda source: parts[source][index] if source in parts else source))
 
 
-def _operands(node: fx.Node, parts: dict[fx.Node, Parts]) -> list[Parts]:
+def _operands(node: fx.Node, parts: Known) -> list[Parts]:
     """Return both parts of the two operands of an elementwise operator; a real operand has 0 for its second."""
     if node.kwargs or len(node.args) != 2:
         raise _Unknown
@@ -127,19 +131,19 @@ def _difference(call: Call, a: Any, b: Any) -> Any:
     return call(aten.sub.Tensor, a, b) if isinstance(a, fx.Node) else call(aten.rsub.Scalar, b, a)
 
 
-def _multiply(call: Call, node: fx.Node, parts: dict[fx.Node, Parts]) -> Parts:
+def _multiply(call: Call, node: Any, parts: Known) -> Parts:
     # (a + bi) (c + di) = (ac - bd) + (ad + bc) i
     (a, b), (c, d) = _operands(node, parts)
     real = _difference(call, _product(call, a, c), _product(call, b, d))
     return real, _sum(call, _product(call, a, d), _product(call, b, c))
 
 
-def _add(call: Call, node: fx.Node, parts: dict[fx.Node, Parts]) -> Parts:
+def _add(call: Call, node: Any, parts: Known) -> Parts:
     (a, b), (c, d) = _operands(node, parts)
     return _broadcast(call, node, _sum(call, a, c), _sum(call, b, d))
 
 
-def _subtract(call: Call, node: fx.Node, parts: dict[fx.Node, Parts]) -> Parts:
+def _subtract(call: Call, node: Any, parts: Known) -> Parts:
     (a, b), (c, d) = _operands(node, parts)
     return _broadcast(call, node, _difference(call, a, c), _difference(call, b, d))
 
@@ -151,35 +155,34 @@ def _broadcast(call: Call, node: fx.Node, *found: Any) -> Parts:
     return found[0], found[1]
 
 
-def _divide(call: Call, node: fx.Node, parts: dict[fx.Node, Parts]) -> Parts:
+def _divide(call: Call, node: Any, parts: Known) -> Parts:
     (a, b), (c, d) = _operands(node, parts)
     if not _is_zero(d):
         raise _Unknown
     return call(aten.div.Tensor, a, c), call(aten.div.Tensor, b, c)
 
 
-def _polar(call: Call, node: fx.Node, parts: dict[fx.Node, Parts]) -> Parts:
+def _polar(call: Call, node: Any, parts: Known) -> Parts:
     size, angle = node.args
-    return tuple(
-        call(aten.mul.Tensor, size, call(function, angle)) for function in (aten.cos.default, aten.sin.default)
-    )
+    cosine = call(aten.cos.default, angle)
+    return call(aten.mul.Tensor, size, cosine), call(aten.mul.Tensor, size, call(aten.sin.default, angle))
 
 
 def _square(call: Call, x: Any) -> Any:
     return call(aten.mul.Tensor, x, x)
 
 
-def _absolute(call: Call, node: fx.Node, parts: dict[fx.Node, Parts]) -> Parts:
+def _absolute(call: Call, node: Any, parts: Known) -> Parts:
     real, imaginary = parts[node.args[0]]
     return call(aten.sqrt.default, call(aten.add.Tensor, _square(call, real), _square(call, imaginary))), None
 
 
-def _conjugate(call: Call, node: fx.Node, parts: dict[fx.Node, Parts]) -> Parts:
+def _conjugate(call: Call, node: Any, parts: Known) -> Parts:
     real, imaginary = parts[node.args[0]]
     return real, call(aten.neg.default, imaginary)
 
 
-RULES: dict[Any, Callable[[Call, fx.Node, dict[fx.Node, Parts]], Parts]] = {
+RULES: dict[Any, Rule] = {
     aten.view_as_complex.default: lambda call, node, parts: _halves(call, node.args[0]),
     aten.view_as_real.default: lambda call, node, parts: (
         call(aten.stack.default, list(parts[node.args[0]]), -1),
@@ -201,13 +204,13 @@ RULES: dict[Any, Callable[[Call, fx.Node, dict[fx.Node, Parts]], Parts]] = {
     aten._conj_physical.default: _conjugate,
     aten.resolve_conj.default: lambda call, node, parts: parts[node.args[0]],
     aten.resolve_neg.default: lambda call, node, parts: parts[node.args[0]],
-    aten.detach.default: lambda call, node, parts: tuple(call(aten.detach.default, x) for x in parts[node.args[0]]),
 }
 
 FOR_EACH_PART = frozenset(
     {
-        aten.alias.default, aten.clone.default, aten.contiguous.default, aten.neg.default, aten.view.default,
-        aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
+        aten.alias.default, aten.detach.default, aten.clone.default, aten.contiguous.default, aten.neg.default,
+        aten.view.default, aten.reshape.default,
+        aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
         aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default,
         aten.transpose.int, aten.permute.default, aten.movedim.int, aten.slice.Tensor, aten.select.int,
         aten.index_select.default, aten.cat.default, aten.stack.default, aten.repeat.default, aten.flip.default,
