@@ -1,4 +1,7 @@
-"""Draw docs/assets/report.png, a diagnosis as a page: `python tools/report_picture.py`. It needs Chromium."""
+"""Draw docs/assets/report.png and report_dark.png, a diagnosis as a page: `python tools/report_picture.py`.
+
+It needs Chromium.
+"""
 
 import shutil
 import subprocess
@@ -13,7 +16,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from diagnosis.faulty_nets import faulty  # noqa: E402  the tests' networks, which are no part of the package
 
-PICTURE = ROOT / "docs/assets/report.png"
+PICTURES = {"report.png": "1", "report_dark.png": "0"}
+"""Names of the pictures in docs/assets -> Chromium's number of the colour scheme."""
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars")
 SIZE = ("--window-size=1000,2400", "--force-device-scale-factor=0.8")
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
@@ -33,10 +37,12 @@ def main() -> None:
         profile = f"--user-data-dir={folder}/profile"
         # The charts are drawn by the page's own code, within the time given.
         wait = "--virtual-time-budget=10000"
-        picture = f"--screenshot={PICTURE}"
-        command = [browser, *FLAGS, *QUIET, profile, wait, *SIZE, picture, page.as_uri()]
-        subprocess.run(command, check=True, capture_output=True)
-    print(f"{PICTURE}: {PICTURE.stat().st_size / 1e3:.0f} KB")
+        for name, scheme in PICTURES.items():
+            picture = ROOT / "docs/assets" / name
+            colours = f"--blink-settings=preferredColorScheme={scheme}"
+            command = [browser, *FLAGS, *QUIET, profile, wait, colours, *SIZE, f"--screenshot={picture}", page.as_uri()]
+            subprocess.run(command, check=True, capture_output=True)
+            print(f"{picture}: {picture.stat().st_size / 1e3:.0f} KB")
 
 
 if __name__ == "__main__":

@@ -78,4 +78,8 @@ def test_a_verified_file_has_a_page():
     assert contents.tables["Integers in the file"][1][:3] == ("relu", "10", "0")
     assert contents.tables["Work in float"][1] == ("head", "10.00 %")
     report.findings.append("The output differs.")
-    assert verification_contents(report).verdict.startswith("The file differs")
+    assert verification_contents(report).verdict.startswith(
+        "The file differs from the float simulation, and equals the exact one; accuracy"
+    )
+    report.alone_match = 0.5
+    assert verification_contents(report).verdict.startswith("The file differs from the simulation; accuracy")

@@ -1,5 +1,6 @@
 """Every output of a file is compared, with the exact and with the float simulation, and what is large is said."""
 
+import dataclasses
 import re
 from collections import namedtuple
 
@@ -18,7 +19,9 @@ from halfeven.errors import InputError, VerificationError
 from halfeven.runtimes import deploy
 from halfeven.verification.answers import Answers
 from halfeven.verification.findings import judged as judged_session
+from halfeven.verification.findings import spread_notes
 from halfeven.verification.outputs import OutputParity, OutputSums, in_form_of, named_outputs
+from halfeven.verification.report import TensorParity
 from runtimes.parity import SCHEME, quantized
 
 IMAGE = (4, 3, 8, 8)
@@ -330,3 +333,17 @@ def test_a_folder_that_takes_no_file_is_named_without_advice_about_operators(tmp
     with pytest.raises(he.HalfevenError, match="file") as raised:
         he.export(qmodel, tmp_path / "file" / "model.xml")
     assert "leave_out" not in str(raised.value)
+
+
+def test_roundings_that_spread_are_explained():
+    """A network with random weights equals the float simulation in 80 % of its integers, and nothing is wrong."""
+    first = TensorParity("first", count=9000, different_float=20, different_float_alone=20)
+    last = TensorParity("last", count=1000, different_float=900, different_float_alone=2)
+    (note,) = spread_notes([first, last])
+    assert "0.22 % of the integers differ" in note
+    assert "9.2 % in the whole model" in note
+    assert "random weights" in note
+    assert spread_notes([first]) == []
+    wrong = dataclasses.replace(last, different_float_alone=900)  # a layer that computes something else
+    assert spread_notes([first, wrong]) == []
+    assert spread_notes([]) == []

@@ -24,6 +24,12 @@ FEWEST_INDICES = 2
 """Fewer values of an output of indices or masks than these may differ: single ones lie at a tie."""
 
 
+SPREAD_SHARE = 0.05
+"""Largest share of integers that differ from the float simulation in a whole model and need no explanation."""
+
+SINGLE_ROUNDINGS = 0.005
+"""Largest share of integers that float rounding moves in a model, with each layer alone."""
+
 OTHER_WEIGHTS = (
     "The integer weights in the file are not those of this model: it was written from another checkpoint or with other "
     "bits, and all other differences follow from that. Export the model again; report it if that does not help."
@@ -69,6 +75,23 @@ def judged(
     session = Float32Session(**{name: proved[name] for name in names})
     notes = [f"In the runtime's own precision: {difference}" for difference in found]
     return session, findings(proved["outputs"], proved["tensors"]), notes
+
+
+def spread_notes(tensors: Sequence[TensorParity]) -> list[str]:
+    """Return a sentence where the float simulation's integers differ in many places for single roundings; else none.
+
+    It is for reports without findings, whose reader would take the share for a fault of the file.
+    """
+    count = sum(tensor.count for tensor in tensors)
+    alone = sum(tensor.different_float_alone for tensor in tensors)
+    whole = sum(tensor.different_float for tensor in tensors)
+    if whole <= SPREAD_SHARE * count or alone > SINGLE_ROUNDINGS * count:
+        return []
+    return [
+        f"Single roundings spread: {_percent_text(alone / count)} of the integers differ from the float simulation's "
+        f"with each layer alone, {_percent_text(whole / count)} in the whole model. This is no fault of the file. "
+        "Models with random weights spread them most."
+    ]
 
 
 def differs_from_exact(output: OutputParity) -> bool:
@@ -137,7 +160,7 @@ def _spread_sentence(output: OutputParity) -> str:
         f'The output "{output.name}" differs from the float simulation, which is what was trained, by '
         f"{_percent_text(output.float_simulation_difference)} of its size (root mean square), more than quantization "
         f"itself changes it ({_percent_text(output.quantization_error)}). Each layer alone agrees: single roundings "
-        "spread. Judge the file by its own accuracy, not by the simulation's."
+        "spread, most in models with random weights. Judge the file by its own accuracy, not by the simulation's."
     )
 
 

@@ -29,7 +29,7 @@ from halfeven.verification.answers import Answers, ClassAxis
 from halfeven.verification.circumstances import circumstances
 from halfeven.verification.comparison import Comparison
 from halfeven.verification.executed_calls import executed_calls
-from halfeven.verification.findings import judged
+from halfeven.verification.findings import judged, spread_notes
 from halfeven.verification.float_simulation import outputs_of
 from halfeven.verification.integer_macs import work_of
 from halfeven.verification.latency import latency, slowest_kernels
@@ -90,7 +90,7 @@ def verify(
             top1_agreement=answers.same_exact / (answers.total or math.nan),
             float_simulation_top1_agreement=answers.same_float / (answers.total or math.nan),
             accuracy=answers.accuracy(),
-            notes=[*answers.notes(), *notes],
+            notes=[*answers.notes(), *notes, *([] if found else spread_notes(parity["tensors"]))],
             findings=found,
             float_precision=comparison.file.float_precision,
             float32_session=float32_session,
