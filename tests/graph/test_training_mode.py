@@ -273,6 +273,9 @@ NOT_KEPT = {
     "weight standardization": lambda: around(
         Does(lambda m, x: F.conv2d(x, m.weight - m.weight.mean(), None), weight=nn.Parameter(torch.randn(4, 4, 1, 1)))
     ),
+    "instance norm with running statistics": lambda: around(
+        nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    ),
     "frozen BatchNorm": lambda: Frozen(conv(), conv(4)),
     "detached": lambda: around(Does(lambda m, x: x + (x.round() - x).detach())),
 }

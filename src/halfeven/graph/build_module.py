@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx, nn
 
 from halfeven.graph.operators import Arguments, OperatorKind
-from halfeven.graph.torch_private import AnyDropout
+from halfeven.graph.torch_private import AnyBatchOrInstanceNorm, AnyDropout
 from halfeven.graph.view import Op
 
 BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -126,6 +126,13 @@ def _build_batch_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built
     return path, module
 
 
+def _build_instance_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
+    # Without running statistics it computes the same in both modes, and stays a function.
+    path = _parameter_owner(a["running_mean"], "running_mean")
+    was = original.get_submodule(path) if path is not None and not a["use_input_stats"] else None
+    return (path, was) if path is not None and isinstance(was, AnyBatchOrInstanceNorm) else None
+
+
 def _build_layer_norm(node: fx.Node, a: Arguments, original: nn.Module) -> Built:
     if a["weight"] is None or (layer := _layer_parameters(a, original)) is None:
         return None
@@ -169,6 +176,7 @@ BUILDERS: dict[OperatorKind, Builder] = {
 }
 NORMALIZATION_BUILDERS: dict[type[nn.Module], Builder] = {
     nn.BatchNorm2d: _build_batch_norm,
+    nn.InstanceNorm2d: _build_instance_norm,
     nn.LayerNorm: _build_layer_norm,
     nn.GroupNorm: _build_group_norm,
 }

@@ -18,6 +18,7 @@ from halfeven.graph.capture_report import CaptureReport
 from halfeven.graph.complex_numbers import lower_complex
 from halfeven.graph.copying import copy_model
 from halfeven.graph.kept_in_python import KeptInPython
+from halfeven.graph.nearest_sizes import lower_uneven_resampling
 from halfeven.graph.rebuild import CapturedModule
 from halfeven.graph.rewrite import expand_gates, lower_attention, lower_scatters, lower_stacked_sums, merge_duplicates
 from halfeven.graph.torch_private import forgetting_graphs, pytree
@@ -178,6 +179,7 @@ def capture_for_quantization(
         merge_duplicates(region)
         lower_stacked_sums(region)
         lower_scatters(region)
+        lower_uneven_resampling(region)
     if options.batchnorm == "fold":
         if untied := untie_for_folding(captured):
             notes.append(

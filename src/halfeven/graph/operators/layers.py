@@ -22,6 +22,9 @@ MODULES = (
     Operator(target=nn.BatchNorm2d, kind=K.BATCH_NORM),
     Operator(target=nn.BatchNorm3d, kind=K.BATCH_NORM),
     Operator(target=nn.SyncBatchNorm, kind=K.BATCH_NORM),
+    Operator(target=nn.InstanceNorm1d, kind=K.NORMALIZATION),
+    Operator(target=nn.InstanceNorm2d, kind=K.NORMALIZATION),
+    Operator(target=nn.InstanceNorm3d, kind=K.NORMALIZATION),
     Operator(target=nn.LayerNorm, kind=K.NORMALIZATION),
     Operator(target=nn.GroupNorm, kind=K.NORMALIZATION),
     Operator(target=AnyDropout, kind=K.IDENTITY),
@@ -46,7 +49,13 @@ FUNCTIONS = (
     Operator(target=aten._softmax.default, kind=K.SOFTMAX, results=(0.0, 1.0)),
     Operator(target=aten.layer_norm.default, kind=K.NORMALIZATION, module=nn.LayerNorm),
     Operator(target=aten.group_norm.default, kind=K.NORMALIZATION, module=nn.GroupNorm),
-    Operator(target=aten.instance_norm.default, kind=K.NORMALIZATION, training_flag="use_input_stats"),
+    # With running statistics it becomes the model's own module, which follows the mode.
+    Operator(
+        target=aten.instance_norm.default,
+        kind=K.NORMALIZATION,
+        module=nn.InstanceNorm2d,
+        training_flag="use_input_stats",
+    ),
     # A BatchNorm whose parameters belong to a module of the model becomes a module for the input's number of axes; any
     # other stays a function.
     Operator(target=aten.batch_norm.default, kind=K.NORMALIZATION, module=nn.BatchNorm2d, training_flag="training"),
