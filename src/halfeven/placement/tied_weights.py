@@ -58,12 +58,14 @@ def untie(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     changed = []
     if not wanted:
         return ()
+    readers = _parameter_readers(model)
     for name, region, node in _first_calls(model):
-        # Looked up anew for each layer: with a copy of its own, a layer is no longer a reader of the original.
-        for parameter in list(_shared_names(region, Op(node).path, _parameter_readers(model))):
+        for parameter in list(_shared_names(region, Op(node).path, readers)):
             if f"{name}.{parameter}" in wanted:
                 _give_copy(region, Op(node).path, parameter)
                 changed.append(f"{name}.{parameter}")
+                # With a copy of its own, a layer is no longer a reader of the original.
+                readers = _parameter_readers(model)
     for region in regions(model).values():
         region.recompile()
     return tuple(changed)
