@@ -34,8 +34,9 @@ def needs_runtime_kernel(node: fx.Node) -> bool:
     return Op(node).has_kernel_rounding
 
 
-MAX_FUNCTIONS = 64
-"""Largest number of functions that are kept for later simulations."""
+MAX_FUNCTIONS = 512
+"""Largest number of functions that are kept for later simulations: more than a large network has, which would otherwise
+make all of them anew in each batch."""
 
 _kept: dict[object, Function] = {}
 
