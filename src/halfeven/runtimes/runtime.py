@@ -35,6 +35,7 @@ from halfeven.runtimes.onnxruntime.session import ONNXRuntimeFile
 from halfeven.runtimes.openvino import passes as openvino_passes
 from halfeven.runtimes.openvino import writer as openvino_writer
 from halfeven.runtimes.openvino.exact import OpenVINOInterpreter
+from halfeven.runtimes.openvino.exact_values import LOST_ZERO_POINT
 from halfeven.runtimes.openvino.session import OpenVINOFile
 from halfeven.runtimes.simulation import Simulation
 from halfeven.runtimes.tensorrt import passes as tensorrt_passes
@@ -145,6 +146,9 @@ class Runtime:
     """Rounds a deployed model, in place, to the precision that its file holds in place of float32; None where the
     precision is the session's choice."""
 
+    lowest_end_taken_for_0: float = 0.0
+    """A range whose lower end is negative and nearer to 0 than this has no zero point in the runtime."""
+
     def settings_for(self, precision: FloatPrecision) -> Sequence[str]:
         """Return the settings that a file of this precision lists.
 
@@ -191,6 +195,7 @@ RUNTIMES: dict[str, Runtime] = {
     for row in (
         Runtime(
             target=OPENVINO,
+            lowest_end_taken_for_0=LOST_ZERO_POINT,
             writers={".xml": openvino_writer.write, ".onnx": onnx_writer.write},
             clips_integers=False,
             prepare_graph=openvino_passes.prepare_graph,

@@ -76,7 +76,9 @@ class Comparison:
         for name, quantizer in self.activations.items():
             calls.setdefault(first[quantizer.grid_number], []).append(name)
         self.simulation = FloatSimulation(qmodel, calls, self.activations)
-        self.tensors = [TensorParity(name.removeprefix("quantizers.")) for name in self.names]
+        self.tensors = [
+            TensorParity(name.removeprefix("quantizers."), near_zero=self._is_near_zero(name)) for name in self.names
+        ]
         self.outputs: dict[str, OutputSums] = {}
         self.default_session: DefaultSession | None = None
 
@@ -84,6 +86,11 @@ class Comparison:
     def floats_may_differ(self) -> bool:
         """True where the file's session computes what stays float otherwise than the exact simulation does."""
         return self.file.float_precision == "runtime" and not self.half
+
+    def _is_near_zero(self, name: str) -> bool:
+        grid = self.activations[name]
+        low = (grid.quant_min - grid.zero_point) * grid.scale
+        return bool(((low < 0) & (low > -self.runtime.lowest_end_taken_for_0)).any())
 
     def _lacking_tensors(self) -> list[str]:
         """Return the tensors that the file lacks and that no tensor in it can stand for.

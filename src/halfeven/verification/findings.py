@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from halfeven.errors import named
 from halfeven.verification.file_precision import Float32Session
 from halfeven.verification.outputs import OutputParity
 from halfeven.verification.report import TensorParity
@@ -43,10 +44,12 @@ OVERFLOWS = (
 
 def findings(outputs: Sequence[OutputParity], tensors: Sequence[TensorParity]) -> list[str]:
     """Return a sentence for each difference between the file and a simulation that float rounding does not explain."""
-    return [
+    found = [
         *(_not_exact(output) for output in outputs if differs_from_exact(output)),
         *_not_trained(outputs, tensors),
     ]
+    near_zero = [tensor.name for tensor in tensors if tensor.near_zero]
+    return [_near_zero_sentence(near_zero), *found] if found and near_zero else found
 
 
 def judged(
@@ -152,6 +155,15 @@ def _advice_on_readers(what: str) -> str:
         f"Given the same integers before it, {what}: the file computes there what was not trained, as where a layer's "
         "weight is read by another operator too. Its accuracy is not that of the simulation. Give that operator a "
         "weight of its own, or leave the layer in float with a Rule, and report it."
+    )
+
+
+def _near_zero_sentence(names: Sequence[str]) -> str:
+    return (
+        f"The values of {named(names)} are so near to 0 that the runtime forgets the zero point of their range, and "
+        "they are off by a constant: this may be the reason of what follows. Let the layer before give larger values, "
+        'give it 8 bits and a range that is not learned (Rule(activation_bits=8, ranges="calibrated")), or leave the '
+        "layer behind in float by a Rule."
     )
 
 

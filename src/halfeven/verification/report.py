@@ -32,6 +32,8 @@ class TensorParity:
     different_float_alone: int = 0
     """From the float simulation of this tensor's own layer, given the runtime's integers before it."""
     largest: int = 0
+    near_zero: bool = False
+    """The range's lower end is so near to 0 that the runtime takes it for 0, and forgets the zero point."""
 
     def add(self, found: Tensor, exact: Tensor, layer_alone: Tensor) -> None:
         """Count one batch of integers beside the exact simulation's."""
