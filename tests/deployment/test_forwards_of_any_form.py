@@ -9,8 +9,6 @@ from halfeven.errors import ExportError
 
 
 class TwoOutputsInTraining(nn.Module):
-    """Its own code stays Python, because it returns more in training."""
-
     def __init__(self):
         super().__init__()
         self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
@@ -20,11 +18,26 @@ class TwoOutputsInTraining(nn.Module):
         return (self.last(y), y) if self.training else self.last(y)
 
 
+class NoiseInTraining(TwoOutputsInTraining):
+    """Its own code stays Python, because it draws numbers in training."""
+
+    def forward(self, *inputs, scale=1.0):
+        y = self.first(sum(inputs)).relu() * scale
+        return self.last(y + torch.randn_like(y)) if self.training else self.last(y)
+
+
 @pytest.mark.parametrize("count", [1, 2])
-def test_any_number_of_inputs_is_exported(count, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "note"),
+    [
+        (TwoOutputsInTraining, "The graph returns in training what the float model returns there"),
+        (NoiseInTraining, "Its own code stays Python"),
+    ],
+)
+def test_any_number_of_inputs_is_exported(kind, note, count, tmp_path):
     example = tuple(torch.randn(4, 8) for _ in range(count))
-    qmodel = he.calibrate(he.prepare(TwoOutputsInTraining().eval(), example, scheme="w7a8"), [example])
-    assert "Its own code stays Python" in he.plan_of(qmodel).notes[0]
+    qmodel = he.calibrate(he.prepare(kind().eval(), example, scheme="w7a8"), [example])
+    assert note in he.plan_of(qmodel).notes[0]
     path = he.export(qmodel, tmp_path / "m.xml")
     assert he.verify(qmodel, path, [example], timed=False).integer_match == 1
 

@@ -405,6 +405,35 @@ def test_other_outputs_in_training_are_a_part_of_the_graph(name):
     assert set(captured.state_dict()) == set(model.state_dict())
 
 
+def with_noise_before_its_head(m, x):
+    return m.head(x + torch.randn_like(x)) if m.training else m.head(x)
+
+
+def with_a_second_look(m, x):
+    return (m.head(x), m.head(x.flip(3))) if m.training else m.head(x)
+
+
+@pytest.mark.parametrize("function", [with_noise_before_its_head, with_a_second_look])
+def test_a_layer_that_training_calls_otherwise_is_captured_with_its_module_kept(function):
+    """In a graph of training outputs it would be trained in float, and deployed quantized."""
+    model = nn.Sequential(conv(), Does(function, head=nn.Conv2d(4, 2, 1)))
+    captured, report = capture(model, torch.randn(4, 3, 6, 6))
+    assert [(k.name, k.in_graph) for k in report.kept] == [("1", False)]
+    assert isinstance(captured.get_submodule("1.head"), CapturedModule)
+
+
+def with_a_head_for_training(m, x):
+    return (m.head(x), m.further(x)) if m.training else m.head(x)
+
+
+def test_a_layer_for_training_alone_is_a_part_of_the_graph_of_training():
+    model = nn.Sequential(conv(), Does(with_a_head_for_training, head=nn.Conv2d(4, 2, 1), further=nn.Conv2d(4, 3, 1)))
+    x = torch.randn(4, 3, 6, 6)
+    captured, report = capture(model, x)
+    assert [(k.name, k.in_graph) for k in report.kept] == [("1", True)]
+    assert_same_step(model, captured, x)
+
+
 class DropsOut(nn.Module):
     """The usual form of a functional dropout: its probability has the name of the function."""
 

@@ -147,8 +147,8 @@ class _Copier:
     """Copies the operators of training outputs into a graph of their own, back to tensors of the graph of eval mode."""
 
     def __init__(self, original: nn.Module, evaluated: fx.GraphModule, trained: fx.GraphModule) -> None:
-        tensors = (*original.named_parameters(remove_duplicate=False), *original.named_buffers(remove_duplicate=False))
-        self.own = {name for name, _ in tensors}
+        self.parameters = {name for name, _ in original.named_parameters(remove_duplicate=False)}
+        self.own = self.parameters | {name for name, _ in original.named_buffers(remove_duplicate=False)}
         self.trained = trained
         self.graph = fx.Graph()
         self.constants = nn.Module()
@@ -171,8 +171,17 @@ class _Copier:
     def _copy_of(self, node: fx.Node) -> fx.Node:
         if node not in self.copies:
             source = self.equal.get(node)
+            if source is not None:
+                self._check_not_quantized(source)
             self.copies[node] = self._copy(node) if source is None else self._input_for(source)
         return self.copies[node]
+
+    def _check_not_quantized(self, source: fx.Node) -> None:
+        """Refuse the parameter of a layer of eval mode: in the other graph it would be trained without quantization."""
+        if source.op == "get_attr" and source.target in self.parameters and source.users:
+            raise TrainingOutputsError(
+                f"the outputs of training compute with {source.target}, which eval mode reads in another place"
+            )
 
     def _copy(self, node: fx.Node) -> fx.Node:
         if node.op == "get_attr":
