@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Clock:
         """Measure the context as a step."""
         profile = cProfile.Profile() if name == self.profiled else None
         began = time.perf_counter(), time.process_time()
-        with profile or ExitStack():
+        with profile or nullcontext():
             yield
         self.seconds[name] = time.perf_counter() - began[0], time.process_time() - began[1]
         if profile:

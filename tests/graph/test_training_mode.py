@@ -422,6 +422,17 @@ def test_a_layer_that_training_calls_otherwise_is_captured_with_its_module_kept(
     assert isinstance(captured.get_submodule("1.head"), CapturedModule)
 
 
+def with_noise_before_a_computed_weight(m, x):
+    weight = m.head.weight / m.head.weight.norm(dim=1, keepdim=True)
+    return F.conv2d(x + torch.randn_like(x) if m.training else x, weight)
+
+
+def test_a_weight_that_is_computed_is_not_trained_in_float_either():
+    model = nn.Sequential(conv(), Does(with_noise_before_a_computed_weight, head=nn.Conv2d(4, 2, 1, bias=False)))
+    _, report = capture(model, torch.randn(4, 3, 6, 6))
+    assert [(k.name, k.in_graph) for k in report.kept] == [("1", False)]
+
+
 def with_a_head_for_training(m, x):
     return (m.head(x), m.further(x)) if m.training else m.head(x)
 

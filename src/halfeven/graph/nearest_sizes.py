@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from halfeven.graph.rebuild import CapturedModule
-from halfeven.graph.rewrite import calls_before
-from halfeven.graph.view import Op, keep_tensor_name, record_value
+from halfeven.graph.rewrite import calls_before, take_the_place_of
+from halfeven.graph.view import Op, record_value
 
 aten = torch.ops.aten
 
@@ -38,9 +38,7 @@ def lower_uneven_resampling(region: CapturedModule) -> int:
         with region.graph.inserting_before(node):
             for (axis, old, new), given in zip(sizes, values["output_size"], strict=True):
                 result = _chosen(node, result, axis, (old, new), given)
-        keep_tensor_name(result, Op(node).tensor_name)
-        node.replace_all_uses_with(result)
-        region.graph.erase_node(node)
+        take_the_place_of(node, result)
         written += 1
     region.recompile()
     return written

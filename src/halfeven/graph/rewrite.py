@@ -144,9 +144,7 @@ def lower_scatters(region: CapturedModule) -> int:
             result = SCATTERS[node.target](calls_before(node), Op(node).arguments)
         if result is None:
             continue
-        keep_tensor_name(result, Op(node).tensor_name)
-        node.replace_all_uses_with(result)
-        region.graph.erase_node(node)
+        take_the_place_of(node, result)
         written += 1
     region.recompile()
     return written
@@ -226,6 +224,13 @@ def hashable(value: Any) -> Any:
         return tuple((key, hashable(item)) for key, item in sorted(value.items()))
     # The type too: 1, 1.0 and True are equal in Python, and give an operator other results.
     return type(value), value
+
+
+def take_the_place_of(node: fx.Node, result: fx.Node) -> None:
+    """Let a node's readers read another node, which gets the name of its tensor, and erase it."""
+    keep_tensor_name(result, Op(node).tensor_name)
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
 
 
 def calls_before(node: fx.Node) -> Callable[..., fx.Node]:

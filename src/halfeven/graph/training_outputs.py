@@ -5,7 +5,7 @@ made of; the operators between the two are a graph of their own, which computes 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -143,12 +143,26 @@ def _taps(module: nn.Module, graph: fx.Graph) -> list[fx.Node]:
     return [found[f"{TRAINING_OUTPUTS}.taps.{number}"] for number in range(count)]
 
 
+def _weights(graph: fx.Graph, parameters: Container[str]) -> set[fx.Node]:
+    """Return the parameters that a graph reads, and what it computes of them alone, such as a normalized weight."""
+    found: set[fx.Node] = set()
+    of_inputs: set[fx.Node] = set()
+    for node in graph.nodes:
+        sources = set(node.all_input_nodes)
+        if node.op == "placeholder" or sources & of_inputs:
+            of_inputs.add(node)
+        elif (node.op == "get_attr" and node.target in parameters) or sources & found:
+            found.add(node)
+    return found
+
+
 class _Copier:
     """Copies the operators of training outputs into a graph of their own, back to tensors of the graph of eval mode."""
 
     def __init__(self, original: nn.Module, evaluated: fx.GraphModule, trained: fx.GraphModule) -> None:
-        self.parameters = {name for name, _ in original.named_parameters(remove_duplicate=False)}
-        self.own = self.parameters | {name for name, _ in original.named_buffers(remove_duplicate=False)}
+        parameters = {name for name, _ in original.named_parameters(remove_duplicate=False)}
+        self.weights = _weights(evaluated.graph, parameters)
+        self.own = parameters | {name for name, _ in original.named_buffers(remove_duplicate=False)}
         self.trained = trained
         self.graph = fx.Graph()
         self.constants = nn.Module()
@@ -178,9 +192,9 @@ class _Copier:
 
     def _check_not_quantized(self, source: fx.Node) -> None:
         """Refuse the parameter of a layer of eval mode: in the other graph it would be trained without quantization."""
-        if source.op == "get_attr" and source.target in self.parameters and source.users:
+        if source in self.weights and source.users:
             raise TrainingOutputsError(
-                f"the outputs of training compute with {source.target}, which eval mode reads in another place"
+                f"the outputs of training compute with {source.name}, which eval mode reads in another place"
             )
 
     def _copy(self, node: fx.Node) -> fx.Node:
