@@ -6,8 +6,8 @@
 
 Each network of timm, with random weights, has a process of its own for each scheme. Seconds are those of the clock, and
 behind them those of the processor: the first grow where other processes run, the second where threads wait in a loop.
-`--busy 2` runs two processes beside it that only count. `--profile` prints the functions in which a step spends its
-time.
+`--busy 2` runs two processes beside it that only count. `--profile quantize` prints the functions in
+which the steps of this name spend their time.
 """
 
 import argparse
@@ -35,13 +35,14 @@ class Clock:
     """Seconds of steps by name: (of the clock, of the processor)."""
 
     def __init__(self, profiled: str) -> None:
+        """Profile the steps whose names begin so; "" for none."""
         self.profiled = profiled
         self.seconds: dict[str, tuple[float, float]] = {}
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Measure the context as a step."""
-        profile = cProfile.Profile() if name == self.profiled else None
+        profile = cProfile.Profile() if self.profiled and name.startswith(self.profiled) else None
         began = time.perf_counter(), time.process_time()
         with profile or nullcontext():
             yield
